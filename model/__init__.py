@@ -1,0 +1,25 @@
+"""SwiftI2V (arXiv 2605.06356) in lean PyTorch: two Wan-compatible DiTs, the Wan VAE and segment-wise generation.
+
+Reading order: ``config`` (what is built), ``dit``, ``vae``, ``csg`` (the windows and their sampler), ``pipeline`` (the
+two stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings, ``media``
+photographs and video files.
+"""
+
+from model.config import DiTConfig, VAEConfig
+from model.csg import SegmentPlan, sample_latents
+from model.dit import WanDiT
+from model.errors import InputError
+from model.vae import WanVAE
+from model.weights import load_dit, load_vae
+
+__all__ = [
+    "DiTConfig",
+    "InputError",
+    "SegmentPlan",
+    "VAEConfig",
+    "WanDiT",
+    "WanVAE",
+    "load_dit",
+    "load_vae",
+    "sample_latents",
+]

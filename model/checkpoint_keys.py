@@ -1,0 +1,208 @@
+"""Names of tensors: from the Wan repositories' own checkpoints to diffusers' names, and the shapes back to a config.
+
+The modules here carry diffusers' names, so a diffusers checkpoint needs no map. Original checkpoints (also as
+repackaged for ComfyUI, with a prefix) are renamed by the tables below. Mind that the original's ``norm3`` is the norm
+before cross-attention, which is ``norm2`` in diffusers. What a shape cannot tell (heads, epsilon, latent statistics)
+comes from the original's ``config.json`` or from the published models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from model.config import VAE_LATENT_STATISTICS, DiTConfig, VAEConfig
+from model.errors import InputError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "model.", "vae.")
+
+_DIT_RULES = [
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
+    (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
+    (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
+    (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
+    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
+    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+    (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."),
+    (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
+    (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
+    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
+    (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+    (r"\.(attn[12])\.([qkv])\.", r".\1.to_\2."),
+    (r"\.(attn[12])\.o\.", r".\1.to_out.0."),
+    (r"\.attn2\.([kv])_img\.", r".attn2.add_\1_proj."),
+    (r"\.attn2\.norm_k_img\.", ".attn2.norm_added_k."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"^head\.head\.", "proj_out."),
+]
+
+_VAE_RULES = [
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+]
+
+
+def _apply(rules: list[tuple[str, str]], key: str) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def strip_prefix(keys: Iterable[str]) -> dict[str, str]:
+    """``{key without the prefix that all of them share: key}`` for the prefixes that repackagers add."""
+    keys = list(keys)
+    for prefix in _PREFIXES:
+        if keys and all(key.startswith(prefix) for key in keys):
+            return {key[len(prefix) :]: key for key in keys}
+    return {key: key for key in keys}
+
+
+def is_original(keys: Iterable[str]) -> bool:
+    """Whether these are names of the Wan repositories rather than of diffusers."""
+    marks = ("self_attn.", "text_embedding.", "time_embedding.", ".residual.", ".middle.", "head.head.")
+    return any(mark in key for key in keys for mark in marks)
+
+
+def dit_key_map(keys: Iterable[str]) -> Callable[[str], str]:
+    """A function from a checkpoint's DiT keys to this project's names."""
+    return (lambda key: _apply(_DIT_RULES, key)) if is_original(keys) else (lambda key: key)
+
+
+def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
+    """A function from a checkpoint's VAE keys to this project's names (both versions)."""
+    keys = list(keys)
+    if not is_original(keys):
+        return lambda key: key
+    resamplers = {re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search(r"resample|time_conv", key)}
+    nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in keys)
+    # In the flat numbering of version 2.1 a decoder stage is its residual blocks and one resampler.
+    flat = sorted(int(name.split(".")[2]) for name in resamplers if name.startswith("decoder.")) if not nested else []
+    per_stage = flat[0] + 1 if flat else 1
+
+    def rename(key: str) -> str:
+        name = re.match(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)(?:\.(?:down|up)samples\.(\d+))?\.", key)
+        if name is None:
+            return _apply(_VAE_RULES, key)
+        side, stage, rest = name[1].split(".")[0], int(name[2]), key[name.end() :]
+        resampler = name[0].rstrip(".") in resamplers
+        blocks = "down_blocks" if side == "encoder" else "up_blocks"
+        if nested:
+            part = ("downsampler" if side == "encoder" else "upsampler") if resampler else f"resnets.{name[3]}"
+            place = f"{side}.{blocks}.{stage}.{part}"
+        elif side == "encoder":
+            place = f"{side}.{blocks}.{stage}"
+        else:
+            part = "upsamplers.0" if resampler else f"resnets.{stage % per_stage}"
+            place = f"{side}.{blocks}.{stage // per_stage}.{part}"
+        return _apply(_VAE_RULES, f"{place}.{rest}")
+
+    return rename
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return 1 + max((int(m[1]) for m in (re.match(pattern, key) for key in shapes) if m), default=-1)
+
+
+def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTConfig:
+    """The configuration of a DiT from its tensors' shapes (this project's names) and the original ``config.json``.
+
+    Raises:
+        InputError: a tensor that decides is missing, or the number of heads cannot be known.
+    """
+    try:
+        dim, in_channels, *patch = shapes["patch_embedding.weight"]
+        head_out = shapes["proj_out.weight"][0]
+        text_dim = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
+        freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
+        ffn_dim = shapes["blocks.0.ffn.net.0.proj.weight"][0]
+    except KeyError as error:
+        raise InputError(f"not a Wan DiT checkpoint: tensor {error} is missing") from error
+    heads = original_config.get("num_heads", dim // 128 if dim % 128 == 0 else None)
+    if heads is None:
+        raise InputError(
+            f"the number of heads cannot be read from the tensors (width {dim} is not a multiple of Wan's head_dim 128);"
+            " put a config.json beside the file or pass config="
+        )
+    position = shapes.get("condition_embedder.image_embedder.pos_embed")
+    image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
+    return DiTConfig(
+        num_heads=heads,
+        head_dim=dim // heads,
+        num_layers=_count(shapes, r"blocks\.(\d+)\."),
+        ffn_dim=ffn_dim,
+        in_channels=in_channels,
+        out_channels=head_out // (patch[0] * patch[1] * patch[2]),
+        text_dim=text_dim,
+        freq_dim=freq_dim,
+        patch_size=tuple(patch),
+        cross_attn_norm="blocks.0.norm2.weight" in shapes,
+        eps=original_config.get("eps", 1e-6),
+        image_dim=image_norm[0] if image_norm else None,
+        added_kv="blocks.0.attn2.add_k_proj.weight" in shapes,
+        pos_embed_seq_len=position[1] if position else None,
+    )
+
+
+def infer_vae_config(shapes: Shapes) -> VAEConfig:
+    """The configuration of a VAE from its tensors' shapes (this project's names).
+
+    Raises:
+        InputError: a tensor that decides is missing, or the latent statistics of this z_dim are not published.
+    """
+    try:
+        base_dim, pixel_channels = shapes["encoder.conv_in.weight"][:2]
+        z_dim = shapes["post_quant_conv.weight"][0]
+        decoder_last = shapes["decoder.conv_out.weight"][1]
+    except KeyError as error:
+        raise InputError(f"not a Wan VAE checkpoint: tensor {error} is missing") from error
+    if z_dim not in VAE_LATENT_STATISTICS:
+        raise InputError(
+            f"latents_mean and latents_std are known for z_dim 16 and 48, not for {z_dim};"
+            " use a diffusers directory with a config.json or pass config="
+        )
+    residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes
+    num_blocks = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    if residual:
+        widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(num_blocks)]
+        num_res_blocks = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+        temporal = [f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in shapes for i in range(num_blocks - 1)]
+    else:
+        down = [i for i in range(num_blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
+        num_res_blocks = down[0] if down else num_blocks
+        starts = range(0, num_blocks, num_res_blocks + 1)
+        widths = [shapes[f"encoder.down_blocks.{i}.conv1.weight"][0] for i in starts]
+        temporal = [f"encoder.down_blocks.{i}.time_conv.weight" in shapes for i in down]
+    dim_mult = tuple(width // base_dim for width in widths)
+    mean, std = VAE_LATENT_STATISTICS[z_dim]
+    return VAEConfig(
+        base_dim=base_dim,
+        decoder_base_dim=decoder_last // dim_mult[0],
+        z_dim=z_dim,
+        dim_mult=dim_mult,
+        num_res_blocks=num_res_blocks,
+        temporal_downsample=tuple(temporal),
+        residual=residual,
+        patch_size=round((pixel_channels / 3) ** 0.5),
+        pixel_channels=pixel_channels,
+        latents_mean=mean,
+        latents_std=std,
+    )

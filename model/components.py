@@ -1,0 +1,114 @@
+"""Where the parts of a pipeline come from: a directory of checkpoints, or a preset with seeded random weights.
+
+Each part is built when it is asked for, so that a caller can let go of Stage I before Stage II arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import MASK_CHANNELS, DiTConfig, VAEConfig, get_preset
+from model.dit import WanDiT
+from model.errors import InputError
+from model.vae import WanVAE
+from model.weights import inspect_dit, inspect_vae, load_dit, load_vae, random_weights
+
+LAYOUT = """\
+DIR/stage1             Stage I's DiT            DIR/stage2           Stage II's DiT
+DIR/vae                the VAE of both stages
+optional:
+DIR/stage1_low_noise   Wan2.2 A14B's second expert
+DIR/stage1_vae         Stage I's VAE, where it is another one
+DIR/text_encoder, DIR/tokenizer                UMT5, for --prompt
+DIR/image_encoder, DIR/image_processor         CLIP, for DiTs with an image embedding
+Each of the first five is a diffusers directory, or a .safetensors or .pth file (stage1.safetensors, ...)
+with the key names of diffusers or of the Wan repositories."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """Configurations of all parts, known at once, and functions that build them.
+
+    ``weights`` is the directory they come from, or None for random ones. ``low_noise`` is Wan2.2 A14B's second expert.
+    """
+
+    stage_one_config: DiTConfig
+    stage_two_config: DiTConfig
+    vae_config: VAEConfig
+    stage_one_vae_config: VAEConfig
+    stage_one: Callable[[], WanDiT]
+    low_noise: Callable[[], WanDiT] | None
+    stage_two: Callable[[], WanDiT]
+    vae: Callable[[], WanVAE]
+    stage_one_vae: Callable[[], WanVAE] | None
+    weights: Path | None
+
+    def __post_init__(self) -> None:
+        _check_pair("stage1", self.stage_one_config, self.stage_one_vae_config.z_dim)
+        _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
+
+    @classmethod
+    def from_preset(cls, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Components:
+        """The shapes of a preset with random weights, which depend on ``seed`` and the kind of device."""
+        preset = get_preset(name)
+        options = {"dtype": dtype, "device": device}
+        return cls(
+            stage_one_config=preset.stage_one,
+            stage_two_config=preset.stage_two,
+            vae_config=preset.vae,
+            stage_one_vae_config=preset.vae,
+            stage_one=lambda: random_weights(WanDiT, preset.stage_one, seed, **options),
+            low_noise=None,
+            stage_two=lambda: random_weights(WanDiT, preset.stage_two, seed + 1, **options),
+            vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device),
+            stage_one_vae=None,
+            weights=None,
+        )
+
+    @classmethod
+    def from_directory(cls, path: Path, dtype: torch.dtype, device: torch.device) -> Components:
+        """Checkpoints laid out as in :data:`LAYOUT`; all of them are checked here, none is read yet.
+
+        Raises:
+            InputError: a part is missing or does not fit.
+        """
+        if not path.is_dir():
+            raise InputError(f"weights: {path} {'is not a directory' if path.exists() else 'does not exist'}")
+        found = {name: _find(path, name) for name in ("stage1", "stage2", "vae", "stage1_low_noise", "stage1_vae")}
+        missing = [name for name in ("stage1", "stage2", "vae") if found[name] is None]
+        if missing:
+            raise InputError(f"weights: {path} lacks {', '.join(missing)}; expected:\n{LAYOUT}")
+        low_noise, vae_one = found["stage1_low_noise"], found["stage1_vae"]
+        if low_noise is not None:
+            inspect_dit(low_noise)
+        return cls(
+            stage_one_config=inspect_dit(found["stage1"]),
+            stage_two_config=inspect_dit(found["stage2"]),
+            vae_config=inspect_vae(found["vae"]),
+            stage_one_vae_config=inspect_vae(vae_one or found["vae"]),
+            stage_one=lambda: load_dit(found["stage1"], dtype=dtype, device=device),
+            low_noise=None if low_noise is None else lambda: load_dit(low_noise, dtype=dtype, device=device),
+            stage_two=lambda: load_dit(found["stage2"], dtype=dtype, device=device),
+            # Encoding the image in bfloat16 visibly loses detail, decoding does not: the VAE arrives in float32.
+            vae=lambda: load_vae(found["vae"], device=device),
+            stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, device=device),
+            weights=path,
+        )
+
+
+def _find(path: Path, name: str) -> Path | None:
+    candidates = [path / name, *(path / f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".pt"))]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def _check_pair(name: str, dit: DiTConfig, z_dim: int) -> None:
+    allowed = (z_dim, 2 * z_dim + MASK_CHANNELS)
+    if dit.in_channels not in allowed or dit.out_channels != z_dim:
+        raise InputError(
+            f"{name}: with a VAE of {z_dim} channels its in_channels must be {allowed[0]} or {allowed[1]} and its"
+            f" out_channels {z_dim}, got {dit.in_channels} and {dit.out_channels}"
+        )

@@ -1,0 +1,261 @@
+"""What is built: configurations of the DiT and the VAE, and the presets of the two-stage pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model.errors import InputError
+
+MASK_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of a Wan DiT; the defaults are Wan2.1 T2V-1.3B.
+
+    ``in_channels`` tells the variant for latents of z channels: z (text to video, TI2V-5B), 2z + 4 (image to video and
+    Stage II: latents, mask, reference). ``image_dim`` switches the image (CLIP) embedding on and ``added_kv`` its own
+    keys and values in cross-attention.
+    """
+
+    num_heads: int = 12
+    head_dim: int = 128
+    num_layers: int = 30
+    ffn_dim: int = 8960
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv: bool = False
+    pos_embed_seq_len: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Model width: heads times channels of a head."""
+        return self.num_heads * self.head_dim
+
+    def __post_init__(self) -> None:
+        if self.patch_size[0] != 1:
+            raise InputError(f"patch_size: a temporal patch of 1 is supported, got {self.patch_size}")
+        if self.added_kv and self.image_dim is None:
+            raise InputError("added_kv_proj_dim is set but image_dim is not: there would be nothing to attend to")
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> DiTConfig:
+        """From the ``config.json`` of a diffusers ``WanTransformer3DModel``."""
+        heads, head_dim = config.get("num_attention_heads", 40), config.get("attention_head_dim", 128)
+        added = config.get("added_kv_proj_dim")
+        if added is not None and added != heads * head_dim:
+            raise InputError(f"added_kv_proj_dim: expected the model width {heads * head_dim}, got {added}")
+        in_channels = config.get("in_channels", 16)
+        return cls(
+            num_heads=heads,
+            head_dim=head_dim,
+            num_layers=config.get("num_layers", 40),
+            ffn_dim=config.get("ffn_dim", 13824),
+            in_channels=in_channels,
+            out_channels=config.get("out_channels", 16) or in_channels,
+            text_dim=config.get("text_dim", 4096),
+            freq_dim=config.get("freq_dim", 256),
+            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
+            cross_attn_norm=config.get("cross_attn_norm", True),
+            eps=config.get("eps", 1e-6),
+            image_dim=config.get("image_dim"),
+            added_kv=added is not None,
+            pos_embed_seq_len=config.get("pos_embed_seq_len"),
+        )
+
+
+VAE_LATENT_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    # Mean and standard deviation per latent channel of the published Wan2.1 (16) and Wan2.2 (48) autoencoders.
+    # fmt: off
+    16: (
+        (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
+         -0.9497, 0.2503, -0.2921),
+        (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253,
+         2.8251, 1.9160),
+    ),
+    48: (
+        (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
+         -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055,
+         -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083,
+         -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+        (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+         0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+         0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
+         0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ),
+    # fmt: on
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a Wan autoencoder; the defaults are Wan2.1 (4x8x8, 16 channels).
+
+    ``residual`` selects the Wan2.2 architecture (parameter-free shortcuts round every stage) and ``patch_size`` its
+    folding of pixels into channels before the encoder. ``latents_mean`` and ``latents_std`` have one number a channel.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    residual: bool = False
+    patch_size: int = 1
+    pixel_channels: int = 3
+    latents_mean: tuple[float, ...] = VAE_LATENT_STATISTICS[16][0]
+    latents_std: tuple[float, ...] = VAE_LATENT_STATISTICS[16][1]
+
+    def __post_init__(self) -> None:
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise InputError(f"{name}: expected {self.z_dim} numbers (z_dim), got {len(getattr(self, name))}")
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise InputError(
+                f"temperal_downsample: expected {len(self.dim_mult) - 1} entries for {len(self.dim_mult)} stages,"
+                f" got {len(self.temporal_downsample)}"
+            )
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames for each latent frame after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels, in each direction, for each latent pixel."""
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> VAEConfig:
+        """From the ``config.json`` of a diffusers ``AutoencoderKLWan``."""
+        if config.get("attn_scales"):
+            raise InputError(f"attn_scales: only [] is supported, got {config['attn_scales']}")
+        patch_size = config.get("patch_size") or 1
+        folded, given = 3 * patch_size**2, config.get("in_channels", 3)
+        if given != folded or config.get("out_channels", 3) != folded:
+            raise InputError(
+                f"in_channels, out_channels: expected {folded} (RGB at patch_size {patch_size}),"
+                f" got {given} and {config.get('out_channels', 3)}"
+            )
+        base_dim = config.get("base_dim", 96)
+        return cls(
+            base_dim=base_dim,
+            decoder_base_dim=config.get("decoder_base_dim") or base_dim,
+            z_dim=config.get("z_dim", 16),
+            dim_mult=tuple(config.get("dim_mult", (1, 2, 4, 4))),
+            num_res_blocks=config.get("num_res_blocks", 2),
+            temporal_downsample=tuple(config.get("temperal_downsample", (False, True, True))),
+            residual=config.get("is_residual", False),
+            patch_size=patch_size,
+            pixel_channels=folded,
+            latents_mean=tuple(config.get("latents_mean", VAE_LATENT_STATISTICS[16][0])),
+            latents_std=tuple(config.get("latents_std", VAE_LATENT_STATISTICS[16][1])),
+        )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The two stages of a pipeline and the size at which it is meant to run (pixels, frames, frames a second)."""
+
+    stage_one: DiTConfig
+    stage_two: DiTConfig
+    vae: VAEConfig
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    description: str
+
+
+def stage_two_config(base: DiTConfig) -> DiTConfig:
+    """The Stage II variant of a DiT: its input is latents, mask and reference side by side on the channel axis."""
+    return replace(base, in_channels=2 * base.out_channels + MASK_CHANNELS, image_dim=None, added_kv=False)
+
+
+_VAE_22 = VAEConfig(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    residual=True,
+    patch_size=2,
+    pixel_channels=12,
+    latents_mean=VAE_LATENT_STATISTICS[48][0],
+    latents_std=VAE_LATENT_STATISTICS[48][1],
+)
+_DIT_1B = DiTConfig()
+_DIT_5B = DiTConfig(num_heads=24, ffn_dim=14336, in_channels=48, out_channels=48)
+_DIT_14B = DiTConfig(num_heads=40, ffn_dim=13824, num_layers=40, in_channels=36)
+_DIT_TINY = DiTConfig(num_heads=2, head_dim=64, num_layers=2, ffn_dim=256, text_dim=64, freq_dim=64)
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        stage_one=stage_two_config(_DIT_TINY),
+        stage_two=stage_two_config(_DIT_TINY),
+        vae=VAEConfig(base_dim=4, decoder_base_dim=4),
+        width=256,
+        height=144,
+        num_frames=81,
+        fps=16,
+        description="both stages tiny, Wan2.1 VAE shape; for CPUs",
+    ),
+    "tiny-vae22": Preset(
+        stage_one=replace(_DIT_TINY, in_channels=48, out_channels=48),
+        stage_two=stage_two_config(replace(_DIT_TINY, out_channels=48)),
+        vae=replace(_VAE_22, base_dim=4, decoder_base_dim=4),
+        width=256,
+        height=160,
+        num_frames=81,
+        fps=24,
+        description="both stages tiny, Wan2.2 VAE shape; for CPUs",
+    ),
+    "1.3b": Preset(
+        stage_one=stage_two_config(_DIT_1B),
+        stage_two=stage_two_config(_DIT_1B),
+        vae=VAEConfig(),
+        width=2560,
+        height=1408,
+        num_frames=81,
+        fps=16,
+        description="Stage I and Stage II of 1.3B, Wan2.1 VAE",
+    ),
+    "14b-1.3b": Preset(
+        stage_one=_DIT_14B,
+        stage_two=stage_two_config(_DIT_1B),
+        vae=VAEConfig(),
+        width=2560,
+        height=1408,
+        num_frames=81,
+        fps=16,
+        description="Stage I of 14B (Wan2.2 I2V-A14B shape), Stage II of 1.3B, Wan2.1 VAE",
+    ),
+    "5b": Preset(
+        stage_one=_DIT_5B,
+        stage_two=stage_two_config(_DIT_5B),
+        vae=_VAE_22,
+        width=2560,
+        height=1408,
+        num_frames=81,
+        fps=24,
+        description="Stage I and Stage II of 5B (Wan2.2 TI2V shape), Wan2.2 VAE",
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``.
+
+    Raises:
+        InputError: there is none; the message lists those that exist.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

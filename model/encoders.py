@@ -1,0 +1,110 @@
+"""Text and image embeddings: UMT5 and CLIP by transformers, a file of precomputed ones, or the empty prompt.
+
+Wan reads 512 text positions. The prompt's tokens come first, the rest are zero vectors, and the DiT attends to all.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError, require
+
+TEXT_LENGTH = 512
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repairs broken Unicode, HTML entities and white space, as Wan's own pipeline does."""
+    text = require("ftfy", "generate").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def encode_prompt(
+    prompt: str, weights: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The UMT5 embedding ``[1, 512, text_dim]`` of a prompt, zero behind its last token.
+
+    Args:
+        prompt: any text; longer ones are cut at 512 tokens.
+        weights: a directory with ``text_encoder`` and ``tokenizer``, as diffusers saves them.
+        dtype, device: of the encoder. It is 11 GB in bfloat16, loaded for this call and released.
+
+    Raises:
+        InputError: transformers is missing or the directory does not hold an encoder.
+    """
+    transformers = require("transformers", "generate")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(weights / "tokenizer", local_files_only=True)
+        encoder = transformers.UMT5EncoderModel.from_pretrained(
+            weights / "text_encoder", dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"weights: no UMT5 encoder in {weights}: {str(error).splitlines()[0]}") from error
+    tokens = tokenizer(clean_prompt(prompt), max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    encoder = encoder.to(device).eval()
+    with torch.inference_mode():
+        # Without padding: the masked run of the padded sequence gives the same embedding.
+        states = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
+    return _pad(states.float())
+
+
+def load_text_embedding(path: Path, text_dim: int) -> Tensor:
+    """A precomputed embedding ``[1, 512, text_dim]`` from a safetensors file with one tensor ``[L, D]`` or ``[1, L, D]``.
+
+    Raises:
+        InputError: the file is unreadable or its tensor has another shape.
+    """
+    safetensors = require("safetensors.torch", "generate")
+    if not path.is_file():
+        raise InputError(f"text-embeddings: {path} does not exist")
+    try:
+        tensors = safetensors.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"text-embeddings: {path} is not a readable safetensors file: {error}") from error
+    if len(tensors) != 1:
+        raise InputError(f"text-embeddings: expected one tensor in {path}, got {', '.join(sorted(tensors)) or 'none'}")
+    (states,) = tensors.values()
+    states = states.float() if states.ndim == 3 else states.float().unsqueeze(0)
+    if states.ndim != 3 or states.shape[0] != 1 or states.shape[1] > TEXT_LENGTH or states.shape[2] != text_dim:
+        given = tuple(next(iter(tensors.values())).shape)
+        raise InputError(f"text-embeddings: expected [L <= {TEXT_LENGTH}, {text_dim}] in {path}, got {given}")
+    return _pad(states)
+
+
+def empty_text(text_dim: int) -> Tensor:
+    """The embedding ``[1, 512, text_dim]`` that stands for no text where there is no encoder: all zero."""
+    return torch.zeros(1, TEXT_LENGTH, text_dim)
+
+
+def encode_image(
+    image: Any, weights: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The CLIP tokens ``[1, 257, image_dim]`` that Wan2.1 I2V attends to: the last but one hidden state.
+
+    Args:
+        image: the PIL image in its own size.
+        weights: a directory with ``image_encoder`` and ``image_processor``, as diffusers saves them.
+
+    Raises:
+        InputError: transformers is missing or the directory does not hold an encoder.
+    """
+    transformers = require("transformers", "generate")
+    try:
+        processor = transformers.CLIPImageProcessor.from_pretrained(weights / "image_processor", local_files_only=True)
+        encoder = transformers.CLIPVisionModel.from_pretrained(
+            weights / "image_encoder", dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"weights: Stage I needs a CLIP encoder in {weights}: {str(error).splitlines()[0]}") from error
+    pixels = processor(images=image, return_tensors="pt").pixel_values.to(device, dtype)
+    with torch.inference_mode():
+        return encoder.to(device).eval()(pixels, output_hidden_states=True).hidden_states[-2].float()
+
+
+def _pad(states: Tensor) -> Tensor:
+    return torch.nn.functional.pad(states, (0, 0, 0, TEXT_LENGTH - states.shape[1]))

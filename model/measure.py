@@ -1,0 +1,86 @@
+"""Time of the pipeline's stages and peak memory, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+class StageTimer:
+    """Adds up the time of named stages, each without the stages that run inside it.
+
+    The stages of the pipeline are nested iterators (the file pulls frames from the decoder, which pulls blocks from the
+    sampler); the time between two marks is charged to the innermost stage. On CUDA the marks are device events, so
+    nothing waits for the GPU until :attr:`seconds` is read.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._stack: list[str] = []
+        self._laps: list[tuple[str, object, object]] = []
+        self._last: object = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Charges the body to ``name``."""
+        self._mark()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._stack.pop()
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the time that making each one takes is charged to ``name``."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, in the order in which the stages first ended."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for name, start, stop in self._laps:
+            totals[name] += start.elapsed_time(stop) / 1000 if self._cuda else stop - start
+        return dict(totals)
+
+    def _mark(self) -> None:
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        if self._stack:
+            self._laps.append((self._stack[-1], self._last, now))
+        self._last = now
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes so far and what they count: the CUDA allocator's peak, or the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, whole process"
+
+
+def format_bytes(count: float) -> str:
+    """``1.5 GiB``, ``12 MiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

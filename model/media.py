@@ -1,0 +1,133 @@
+"""Photographs in, video files out. Pillow decodes and PyAV (FFmpeg) encodes; both are in the ``generate`` extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import InputError, require
+
+
+def open_image(path: str | Path) -> Any:
+    """A photograph as a PIL image in RGB, upright (EXIF orientation applied), transparency on white.
+
+    Raises:
+        InputError: the file is missing, empty or not an image.
+    """
+    pil = require("PIL.Image", "generate")
+    ops = require("PIL.ImageOps", "generate")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"image: {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if path.stat().st_size == 0:
+        raise InputError(f"image: {path} is empty (0 bytes)")
+    try:
+        with pil.open(path) as file:
+            image = ops.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):
+                # 16-bit greyscale: Pillow's own conversion clips to 255 instead of scaling.
+                levels = np.asarray(image, dtype=np.float32)
+                image = pil.fromarray((levels / max(float(levels.max()), 1.0) * 255).astype(np.uint8))
+            image = image.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise InputError(f"image: {path} is not a readable image: {error}") from error
+    white = pil.new("RGBA", image.size, "white")
+    return pil.alpha_composite(white, image).convert("RGB")
+
+
+def fit_image(image: Any, width: int, height: int) -> Tensor:
+    """Scales a PIL image to cover ``width x height``, crops the centre, returns ``[1, 3, 1, H, W]`` in -1..1."""
+    pil = require("PIL.Image", "generate")
+    ops = require("PIL.ImageOps", "generate")
+    fitted = ops.fit(image, (width, height), method=pil.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)) / 127.5 - 1
+    return pixels.permute(2, 0, 1)[None, :, None].contiguous()
+
+
+def to_uint8(video: Tensor) -> Iterator[np.ndarray]:
+    """Frames ``[H, W, 3]`` uint8 of a video ``[1, 3, F, H, W]`` in -1..1."""
+    pixels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+class VideoWriter:
+    """Writes frames to an H.264 MP4 as they come.
+
+    The file is written under a temporary name and takes its own when it is complete. If the work behind it fails or is
+    interrupted, the frames written so far are kept, playable, as ``NAME.partial.mp4``; with no frame nothing is left.
+
+    Args:
+        path: the file to write; must end in ``.mp4``.
+        width, height: pixels, both even.
+        fps: frames a second.
+        crf: quality of x264; 0 is lossless, 18 is visually lossless.
+
+    Raises:
+        InputError: another suffix, or the directory cannot be written.
+    """
+
+    def __init__(self, path: str | Path, width: int, height: int, fps: int, crf: int = 16):
+        self.path = check_video_path(path)
+        self._av = require("av", "generate")
+        self._numbers = width, height, fps, crf
+        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.mp4")
+        self.num_frames = 0
+
+    @property
+    def partial_path(self) -> Path:
+        """Where the frames stay if the work is not finished."""
+        return self.path.with_suffix(".partial.mp4")
+
+    def __enter__(self) -> VideoWriter:
+        width, height, fps, crf = self._numbers
+        self._container = self._av.open(str(self._temporary), "w")
+        self._stream = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "medium"})
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        return self
+
+    def write(self, frames: Iterable[np.ndarray]) -> None:
+        """Encodes frames ``[H, W, 3]`` uint8."""
+        for pixels in frames:
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
+            self.num_frames += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        complete = kind is None and self.num_frames > 0
+        try:
+            if self.num_frames:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if self.num_frames:
+                os.replace(self._temporary, self.path if complete else self.partial_path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def check_video_path(path: str | Path) -> Path:
+    """``path`` if an MP4 can be written there; makes the directory.
+
+    Raises:
+        InputError: another suffix, a directory, or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"out: expected a name that ends in .mp4, got {path}")
+    if path.is_dir():
+        raise InputError(f"out: {path} is a directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the directory {path.parent}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"out: cannot write to {path.parent}")
+    return path

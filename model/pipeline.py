@@ -1,0 +1,184 @@
+"""The two stages of SwiftI2V, each a function, and what joins them.
+
+    image -> Stage I (360P, few steps) -> z_low                                     make_motion
+    z_low -> decode -> upsample -> frame 0 := image -> encode -> z_ref              make_reference
+    z_ref -> Stage II, segment by segment                                           model.csg.sample_latents
+    anchor and segments -> decode -> frames, as soon as each segment is done        decode_frames
+
+Everything is streamed in time: no full-size clip of pixels is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import DiTConfig, VAEConfig
+from model.csg import dit_input
+from model.dit import WanDiT
+from model.errors import InputError
+from model.media import to_uint8
+from model.scheduler import NUM_TRAIN_TIMESTEPS, block_noise, euler_step
+from model.vae import WanVAE
+
+STAGE = 1
+# Stage I works at 360P: its shorter side has at most this many pixels, and at most half of the target's.
+STAGE_ONE_SHORT_SIDE = 352
+
+
+def nearest_multiple(size: int, multiple: int) -> int:
+    """The multiple of ``multiple`` (at least one) next to ``size``."""
+    return max(round(size / multiple), 1) * multiple
+
+
+def size_multiple(vae: VAEConfig, dit: DiTConfig) -> int:
+    """Frame width and height must be multiples of this many pixels: latent pixel times patch."""
+    return vae.spatial_stride * max(dit.patch_size[1:])
+
+
+def check_size(width: int, height: int, multiple: int) -> None:
+    """Raises :class:`InputError` unless both are positive multiples; offers the nearest size that is."""
+    if width < 1 or height < 1 or width % multiple or height % multiple:
+        near = f"{nearest_multiple(width, multiple)}x{nearest_multiple(height, multiple)}"
+        raise InputError(f"size: width and height must be multiples of {multiple}, got {width}x{height}; nearest: {near}")
+
+
+def check_frames(num_frames: int, stride: int = 4) -> int:
+    """Number of latent frames of a clip of ``num_frames`` frames, which must be ``1 + stride * n``, n at least 1."""
+    if num_frames < 1 + stride or (num_frames - 1) % stride:
+        near = 1 + stride * max(round((num_frames - 1) / stride), 1)
+        raise InputError(f"frames: expected 1 + {stride}n (5, 9, ... for 4), got {num_frames}; nearest: {near}")
+    return 1 + (num_frames - 1) // stride
+
+
+def area_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
+    """Width and height with about ``area`` pixels in the aspect ratio of ``image_size`` (width, height)."""
+    ratio = image_size[0] / image_size[1]
+    return nearest_multiple(round((area * ratio) ** 0.5), multiple), nearest_multiple(round((area / ratio) ** 0.5), multiple)
+
+
+def stage_one_size(width: int, height: int, multiple: int) -> tuple[int, int]:
+    """Stage I's size for a target of ``width x height``: 2560x1408 gives 640x352."""
+    scale = min(STAGE_ONE_SHORT_SIDE / min(width, height), 0.5)
+    return nearest_multiple(round(width * scale), multiple), nearest_multiple(round(height * scale), multiple)
+
+
+def make_motion(
+    dit: WanDiT,
+    vae: WanVAE,
+    picture: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    num_blocks: int,
+    sigmas: Sequence[float],
+    seed: int,
+    low_noise_dit: WanDiT | None = None,
+    boundary: float = 0.9,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Stage I: the motion reference at low resolution, all blocks in one window.
+
+    A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]`` on
+    the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep 0.
+
+    Args:
+        dit: the Stage I model (of Wan2.2 A14B, the high-noise expert).
+        picture: the input image at Stage I's size, ``[1, 3, 1, H, W]`` in -1..1.
+        text, image: text embedding and CLIP tokens as the DiT takes them.
+        num_blocks: latent frames.
+        sigmas: noise levels from 1 to 0.
+        seed: of the noise, which is drawn per block.
+        low_noise_dit: Wan2.2 A14B's second expert, used below ``boundary``.
+        on_step: called after every step with (step, number of steps).
+
+    Returns:
+        ``[1, z, num_blocks, h, w]`` float32.
+    """
+    z, stride = vae.config.z_dim, vae.config.temporal_stride
+    replaces_first = dit.config.in_channels == z
+    if replaces_first:
+        condition = vae.encode(picture).float()
+    else:
+        grey = picture.new_zeros(1, 3, stride, *picture.shape[3:])
+        condition = torch.cat(list(vae.encode_stream(chain([picture], [grey] * (num_blocks - 1)))), dim=2).float()
+    x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
+    mask = condition.new_tensor([1.0] + [0.0] * (num_blocks - 1))
+    for step, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True), start=1):
+        expert = dit if low_noise_dit is None or sigma >= boundary else low_noise_dit
+        timestep = condition.new_full((1,), NUM_TRAIN_TIMESTEPS * sigma)
+        if replaces_first:
+            x[:, :, :1] = condition
+            timestep = timestep * (1 - mask).unsqueeze(0)
+            velocity = expert(x, timestep, text, image)
+        else:
+            velocity = expert(dit_input(x, mask, condition, dit.config.in_channels), timestep, text, image)
+        x = euler_step(x, velocity, sigma, next_sigma)
+        if on_step is not None:
+            on_step(step, len(sigmas) - 1)
+    if replaces_first:
+        x[:, :, :1] = condition
+    return x
+
+
+def make_reference(
+    motion: Tensor,
+    motion_vae: WanVAE,
+    vae: WanVAE,
+    picture: Tensor,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Hybrid reference: the motion decoded, upsampled, its first frame replaced by the image, and encoded again.
+
+    Args:
+        motion: Stage I's latents ``[1, z_low, T, h, w]``.
+        motion_vae, vae: of Stage I and of Stage II; often the same.
+        picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
+        on_block: called after every block with (block, number of blocks), counted from 1.
+
+    Returns:
+        ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
+
+    Raises:
+        InputError: the two VAEs have different temporal strides.
+    """
+    if motion_vae.config.temporal_stride != vae.config.temporal_stride:
+        strides = motion_vae.config.temporal_stride, vae.config.temporal_stride
+        raise InputError(f"stage1_vae: both VAEs must have the same temporal stride, got {strides[0]} and {strides[1]}")
+    height, width = picture.shape[3:]
+
+    def frames() -> Iterator[Tensor]:
+        for i, low in enumerate(motion_vae.decode_stream(motion.split(1, dim=2))):
+            if i == 0:
+                yield picture
+                continue
+            flat = low.float().transpose(1, 2).flatten(0, 1)
+            big = F.interpolate(flat, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+            yield big.unflatten(0, (1, -1)).transpose(1, 2)
+
+    blocks = []
+    for block in vae.encode_stream(frames()):
+        blocks.append(block.float())
+        if on_block is not None:
+            on_block(len(blocks), motion.shape[2])
+    return torch.cat(blocks, dim=2)
+
+
+def decode_frames(vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor]) -> Iterator[list[np.ndarray]]:
+    """Frames ``[H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
+
+    Args:
+        anchor: block 0, ``[1, z, 1, h, w]``.
+        segments: blocks ``[1, z, m, h, w]``.
+
+    Yields:
+        The frames of one block.
+    """
+    blocks = chain.from_iterable(segment.split(1, dim=2) for segment in chain([anchor], segments))
+    for video in vae.decode_stream(blocks):
+        yield list(to_uint8(video))
