@@ -1,8 +1,8 @@
 """SwiftI2V (arXiv 2605.06356) in lean PyTorch: two Wan-compatible DiTs, the Wan VAE and segment-wise generation.
 
 Reading order: ``config`` (what is built), ``dit``, ``vae``, ``csg`` (the windows and their sampler), ``pipeline`` (the
-two stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings, ``media``
-photographs and video files.
+two stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings,
+``media`` photographs and video files.
 """
 
 from model.config import DiTConfig, VAEConfig

@@ -92,7 +92,9 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
     keys = list(keys)
     if not is_original(keys):
         return lambda key: key
-    resamplers = {re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search(r"resample|time_conv", key)}
+    resamplers = {
+        re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search(r"resample|time_conv", key)
+    }
     nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in keys)
     # In the flat numbering of version 2.1 a decoder stage is its residual blocks and one resampler.
     flat = sorted(int(name.split(".")[2]) for name in resamplers if name.startswith("decoder.")) if not nested else []
@@ -139,7 +141,7 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
     heads = original_config.get("num_heads", dim // 128 if dim % 128 == 0 else None)
     if heads is None:
         raise InputError(
-            f"the number of heads cannot be read from the tensors (width {dim} is not a multiple of Wan's head_dim 128);"
+            f"the number of heads cannot be read from the tensors (width {dim} is not a multiple of Wan's 128);"
             " put a config.json beside the file or pass config="
         )
     position = shapes.get("condition_embedder.image_embedder.pos_embed")

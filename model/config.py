@@ -71,9 +71,9 @@ class DiTConfig:
         )
 
 
+# Mean and standard deviation per latent channel of the published Wan2.1 (16) and Wan2.2 (48) autoencoders.
+# fmt: off
 VAE_LATENT_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    # Mean and standard deviation per latent channel of the published Wan2.1 (16) and Wan2.2 (48) autoencoders.
-    # fmt: off
     16: (
         (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
          -0.9497, 0.2503, -0.2921),
@@ -90,8 +90,8 @@ VAE_LATENT_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = 
          0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
          0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ),
-    # fmt: on
 }
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ no left neighbour besides the anchor; the last segment is short if M does not di
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,10 +31,10 @@ from model.dit import WanDiT
 from model.errors import InputError
 from model.scheduler import NUM_TRAIN_TIMESTEPS, block_noise, euler_step
 
-#: ``bidirectional``: conditioning and noisy blocks attend to each other. ``causal``: conditioning blocks see
-#: conditioning blocks only, so their keys and values are computed once a segment. ``end_to_end``: one window of all
-#: blocks.
-MODES = ("bidirectional", "causal", "end_to_end")
+#: ``end_to_end``: one window of all blocks. ``bidirectional``: conditioning and noisy blocks of a window attend to each
+#: other. ``causal``: conditioning blocks see conditioning blocks only, so their keys and values are made
+#: once a segment.
+MODES = ("end_to_end", "bidirectional", "causal")
 
 STAGE = 2
 
@@ -73,7 +74,12 @@ class SegmentPlan:
     neighbours_right: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_blocks", 2), ("blocks_per_segment", 1), ("neighbours_left", 0), ("neighbours_right", 0)):
+        for name, least in (
+            ("num_blocks", 2),
+            ("blocks_per_segment", 1),
+            ("neighbours_left", 0),
+            ("neighbours_right", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
@@ -193,7 +199,7 @@ def _segments(
         motion = reference[:, :, list(window.noisy)]
         x = block_noise(seed, STAGE, window.noisy, (z, height, width)).to(reference)
         velocity = make_velocity(dit, given, motion, context, window)
-        for step, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True), start=1):
+        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), start=1):
             x = euler_step(x, velocity(x, NUM_TRAIN_TIMESTEPS * sigma), sigma, next_sigma)
             if on_step is not None:
                 on_step(segment, len(plan), step, len(sigmas) - 1)

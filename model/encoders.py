@@ -20,7 +20,7 @@ TEXT_LENGTH = 512
 
 def clean_prompt(prompt: str) -> str:
     """Repairs broken Unicode, HTML entities and white space, as Wan's own pipeline does."""
-    text = require("ftfy", "generate").fix_text(prompt)
+    text = require("ftfy", "text").fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
@@ -37,7 +37,7 @@ def encode_prompt(
     Raises:
         InputError: transformers is missing or the directory does not hold an encoder.
     """
-    transformers = require("transformers", "generate")
+    transformers = require("transformers", "text")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(weights / "tokenizer", local_files_only=True)
         encoder = transformers.UMT5EncoderModel.from_pretrained(
@@ -54,7 +54,7 @@ def encode_prompt(
 
 
 def load_text_embedding(path: Path, text_dim: int) -> Tensor:
-    """A precomputed embedding ``[1, 512, text_dim]`` from a safetensors file with one tensor ``[L, D]`` or ``[1, L, D]``.
+    """A precomputed embedding ``[1, 512, text_dim]`` from a safetensors file with one tensor ``[L, D]``.
 
     Raises:
         InputError: the file is unreadable or its tensor has another shape.
@@ -93,7 +93,7 @@ def encode_image(
     Raises:
         InputError: transformers is missing or the directory does not hold an encoder.
     """
-    transformers = require("transformers", "generate")
+    transformers = require("transformers", "text")
     try:
         processor = transformers.CLIPImageProcessor.from_pretrained(weights / "image_processor", local_files_only=True)
         encoder = transformers.CLIPVisionModel.from_pretrained(

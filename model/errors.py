@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Bad input. The message names what was given and what is allowed; commands print it as one line and exit with 2."""
+    """Bad input: the message names what was given and what is allowed. Commands print it and exit with code 2."""
 
 
 def require(module: str, extra: str) -> ModuleType:

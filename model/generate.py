@@ -115,7 +115,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours behind it (default 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,11 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("photo", metavar="PHOTO", help="the first frame: any image that Pillow reads")
     parser.add_argument("--out", required=True, metavar="FILE.mp4", help="the video to write")
     parser.add_argument("--prompt", default="", help="what should happen; needs a text encoder in --weights")
-    parser.add_argument("--text-embeddings", type=Path, metavar="FILE", help="precomputed, one safetensors tensor [L, D]")
+    parser.add_argument(
+        "--text-embeddings", type=Path, metavar="FILE", help="precomputed, one safetensors tensor [L, D]"
+    )
     parser.add_argument("--size", metavar="WxH", help="default: the preset's area in the photograph's aspect ratio")
     parser.add_argument("--frames", type=int, help="1 + 4n (default 81)")
     parser.add_argument("--fps", type=positive, help="frames a second (default: the preset's)")
-    parser.add_argument("--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)")
+    parser.add_argument(
+        "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
+    )
     add_model_options(parser)
     return parser
 

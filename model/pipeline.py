@@ -11,7 +11,7 @@ Everything is streamed in time: no full-size clip of pixels is ever held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ def check_size(width: int, height: int, multiple: int) -> None:
     """Raises :class:`InputError` unless both are positive multiples; offers the nearest size that is."""
     if width < 1 or height < 1 or width % multiple or height % multiple:
         near = f"{nearest_multiple(width, multiple)}x{nearest_multiple(height, multiple)}"
-        raise InputError(f"size: width and height must be multiples of {multiple}, got {width}x{height}; nearest: {near}")
+        raise InputError(
+            f"size: width and height must be multiples of {multiple}, got {width}x{height}; nearest: {near}"
+        )
 
 
 def check_frames(num_frames: int, stride: int = 4) -> int:
@@ -59,7 +61,9 @@ def check_frames(num_frames: int, stride: int = 4) -> int:
 def area_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
     """Width and height with about ``area`` pixels in the aspect ratio of ``image_size`` (width, height)."""
     ratio = image_size[0] / image_size[1]
-    return nearest_multiple(round((area * ratio) ** 0.5), multiple), nearest_multiple(round((area / ratio) ** 0.5), multiple)
+    return nearest_multiple(round((area * ratio) ** 0.5), multiple), nearest_multiple(
+        round((area / ratio) ** 0.5), multiple
+    )
 
 
 def stage_one_size(width: int, height: int, multiple: int) -> tuple[int, int]:
@@ -84,8 +88,8 @@ def make_motion(
 ) -> Tensor:
     """Stage I: the motion reference at low resolution, all blocks in one window.
 
-    A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]`` on
-    the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep 0.
+    A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
+    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep 0.
 
     Args:
         dit: the Stage I model (of Wan2.2 A14B, the high-noise expert).
@@ -109,7 +113,7 @@ def make_motion(
         condition = torch.cat(list(vae.encode_stream(chain([picture], [grey] * (num_blocks - 1)))), dim=2).float()
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
     mask = condition.new_tensor([1.0] + [0.0] * (num_blocks - 1))
-    for step, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True), start=1):
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
         expert = dit if low_noise_dit is None or sigma >= boundary else low_noise_dit
         timestep = condition.new_full((1,), NUM_TRAIN_TIMESTEPS * sigma)
         if replaces_first:

@@ -14,6 +14,7 @@ Module names are those of diffusers' ``AutoencoderKLWan``; see ``model/weights.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -41,7 +42,14 @@ class CausalConv3d(nn.Conv3d):
                 past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
             x = torch.cat((past, x), dim=2)
             state[self] = x[:, :, -self.history :].clone()
-        return super().forward(x)
+        return self._fold_time(x) if x.device.type == "cpu" else super().forward(x)
+
+    def _fold_time(self, x: Tensor) -> Tensor:
+        # On the CPU torch sends small 3D convolutions to a naive loop; as a 2D one over (channel, tap) it is 5x faster.
+        frames = rearrange(x.unfold(2, self.history + 1, 1), "b c t h w tap -> (b t) (c tap) h w")
+        weight = rearrange(self.weight, "out c tap y x -> out (c tap) y x")
+        y = F.conv2d(frames, weight, self.bias, padding=self.padding[1:])
+        return rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 class RMSNorm(nn.Module):
@@ -54,7 +62,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises in float32 and rounds before the gain, as diffusers does."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.normalize(x.to(wide), dim=1).to(x.dtype) * self.gamma.shape[0] ** 0.5 * self.gamma
+        y = x.to(wide)
+        length = y.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+        return (y / length).to(x.dtype) * self.gamma.shape[0] ** 0.5 * self.gamma
 
 
 class ResidualBlock(nn.Module):
@@ -161,7 +171,7 @@ class ResidualDownStage(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, num_blocks: int, down: bool, temporal: bool):
         super().__init__()
         dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.downsampler = Downsample(dim_out, temporal) if down else None
         self.dim_out, self.factor_t, self.factor_s = dim_out, 2 if temporal else 1, 2 if down else 1
 
@@ -185,7 +195,7 @@ class ResidualUpStage(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
         super().__init__()
         dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.upsampler = Upsample(dim_out, dim_out, temporal) if up else None
         self.dim_out, self.factor_t = dim_out, 2 if temporal else 1
 
@@ -213,7 +223,7 @@ class PlainUpStage(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
         super().__init__()
         dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.upsamplers = nn.ModuleList([Upsample(dim_out, dim_out // 2, temporal)] if up else [])
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -232,7 +242,7 @@ class Encoder(nn.Module):
         last = len(config.dim_mult) - 1
         self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
         self.down_blocks = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             down, temporal = i != last, i != last and config.temporal_downsample[i]
             if config.residual:
                 stage = ResidualDownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
@@ -265,9 +275,11 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3))
         self.mid_block = MidBlock(dims[0])
         self.up_blocks = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             # In Wan2.1 the upsampling before has halved the channels already.
-            stage, width = (ResidualUpStage, dim_in) if config.residual else (PlainUpStage, dim_in // 2 if i else dim_in)
+            stage, width = (
+                (ResidualUpStage, dim_in) if config.residual else (PlainUpStage, dim_in // 2 if i else dim_in)
+            )
             self.up_blocks.append(stage(width, dim_out, config.num_res_blocks + 1, i != last, temporal_upsample[i]))
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.pixel_channels, (3, 3, 3))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint_keys import dit_key_map, infer_dit_config, infer_vae_config, strip_prefix, vae_key_map
 from model.config import DiTConfig, VAEConfig

@@ -1,0 +1,1 @@
+"""Benchmarks: end-to-end against segment-wise generation, on this machine."""

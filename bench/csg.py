@@ -1,0 +1,367 @@
+"""End-to-end against segment-wise generation: same weights, same noise, same sampler; only the windows differ.
+
+For every clip length one photograph goes through Stage I and the reference once; then Stage II runs in each mode. A
+first pass of each mode warms up and measures peak memory; the timed passes follow, the modes in turn, so that a drift
+of the machine's speed falls on all of them alike. The longest clip is decoded and written in every mode.
+
+Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`bench.tensor_memory`); both are
+counted from what is resident when Stage II starts: weights included on CUDA, not included on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.environment import capture, process_memory
+from bench.plot import LABELS, plot_plan, plot_rows
+from bench.tensor_memory import TensorMemory
+from model.config import get_preset
+from model.csg import MODES, SegmentPlan, plan_for, sample_latents
+from model.dit import WanDiT
+from model.encoders import empty_text
+from model.errors import InputError, require
+from model.generate import (
+    add_model_options,
+    build_components,
+    image_embedding,
+    parse_size,
+    pick_device,
+    pick_dtype,
+    positive,
+)
+from model.measure import StageTimer, format_bytes
+from model.media import VideoWriter, fit_image, open_image
+from model.pipeline import (
+    check_frames,
+    check_size,
+    decode_frames,
+    make_motion,
+    make_reference,
+    size_multiple,
+    stage_one_size,
+)
+from model.scheduler import flow_sigmas
+from model.vae import WanVAE
+
+SCHEMA = "swifti2v-csg-1"
+PHOTO = Path(__file__).parent / "assets" / "rocket.jpg"
+
+EXAMPLES = """\
+examples:
+  python -m bench                             this machine's default sizes, the shipped photograph
+  python -m bench csg photo.jpg --quick       a few seconds on a CPU
+  python -m bench csg --frames 5,21,81,161 --size 256x144 --repeats 5
+  python -m bench csg --preset 5b --size 1280x704 --frames 17,81        (GPU)
+
+On a CPU: the tiny preset at 448x256. On CUDA: the 1.3b preset in bfloat16 at 2560x1408, or at 1280x704 on cards with
+less than 70 GiB. Without --weights the weights are random; time and memory do not depend on them.
+"""
+
+
+def add_parser(commands: Any, name: str) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        name,
+        help="end-to-end against segment-wise generation",
+        description="Time and peak memory of Stage II end-to-end and by CSG, on the same weights and noise.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("photo", nargs="?", metavar="PHOTO", default=PHOTO, help="default: the shipped photograph")
+    parser.add_argument("--frames", metavar="F,F,...", help="clip lengths, each 1 + 4n (default 5,21,41,81)")
+    parser.add_argument("--size", metavar="WxH", help="default: see below")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}")
+    parser.add_argument("--repeats", type=positive, help="timed passes of each mode (default 3; 1 on CUDA)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default out/csg-DATE-TIME)")
+    parser.add_argument("--json", action="store_true", help="also print the JSON")
+    parser.add_argument("--quick", action="store_true", help="two short clips, one pass")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The benchmark: measures, and after every clip length writes what there is so far."""
+    for module in ("av", "tqdm"):
+        require(module, "generate")
+    for module in ("matplotlib", "tabulate"):
+        require(module, "bench")
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        require("pynvml", "bench")
+    bench = _Benchmark(args, device)
+    folder = args.out or Path("out") / f"csg-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
+    if bench.components.weights is None:
+        print("random weights: the clips show the path, not quality; time and memory do not depend on the weights")
+    print(bench.headline())
+    result = {"schema": SCHEMA, "environment": capture(device), "settings": bench.settings(), "rows": []}
+    with require("tqdm", "generate").tqdm(total=bench.num_passes, unit="pass", dynamic_ncols=True) as bar:
+        for num_frames in bench.lengths:
+            try:
+                result["rows"] += bench.measure(num_frames, folder, bar)
+            finally:
+                _write_text(folder / "result.json", json.dumps(result, indent=1))
+    table = format_table(result)
+    _write_text(folder / "table.md", table + "\n")
+    if any(row["status"] == "ok" for row in result["rows"]):
+        plot_rows(result, folder)
+    plot_plan(SegmentPlan(check_frames(max(bench.lengths)), args.blocks, args.left, args.right), folder / "plan.png")
+    print(f"\n{table}\n")
+    if args.json:
+        print(json.dumps(result, indent=1))
+    print(f"results in {folder.resolve()}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+class _Benchmark:
+    """The models, the sizes and the passes of one run."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        cuda = device.type == "cuda"
+        self.args, self.device = args, device
+        self.dtype = pick_dtype(args.dtype, device)
+        if args.preset is None and args.weights is None:
+            args.preset = "1.3b" if cuda else "tiny"
+        self.photo = open_image(args.photo)
+        self.components = build_components(args, device, self.dtype)
+        self.fps = get_preset(args.preset or "1.3b").fps
+        small = not cuda or torch.cuda.get_device_properties(device).total_memory < 70 * 2**30
+        default_size = "448x256" if not cuda else "1280x704" if small else "2560x1408"
+        self.width, self.height = parse_size(args.size or ("256x160" if args.quick and not cuda else default_size))
+        multiple = size_multiple(self.components.vae_config, self.components.stage_two_config)
+        check_size(self.width, self.height, multiple)
+        self.lengths = _parse_lengths(args.frames or ("5,21" if args.quick else "5,21,41,81"))
+        for num_frames in self.lengths:
+            check_frames(num_frames, self.components.vae_config.temporal_stride)
+        self.modes = [mode.strip() for mode in args.modes.split(",")]
+        self.repeats = args.repeats or (1 if cuda or args.quick else 3)
+        for mode in self.modes:
+            plan_for(mode, self.plan(self.lengths[0]))
+        self.sigmas = flow_sigmas(args.steps, args.shift)
+        self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats))
+
+    def plan(self, num_frames: int) -> SegmentPlan:
+        return SegmentPlan(check_frames(num_frames), self.args.blocks, self.args.left, self.args.right)
+
+    def headline(self) -> str:
+        return (
+            f"{self.args.photo} at {self.width}x{self.height}, {', '.join(map(str, self.lengths))} frames,"
+            f" {self.args.steps} steps, M={self.args.blocks}, N={self.args.left}+{self.args.right},"
+            f" {self.settings()['model']}, {self.settings()['dtype']} on {self.device.type}"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        patch = self.components.stage_two_config.patch_size
+        stride = self.components.vae_config.spatial_stride
+        return {
+            "model": str(self.components.weights or f"{self.args.preset} preset, random weights"),
+            "photo": str(self.args.photo),
+            "width": self.width,
+            "height": self.height,
+            "tokens_per_block": self.width * self.height // (stride**2 * patch[1] * patch[2]),
+            "steps": self.args.steps,
+            "stage_one_steps": self.args.stage1_steps,
+            "shift": self.args.shift,
+            "blocks_per_segment": self.args.blocks,
+            "neighbours_left": self.args.left,
+            "neighbours_right": self.args.right,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seed": self.args.seed,
+            "repeats": self.repeats,
+            "memory": "allocator peak" if self.device.type == "cuda" else "live tensor bytes, weights not counted",
+        }
+
+    def measure(self, num_frames: int, folder: Path, bar: Any) -> list[dict[str, Any]]:
+        """All rows of one clip length."""
+        longest = num_frames == max(self.lengths)
+        args, device, components = self.args, self.device, self.components
+        bar.set_description(f"{num_frames} frames, Stage I and reference")
+        text = empty_text(components.stage_one_config.text_dim).to(device)
+        image = image_embedding(components.stage_one_config, "stage1", self.photo, components, device)
+        timer = StageTimer(device)
+        vae = components.vae()
+        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
+        multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
+        low = fit_image(self.photo, *stage_one_size(self.width, self.height, multiple)).to(device)
+        dit, num_blocks = components.stage_one(), check_frames(num_frames)
+        low_noise = None if components.low_noise is None else components.low_noise()
+        with timer.stage("stage_one"):
+            options = {"sigmas": flow_sigmas(args.stage1_steps, args.shift), "seed": args.seed}
+            motion = make_motion(
+                dit, vae_one, low, text, image, num_blocks=num_blocks, low_noise_dit=low_noise, **options
+            )
+        del dit, low_noise
+        with timer.stage("reference"):
+            picture = fit_image(self.photo, self.width, self.height).to(device)
+            reference = make_reference(motion, vae_one, vae, picture)
+        shared = timer.seconds
+        bar.update()
+
+        vae = vae.to(self.dtype)
+        text = empty_text(components.stage_two_config.text_dim).to(device)
+        image = image_embedding(components.stage_two_config, "stage2", self.photo, components, device)
+        stage = _StageTwo(self, components.stage_two(), reference, text, image, self.plan(num_frames))
+        rows = {mode: self._row(mode, num_frames, shared) for mode in self.modes}
+        latents: dict[str, Tensor | None] = {}
+        for mode, row in rows.items():
+            bar.set_description(f"{num_frames} frames, {LABELS[mode]}")
+            latents[mode] = _guarded(row, stage.first_pass, mode, row)
+            bar.update()
+        for _ in range(self.repeats):
+            for mode, row in rows.items():
+                bar.set_description(f"{num_frames} frames, {LABELS[mode]}, timed")
+                if row["status"] == "ok":
+                    _guarded(row, stage.timed_pass, mode, row)
+                bar.update()
+        del stage
+        for mode, row in rows.items():
+            if row["status"] == "ok":
+                _finish(row, latents[mode], latents.get("end_to_end"))
+                if longest:
+                    path = folder / f"{mode if mode == 'end_to_end' else f'csg_{mode}'}.mp4"
+                    _guarded(row, self._decode, vae, latents[mode], path, row)
+        return list(rows.values())
+
+    def _row(self, mode: str, num_frames: int, shared: dict[str, float]) -> dict[str, Any]:
+        plan = plan_for(mode, self.plan(num_frames))
+        blocks = max(len(window.blocks) for window in plan)
+        return {
+            "mode": mode,
+            "num_frames": num_frames,
+            "num_blocks": plan.num_blocks,
+            "num_segments": len(plan),
+            "window_blocks": blocks,
+            "window_tokens": blocks * self.settings()["tokens_per_block"],
+            "status": "ok",
+            "stage_one_seconds": shared["stage_one"],
+            "reference_seconds": shared["reference"],
+            "runs": [],
+        }
+
+    def _decode(self, vae: WanVAE, latents: Tensor, path: Path, row: dict[str, Any]) -> None:
+        timer = StageTimer(self.device)
+        with VideoWriter(path, self.width, self.height, self.fps) as writer, timer.stage("file"):
+            for frames in timer.iterate("decode", decode_frames(vae, latents[:, :, :1], [latents[:, :, 1:]])):
+                writer.write(frames)
+        row["decode_seconds"], row["file_seconds"] = timer.seconds["decode"], timer.seconds["file"]
+        row["clip"] = path.name
+        row["total_seconds"] = (
+            row["stage_one_seconds"] + row["reference_seconds"] + row["stage_two_seconds"]["median"]
+            + row["decode_seconds"] + row["file_seconds"]
+        )  # fmt: skip
+
+
+class _StageTwo:
+    """Stage II of one clip length: the same inputs for every mode and pass."""
+
+    def __init__(
+        self, bench: _Benchmark, dit: WanDiT, reference: Tensor, text: Tensor, image: Tensor | None, plan: SegmentPlan
+    ):
+        self.bench, self.dit, self.reference, self.plan = bench, dit, reference, plan
+        self.context = text, image
+
+    def first_pass(self, mode: str, row: dict[str, Any]) -> Tensor:
+        """Warms up and measures peak memory; returns the clip's latents."""
+        if self.bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            latents = self._sample(mode)
+            row["stage_two_peak_bytes"] = torch.cuda.max_memory_allocated()
+            row["reserved_bytes"] = torch.cuda.max_memory_reserved()
+            row["process_bytes"] = process_memory(self.bench.device)
+            return latents
+        with TensorMemory() as memory:
+            latents = self._sample(mode)
+        row["stage_two_peak_bytes"] = memory.peak
+        return latents
+
+    def timed_pass(self, mode: str, row: dict[str, Any]) -> None:
+        """Times one whole Stage II."""
+        timer = StageTimer(self.bench.device)
+        with timer.stage("stage_two"):
+            self._sample(mode)
+        row["runs"].append(timer.seconds["stage_two"])
+
+    def _sample(self, mode: str) -> Tensor:
+        latents, seed = self.reference.clone(), self.bench.args.seed
+        segments = sample_latents(
+            self.dit, latents, *self.context, plan=self.plan, sigmas=self.bench.sigmas, seed=seed, mode=mode
+        )
+        for _ in segments:
+            pass
+        return latents
+
+
+def _guarded(row: dict[str, Any], work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``; out of memory becomes the row's status (and None) instead of the end of the benchmark."""
+    try:
+        return work(*args)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        row["status"], row["error"] = "out of memory", str(error).splitlines()[0] if str(error) else "MemoryError"
+    except RuntimeError as error:
+        # The CPU allocator raises a plain RuntimeError.
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        row["status"], row["error"] = "out of memory", str(error).splitlines()[0]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _finish(row: dict[str, Any], latents: Tensor, end_to_end: Tensor | None) -> None:
+    runs = row["runs"]
+    row["stage_two_seconds"] = {"median": statistics.median(runs), "min": min(runs), "max": max(runs)}
+    if end_to_end is not None:
+        row["difference_to_end_to_end"] = ((latents - end_to_end).norm() / end_to_end.norm()).item()
+
+
+def _parse_lengths(text: str) -> list[int]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise InputError(f"frames: expected numbers separated by commas, got {text!r}") from None
+    return lengths
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table; ratios are end-to-end over the row's mode, of the same clip length."""
+    base = {row["num_frames"]: row for row in result["rows"] if row["mode"] == "end_to_end" and row["status"] == "ok"}
+    headers = ["frames", "mode", "window, tokens", "Stage II, s", "spread", "times faster", "peak memory", "times less"]
+    headers += ["Stage I + reference, s", "decode, s"]
+    lines: list[Iterable[str]] = []
+    for row in result["rows"]:
+        cells = [str(row["num_frames"]), LABELS[row["mode"]], f"{row['window_tokens']:,}"]
+        if row["status"] != "ok":
+            lines.append([*cells, row["status"], *[""] * 6])
+            continue
+        time, peak, other = row["stage_two_seconds"], row["stage_two_peak_bytes"], base.get(row["num_frames"])
+        cells += [f"{time['median']:.3f}", f"{time['min']:.3f}-{time['max']:.3f}"]
+        cells += [f"{other['stage_two_seconds']['median'] / time['median']:.2f}" if other else ""]
+        cells += [format_bytes(peak), f"{other['stage_two_peak_bytes'] / peak:.2f}" if other else ""]
+        cells += [f"{row['stage_one_seconds'] + row['reference_seconds']:.1f}"]
+        cells += [f"{row['decode_seconds']:.1f}" if "decode_seconds" in row else ""]
+        lines.append(cells)
+    table = require("tabulate", "bench").tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    settings, environment = result["settings"], result["environment"]
+    caption = (
+        f"Measured on {environment['device']} ({environment['device_type']}), {settings['model']},"
+        f" {settings['width']}x{settings['height']}, {settings['steps']} steps, {settings['dtype']},"
+        f" torch {environment['packages']['torch']}, median of {settings['repeats']}."
+    )
+    return f"{table}\n\n{caption}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

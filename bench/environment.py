@@ -1,0 +1,120 @@
+"""What a figure depends on: machine, driver, versions and the state of the source."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "numpy", "einops", "av", "pillow")
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """A JSON-ready record of the environment."""
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device_type": device.type,
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": git_state(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = {
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **_nvml(device),
+        }
+    return record
+
+
+def device_name(device: torch.device) -> str:
+    """The name that stands beside every figure."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def process_memory(device: torch.device) -> int | None:
+    """Bytes that this process holds on the GPU by NVML's count, context included; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = _nvml_handle(device)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    except pynvml.NVMLError_NotSupported:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes.stdout.strip())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _nvml_handle(device: torch.device) -> Any:
+    import pynvml
+
+    # By UUID: torch's index counts visible devices only.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+
+def _nvml(device: torch.device) -> dict[str, Any]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = _nvml_handle(device)
+        return {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except pynvml.NVMLError as error:
+        return {"nvml_error": str(error)}
+    finally:
+        pynvml.nvmlShutdown()

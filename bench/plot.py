@@ -1,0 +1,91 @@
+"""Figures, drawn from the rows of a result and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.csg import SegmentPlan
+from model.errors import require
+
+COLOURS = {"end_to_end": "#c0392b", "bidirectional": "#1f6fb2", "causal": "#2e8b57"}
+LABELS = {"end_to_end": "end-to-end", "bidirectional": "CSG, bidirectional", "causal": "CSG, causal"}
+
+
+def plot_rows(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws time and peak memory of Stage II against clip length; returns the files ``time.png`` and ``memory.png``."""
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    scale, unit = (2**30, "GiB") if any(row["stage_two_peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
+    figures = (
+        ("time", "Stage II, seconds", lambda row: row["stage_two_seconds"]["median"]),
+        ("memory", f"Stage II, peak memory, {unit}", lambda row: row["stage_two_peak_bytes"] / scale),
+    )
+    return [_plot(result, rows, folder / f"{name}.png", label, value) for name, label, value in figures]
+
+
+def _plot(result: dict[str, Any], rows: list[dict[str, Any]], path: Path, label: str, value: Any) -> Path:
+    axes, figure = _axes((6.4, 4.2))
+    for mode, colour in COLOURS.items():
+        mine = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["num_frames"])
+        if not mine:
+            continue
+        x = [row["num_frames"] for row in mine]
+        axes.plot(x, [value(row) for row in mine], "o-", color=colour, label=LABELS[mode], linewidth=1.8, markersize=4)
+        if path.stem == "time":
+            low, high = ([row["stage_two_seconds"][key] for row in mine] for key in ("min", "max"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    settings = result["settings"]
+    axes.set_xlabel("clip length, frames")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.set_title(
+        f"{result['environment']['device']}\n{settings['model']}, {settings['width']}x{settings['height']},"
+        f" {settings['steps']} steps, {settings['dtype']}",
+        fontsize=9,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_plan(plan: SegmentPlan, path: Path) -> Path:
+    """Draws which blocks every window of a plan holds: one line a segment."""
+    axes, figure = _axes((8.4, 0.34 * len(plan) + 1.5))
+    kinds = {"anchor (input image)": "#e0a020", "neighbour": "#8fb8de", "noisy": "#1f6fb2"}
+    for line, window in enumerate(plan):
+        for block in range(plan.num_blocks):
+            axes.add_patch(_square(block, line, "#f2f2f2"))
+        for block in window.conditioning:
+            axes.add_patch(_square(block, line, kinds["anchor (input image)" if block == 0 else "neighbour"]))
+        for block in window.noisy:
+            axes.add_patch(_square(block, line, kinds["noisy"]))
+    axes.set_xlim(-0.5, plan.num_blocks - 0.5)
+    axes.set_ylim(len(plan) - 0.5, -0.5)
+    axes.set_yticks(range(len(plan)), [str(i + 1) for i in range(len(plan))])
+    axes.set_xticks(range(plan.num_blocks))
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_xlabel("block (latent frame) of the clip")
+    axes.set_ylabel("segment")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    handles = [_square(0, 0, colour) for colour in kinds.values()]
+    axes.legend(handles, kinds, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+    # Figure without pyplot: no display is looked for and no global state is left behind.
+    figure = require("matplotlib.figure", "bench").Figure(figsize=size, dpi=150, layout="constrained")
+    return figure.subplots(), figure
+
+
+def _square(x: float, y: float, colour: str) -> Any:
+    patches = require("matplotlib.patches", "bench")
+    return patches.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=colour, linewidth=0)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,46 @@
+"""Metadata, requirements and extras; build backend, ruff and pytest are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__init__.py").read_text())[1]
+
+GENERATE = ["av>=13", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"]
+TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
+BENCH = [*GENERATE, "matplotlib>=3.8", "nvidia-ml-py>=12", "tabulate>=0.9"]
+TEST = [*BENCH, *TEXT, "diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9"]
+
+setup(
+    name="swifti2v",
+    version=VERSION,
+    description="Triton-kernel library for high-resolution video diffusion, with SwiftI2V (2K image to video)",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The wheel is the operator library alone; model and bench run from a checkout.
+    packages=["swifti2v_kernels"],
+    package_data={"swifti2v_kernels": ["py.typed"]},
+    install_requires=["einops>=0.7", "numpy>=1.26", "torch>=2.6", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require={
+        "generate": GENERATE,
+        "text": TEXT,
+        "bench": BENCH,
+        "test": TEST,
+        "all": sorted({*GENERATE, *TEXT, *BENCH, *TEST}),
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
