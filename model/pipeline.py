@@ -89,7 +89,8 @@ def make_motion(
     """Stage I: the motion reference at low resolution, all blocks in one window.
 
     A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
-    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep 0.
+    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's
+    latent at timestep 0.
 
     Args:
         dit: the Stage I model (of Wan2.2 A14B, the high-noise expert).

@@ -1,0 +1,55 @@
+"""Seeds, tiny models and the rule for hardware tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from model import DiTConfig, VAEConfig, WanDiT, WanVAE
+from model.weights import random_weights
+
+TINY_DIT = DiTConfig(
+    num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
+)
+TINY_VAE = VAEConfig(
+    base_dim=4, decoder_base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1, 2, 3, 1)
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run where there is one, and say so where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_dit() -> WanDiT:
+    """A Stage II DiT for latents of 4 channels."""
+    return random_weights(WanDiT, TINY_DIT, 1)
+
+
+@pytest.fixture
+def tiny_vae() -> WanVAE:
+    """A Wan2.1-shaped VAE with 4 latent channels."""
+    return random_weights(WanVAE, TINY_VAE, 2)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photograph-like JPEG, not square."""
+    image = Image.linear_gradient("L").resize((150, 100)).convert("RGB")
+    ImageDraw.Draw(image).ellipse((40, 20, 110, 90), fill=(200, 80, 40))
+    path = tmp_path / "photo.jpg"
+    image.save(path)
+    return path

@@ -1,0 +1,137 @@
+"""The library's operators against the plain formula in float64, in every dtype, with awkward shapes and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swifti2v_kernels import gated_residual, norm_modulate, qk_norm_rope, rope_3d, segment_attention
+from tests.tolerances import EXACT, OPERATOR, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dense_attention(q, k, v, scale):
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * scale
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("lengths", [(7,), (1, 5), (4, 0, 3), (1, 1, 1)], ids=str)
+def test_attention_equals_softmax_over_the_union_of_sources(dtype, lengths):
+    q = torch.randn(2, 5, 3, 8, dtype=dtype)
+    sources = [tuple(torch.randn(2, 2, n, 3, 8, dtype=dtype).unbind(1)) for n in lengths]
+    expected = _dense_attention(q, *(torch.cat(part, dim=1) for part in zip(*sources, strict=True)), 8**-0.5)
+    assert relative_error(segment_attention(q, sources), expected) < OPERATOR[_name(dtype)]
+
+
+def test_attention_does_not_depend_on_how_keys_are_split_or_strided():
+    qkv = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64)
+    q, k, v = qkv.unbind(2)  # views of a fused projection: strided heads and tokens
+    whole = segment_attention(q, [(k, v)], scale=0.3)
+    split = segment_attention(q, [(k[:, 4:], v[:, 4:]), (k[:, :1], v[:, :1]), (k[:, 1:4], v[:, 1:4])], scale=0.3)
+    assert relative_error(split, whole) < EXACT
+    assert relative_error(whole, _dense_attention(q, k, v, 0.3)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], [(k, v)]), r"q: expected \[B, Lq, H, D\]"),
+        (lambda q, k, v: (q, []), "at least one"),
+        (lambda q, k, v: (q, [(k, v), (k[..., :4], v)]), r"sources\[1\]\.k"),
+        (lambda q, k, v: (q, [(k, v.half())]), r"sources\[0\]\.v.*float16"),
+        (lambda q, k, v: (q, [(k, v[:, 1:])]), "k has 3 tokens and v has 2"),
+        (lambda q, k, v: (q, [(k[:, :0], v[:, :0])]), "every source is empty"),
+    ],
+)
+def test_attention_names_the_argument_that_does_not_fit(change, message):
+    q, k, v = torch.randn(3, 1, 3, 2, 8)
+    q, sources = change(q, k, v)
+    with pytest.raises(ValueError, match=message):
+        segment_attention(q, sources)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_norm_modulate_is_layer_norm_with_a_modulation_per_block(dtype, num_blocks):
+    x = (torch.randn(2, 12, 10) * 3 + 1).to(dtype)
+    shift, scale = torch.randn(2, 2, num_blocks, 10)
+    y = x.double()
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    tokens = 12 // num_blocks
+    expected = y * (1 + scale.repeat_interleave(tokens, 1)) + shift.repeat_interleave(tokens, 1)
+    actual = norm_modulate(x, shift, scale)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) < OPERATOR[_name(dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_gated_residual_adds_the_update_gated_per_block(dtype):
+    x, update = torch.randn(2, 2, 12, 10).to(dtype)
+    gate = torch.randn(2, 4, 10)
+    expected = x.double() + update.double() * gate.double().repeat_interleave(3, 1)
+    assert relative_error(gated_residual(x, update, gate), expected) < OPERATOR[_name(dtype)]
+
+
+def test_adaln_names_the_argument_that_does_not_fit():
+    x = torch.randn(1, 12, 10)
+    with pytest.raises(ValueError, match="shift: 5 blocks do not divide 12 tokens"):
+        norm_modulate(x, torch.zeros(1, 5, 10), torch.zeros(1, 5, 10))
+    with pytest.raises(ValueError, match=r"scale: expected \[1, T, 10\]"):
+        norm_modulate(x, torch.zeros(1, 1, 10), torch.zeros(1, 1, 9))
+    with pytest.raises(ValueError, match="update: expected"):
+        gated_residual(x, x[:, :3], torch.zeros(1, 1, 10))
+    with pytest.raises(ValueError, match="x: expected"):
+        norm_modulate(x[0], torch.zeros(1, 1, 10), torch.zeros(1, 1, 10))
+
+
+def _complex_rope(x, positions, head_dim):
+    """Wan's own formulation: interleaved pairs as complex numbers times exp(i * angle), in float64."""
+    spatial = 2 * (head_dim // 6)
+    angles = []
+    for axis, channels in enumerate((head_dim - 2 * spatial, spatial, spatial)):
+        frequency = 1.0 / 10000 ** (torch.arange(0, channels, 2).double() / channels)
+        angles.append(positions[:, axis, None].double() * frequency)
+    turn = torch.polar(torch.ones(()).double(), torch.cat(angles, -1))[None, :, None]
+    return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 128), (3, 64), (5, 24), (1, 6)])
+def test_qk_norm_rope_normalises_over_all_heads_and_rotates_at_true_block_indices(dtype, heads, head_dim):
+    blocks, height, width = (0, 9, 4000), 2, 3
+    q, k = torch.randn(2, 2, 18, heads * head_dim).to(dtype)
+    weights = (1 + 0.1 * torch.randn(2, heads * head_dim)).to(dtype)
+    grid = torch.cartesian_prod(torch.tensor(blocks), torch.arange(height), torch.arange(width))
+    rope = rope_3d(blocks, height, width, head_dim)
+    results = qk_norm_rope(q, k, *weights, rope, heads)
+    for x, weight, actual in zip((q, k), weights, results, strict=True):
+        y = x.double()
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        expected = _complex_rope(y.unflatten(2, (heads, -1)), grid, head_dim)
+        assert actual.dtype == dtype
+        assert relative_error(actual, expected) < OPERATOR[_name(dtype)]
+
+
+def test_rope_tables_stay_per_axis():
+    rope = rope_3d(range(5), 8, 9, 128)
+    assert [tuple(table.shape) for table in rope] == [(5, 22, 2), (8, 21, 2), (9, 21, 2)]
+
+
+def test_qk_norm_rope_names_the_argument_that_does_not_fit():
+    q, weight = torch.randn(1, 6, 24), torch.ones(24)
+    with pytest.raises(ValueError, match="tables for 2 x 2 x 2 tokens, but q has 6"):
+        qk_norm_rope(q, q, weight, weight, rope_3d(range(2), 2, 2, 12), 2)
+    with pytest.raises(ValueError, match="tables for head_dim 24, but q has 12"):
+        qk_norm_rope(q, q, weight, weight, rope_3d(range(1), 2, 3, 24), 2)
+    with pytest.raises(ValueError, match=r"q: expected \[B, L, 5 \* D\]"):
+        qk_norm_rope(q, q, weight, weight, None, 5)
+    with pytest.raises(ValueError, match=r"k_weight: expected \[24\]"):
+        qk_norm_rope(q, q, weight, weight[1:], None, 2)
+    with pytest.raises(ValueError, match="head_dim"):
+        rope_3d(range(2), 2, 2, 7)

@@ -1,0 +1,24 @@
+"""Every tolerance of the test suite, with its reason. Relative errors are L2 norms: ``|a - b| / |b|``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+#: float32 against an independent float32 implementation with another order of sums: 1e-7 to 1e-6 is usual for these
+#: depths, and the project promises 1e-5.
+PARITY = 1e-5
+#: float64 against float64: what is left is rounding, so any mistake in the algorithm shows.
+EXACT = 1e-12
+#: An operator in float32 or lower precision against the same formula in float64; the error is the rounding of the result.
+OPERATOR = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+#: A whole bfloat16 model against its float32 weights: about 8e-3 a layer, random weights, two layers.
+BFLOAT16_MODEL = 3e-2
+#: A lossy H.264 file against the frames written (mean absolute difference of smooth 8-bit pixels at crf 16).
+VIDEO_PIXELS = 3.0
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``|actual - expected| / |expected|`` in float64."""
+    assert actual.shape == expected.shape, (tuple(actual.shape), tuple(expected.shape))
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm()).item()
