@@ -11,7 +11,16 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__ini
 GENERATE = ["av>=13", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
 BENCH = [*GENERATE, "matplotlib>=3.8", "nvidia-ml-py>=12", "tabulate>=0.9"]
-TEST = [*BENCH, *TEXT, "accelerate>=1", "diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9"]
+TEST = [
+    *BENCH,
+    *TEXT,
+    "accelerate>=1",
+    "diffusers>=0.35",
+    "hypothesis>=6",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "ruff>=0.9",
+]
 
 setup(
     name="swifti2v",

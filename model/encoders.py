@@ -59,11 +59,12 @@ def load_text_embedding(path: Path, text_dim: int) -> Tensor:
     Raises:
         InputError: the file is unreadable or its tensor has another shape.
     """
-    safetensors = require("safetensors.torch", "generate")
+    safetensors = require("safetensors", "generate")
+    load_file = require("safetensors.torch", "generate").load_file
     if not path.is_file():
         raise InputError(f"text-embeddings: {path} does not exist")
     try:
-        tensors = safetensors.load_file(path)
+        tensors = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"text-embeddings: {path} is not a readable safetensors file: {error}") from error
     if len(tensors) != 1:

@@ -15,7 +15,12 @@ TINY_DIT = DiTConfig(
     num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
 )
 TINY_VAE = VAEConfig(
-    base_dim=4, decoder_base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1, 2, 3, 1)
+    base_dim=4,
+    decoder_base_dim=4,
+    z_dim=4,
+    num_res_blocks=1,
+    latents_mean=(0.1, -0.2, 0.3, 0.0),
+    latents_std=(1, 2, 3, 1),
 )
 
 

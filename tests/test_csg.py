@@ -67,7 +67,9 @@ def test_windows_are_bounded_whatever_the_length_and_hold_no_block_twice(plan):
 def test_neighbours_are_the_blocks_next_to_the_segment(plan):
     for window in plan:
         first, last = window.noisy[0], window.noisy[-1]
-        wanted = set(range(first - plan.neighbours_left, first)) | set(range(last + 1, last + 1 + plan.neighbours_right))
+        wanted = set(range(first - plan.neighbours_left, first)) | set(
+            range(last + 1, last + 1 + plan.neighbours_right)
+        )
         assert set(window.conditioning) == {0} | {block for block in wanted if 0 < block < plan.num_blocks}
 
 

@@ -22,7 +22,12 @@ BASE = {
 }
 VARIANTS = {
     "wan2.1 T2V": {},
-    "wan2.1 T2V, real head size": {"attention_head_dim": 128, "freq_dim": 256, "ffn_dim": 512, "num_attention_heads": 3},
+    "wan2.1 T2V, real head size": {
+        "attention_head_dim": 128,
+        "freq_dim": 256,
+        "ffn_dim": 512,
+        "num_attention_heads": 3,
+    },
     "wan2.1 I2V with CLIP": {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 48},
     "wan2.1 FLF2V": {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 48, "pos_embed_seq_len": 514},
     "CLIP without own keys": {"in_channels": 36, "image_dim": 20},

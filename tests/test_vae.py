@@ -51,7 +51,9 @@ def saved_diffusers_vae(path, **config):
 
 
 def statistics(model):
-    return (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (model.config.latents_mean, model.config.latents_std))
+    return (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (model.config.latents_mean, model.config.latents_std)
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)

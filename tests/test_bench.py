@@ -1,0 +1,137 @@
+"""The benchmark: its files, its figures' arithmetic, its memory counter, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import av
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.csg import format_table
+from bench.tensor_memory import TensorMemory
+from model.csg import MODES
+from model.measure import StageTimer
+
+FILES = [
+    "csg_bidirectional.mp4",
+    "csg_causal.mp4",
+    "end_to_end.mp4",
+    "memory.png",
+    "plan.png",
+    "result.json",
+    "table.md",
+    "time.png",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    assert main(["--quick", "--frames", "5,33", "--size", "128x96", "--repeats", "2", "--out", str(folder)]) == 0
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_leaves_clips_table_json_and_plots(finished):
+    folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    for name in FILES[:3]:
+        with av.open(str(folder / name)) as container:
+            stream = container.streams.video[0]
+            assert (sum(1 for _ in container.decode(stream)), stream.width, stream.height) == (33, 128, 96)
+    for name in ("memory.png", "plan.png", "time.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_complete_and_consistent(finished):
+    _, result = finished
+    rows = {(row["num_frames"], row["mode"]): row for row in result["rows"]}
+    assert set(rows) == {(frames, mode) for frames in (5, 33) for mode in MODES}
+    for (_, mode), row in rows.items():
+        assert row["status"] == "ok"
+        time = row["stage_two_seconds"]
+        assert len(row["runs"]) == 2
+        assert 0 < time["min"] <= time["median"] <= time["max"]
+        assert row["window_tokens"] == row["window_blocks"] * 48
+        assert row["window_blocks"] == (row["num_blocks"] if mode == "end_to_end" else min(row["num_blocks"], 5))
+    assert rows[5, "bidirectional"]["difference_to_end_to_end"] == 0  # one segment of all blocks: the same computation
+    assert rows[33, "bidirectional"]["difference_to_end_to_end"] > 0
+    assert rows[33, "bidirectional"]["stage_two_peak_bytes"] < rows[33, "end_to_end"]["stage_two_peak_bytes"]
+
+
+def test_the_environment_is_recorded(finished):
+    _, result = finished
+    environment = result["environment"]
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["device"]
+    assert set(environment["git"]) == {"commit", "dirty"}
+    assert result["settings"]["dtype"] == "float32"
+
+
+def test_ratios_are_end_to_end_over_the_row_and_failures_are_rows():
+    def row(mode, **values):
+        time = {"median": values.get("seconds"), "min": 1, "max": 9}
+        return {
+            "mode": mode,
+            "num_frames": 81,
+            "window_tokens": 1000,
+            "status": "ok",
+            "stage_two_seconds": time,
+            "stage_two_peak_bytes": values.get("peak"),
+            "stage_one_seconds": 1,
+            "reference_seconds": 2,
+        }
+
+    settings = {"model": "m", "width": 1, "height": 1, "steps": 4, "dtype": "float32", "repeats": 3}
+    environment = {"device": "card", "device_type": "cuda", "packages": {"torch": "2"}}
+    rows = [row("end_to_end", seconds=6.0, peak=2**31), row("bidirectional", seconds=1.5, peak=2**29)]
+    rows.append({"mode": "causal", "num_frames": 81, "window_tokens": 1000, "status": "out of memory"})
+    table = format_table({"rows": rows, "settings": settings, "environment": environment})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:5]]
+    assert lines[0][3:8] == ["6.000", "1.000-9.000", "1.00", "2.00 GiB", "1.00"]
+    assert lines[1][3:8] == ["1.500", "1.000-9.000", "4.00", "512.0 MiB", "4.00"]
+    assert lines[2][3] == "out of memory"
+    assert "Measured on card" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere.jpg"], "image: nowhere.jpg does not exist"),
+        (["--frames", "5,x"], "frames: expected numbers separated by commas, got '5,x'"),
+        (["--frames", "6"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
+        (["--modes", "both"], "mode: expected one of end_to_end, bidirectional, causal, got 'both'"),
+        (["--size", "100x100"], "size: width and height must be multiples of 16, got 100x100; nearest: 96x96"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_no_folder(options, message, tmp_path, capsys):
+    assert main(["csg", *options, "--out", str(tmp_path / "results")]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_tensor_memory_counts_every_storage_once_and_until_it_dies():
+    with TensorMemory() as memory:
+        first = torch.zeros(1000)  # 4,000 bytes
+        view = first[10:]
+        second = torch.ones(500)  # 2,000 more
+        del first
+        assert memory.live == 6000  # the view keeps the first storage alive
+        del view
+        assert memory.live == 2000
+        third = torch.empty(250, dtype=torch.float64)
+        assert memory.live == 4000
+        del second, third
+    assert memory.live == 0
+    assert memory.peak == 6000
+
+
+def test_stage_timer_charges_the_innermost_stage(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0])
+    monkeypatch.setattr("model.measure.time.perf_counter", lambda: next(clock))
+    timer = StageTimer(torch.device("cpu"))
+    with timer.stage("outer"):  # 0
+        for _ in timer.iterate("inner", [None]):  # 1-3, then the end of the iterator 6-10
+            pass
+    assert timer.seconds == {"outer": 1 + 3 + 5, "inner": 2 + 4}

@@ -1,0 +1,190 @@
+"""``python -m model.generate`` as its user runs it: presets, checkpoints saved by diffusers, and bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.generate import main
+from tests.test_dit import saved_diffusers_dit
+from tests.test_encoders import save_text_encoder
+from tests.test_vae import saved_diffusers_vae
+
+ROOT = Path(__file__).parent.parent
+VAE_21 = {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1}
+VAE_22 = {
+    "base_dim": 4,
+    "z_dim": 6,
+    "num_res_blocks": 1,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+
+
+def video(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return sum(1 for _ in container.decode(stream)), (stream.width, stream.height)
+
+
+def save_weights(path, z_dim=4, vae=VAE_21, text_dim=32, **stage_one):
+    saved_diffusers_dit(path / "stage1", **{"in_channels": 2 * z_dim + 4, "out_channels": z_dim, **stage_one})
+    saved_diffusers_dit(path / "stage2", in_channels=2 * z_dim + 4, out_channels=z_dim, text_dim=text_dim)
+    saved_diffusers_vae(path / "vae", **vae)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-vae22"])
+def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(preset, photo, tmp_path, capsys):
+    out = tmp_path / "new" / "clip.mp4"
+    assert main([str(photo), "--out", str(out), "--preset", preset, "--frames", "9"]) == 0
+    multiple = 16 if preset == "tiny" else 32
+    count, (width, height) = video(out)
+    assert count == 9
+    assert width % multiple == height % multiple == 0
+    assert width / height == pytest.approx(1.5, rel=0.15)
+    printed = capsys.readouterr()
+    for part in (
+        "random weights: this clip shows the path, not quality",
+        "empty-prompt embedding",
+        "peak memory",
+        f"wrote {out}",
+    ):
+        assert part in printed.out
+    for part in ("Stage I:", "Stage II:", "segment 1/1 step 4/4"):
+        assert part in printed.err
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+def test_the_same_command_twice_writes_the_same_file(mode, photo, tmp_path):
+    clips = [tmp_path / f"{i}.mp4" for i in range(2)]
+    for clip in clips:
+        options = ["--frames", "17", "--size", "64x96", "--mode", mode, "--steps", "2", "--seed", "3"]
+        assert main([str(photo), "--out", str(clip), *options]) == 0
+    assert clips[0].read_bytes() == clips[1].read_bytes()
+    assert video(clips[0]) == (17, (64, 96))
+
+
+def test_checkpoints_of_version_2_1_with_a_prompt(photo, tmp_path, capsys):
+    save_weights(tmp_path / "weights")
+    save_text_encoder(tmp_path / "weights", text_dim=32)
+    options = [
+        "--weights",
+        str(tmp_path / "weights"),
+        "--size",
+        "48x80",
+        "--frames",
+        "21",
+        "--prompt",
+        "a wave rolls in",
+    ]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert video(tmp_path / "clip.mp4") == (21, (48, 80))
+    printed = capsys.readouterr().out
+    assert "prompt 'a wave rolls in' encoded by UMT5" in printed
+    assert "random weights" not in printed
+
+
+def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(photo, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    save_weights(weights, z_dim=6, vae=VAE_22, in_channels=6)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=6, out_channels=6)
+    save_file({"text": torch.randn(9, 32)}, tmp_path / "text.safetensors")
+    options = ["--weights", str(weights), "--size", "64x96", "--frames", "5", "--right", "1", "--blocks", "2"]
+    options += ["--text-embeddings", str(tmp_path / "text.safetensors")]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert video(tmp_path / "clip.mp4") == (5, (64, 96))
+    assert "embeddings from" in capsys.readouterr().out
+
+
+def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, capsys):
+    options = ["--frames", "5", "--size", "32x32", "--prompt", "waves"]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert "the prompt 'waves' is NOT used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "250x144"], "size: width and height must be multiples of 16, got 250x144; nearest: 256x144"),
+        (["--size", "big"], "size: expected WIDTHxHEIGHT such as 2560x1408, got 'big'"),
+        (["--frames", "80"], "frames: expected 1 + 4n (5, 9, ... for 4), got 80; nearest: 81"),
+        (["--preset", "huge"], "preset: unknown 'huge'; choose one of tiny, tiny-vae22, 1.3b, 14b-1.3b, 5b"),
+        (["--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
+        (["--weights", "nowhere"], "weights: nowhere does not exist"),
+        (["--shift", "0"], "shift: expected a positive number, got 0.0"),
+        (["--text-embeddings", "nowhere"], "text-embeddings: nowhere does not exist"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_no_file(options, message, photo, tmp_path, capsys):
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--weights", str(weights)]
+    weights.mkdir()
+    assert main(command) == 2
+    assert "lacks stage1, stage2, vae; expected:" in capsys.readouterr().err
+    save_weights(weights, in_channels=9)
+    assert main(command) == 2
+    message = "stage1: with a VAE of 4 channels its in_channels must be 4 or 12 and its out_channels 4, got 9 and 4"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    save_weights(weights, image_dim=20, added_kv_proj_dim=48)
+    assert main(command) == 2
+    assert "stage1 reads CLIP tokens, but there is no image_encoder" in capsys.readouterr().err
+    save_weights(weights, text_dim=33)
+    assert main(command) == 2
+    assert "both stages must read the same text width, got [32, 33]" in capsys.readouterr().err
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
+    """In a process whose PyAV cannot be imported."""
+    hidden = tmp_path / "hidden" / "av.py"
+    hidden.parent.mkdir()
+    hidden.write_text("raise ModuleNotFoundError('No module named av', name='av')")
+    command = [sys.executable, "-m", "model.generate", str(photo), "--out", str(tmp_path / "clip.mp4")]
+    environment = {**os.environ, "PYTHONPATH": f"{hidden.parent}{os.pathsep}{ROOT}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: av is not installed; run: pip install -e '.[generate]'\n"
+
+
+def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):
+    import model.generate as generate
+
+    sample = generate.sample_latents
+
+    def interrupted(*args, **options):
+        for i, segment in enumerate(sample(*args, **options)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield segment
+
+    monkeypatch.setattr(generate, "sample_latents", interrupted)
+    options = ["--frames", "41", "--size", "48x32", "--steps", "1"]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 130
+    assert "kept in" in capsys.readouterr().out
+    assert not (tmp_path / "clip.mp4").exists()
+    assert video(tmp_path / "clip.partial.mp4")[0] == 25  # the anchor and two segments of three blocks
+
+
+def test_help_shows_examples_presets_and_the_layout_of_weights(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for part in ("examples:", "python -m model.generate photo.jpg", "14b-1.3b", "DIR/stage1_low_noise"):
+        assert part in printed

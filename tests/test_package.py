@@ -1,0 +1,89 @@
+"""The house: what the library may import, what the wheel holds, and what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"torch", "triton", "einops", "numpy"}
+
+
+def imports(folder: str, everywhere: bool = True) -> set[str]:
+    """Top-level packages that the Python files of a folder import."""
+    found = set()
+    for file in (ROOT / folder).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if everywhere else tree.body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+def test_data_flows_one_way():
+    assert imports("swifti2v_kernels") <= ALLOWED | {"swifti2v_kernels"}
+    assert "bench" not in imports("model")
+    assert imports("model", everywhere=False) <= ALLOWED | {"model", "swifti2v_kernels"}
+    assert imports("bench", everywhere=False) <= ALLOWED | {"bench", "model", "swifti2v_kernels"}
+
+
+def test_model_uses_only_public_names_of_the_library():
+    import swifti2v_kernels
+
+    for file in [*(ROOT / "model").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("swifti2v_kernels"):
+                assert node.module == "swifti2v_kernels", file
+                assert {alias.name for alias in node.names} <= set(swifti2v_kernels.__all__), file
+
+
+def test_library_imports_nothing_else_at_run_time():
+    code = (
+        "import sys, swifti2v_kernels; print(*(m for m in ('model', 'bench', 'diffusers', 'PIL') if m in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_every_public_name_is_documented():
+    for folder in ("swifti2v_kernels", "model", "bench"):
+        for file in (ROOT / folder).glob("*.py"):
+            tree = ast.parse(file.read_text())
+            assert ast.get_docstring(tree), file
+            for node in tree.body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                    assert ast.get_docstring(node), f"{file}: {node.name}"
+
+
+def test_metadata_of_the_package(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    info = next(tmp_path.glob("*.egg-info"))
+    assert (info / "top_level.txt").read_text().split() == ["swifti2v_kernels"]
+    plain = (info / "requires.txt").read_text().split("[generate]")[0]
+    assert set(re.findall(r"^([a-z]+)", plain, re.M)) == ALLOWED
+    assert "py.typed" in (info / "SOURCES.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["run", "test"])
+def test_readme_has_one_command_that_runs_and_one_that_tests(kind):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(rf"<!-- command: {kind} -->\n```bash\n(.*?)```", text, re.S)
+    assert len(blocks) == 1
+    assert "pip install -e" in blocks[0]
+    assert ("python -m bench" if kind == "run" else "pytest") in blocks[0]
+
+
+def test_readme_names_only_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
