@@ -6,14 +6,14 @@ import argparse
 import sys
 
 from bench import csg
-from model.errors import run_command
+from model.command import CommandParser, run_command
 
 BENCHMARKS = {"csg": csg}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m bench``; every benchmark adds its own subcommand."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m bench",
         description="Benchmarks of swifti2v. Without a subcommand: csg.",
         epilog="examples:\n  python -m bench\n  python -m bench csg --help",

@@ -25,20 +25,12 @@ from torch import Tensor
 from bench.environment import capture, process_memory
 from bench.plot import LABELS, plot_plan, plot_rows
 from bench.tensor_memory import TensorMemory
+from model.command import add_model_options, build_components, parse_size, pick_device, pick_dtype, positive
 from model.config import get_preset
 from model.csg import MODES, SegmentPlan, plan_for, sample_latents
 from model.dit import WanDiT
 from model.encoders import empty_text
 from model.errors import InputError, require
-from model.generate import (
-    add_model_options,
-    build_components,
-    image_embedding,
-    parse_size,
-    pick_device,
-    pick_dtype,
-    positive,
-)
 from model.measure import StageTimer, format_bytes
 from model.media import VideoWriter, fit_image, open_image
 from model.pipeline import (
@@ -188,7 +180,7 @@ class _Benchmark:
         args, device, components = self.args, self.device, self.components
         bar.set_description(f"{num_frames} frames, Stage I and reference")
         text = empty_text(components.stage_one_config.text_dim).to(device)
-        image = image_embedding(components.stage_one_config, "stage1", self.photo, components, device)
+        image = components.clip_tokens("stage1", self.photo, device)
         timer = StageTimer(device)
         vae = components.vae()
         vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
@@ -210,7 +202,7 @@ class _Benchmark:
 
         vae = vae.to(self.dtype)
         text = empty_text(components.stage_two_config.text_dim).to(device)
-        image = image_embedding(components.stage_two_config, "stage2", self.photo, components, device)
+        image = components.clip_tokens("stage2", self.photo, device)
         stage = _StageTwo(self, components.stage_two(), reference, text, image, self.plan(num_frames))
         rows = {mode: self._row(mode, num_frames, shared) for mode in self.modes}
         latents: dict[str, Tensor | None] = {}

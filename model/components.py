@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.config import MASK_CHANNELS, DiTConfig, VAEConfig, get_preset
 from model.dit import WanDiT
+from model.encoders import encode_image
 from model.errors import InputError
 from model.vae import WanVAE
 from model.weights import inspect_dit, inspect_vae, load_dit, load_vae, random_weights
@@ -50,6 +53,22 @@ class Components:
     def __post_init__(self) -> None:
         _check_pair("stage1", self.stage_one_config, self.stage_one_vae_config.z_dim)
         _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
+
+    def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
+        """CLIP tokens of a PIL image for ``"stage1"`` or ``"stage2"`` if its DiT reads them, else None.
+
+        Raises:
+            InputError: it does, and there is no image encoder or one of another width.
+        """
+        wanted = (self.stage_one_config if stage == "stage1" else self.stage_two_config).image_dim
+        if wanted is None:
+            return None
+        if self.weights is None or not (self.weights / "image_encoder").is_dir():
+            raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {self.weights}")
+        tokens = encode_image(photo, self.weights, device=device)
+        if tokens.shape[2] != wanted:
+            raise InputError(f"weights: the image encoder gives {tokens.shape[2]} channels, {stage} reads {wanted}")
+        return tokens
 
     @classmethod
     def from_preset(cls, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Components:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable
 from types import ModuleType
 
 
@@ -29,19 +27,3 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package:
             raise
         raise InputError(f"{package} is not installed; run: pip install -e '.[{extra}]'") from error
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and returns its exit code: 0, 2 with one line for bad input, 130 if interrupted.
-
-    Any other exception is a defect of this project or of the machine and keeps its traceback.
-    """
-    try:
-        command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.command import (
+    CommandParser,
+    add_model_options,
+    build_components,
+    parse_size,
+    pick_device,
+    pick_dtype,
+    positive,
+    run_command,
+)
 from model.components import LAYOUT, Components
-from model.config import PRESETS, DiTConfig, get_preset
+from model.config import PRESETS, get_preset
 from model.csg import MODES, SegmentPlan, plan_for, sample_latents
-from model.encoders import empty_text, encode_image, encode_prompt, load_text_embedding
-from model.errors import InputError, require, run_command
+from model.encoders import empty_text, encode_prompt, load_text_embedding
+from model.errors import InputError, require
 from model.measure import StageTimer, format_bytes, peak_memory
 from model.media import VideoWriter, check_video_path, fit_image, open_image
 from model.pipeline import (
@@ -50,79 +58,9 @@ weights:
 """
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """``"2560x1408"`` -> ``(2560, 1408)``.
-
-    Raises:
-        InputError: another form.
-    """
-    match = re.fullmatch(r"(\d+)[xX*](\d+)", text.strip())
-    if match is None:
-        raise InputError(f"size: expected WIDTHxHEIGHT such as 2560x1408, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def pick_device(name: str) -> torch.device:
-    """``"auto"``: CUDA where there is a GPU, else the CPU.
-
-    Raises:
-        InputError: the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"device: expected auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for, but torch sees no GPU")
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``"auto"``: bfloat16 on CUDA, float32 on the CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def not_negative(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
-    return value
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that ``model.generate`` and the benchmark share."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
-    group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
-    group.add_argument("--seed", type=not_negative, default=0, help="of the noise, and of random weights (default 0)")
-    group.add_argument("--steps", type=positive, default=4, help="denoising steps of Stage II (default 4)")
-    group.add_argument("--stage1-steps", type=positive, default=4, help="denoising steps of Stage I (default 4)")
-    group.add_argument("--shift", type=float, default=5.0, help="timestep shift of both stages (default 5)")
-    group = parser.add_argument_group("segments")
-    group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
-    group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
-    group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours behind it (default 0)")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
-    )
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m model.generate``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m model.generate",
         description="Turns a photograph into a video by SwiftI2V: a motion reference at 360P, then segment by segment.",
         epilog=EXAMPLES,
@@ -144,13 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:
-    """From ``--weights``, or else random ones of ``--preset`` (default tiny)."""
-    if args.weights is not None:
-        return Components.from_directory(args.weights, dtype, device)
-    return Components.from_preset(args.preset or "tiny", args.seed, dtype, device)
-
-
 def text_embedding(args: argparse.Namespace, components: Components, device: torch.device) -> tuple[Tensor, str]:
     """The text ``[1, 512, D]`` for both stages, and a sentence that says where it comes from."""
     dims = {components.stage_one_config.text_dim, components.stage_two_config.text_dim}
@@ -167,22 +98,6 @@ def text_embedding(args: argparse.Namespace, components: Components, device: tor
         return text, f"prompt {args.prompt!r} encoded by UMT5"
     ignored = f"; the prompt {args.prompt!r} is NOT used" if args.prompt else ""
     return empty_text(text_dim), f"no text encoder and no --text-embeddings: empty-prompt embedding (zeros){ignored}"
-
-
-def image_embedding(
-    config: DiTConfig, stage: str, photo: Any, components: Components, device: torch.device
-) -> Tensor | None:
-    """CLIP tokens for a DiT that reads them, else None."""
-    if config.image_dim is None:
-        return None
-    if components.weights is None or not (components.weights / "image_encoder").is_dir():
-        raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {components.weights}")
-    tokens = encode_image(photo, components.weights, device=device)
-    if tokens.shape[2] != config.image_dim:
-        raise InputError(
-            f"weights: the image encoder gives {tokens.shape[2]} channels, {stage} reads {config.image_dim}"
-        )
-    return tokens.to(device)
 
 
 @contextmanager
@@ -227,8 +142,8 @@ def run(args: argparse.Namespace) -> None:
     with timer.stage("text and image"):
         text, text_note = text_embedding(args, components, device)
         text = text.to(device)
-        image_one = image_embedding(components.stage_one_config, "stage1", photo, components, device)
-        image_two = image_embedding(components.stage_two_config, "stage2", photo, components, device)
+        image_one = components.clip_tokens("stage1", photo, device)
+        image_two = components.clip_tokens("stage2", photo, device)
     if components.weights is None:
         print("random weights: this clip shows the path, not quality (give --weights for a real one)")
     print(f"text: {text_note}")

@@ -156,7 +156,7 @@ class _MaskedProcessor(WanAttnProcessor):
 
 
 def test_causal_mode_equals_diffusers_with_a_dense_mask(tmp_path):
-    """Cached conditioning keys and values give what one joint pass gives whose conditioning rows see no noisy column."""
+    """Cached conditioning keys and values give what a joint pass gives whose conditioning rows see no noisy column."""
     theirs: WanTransformer3DModel = saved_diffusers_dit(tmp_path, in_channels=36)
     ours = load_dit(tmp_path)
     x, text = torch.randn(1, 36, 5, 4, 6), torch.randn(1, 512, 32)
@@ -187,7 +187,7 @@ def test_progress_is_reported_for_every_step(tiny_dit):
 
 
 def test_bad_arguments_are_named(tiny_dit):
-    with pytest.raises(InputError, match="mode: expected one of .*, got 'both'"):
+    with pytest.raises(InputError, match=r"mode: expected one of .*, got 'both'"):
         plan_for("both", SegmentPlan(4))
     with pytest.raises(InputError, match=r"reference: expected \[1, z, 5, h, w\], got \(1, 4, 4, 2, 2\)"):
         sample_latents(tiny_dit, torch.zeros(1, 4, 4, 2, 2), TEXT, plan=SegmentPlan(5), sigmas=SIGMAS, seed=0)

@@ -1,4 +1,4 @@
-"""Text by the real UMT5 architecture and a real tokenizer, images by CLIP, both tiny and random; and embeddings files."""
+"""Text by the real UMT5 architecture and a real tokenizer, images by CLIP (tiny, random); and embeddings files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_unfit_embeddings_are_explained(tmp_path):
     with pytest.raises(InputError, match="not a readable safetensors file"):
         load_text_embedding(file, 16)
     save_file({"a": torch.zeros(5, 16), "b": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="expected one tensor in .*, got a, b"):
+    with pytest.raises(InputError, match=r"expected one tensor in .*, got a, b"):
         load_text_embedding(file, 16)
     save_file({"a": torch.zeros(600, 16)}, file)
     with pytest.raises(InputError, match=r"expected \[L <= 512, 16\] in .*, got \(600, 16\)"):

@@ -115,6 +115,23 @@ def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--mode", "both"], "argument --mode: invalid choice: 'both'"),
+        (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
+        (["--blocks", "x"], "argument --blocks: invalid positive value: 'x'"),
+    ],
+)
+def test_options_that_the_parser_refuses_are_one_line_too(options, message, photo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--size", "250x144"], "size: width and height must be multiples of 16, got 250x144; nearest: 256x144"),
         (["--size", "big"], "size: expected WIDTHxHEIGHT such as 2560x1408, got 'big'"),
         (["--frames", "80"], "frames: expected 1 + 4n (5, 9, ... for 4), got 80; nearest: 81"),

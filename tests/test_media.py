@@ -27,12 +27,9 @@ def decode(path):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16"])
 def test_any_image_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    image = Image.linear_gradient("L").resize((30, 20))
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    image.save(path)
+    grey = Image.linear_gradient("L").resize((30, 20))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    (deep if mode == "I;16" else grey.convert(mode)).save(path)
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (30, 20))
     assert np.asarray(opened)[-1].mean() > np.asarray(opened)[0].mean() + 100  # dark above, bright below

@@ -1,4 +1,4 @@
-"""Loading: diffusers directories, original files of both VAE versions and the DiT, shards, pickles, and what is wrong."""
+"""Loading: diffusers directories, original files of the DiT and both VAEs, shards, pickles, and what is wrong."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_wrong_files_are_explained(tmp_path):
     with pytest.raises(InputError, match="not readable JSON"):
         load_vae(tmp_path / "vae")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="not a Wan VAE checkpoint: tensor 'encoder.conv_in.weight' is missing"):
+    with pytest.raises(InputError, match=r"not a Wan VAE checkpoint: tensor 'encoder\.conv_in\.weight' is missing"):
         load_vae(tmp_path / "other.safetensors")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 PARITY = 1e-5
 #: float64 against float64: what is left is rounding, so any mistake in the algorithm shows.
 EXACT = 1e-12
-#: An operator in float32 or lower precision against the same formula in float64; the error is the rounding of the result.
+#: An operator against the same formula in float64; the error is the rounding of the result.
 OPERATOR = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 #: A whole bfloat16 model against its float32 weights: about 8e-3 a layer, random weights, two layers.
 BFLOAT16_MODEL = 3e-2

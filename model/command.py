@@ -1,0 +1,120 @@
+"""What the commands share: options, their parsing, and one line instead of a traceback for bad input."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from model.components import Components
+from model.config import PRESETS
+from model.errors import InputError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like those of the commands themselves."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message without the usage and exits with 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command's body and returns its exit code: 0, 2 for bad input, 1 for lack of memory, 130 if interrupted.
+
+    Any other exception is a defect of this project or of the machine and keeps its traceback.
+    """
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory; try a smaller --size or fewer --frames ({error})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"2560x1408"`` -> ``(2560, 1408)``.
+
+    Raises:
+        InputError: another form.
+    """
+    match = re.fullmatch(r"(\d+)[xX*](\d+)", text.strip())
+    if match is None:
+        raise InputError(f"size: expected WIDTHxHEIGHT such as 2560x1408, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"``: CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch sees no GPU")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``"auto"``: bfloat16 on CUDA, float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``model.generate`` and the benchmark share."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
+    group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
+    group.add_argument("--seed", type=not_negative, default=0, help="of the noise, and of random weights (default 0)")
+    group.add_argument("--steps", type=positive, default=4, help="denoising steps of Stage II (default 4)")
+    group.add_argument("--stage1-steps", type=positive, default=4, help="denoising steps of Stage I (default 4)")
+    group.add_argument("--shift", type=float, default=5.0, help="timestep shift of both stages (default 5)")
+    group = parser.add_argument_group("segments")
+    group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
+    group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
+    group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours behind it (default 0)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
+    )
+
+
+def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:
+    """From ``--weights``, or else random ones of ``--preset`` (default tiny)."""
+    if args.weights is not None:
+        return Components.from_directory(args.weights, dtype, device)
+    return Components.from_preset(args.preset or "tiny", args.seed, dtype, device)
