@@ -141,7 +141,7 @@ class _Benchmark:
         for mode in self.modes:
             plan_for(mode, self.plan(self.lengths[0]))
         self.sigmas = flow_sigmas(args.steps, args.shift)
-        self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats))
+        self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats)) + len(self.modes)
 
     def plan(self, num_frames: int) -> SegmentPlan:
         return SegmentPlan(check_frames(num_frames), self.args.blocks, self.args.left, self.args.right)
@@ -158,7 +158,7 @@ class _Benchmark:
         stride = self.components.vae_config.spatial_stride
         return {
             "model": str(self.components.weights or f"{self.args.preset} preset, random weights"),
-            "photo": str(self.args.photo),
+            "photo": Path(self.args.photo).name,
             "width": self.width,
             "height": self.height,
             "tokens_per_block": self.width * self.height // (stride**2 * patch[1] * patch[2]),
@@ -221,8 +221,10 @@ class _Benchmark:
             if row["status"] == "ok":
                 _finish(row, latents[mode], latents.get("end_to_end"))
                 if longest:
+                    bar.set_description(f"{num_frames} frames, {LABELS[mode]}, decode")
                     path = folder / f"{mode if mode == 'end_to_end' else f'csg_{mode}'}.mp4"
                     _guarded(row, self._decode, vae, latents[mode], path, row)
+                    bar.update()
         return list(rows.values())
 
     def _row(self, mode: str, num_frames: int, shared: dict[str, float]) -> dict[str, Any]:
@@ -329,19 +331,19 @@ def format_table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table; ratios are end-to-end over the row's mode, of the same clip length."""
     base = {row["num_frames"]: row for row in result["rows"] if row["mode"] == "end_to_end" and row["status"] == "ok"}
     headers = ["frames", "mode", "window, tokens", "Stage II, s", "spread", "times faster", "peak memory", "times less"]
-    headers += ["Stage I + reference, s", "decode, s"]
+    headers += ["Stage I + reference, s", "decode, s", "whole clip, s"]
     lines: list[Iterable[str]] = []
     for row in result["rows"]:
         cells = [str(row["num_frames"]), LABELS[row["mode"]], f"{row['window_tokens']:,}"]
         if row["status"] != "ok":
-            lines.append([*cells, row["status"], *[""] * 6])
+            lines.append([*cells, row["status"], *[""] * 7])
             continue
         time, peak, other = row["stage_two_seconds"], row["stage_two_peak_bytes"], base.get(row["num_frames"])
         cells += [f"{time['median']:.3f}", f"{time['min']:.3f}-{time['max']:.3f}"]
         cells += [f"{other['stage_two_seconds']['median'] / time['median']:.2f}" if other else ""]
         cells += [format_bytes(peak), f"{other['stage_two_peak_bytes'] / peak:.2f}" if other else ""]
         cells += [f"{row['stage_one_seconds'] + row['reference_seconds']:.1f}"]
-        cells += [f"{row['decode_seconds']:.1f}" if "decode_seconds" in row else ""]
+        cells += [f"{row[key]:.1f}" if key in row else "" for key in ("decode_seconds", "total_seconds")]
         lines.append(cells)
     table = require("tabulate", "bench").tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     settings, environment = result["settings"], result["environment"]

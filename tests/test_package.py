@@ -68,8 +68,11 @@ def test_metadata_of_the_package(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     info = next(tmp_path.glob("*.egg-info"))
     assert (info / "top_level.txt").read_text().split() == ["swifti2v_kernels"]
-    plain = (info / "requires.txt").read_text().split("[generate]")[0]
-    assert set(re.findall(r"^([a-z]+)", plain, re.M)) == ALLOWED
+    sections = re.split(r"^\[(.*)\]$", "[]\n" + (info / "requires.txt").read_text(), flags=re.M)[1:]
+    named = dict(zip(sections[::2], sections[1::2], strict=True))
+    required = "".join(text for name, text in named.items() if not name or name.startswith(":"))
+    assert set(re.findall(r"^([a-z]+)", required, re.M)) == ALLOWED
+    assert {"generate", "text", "bench", "test", "all"} <= set(named)
     assert "py.typed" in (info / "SOURCES.txt").read_text()
 
 
