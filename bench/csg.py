@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     _write_text(folder / "table.md", table + "\n")
     if any(row["status"] == "ok" for row in result["rows"]):
         plot_rows(result, folder)
-    plot_plan(SegmentPlan(check_frames(max(bench.lengths)), args.blocks, args.left, args.right), folder / "plan.png")
+    plot_plan(bench.plan(max(bench.lengths)), folder / "plan.png")
     print(f"\n{table}\n")
     if args.json:
         print(json.dumps(result, indent=1))
@@ -135,7 +135,7 @@ class _Benchmark:
         check_size(self.width, self.height, multiple)
         self.lengths = _parse_lengths(args.frames or ("5,21" if args.quick else "5,21,41,81"))
         for num_frames in self.lengths:
-            check_frames(num_frames, self.components.vae_config.temporal_stride)
+            self._num_blocks(num_frames)
         self.modes = [mode.strip() for mode in args.modes.split(",")]
         self.repeats = args.repeats or (1 if cuda or args.quick else 3)
         for mode in self.modes:
@@ -144,7 +144,10 @@ class _Benchmark:
         self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats)) + len(self.modes)
 
     def plan(self, num_frames: int) -> SegmentPlan:
-        return SegmentPlan(check_frames(num_frames), self.args.blocks, self.args.left, self.args.right)
+        return SegmentPlan(self._num_blocks(num_frames), self.args.blocks, self.args.left, self.args.right)
+
+    def _num_blocks(self, num_frames: int) -> int:
+        return check_frames(num_frames, self.components.vae_config.temporal_stride)
 
     def headline(self) -> str:
         return (
@@ -155,9 +158,9 @@ class _Benchmark:
 
     def settings(self) -> dict[str, Any]:
         patch = self.components.stage_two_config.patch_size
-        stride = self.components.vae_config.spatial_stride
+        stride, weights = self.components.vae_config.spatial_stride, self.components.weights
         return {
-            "model": str(self.components.weights or f"{self.args.preset} preset, random weights"),
+            "model": f"{self.args.preset} preset, random weights" if weights is None else weights.name,
             "photo": Path(self.args.photo).name,
             "width": self.width,
             "height": self.height,
@@ -176,58 +179,61 @@ class _Benchmark:
 
     def measure(self, num_frames: int, folder: Path, bar: Any) -> list[dict[str, Any]]:
         """All rows of one clip length."""
-        longest = num_frames == max(self.lengths)
-        args, device, components = self.args, self.device, self.components
+        rows = {mode: self._row(mode, num_frames) for mode in self.modes}
         bar.set_description(f"{num_frames} frames, Stage I and reference")
-        text = empty_text(components.stage_one_config.text_dim).to(device)
-        image = components.clip_tokens("stage1", self.photo, device)
-        timer = StageTimer(device)
-        vae = components.vae()
-        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
-        multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
-        low = fit_image(self.photo, *stage_one_size(self.width, self.height, multiple)).to(device)
-        dit, num_blocks = components.stage_one(), check_frames(num_frames)
-        low_noise = None if components.low_noise is None else components.low_noise()
-        with timer.stage("stage_one"):
-            options = {"sigmas": flow_sigmas(args.stage1_steps, args.shift), "seed": args.seed}
-            motion = make_motion(
-                dit, vae_one, low, text, image, num_blocks=num_blocks, low_noise_dit=low_noise, **options
-            )
-        del dit, low_noise
-        with timer.stage("reference"):
-            picture = fit_image(self.photo, self.width, self.height).to(device)
-            reference = make_reference(motion, vae_one, vae, picture)
-        shared = timer.seconds
+        prepared = _guarded(list(rows.values()), self._prepare, num_frames)
         bar.update()
-
-        vae = vae.to(self.dtype)
-        text = empty_text(components.stage_two_config.text_dim).to(device)
-        image = components.clip_tokens("stage2", self.photo, device)
-        stage = _StageTwo(self, components.stage_two(), reference, text, image, self.plan(num_frames))
-        rows = {mode: self._row(mode, num_frames, shared) for mode in self.modes}
+        if prepared is None:
+            return list(rows.values())
+        vae, stage, shared = prepared
         latents: dict[str, Tensor | None] = {}
         for mode, row in rows.items():
+            row.update(shared)
             bar.set_description(f"{num_frames} frames, {LABELS[mode]}")
-            latents[mode] = _guarded(row, stage.first_pass, mode, row)
+            latents[mode] = _guarded([row], stage.first_pass, mode, row)
             bar.update()
         for _ in range(self.repeats):
             for mode, row in rows.items():
                 bar.set_description(f"{num_frames} frames, {LABELS[mode]}, timed")
                 if row["status"] == "ok":
-                    _guarded(row, stage.timed_pass, mode, row)
+                    _guarded([row], stage.timed_pass, mode, row)
                 bar.update()
-        del stage
+        del stage, prepared
         for mode, row in rows.items():
             if row["status"] == "ok":
                 _finish(row, latents[mode], latents.get("end_to_end"))
-                if longest:
+                if num_frames == max(self.lengths):
                     bar.set_description(f"{num_frames} frames, {LABELS[mode]}, decode")
                     path = folder / f"{mode if mode == 'end_to_end' else f'csg_{mode}'}.mp4"
-                    _guarded(row, self._decode, vae, latents[mode], path, row)
+                    _guarded([row], self._decode, vae, latents[mode], path, row)
                     bar.update()
         return list(rows.values())
 
-    def _row(self, mode: str, num_frames: int, shared: dict[str, float]) -> dict[str, Any]:
+    def _prepare(self, num_frames: int) -> tuple[WanVAE, _StageTwo, dict[str, float]]:
+        """Stage I and the reference of one clip length: the VAE, Stage II ready to run, and the seconds they took."""
+        args, device, components, num_blocks = self.args, self.device, self.components, self._num_blocks(num_frames)
+        timer = StageTimer(device)
+        vae = components.vae()
+        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
+        multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
+        low = fit_image(self.photo, *stage_one_size(self.width, self.height, multiple)).to(device)
+        dit = components.stage_one()
+        text = empty_text(components.stage_one_config.text_dim).to(device)
+        image = components.clip_tokens("stage1", self.photo, device)
+        low_noise = None if components.low_noise is None else components.low_noise()
+        options = {"num_blocks": num_blocks, "sigmas": flow_sigmas(args.stage1_steps, args.shift), "seed": args.seed}
+        with timer.stage("stage_one_seconds"):
+            motion = make_motion(dit, vae_one, low, text, image, low_noise_dit=low_noise, **options)
+        del dit, low_noise
+        with timer.stage("reference_seconds"):
+            picture = fit_image(self.photo, self.width, self.height).to(device)
+            reference = make_reference(motion, vae_one, vae, picture)
+        text = empty_text(components.stage_two_config.text_dim).to(device)
+        image = components.clip_tokens("stage2", self.photo, device)
+        stage = _StageTwo(self, components.stage_two(), reference, text, image, self.plan(num_frames))
+        return vae.to(self.dtype), stage, timer.seconds
+
+    def _row(self, mode: str, num_frames: int) -> dict[str, Any]:
         plan = plan_for(mode, self.plan(num_frames))
         blocks = max(len(window.blocks) for window in plan)
         return {
@@ -238,8 +244,6 @@ class _Benchmark:
             "window_blocks": blocks,
             "window_tokens": blocks * self.settings()["tokens_per_block"],
             "status": "ok",
-            "stage_one_seconds": shared["stage_one"],
-            "reference_seconds": shared["reference"],
             "runs": [],
         }
 
@@ -296,17 +300,19 @@ class _StageTwo:
         return latents
 
 
-def _guarded(row: dict[str, Any], work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)``; out of memory becomes the row's status (and None) instead of the end of the benchmark."""
+def _guarded(rows: list[dict[str, Any]], work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``; out of memory becomes the rows' status (and None) instead of the end of the benchmark."""
     try:
         return work(*args)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        row["status"], row["error"] = "out of memory", str(error).splitlines()[0] if str(error) else "MemoryError"
+        reason = str(error) or "MemoryError"
     except RuntimeError as error:
         # The CPU allocator raises a plain RuntimeError.
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        row["status"], row["error"] = "out of memory", str(error).splitlines()[0]
+        reason = str(error)
+    for row in rows:
+        row["status"], row["error"] = "out of memory", reason.splitlines()[0]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

@@ -7,6 +7,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +50,20 @@ def device_name(device: torch.device) -> str:
 
 
 def process_memory(device: torch.device) -> int | None:
-    """Bytes that this process holds on the GPU by NVML's count, context included; None without a GPU."""
+    """Bytes that this process holds on the GPU by NVML's count, context included.
+
+    None without a GPU, and where NVML cannot tell (in containers it often sees other process numbers).
+    """
     if device.type != "cuda":
         return None
     import pynvml
 
-    pynvml.nvmlInit()
     try:
-        handle = _nvml_handle(device)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    except pynvml.NVMLError_NotSupported:
+        with _nvml_handle(device) as handle:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
 
 
 def git_state() -> dict[str, Any] | None:
@@ -93,28 +95,29 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _nvml_handle(device: torch.device) -> Any:
+@contextmanager
+def _nvml_handle(device: torch.device) -> Iterator[Any]:
     import pynvml
 
-    # By UUID: torch's index counts visible devices only.
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    pynvml.nvmlInit()
+    try:
+        # By UUID: torch's index counts visible devices only.
+        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _nvml(device: torch.device) -> dict[str, Any]:
     import pynvml
 
-    pynvml.nvmlInit()
     try:
-        handle = _nvml_handle(device)
-        return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        }
+        with _nvml_handle(device) as handle:
+            return {
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+                "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            }
     except pynvml.NVMLError as error:
         return {"nvml_error": str(error)}
-    finally:
-        pynvml.nvmlShutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -246,7 +247,7 @@ def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
     if file.suffix not in _PICKLES:
         raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join(_PICKLES)}")
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"weights: {file} cannot be loaded with weights_only=True: {reason}") from error

@@ -8,6 +8,7 @@ import av
 import pytest
 import torch
 
+from bench import csg
 from bench.__main__ import main
 from bench.csg import format_table
 from bench.tensor_memory import TensorMemory
@@ -93,6 +94,27 @@ def test_ratios_are_end_to_end_over_the_row_and_failures_are_rows():
     assert lines[1][3:8] == ["1.500", "1.000-9.000", "4.00", "512.0 MiB", "4.00"]
     assert lines[2][3] == "out of memory"
     assert "Measured on card" in table
+
+
+def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
+    """The second pass fails as the CPU allocator does; the other modes and the files are still there."""
+    sample, calls = csg.sample_latents, []
+
+    def failing(*args, mode, **options):
+        calls.append(mode)
+        if mode == "end_to_end":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return sample(*args, mode=mode, **options)
+
+    monkeypatch.setattr(csg, "sample_latents", failing)
+    assert main(["--frames", "9", "--size", "64x48", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = {row["mode"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert rows["end_to_end"]["status"] == "out of memory"
+    assert "can't allocate memory" in rows["end_to_end"]["error"]
+    assert rows["bidirectional"]["status"] == rows["causal"]["status"] == "ok"
+    assert calls.count("end_to_end") == 1  # not tried again
+    assert not (tmp_path / "end_to_end.mp4").exists()
+    assert (tmp_path / "csg_causal.mp4").exists()
 
 
 @pytest.mark.parametrize(

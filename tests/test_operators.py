@@ -118,6 +118,18 @@ def test_qk_norm_rope_normalises_over_all_heads_and_rotates_at_true_block_indice
         assert relative_error(actual, expected) < OPERATOR[_name(dtype)]
 
 
+def test_operators_are_differentiable():
+    x, update, qk = (torch.randn(1, 4, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shift, scale = (torch.randn(1, 2, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(12, dtype=torch.float64, requires_grad=True)
+    rope = rope_3d(range(1), 2, 2, 6)
+    heads = x.detach().view(1, 4, 2, 6).requires_grad_()
+    assert torch.autograd.gradcheck(norm_modulate, (x, shift, scale))
+    assert torch.autograd.gradcheck(gated_residual, (x, update, shift))
+    assert torch.autograd.gradcheck(lambda q, w: qk_norm_rope(q, q, w, w, rope, 2), (qk, weight))
+    assert torch.autograd.gradcheck(lambda q: segment_attention(q, [(q, q), (q[:, :1], q[:, :1])]), (heads,))
+
+
 def test_rope_tables_stay_per_axis():
     rope = rope_3d(range(5), 8, 9, 128)
     assert [tuple(table.shape) for table in rope] == [(5, 22, 2), (8, 21, 2), (9, 21, 2)]
