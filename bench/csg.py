@@ -216,7 +216,8 @@ class _Benchmark:
         vae = components.vae()
         vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
         multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
-        low = fit_image(self.photo, *stage_one_size(self.width, self.height, multiple)).to(device)
+        size = self.width, self.height
+        low = fit_image(self.photo, size, stage_one_size(*size, multiple)).to(device)
         dit = components.stage_one()
         text = empty_text(components.stage_one_config.text_dim).to(device)
         image = components.clip_tokens("stage1", self.photo, device)
@@ -226,7 +227,7 @@ class _Benchmark:
             motion = make_motion(dit, vae_one, low, text, image, low_noise_dit=low_noise, **options)
         del dit, low_noise
         with timer.stage("reference_seconds"):
-            picture = fit_image(self.photo, self.width, self.height).to(device)
+            picture = fit_image(self.photo, size).to(device)
             reference = make_reference(motion, vae_one, vae, picture)
         text = empty_text(components.stage_two_config.text_dim).to(device)
         image = components.clip_tokens("stage2", self.photo, device)

@@ -288,7 +288,8 @@ class WanDiT(nn.Module):
         return x, embedding, kept
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
-        return tuple(size // patch for size, patch in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        (blocks, height, width), patch = latents.shape[2:], self.config.patch_size
+        return blocks // patch[0], height // patch[1], width // patch[2]
 
     def _check(
         self,

@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
         motion = make_motion(
             dit,
             vae_one,
-            fit_image(photo, *low_size).to(device),
+            fit_image(photo, (width, height), low_size).to(device),
             text,
             image_one,
             num_blocks=num_blocks,
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
     del dit, low_noise
     _release(device)
     with timer.stage("reference"), progress("reference", num_blocks, device) as advance:
-        picture = fit_image(photo, width, height).to(device)
+        picture = fit_image(photo, (width, height)).to(device)
         reference = make_reference(
             motion, vae_one, vae, picture, lambda block, blocks: advance(f"block {block}/{blocks}")
         )

@@ -42,11 +42,19 @@ def open_image(path: str | Path) -> Any:
     return pil.alpha_composite(white, image).convert("RGB")
 
 
-def fit_image(image: Any, width: int, height: int) -> Tensor:
-    """Scales a PIL image to cover ``width x height``, crops the centre, returns ``[1, 3, 1, H, W]`` in -1..1."""
+def fit_image(image: Any, size: tuple[int, int], resize: tuple[int, int] | None = None) -> Tensor:
+    """Scales a PIL image to cover ``size`` (width, height) and crops the centre.
+
+    With ``resize`` the result is then scaled to that size: the same framing at another resolution, for Stage I.
+
+    Returns:
+        ``[1, 3, 1, H, W]`` in -1..1.
+    """
     pil = require("PIL.Image", "generate")
     ops = require("PIL.ImageOps", "generate")
-    fitted = ops.fit(image, (width, height), method=pil.Resampling.LANCZOS)
+    fitted = ops.fit(image, size, method=pil.Resampling.LANCZOS)
+    if resize is not None:
+        fitted = fitted.resize(resize, pil.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)) / 127.5 - 1
     return pixels.permute(2, 0, 1)[None, :, None].contiguous()
 

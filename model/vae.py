@@ -339,7 +339,7 @@ class WanVAE(nn.Module):
 
         The first piece has ``1 + n * temporal_stride`` frames (1 is usual), every other ``n * temporal_stride``.
         """
-        config, state = self.config, {}
+        config, state = self.config, State()
         for i, video in enumerate(pieces):
             self._check_video(video, first=i == 0)
             x = video.to(self.device, self.dtype)
@@ -351,7 +351,7 @@ class WanVAE(nn.Module):
 
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """As :meth:`decode`, piece by piece: yields the frames ``[B, 3, f, H, W]`` of each piece of latents."""
-        config, state = self.config, {}
+        config, state = self.config, State()
         for latents in pieces:
             if latents.ndim != 5 or latents.shape[1] != config.z_dim:
                 raise ValueError(f"latents: expected [B, {config.z_dim}, T, h, w], got {tuple(latents.shape)}")

@@ -63,10 +63,19 @@ def test_unreadable_images_are_explained(tmp_path):
 def test_fit_covers_and_crops_the_centre():
     image = Image.new("RGB", (40, 10), "black")
     image.paste("white", (15, 0, 25, 10))
-    pixels = fit_image(image, 16, 16)
+    pixels = fit_image(image, (16, 16))
     assert pixels.shape == (1, 3, 1, 16, 16)
     assert pixels[..., 2:14].min() > 0.9  # the white square in the middle fills the frame
-    assert fit_image(image, 64, 16)[0, :, 0, :, 0].max() == -1
+    assert fit_image(image, (64, 16))[0, :, 0, :, 0].max() == -1
+
+
+def test_stage_one_sees_the_same_frame_as_stage_two():
+    """Also where its aspect ratio is not quite the target's: stretched, so that upsampling puts everything back."""
+    image = Image.linear_gradient("L").rotate(90).resize((90, 60)).convert("RGB")
+    large, small = fit_image(image, (64, 64)), fit_image(image, (64, 64), (16, 32))
+    assert small.shape == (1, 3, 1, 32, 16)
+    averaged = torch.nn.functional.avg_pool2d(large[:, :, 0], (2, 4))
+    assert (small[:, :, 0] - averaged)[..., 1:-1].abs().max() < 0.02
 
 
 def test_frames_round_to_the_nearest_level():
