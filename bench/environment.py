@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "einops", "av", "pillow")
+_PACKAGES = ("triton", "numpy", "einops", "av", "pillow")
 
 
 def capture(device: torch.device) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in _PACKAGES}},
         "git": git_state(),
     }
     if device.type == "cuda":

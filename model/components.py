@@ -100,12 +100,13 @@ class Components:
         found = {name: _find(path, name) for name in ("stage1", "stage2", "vae", "stage1_low_noise", "stage1_vae")}
         missing = [name for name in ("stage1", "stage2", "vae") if found[name] is None]
         if missing:
-            raise InputError(f"weights: {path} lacks {', '.join(missing)}; expected:\n{LAYOUT}")
+            raise InputError(f"weights: {path} lacks {', '.join(missing)}; --help shows the layout")
         low_noise, vae_one = found["stage1_low_noise"], found["stage1_vae"]
-        if low_noise is not None:
-            inspect_dit(low_noise)
+        stage_one_config = inspect_dit(found["stage1"])
+        if low_noise is not None and inspect_dit(low_noise) != stage_one_config:
+            raise InputError(f"weights: {low_noise} must have the configuration of {found['stage1']}")
         return cls(
-            stage_one_config=inspect_dit(found["stage1"]),
+            stage_one_config=stage_one_config,
             stage_two_config=inspect_dit(found["stage2"]),
             vae_config=inspect_vae(found["vae"]),
             stage_one_vae_config=inspect_vae(vae_one or found["vae"]),

@@ -78,7 +78,7 @@ class VideoWriter:
         crf: quality of x264; 0 is lossless, 18 is visually lossless.
 
     Raises:
-        InputError: another suffix, or the directory cannot be written.
+        InputError: another suffix, or a place that cannot be written to.
     """
 
     def __init__(self, path: str | Path, width: int, height: int, fps: int, crf: int = 16):
@@ -95,6 +95,7 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         width, height, fps, crf = self._numbers
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._container = self._av.open(str(self._temporary), "w")
         # Without x264's macroblock tree, which made 4 different files of the same frames in 150 runs.
         options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
@@ -130,7 +131,7 @@ class VideoWriter:
 
 
 def check_video_path(path: str | Path) -> Path:
-    """``path`` if an MP4 can be written there; makes the directory.
+    """``path`` if an MP4 can be written there. Its directory need not exist: the writer makes it.
 
     Raises:
         InputError: another suffix, a directory, or a place that cannot be written.
@@ -140,10 +141,7 @@ def check_video_path(path: str | Path) -> Path:
         raise InputError(f"out: expected a name that ends in .mp4, got {path}")
     if path.is_dir():
         raise InputError(f"out: {path} is a directory")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the directory {path.parent}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"out: cannot write to {path.parent}")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"out: cannot write {path}: {place} is not a directory that can be written to")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,11 +154,16 @@ def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path,
     command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--weights", str(weights)]
     weights.mkdir()
     assert main(command) == 2
-    assert "lacks stage1, stage2, vae; expected:" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: weights: {weights} lacks stage1, stage2, vae; --help shows the layout\n"
     save_weights(weights, in_channels=9)
     assert main(command) == 2
     message = "stage1: with a VAE of 4 channels its in_channels must be 4 or 12 and its out_channels 4, got 9 and 4"
     assert capsys.readouterr().err == f"error: {message}\n"
+    save_weights(weights)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=4, out_channels=4)
+    assert main(command) == 2
+    assert "stage1_low_noise must have the configuration of" in capsys.readouterr().err
+    shutil.rmtree(weights / "stage1_low_noise")
     save_weights(weights, image_dim=20, added_kv_proj_dim=48)
     assert main(command) == 2
     assert "stage1 reads CLIP tokens, but there is no image_encoder" in capsys.readouterr().err

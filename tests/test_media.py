@@ -116,6 +116,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(InputError, match="is a directory"):
         check_video_path(tmp_path / "folder.mp4")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot make the directory"):
+    with pytest.raises(InputError, match="is not a directory that can be written to"):
         check_video_path(tmp_path / "file" / "clip.mp4")
-    assert check_video_path(tmp_path / "new" / "clip.mp4").parent.is_dir()
+    assert check_video_path(tmp_path / "new" / "clip.mp4") == tmp_path / "new" / "clip.mp4"
+    assert not (tmp_path / "new").exists()  # made by the writer, when there is something to write
