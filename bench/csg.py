@@ -4,8 +4,8 @@ For every clip length one photograph goes through Stage I and the reference once
 first pass of each mode warms up and measures peak memory; the timed passes follow, the modes in turn, so that a drift
 of the machine's speed falls on all of them alike. The longest clip is decoded and written in every mode.
 
-Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`bench.tensor_memory`); both are
-counted from what is resident when Stage II starts: weights included on CUDA, not included on the CPU.
+Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`bench.tensor_memory`); both
+include the weights that are resident while Stage II runs.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class _Benchmark:
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.args.seed,
             "repeats": self.repeats,
-            "memory": "allocator peak" if self.device.type == "cuda" else "live tensor bytes, weights not counted",
+            "memory": "allocator peak" if self.device.type == "cuda" else "live tensor bytes, weights included",
         }
 
     def measure(self, num_frames: int, folder: Path, bar: Any) -> list[dict[str, Any]]:
@@ -231,8 +231,9 @@ class _Benchmark:
             reference = make_reference(motion, vae_one, vae, picture)
         text = empty_text(components.stage_two_config.text_dim).to(device)
         image = components.clip_tokens("stage2", self.photo, device)
-        stage = _StageTwo(self, components.stage_two(), reference, text, image, self.plan(num_frames))
-        return vae.to(self.dtype), stage, timer.seconds
+        vae = vae.to(self.dtype)
+        stage = _StageTwo(self, components.stage_two(), vae, reference, text, image, self.plan(num_frames))
+        return vae, stage, timer.seconds
 
     def _row(self, mode: str, num_frames: int) -> dict[str, Any]:
         plan = plan_for(mode, self.plan(num_frames))
@@ -265,10 +266,19 @@ class _StageTwo:
     """Stage II of one clip length: the same inputs for every mode and pass."""
 
     def __init__(
-        self, bench: _Benchmark, dit: WanDiT, reference: Tensor, text: Tensor, image: Tensor | None, plan: SegmentPlan
+        self,
+        bench: _Benchmark,
+        dit: WanDiT,
+        vae: WanVAE,
+        reference: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        plan: SegmentPlan,
     ):
         self.bench, self.dit, self.reference, self.plan = bench, dit, reference, plan
         self.context = text, image
+        inputs = [tensor for tensor in (reference, text, image) if tensor is not None]
+        self.resident = [*dit.parameters(), *vae.parameters(), *inputs]
 
     def first_pass(self, mode: str, row: dict[str, Any]) -> Tensor:
         """Warms up and measures peak memory; returns the clip's latents."""
@@ -279,7 +289,7 @@ class _StageTwo:
             row["reserved_bytes"] = torch.cuda.max_memory_reserved()
             row["process_bytes"] = process_memory(self.bench.device)
             return latents
-        with TensorMemory() as memory:
+        with TensorMemory(self.resident) as memory:
             latents = self._sample(mode)
         row["stage_two_peak_bytes"] = memory.peak
         return latents

@@ -7,6 +7,7 @@ that an operator allocates and frees inside itself (a convolution's workspace, f
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """``with TensorMemory() as memory: ...; memory.peak`` is the peak of bytes allocated in the body and still alive.
+    """``with TensorMemory(tensors) as memory: ...; memory.peak`` is the peak of bytes alive in the body.
 
-    Tensors that existed before count as soon as an operator returns them or a view of them, never more than once.
+    Counted are the given tensors, which existed before (weights, inputs), and all that operators return in the body;
+    a storage counts once, however many views of it there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
+        for tensor in tensors:
+            self._follow(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

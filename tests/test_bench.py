@@ -149,6 +149,16 @@ def test_tensor_memory_counts_every_storage_once_and_until_it_dies():
     assert memory.peak == 6000
 
 
+def test_tensor_memory_counts_given_tensors_from_the_start_and_once():
+    weight = torch.zeros(1000)
+    with TensorMemory([weight, weight[:10]]) as memory:
+        assert memory.live == 4000
+        product = weight.view(10, 100) @ torch.ones(100, 1)  # 400 and 40 bytes more
+        assert memory.live == 4040
+    assert memory.peak == 4440
+    assert product.shape == (10, 1)
+
+
 def test_stage_timer_charges_the_innermost_stage(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0])
     monkeypatch.setattr("model.measure.time.perf_counter", lambda: next(clock))
