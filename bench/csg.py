@@ -205,7 +205,11 @@ class _Benchmark:
                 if num_frames == max(self.lengths):
                     bar.set_description(f"{num_frames} frames, {LABELS[mode]}, decode")
                     path = folder / f"{mode if mode == 'end_to_end' else f'csg_{mode}'}.mp4"
-                    _guarded([row], self._decode, vae, latents[mode], path, row)
+                    # A failure here does not take back what was measured of Stage II.
+                    failure: dict[str, Any] = {}
+                    _guarded([failure], self._decode, vae, latents[mode], path, row)
+                    if failure:
+                        row["decode_error"] = failure["error"]
                     bar.update()
         return list(rows.values())
 
@@ -360,7 +364,8 @@ def format_table(result: dict[str, Any]) -> str:
         cells += [f"{other['stage_two_seconds']['median'] / time['median']:.2f}" if other else ""]
         cells += [format_bytes(peak), f"{other['stage_two_peak_bytes'] / peak:.2f}" if other else ""]
         cells += [f"{row['stage_one_seconds'] + row['reference_seconds']:.1f}"]
-        cells += [f"{row[key]:.1f}" if key in row else "" for key in ("decode_seconds", "total_seconds")]
+        empty = "out of memory" if "decode_error" in row else ""
+        cells += [f"{row[key]:.1f}" if key in row else empty for key in ("decode_seconds", "total_seconds")]
         lines.append(cells)
     table = require("tabulate", "bench").tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     settings, environment = result["settings"], result["environment"]

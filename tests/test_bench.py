@@ -117,6 +117,18 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "csg_causal.mp4").exists()
 
 
+def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def failing(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
+
+    monkeypatch.setattr(csg, "decode_frames", failing)
+    assert main(["--frames", "5", "--size", "64x48", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert all(row["status"] == "ok" and row["stage_two_seconds"]["median"] > 0 for row in rows)
+    assert all(row["decode_error"].startswith("CUDA out of memory") for row in rows)
+    assert capsys.readouterr().out.count("out of memory") == 2 * len(rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
