@@ -31,7 +31,7 @@ from model.csg import MODES, SegmentPlan, plan_for, sample_latents
 from model.dit import WanDiT
 from model.encoders import empty_text
 from model.errors import InputError, require
-from model.measure import StageTimer, format_bytes
+from model.measure import StageTimer, format_bytes, is_out_of_memory
 from model.media import VideoWriter, fit_image, open_image
 from model.pipeline import (
     check_frames,
@@ -319,13 +319,10 @@ def _guarded(rows: list[dict[str, Any]], work: Callable[..., Any], *args: Any) -
     """``work(*args)``; out of memory becomes the rows' status (and None) instead of the end of the benchmark."""
     try:
         return work(*args)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = str(error) or "MemoryError"
-    except RuntimeError as error:
-        # The CPU allocator raises a plain RuntimeError.
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        reason = str(error)
+        reason = str(error) or "MemoryError"
     for row in rows:
         row["status"], row["error"] = "out of memory", reason.splitlines()[0]
     if torch.cuda.is_available():

@@ -14,6 +14,7 @@ import torch
 from model.components import Components
 from model.config import PRESETS
 from model.errors import InputError
+from model.measure import is_out_of_memory
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,8 +35,10 @@ def run_command(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory; try a smaller --size or fewer --frames ({error})", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory; try a smaller --size or fewer --frames ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

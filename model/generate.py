@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
     with timer.stage("load"):
-        vae = components.vae().to(device)
+        vae = components.vae()
         vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
         dit = components.stage_one()
         low_noise = None if components.low_noise is None else components.low_noise()
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
                 for block in timer.iterate("decode", frames):
                     writer.write(block)
         except BaseException:
-            if writer.partial_path.exists():
+            if writer.num_frames:
                 print(f"\nstopped after {writer.num_frames} frames; they are kept in {writer.partial_path}")
             raise
     peak, what = peak_memory(device)

@@ -81,6 +81,13 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, whole process"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is a lack of memory; the CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def format_bytes(count: float) -> str:
     """``1.5 GiB``, ``12 MiB``."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

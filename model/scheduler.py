@@ -9,6 +9,8 @@ checkpoints are trained for (lightx2v). The 1000 is Wan's number of training tim
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,12 +24,12 @@ def flow_sigmas(num_steps: int, shift: float) -> list[float]:
     """``num_steps + 1`` noise levels from 1 to 0, evenly spaced and then shifted.
 
     Raises:
-        InputError: ``num_steps`` is not positive or ``shift`` is not positive.
+        InputError: ``num_steps`` is not positive or ``shift`` is not positive and finite.
     """
     if num_steps < 1:
         raise InputError(f"steps: expected at least 1, got {num_steps}")
-    if not shift > 0:
-        raise InputError(f"shift: expected a positive number, got {shift}")
+    if not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"shift: expected a positive finite number, got {shift}")
     levels = [1 - i / num_steps for i in range(num_steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in levels] + [0.0]
 

@@ -45,7 +45,8 @@ class CausalConv3d(nn.Conv3d):
         return self._fold_time(x) if x.device.type == "cpu" else super().forward(x)
 
     def _fold_time(self, x: Tensor) -> Tensor:
-        # On the CPU torch sends small 3D convolutions to a naive loop; as a 2D one over (channel, tap) it is 5x faster.
+        # On the CPU torch sends small 3D convolutions to a naive loop; as a 2D one over (channel, tap) the tiny
+        # VAE decodes 5x faster (measured on a 2-core AMD EPYC).
         frames = rearrange(x.unfold(2, self.history + 1, 1), "b c t h w tap -> (b t) (c tap) h w")
         weight = rearrange(self.weight, "out c tap y x -> out (c tap) y x")
         y = F.conv2d(frames, weight, self.bias, padding=self.padding[1:])

@@ -116,7 +116,7 @@ def random_weights(
     """
     with torch.device("meta"):
         model = kind(config)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
     state = {}
     for name, parameter in model.state_dict().items():
         target = dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype

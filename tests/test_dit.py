@@ -58,20 +58,9 @@ def image_tokens(config, batch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_diffusers(variant, tmp_path):
-    theirs = saved_diffusers_dit(tmp_path, **VARIANTS[variant])
-    ours = load_dit(tmp_path)
-    for batch, num_blocks, height, width in SIZES:
-        latents = torch.randn(batch, theirs.config.in_channels, num_blocks, height, width)
-        text, image = torch.randn(batch, 512, 32), image_tokens(theirs.config, batch)
-        timestep = torch.rand(batch) * 1000
-        with torch.no_grad():
-            expected = theirs(latents, timestep, text, image).sample
-        assert relative_error(ours(latents, timestep, text, image), expected) < PARITY
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_timestep_per_block_equals_diffusers_timestep_per_token(variant, tmp_path):
+@pytest.mark.parametrize("per_block", [False, True], ids=["one timestep", "timestep per block"])
+def test_equals_diffusers(variant, per_block, tmp_path):
+    """With a timestep per block, diffusers is given the same one for every token of the block."""
     theirs = saved_diffusers_dit(tmp_path, **VARIANTS[variant])
     ours = load_dit(tmp_path)
     for batch, num_blocks, height, width in SIZES:
@@ -79,7 +68,9 @@ def test_timestep_per_block_equals_diffusers_timestep_per_token(variant, tmp_pat
         text, image = torch.randn(batch, 512, 32), image_tokens(theirs.config, batch)
         timestep = torch.rand(batch, num_blocks) * 1000
         timestep[:, 0] = 0
-        per_token = timestep.repeat_interleave(height * width // 4, dim=1)
+        if not per_block:
+            timestep = timestep[:, -1] + 1
+        per_token = timestep.repeat_interleave(height * width // 4, dim=1) if per_block else timestep
         with torch.no_grad():
             expected = theirs(latents, per_token, text, image).sample
         assert relative_error(ours(latents, timestep, text, image), expected) < PARITY

@@ -16,20 +16,11 @@ from safetensors.torch import save_file
 from model.generate import main
 from tests.test_dit import saved_diffusers_dit
 from tests.test_encoders import save_text_encoder
-from tests.test_vae import saved_diffusers_vae
+from tests.test_vae import VERSIONS, saved_diffusers_vae
 
 ROOT = Path(__file__).parent.parent
 VAE_21 = {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1}
-VAE_22 = {
-    "base_dim": 4,
-    "z_dim": 6,
-    "num_res_blocks": 1,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-}
+VAE_22 = VERSIONS["2.2, one block a stage"]
 
 
 def video(path):
@@ -139,7 +130,7 @@ def test_options_that_the_parser_refuses_are_one_line_too(options, message, phot
         (["--preset", "huge"], "preset: unknown 'huge'; choose one of tiny, tiny-vae22, 1.3b, 14b-1.3b, 5b"),
         (["--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
         (["--weights", "nowhere"], "weights: nowhere does not exist"),
-        (["--shift", "0"], "shift: expected a positive number, got 0.0"),
+        (["--shift", "0"], "shift: expected a positive finite number, got 0.0"),
         (["--text-embeddings", "nowhere"], "text-embeddings: nowhere does not exist"),
     ],
 )
@@ -183,6 +174,24 @@ def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert result.stderr == "error: av is not installed; run: pip install -e '.[generate]'\n"
+
+
+def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo, tmp_path, capsys, monkeypatch):
+    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--frames", "5", "--size", "32x32"]
+
+    def failing(*args, **options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("model.generate.make_motion", failing)
+    assert main(command) == 1
+    assert "error: out of memory; try a smaller --size or fewer --frames" in capsys.readouterr().err
+
+    def broken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("model.generate.make_motion", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(command)
 
 
 def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):

@@ -49,5 +49,11 @@ def test_noise_is_standard_normal_and_differs_by_seed_stage_and_block():
 def test_bad_arguments_are_named():
     with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
         flow_sigmas(0, 5.0)
-    with pytest.raises(InputError, match="shift: expected a positive number"):
-        flow_sigmas(4, float("nan"))
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="shift: expected a positive finite number"):
+            flow_sigmas(4, shift)
+
+
+def test_seeds_of_any_size_are_taken():
+    first, second = (block_noise(seed, 1, (0,), (1, 2, 2)) for seed in (2**70, 2**70 + 1))
+    assert not torch.equal(first, second)

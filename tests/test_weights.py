@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 
 from model import DiTConfig, InputError, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
-from model.config import PRESETS, VAE_LATENT_STATISTICS
+from model.config import PRESETS
 from model.weights import inspect_dit, inspect_vae, random_weights
 from tests.conftest import TINY_DIT
 from tests.original_names import original_dit, original_vae
@@ -22,16 +23,7 @@ CLIP_DIT = DiTConfig(
     num_heads=1, num_layers=2, ffn_dim=96, in_channels=36, text_dim=32, freq_dim=64, image_dim=20, added_kv=True
 )
 VAE_21 = VAEConfig(base_dim=4, decoder_base_dim=8)
-VAE_22 = VAEConfig(
-    base_dim=4,
-    decoder_base_dim=8,
-    z_dim=48,
-    residual=True,
-    patch_size=2,
-    pixel_channels=12,
-    latents_mean=VAE_LATENT_STATISTICS[48][0],
-    latents_std=VAE_LATENT_STATISTICS[48][1],
-)
+VAE_22 = replace(PRESETS["5b"].vae, base_dim=4, decoder_base_dim=8)
 
 
 def same_state(loaded, model):

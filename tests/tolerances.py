@@ -13,6 +13,10 @@ EXACT = 1e-12
 OPERATOR = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 #: A whole bfloat16 model against its float32 weights: about 8e-3 a layer, random weights, two layers.
 BFLOAT16_MODEL = 3e-2
+#: float32 on CPU and CUDA: only the order of sums differs, over two steps of a two-layer model.
+ACROSS_DEVICES = 1e-4
+#: The same for convolutions, for which cuDNN may use TF32.
+ACROSS_DEVICES_TF32 = 1e-3
 #: A lossy H.264 file against the frames written (mean absolute difference of smooth 8-bit pixels at crf 16).
 VIDEO_PIXELS = 3.0
 
