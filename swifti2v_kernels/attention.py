@@ -1,51 +1,322 @@
 """Bidirectional attention over keys and values that live in several buffers.
 
     out = softmax(scale * q @ concat(k_1 .. k_n)^T) @ concat(v_1 .. v_n)
+    lse = log(sum(exp(scale * q @ concat(k_1 .. k_n)^T)))
 
 A window of Conditional Segment-wise Generation, a cached context, the text of an MMDiT block and plain cross-attention
-are all this one operation: the softmax runs over the union of the sources, so their order does not matter.
+are all this one operation: the softmax runs over the union of the sources, so their order does not matter, and nothing
+is concatenated. Queries and outputs may be several views too.
 
-| tensor   | shape          | dtype            | layout                          |
-|----------|----------------|------------------|---------------------------------|
-| q        | [B, Lq, H, D]  | fp32, fp16, bf16 | any strides                     |
-| k_i, v_i | [B, L_i, H, D] | as q             | any strides, L_i may be 0       |
-| out      | [B, Lq, H, D]  | as q             | contiguous tokens               |
+| tensor        | shape          | dtype                        | layout                                       |
+|---------------|----------------|------------------------------|----------------------------------------------|
+| q, one or n   | [B, Lq, H, D]  | fp16, bf16 (fp32, fp64: torch) | any batch, token and head strides; D contiguous |
+| k_i, v_i      | [B, L_i, H, D] | as q                         | the same; strides may differ between sources |
+| valid_lengths | [B]            | int32 or int64               | per source, optional                         |
+| out, one or n | [B, Lq, H, D]  | as q                         | as q; contiguous if not given                |
+| lse, one or n | [B, H, Lq]     | fp32                         | contiguous                                   |
 
-FLOPs: 4 * B * H * Lq * sum(L_i) * D. Least traffic: q, every k_i and v_i read once, out written once. The PyTorch path
-below concatenates the sources when there are several, which copies 2 * B * sum(L_i) * H * D elements; with one source
-it copies nothing.
+Products accumulate in float32, the softmax is float32 and base 2; p is rounded to the inputs' dtype for ``p @ v``, as in
+every fused attention. Sums run in the order of tiles, so results of different backends differ by rounding only.
+
+FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
+``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
+
+Backends: the reference below (any device and dtype, differentiable); the portable Triton kernel
+(``attention_portable.py``); a warp-specialised one for Hopper (``attention_hopper.py``); and, for a plain dense call with
+one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
+``explain(segment_attention, ...)`` says which of them a call takes. The kernels are not yet timed on hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from swifti2v_kernels.attention_arguments import BlockWindow, Call, Source, check_call, check_overlaps
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.checks import check_range
+from swifti2v_kernels.common.cost import Cost
+from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
+from swifti2v_kernels.common.tables import fastest_backend
+from swifti2v_kernels.common.target import capability_of, interpreting, kernels_run_on
+
+KERNEL_HEAD_DIMS = (64, 96, 128)
+
+# --- reference ---------------------------------------------------------------------------------------------------------
 
 
-def segment_attention_reference(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-    """The formula above by ``scaled_dot_product_attention``; differentiable; shapes as in :func:`segment_attention`."""
-    k = sources[0][0] if len(sources) == 1 else torch.cat([k for k, _ in sources], dim=1)
-    v = sources[0][1] if len(sources) == 1 else torch.cat([v for _, v in sources], dim=1)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+def segment_attention_reference(
+    q: Sequence[Tensor],
+    sources: Sequence[Source],
+    scale: float,
+    valid_lengths: Sequence[Tensor | None],
+    attends: Sequence[Sequence[int]],
+    window: BlockWindow | None,
+    return_lse: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The formula above, piece by piece of the queries; differentiable. Masks are spelled out as slices."""
+    out, lse = [], []
+    for view, visible in zip(q, attends, strict=True):
+        results = []
+        for start, stop, seen in _pieces(view.shape[1], sources, visible, window):
+            k = torch.cat([sources[j][0][:, a:b] for j, a, b in seen], dim=1) if len(seen) != 1 else None
+            v = torch.cat([sources[j][1][:, a:b] for j, a, b in seen], dim=1) if len(seen) != 1 else None
+            if k is None or v is None:
+                j, a, b = seen[0]
+                k, v = sources[j][0][:, a:b], sources[j][1][:, a:b]
+            masks = None
+            if any(valid_lengths[j] is not None for j, _, _ in seen):
+                masks = torch.cat([_valid_rows(valid_lengths[j], a, b, view) for j, a, b in seen], dim=1)
+            results.append(_attend(view[:, start:stop], k, v, scale, masks, return_lse))
+        out.append(results[0][0] if len(results) == 1 else torch.cat([o for o, _ in results], dim=1))
+        if return_lse:
+            lse.append(torch.cat([s for _, s in results if s is not None], dim=2))
+    return out, lse
+
+
+def _pieces(
+    num_queries: int, sources: Sequence[Source], visible: Sequence[int], window: BlockWindow | None
+) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+    """Ranges of queries that see the same keys, with these: (start, stop, [(source, first row, last row + 1)])."""
+    everything = [(j, 0, sources[j][0].shape[1]) for j in visible]
+    if window is None or num_queries == 0:
+        yield 0, num_queries, everything
+        return
+    length = sources[0][0].shape[1]
+    for i, start in enumerate(range(0, num_queries, window.block_len)):
+        low = min(max(i - window.left, 0) * window.block_len, length)
+        high = min((i + window.right + 1) * window.block_len, length)
+        yield start, min(start + window.block_len, num_queries), [(0, low, high), *everything[1:]]
+
+
+def _valid_rows(valid: Tensor | None, start: int, stop: int, like: Tensor) -> Tensor:
+    rows = torch.arange(start, stop, device=like.device)
+    if valid is None:
+        return torch.ones_like(rows, dtype=torch.bool).expand(like.shape[0], -1)
+    return rows < valid.unsqueeze(1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+    if not return_lse and valid is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, :], float("-inf"))
+    lse = logits.logsumexp(-1)
+    # A row without any valid key: weights 0, not NaN.
+    weights = torch.where(torch.isneginf(lse).unsqueeze(-1), torch.zeros_like(logits), (logits - lse[..., None]).exp())
+    out = (weights @ v.to(wide)).to(v.dtype)
+    return out.transpose(1, 2), lse.to(torch.promote_types(torch.float32, lse.dtype)) if return_lse else None
+
+
+# --- launch ------------------------------------------------------------------------------------------------------------
+
+
+def _choose_kernel(
+    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
+) -> tuple[str, str]:
+    """Which implementation serves a call that the Triton backend takes, and why; no view is empty."""
+    capability = capability_of(q[0].device)
+    head_dim, dtype = q[0].shape[3], q[0].dtype
+    dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
+    if dense and q[0].device.type == "cuda":
+        best, reason = fastest_backend("attention", capability, dtype, head_dim, sources[0][0].shape[1])
+        if best != "swifti2v":
+            return "sdpa", f"one dense source: {reason}"
+    if capability == 90:
+        hopper = _hopper_module()
+        obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(q, sources, valid, windowed)
+        if obstacle is None:
+            return "hopper", "warp-specialised for capability 9.0"
+        return "portable", f"the Hopper kernel does not take it: {obstacle}"
+    return "portable", "in Triton's interpreter" if capability is None else f"capability {capability / 10:.1f}"
+
+
+def _hopper_module() -> ModuleType | None:
+    """None where this Triton's Gluon is missing or has other names."""
+    try:
+        return importlib.import_module("swifti2v_kernels.attention_hopper")
+    except (ImportError, AttributeError):
+        return None
+
+
+def _launch(
+    q: Sequence[Tensor],
+    sources: Sequence[Source],
+    out: Sequence[Tensor],
+    lse: Sequence[Tensor],
+    valid: Sequence[Tensor | None],
+    scale: float,
+    attends: Sequence[int],
+    window: tuple[int, int, int] | None,
+) -> None:
+    """Writes ``out`` and ``lse`` (empty if not wanted) by the chosen kernel."""
+    filled = [i for i, x in enumerate(q) if x.numel()]
+    if not filled:
+        return
+    q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
+    lse = [lse[i] for i in filled] if lse else []
+    for j, x in enumerate(valid):
+        if x is not None:
+            check_range(f"valid_lengths[{j}]", x, 0, sources[j][0].shape[1])
+    kernel, _ = _choose_kernel(q, sources, valid, window is not None, bool(lse))
+    if kernel == "sdpa":
+        out[0].copy_(_sdpa(q[0], *sources[0], scale))
+        return
+    if kernel == "hopper":
+        from swifti2v_kernels.attention_hopper import HopperConfig, launch_hopper
+
+        launch_hopper(
+            q, sources, out, lse or None, scale=scale, attends=attends, config=HopperConfig.heuristic(q[0].shape[3])
+        )
+        return
+    from swifti2v_kernels.attention_portable import PortableConfig, descriptors_possible, launch_portable
+
+    config = PortableConfig.heuristic(
+        capability_of(q[0].device), q[0].shape[3], len(sources), descriptors_possible(sources)
+    )
+    launch_portable(
+        q, sources, out, lse or None, valid_lengths=valid, scale=scale, attends=attends, window=window, config=config
+    )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's attention [B, L, H, D], cuDNN first: the fastest exact one published for Hopper and Blackwell."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
     return out.transpose(1, 2)
 
 
-def segment_attention(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], *, scale: float | None = None) -> Tensor:
-    """Attention of ``q`` to the union of several key/value sources, without a mask.
+# --- registration ------------------------------------------------------------------------------------------------------
+# Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers.
+
+
+def _new_outputs(q: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in q]
+
+
+def _new_lses(q: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=torch.float32) for x in q] if wanted else []
+
+
+@torch.library.custom_op("swifti2v::segment_attention", mutates_args=())
+def _segment_attention_op(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    valid_lengths: list[Tensor | None],
+    scale: float,
+    attends: list[int],
+    window: list[int],
+    return_lse: bool,
+) -> list[Tensor]:
+    out, lse = _new_outputs(q), _new_lses(q, return_lse)
+    sources = list(zip(k, v, strict=True))
+    _launch(q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+    return out + lse
+
+
+@_segment_attention_op.register_fake
+def _(q, k, v, valid_lengths, scale, attends, window, return_lse):  # type: ignore[no-untyped-def]
+    return _new_outputs(q) + _new_lses(q, return_lse)
+
+
+@torch.library.custom_op("swifti2v::segment_attention_out", mutates_args=("out",))
+def _segment_attention_out_op(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    valid_lengths: list[Tensor | None],
+    scale: float,
+    attends: list[int],
+    window: list[int],
+    return_lse: bool,
+    out: list[Tensor],
+) -> list[Tensor]:
+    lse = _new_lses(q, return_lse)
+    sources = list(zip(k, v, strict=True))
+    check_overlaps(out, q, sources)
+    _launch(q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+    return lse
+
+
+@_segment_attention_out_op.register_fake
+def _(q, k, v, valid_lengths, scale, attends, window, return_lse, out):  # type: ignore[no-untyped-def]
+    return _new_lses(q, return_lse)
+
+
+# --- public ------------------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    q: Tensor | Sequence[Tensor],
+    sources: Sequence[Source],
+    *,
+    scale: float | None = None,
+    valid_lengths: Sequence[Tensor | None] | None = None,
+    attends: Sequence[Sequence[int]] | None = None,
+    window: BlockWindow | None = None,
+    return_lse: bool = False,
+    out: Tensor | Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> Choice:
+    call = check_call(q, sources, scale, valid_lengths, attends, window, out)
+    chosen, reason = pick_backend(backend, _obstacle(call))
+    if chosen == "torch":
+        return Choice(chosen, "reference", reason)
+    queries = [x for x in call.q if x.numel()]
+    if not queries:
+        return Choice(chosen, "none", "no queries")
+    return Choice(chosen, *_choose_kernel(queries, call.sources, call.valid, window is not None, return_lse))
+
+
+@explained_by(_choose)
+def segment_attention(
+    q: Tensor | Sequence[Tensor],
+    sources: Sequence[Source],
+    *,
+    scale: float | None = None,
+    valid_lengths: Sequence[Tensor | None] | None = None,
+    attends: Sequence[Sequence[int]] | None = None,
+    window: BlockWindow | None = None,
+    return_lse: bool = False,
+    out: Tensor | Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor | list[Tensor] | tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Attention of ``q`` to the union of several key/value sources, read where they are.
 
     Args:
-        q: queries ``[B, Lq, H, D]``.
-        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them.
-        scale: factor on the logits; default ``D ** -0.5``.
+        q: queries ``[B, Lq, H, D]``, or a list of such views.
+        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them. At most
+            24 pairs.
+        scale: factor on the logits, positive; default ``D ** -0.5``.
+        valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count (padded
+            text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
+        attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning queries
+            that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
+        window: a local mask over blocks, for one query view as long as the first source.
+        return_lse: also return the logarithm (base e) of the sum of exponentials, for :func:`merge_attention`.
+        out: where to write, views shaped as ``q`` that overlap neither each other nor an input.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``[B, Lq, H, D]`` in the dtype of ``q``.
+        ``[B, Lq, H, D]`` in the dtype of ``q`` (``out`` if given); a list if ``q`` is one. With ``return_lse`` a pair with
+        the log-sum-exp, ``[B, H, Lq]`` float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the source.
+        TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
     Example:
         >>> q = torch.randn(1, 5, 2, 8)
@@ -53,29 +324,113 @@ def segment_attention(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], *, sc
         >>> segment_attention(q, [tuple(window), tuple(text)]).shape
         torch.Size([1, 5, 2, 8])
 
-    Source: CSG self-attention of SwiftI2V (arXiv 2605.06356); joint attention of MMDiT models.
+    Source: CSG self-attention of SwiftI2V (arXiv 2605.06356); joint attention of MMDiT models; FlashAttention-2
+    (arXiv 2307.08691) for the online softmax.
     """
-    _check(q, sources)
-    return segment_attention_reference(q, sources, q.shape[-1] ** -0.5 if scale is None else scale)
+    call = check_call(q, sources, scale, valid_lengths, attends, window, out)
+    chosen, _ = pick_backend(backend, _obstacle(call))
+    if chosen == "torch":
+        for j, x in enumerate(call.valid):
+            if x is not None:
+                check_range(f"valid_lengths[{j}]", x, 0, call.sources[j][0].shape[1])
+        results, lses = segment_attention_reference(*call[:6], return_lse)
+        if call.out is not None:
+            if not torch.compiler.is_compiling():
+                check_overlaps(call.out, call.q, call.sources)
+            results = [target.copy_(result) for target, result in zip(call.out, results, strict=True)]
+    else:
+        k, v = [k for k, _ in call.sources], [v for _, v in call.sources]
+        masks = [sum(1 << j for j in visible) for visible in call.attends]
+        w = [] if window is None else [window.block_len, window.left, window.right]
+        if call.out is None:
+            both = _segment_attention_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse)
+            results, lses = both[: len(call.q)], both[len(call.q) :]
+        else:
+            lses = _segment_attention_out_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse, call.out)
+            results = call.out
+    if isinstance(q, Tensor):
+        return (results[0], lses[0]) if return_lse else results[0]
+    return (results, lses) if return_lse else results
 
 
-def _check(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]]) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, Lq, H, D], got shape {tuple(q.shape)}")
-    if not sources:
-        raise ValueError("sources: expected at least one (k, v) pair, got none")
-    batch, _, heads, head_dim = q.shape
-    for i, (k, v) in enumerate(sources):
-        for name, x in (("k", k), ("v", v)):
-            if x.ndim != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
-                raise ValueError(
-                    f"sources[{i}].{name}: expected [{batch}, L, {heads}, {head_dim}] to match q, got {tuple(x.shape)}"
-                )
-            if x.dtype != q.dtype or x.device != q.device:
-                raise ValueError(
-                    f"sources[{i}].{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}"
-                )
-        if k.shape[1] != v.shape[1]:
-            raise ValueError(f"sources[{i}]: k has {k.shape[1]} tokens and v has {v.shape[1]}")
-    if all(k.shape[1] == 0 for k, _ in sources):
-        raise ValueError("sources: every source is empty (0 keys), so the softmax is undefined")
+def _obstacle(call: Call) -> str | None:
+    """Why the kernels cannot take this call."""
+    q = call.q[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*call.q, *(x for pair in call.sources for x in pair))):
+        return "an input needs gradients, and the kernels have no backward"
+    if not kernels_run_on(q.device):
+        return f"kernels need a CUDA device or TRITON_INTERPRET=1, got {q.device}"
+    if q.shape[3] not in KERNEL_HEAD_DIMS:
+        return f"kernels exist for head_dim {', '.join(map(str, KERNEL_HEAD_DIMS))}, got {q.shape[3]}"
+    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreting() else ()))
+    if q.dtype not in dtypes:
+        return f"kernels exist for float16 and bfloat16, got {q.dtype}"
+    # Within one tile offsets are 32-bit.
+    if any(x.stride(1) >= 2**23 for x in (*call.q, *(call.out or ()), *(x for pair in call.sources for x in pair))):
+        return "a token stride of 2**23 elements or more"
+    return None
+
+
+# --- cost and cases ----------------------------------------------------------------------------------------------------
+
+
+def cost(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    query_len: int,
+    key_len: int,
+    itemsize: int = 2,
+    pairs: int | None = None,
+) -> Cost:
+    """Least cost of one call; ``pairs`` (query, key) per head and batch entry, default all of them."""
+    rows = batch * heads * head_dim * itemsize
+    pairs = query_len * key_len if pairs is None else pairs
+    return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)
+
+
+class _Inputs(NamedTuple):
+    """Tensors for one case, all of them slices of fused qkv buffers ``[B, L, 3, H, D]``, as the model has them."""
+
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    query_lens: tuple[int, ...] = (299,)
+    key_lens: tuple[int, ...] = (333,)
+    valid: bool = False
+    lse: bool = False
+    window: BlockWindow | None = None
+    #: Elements between the heads of one token beyond head_dim; 1 leaves nothing aligned.
+    gap: int = 0
+
+    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+        def views(length: int) -> list[Tensor]:
+            buffer = torch.ones(2, length, 3, 2, self.head_dim + self.gap, dtype=self.dtype, device=device)
+            return [buffer[:, :, i, :, : self.head_dim] for i in range(3)]
+
+        q = [views(n)[0] for n in self.query_lens]
+        sources = [tuple(views(n)[1:]) for n in self.key_lens]
+        options: dict[str, object] = {"return_lse": self.lse, "window": self.window, "backend": "triton"}
+        if self.valid:
+            options["valid_lengths"] = [torch.full((2,), n - 1, device=device) for n in self.key_lens]
+        if len(q) > 1:
+            options["attends"] = [range(min(i + 1, len(sources))) for i in range(len(q))]
+        return (q if len(q) > 1 else q[0], sources), options
+
+
+def _cases() -> list[Case]:
+    calls: dict[str, _Inputs] = {"fp16": _Inputs(128, torch.float16)}
+    for d in KERNEL_HEAD_DIMS:
+        calls |= {
+            f"d{d}": _Inputs(d),
+            f"d{d} lse": _Inputs(d, lse=True),
+            f"d{d} 2 sources": _Inputs(d, key_lens=(333, 77)),
+            f"d{d} 2 sources, padded, lse": _Inputs(d, key_lens=(333, 77), valid=True, lse=True),
+            f"d{d} causal, 3 sources": _Inputs(d, query_lens=(77, 150), key_lens=(77, 150, 40), lse=True),
+            f"d{d} 5 sources": _Inputs(d, key_lens=(333, 77, 77, 128, 1)),
+            f"d{d} block window": _Inputs(d, query_lens=(333,), key_lens=(333, 77), window=BlockWindow(100, 1)),
+            f"d{d} unaligned": _Inputs(d, gap=1),
+        }
+    return [Case(f"segment_attention {name}", segment_attention, inputs, True) for name, inputs in calls.items()]
+
+
+CASES = _cases()

@@ -11,6 +11,11 @@ PARITY = 1e-5
 EXACT = 1e-12
 #: An operator against the same formula in float64; the error is the rounding of the result.
 OPERATOR = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+#: A kernel in its dtype against float64, relative L2. float32: order of sums and a base-2 exponential. 16 bits: p is
+#: rounded once and the output once, each with a relative error of at most 2**-11 (float16) or 2**-8 (bfloat16).
+KERNEL = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
+#: Its log-sum-exp, absolute: that is float32 throughout, from products of exact 16-bit inputs.
+LSE = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5}
 #: A whole bfloat16 model against its float32 weights: about 8e-3 a layer, random weights, two layers.
 BFLOAT16_MODEL = 3e-2
 #: float32 on CPU and CUDA: only the order of sums differs, over two steps of a two-layer model.

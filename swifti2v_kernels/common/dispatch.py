@@ -1,0 +1,93 @@
+"""Who computes an operator: its PyTorch reference or its Triton kernels. The choice can be asked for, not only guessed.
+
+``backend="auto"`` takes the kernels for CUDA tensors (and on the CPU under ``TRITON_INTERPRET=1``) and the reference
+for everything that the kernels do not cover: other devices and dtypes, and inputs that need gradients. The environment
+variable ``SWIFTI2V_BACKEND`` replaces ``auto`` for the whole process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+ENVIRONMENT_VARIABLE = "SWIFTI2V_BACKEND"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a call: ``backend`` (torch or triton), the implementation behind it, and why."""
+
+    backend: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.implementation} ({self.reason})"
+
+
+_CHOOSERS: dict[Callable[..., Any], Callable[..., Choice]] = {}
+
+
+def explained_by(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks an operator: ``chooser`` takes the operator's own arguments and says what would compute the call."""
+
+    def mark(operator: Callable[..., Any]) -> Callable[..., Any]:
+        _CHOOSERS[operator] = chooser
+        return operator
+
+    return mark
+
+
+def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """What would compute ``operator(*args, **kwargs)``, without computing it.
+
+    Raises:
+        ValueError: the operator has one implementation only, or the arguments break its contract.
+
+    Example:
+        >>> q = torch.randn(1, 5, 2, 64)
+        >>> print(explain(segment_attention, q, [(q, q)]))
+        torch: reference (kernels need a CUDA device or TRITON_INTERPRET=1, got cpu)
+    """
+    if operator not in _CHOOSERS:
+        known = ", ".join(sorted(o.__name__ for o in _CHOOSERS))
+        raise ValueError(f"operator: expected one of {known}, got {getattr(operator, '__name__', operator)}")
+    return _CHOOSERS[operator](*args, **kwargs)
+
+
+# Constant for one process: under torch.compile it is read once, at trace time.
+@torch.compiler.assume_constant_result
+def _environment_backend() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+
+def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
+    """Backend and reason.
+
+    Args:
+        requested: the operator's ``backend`` argument.
+        obstacle: why the kernels cannot take this call; None if they can.
+
+    Raises:
+        ValueError: an unknown backend, or the kernels are asked for by name where they cannot run.
+    """
+    source = "backend"
+    if requested == "auto":
+        environment = _environment_backend()
+        if environment != "auto":
+            source, requested = ENVIRONMENT_VARIABLE, environment
+    if requested not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
+    if requested == "torch":
+        return "torch", f"{source} is 'torch'"
+    if requested == "triton":
+        # From the environment it is a preference for all calls, some of which have no kernel.
+        if obstacle is not None and source == "backend":
+            raise ValueError(f"backend: 'triton' cannot take this call: {obstacle}")
+        return ("torch", obstacle) if obstacle is not None else ("triton", f"{source} is 'triton'")
+    return ("torch", obstacle) if obstacle is not None else ("triton", "the kernels cover this call")

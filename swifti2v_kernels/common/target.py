@@ -1,0 +1,90 @@
+"""The GPU that a launch is for: its compute capability, and the facts of every capability that the library ships for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one capability offers; the card named is the one that the rates and the peak belong to.
+
+    Rates are per streaming multiprocessor (SM) and clock. Shared memory is what one block may ask for, in bytes.
+    Sources: CUDA programming guide (limits and throughput tables), vendor data sheets (clocks, bandwidth).
+    """
+
+    capability: int
+    card: str
+    sms: int
+    clock_ghz: float
+    bandwidth_tb_s: float
+    shared_per_block: int
+    shared_per_sm: int
+    max_warps_per_sm: int
+    #: Fused multiply-adds of dense bf16 products with float32 sums; GeForce cards run these at half rate.
+    bf16_fma: int
+    #: Opcodes of the tensor-core instructions that a bf16 product must show in the compiled code.
+    mma_opcodes: tuple[str, ...]
+
+    @property
+    def bf16_tflops(self) -> float:
+        """Dense bf16 peak in TFLOP/s, two operations a multiply-add."""
+        return 2 * self.bf16_fma * self.sms * self.clock_ghz / 1000
+
+
+_KIB = 1024
+TARGETS = {
+    target.capability: target
+    for target in (
+        Target(80, "A100 SXM", 108, 1.41, 2.04, 163 * _KIB, 164 * _KIB, 64, 1024, ("HMMA",)),
+        Target(86, "RTX 3090", 82, 1.695, 0.936, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
+        Target(89, "RTX 4090", 128, 2.52, 1.008, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
+        Target(90, "H200 SXM", 132, 1.83, 4.8, 227 * _KIB, 228 * _KIB, 64, 2048, ("HGMMA",)),
+        Target(100, "B200", 148, 1.85, 8.0, 227 * _KIB, 228 * _KIB, 64, 4096, ("UTCHMMA", "UTCMMA")),
+        Target(120, "RTX 5090", 170, 2.407, 1.792, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
+    )
+}
+
+_compile_only: int | None = None
+
+
+@contextmanager
+def compile_only(capability: int) -> Iterator[None]:
+    """Within it, launches on CPU tensors are prepared for ``capability``: compilers' reports use it, nothing runs."""
+    global _compile_only
+    before, _compile_only = _compile_only, capability
+    try:
+        yield
+    finally:
+        _compile_only = before
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def capability_of(device: torch.device) -> int | None:
+    """Compute capability as two digits (90 for 9.0) of what a launch on ``device`` is for; None for the interpreter.
+
+    Raises:
+        ValueError: kernels cannot run on this device; the message says what would let them.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if interpreting():
+        return None
+    if _compile_only is not None:
+        return _compile_only
+    raise ValueError(f"device: Triton kernels need a CUDA device (or TRITON_INTERPRET=1), got {device}")
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether :func:`capability_of` has an answer for ``device``."""
+    return device.type == "cuda" or interpreting() or _compile_only is not None

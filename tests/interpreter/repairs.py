@@ -1,0 +1,91 @@
+"""Repairs of Triton's interpreter (3.6 to 3.9), so that bfloat16 kernels can be tested in it.
+
+The stock interpreter keeps bfloat16 and float8 values as raw integers. It multiplies these in ``tl.dot``, truncates
+where the hardware rounds to nearest even, and adds bits where an operator meets two bfloat16 tensors. Here those
+operations go through float32, with torch's conversions. Triton 3.6 under numpy 2.4 further needs ``__index__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+_Handle = interpreter.TensorHandle
+
+
+def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
+    """The values of an interpreter array, in float32 for all types of 16 bits and less."""
+    if dtype.scalar in _DTYPES:
+        bits = np.ascontiguousarray(data)
+        raw = torch.from_numpy(bits.view(np.int16 if bits.itemsize == 2 else np.uint8))
+        return raw.view(_DTYPES[dtype.scalar]).float().numpy().reshape(np.shape(data))
+    return data.astype(np.float32) if data.dtype == np.float16 else data
+
+
+def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """float32 values as the interpreter keeps ``dtype``: rounded to nearest even; float8 saturates."""
+    target = _DTYPES[dtype.scalar]
+    x = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    if target != torch.bfloat16:
+        limit = torch.finfo(target).max
+        x = torch.where(x.isnan(), x, x.clamp(-limit, limit))
+        return x.to(target).view(torch.uint8).numpy().reshape(np.shape(values))
+    return x.to(target).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
+
+
+def install() -> None:
+    """Replaces the faulty operations; call once, before the first launch."""
+    builder = interpreter.InterpreterBuilder
+    stock_cast: Callable[..., Any] = builder.cast_impl
+    stock_binary: Callable[..., Any] = builder.binary_op
+    stock_unary: Callable[..., Any] = builder.unary_op
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        before, after = source.dtype.scalar, target.scalar
+        if before == after or not {before, after} & set(_DTYPES):
+            return stock_cast(self, source, target)
+        values = widen(source.data, before)
+        if after in _DTYPES:
+            return _Handle(narrow(values, after), after)
+        return _Handle(values.astype(interpreter._get_np_dtype(target)), after)
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        return cast_impl(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        x, y = widen(a.data, a.dtype), widen(b.data, b.dtype)
+        if x.dtype.kind in "iu":  # float64 holds these products exactly
+            x, y = x.astype(np.float64), y.astype(np.float64)
+        return _Handle(np.matmul(x, y).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16 or rhs.dtype.scalar != tl.bfloat16 or op in _BITWISE:
+            return stock_binary(self, lhs, rhs, op)
+        result = op(widen(lhs.data, lhs.dtype), widen(rhs.data, rhs.dtype))
+        if result.dtype == np.bool_:
+            return _Handle(result, tl.int1)
+        return _Handle(narrow(result, tl.bfloat16), tl.bfloat16)
+
+    def unary_op(self: Any, arg: Any, op: Any) -> Any:
+        if arg.dtype.scalar != tl.bfloat16:
+            return stock_unary(self, arg, op)
+        return _Handle(narrow(op(widen(arg.data, arg.dtype)), tl.bfloat16), tl.bfloat16)
+
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    builder.binary_op, builder.unary_op = binary_op, unary_op
+
+    stock_patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, *rest: Any) -> Any:
+        result = stock_patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+        return result
+
+    interpreter._patch_lang_tensor = patch_tensor
