@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import csg
+from bench import compile, csg
 from model.command import CommandParser, run_command
 
-BENCHMARKS = {"csg": csg}
+BENCHMARKS = {"csg": csg, "compile": compile}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -50,10 +50,11 @@ HEAD_DIMS = (64, 128)
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile sizes: a program owns ``2 * 64`` query rows; ``block_n`` keys a tile; ``num_stages`` tiles in flight."""
+    """``block_n`` keys a tile; ``num_stages`` tiles in flight; the query rows of a program are 64 for each consumer."""
 
     block_n: int
     num_stages: int
+    block_m: int = 128
 
     @classmethod
     def heuristic(cls, head_dim: int) -> HopperConfig:
@@ -142,7 +143,7 @@ def _consume_tiles(
 
 
 @gluon.jit
-def _consume(views, q_len, start, tiles, scale, q_smem, ring, CONSUMER: gl.constexpr):
+def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.constexpr, CONSUMER: gl.constexpr):
     """64 query rows, from ``start + 64 * CONSUMER``.
 
     ``views``: pointers at row 0 of this head, with token strides. ``tiles``: the rows of the ragged tiles, 8 bits each,
@@ -200,7 +201,7 @@ def _consume(views, q_len, start, tiles, scale, q_smem, ring, CONSUMER: gl.const
     out_ptr += first_row.to(gl.int64) * out_sl
     inside = gl.expand_dims(first_row + rows < q_len, 1)
     gl.store(out_ptr + (gl.expand_dims(rows, 1) * out_sl + columns), q_tile.load(LAYOUT_G), mask=inside)
-    if lse_ptr is not None:
+    if HAS_LSE:
         lse_rows = first_row + gl.arange(0, ROWS, LAYOUT_M)
         lse = (m_i * scale + gl.log2(l_i)) * 0.6931471805599453
         gl.store(lse_ptr + lse_rows, lse, mask=lse_rows < q_len)
@@ -213,22 +214,23 @@ def segment_attention_hopper_kernel(
     q_strides, out_strides,  # per view: (batch, token, head)
     q_lens, k_lens, attends, heads, scale,
     NUM_K: gl.constexpr, NUM_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: gl.constexpr = K0.block_type.shape[2]
-    HEAD_DIM: gl.constexpr = K0.block_type.shape[3]
     DTYPE: gl.constexpr = K0.dtype
-    ROWS: gl.constexpr = 64
+    ROWS: gl.constexpr = BLOCK_M // 2
     i_m, i_h, i_b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
 
-    q_ptr, out_ptr, lse_ptr, q_len, seen = Q[0], OUT[0], LSE[0], q_lens[0], attends[0]
+    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0], attends[0]
+    HAS_LSE: gl.constexpr = LSE[0] is not None
+    lse_ptr = LSE[0] if HAS_LSE else out_ptr  # Triton 3.6 cannot hand None to a partition
     q_sb, q_sl, q_sh = q_strides[0][0], q_strides[0][1], q_strides[0][2]
     out_sb, out_sl, out_sh = out_strides[0][0], out_strides[0][1], out_strides[0][2]
     for i in gl.static_range(1, len(Q)):
-        tiles = (q_len + 2 * ROWS - 1) // (2 * ROWS)
+        tiles = (q_len + BLOCK_M - 1) // BLOCK_M
         later = i_m >= tiles
         i_m = gl.where(later, i_m - tiles, i_m)
         q_ptr, out_ptr = gl.where(later, Q[i], q_ptr), gl.where(later, OUT[i], out_ptr)
-        if LSE[0] is not None:
+        if HAS_LSE:
             lse_ptr = gl.where(later, LSE[i], lse_ptr)
         q_len, seen = gl.where(later, q_lens[i], q_len), gl.where(later, attends[i], seen)
         q_sb = gl.where(later, q_strides[i][0], q_sb)
@@ -240,13 +242,13 @@ def segment_attention_hopper_kernel(
     b, h = i_b.to(gl.int64), i_h.to(gl.int64)
     q_ptr += b * q_sb + h * q_sh
     out_ptr += b * out_sb + h * out_sh
-    if LSE[0] is not None:
+    if HAS_LSE:
         lse_ptr += (b * heads + h) * q_len
 
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q_smem = gl.allocate_shared_memory(DTYPE, [2, ROWS, HEAD_DIM], Q_LAYOUT)
-    k_smem = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_N, HEAD_DIM], K0.layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_N, HEAD_DIM], K0.layout)
+    q_smem = gl.allocate_shared_memory(DTYPE, [2, ROWS, BLOCK_D], Q_LAYOUT)
+    k_smem = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_N, BLOCK_D], K0.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_N, BLOCK_D], K0.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
@@ -282,11 +284,11 @@ def segment_attention_hopper_kernel(
     tiles = (ragged, num_ragged, total)
     views = (q_ptr, q_sl, out_ptr, out_sl, lse_ptr)
     ring = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    start = i_m * 2 * ROWS
+    start = i_m * BLOCK_M
     gl.warp_specialize(
         [
-            (_consume, (views, q_len, start, tiles, scale, q_smem, ring, 0)),
-            (_consume, (views, q_len, start, tiles, scale, q_smem, ring, 1)),
+            (_consume, (views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE, 0)),
+            (_consume, (views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE, 1)),
             (_produce, (k_descs, v_descs, full, visible, i_b, i_h, ring)),
         ],
         [4, 1],
@@ -332,10 +334,10 @@ def launch_hopper(
     for j, (k, v) in enumerate(sources):
         descriptors[j] = describe(k, block, TensorDescriptor, layout=layout)
         descriptors[MAX_SOURCES + j] = describe(v, block, TensorDescriptor, layout=layout)
-    tiles = sum(triton.cdiv(x.shape[1], 128) for x in q)
+    tiles = sum(triton.cdiv(x.shape[1], config.block_m) for x in q)
     segment_attention_hopper_kernel[(tiles, heads, batch)](
         tuple(q), tuple(out), tuple(lse) if lse is not None else (None,) * len(q), *descriptors,
         tuple(x.stride()[:3] for x in q), tuple(x.stride()[:3] for x in out),
         tuple(x.shape[1] for x in q), tuple(k.shape[1] for k, _ in sources), tuple(attends), heads, scale * LOG2E,
-        NUM_K=len(sources), NUM_STAGES=config.num_stages, num_warps=4, enable_fp_fusion=True,
+        NUM_K=len(sources), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_dim, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

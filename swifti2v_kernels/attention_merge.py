@@ -18,14 +18,15 @@ writes every weighted part. FLOPs: about 2 * n * B * H * L * D. Not yet timed on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_views
-from swifti2v_kernels.common.cost import Cost
+from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
 from swifti2v_kernels.common.target import kernels_run_on
 
@@ -151,12 +152,17 @@ def _inputs(head_dim: int, dtype: torch.dtype, parts: int):  # type: ignore[no-u
     return make
 
 
+def _work(constants: Mapping[str, Any]) -> Work:
+    """One program, two parts of 16 bits."""
+    return Work(0, 3 * constants["BLOCK"] * (2 * constants["HEAD_DIM"] + 4))
+
+
 CASES = [
     Case(
-        f"merge_attention d{d} {parts} parts, {str(t).removeprefix('torch.')}",
+        f"merge_attention d{d} {parts} parts {str(t).removeprefix('torch.')}",
         merge_attention,
         _inputs(d, t, parts),
-        False,
+        _work,
     )
     for d, t, parts in ((128, torch.bfloat16, 2), (96, torch.float16, 3), (64, torch.float32, 2))
 ]

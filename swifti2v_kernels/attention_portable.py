@@ -46,28 +46,29 @@ class PortableConfig:
     descriptors: bool = False
 
     @classmethod
-    def heuristic(
-        cls, capability: int | None, head_dim: int, num_sources: int, descriptors_possible: bool
-    ) -> PortableConfig:
+    def heuristic(cls, capability: int | None, head_dim: int, num_sources: int, aligned: bool) -> PortableConfig:
         """The configuration used where no measured one exists; every one is checked for spills by the compile report.
 
         Args:
             capability: two digits, None for the interpreter.
             head_dim: 64, 96 or 128.
             num_sources: key/value sources of the call.
-            descriptors_possible: pointers and strides of all sources are multiples of 16 bytes.
+            aligned: pointers and strides of all sources are multiples of 16 bytes, which descriptors need.
         """
         if capability is None:
             return cls(64, 32, 4, 1)  # the interpreter's time goes by tiles, and small ones meet more edges
-        wide = head_dim > 64
-        descriptors = descriptors_possible and num_sources <= MAX_DESCRIPTOR_SOURCES
-        if capability in (90, 100) and descriptors:
+        if capability // 10 in (9, 10):
+            if not aligned:
+                return cls(128, 32, 8, 2)  # element-wise loads take many registers
+            if num_sources > MAX_DESCRIPTOR_SOURCES:
+                return cls(128, 64, 8, 3)
             # 128 keys a tile halve the barriers; unrolled for several sources they would spill.
             return cls(128, 128, 8, 2, True) if num_sources == 1 else cls(128, 64, 8, 3, True)
-        if capability in (90, 100, 103):
-            return cls(128, 64, 8, 3)
         # mma.sync cards. 8 warps, because 4 warps with 128 rows spill; 32 keys, because 64 leave no register free.
-        return cls(128, 32, 8, 3) if wide else cls(128, 64, 8, 3)
+        # head_dim 96 holds a mask for its columns besides.
+        if head_dim == 96:
+            return cls(128, 16, 8, 3) if capability >= 120 else cls(128, 32, 8, 2)
+        return cls(128, 64, 8, 3) if head_dim == 64 else cls(128, 32, 8, 3)
 
 
 @triton.jit
@@ -167,11 +168,12 @@ def segment_attention_fwd_kernel(
     DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     NUM_Q: tl.constexpr = len(Q)
-    NUM_K: tl.constexpr = len(VALID)
+    NUM_K: tl.constexpr = len(k_lens)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
     # Which query view this tile belongs to.
-    q_ptr, out_ptr, lse_ptr, q_len, seen = Q[0], OUT[0], LSE[0], q_lens[0], attends[0]
+    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0], attends[0]
+    lse_ptr = LSE[0]
     q_sb, q_sl, q_sh = q_strides[0][0], q_strides[0][1], q_strides[0][2]
     out_sb, out_sl, out_sh = out_strides[0][0], out_strides[0][1], out_strides[0][2]
     for i in tl.static_range(1, NUM_Q):

@@ -263,7 +263,9 @@ class SimulatedKernel:
     def _run(self, program: tuple[int, ...], values: Sequence[Any], constants: dict[str, Any]) -> None:
         errors: list[BaseException] = []
 
-        def start(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any) -> None:
+        def start(
+            partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any
+        ) -> None:
             def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
                 try:
                     function(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -76,9 +77,11 @@ def test_query_views_see_their_sources_only() -> None:
 
 
 MISTAKES = {
-    "a tile of k is given back before it is read": (
-        "        s = warpgroup_mma_wait(1, [s_token])\n        mbarrier.arrive(k_empty.index(stage), count=1)\n",
-        "        mbarrier.arrive(k_empty.index(stage), count=1)\n        s = warpgroup_mma_wait(1, [s_token])\n",
+    "a tile of v is given back before it is read": (
+        "        acc, p, p_new = warpgroup_mma_wait(0, [o_token, p, p_new])\n"
+        "        mbarrier.arrive(v_empty.index(before), count=1)\n",
+        "        mbarrier.arrive(v_empty.index(before), count=1)\n"
+        "        acc, p, p_new = warpgroup_mma_wait(0, [o_token, p, p_new])\n",
     ),
     "a tile of v is never given back": ("        mbarrier.arrive(v_empty.index(before), count=1)\n", ""),
     "the wait for v names the wrong phase": ("((i - 1) // STAGES) & 1)", "(i // STAGES) & 1)"),
@@ -104,8 +107,6 @@ def test_the_simulator_finds_the_mistake(mistake: str, tmp_path: Path) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["mistaken"] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)

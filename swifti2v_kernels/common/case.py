@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from swifti2v_kernels.common.cost import Work
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Case:
     name: str
     operator: Callable[..., Any]
     inputs: Callable[[torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
-    tensor_cores: bool
+    #: From a compiled kernel's constants.
+    work: Callable[[Mapping[str, Any]], Work]
 
     def run(self, device: torch.device) -> Any:
         """The call itself."""

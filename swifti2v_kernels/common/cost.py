@@ -17,3 +17,16 @@ class Cost:
     def bytes(self) -> int:
         """Least traffic in both directions."""
         return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass over a kernel's main loop does, for all warps of a program; of a whole program without a loop.
+
+    ``fma`` are multiply-adds on the tensor cores; ``loaded`` bytes that the program fetches, which may come from L2.
+    ``groups`` are the parts of a program that run through the loop without waiting for each other.
+    """
+
+    fma: int
+    loaded: int
+    groups: int = 1

@@ -1,0 +1,123 @@
+"""Compiling a library's kernels for any NVIDIA GPU, through its own public functions, on a machine without one.
+
+    with compiled_for(90) as kernels:
+        segment_attention(q, [(k, v)], backend="triton")     # CPU tensors; nothing is launched
+    kernels[0].binary, kernels[0].shared_bytes
+
+Every launch inside the block compiles its kernel for the capability, specialised on the real arguments, and records it.
+The launchers, their configurations, host descriptors and Gluon kernels are thus the ones that run on hardware.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from swifti2v_kernels.common.target import TARGETS, compile_only, interpreting
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One launch's kernel. ``constants`` are its compile-time arguments; ``error`` is None if it compiled."""
+
+    name: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    seconds: float
+    error: str | None
+    binary: bytes = b""
+    ptx: str = ""
+    shared_bytes: int = 0
+    #: All warps of a program, those of specialised partitions included.
+    total_warps: int = 0
+
+
+class _Driver:
+    """What Triton asks its driver for before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        target = TARGETS[capability]
+        properties = {
+            "max_shared_mem": target.shared_per_block,
+            "multiprocessor_count": target.sms,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.capability, 10)
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextmanager
+def compiled_for(capability: int) -> Iterator[list[CompiledKernel]]:
+    """Launches inside compile for ``capability`` (two digits) and run nothing; yields the list that they fill.
+
+    Raises:
+        RuntimeError: the process interprets kernels (``TRITON_INTERPRET=1``), so nothing can be compiled in it.
+    """
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1: kernels cannot be compiled in an interpreting process")
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[CompiledKernel] = []
+    stock_run, touched = JITFunction.run, set()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        touched.add(self)
+        start = time.perf_counter()
+        kernel, error = None, None
+        try:
+            kernel = stock_run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as failure:  # whatever the compiler throws is a finding, reported with its case
+            error = f"{type(failure).__name__}: {failure}"
+        constants = {k: v for k, v in options.items() if k in self.arg_names}
+        seconds = time.perf_counter() - start
+        given = (self.__name__, constants, options.get("num_warps", 4), options.get("num_stages", 3), seconds, error)
+        if kernel is None:
+            kernels.append(CompiledKernel(*given))
+            return None
+        warps = kernel.metadata.num_warps
+        marker = "ttg.total-num-warps"
+        for line in kernel.asm["ttgir"].splitlines():
+            if marker in line:
+                warps = int(line.split(marker)[1].split("=")[1].split(":")[0].strip())
+                break
+        kernels.append(CompiledKernel(*given, kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, warps))
+        return kernel
+
+    stock_driver = getattr(driver, "_active", None)
+    driver.set_active(_Driver(capability))
+    JITFunction.run = run
+    try:
+        with compile_only(capability):
+            yield kernels
+    finally:
+        JITFunction.run = stock_run
+        driver._active = stock_driver  # reset_active() would look for a GPU
+        for function in touched:
+            function.device_caches.clear()  # they hold kernels of the pretended device
