@@ -200,7 +200,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 # --- registration ------------------------------------------------------------------------------------------------------
-# Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers.
+# Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers. The variant that
+# writes into given outputs returns nothing, since a mutating operator that returns lists cannot be functionalised.
 
 
 def _new_outputs(q: Sequence[Tensor]) -> list[Tensor]:
@@ -233,7 +234,7 @@ def _(q, k, v, valid_lengths, scale, attends, window, return_lse):  # type: igno
     return _new_outputs(q) + _new_lses(q, return_lse)
 
 
-@torch.library.custom_op("swifti2v::segment_attention_out", mutates_args=("out",))
+@torch.library.custom_op("swifti2v::segment_attention_out", mutates_args=("out", "lse"))
 def _segment_attention_out_op(
     q: list[Tensor],
     k: list[Tensor],
@@ -242,19 +243,17 @@ def _segment_attention_out_op(
     scale: float,
     attends: list[int],
     window: list[int],
-    return_lse: bool,
     out: list[Tensor],
-) -> list[Tensor]:
-    lse = _new_lses(q, return_lse)
+    lse: list[Tensor],
+) -> None:
     sources = list(zip(k, v, strict=True))
     check_overlaps(out, q, sources)
     _launch(q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
-    return lse
 
 
 @_segment_attention_out_op.register_fake
-def _(q, k, v, valid_lengths, scale, attends, window, return_lse, out):  # type: ignore[no-untyped-def]
-    return _new_lses(q, return_lse)
+def _(q, k, v, valid_lengths, scale, attends, window, out, lse):  # type: ignore[no-untyped-def]
+    return None
 
 
 # --- public ------------------------------------------------------------------------------------------------------------
@@ -346,8 +345,8 @@ def segment_attention(
             both = _segment_attention_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse)
             results, lses = both[: len(call.q)], both[len(call.q) :]
         else:
-            lses = _segment_attention_out_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse, call.out)
-            results = call.out
+            results, lses = call.out, _new_lses(call.q, return_lse)
+            _segment_attention_out_op(call.q, k, v, call.valid, call.scale, masks, w, results, lses)
     if isinstance(q, Tensor):
         return (results[0], lses[0]) if return_lse else results[0]
     return (results, lses) if return_lse else results
@@ -401,6 +400,7 @@ class _Inputs(NamedTuple):
     window: BlockWindow | None = None
     #: Elements between the heads of one token beyond head_dim; 1 leaves nothing aligned.
     gap: int = 0
+    attend_all: bool = False
 
     def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
         def views(length: int) -> list[Tensor]:
@@ -412,7 +412,7 @@ class _Inputs(NamedTuple):
         options: dict[str, object] = {"return_lse": self.lse, "window": self.window, "backend": "triton"}
         if self.valid:
             options["valid_lengths"] = [torch.full((2,), n - 1, device=device) for n in self.key_lens]
-        if len(q) > 1:
+        if len(q) > 1 and not self.attend_all:
             options["attends"] = [range(min(i + 1, len(sources))) for i in range(len(q))]
         return (q if len(q) > 1 else q[0], sources), options
 
@@ -431,6 +431,8 @@ def _cases() -> list[Case]:
             f"d{d} lse": _Inputs(d, lse=True),
             f"d{d} 2 sources": _Inputs(d, key_lens=(333, 77)),
             f"d{d} 2 sources, padded, lse": _Inputs(d, key_lens=(333, 77), valid=True, lse=True),
+            f"d{d} 4 sources, padded": _Inputs(d, key_lens=(333, 77, 77, 20), valid=True),
+            f"d{d} joint, 2 sources": _Inputs(d, query_lens=(333, 77), key_lens=(333, 77), attend_all=True),
             f"d{d} causal, 3 sources": _Inputs(d, query_lens=(77, 150), key_lens=(77, 150, 40), lse=True),
             f"d{d} 5 sources": _Inputs(d, key_lens=(333, 77, 77, 128, 1)),
             f"d{d} block window": _Inputs(d, query_lens=(333,), key_lens=(333, 77), window=BlockWindow(100, 1)),

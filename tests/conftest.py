@@ -1,7 +1,9 @@
-"""Seeds, tiny models and the rule for hardware tests."""
+"""Seeds, tiny models and the rules for what runs where."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,20 @@ TINY_VAE = VAEConfig(
     latents_mean=(0.1, -0.2, 0.3, 0.0),
     latents_std=(1, 2, 3, 1),
 )
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Three processes: interpreter, sanitizer, and all else, because Triton is set up once for each.
+
+    Plain ``pytest`` runs all of them: tests/test_processes.py starts the first two.
+    """
+    here = Path(__file__).parent
+    if collection_path.parent != here or not (collection_path.is_dir() or collection_path.name.startswith("test_")):
+        return None
+    room = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "sanitizer" if "ttsem" in sys.modules else ""
+    if room:
+        return collection_path.name != room
+    return collection_path.name in ("interpreter", "sanitizer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

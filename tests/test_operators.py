@@ -1,11 +1,11 @@
-"""The library's operators against the plain formula in float64, in every dtype, with awkward shapes and strides."""
+"""The library's norms, residuals and rotations against the plain formula in float64, in every dtype, with awkward shapes and strides."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from swifti2v_kernels import gated_residual, norm_modulate, qk_norm_rope, rope_3d, segment_attention
+from swifti2v_kernels import gated_residual, norm_modulate, qk_norm_rope, rope_3d
 from tests.tolerances import EXACT, OPERATOR, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -13,47 +13,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _dense_attention(q, k, v, scale):
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * scale
-    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("lengths", [(7,), (1, 5), (4, 0, 3), (1, 1, 1)], ids=str)
-def test_attention_equals_softmax_over_the_union_of_sources(dtype, lengths):
-    q = torch.randn(2, 5, 3, 8, dtype=dtype)
-    sources = [tuple(torch.randn(2, 2, n, 3, 8, dtype=dtype).unbind(1)) for n in lengths]
-    expected = _dense_attention(q, *(torch.cat(part, dim=1) for part in zip(*sources, strict=True)), 8**-0.5)
-    assert relative_error(segment_attention(q, sources), expected) < OPERATOR[_name(dtype)]
-
-
-def test_attention_does_not_depend_on_how_keys_are_split_or_strided():
-    qkv = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64)
-    q, k, v = qkv.unbind(2)  # views of a fused projection: strided heads and tokens
-    whole = segment_attention(q, [(k, v)], scale=0.3)
-    split = segment_attention(q, [(k[:, 4:], v[:, 4:]), (k[:, :1], v[:, :1]), (k[:, 1:4], v[:, 1:4])], scale=0.3)
-    assert relative_error(split, whole) < EXACT
-    assert relative_error(whole, _dense_attention(q, k, v, 0.3)) < EXACT
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q, k, v: (q[0], [(k, v)]), r"q: expected \[B, Lq, H, D\]"),
-        (lambda q, k, v: (q, []), "at least one"),
-        (lambda q, k, v: (q, [(k, v), (k[..., :4], v)]), r"sources\[1\]\.k"),
-        (lambda q, k, v: (q, [(k, v.half())]), r"sources\[0\]\.v.*float16"),
-        (lambda q, k, v: (q, [(k, v[:, 1:])]), "k has 3 tokens and v has 2"),
-        (lambda q, k, v: (q, [(k[:, :0], v[:, :0])]), "every source is empty"),
-    ],
-)
-def test_attention_names_the_argument_that_does_not_fit(change, message):
-    q, k, v = torch.randn(3, 1, 3, 2, 8)
-    q, sources = change(q, k, v)
-    with pytest.raises(ValueError, match=message):
-        segment_attention(q, sources)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
@@ -123,11 +82,9 @@ def test_operators_are_differentiable():
     shift, scale = (torch.randn(1, 2, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.rand(12, dtype=torch.float64, requires_grad=True)
     rope = rope_3d(range(1), 2, 2, 6)
-    heads = x.detach().view(1, 4, 2, 6).requires_grad_()
     assert torch.autograd.gradcheck(norm_modulate, (x, shift, scale))
     assert torch.autograd.gradcheck(gated_residual, (x, update, shift))
     assert torch.autograd.gradcheck(lambda q, w: qk_norm_rope(q, q, w, w, rope, 2), (qk, weight))
-    assert torch.autograd.gradcheck(lambda q: segment_attention(q, [(q, q), (q[:, :1], q[:, :1])]), (heads,))
 
 
 def test_rope_tables_stay_per_axis():

@@ -46,30 +46,39 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
 
 
 def overlapping(a: Tensor, b: Tensor) -> bool:
-    """Whether two strided views share an element, or may: True where that cannot be decided cheaply."""
+    """Whether two strided views share an element, or may: True where that cannot be decided cheaply.
+
+    Exact for slices of one buffer: along some axis these are disjoint intervals, or they share an element.
+    """
     if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
     if a.storage_offset() > b.storage_offset():
         a, b = b, a
-    distance = b.storage_offset() - a.storage_offset()
-    if distance > _extent(a):
+    if b.storage_offset() - a.storage_offset() > _extent(a):
         return False
     if a.dtype != b.dtype or a.stride() != b.stride():
         return True
-    # The distance in units of the strides, largest first, is how far b is shifted along every axis. The views are
-    # disjoint if b is shifted out of a along one axis, unless indices carry over into the next larger stride.
-    shifted_out = False
+    # Where the buffer starts in its storage is not known: the storage's start and the first view's are likely.
+    return not any(_disjoint_along_an_axis(a, b, origin) for origin in (0, a.storage_offset()))
+
+
+def _disjoint_along_an_axis(a: Tensor, b: Tensor, origin: int) -> bool:
+    """Reads both offsets as indices of a buffer with the views' strides; False where a view would leave that buffer."""
+    offset_a, offset_b = a.storage_offset() - origin, b.storage_offset() - origin
+    disjoint = False
     larger = None
     for axis in sorted(range(a.ndim), key=lambda axis: -a.stride(axis)):
         stride, n, m = a.stride(axis), a.shape[axis], b.shape[axis]
-        if stride == 0 or (n == m == 1):
+        if stride == 0:
             continue
-        shift, distance = divmod(distance, stride)
-        if larger is not None and (larger % stride or max(n, shift + m) * stride > larger):
-            return True
-        shifted_out |= shift >= n
+        start_a, offset_a = divmod(offset_a, stride)
+        start_b, offset_b = divmod(offset_b, stride)
+        # An index beyond the next larger stride would be another row.
+        if larger is not None and (larger % stride or max(start_a + n, start_b + m) * stride > larger):
+            return False
+        disjoint |= start_a + n <= start_b or start_b + m <= start_a
         larger = stride
-    return distance != 0 or not shifted_out
+    return disjoint and offset_a == offset_b
 
 
 def self_overlapping(x: Tensor) -> bool:

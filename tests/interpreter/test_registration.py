@@ -1,0 +1,94 @@
+"""The registered operators: their fake implementations, schemas, and ``torch.compile`` as one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels.attention import _segment_attention_op, _segment_attention_out_op
+from swifti2v_kernels.attention_merge import _merge_attention_op
+from tests.attention_oracle import cat_attention
+from tests.tolerances import KERNEL, relative_error
+
+
+def qkv(length: int) -> list[Tensor]:
+    return list(torch.randn(1, length, 3, 2, 64, dtype=torch.float16).unbind(2))
+
+
+def test_schemas_and_fakes_hold() -> None:
+    (q, k, v), (p, text_k, text_v) = qkv(40), qkv(7)
+    valid = torch.tensor([3])
+    arguments = ([q, p], [k, text_k], [v, text_v], [None, valid], 0.125, [1, 3], [], True)
+    torch.library.opcheck(_segment_attention_op, arguments)
+    torch.library.opcheck(_segment_attention_op, ([q], [k], [v], [None], 0.125, [1], [16, 1, 0], False))
+    out, lse = [torch.empty_like(q), torch.empty_like(p)], [torch.empty(1, 2, 40), torch.empty(1, 2, 7)]
+    torch.library.opcheck(_segment_attention_out_op, (*arguments[:-1], out, lse))
+    torch.library.opcheck(_merge_attention_op, ([q, k], [torch.zeros(1, 2, 40), torch.zeros(1, 2, 40)]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"return_lse": True}, {"window": BlockWindow(20, 1)}, {"valid": True}], ids=str
+)
+def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
+    def module(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Any:
+        rest = dict(options)
+        lengths = [None, valid] if rest.pop("valid", False) else None
+        return segment_attention(2 * q, [(k, v), (k[:, :5], v[:, :5])], valid_lengths=lengths, **rest)
+
+    q, k, v = qkv(50)
+    arguments = (q, k, v, torch.tensor([3]))
+    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
+    for x, y in zip(actual, module(*arguments), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_outputs_are_written_in_place_under_compile() -> None:
+    q, k, v = qkv(33)
+
+    def module(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        segment_attention(q, [(k, v)], out=out)
+        return out + 1
+
+    out = torch.zeros_like(q)
+    plus_one = torch.compile(module, fullgraph=True, backend="aot_eager")(q, k, v, out)
+    assert relative_error(out, cat_attention(q, [(k, v)])[0]) < KERNEL["float16"]
+    assert torch.equal(plus_one, out + 1)
+
+
+def test_merge_compiles_as_one_graph() -> None:
+    q, k, v = qkv(33)
+
+    def module(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [segment_attention(q, [(k[:, s], v[:, s])], return_lse=True) for s in (slice(0, 9), slice(9, 33))]
+        return merge_attention(*zip(*parts, strict=True))
+
+    out, _ = torch.compile(module, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert relative_error(out, cat_attention(q, [(k, v)])[0]) < 2 * KERNEL["float16"]
+
+
+def test_bad_values_are_named_by_the_kernel_path_too() -> None:
+    q, k, v = qkv(5)
+    with pytest.raises(ValueError, match=r"valid_lengths\[0\]: expected values in 0..5, got \[6\]"):
+        segment_attention(q, [(k, v)], valid_lengths=[torch.tensor([6])])
+    with pytest.raises(ValueError, match=r"out\[0\]: .* overlaps sources\[0\]\.k"):
+        segment_attention(q, [(k, v)], out=k)
+    with pytest.raises(ValueError, match=r"kernels exist for head_dim 64, 96, 128, got 32"):
+        segment_attention(q[..., :32], [(k[..., :32], v[..., :32])], backend="triton")
+
+
+def test_what_has_no_kernel_takes_the_reference() -> None:
+    q, k, v = (x.double() for x in qkv(5))
+    assert explain(segment_attention, q, [(k, v)]).reason == "kernels exist for float16 and bfloat16, got torch.float64"
+    assert "gradients" in explain(segment_attention, q.half().requires_grad_(), [(k.half(), v.half())]).reason
+    assert "token stride" in explain(segment_attention, *far_apart()).reason
+    empty = segment_attention(q.half()[:, :0], [(k.half(), v.half())])
+    assert empty.shape == (1, 0, 2, 64)
+
+
+def far_apart() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    q = torch.empty(2**23 + 64, dtype=torch.float16).as_strided((1, 2, 1, 64), (1, 2**23, 64, 1))
+    return q, [(q, q)]

@@ -1,0 +1,76 @@
+"""Out-of-bounds accesses, races and reads of unwritten memory, found by executing the compiled kernels on the CPU.
+
+    python -m ttsem.sanitize pytest tests/sanitizer
+
+ttsem (pinned in the ``sanitize`` extra) runs what Triton's front end produces, checks every access against the tensor it
+belongs to, and compares what two programs touch. Plain ``pytest`` starts it in a process of its own where it is
+installed (tests/test_processes.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swifti2v_kernels.attention_merge_kernel import launch_merge
+from swifti2v_kernels.attention_portable import PortableConfig, launch_portable
+from tests.attention_oracle import cat_attention
+from tests.tolerances import KERNEL, relative_error
+
+#: Descriptor loads that drop leading axes of 1 are beyond ttsem 0.1.0; TMA checks its bounds itself.
+POINTERS = PortableConfig(64, 32, 4, 2)
+
+
+def qkv(length: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of exactly this length: one row more would be out of bounds."""
+    return [torch.randn(1, length, 2, head_dim, dtype=torch.float32).to("cuda", dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("lengths", [(70,), (33, 1)], ids=str)
+def test_attention_stays_inside(lengths: tuple[int, ...], head_dim: int) -> None:
+    q = qkv(67, head_dim, torch.bfloat16)[0]
+    sources = [tuple(qkv(n, head_dim, torch.bfloat16)[1:]) for n in lengths]
+    out = torch.empty_like(q)
+    lse = torch.empty(1, 2, 67, device="cuda")
+    launch_portable(
+        [q], sources, [out], [lse], valid_lengths=[None] * len(sources), scale=0.125, attends=[3], window=None,
+        config=POINTERS,
+    )  # fmt: skip
+    expected, expected_lse = cat_attention(q, sources, scale=0.125)
+    assert relative_error(out, expected) < KERNEL["bfloat16"]
+    assert (lse - expected_lse).abs().max() < 1e-4
+
+
+def test_masks_stay_inside() -> None:
+    """Two query views with their own sources, a valid length, and a window of blocks."""
+    views = [qkv(n, 64, torch.float16) for n in (40, 70)]
+    sources = [(k, v) for _, k, v in views]
+    out = [torch.empty_like(q) for q, _, _ in views]
+    valid = torch.tensor([39], device="cuda")
+    launch_portable(
+        [q for q, _, _ in views], sources, out, None, valid_lengths=[valid, None], scale=0.125, attends=[1, 3],
+        window=None, config=POINTERS,
+    )  # fmt: skip
+    q, k, v = views[1]
+    local = torch.empty_like(q)
+    launch_portable(
+        [q], [(k, v)], [local], None, valid_lengths=[None], scale=0.125, attends=[1], window=(30, 1, 0),
+        config=POINTERS,
+    )  # fmt: skip
+    lengths = [valid, None]
+    first = cat_attention(views[0][0], sources[:1], scale=0.125, valid_lengths=lengths[:1])[0]
+    second = cat_attention(q, sources, scale=0.125, valid_lengths=lengths)[0]
+    assert relative_error(out[0], first) < KERNEL["float16"]
+    assert relative_error(out[1], second) < KERNEL["float16"]
+    assert torch.isfinite(local).all()
+
+
+def test_merge_stays_inside() -> None:
+    outputs = [torch.randn(1, 21, 2, 96).to("cuda", torch.float16) for _ in range(2)]
+    lses = [torch.randn(1, 2, 21).to("cuda") for _ in range(2)]
+    out, lse = torch.empty_like(outputs[0]), torch.empty_like(lses[0])
+    launch_merge(outputs, lses, out, lse)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
