@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,8 @@ class CompiledKernel:
     seconds: float
     error: str | None
     binary: bytes = b""
-    ptx: str = ""
+    #: Types of the run-time arguments by name, as Triton writes them; tuples are nested.
+    signature: dict[str, Any] = field(default_factory=dict)
     shared_bytes: int = 0
     #: All warps of a program, those of specialised partitions included.
     total_warps: int = 0
@@ -107,7 +108,9 @@ def compiled_for(capability: int) -> Iterator[list[CompiledKernel]]:
             if marker in line:
                 warps = int(line.split(marker)[1].split("=")[1].split(":")[0].strip())
                 break
-        kernels.append(CompiledKernel(*given, kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared, warps))
+        kernels.append(
+            CompiledKernel(*given, kernel.asm["cubin"], dict(kernel.src.signature), kernel.metadata.shared, warps)
+        )
         return kernel
 
     stock_driver = getattr(driver, "_active", None)

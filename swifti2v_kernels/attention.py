@@ -367,6 +367,8 @@ def _obstacle(call: Call) -> str | None:
     # Within one tile offsets are 32-bit.
     if any(x.stride(1) >= 2**23 for x in (*call.q, *(call.out or ()), *(x for pair in call.sources for x in pair))):
         return "a token stride of 2**23 elements or more"
+    if any(x.shape[1] >= 2**26 for x in (*call.q, *(k for k, _ in call.sources))):
+        return "a view of 2**26 tokens or more"
     return None
 
 

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from swifti2v_kernels.attention_portable import LOG2E, describe, descriptors_possible
+from swifti2v_kernels.attention_portable import LOG2E, describe, descriptors_possible, unspecialised
 
 #: ``async_load`` in newer Triton (where the old name only raises), ``async_copy_global_to_shared`` in 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -207,12 +207,12 @@ def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.conste
         gl.store(lse_ptr + lse_rows, lse, mask=lse_rows < q_len)
 
 
-@gluon.jit(do_not_specialize=["q_lens", "k_lens", "attends", "heads"])
+@gluon.jit(do_not_specialize=["heads"])
 def segment_attention_hopper_kernel(
     Q, OUT, LSE,  # per query view: [B, L, H, D], [B, L, H, D], [B, H, L] float32 or None
     K0, K1, K2, V0, V1, V2,  # descriptors of [B, H, L, D], tiles of [1, 1, BLOCK_N, D]; None behind NUM_K
     q_strides, out_strides,  # per view: (batch, token, head)
-    q_lens, k_lens, attends, heads, scale,
+    q_lens, k_lens, attends, heads, scale,  # integers by unspecialised()
     NUM_K: gl.constexpr, NUM_STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def segment_attention_hopper_kernel(
     ROWS: gl.constexpr = BLOCK_M // 2
     i_m, i_h, i_b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
 
-    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0], attends[0]
+    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0] >> 4, attends[0] >> 4
     HAS_LSE: gl.constexpr = LSE[0] is not None
     lse_ptr = LSE[0] if HAS_LSE else out_ptr  # Triton 3.6 cannot hand None to a partition
     q_sb, q_sl, q_sh = q_strides[0][0], q_strides[0][1], q_strides[0][2]
@@ -232,7 +232,7 @@ def segment_attention_hopper_kernel(
         q_ptr, out_ptr = gl.where(later, Q[i], q_ptr), gl.where(later, OUT[i], out_ptr)
         if HAS_LSE:
             lse_ptr = gl.where(later, LSE[i], lse_ptr)
-        q_len, seen = gl.where(later, q_lens[i], q_len), gl.where(later, attends[i], seen)
+        q_len, seen = gl.where(later, q_lens[i] >> 4, q_len), gl.where(later, attends[i] >> 4, seen)
         q_sb = gl.where(later, q_strides[i][0], q_sb)
         q_sl = gl.where(later, q_strides[i][1], q_sl)
         q_sh = gl.where(later, q_strides[i][2], q_sh)
@@ -275,10 +275,11 @@ def segment_attention_hopper_kernel(
     total = 0
     for j in gl.static_range(NUM_K):
         sees = (seen >> j) & 1
-        tiles = sees * ((k_lens[j] - 1) // BLOCK_N)
+        rows = k_lens[j] >> 4
+        tiles = sees * ((rows - 1) // BLOCK_N)
         full = full + (tiles,)
         visible = visible + (sees,)
-        ragged |= (sees * ((k_lens[j] - 1) % BLOCK_N + 1)) << (8 * num_ragged)
+        ragged |= (sees * ((rows - 1) % BLOCK_N + 1)) << (8 * num_ragged)
         num_ragged += sees
         total += tiles + sees
     tiles = (ragged, num_ragged, total)
@@ -338,6 +339,7 @@ def launch_hopper(
     segment_attention_hopper_kernel[(tiles, heads, batch)](
         tuple(q), tuple(out), tuple(lse) if lse is not None else (None,) * len(q), *descriptors,
         tuple(x.stride()[:3] for x in q), tuple(x.stride()[:3] for x in out),
-        tuple(x.shape[1] for x in q), tuple(k.shape[1] for k, _ in sources), tuple(attends), heads, scale * LOG2E,
+        unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k, _ in sources), unspecialised(attends),
+        heads, scale * LOG2E,
         NUM_K=len(sources), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_dim, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -21,7 +21,7 @@ Not yet timed on hardware. What the compiler made of it: ``python -m bench compi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,14 +156,14 @@ def _visible_rows(length, valid_ptr, i_b, seen, j, first_block, window, WINDOWED
     return low, tl.maximum(high, low)
 
 
-@triton.jit(do_not_specialize=["q_lens", "k_lens", "attends", "heads", "window"])
+@triton.jit(do_not_specialize=["heads"])
 def segment_attention_fwd_kernel(
     Q, OUT, LSE,  # per query view: [B, L, H, D], [B, L, H, D], [B, H, L] float32 or None
     K, V,  # per source: [B, L, H, D]; empty with descriptors
     K0, K1, K2, K3, V0, V1, V2, V3,  # descriptors of [B, H, L, D], tiles of [1, 1, BLOCK_N, BLOCK_D]; else None
     VALID,  # per source: [B] integers or None
     q_strides, out_strides, k_strides, v_strides,  # per view: (batch, token, head)
-    q_lens, k_lens, attends, heads, scale, window,
+    q_lens, k_lens, attends, heads, scale, window,  # integers by unspecialised()
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def segment_attention_fwd_kernel(
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
     # Which query view this tile belongs to.
-    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0], attends[0]
+    q_ptr, out_ptr, q_len, seen = Q[0], OUT[0], q_lens[0] >> 4, attends[0] >> 4
     lse_ptr = LSE[0]
     q_sb, q_sl, q_sh = q_strides[0][0], q_strides[0][1], q_strides[0][2]
     out_sb, out_sl, out_sh = out_strides[0][0], out_strides[0][1], out_strides[0][2]
@@ -183,13 +183,14 @@ def segment_attention_fwd_kernel(
         q_ptr, out_ptr = tl.where(later, Q[i], q_ptr), tl.where(later, OUT[i], out_ptr)
         if LSE[0] is not None:
             lse_ptr = tl.where(later, LSE[i], lse_ptr)
-        q_len, seen = tl.where(later, q_lens[i], q_len), tl.where(later, attends[i], seen)
+        q_len, seen = tl.where(later, q_lens[i] >> 4, q_len), tl.where(later, attends[i] >> 4, seen)
         q_sb = tl.where(later, q_strides[i][0], q_sb)
         q_sl = tl.where(later, q_strides[i][1], q_sl)
         q_sh = tl.where(later, q_strides[i][2], q_sh)
         out_sb = tl.where(later, out_strides[i][0], out_sb)
         out_sl = tl.where(later, out_strides[i][1], out_sl)
         out_sh = tl.where(later, out_strides[i][2], out_sh)
+    window = (window[0] >> 4, window[1] >> 4, window[2] >> 4)
     if WINDOWED:
         # Tiles do not straddle blocks, so that all rows of a tile see the same keys.
         tiles = tl.cdiv(window[0], BLOCK_M)
@@ -216,17 +217,19 @@ def segment_attention_fwd_kernel(
         KD = (K0, K1, K2, K3)
         VD = (V0, V1, V2, V3)
         for j in tl.static_range(NUM_K):
-            low, high = _visible_rows(k_lens[j], VALID[j], i_b, seen, j, i_block, window, WINDOWED, NUM_Q > 1)
+            low, high = _visible_rows(k_lens[j] >> 4, VALID[j], i_b, seen, j, i_block, window, WINDOWED, NUM_Q > 1)
             acc, l_i, m_i = _attend_descriptors(
                 acc, l_i, m_i, q, KD[j], VD[j], i_b, i_h, low, high, scale, BLOCK_D, BLOCK_N
             )
     else:
         for j in tl.range(0, NUM_K, num_stages=1):
-            low, high = _visible_rows(k_lens[0], VALID[0], i_b, seen, 0, i_block, window, WINDOWED, NUM_Q > 1)
+            low, high = _visible_rows(k_lens[0] >> 4, VALID[0], i_b, seen, 0, i_block, window, WINDOWED, NUM_Q > 1)
             k_ptr, k_sb, k_sl, k_sh = K[0], k_strides[0][0], k_strides[0][1], k_strides[0][2]
             v_ptr, v_sb, v_sl, v_sh = V[0], v_strides[0][0], v_strides[0][1], v_strides[0][2]
             for i in tl.static_range(1, NUM_K):
-                low_i, high_i = _visible_rows(k_lens[i], VALID[i], i_b, seen, i, i_block, window, WINDOWED, NUM_Q > 1)
+                low_i, high_i = _visible_rows(
+                    k_lens[i] >> 4, VALID[i], i_b, seen, i, i_block, window, WINDOWED, NUM_Q > 1
+                )
                 low, high = tl.where(j == i, low_i, low), tl.where(j == i, high_i, high)
                 k_ptr, v_ptr = tl.where(j == i, K[i], k_ptr), tl.where(j == i, V[i], v_ptr)
                 k_sb, v_sb = tl.where(j == i, k_strides[i][0], k_sb), tl.where(j == i, v_strides[i][0], v_sb)
@@ -247,6 +250,15 @@ def segment_attention_fwd_kernel(
     if LSE[0] is not None:
         lse = tl.where(none, float("-inf"), (m_i + tl.log2(l_i)) * 0.6931471805599453)
         tl.store(lse_ptr + (b * heads + h) * q_len + o_m, lse, mask=o_m < stop)
+
+
+def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
+    """Integers as a kernel argument for which Triton compiles once; the kernel shifts them back by 4.
+
+    Triton specialises the integers of a tuple on being 1 and on being a multiple of 16, whatever ``do_not_specialize``
+    says: calls of other lengths would compile again. ``16 * n + 1`` is neither.
+    """
+    return tuple(16 * n + 1 for n in values)
 
 
 def descriptors_possible(sources: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -312,8 +324,8 @@ def launch_portable(
         *descriptors, tuple(valid_lengths),
         strides(q), strides(out),
         () if config.descriptors else strides(keys), () if config.descriptors else strides(values),
-        tuple(x.shape[1] for x in q), tuple(k.shape[1] for k in keys), tuple(attends), heads, scale * LOG2E,
-        window or (0, 0, 0),
+        unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k in keys), unspecialised(attends), heads,
+        scale * LOG2E, unspecialised(window or (0, 0, 0)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         DESCRIPTORS=config.descriptors, WINDOWED=window is not None,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
