@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import compile, csg
+from bench import attention, compile, csg
 from model.command import CommandParser, run_command
 
-BENCHMARKS = {"csg": csg, "compile": compile}
+BENCHMARKS = {"csg": csg, "attention": attention, "compile": compile}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m bench",
         description="Benchmarks of swifti2v. Without a subcommand: csg.",
-        epilog="examples:\n  python -m bench\n  python -m bench csg --help",
+        epilog="examples:\n  python -m bench\n  python -m bench compile --check\n  python -m bench attention --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import capture, process_memory
+from bench.files import write_text
 from bench.plot import LABELS, plot_plan, plot_rows
 from bench.tensor_memory import TensorMemory
 from model.command import add_model_options, build_components, parse_size, pick_device, pick_dtype, positive
@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> None:
             try:
                 result["rows"] += bench.measure(num_frames, folder, bar)
             finally:
-                _write_text(folder / "result.json", json.dumps(result, indent=1))
+                write_text(folder / "result.json", json.dumps(result, indent=1))
     table = format_table(result)
-    _write_text(folder / "table.md", table + "\n")
+    write_text(folder / "table.md", table + "\n")
     if any(row["status"] == "ok" for row in result["rows"]):
         plot_rows(result, folder)
     plot_plan(bench.plan(max(bench.lengths)), folder / "plan.png")
@@ -372,9 +372,3 @@ def format_table(result: dict[str, Any]) -> str:
         f" torch {environment['packages']['torch']}, median of {settings['repeats']}."
     )
     return f"{table}\n\n{caption}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

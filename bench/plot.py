@@ -48,6 +48,32 @@ def _plot(result: dict[str, Any], rows: list[dict[str, Any]], path: Path, label:
     return _save(figure, path)
 
 
+def plot_attention(result: dict[str, Any], path: Path) -> Path:
+    """Draws TFLOP/s of every implementation on every shape, with the matrix product's as a line."""
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    axes, figure = _axes((8.4, 0.22 * len(rows) + 0.2 * len(shapes) + 1.5))
+    line, ticks = 0.0, []
+    for shape in shapes:
+        mine = [row for row in rows if row["shape"] == shape]
+        ticks.append(line + (len(mine) - 1) / 2)
+        for row in mine:
+            colour = "#1f6fb2" if row["ours"] else "#b0b0b0" if row["exact"] else "#e0a020"
+            axes.barh(line, row["tflops"], 0.85, color=colour, alpha=0.75 if row["provider"] != names[0] else 1.0)
+            axes.text(row["tflops"], line, f" {row['provider']}", va="center", fontsize=7)
+            line += 1
+        line += 0.8
+    axes.set_yticks(ticks, shapes, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(result["matmul_tflops"], color="#c0392b", linewidth=1, label="bf16 matrix product, same run")
+    axes.set_xlim(0, 1.25 * max([result["matmul_tflops"], *(row["tflops"] for row in rows)]))
+    axes.set_xlabel("TFLOP/s")
+    axes.set_title(f"{result['environment']['device']}, attention in bfloat16", fontsize=9)
+    axes.legend(frameon=False, fontsize=7)
+    return _save(figure, path)
+
+
 def plot_plan(plan: SegmentPlan, path: Path) -> Path:
     """Draws which blocks every window of a plan holds: one line a segment."""
     axes, figure = _axes((8.4, 0.34 * len(plan) + 1.5))
