@@ -1,7 +1,8 @@
 """Attention of our kernels against every other implementation in the environment, on the shapes of real models.
 
-Every implementation is first held against float64 on sampled rows; what is wrong is not timed. Fractions are of a matrix
-product's speed measured in the same run. With several sources the others must concatenate, which is timed with them.
+Every implementation is first held against float64 on sampled rows; what is wrong is not timed. Fractions are of a
+matrix product's speed measured in the same run. With several sources the others must concatenate, which is timed with
+them.
 """
 
 from __future__ import annotations
@@ -235,8 +236,11 @@ def _without_cuda(shapes: list[Shape], args: argparse.Namespace) -> None:
         check_reduced(shapes, args.json)
         return
     rows = [
-        [s.name, s.heads, s.head_dim, f"{s.queries:,}", " + ".join(f"{n:,}" for n in s.keys), f"{s.cost.flops / 1e12:.1f}",
-         format_bytes(s.cost.bytes), format_bytes(s.copied_bytes) if s.copied_bytes else ""]
+        [
+            s.name, s.heads, s.head_dim, f"{s.queries:,}", " + ".join(f"{n:,}" for n in s.keys),
+            f"{s.cost.flops / 1e12:.1f}", format_bytes(s.cost.bytes),
+            format_bytes(s.copied_bytes) if s.copied_bytes else "",
+        ]
         for s in shapes
     ]  # fmt: skip
     headers = ["shape", "heads", "head_dim", "queries", "keys", "TFLOP", "least traffic", "copy saved"]
@@ -262,7 +266,7 @@ def check_reduced(shapes: list[Shape], as_json: bool) -> None:
     rows = []
     for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
         for shape in require("tqdm", "bench").tqdm(shapes, desc=str(dtype), leave=False, dynamic_ncols=True):
-            small = shape.reduced(150)
+            small = shape.reduced(130 + 7 * len(rows))
             q, sources = inputs(small, torch.device("cpu"), dtype)
             out = own_kernel(q, sources)
             expected = exact_rows(q, sources, torch.arange(small.queries))
@@ -275,7 +279,8 @@ def check_reduced(shapes: list[Shape], as_json: bool) -> None:
         for row in rows:
             verdict = "ok" if row["ok"] else f"WRONG (limit {row['limit']:.0e})"
             print(
-                f"  {row['shape']}, {row['dtype']}, {row['queries']} x {row['keys']}: error {row['error']:.1e} {verdict}"
+                f"  {row['shape']}, {row['dtype']}, {row['queries']} x {row['keys']}:"
+                f" error {row['error']:.1e} {verdict}"
             )
     wrong = [row["shape"] for row in rows if not row["ok"]]
     if wrong:

@@ -123,7 +123,7 @@ def own_kernel(q: Tensor, sources: Sources, portable: bool = False) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     scale, everything = q.shape[3] ** -0.5, [(1 << len(sources)) - 1]
     capability = capability_of(q.device)
-    hopper = attention._hopper_module() if capability == 90 else None
+    hopper = attention.hopper_module() if capability == 90 else None
     nothing = [None] * len(sources)
     if hopper is not None and hopper.obstacle([q], sources, nothing, False) is None:
         if not portable:

@@ -6,14 +6,15 @@ For one pass over the main loop, per streaming multiprocessor (SM), in cycles:
 * ``exponent``, ``fma``, ``alu``, ``shared``, ``issue``: instructions of that kind over the rate of their unit (CUDA
   programming guide, throughput of native instructions), 4 schedulers an SM;
 * ``memory``: bytes fetched over 64 B a cycle from L2;
-* ``latency``: one group of warps alone: its products plus everything else it does one after the other (the larger of its
-  stall counts and its unit times). Where the code overlaps exponentials with a product in flight, half of the products
-  is hidden. A group is what runs without waiting for others: a warp-specialised consumer; with ``wgmma`` and ``tcgen05``
-  otherwise the whole program, whose warps meet at a barrier around every product; with ``mma.sync`` one warp a scheduler.
+* ``latency``: one group of warps alone: its products plus everything else it does one after the other (the larger of
+  its stall counts and its unit times). Where the code overlaps exponentials with a product in flight, half of the
+  products is hidden. A group is what runs without waiting for others: a warp-specialised consumer; with ``wgmma`` and
+  ``tcgen05`` otherwise the whole program, whose warps meet at a barrier around every product; with ``mma.sync`` one
+  warp a scheduler.
 
 All groups of warps on an SM share the units; latency is paid by each for itself. The bound is the largest of these; the
-fraction is ``tensor`` over it. What is left out: L2 and DRAM misses, clocks under power limits, the start and the end of
-a program. Published kernels reach 0.55 to 0.79 of such a bound.
+fraction is ``tensor`` over it. What is left out: L2 and DRAM misses, clocks under power limits, the start and the end
+of a program. Published kernels reach 0.55 to 0.79 of such a bound.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ predicts is a bound, not a speed.
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.bounds import occupancy, predict
-from bench.compile_only import CompiledKernel, compiled_for
+from bench.compile_only import CompiledKernel, compiled_for, quiet_exit
 from bench.cubin import TENSOR_OPCODES, analyse
 from model.errors import InputError, require
 from swifti2v_kernels import attention, attention_merge
@@ -141,18 +140,13 @@ def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
     context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
     with (
         tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False) as bar,
-        ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_quiet_exit) as pool,
+        ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool,
     ):
         futures = {pool.submit(compile_case, *task): task for task in tasks}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
             bar.update()
     return [row for task in tasks for row in results[task]]
-
-
-def _quiet_exit() -> None:
-    """Triton 3.9's bindings print a page about leaked objects when a process that compiled Gluon ends; it means nothing."""
-    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def compile_case(capability: int, case: int) -> list[Row]:

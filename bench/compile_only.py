@@ -10,6 +10,8 @@ The launchers, their configurations, host descriptors and Gluon kernels are thus
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,11 @@ class _Driver:
 
     def is_active(self) -> bool:
         return True
+
+
+def quiet_exit() -> None:
+    """Triton 3.9 prints a page about leaked objects when a process that compiled Gluon ends; it means nothing."""
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a compiled kernel contains: registers, spills, and the instructions of its loops, read from its machine code.
 
-Uses the ``cuobjdump`` and ``nvdisasm`` that come with Triton, so nothing else must be installed. Results are kept by the
-hash of the binary, since disassembling is most of a warm report's time.
+Uses the ``cuobjdump`` and ``nvdisasm`` that come with Triton, so nothing else must be installed. Results are kept by
+the hash of the binary, since disassembling is most of a warm report's time.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Every operator is a plain function on tensors: no model code, no global state, and nothing imported beyond torch,
 triton, einops and numpy. The model in this repository and any other video DiT call the same functions.
 
-Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet. ``segment_attention``
-and ``merge_attention`` have Triton kernels (not yet timed on hardware); the others come next. :func:`explain` says what
-would compute a call.
+Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet.
+``segment_attention`` and ``merge_attention`` have Triton kernels (not yet timed on hardware); the others come next.
+:func:`explain` says what would compute a call.
 """
 
 from swifti2v_kernels.adaln import gated_residual, norm_modulate

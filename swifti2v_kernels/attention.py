@@ -15,15 +15,15 @@ is concatenated. Queries and outputs may be several views too.
 | out, one or n | [B, Lq, H, D]  | as q                         | as q; contiguous if not given                |
 | lse, one or n | [B, H, Lq]     | fp32                         | contiguous                                   |
 
-Products accumulate in float32, the softmax is float32 and base 2; p is rounded to the inputs' dtype for ``p @ v``, as in
-every fused attention. Sums run in the order of tiles, so results of different backends differ by rounding only.
+Products accumulate in float32, the softmax is float32 and base 2; p is rounded to the inputs' dtype for ``p @ v``, as
+in every fused attention. Sums run in the order of tiles, so results of different backends differ by rounding only.
 
 FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
 ``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
 
 Backends: the reference below (any device and dtype, differentiable); the portable Triton kernel
-(``attention_portable.py``); a warp-specialised one for Hopper (``attention_hopper.py``); and, for a plain dense call with
-one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
+(``attention_portable.py``); a warp-specialised one for Hopper (``attention_hopper.py``); and, for a plain dense call
+with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
 ``explain(segment_attention, ...)`` says which of them a call takes. The kernels are not yet timed on hardware.
 """
 
@@ -48,8 +48,6 @@ from swifti2v_kernels.common.tables import fastest_backend
 from swifti2v_kernels.common.target import capability_of, interpreting, kernels_run_on
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
-
-# --- reference ---------------------------------------------------------------------------------------------------------
 
 
 def segment_attention_reference(
@@ -120,9 +118,6 @@ def _attend(
     return out.transpose(1, 2), lse.to(torch.promote_types(torch.float32, lse.dtype)) if return_lse else None
 
 
-# --- launch ------------------------------------------------------------------------------------------------------------
-
-
 def _choose_kernel(
     q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
 ) -> tuple[str, str]:
@@ -135,7 +130,7 @@ def _choose_kernel(
         if best != "swifti2v":
             return "sdpa", f"one dense source: {reason}"
     if capability == 90:
-        hopper = _hopper_module()
+        hopper = hopper_module()
         obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(q, sources, valid, windowed)
         if obstacle is None:
             return "hopper", "warp-specialised for capability 9.0"
@@ -143,7 +138,7 @@ def _choose_kernel(
     return "portable", "in Triton's interpreter" if capability is None else f"capability {capability / 10:.1f}"
 
 
-def _hopper_module() -> ModuleType | None:
+def hopper_module() -> ModuleType | None:
     """None where this Triton's Gluon is missing or has other names."""
     try:
         return importlib.import_module("swifti2v_kernels.attention_hopper")
@@ -199,9 +194,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-# --- registration ------------------------------------------------------------------------------------------------------
-# Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers. The variant that
-# writes into given outputs returns nothing, since a mutating operator that returns lists cannot be functionalised.
+# Registration. Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers.
+# The variant that writes into given outputs returns nothing: mutating operators that return lists cannot be
+# functionalised.
 
 
 def _new_outputs(q: Sequence[Tensor]) -> list[Tensor]:
@@ -256,9 +251,6 @@ def _(q, k, v, valid_lengths, scale, attends, window, out, lse):  # type: ignore
     return None
 
 
-# --- public ------------------------------------------------------------------------------------------------------------
-
-
 def _choose(
     q: Tensor | Sequence[Tensor],
     sources: Sequence[Source],
@@ -298,21 +290,21 @@ def segment_attention(
 
     Args:
         q: queries ``[B, Lq, H, D]``, or a list of such views.
-        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them. At most
-            24 pairs.
+        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them. At
+            most 24 pairs.
         scale: factor on the logits, positive; default ``D ** -0.5``.
-        valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count (padded
-            text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
-        attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning queries
-            that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
+        valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count
+            (padded text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
+        attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning
+            queries that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
         window: a local mask over blocks, for one query view as long as the first source.
         return_lse: also return the logarithm (base e) of the sum of exponentials, for :func:`merge_attention`.
         out: where to write, views shaped as ``q`` that overlap neither each other nor an input.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``[B, Lq, H, D]`` in the dtype of ``q`` (``out`` if given); a list if ``q`` is one. With ``return_lse`` a pair with
-        the log-sum-exp, ``[B, H, Lq]`` float32 (float64 for float64 inputs).
+        ``[B, Lq, H, D]`` in the dtype of ``q`` (``out`` if given); a list if ``q`` is one. With ``return_lse`` a pair
+        with the log-sum-exp, ``[B, H, Lq]`` float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
@@ -370,9 +362,6 @@ def _obstacle(call: Call) -> str | None:
     if any(x.shape[1] >= 2**26 for x in (*call.q, *(k for k, _ in call.sources))):
         return "a view of 2**26 tokens or more"
     return None
-
-
-# --- cost and cases ----------------------------------------------------------------------------------------------------
 
 
 def cost(

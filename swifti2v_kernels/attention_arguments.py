@@ -142,7 +142,8 @@ def _check_window(window: BlockWindow, queries: Sequence[Tensor], sources: Seque
     if len(queries) != 1 or queries[0].shape[1] != sources[0][0].shape[1]:
         given = [x.shape[1] for x in queries]
         raise ValueError(
-            f"window: expected one query view as long as the first source, {sources[0][0].shape[1]}, got lengths {given}"
+            f"window: expected one query view as long as the first source, {sources[0][0].shape[1]},"
+            f" got lengths {given}"
         )
 
 

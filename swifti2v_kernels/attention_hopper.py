@@ -10,8 +10,8 @@ Shared memory: the queries of both consumers, and ``num_stages`` tiles each of k
 ``k_full``/``v_full`` (the TMA engine has written it) and ``k_empty``/``v_empty`` (both consumers have read it). Stage
 ``i % num_stages`` is in use for the ``i // num_stages``-th time, whose lowest bit is the parity that waits name.
 
-Sources: their ragged tiles (each source has one of 1 to ``block_n`` rows) come first and are masked, by a branch that all
-other tiles jump over. The consumers know nothing else of the sources: only the producer must tell them apart.
+Sources: their ragged tiles (each source has one of 1 to ``block_n`` rows) come first and are masked, by a branch that
+all other tiles jump over. The consumers know nothing else of the sources: only the producer must tell them apart.
 
 Contract, beyond the portable kernel's: capability 9.0, 16-bit, at most 3 non-empty sources that TMA can address, no
 valid lengths and no block window (rows behind the visible ones must read as zeros, as they do behind a tensor's end).
@@ -113,8 +113,8 @@ def _consume_tiles(
     LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, LAYOUT_P: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """All tiles but the first; on entry and exit ``p`` is the previous tile, not yet multiplied by v."""
-    ragged, num_ragged, total = tiles
     k_smem, v_smem, k_full, k_empty, v_full, v_empty = ring
+    ragged, num_ragged, total = tiles
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[3]
     HEAD_DIM: gl.constexpr = k_smem.shape[4]
@@ -149,9 +149,9 @@ def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.conste
     ``views``: pointers at row 0 of this head, with token strides. ``tiles``: the rows of the ragged tiles, 8 bits each,
     how many of these there are, and how many tiles in all.
     """
-    ragged, num_ragged, total = tiles
+    ragged, _num_ragged, total = tiles
     q_ptr, q_sl, out_ptr, out_sl, lse_ptr = views
-    k_smem, v_smem, k_full, k_empty, v_full, v_empty = ring
+    k_smem, v_smem, k_full, k_empty, v_full, _v_empty = ring
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[3]
     HEAD_DIM: gl.constexpr = k_smem.shape[4]
@@ -187,7 +187,7 @@ def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.conste
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(k_empty.index(0), count=1)
     s = _keep_first(s, ragged & 255, LAYOUT_S)
-    p, m_i, l_i, alpha = _softmax(s, m_i, l_i, scale, LAYOUT_P, DTYPE)
+    p, m_i, l_i, _alpha = _softmax(s, m_i, l_i, scale, LAYOUT_P, DTYPE)
     mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=total > 1)
     p, acc, m_i, l_i = _consume_tiles(q_tile, ring, tiles, p, acc, m_i, l_i, scale, LAYOUT_S, LAYOUT_O, LAYOUT_P, DTYPE)
     stage = (total - 1) % STAGES
@@ -216,6 +216,7 @@ def segment_attention_hopper_kernel(
     NUM_K: gl.constexpr, NUM_STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
+    """128 queries of one head; the roles of its warps are at the top of the file."""
     DTYPE: gl.constexpr = K0.dtype
     ROWS: gl.constexpr = BLOCK_M // 2
     i_m, i_h, i_b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -277,8 +278,8 @@ def segment_attention_hopper_kernel(
         sees = (seen >> j) & 1
         rows = k_lens[j] >> 4
         tiles = sees * ((rows - 1) // BLOCK_N)
-        full = full + (tiles,)
-        visible = visible + (sees,)
+        full = full + (tiles,)  # noqa: RUF005, since Triton knows no unpacking
+        visible = visible + (sees,)  # noqa: RUF005
         ragged |= (sees * ((rows - 1) % BLOCK_N + 1)) << (8 * num_ragged)
         num_ragged += sees
         total += tiles + sees
@@ -341,5 +342,6 @@ def launch_hopper(
         tuple(x.stride()[:3] for x in q), tuple(x.stride()[:3] for x in out),
         unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k, _ in sources), unspecialised(attends),
         heads, scale * LOG2E,
-        NUM_K=len(sources), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=head_dim, num_warps=4, enable_fp_fusion=True,
+        NUM_K=len(sources), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=head_dim, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -77,8 +77,8 @@ def merge_attention(
 
     Args:
         outputs: per part ``[B, L, H, D]``, all of one dtype. At most 24.
-        lses: per part ``[B, H, L]`` float32 (float64 for float64 outputs): natural logarithm of the sum of exponentials,
-            -inf where the part has no keys.
+        lses: per part ``[B, H, L]`` float32 (float64 for float64 outputs): natural logarithm of the sum of
+            exponentials, -inf where the part has no keys.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:

@@ -167,6 +167,7 @@ def segment_attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one head against every key it sees; see the top of the file."""
     NUM_Q: tl.constexpr = len(Q)
     NUM_K: tl.constexpr = len(k_lens)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``[B, L, H, D]`` in float64 and the log-sum-exp ``[B, H, L]``; ``mask`` [B, Lq, Lk] is True where a query sees a key."""
+    """``[B, L, H, D]`` in float64 and the log-sum-exp ``[B, H, L]``; ``mask`` [B, Lq, Lk]: True where seen."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     logits = scale * q @ k.transpose(2, 3)
     if mask is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from bench.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
 from model.weights import random_weights
 
@@ -24,6 +25,9 @@ TINY_VAE = VAEConfig(
     latents_mean=(0.1, -0.2, 0.3, 0.0),
     latents_std=(1, 2, 3, 1),
 )
+
+
+quiet_exit()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

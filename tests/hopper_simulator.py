@@ -1,14 +1,14 @@
 """Runs a warp-specialised Gluon kernel on the CPU: one thread per partition, with mocks of TMA, mbarriers and wgmma.
 
-Gluon has no interpreter. This one executes the kernel's own Python source with another ``gl``, and makes the hardware as
-unkind as it may be:
+Gluon has no interpreter. This one executes the kernel's own Python source with another ``gl``, and makes the hardware
+as unkind as it may be:
 
 * a TMA load makes its tile NaN at once and fills it a random moment later, when it also completes its barrier;
 * an asynchronous product reads its operands either when it is issued or when it is waited for, at random;
 * waiting for a barrier that nobody completes is reported as a deadlock.
 
-It finds wrong indices, phases and masks, reads of tiles that are not there yet, and tiles given back too early. It knows
-nothing of layouts, registers and the memory model.
+It finds wrong indices, phases and masks, reads of tiles that are not there yet, and tiles given back too early. It
+knows nothing of layouts, registers and the memory model.
 """
 
 from __future__ import annotations

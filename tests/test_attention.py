@@ -115,14 +115,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no source": (lambda: segment_attention(Q, []), r"sources: expected 1 to 24 .* got 0"),
     "no queries": (lambda: segment_attention([], [(K, V)]), r"q: expected .* got 0"),
     "q is not a tensor": (lambda: segment_attention(["q"], [(K, V)]), r"q: expected a tensor .* str"),
-    "q has three axes": (lambda: segment_attention(Q[0], [(K[0], V[0])]), r"q: expected \[B, Lq, H, D\], got .*\(5, 3, 16\)"),
+    "q has three axes": (lambda: segment_attention(Q[0], [(K[0], V[0])]), r"q: expected \[B, Lq, .*\(5, 3, 16\)"),
     "too many sources": (lambda: segment_attention(Q, [(K, V)] * 25), r"sources: .* got 25"),
     "not a pair": (lambda: segment_attention(Q, [(K, V, V)]), r"sources\[0\]: expected a pair \(k, v\), got 3 items"),
     "a tensor for a pair": (lambda: segment_attention(Q, [K]), r"sources\[0\]: expected a pair .* Tensor"),
     "other heads": (lambda: segment_attention(Q, [(K, V), (K[:, :, :2], V)]), r"sources\[1\]\.k: .*\(2, 5, 2, 16\)"),
     "other head_dim": (lambda: segment_attention(Q, [(K, V[..., :8])]), r"sources\[0\]\.v: expected \[2, L, 3, 16\]"),
     "other batch": (lambda: segment_attention(Q, [(K[:1], V[:1])]), r"sources\[0\]\.k: .*\(1, 5, 3, 16\)"),
-    "other dtype": (lambda: segment_attention(Q, [(K.half(), V)]), r"sources\[0\]\.k: expected torch.float32 .* got torch.float16"),
+    "other dtype": (lambda: segment_attention(Q, [(K.half(), V)]), r"sources\[0\]\.k: .* got torch.float16"),
     "other device": (lambda: segment_attention(Q, [(K.to("meta"), V)]), r"sources\[0\]\.k: .* on cpu, got .* on meta"),
     "k and v differ": (lambda: segment_attention(Q, [(K, V[:, :4])]), r"sources\[0\]: k has 5 tokens and v has 4"),
     "strided head_dim": (
@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "all empty": (lambda: segment_attention(Q, [(K[:, :0], V[:, :0])]), "every source is empty"),
     "scale": (lambda: segment_attention(Q, [(K, V)], scale=-1.0), r"scale: expected a positive number, got -1.0"),
     "lengths: one for all": (
-        lambda: segment_attention(Q, [(K, V)], valid_lengths=torch.tensor([5, 5])), r"valid_lengths: expected a list of 1"
+        lambda: segment_attention(Q, [(K, V)], valid_lengths=torch.tensor([5, 5])), r"valid_lengths: expected a list"
     ),
     "lengths: too few": (lambda: segment_attention(Q, [(K, V)], valid_lengths=[]), r"valid_lengths: .* got 0 entries"),
     "lengths: a number": (lambda: segment_attention(Q, [(K, V)], valid_lengths=[5]), r"valid_lengths\[0\]: .* got int"),
@@ -152,29 +152,29 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "attends: index": (lambda: segment_attention(Q, [(K, V)], attends=[[1]]), r"attends\[0\]: .* in 0..0, got \[1\]"),
     "attends: nothing": (lambda: segment_attention(Q, [(K, V)], attends=[[]]), r"attends\[0\]: expected at least one"),
     "window: negative": (
-        lambda: segment_attention(Q, [(K, V)], window=BlockWindow(2, -1)), r"window: .* got BlockWindow\(block_len=2, left=-1"
+        lambda: segment_attention(Q, [(K, V)], window=BlockWindow(2, -1)), r"window: .* got BlockWindow\(.* left=-1"
     ),
     "window: lengths": (
-        lambda: segment_attention(Q[:, :4], [(K, V)], window=BlockWindow(2, 1)), r"window: .*first source, 5, got lengths \[4\]"
+        lambda: segment_attention(Q[:, :4], [(K, V)], window=BlockWindow(2, 1)), r"window: .* 5, got lengths \[4\]"
     ),
     "out: shape": (lambda: segment_attention(Q, [(K, V)], out=Q[:, :4].clone()), r"out\[0\]: expected \(2, 5, 3, 16\)"),
     "out: number": (lambda: segment_attention(Q, [(K, V)], out=[Q.clone()]), r"out: expected 1 view"),
     "out: is an input": (lambda: segment_attention(Q, [(K, V)], out=Q), r"out\[0\]: .* overlaps q\[0\]"),
     "out: on each other": (
-        lambda: segment_attention([Q[:, :3], Q[:, 3:]], [(K, V)], out=[(b := torch.zeros(2, 5, 3, 16))[:, :3], b[:, 2:4]]),
+        lambda: segment_attention([Q[:, :3], Q[:, 3:]], [(K, V)], out=[(b := Q.clone())[:, :3], b[:, 2:4]]),
         r"out\[0\]: .* overlaps out\[1\]",
     ),
     "out: expanded": (
         lambda: segment_attention(Q, [(K, V)], out=torch.zeros(1, 5, 3, 16).expand(2, 5, 3, 16)), r"distinct elements"
     ),
-    "backend": (lambda: segment_attention(Q, [(K, V)], backend="cuda"), r"backend: expected one of auto, torch, triton"),
+    "backend": (lambda: segment_attention(Q, [(K, V)], backend="cuda"), r"backend: expected one of auto, torch"),
     "no GPU": (lambda: segment_attention(Q, [(K, V)], backend="triton"), r"cannot take this call: kernels need a CUDA"),
     "merge: a tensor": (lambda: merge_attention(Q, [K]), r"outputs, lses: expected sequences"),
     "merge: counts": (lambda: merge_attention([Q], []), r"got 1 and 0"),
     "merge: shape": (
         lambda: merge_attention([Q, Q[:, :4]], [torch.zeros(2, 3, 5)] * 2), r"outputs\[1\]: expected \(2, 5, 3, 16\)"
     ),
-    "merge: lse": (lambda: merge_attention([Q], [torch.zeros(2, 5, 3)]), r"lses\[0\]: expected \[2, 3, 5\] torch.float32"),
+    "merge: lse": (lambda: merge_attention([Q], [torch.zeros(2, 5, 3)]), r"lses\[0\]: expected \[2, 3, 5\]"),
     "explain": (lambda: explain(norm_modulate, Q), r"operator: expected one of merge_attention, segment_attention"),
 }  # fmt: skip
 

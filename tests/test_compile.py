@@ -1,4 +1,4 @@
-"""Kernels compiled for every GPU generation, without one: through the public functions, and what the report makes of it."""
+"""Kernels compiled for every GPU generation, without one, through the public functions; and what the report says."""
 
 from __future__ import annotations
 

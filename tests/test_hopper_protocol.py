@@ -50,6 +50,11 @@ def run(
     return q, out, lse, sources
 
 
+def run_and_check(module: ModuleType, *lengths: tuple[int, ...], patience: float) -> None:
+    q, out, lse, sources = run(module, *lengths, patience=patience)
+    check(q[0], out[0], lse[0], sources)
+
+
 def check(q: Tensor, out: Tensor, lse: Tensor, sources: list[tuple[Tensor, Tensor]]) -> None:
     expected, expected_lse = cat_attention(q, sources)
     name = str(q.dtype).removeprefix("torch.")
@@ -111,7 +116,6 @@ def test_the_simulator_finds_the_mistake(mistake: str, tmp_path: Path) -> None:
     try:
         spec.loader.exec_module(module)
         with pytest.raises((ProtocolError, AssertionError)):
-            q, out, lse, sources = run(module, (150,), (300, 70, 130), patience=1.0)
-            check(q[0], out[0], lse[0], sources)
+            run_and_check(module, (150,), (300, 70, 130), patience=1.0)
     finally:
         del sys.modules["mistaken"]

@@ -1,4 +1,4 @@
-"""Checks of arguments that several operators share; every message names the argument, what was given and what is allowed."""
+"""Checks of arguments that operators share; messages name the argument, what was given and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU that a launch is for: its compute capability, and the facts of every capability that the library ships for."""
+"""The GPU that a launch is for: its compute capability, and what each capability that the library ships for offers."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_not_a_number_is_not_hidden() -> None:
 
 
 def test_rows_beyond_two_to_the_31_elements() -> None:
-    """Batch entries and heads that lie more than 2**31 elements apart; untouched pages of the buffers cost no memory."""
+    """Batch entries and heads that lie more than 2**31 elements apart; untouched pages cost no memory."""
     far = 2**31 + 64
     buffer, target = (torch.empty(far + 2**17, dtype=torch.float16) for _ in range(2))
     q = buffer.as_strided((2, 3, 2, 64), (far, 64, 1024, 1))

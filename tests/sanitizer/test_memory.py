@@ -2,8 +2,8 @@
 
     python -m ttsem.sanitize pytest tests/sanitizer
 
-ttsem (pinned in the ``sanitize`` extra) runs what Triton's front end produces, checks every access against the tensor it
-belongs to, and compares what two programs touch. Plain ``pytest`` starts it in a process of its own where it is
+ttsem (pinned in the ``sanitize`` extra) runs what Triton's front end produces, checks every access against the tensor
+it belongs to, and compares what two programs touch. Plain ``pytest`` starts it in a process of its own where it is
 installed (tests/test_processes.py).
 """
 
