@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"schema": SCHEMA, "environment": capture(device), "rows": []}
     result["matmul_tflops"] = matmul_tflops(device, timer)
     found = providers(args.quick)
-    with require("tqdm", "bench").tqdm(total=len(shapes) * len(found), unit="timing", dynamic_ncols=True) as bar:
+    with require("tqdm", "bench").tqdm(
+        total=len(shapes) * len(found), unit="timing", dynamic_ncols=True, disable=None
+    ) as bar:
         for shape in shapes:
             for row in measure(shape, found, device, timer, result["matmul_tflops"], bar):
                 result["rows"].append(row)
@@ -265,7 +267,9 @@ def check_reduced(shapes: list[Shape], as_json: bool) -> None:
     """
     rows = []
     for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
-        for shape in require("tqdm", "bench").tqdm(shapes, desc=str(dtype), leave=False, dynamic_ncols=True):
+        for shape in require("tqdm", "bench").tqdm(
+            shapes, desc=str(dtype), leave=False, dynamic_ncols=True, disable=None
+        ):
             small = shape.reduced(130 + 7 * len(rows))
             q, sources = inputs(small, torch.device("cpu"), dtype)
             out = own_kernel(q, sources)

@@ -139,7 +139,7 @@ def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
     results: dict[tuple[int, int], list[Row]] = {}
     context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
     with (
-        tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False) as bar,
+        tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False, disable=None) as bar,
         ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool,
     ):
         futures = {pool.submit(compile_case, *task): task for task in tasks}
