@@ -207,7 +207,15 @@ def _new_lses(q: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=torch.float32) for x in q] if wanted else []
 
 
-@torch.library.custom_op("swifti2v::segment_attention", mutates_args=())
+# Schemas are spelled out because torch 2.6 cannot read them from ``list[Tensor]``.
+_ARGUMENTS = (
+    "Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] valid_lengths, float scale, SymInt[] attends, SymInt[] window"
+)
+
+
+@torch.library.custom_op(
+    "swifti2v::segment_attention", mutates_args=(), schema=f"({_ARGUMENTS}, bool return_lse) -> Tensor[]"
+)
 def _segment_attention_op(
     q: list[Tensor],
     k: list[Tensor],
@@ -229,7 +237,11 @@ def _(q, k, v, valid_lengths, scale, attends, window, return_lse):  # type: igno
     return _new_outputs(q) + _new_lses(q, return_lse)
 
 
-@torch.library.custom_op("swifti2v::segment_attention_out", mutates_args=("out", "lse"))
+@torch.library.custom_op(
+    "swifti2v::segment_attention_out",
+    mutates_args=("out", "lse"),
+    schema=f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse) -> ()",
+)
 def _segment_attention_out_op(
     q: list[Tensor],
     k: list[Tensor],

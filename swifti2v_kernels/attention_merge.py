@@ -50,7 +50,11 @@ def _launch(outputs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse:
     launch_merge(outputs, lses, out, lse)
 
 
-@torch.library.custom_op("swifti2v::merge_attention", mutates_args=())
+@torch.library.custom_op(
+    "swifti2v::merge_attention",
+    mutates_args=(),
+    schema="(Tensor[] outputs, Tensor[] lses) -> (Tensor, Tensor)",
+)
 def _merge_attention_op(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = outputs[0].new_empty(outputs[0].shape), lses[0].new_empty(lses[0].shape)
     if out.numel():
