@@ -83,28 +83,40 @@ def run(args: argparse.Namespace) -> None:
         return
     require("pynvml", "bench")
     folder = args.out or Path("out") / f"attention-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
-    timer = _cuda_timer(args.milliseconds)
-    result: dict[str, Any] = {"schema": SCHEMA, "environment": capture(device), "rows": []}
-    result["matmul_tflops"] = matmul_tflops(device, timer)
-    found = providers(args.quick)
-    with require("tqdm", "bench").tqdm(
-        total=len(shapes) * len(found), unit="timing", dynamic_ncols=True, disable=None
-    ) as bar:
-        for shape in shapes:
-            for row in measure(shape, found, device, timer, result["matmul_tflops"], bar):
-                result["rows"].append(row)
-                write_text(folder / "result.json", json.dumps(result, indent=1))
-    table = format_table(result)
-    write_text(folder / "table.md", table + "\n")
-    plot_attention(result, folder / "attention.png")
-    print(f"\n{table}\n")
+    result = run_shapes(shapes, providers(args.quick), device, _cuda_timer(args.milliseconds), folder)
+    print(f"\n{format_table(result)}\n")
     if args.json:
         print(json.dumps(result, indent=1))
     if args.update_table:
         write_text(TABLE, json.dumps(merge_table(json.loads(TABLE.read_text()), result, shapes), indent=1) + "\n")
         print(f"table updated: {TABLE.name}")
     print(f"results in {folder.resolve()}")
+
+
+def run_shapes(
+    shapes: list[Shape],
+    found: list[Provider],
+    device: torch.device,
+    timer: Timer,
+    folder: Path,
+    matmul_size: int = 8192,
+) -> dict[str, Any]:
+    """Measures every shape by every implementation; after each shape the folder holds what there is so far."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
+    result: dict[str, Any] = {"schema": SCHEMA, "environment": capture(device), "rows": []}
+    result["matmul_tflops"] = matmul_tflops(device, timer, matmul_size)
+    tqdm = require("tqdm", "bench").tqdm
+    with tqdm(total=len(shapes) * len(found), unit="timing", dynamic_ncols=True, disable=None) as bar:
+        for shape in shapes:
+            result["rows"] += measure(shape, found, device, timer, result["matmul_tflops"], bar)
+            write_text(folder / "result.json", json.dumps(result, indent=1))
+    write_text(folder / "table.md", format_table(result) + "\n")
+    if any(row["status"] == "ok" for row in result["rows"]):
+        plot_attention(result, folder / "attention.png")
+    return result
 
 
 Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]

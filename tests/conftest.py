@@ -41,7 +41,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     room = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "sanitizer" if "ttsem" in sys.modules else ""
     if room:
         return collection_path.name != room
-    return collection_path.name in ("interpreter", "sanitizer")
+    return collection_path.name in ("interpreter", "sanitizer", "launcher")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

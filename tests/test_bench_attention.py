@@ -14,6 +14,7 @@ from bench import attention as bench
 from bench.__main__ import main
 from bench.attention_providers import SHAPES, Provider, Shape, Unavailable, inputs, providers
 from bench.plot import plot_attention
+from model import InputError
 from swifti2v_kernels import segment_attention
 
 CPU = torch.device("cpu")
@@ -73,6 +74,23 @@ def test_table_and_plot(tmp_path) -> None:
     assert "out of memory: no memory left" in table
     assert "Measured on card; bf16 matrix product in the same run: 2 TFLOP/s." in table
     assert plot_attention(result, tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_run_leaves_table_json_and_plot(tmp_path) -> None:
+    shapes = [SMALL, Shape("dense", 1, 16, 7, (7,))]
+    found = [Provider("right", right, ours=True), Provider("missing", missing)]
+    result = bench.run_shapes(shapes, found, CPU, timer, tmp_path / "a" / "b", matmul_size=16)
+    folder = tmp_path / "a" / "b"
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["environment"]["device_type"] == "cpu"
+    assert [row["status"] for row in result["rows"]] == ["ok", "not available"] * 2
+    assert result["matmul_tflops"] == 2 * 16**3 / 0.5 / 1e12
+    assert "concatenates" not in (folder / "table.md").read_text()
+    assert (folder / "attention.png").stat().st_size > 1000
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="out: cannot make the directory"):
+        bench.run_shapes(shapes, found, CPU, timer, blocked / "x", matmul_size=16)
 
 
 def test_providers_compute_the_same() -> None:
