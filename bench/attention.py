@@ -143,9 +143,16 @@ def measure(
     shape: Shape, found: list[Provider], device: torch.device, timer: Timer, matmul: float, bar: Any
 ) -> list[dict[str, Any]]:
     """One row for every implementation: checked, then timed."""
-    q, sources = inputs(shape, device, torch.bfloat16)
-    rows_checked = torch.linspace(0, shape.queries - 1, min(64, shape.queries), device=device).long()
-    expected = exact_rows(q, sources, rows_checked)
+    try:
+        q, sources = inputs(shape, device, torch.bfloat16)
+        rows_checked = torch.linspace(0, shape.queries - 1, min(64, shape.queries), device=device).long()
+        expected = exact_rows(q, sources, rows_checked)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        bar.update(len(found))
+        reason = {"status": "out of memory", "reason": "the inputs alone do not fit"}
+        return [{"shape": shape.name, "provider": provider.name, **reason} for provider in found]
     rows = []
     for provider in found:
         bar.set_description(f"{shape.name}, {provider.name}")

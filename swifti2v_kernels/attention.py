@@ -45,7 +45,7 @@ from swifti2v_kernels.common.checks import check_range
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
 from swifti2v_kernels.common.tables import fastest_backend
-from swifti2v_kernels.common.target import capability_of, interpreting, kernels_run_on
+from swifti2v_kernels.common.target import capability_of, interpreting, kernels_run_on, on_device
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
 
@@ -147,6 +147,7 @@ def hopper_module() -> ModuleType | None:
 
 
 def _launch(
+    kernel: str,
     q: Sequence[Tensor],
     sources: Sequence[Source],
     out: Sequence[Tensor],
@@ -156,34 +157,39 @@ def _launch(
     attends: Sequence[int],
     window: tuple[int, int, int] | None,
 ) -> None:
-    """Writes ``out`` and ``lse`` (empty if not wanted) by the chosen kernel."""
+    """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel named."""
     filled = [i for i, x in enumerate(q) if x.numel()]
-    if not filled:
-        return
     q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
-    lse = [lse[i] for i in filled] if lse else []
+    lses = [lse[i] for i in filled] if lse else None
+    head_dim = q[0].shape[3]
+    with on_device(q[0].device):
+        if kernel == "sdpa":
+            out[0].copy_(_sdpa(q[0], *sources[0], scale))
+        elif kernel == "hopper":
+            from swifti2v_kernels.attention_hopper import HopperConfig, launch_hopper
+
+            config = HopperConfig.heuristic(head_dim)
+            launch_hopper(q, sources, out, lses, scale=scale, attends=attends, config=config)
+        else:
+            from swifti2v_kernels.attention_portable import PortableConfig, descriptors_possible, launch_portable
+
+            aligned = descriptors_possible(sources)
+            config = PortableConfig.heuristic(capability_of(q[0].device), head_dim, len(sources), aligned)
+            options = {"scale": scale, "attends": attends, "window": window, "config": config}
+            launch_portable(q, sources, out, lses, valid_lengths=valid, **options)
+
+
+def _prepare(
+    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
+) -> str:
+    """Checks what only real tensors can tell, and names the kernel; ``none`` where there are no queries."""
+    queries = [x for x in q if x.numel()]
+    if not queries:
+        return "none"
     for j, x in enumerate(valid):
         if x is not None:
             check_range(f"valid_lengths[{j}]", x, 0, sources[j][0].shape[1])
-    kernel, _ = _choose_kernel(q, sources, valid, window is not None, bool(lse))
-    if kernel == "sdpa":
-        out[0].copy_(_sdpa(q[0], *sources[0], scale))
-        return
-    if kernel == "hopper":
-        from swifti2v_kernels.attention_hopper import HopperConfig, launch_hopper
-
-        launch_hopper(
-            q, sources, out, lse or None, scale=scale, attends=attends, config=HopperConfig.heuristic(q[0].shape[3])
-        )
-        return
-    from swifti2v_kernels.attention_portable import PortableConfig, descriptors_possible, launch_portable
-
-    config = PortableConfig.heuristic(
-        capability_of(q[0].device), q[0].shape[3], len(sources), descriptors_possible(sources)
-    )
-    launch_portable(
-        q, sources, out, lse or None, valid_lengths=valid, scale=scale, attends=attends, window=window, config=config
-    )
+    return _choose_kernel(queries, sources, valid, windowed, wants_lse)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -226,9 +232,14 @@ def _segment_attention_op(
     window: list[int],
     return_lse: bool,
 ) -> list[Tensor]:
-    out, lse = _new_outputs(q), _new_lses(q, return_lse)
     sources = list(zip(k, v, strict=True))
-    _launch(q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+    kernel = _prepare(q, sources, valid_lengths, bool(window), return_lse)
+    if kernel == "sdpa" and len(q) == 1:
+        with on_device(q[0].device):
+            return [_sdpa(q[0], *sources[0], scale).contiguous()]
+    out, lse = _new_outputs(q), _new_lses(q, return_lse)
+    if kernel != "none":
+        _launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
     return out + lse
 
 
@@ -255,7 +266,9 @@ def _segment_attention_out_op(
 ) -> None:
     sources = list(zip(k, v, strict=True))
     check_overlaps(out, q, sources)
-    _launch(q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+    kernel = _prepare(q, sources, valid_lengths, bool(window), bool(lse))
+    if kernel != "none":
+        _launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
 
 
 @_segment_attention_out_op.register_fake

@@ -28,7 +28,7 @@ from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_views
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import kernels_run_on
+from swifti2v_kernels.common.target import kernels_run_on, on_device
 
 MAX_PARTS = 24
 
@@ -44,12 +44,6 @@ def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor])
     return out.to(outputs[0].dtype), lse
 
 
-def _launch(outputs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
-    from swifti2v_kernels.attention_merge_kernel import launch_merge
-
-    launch_merge(outputs, lses, out, lse)
-
-
 @torch.library.custom_op(
     "swifti2v::merge_attention",
     mutates_args=(),
@@ -58,7 +52,10 @@ def _launch(outputs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse:
 def _merge_attention_op(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = outputs[0].new_empty(outputs[0].shape), lses[0].new_empty(lses[0].shape)
     if out.numel():
-        _launch(outputs, lses, out, lse)
+        from swifti2v_kernels.attention_merge_kernel import launch_merge
+
+        with on_device(out.device):
+            launch_merge(outputs, lses, out, lse)
     return out, lse
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swifti2v_kernels import BlockWindow, explain, merge_attention, norm_modulate, segment_attention
+from swifti2v_kernels import BlockWindow, attention, explain, merge_attention, norm_modulate, segment_attention
 from swifti2v_kernels.attention import cost
 from swifti2v_kernels.attention_portable import PortableConfig
 from swifti2v_kernels.common import tables
@@ -209,6 +209,11 @@ def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.Monkey
     assert tables.fastest_backend("attention", 90, torch.bfloat16, 128, 2000)[0] == "sdpa-cudnn"
     assert tables.fastest_backend("attention", 90, torch.bfloat16, 128, 50000)[0] == "swifti2v"
     assert tables.fastest_backend("attention", 89, torch.bfloat16, 128, 2000)[0] is None
+
+
+def test_torch_s_attention_behind_dense_calls() -> None:
+    q, k, v = qkv(7, dtype=torch.float32)
+    assert relative_error(attention._sdpa(q, k, v, 0.3), cat_attention(q, [(k, v)], scale=0.3)[0]) < OPERATOR["float32"]
 
 
 def test_shipped_table_is_read() -> None:

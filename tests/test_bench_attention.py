@@ -18,7 +18,7 @@ from model import InputError
 from swifti2v_kernels import segment_attention
 
 CPU = torch.device("cpu")
-BAR = SimpleNamespace(set_description=lambda text: None, update=lambda: None)
+BAR = SimpleNamespace(set_description=lambda text: None, update=lambda n=1: None)
 SMALL = Shape("small", 2, 16, 9, (9, 5))
 
 
@@ -66,6 +66,12 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row() -> None:
     assert (rows["missing"]["status"], rows["missing"]["reason"]) == ("not available", "not installed")
     assert rows["hungry"]["status"] == "out of memory"
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "not for this shape")
+
+
+def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
+    monkeypatch.setattr(bench, "inputs", lambda *args: hungry(None, None))
+    rows = bench.measure(SMALL, [Provider("right", right)], CPU, timer, 2.0, BAR)
+    assert [(row["status"], row["reason"]) for row in rows] == [("out of memory", "the inputs alone do not fit")]
 
 
 def test_table_and_plot(tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,11 @@ def capability_of(device: torch.device) -> int | None:
     if _compile_only is not None:
         return _compile_only
     raise ValueError(f"device: Triton kernels need a CUDA device (or TRITON_INTERPRET=1), got {device}")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one, since Triton launches there and not where the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def kernels_run_on(device: torch.device) -> bool:
