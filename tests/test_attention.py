@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swifti2v_kernels import BlockWindow, attention, explain, merge_attention, norm_modulate, segment_attention
 from swifti2v_kernels.attention import cost
@@ -213,7 +214,25 @@ def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.Monkey
 
 def test_torch_s_attention_behind_dense_calls() -> None:
     q, k, v = qkv(7, dtype=torch.float32)
-    assert relative_error(attention._sdpa(q, k, v, 0.3), cat_attention(q, [(k, v)], scale=0.3)[0]) < OPERATOR["float32"]
+    for name in ("sdpa-cudnn", "sdpa-flash"):
+        out = attention._sdpa(name, q, k, v, 0.3)
+        assert relative_error(out, cat_attention(q, [(k, v)], scale=0.3)[0]) < OPERATOR["float32"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [(80, "sdpa-flash"), (89, "sdpa-flash"), (90, "sdpa-cudnn"), (120, "sdpa-cudnn")]
+)
+def test_a_dense_call_on_an_unmeasured_card_takes_torch(
+    capability: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided from the tensors' metadata: these say that they are on a GPU, and hold nothing."""
+    monkeypatch.setattr(attention, "capability_of", lambda device: capability)
+    monkeypatch.setattr(tables, "load_table", lambda name: [])
+    with FakeTensorMode():
+        q, k, v = torch.empty(1, 70, 3, 2, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
+        choice = explain(segment_attention, q, [(k, v)])
+    assert (choice.backend, choice.implementation) == ("triton", name)
+    assert choice.reason == "one dense source: no measurement for this capability, dtype and head_dim"
 
 
 def test_shipped_table_is_read() -> None:

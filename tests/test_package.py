@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "triton", "einops", "numpy"}
@@ -65,6 +68,16 @@ def test_every_public_name_is_documented():
             for node in tree.body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                     assert ast.get_docstring(node), f"{file}: {node.name}"
+
+
+@pytest.mark.parametrize("module", ["attention", "attention_merge", "common.dispatch"])
+def test_examples_in_docstrings_run(module):
+    import swifti2v_kernels
+
+    names = {name: getattr(swifti2v_kernels, name) for name in swifti2v_kernels.__all__} | {"torch": torch}
+    result = doctest.testmod(importlib.import_module(f"swifti2v_kernels.{module}"), extraglobs=names)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_metadata_of_the_package(tmp_path):
