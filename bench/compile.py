@@ -61,8 +61,9 @@ class Row:
     bound_fraction: float | None = None
     bound_tflops: float | None = None
     seconds: float = 0.0
+    computes_products: bool = False
 
-    def faults(self, wants_mma: bool) -> list[str]:
+    def faults(self) -> list[str]:
         """What ``--check`` objects to."""
         if self.error is not None:
             return [f"does not compile: {self.error.strip().splitlines()[-1][:200]}"]
@@ -71,7 +72,7 @@ class Row:
             faults.append(f"spills: {self.spill_loads} loads, {self.spill_stores} stores")
         if self.shared_bytes > self.shared_limit:
             faults.append(f"shared memory: {self.shared_bytes} of {self.shared_limit} bytes")
-        if wants_mma and not set(self.mma.split("+")) & set(TARGETS[self.capability].mma_opcodes):
+        if self.computes_products and not set(self.mma.split("+")) & set(TARGETS[self.capability].mma_opcodes):
             faults.append(
                 f"tensor cores: expected {' or '.join(TARGETS[self.capability].mma_opcodes)}, got {self.mma or 'none'}"
             )
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     require("tabulate", "bench")
     targets, cases = _select(args)
     rows = compile_all(targets, cases, args.jobs)
-    faults = [(row, fault) for row in rows for fault in row.faults(_wants_mma(row.case))]
+    faults = [(row, fault) for row in rows for fault in row.faults()]
     if args.json:
         print(json.dumps(to_json(rows), indent=1))
     else:
@@ -180,15 +181,11 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
         "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
         loop.instructions if loop else 0, loop.mix if loop else None,
         bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
-        kernel.seconds,
+        kernel.seconds, work.fma > 0,
     )  # fmt: skip
 
 
 _TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK", "NUM_STAGES")
-
-
-def _wants_mma(case: str) -> bool:
-    return case.startswith("segment_attention")
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from swifti2v_kernels.common.checks import check_range
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
 from swifti2v_kernels.common.tables import fastest_backend
-from swifti2v_kernels.common.target import capability_of, interpreting, kernels_run_on, on_device
+from swifti2v_kernels.common.target import capability_of, device_obstacle, interpreting, on_device
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
 
@@ -378,8 +378,8 @@ def _obstacle(call: Call) -> str | None:
     q = call.q[0]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*call.q, *(x for pair in call.sources for x in pair))):
         return "an input needs gradients, and the kernels have no backward"
-    if not kernels_run_on(q.device):
-        return f"kernels need a CUDA device or TRITON_INTERPRET=1, got {q.device}"
+    if (reason := device_obstacle(q.device)) is not None:
+        return reason
     if q.shape[3] not in KERNEL_HEAD_DIMS:
         return f"kernels exist for head_dim {', '.join(map(str, KERNEL_HEAD_DIMS))}, got {q.shape[3]}"
     dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreting() else ()))

@@ -28,7 +28,7 @@ from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_views
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import kernels_run_on, on_device
+from swifti2v_kernels.common.target import device_obstacle, on_device
 
 MAX_PARTS = 24
 
@@ -105,11 +105,10 @@ def merge_attention(
 
 
 def _obstacle(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> str | None:
-    device = outputs[0].device
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*outputs, *lses)):
         return "an input needs gradients, and the kernel has no backward"
-    if not kernels_run_on(device):
-        return f"kernels need a CUDA device or TRITON_INTERPRET=1, got {device}"
+    if (reason := device_obstacle(outputs[0].device)) is not None:
+        return reason
     if outputs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"kernels exist for float16, bfloat16 and float32, got {outputs[0].dtype}"
     return None

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swifti2v_kernels import BlockWindow, attention, explain, merge_attention, norm_modulate, segment_attention
 from swifti2v_kernels.attention import cost
 from swifti2v_kernels.attention_portable import PortableConfig
-from swifti2v_kernels.common import tables
+from swifti2v_kernels.common import tables, target
 from swifti2v_kernels.common.checks import overlapping, self_overlapping
 from tests.attention_oracle import cat_attention
 from tests.tolerances import EXACT, OPERATOR, relative_error
@@ -169,7 +169,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: segment_attention(Q, [(K, V)], out=torch.zeros(1, 5, 3, 16).expand(2, 5, 3, 16)), r"distinct elements"
     ),
     "backend": (lambda: segment_attention(Q, [(K, V)], backend="cuda"), r"backend: expected one of auto, torch"),
-    "no GPU": (lambda: segment_attention(Q, [(K, V)], backend="triton"), r"cannot take this call: kernels need a CUDA"),
+    "no GPU": (lambda: segment_attention(Q, [(K, V)], backend="triton"), r"cannot take this call: kernels need an NV"),
     "merge: a tensor": (lambda: merge_attention(Q, [K]), r"outputs, lses: expected sequences"),
     "merge: counts": (lambda: merge_attention([Q], []), r"got 1 and 0"),
     "merge: shape": (
@@ -189,7 +189,7 @@ def test_bad_input_is_named(case: str) -> None:
 
 def test_the_choice_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = explain(segment_attention, Q, [(K, V)])
-    assert str(choice).startswith("torch: reference (kernels need a CUDA device")
+    assert str(choice).startswith("torch: reference (kernels need an NVIDIA GPU")
     monkeypatch.setenv("SWIFTI2V_BACKEND", "torch")
     assert explain(segment_attention, Q, [(K, V)]).reason == "SWIFTI2V_BACKEND is 'torch'"
     monkeypatch.setenv("SWIFTI2V_BACKEND", "cuda")
@@ -226,13 +226,18 @@ def test_a_dense_call_on_an_unmeasured_card_takes_torch(
     capability: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decided from the tensors' metadata: these say that they are on a GPU, and hold nothing."""
-    monkeypatch.setattr(attention, "capability_of", lambda device: capability)
+    for module in (attention, target):
+        monkeypatch.setattr(module, "capability_of", lambda device: capability)
     monkeypatch.setattr(tables, "load_table", lambda name: [])
     with FakeTensorMode():
         q, k, v = torch.empty(1, 70, 3, 2, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
         choice = explain(segment_attention, q, [(k, v)])
     assert (choice.backend, choice.implementation) == ("triton", name)
     assert choice.reason == "one dense source: no measurement for this capability, dtype and head_dim"
+    monkeypatch.setattr(target, "capability_of", lambda device: 75)
+    with FakeTensorMode():
+        choice = explain(segment_attention, q, [(k, v)])
+    assert str(choice) == ("torch: reference (kernels exist for compute capability 8.0 and newer, this device has 7.5)")
 
 
 def test_shipped_table_is_read() -> None:

@@ -47,7 +47,7 @@ def test_every_target_compiles_without_spills(capability: int, own_cache) -> Non
     """A call of two sources, head_dim 128; all cases are checked by ``python -m bench compile --check``."""
     kernel = compiled("segment_attention d128 2 sources", capability)
     row = report._row(CASES[1], kernel, TARGETS[capability])
-    assert row.faults(wants_mma=True) == []
+    assert row.faults() == []
     assert 0 < row.registers <= 255
     assert 0 < row.shared_bytes <= TARGETS[capability].shared_per_block
     assert row.bound_fraction is not None
@@ -100,17 +100,19 @@ def test_a_spill_is_found(monkeypatch, own_cache) -> None:
     kernel = compiled("segment_attention d128", 89)
     row = report._row(CASES[1], kernel, TARGETS[89])
     assert row.spill_loads > 0
-    assert any("spills" in fault for fault in row.faults(wants_mma=True))
+    assert any("spills" in fault for fault in row.faults())
 
 
 def test_what_check_objects_to() -> None:
-    good = report.Row("segment_attention", 89, "k", "", None, shared_bytes=1, shared_limit=2, mma="HMMA")
-    assert good.faults(wants_mma=True) == []
-    assert "spills: 0 loads, 3 stores" in dataclasses.replace(good, spill_stores=3).faults(True)
-    assert "shared memory: 3 of 2 bytes" in dataclasses.replace(good, shared_bytes=3).faults(True)
-    assert "tensor cores: expected HMMA, got none" in dataclasses.replace(good, mma="").faults(True)
-    assert dataclasses.replace(good, mma="").faults(False) == []
-    assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults(True)
+    good = report.Row(
+        "segment_attention", 89, "k", "", None, shared_bytes=1, shared_limit=2, mma="HMMA", computes_products=True
+    )
+    assert good.faults() == []
+    assert "spills: 0 loads, 3 stores" in dataclasses.replace(good, spill_stores=3).faults()
+    assert "shared memory: 3 of 2 bytes" in dataclasses.replace(good, shared_bytes=3).faults()
+    assert "tensor cores: expected HMMA, got none" in dataclasses.replace(good, mma="").faults()
+    assert dataclasses.replace(good, mma="", computes_products=False).faults() == []
+    assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults()
 
 
 def test_the_command(capsys, own_cache) -> None:

@@ -52,7 +52,7 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     Example:
         >>> q = torch.randn(1, 5, 2, 64)
         >>> print(explain(segment_attention, q, [(q, q)]))
-        torch: reference (kernels need a CUDA device or TRITON_INTERPRET=1, got cpu)
+        torch: reference (kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)
     """
     if operator not in _CHOOSERS:
         known = ", ".join(sorted(o.__name__ for o in _CHOOSERS))

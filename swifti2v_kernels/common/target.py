@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -90,6 +91,19 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether :func:`capability_of` has an answer for ``device``."""
-    return device.type == "cuda" or interpreting() or _compile_only is not None
+# Constant for a device: under torch.compile it is read once, at trace time.
+@torch.compiler.assume_constant_result
+def device_obstacle(device: torch.device) -> str | None:
+    """Why no kernel of this library runs on ``device``; None if they do."""
+    if device.type != "cuda":
+        if interpreting() or _compile_only is not None:
+            return None
+        return f"kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got {device}"
+    if torch.version.hip is not None:
+        return "kernels are for NVIDIA GPUs, this is an AMD one"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = capability_of(device)
+    if capability is not None and capability < 80:
+        return f"kernels exist for compute capability 8.0 and newer, this device has {capability / 10:.1f}"
+    return None
