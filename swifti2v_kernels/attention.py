@@ -64,19 +64,20 @@ def segment_attention_reference(
     for view, visible in zip(q, attends, strict=True):
         results = []
         for start, stop, seen in _pieces(view.shape[1], sources, visible, window):
-            k = torch.cat([sources[j][0][:, a:b] for j, a, b in seen], dim=1) if len(seen) != 1 else None
-            v = torch.cat([sources[j][1][:, a:b] for j, a, b in seen], dim=1) if len(seen) != 1 else None
-            if k is None or v is None:
-                j, a, b = seen[0]
-                k, v = sources[j][0][:, a:b], sources[j][1][:, a:b]
-            masks = None
+            k, v = (_joined([sources[j][i][:, a:b] for j, a, b in seen]) for i in range(2))
+            valid = None
             if any(valid_lengths[j] is not None for j, _, _ in seen):
-                masks = torch.cat([_valid_rows(valid_lengths[j], a, b, view) for j, a, b in seen], dim=1)
-            results.append(_attend(view[:, start:stop], k, v, scale, masks, return_lse))
-        out.append(results[0][0] if len(results) == 1 else torch.cat([o for o, _ in results], dim=1))
+                valid = torch.cat([_valid_rows(valid_lengths[j], a, b, view) for j, a, b in seen], dim=1)
+            results.append(_attend(view[:, start:stop], k, v, scale, valid, return_lse))
+        out.append(_joined([o for o, _ in results]))
         if return_lse:
             lse.append(torch.cat([s for _, s in results if s is not None], dim=2))
     return out, lse
+
+
+def _joined(views: list[Tensor]) -> Tensor:
+    """Along the tokens; one view is not copied."""
+    return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
 
 def _pieces(
@@ -108,14 +109,15 @@ def _attend(
     if not return_lse and valid is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
     wide = torch.promote_types(q.dtype, torch.float32)
+    if valid is not None:  # whatever lies behind a valid length, even NaN, must not count
+        k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
     logits = scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None, :], float("-inf"))
     lse = logits.logsumexp(-1)
     # A row without any valid key: weights 0, not NaN.
-    weights = torch.where(torch.isneginf(lse).unsqueeze(-1), torch.zeros_like(logits), (logits - lse[..., None]).exp())
-    out = (weights @ v.to(wide)).to(v.dtype)
-    return out.transpose(1, 2), lse.to(torch.promote_types(torch.float32, lse.dtype)) if return_lse else None
+    weights = (logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp()
+    return (weights @ v.to(wide)).to(v.dtype).transpose(1, 2), lse if return_lse else None
 
 
 def _choose_kernel(

@@ -76,7 +76,7 @@ def check_call(
     valid = _check_valid_lengths(valid_lengths, sources, queries[0])
     visible = _check_attends(attends, queries, sources)
     if window is not None:
-        _check_window(window, queries, sources)
+        _check_window(window, queries, sources, visible[0])
     targets = None
     if out is not None:
         targets = [out] if isinstance(out, Tensor) else list(out)
@@ -86,8 +86,10 @@ def check_call(
         for i, (x, y) in enumerate(zip(targets, queries, strict=True)):
             if x.shape != y.shape:
                 raise ValueError(f"out[{i}]: expected {tuple(y.shape)} as q, got {tuple(x.shape)}")
-    # A window speaks of the first source, which stays.
-    kept = [j for j, (k, _) in enumerate(sources) if k.shape[1] or (j == 0 and window is not None)]
+    # What no query sees is left out, so that a single query view sees all that is kept. A window speaks of the first
+    # source, which stays.
+    wanted = {j for seen in visible for j in seen}
+    kept = [j for j, (k, _) in enumerate(sources) if (k.shape[1] and j in wanted) or (j == 0 and window is not None)]
     position = {j: i for i, j in enumerate(kept)}
     return Call(
         queries,
@@ -136,7 +138,9 @@ def _check_attends(
     return [sorted(seen) for seen in attends]
 
 
-def _check_window(window: BlockWindow, queries: Sequence[Tensor], sources: Sequence[Source]) -> None:
+def _check_window(
+    window: BlockWindow, queries: Sequence[Tensor], sources: Sequence[Source], visible: Sequence[int]
+) -> None:
     if window.block_len < 1 or window.left < 0 or window.right < 0:
         raise ValueError(f"window: expected block_len >= 1, left >= 0 and right >= 0, got {window}")
     if len(queries) != 1 or queries[0].shape[1] != sources[0][0].shape[1]:
@@ -145,6 +149,8 @@ def _check_window(window: BlockWindow, queries: Sequence[Tensor], sources: Seque
             f"window: expected one query view as long as the first source, {sources[0][0].shape[1]},"
             f" got lengths {given}"
         )
+    if 0 not in visible:
+        raise ValueError(f"attends: expected the first source among those seen, since window masks it, got {visible}")
 
 
 def check_overlaps(out: Sequence[Tensor], q: Sequence[Tensor], sources: Sequence[Source]) -> None:

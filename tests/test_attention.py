@@ -48,7 +48,8 @@ def test_any_split_into_sources_and_calls_is_the_same_attention(lengths: list[in
 def test_valid_lengths_attends_and_out() -> None:
     (q, k, v), (p, text_k, text_v) = qkv(5), qkv(4)
     valid = torch.tensor([0, 3])
-    text_k[1, 3:], text_v[1, 3:] = 7.0, 9.0
+    text_k[1, 3:], text_v[1, 3:] = float("nan"), float("nan")
+    text_k[0], text_v[0] = float("nan"), float("nan")
     sources, lengths = [(k, v), (text_k, text_v)], [None, valid]
     buffer = torch.zeros(2, 9, 3, 16, dtype=torch.float64)
     out = [buffer[:, :5], buffer[:, 5:]]
@@ -63,6 +64,22 @@ def test_valid_lengths_attends_and_out() -> None:
     assert lse[0][0].isneginf().all()
     first = cat_attention(q[1:], [(text_k[1:, :3], text_v[1:, :3])])[0]
     assert relative_error(out[0][1:], first) < EXACT
+
+
+def test_one_query_view_sees_what_attends_says() -> None:
+    sources = [tuple(qkv(n)[1:]) for n in (4, 5, 6)]
+    q = qkv(3)[0]
+    out = segment_attention(q, sources, attends=[[2, 0]])
+    assert relative_error(out, cat_attention(q, [sources[0], sources[2]])[0]) < EXACT
+
+
+def test_gradients_of_rows_without_a_valid_key_are_zero() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(3))
+    out, lse = segment_attention(q, [(k, v)], valid_lengths=[torch.tensor([0, 2])], return_lse=True)
+    (out.sum() + lse[1].sum()).backward()
+    for x in (q, k, v):
+        assert torch.isfinite(x.grad).all()
+        assert (x.grad[0] == 0).all()
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (2, 1)])
@@ -157,6 +174,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "window: lengths": (
         lambda: segment_attention(Q[:, :4], [(K, V)], window=BlockWindow(2, 1)), r"window: .* 5, got lengths \[4\]"
+    ),
+    "window: not seen": (
+        lambda: segment_attention(Q, [(K, V)] * 2, window=BlockWindow(2, 1), attends=[[1]]), r"attends: .* first source"
     ),
     "out: shape": (lambda: segment_attention(Q, [(K, V)], out=Q[:, :4].clone()), r"out\[0\]: expected \(2, 5, 3, 16\)"),
     "out: number": (lambda: segment_attention(Q, [(K, V)], out=[Q.clone()]), r"out: expected 1 view"),

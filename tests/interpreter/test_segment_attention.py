@@ -139,6 +139,13 @@ def test_query_views_see_their_sources_only(dtype: torch.dtype) -> None:
     assert buffer[:, 160:].isnan().all(), "the kernel wrote behind its outputs"
 
 
+def test_one_query_view_sees_what_attends_says() -> None:
+    sources = [tuple(fused_qkv(n, 1, 64, torch.float32)[1:]) for n in (40, 50, 33)]
+    q = fused_qkv(70, 1, 64, torch.float32)[0]
+    out = segment_attention(q, sources, attends=[[2, 0]])
+    assert_close(out, cat_attention(q, [sources[0], sources[2]])[0], torch.float32)
+
+
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (2, 1), (9, 9)])
 @pytest.mark.parametrize("block_len", [1, 30, 64, 70])
 def test_block_windows(block_len: int, left: int, right: int) -> None:
