@@ -268,7 +268,7 @@ def _without_cuda(shapes: list[Shape], args: argparse.Namespace) -> None:
     if not args.json:
         print("no CUDA device: nothing is timed. On one, these shapes would run")
         print(tabulate(rows, headers=headers, disable_numparse=True))
-        print(f"by each of: {', '.join(p.name for p in providers(args.quick))}")
+        print(f"by each of: {'; '.join(p.name for p in providers(args.quick))}")
         print("\nreduced check of our kernel in Triton's interpreter (one head, about 150 tokens), against float64:")
     command = [sys.executable, "-m", "bench", "attention", "--device", "cpu", "--shapes", args.shapes]
     command += ["--quick"] * args.quick + ["--json"] * args.json
