@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from swifti2v_kernels import segment_attention
+from swifti2v_kernels import attention_launch, segment_attention
 from swifti2v_kernels.attention import cost
 from swifti2v_kernels.common.cost import Cost
 
@@ -117,26 +117,15 @@ def own_kernel(q: Tensor, sources: Sources, portable: bool = False) -> Tensor:
     Raises:
         Unavailable: only the portable kernel takes the call anyway, so that it is not listed twice.
     """
-    from swifti2v_kernels import attention, attention_portable
-    from swifti2v_kernels.common.target import capability_of
-
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    scale, everything = q.shape[3] ** -0.5, [(1 << len(sources)) - 1]
-    capability = capability_of(q.device)
-    hopper = attention.hopper_module() if capability == 90 else None
     nothing = [None] * len(sources)
-    if hopper is not None and hopper.obstacle([q], sources, nothing, False) is None:
-        if not portable:
-            config = hopper.HopperConfig.heuristic(q.shape[3])
-            hopper.launch_hopper([q], sources, [out], None, scale=scale, attends=everything, config=config)
-            return out
-    elif portable:
-        raise Unavailable("the portable kernel is the only one here")
-    aligned = attention_portable.descriptors_possible(sources)
-    config = attention_portable.PortableConfig.heuristic(capability, q.shape[3], len(sources), aligned)
-    attention_portable.launch_portable(
-        [q], sources, [out], None, valid_lengths=nothing, scale=scale, attends=everything, window=None, config=config
-    )
+    kernel, _ = attention_launch.own_kernel([q], sources, nothing, False)
+    if portable:
+        if kernel == "portable":
+            raise Unavailable("the portable kernel is the only one here")
+        kernel = "portable"
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    everything = [(1 << len(sources)) - 1]
+    attention_launch.launch(kernel, [q], sources, [out], [], nothing, q.shape[3] ** -0.5, everything, None)
     return out
 
 

@@ -166,8 +166,9 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
     tiles = [
         f"{name.removeprefix('BLOCK_').lower()}{kernel.constants[name]}" for name in _TILES if name in kernel.constants
     ]
+    stages = [] if "NUM_STAGES" in kernel.constants else [f"s{kernel.num_stages}"]
     flags = ["tma"] if kernel.constants.get("DESCRIPTORS") or "NUM_K" in kernel.constants else []
-    config = " ".join([*tiles, f"w{kernel.num_warps}", *flags])
+    config = " ".join([*tiles, f"w{kernel.num_warps}", *stages, *flags])
     if kernel.error is not None:
         return Row(case.name, target.capability, kernel.name, config, kernel.error)
     analysis = analyse(kernel.binary)

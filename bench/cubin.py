@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 #: Changes with the meaning of a stored result.
-VERSION = 1
+VERSION = 2
 TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^(\.L_x_\d+|\.L_\d+):")
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_USAGE = re.compile(r"REG:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Analysis:
     """One kernel."""
 
     registers: int
-    stack_bytes: int
     spill_loads: int
     spill_stores: int
     instructions: int
@@ -107,7 +106,7 @@ def _read(listing: str, usage: str) -> Analysis:
                 _overlaps([text for text, _ in body]),
             )
         )
-    return Analysis(int(found[1]), int(found[2]), mix["LDL"], mix["STL"], len(instructions), dict(mix), loops)
+    return Analysis(int(found[1]), mix["LDL"], mix["STL"], len(instructions), dict(mix), loops)
 
 
 def _parse(listing: str) -> tuple[list[tuple[str, int]], dict[str, int]]:

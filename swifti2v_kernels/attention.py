@@ -29,23 +29,20 @@ with one source, torch's own attention where the measured table (``configs/atten
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swifti2v_kernels.attention_arguments import BlockWindow, Call, Source, check_call, check_overlaps
+from swifti2v_kernels.attention_launch import choose_kernel, launch, prepare, sdpa
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_range
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.tables import fastest_backend
-from swifti2v_kernels.common.target import capability_of, device_obstacle, interpreting, on_device
+from swifti2v_kernels.common.target import device_obstacle, interpreting, on_device
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
 
@@ -120,92 +117,6 @@ def _attend(
     return (weights @ v.to(wide)).to(v.dtype).transpose(1, 2), lse if return_lse else None
 
 
-def _choose_kernel(
-    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
-) -> tuple[str, str]:
-    """Which implementation serves a call that the Triton backend takes, and why; no view is empty."""
-    capability = capability_of(q[0].device)
-    head_dim, dtype = q[0].shape[3], q[0].dtype
-    dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
-    if dense and q[0].device.type == "cuda":
-        best, reason = fastest_backend("attention", capability, dtype, head_dim, sources[0][0].shape[1])
-        if best is None:
-            # Published: cuDNN leads on Hopper and Blackwell (NVIDIA/cudnn-frontend), flash is at a RTX 4090's peak.
-            best = "sdpa-cudnn" if capability is not None and capability >= 90 else "sdpa-flash"
-        if best != "swifti2v":
-            return best, f"one dense source: {reason}"
-    if capability == 90:
-        hopper = hopper_module()
-        obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(q, sources, valid, windowed)
-        if obstacle is None:
-            return "hopper", "warp-specialised for capability 9.0"
-        return "portable", f"the Hopper kernel does not take it: {obstacle}"
-    return "portable", "in Triton's interpreter" if capability is None else f"capability {capability / 10:.1f}"
-
-
-def hopper_module() -> ModuleType | None:
-    """None where this Triton's Gluon is missing or has other names."""
-    try:
-        return importlib.import_module("swifti2v_kernels.attention_hopper")
-    except (ImportError, AttributeError):
-        return None
-
-
-def _launch(
-    kernel: str,
-    q: Sequence[Tensor],
-    sources: Sequence[Source],
-    out: Sequence[Tensor],
-    lse: Sequence[Tensor],
-    valid: Sequence[Tensor | None],
-    scale: float,
-    attends: Sequence[int],
-    window: tuple[int, int, int] | None,
-) -> None:
-    """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel named."""
-    filled = [i for i, x in enumerate(q) if x.numel()]
-    q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
-    lses = [lse[i] for i in filled] if lse else None
-    head_dim = q[0].shape[3]
-    with on_device(q[0].device):
-        if kernel.startswith("sdpa"):
-            out[0].copy_(_sdpa(kernel, q[0], *sources[0], scale))
-        elif kernel == "hopper":
-            from swifti2v_kernels.attention_hopper import HopperConfig, launch_hopper
-
-            config = HopperConfig.heuristic(head_dim)
-            launch_hopper(q, sources, out, lses, scale=scale, attends=attends, config=config)
-        else:
-            from swifti2v_kernels.attention_portable import PortableConfig, descriptors_possible, launch_portable
-
-            aligned = descriptors_possible(sources)
-            config = PortableConfig.heuristic(capability_of(q[0].device), head_dim, len(sources), aligned)
-            options = {"scale": scale, "attends": attends, "window": window, "config": config}
-            launch_portable(q, sources, out, lses, valid_lengths=valid, **options)
-
-
-def _prepare(
-    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
-) -> str:
-    """Checks what only real tensors can tell, and names the kernel; ``none`` where there are no queries."""
-    queries = [x for x in q if x.numel()]
-    if not queries:
-        return "none"
-    for j, x in enumerate(valid):
-        if x is not None:
-            check_range(f"valid_lengths[{j}]", x, 0, sources[j][0].shape[1])
-    return _choose_kernel(queries, sources, valid, windowed, wants_lse)[0]
-
-
-def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """torch's attention [B, L, H, D] by the back end named, or the next one that takes the call."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    order = order[::-1] if name == "sdpa-flash" else order
-    with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
-    return out.transpose(1, 2)
-
-
 # Registration. Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers.
 # The variant that writes into given outputs returns nothing: mutating operators that return lists cannot be
 # functionalised.
@@ -239,13 +150,13 @@ def _segment_attention_op(
     return_lse: bool,
 ) -> list[Tensor]:
     sources = list(zip(k, v, strict=True))
-    kernel = _prepare(q, sources, valid_lengths, bool(window), return_lse)
+    kernel = prepare(q, sources, valid_lengths, bool(window), return_lse)
     if kernel.startswith("sdpa") and len(q) == 1:
         with on_device(q[0].device):
-            return [_sdpa(kernel, q[0], *sources[0], scale).contiguous()]
+            return [sdpa(kernel, q[0], *sources[0], scale).contiguous()]
     out, lse = _new_outputs(q), _new_lses(q, return_lse)
     if kernel != "none":
-        _launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
     return out + lse
 
 
@@ -272,9 +183,9 @@ def _segment_attention_out_op(
 ) -> None:
     sources = list(zip(k, v, strict=True))
     check_overlaps(out, q, sources)
-    kernel = _prepare(q, sources, valid_lengths, bool(window), bool(lse))
+    kernel = prepare(q, sources, valid_lengths, bool(window), bool(lse))
     if kernel != "none":
-        _launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
 
 
 @_segment_attention_out_op.register_fake
@@ -282,26 +193,15 @@ def _(q, k, v, valid_lengths, scale, attends, window, out, lse):  # type: ignore
     return None
 
 
-def _choose(
-    q: Tensor | Sequence[Tensor],
-    sources: Sequence[Source],
-    *,
-    scale: float | None = None,
-    valid_lengths: Sequence[Tensor | None] | None = None,
-    attends: Sequence[Sequence[int]] | None = None,
-    window: BlockWindow | None = None,
-    return_lse: bool = False,
-    out: Tensor | Sequence[Tensor] | None = None,
-    backend: str = "auto",
-) -> Choice:
-    call = check_call(q, sources, scale, valid_lengths, attends, window, out)
+def _choose(*, return_lse: bool, backend: str, **arguments: Any) -> Choice:
+    call = check_call(**arguments)
     chosen, reason = pick_backend(backend, _obstacle(call))
     if chosen == "torch":
         return Choice(chosen, "reference", reason)
     queries = [x for x in call.q if x.numel()]
     if not queries:
         return Choice(chosen, "none", "no queries")
-    return Choice(chosen, *_choose_kernel(queries, call.sources, call.valid, window is not None, return_lse))
+    return Choice(chosen, *choose_kernel(queries, call.sources, call.valid, call.window is not None, return_lse))
 
 
 @explained_by(_choose)

@@ -64,7 +64,7 @@ def _(outputs, lses):  # type: ignore[no-untyped-def]
     return outputs[0].new_empty(outputs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-def _choose(outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str = "auto") -> Choice:
+def _choose(*, outputs: Sequence[Tensor], lses: Sequence[Tensor], backend: str) -> Choice:
     _check(outputs, lses)
     chosen, reason = pick_backend(backend, _obstacle(outputs, lses))
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)

@@ -148,12 +148,12 @@ def test_results_are_kept_by_the_binary(monkeypatch, own_cache) -> None:
 def test_bounds_by_hand() -> None:
     """64 products of 2048 multiply-adds on 8 warps of a 4090, with 100 exponentials a warp: 4096 and 1600 cycles."""
     loop = Loop(200, 300, {"HMMA": 64, "MUFU": 100}, False)
-    bound = predict(Analysis(128, 0, 0, 0, 200, {}, [loop]), Work(2**20, 0), 8, 1, TARGETS[89])
+    bound = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**20, 0), 8, 1, TARGETS[89])
     assert bound is not None
     assert bound.cycles["tensor"] == 2**20 / 256
     assert bound.cycles["exponent"] == 100 * 8 * 2
     assert (bound.limit, bound.fraction) == ("tensor", 1.0)
-    slow = predict(Analysis(128, 0, 0, 0, 200, {}, [loop]), Work(2**18, 0), 8, 1, TARGETS[89])
+    slow = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**18, 0), 8, 1, TARGETS[89])
     assert slow is not None
     assert (slow.limit, slow.fraction) == ("exponent", 1024 / 1600)
 

@@ -7,6 +7,7 @@ variable ``SWIFTI2V_BACKEND`` replaces ``auto`` for the whole process.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ _CHOOSERS: dict[Callable[..., Any], Callable[..., Choice]] = {}
 
 
 def explained_by(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks an operator: ``chooser`` takes the operator's own arguments and says what would compute the call."""
+    """Marks an operator: ``chooser`` takes all of its arguments by name and says what would compute the call."""
 
     def mark(operator: Callable[..., Any]) -> Callable[..., Any]:
         _CHOOSERS[operator] = chooser
@@ -57,7 +58,9 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     if operator not in _CHOOSERS:
         known = ", ".join(sorted(o.__name__ for o in _CHOOSERS))
         raise ValueError(f"operator: expected one of {known}, got {getattr(operator, '__name__', operator)}")
-    return _CHOOSERS[operator](*args, **kwargs)
+    bound = inspect.signature(operator).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return _CHOOSERS[operator](**bound.arguments)
 
 
 # Constant for one process: under torch.compile it is read once, at trace time.

@@ -21,8 +21,8 @@ def test_csg_is_the_same_on_the_kernels(mode: str, monkeypatch: pytest.MonkeyPat
     dit = random_weights(WanDiT, config, 1)
     reference, text = torch.randn(1, 4, 5, 6, 10), torch.randn(1, 7, 16)
     launches = []
-    stock = attention._launch
-    monkeypatch.setattr(attention, "_launch", lambda *args: launches.append(args[2]) or stock(*args))
+    stock = attention.launch
+    monkeypatch.setattr(attention, "launch", lambda *args: launches.append(args[2]) or stock(*args))
     clips = {}
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SWIFTI2V_BACKEND", backend)
