@@ -137,7 +137,7 @@ def _attend_descriptors(
 
 
 @triton.jit
-def _visible_rows(length, valid_ptr, i_b, seen, j, first_block, window, WINDOWED: tl.constexpr, MANY_Q: tl.constexpr):
+def _visible_rows(length, valid_ptr, i_b, seen, j, first_block, window, WINDOWED: tl.constexpr, SUBSETS: tl.constexpr):
     """Rows ``low .. high - 1`` of source ``j`` that this program's queries see.
 
     ``window`` is (block_len, left, right), for source 0; ``first_block`` the queries' own block; bit j of ``seen`` says
@@ -151,7 +151,7 @@ def _visible_rows(length, valid_ptr, i_b, seen, j, first_block, window, WINDOWED
     if valid_ptr is not None:
         # Values from the device cannot be checked on the host: out-of-range ones must not reach other memory.
         high = tl.minimum(tl.maximum(tl.load(valid_ptr + i_b).to(tl.int32), 0), high)
-    if MANY_Q:
+    if SUBSETS:
         high = tl.where(((seen >> j) & 1) != 0, high, 0)
     return low, tl.maximum(high, low)
 
@@ -165,7 +165,7 @@ def segment_attention_fwd_kernel(
     q_strides, out_strides, k_strides, v_strides,  # per view: (batch, token, head)
     q_lens, k_lens, attends, heads, scale, window,  # integers by unspecialised()
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr, SUBSETS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head against every key it sees; see the top of the file."""
     NUM_Q: tl.constexpr = len(Q)
@@ -218,18 +218,18 @@ def segment_attention_fwd_kernel(
         KD = (K0, K1, K2, K3)
         VD = (V0, V1, V2, V3)
         for j in tl.static_range(NUM_K):
-            low, high = _visible_rows(k_lens[j] >> 4, VALID[j], i_b, seen, j, i_block, window, WINDOWED, NUM_Q > 1)
+            low, high = _visible_rows(k_lens[j] >> 4, VALID[j], i_b, seen, j, i_block, window, WINDOWED, SUBSETS)
             acc, l_i, m_i = _attend_descriptors(
                 acc, l_i, m_i, q, KD[j], VD[j], i_b, i_h, low, high, scale, BLOCK_D, BLOCK_N
             )
     else:
         for j in tl.range(0, NUM_K, num_stages=1):
-            low, high = _visible_rows(k_lens[0] >> 4, VALID[0], i_b, seen, 0, i_block, window, WINDOWED, NUM_Q > 1)
+            low, high = _visible_rows(k_lens[0] >> 4, VALID[0], i_b, seen, 0, i_block, window, WINDOWED, SUBSETS)
             k_ptr, k_sb, k_sl, k_sh = K[0], k_strides[0][0], k_strides[0][1], k_strides[0][2]
             v_ptr, v_sb, v_sl, v_sh = V[0], v_strides[0][0], v_strides[0][1], v_strides[0][2]
             for i in tl.static_range(1, NUM_K):
                 low_i, high_i = _visible_rows(
-                    k_lens[i] >> 4, VALID[i], i_b, seen, i, i_block, window, WINDOWED, NUM_Q > 1
+                    k_lens[i] >> 4, VALID[i], i_b, seen, i, i_block, window, WINDOWED, SUBSETS
                 )
                 low, high = tl.where(j == i, low_i, low), tl.where(j == i, high_i, high)
                 k_ptr, v_ptr = tl.where(j == i, K[i], k_ptr), tl.where(j == i, V[i], v_ptr)
@@ -329,5 +329,6 @@ def launch_portable(
         scale * LOG2E, unspecialised(window or (0, 0, 0)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         DESCRIPTORS=config.descriptors, WINDOWED=window is not None,
+        SUBSETS=any(seen != (1 << len(sources)) - 1 for seen in attends),
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -144,6 +144,9 @@ def test_one_query_view_sees_what_attends_says() -> None:
     q = fused_qkv(70, 1, 64, torch.float32)[0]
     out = segment_attention(q, sources, attends=[[2, 0]])
     assert_close(out, cat_attention(q, [sources[0], sources[2]])[0], torch.float32)
+    none, out = segment_attention([q[:, :0], q], sources, attends=[[1], [2, 0]])
+    assert none.shape == (2, 0, 1, 64)
+    assert_close(out, cat_attention(q, [sources[0], sources[2]])[0], torch.float32)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (2, 1), (9, 9)])
