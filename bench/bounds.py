@@ -84,8 +84,9 @@ def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: T
         if not analysis.loops or programs < 1:
             return None
         return min((_loop(x, work, warps, programs, target) for x in analysis.loops), key=lambda bound: bound.fraction)
-    cycles = {"issue": sum(analysis.mix.values()) * warps / 4}
-    cycles |= {unit: time * warps / 4 for unit, time in _unit_times(analysis.mix, target).items()}
+    mix = max((loop.mix for loop in analysis.loops), key=lambda mix: sum(mix.values()), default=analysis.mix)
+    cycles = {"issue": sum(mix.values()) * warps / 4}
+    cycles |= {unit: time * warps / 4 for unit, time in _unit_times(mix, target).items()}
     per_cycle = target.bandwidth_tb_s * 1e12 / (target.sms * target.clock_ghz * 1e9)
     cycles["memory"] = work.loaded / per_cycle
     limit = max(cycles, key=lambda name: cycles[name])

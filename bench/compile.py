@@ -20,12 +20,22 @@ from bench.bounds import occupancy, predict
 from bench.compile_only import CompiledKernel, compiled_for, quiet_exit
 from bench.cubin import TENSOR_OPCODES, analyse
 from model.errors import InputError, require
-from swifti2v_kernels import attention, attention_merge
+from swifti2v_kernels import adaln, attention, attention_merge
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import TARGETS, Target
+from swifti2v_kernels.embed_window import CASES as EMBED_WINDOW_CASES
+from swifti2v_kernels.project_step import CASES as PROJECT_STEP_CASES
+from swifti2v_kernels.qk_norm_rope import CASES as QK_NORM_ROPE_CASES
 
 SCHEMA = "swifti2v-compile-1"
-CASES: tuple[Case, ...] = (*attention.CASES, *attention_merge.CASES)
+CASES: tuple[Case, ...] = (
+    *attention.CASES,
+    *attention_merge.CASES,
+    *adaln.CASES,
+    *QK_NORM_ROPE_CASES,
+    *EMBED_WINDOW_CASES,
+    *PROJECT_STEP_CASES,
+)
 
 EXAMPLES = """\
 examples:
@@ -186,7 +196,7 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
     )  # fmt: skip
 
 
-_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK", "NUM_STAGES")
+_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:

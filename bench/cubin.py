@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 #: Changes with the meaning of a stored result.
-VERSION = 2
+VERSION = 3
 TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
@@ -28,7 +28,7 @@ _USAGE = re.compile(r"REG:(\d+)")
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop with tensor-core instructions.
+    """An innermost loop with tensor-core instructions or, in a kernel that has none, with loads from global memory.
 
     ``stalls`` sums the fixed stall counts that the compiler wrote into the instructions: the least cycles that one warp
     needs for one pass. ``overlapped`` says whether exponentials are computed while a product is in flight.
@@ -96,7 +96,7 @@ def _read(listing: str, usage: str) -> Analysis:
     if found is None:
         raise ValueError(f"cuobjdump did not report registers: {usage[:200]!r}")
     loops = []
-    for first, last in _tensor_loops(instructions, labels, opcodes):
+    for first, last in _main_loops(instructions, labels, opcodes):
         body = instructions[first : last + 1]
         loops.append(
             Loop(
@@ -130,10 +130,11 @@ def opcode(text: str) -> str:
     return text.split()[0].split(".")[0].rstrip(";")
 
 
-def _tensor_loops(
+def _main_loops(
     instructions: list[tuple[str, int]], labels: dict[str, int], opcodes: list[str]
 ) -> list[tuple[int, int]]:
-    """Backward branches whose body computes products and holds no other such loop."""
+    """Backward branches whose body does the kernel's work and holds no other such loop."""
+    wanted = set(TENSOR_OPCODES) if set(TENSOR_OPCODES) & set(opcodes) else {"LDG"}
     loops = []
     for i, (text, _) in enumerate(instructions):
         branch = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", text)
@@ -141,7 +142,7 @@ def _tensor_loops(
         # Out-of-line retries of barrier waits and the dispatch of specialised warps jump back as well.
         if start is None or start > i or {"EXIT", "BRX"} & set(opcodes[start:i]):
             continue
-        if set(TENSOR_OPCODES) & set(opcodes[start : i + 1]):
+        if wanted & set(opcodes[start : i + 1]):
             loops.append((start, i))
     return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 

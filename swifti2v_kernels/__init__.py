@@ -3,17 +3,20 @@
 Every operator is a plain function on tensors: no model code, no global state, and nothing imported beyond torch,
 triton, einops and numpy. The model in this repository and any other video DiT call the same functions.
 
-Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet.
-``segment_attention`` and ``merge_attention`` have Triton kernels (not yet timed on hardware); the others come next.
-:func:`explain` says what would compute a call.
+Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet, and all but
+``linear_gelu``, which is torch's own, have Triton kernels (not yet timed on hardware). :func:`explain` says what would
+compute a call.
 """
 
-from swifti2v_kernels.adaln import gated_residual, norm_modulate
+from swifti2v_kernels.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
 from swifti2v_kernels.attention import segment_attention
 from swifti2v_kernels.attention_arguments import BlockWindow
 from swifti2v_kernels.attention_merge import merge_attention
 from swifti2v_kernels.common.dispatch import Choice, explain
-from swifti2v_kernels.qk_norm_rope import Rope3D, qk_norm_rope, rope_3d
+from swifti2v_kernels.embed_window import embed_window
+from swifti2v_kernels.linear_gelu import linear_gelu
+from swifti2v_kernels.project_step import project_step
+from swifti2v_kernels.qk_norm_rope import Rope3D, norm_rope, qk_norm_rope, rope_3d
 
 __version__ = "0.1.0"
 
@@ -22,10 +25,15 @@ __all__ = [
     "Choice",
     "Rope3D",
     "__version__",
+    "embed_window",
     "explain",
     "gated_residual",
+    "gated_residual_norm_modulate",
+    "linear_gelu",
     "merge_attention",
     "norm_modulate",
+    "norm_rope",
+    "project_step",
     "qk_norm_rope",
     "rope_3d",
     "segment_attention",

@@ -1,83 +1,431 @@
-"""Adaptive layer norm and gated residual of a DiT block, modulated per block of tokens.
+"""Adaptive norms and gated residuals of a DiT block, modulated per block of tokens.
 
-    norm_modulate:  y = LayerNorm(x) * (1 + scale[b(t)]) + shift[b(t)]        (no affine)
-    gated_residual: y = x + update * gate[b(t)]
+    gated_residual:                x' = x + gate[r(t)] * update
+    norm_modulate:                 y = (norm(x) * weight + bias) * (1 + scale[r(t)]) + shift[r(t)]
+    gated_residual_norm_modulate:  x' as above, y = (norm(x') * weight + bias) * (1 + scale[r(t)]) + shift[r(t)]
 
-``b(t)`` is the block of token ``t``: the L tokens are T consecutive blocks of L / T tokens (one block is one latent
-frame). The modulation is stored per block and never expanded per token: at 2560x1408 that is 6 * T * C numbers instead
-of 6 * 14,080 * T * C.
+``norm`` is LayerNorm or RMSNorm over the channels; ``weight`` and ``bias``, the pair ``shift``, ``scale``, and in the
+third ``gate``, are optional. The L tokens are T blocks of L / T tokens (one block is one latent frame); ``r(t)`` is
+the modulation row of the block of token ``t``: the block itself, or ``block_map[block]``, so that a window of five
+blocks at two noise levels has two rows. Nothing is ever expanded per token: at 2560x1408 the modulation is 6 * R * C
+numbers instead of 6 * 14,080 * T * C.
 
-| tensor             | shape              | dtype                                    |
-|--------------------|--------------------|------------------------------------------|
-| x, update, y       | [B, L, C]          | fp32, fp16, bf16                         |
-| shift, scale, gate | [B, T, C], T \\| L | fp32 (the modulation is never rounded)   |
+| tensor             | shape     | dtype                           | layout                                  |
+|--------------------|-----------|---------------------------------|-----------------------------------------|
+| x, update, x', y   | [B, L, C] | fp32, fp16, bf16 (fp64: torch)  | any batch and token strides; C contiguous |
+| shift, scale, gate | [B, R, C] | any float; fp32 keeps them exact | any batch and row strides; C contiguous |
+| weight, bias       | [C]       | any float                       | contiguous                              |
+| block_map          | [T]       | int32                           | contiguous                              |
 
-Statistics, modulation and sum are float32 (float64 for float64 input), rounded once to the dtype of ``x``. Bytes: x
-and update read once, y written once; about 8 FLOPs an element.
+Statistics, modulation and sums are float32 (float64 for float64 input). x' is rounded once to its dtype and the norm
+reads the rounded value, as PyTorch code that stores it would; y is rounded once.
+
+Why fused: a DiT block adds three updates to its residual stream, each followed by a norm. Separately, an update moves
+3 tensors (x and update read, x' written) and a norm 2 (x' read, y written); together they move 4 instead of 5, and
+eager PyTorch, which stores every float32 intermediate, about 20. Least traffic, in elements of B * L * C: norm_modulate
+1 read and 1 written, gated_residual 2 and 1, the fused form 2 and 2. FLOPs: about 8 an element. Not yet timed on
+hardware.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.checks import check_index, overlapping, same_view, self_overlapping
+from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
+from swifti2v_kernels.common.target import device_obstacle, on_device
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift`` with ``shift`` and ``scale`` chosen per block.
-
-    Args:
-        x: tokens ``[B, L, C]``.
-        shift, scale: ``[B, T, C]``; ``T`` divides ``L`` (``T = 1``: one timestep for the whole sequence).
-        eps: added to the variance.
-
-    Returns:
-        ``[B, L, C]`` in the dtype of ``x``.
-
-    Raises:
-        ValueError: a modulation tensor does not fit ``x``.
-
-    Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
-    """
-    shift, scale = _per_block("shift", shift, x), _per_block("scale", scale, x)
-    blocks = _wide(x).unflatten(1, (shift.shape[1], -1))
-    return (F.layer_norm(blocks, x.shape[-1:], eps=eps) * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
+NORMS = ("layer", "rms")
+#: A row is held in registers, 8 channels a thread.
+MAX_CHANNELS = 8192
 
 
-def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """``x + update * gate`` with ``gate`` chosen per block.
-
-    Args:
-        x, update: tokens ``[B, L, C]``.
-        gate: ``[B, T, C]``; ``T`` divides ``L``.
-
-    Returns:
-        ``[B, L, C]`` in the dtype of ``x``.
-
-    Raises:
-        ValueError: ``update`` or ``gate`` does not fit ``x``.
-
-    Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
-    """
-    if update.shape != x.shape:
-        raise ValueError(f"update: expected {tuple(x.shape)} as x, got {tuple(update.shape)}")
-    gate = _per_block("gate", gate, x)
-    num_blocks = gate.shape[1]
-    blocks, updates = (_wide(y).unflatten(1, (num_blocks, -1)) for y in (x, update))
+def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
+    """``x'`` above, differentiable."""
+    if gate is None:
+        return (_wide(x) + _wide(update)).to(x.dtype)
+    gate = _rows(gate, block_map)
+    blocks, updates = (_wide(t).unflatten(1, (gate.shape[1], -1)) for t in (x, update))
     return (blocks + updates * gate).flatten(1, 2).to(x.dtype)
+
+
+def norm_modulate_reference(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    block_map: Tensor | None,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    """``y`` above, differentiable."""
+    y, width = _wide(x), x.shape[2:]
+    weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
+    if norm == "layer":
+        y = F.layer_norm(y, width, weight, bias, eps)
+    else:
+        y = F.rms_norm(y, width, weight, eps)
+        y = y if bias is None else y + bias
+    if shift is not None and scale is not None:
+        shift, scale = _rows(shift, block_map), _rows(scale, block_map)
+        y = (y.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+    return y.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _per_block(name: str, modulation: Tensor, x: Tensor) -> Tensor:
-    """Checks ``modulation`` against ``x`` [B, L, C] and returns it as [B, T, 1, C], in float32 at least."""
-    if x.ndim != 3:
-        raise ValueError(f"x: expected [B, L, C], got shape {tuple(x.shape)}")
+def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
+    """[B, T, 1, C], in float32 at least."""
+    return _wide(modulation if block_map is None else modulation[:, block_map]).unsqueeze(2)
+
+
+@torch.library.custom_op(
+    "swifti2v::adaln",
+    mutates_args=("x_out", "y_out"),
+    schema=(
+        "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
+        " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out) -> ()"
+    ),
+)
+def _adaln_op(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    block_map: Tensor | None,
+    norm: str,
+    eps: float,
+    x_out: Tensor | None,
+    y_out: Tensor | None,
+) -> None:
+    _check_outputs(x_out, y_out, {"x": x, "update": update})
+    if x.numel():
+        from swifti2v_kernels.adaln_kernel import LAYER, RMS, launch_adaln
+
+        kind = {"": 0, "layer": LAYER, "rms": RMS}[norm]
+        with on_device(x.device):
+            launch_adaln(x, update, gate, shift, scale, weight, bias, block_map, kind, eps, x_out, y_out)
+
+
+@_adaln_op.register_fake
+def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _chooser(arguments: Callable[..., dict[str, Any]]) -> Callable[..., Choice]:
+    def choose(*, backend: str, **given: Any) -> Choice:
+        chosen, reason = _prepare(backend=backend, **arguments(**given))
+        return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+
+    return choose
+
+
+@explained_by(_chooser(lambda inplace, **given: given))
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    block_map: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """``(norm(x) * weight + bias) * (1 + scale) + shift`` with ``shift`` and ``scale`` chosen per block.
+
+    Args:
+        x: tokens ``[B, L, C]``.
+        shift, scale: ``[B, R, C]``, both or neither.
+        block_map: int32 ``[T]``, T divides L: block i of the tokens uses row ``block_map[i]``. Default: T = R and row
+            i, so R = 1 is one modulation for all tokens. A row that does not exist is an error on the CPU and gives
+            NaN on a GPU, where reading the map would stop the stream.
+        weight, bias: affine parameters ``[C]`` of the norm.
+        norm: ``layer`` or ``rms``.
+        eps: added to the variance (or mean square).
+        out: where to write, shaped as ``x``; ``x`` itself is allowed.
+        inplace: overwrite ``x``; the same as ``out=x``.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
+
+    Returns:
+        ``[B, L, C]`` in the dtype of ``x`` (``out`` or ``x`` where these were to be written).
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> x, table = torch.randn(1, 30, 96), torch.randn(1, 2, 2, 96)  # 3 blocks of 10 tokens, 2 noise levels
+        >>> shift, scale = table.unbind(2)
+        >>> norm_modulate(x, shift, scale, block_map=torch.tensor([0, 1, 1], dtype=torch.int32)).shape
+        torch.Size([1, 30, 96])
+
+    Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
+    """
+    arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
+    chosen, _ = _prepare(x=x, out=out, backend=backend, **arguments)
+    target = x if inplace else out
+    if chosen == "torch":
+        return _into(target, norm_modulate_reference(x, eps=eps, **arguments))
+    target = _like(x) if target is None else target
+    _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, target)
+    return target
+
+
+@explained_by(_chooser(lambda inplace, **given: given))
+def gated_residual(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor | None = None,
+    *,
+    block_map: Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """``x + gate * update`` with ``gate`` chosen per block.
+
+    Args:
+        x, update: tokens ``[B, L, C]``, of one dtype.
+        gate: ``[B, R, C]``; None for a plain sum.
+        block_map: as for :func:`norm_modulate`.
+        inplace: overwrite ``x``.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        ``[B, L, C]`` in the dtype of ``x`` (``x`` itself with ``inplace``).
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> x, update = torch.randn(2, 1, 30, 96)
+        >>> gated_residual(x, update, torch.zeros(1, 3, 96)).equal(x)
+        True
+
+    Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
+    """
+    chosen, _ = _prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
+    if chosen == "torch":
+        return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
+    target = x if inplace else _like(x)
+    _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None)
+    return target
+
+
+@explained_by(_chooser(lambda inplace, **given: given))
+def gated_residual_norm_modulate(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    block_map: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_residual`, then :func:`norm_modulate` of its result, in one pass over memory.
+
+    Args:
+        x, update: tokens ``[B, L, C]``, of one dtype.
+        gate: ``[B, R, C]``; None for a plain sum.
+        shift, scale, block_map, weight, bias, norm, eps: as for :func:`norm_modulate`.
+        out: where to write ``y``; ``update`` itself is allowed.
+        inplace: overwrite ``x`` with ``x'``.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        ``(x', y)``, both ``[B, L, C]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> x, update = torch.randn(2, 1, 30, 96)
+        >>> gate, shift, scale = torch.randn(3, 1, 3, 96)
+        >>> x, y = gated_residual_norm_modulate(x, update, gate, shift, scale, inplace=True)
+
+    Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
+    """
+    arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
+    chosen, _ = _prepare(x=x, update=update, gate=gate, out=out, backend=backend, **arguments)
+    if chosen == "torch":
+        x_new = gated_residual_reference(x, update, gate, block_map)
+        y = norm_modulate_reference(x_new, eps=eps, **arguments)
+        return _into(x if inplace else None, x_new), _into(out, y)
+    x_out, y_out = x if inplace else _like(x), _like(x) if out is None else out
+    _adaln_op(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out)
+    return x_out, y_out
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _into(target: Tensor | None, result: Tensor) -> Tensor:
+    return result if target is None else target.copy_(result)
+
+
+def _prepare(
+    *,
+    x: Tensor,
+    backend: str,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    block_map: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 0.0,
+    out: Tensor | None = None,
+) -> tuple[str, str]:
+    """Checks a call and says which backend takes it, and why."""
+    _check_tokens("x", x, None)
+    if update is not None:
+        _check_tokens("update", update, x)
+    if out is not None:
+        _check_tokens("out", out, x)
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected {' or '.join(NORMS)}, got {norm!r}")
+    if (shift is None) != (scale is None):
+        raise ValueError("shift, scale: expected both or neither")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and (parameter.shape != x.shape[2:] or not parameter.is_contiguous()):
+            raise ValueError(f"{name}: expected [{x.shape[2]}], contiguous, got {list(parameter.shape)}")
+    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
+    _check_modulations(modulations, block_map, x)
+    tensors = [t for t in (x, update, gate, shift, scale, weight, bias) if t is not None]
+    return pick_backend(backend, _obstacle(tensors))
+
+
+def _check_tokens(name: str, x: Tensor, like: Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if like is None and x.ndim != 3:
+        raise ValueError(f"{name}: expected [B, L, C], got shape {tuple(x.shape)}")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{name}: expected {tuple(like.shape)} as x, got {tuple(x.shape)}")
+    if like is not None and (x.dtype != like.dtype or x.device != like.device):
+        raise ValueError(f"{name}: expected {like.dtype} on {like.device} as x, got {x.dtype} on {x.device}")
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(2)}")
+
+
+def _check_modulations(modulations: Mapping[str, Tensor], block_map: Tensor | None, x: Tensor) -> None:
     batch, length, width = x.shape
-    if modulation.ndim != 3 or modulation.shape[0] != batch or modulation.shape[2] != width:
-        raise ValueError(f"{name}: expected [{batch}, T, {width}], got {tuple(modulation.shape)}")
-    if modulation.shape[1] == 0 or length % modulation.shape[1]:
-        raise ValueError(f"{name}: {modulation.shape[1]} blocks do not divide {length} tokens")
-    return _wide(modulation).unsqueeze(2)
+    wanted: tuple[int | str, ...] = (batch, "R", width)
+    for name, m in modulations.items():
+        fits = m.ndim == 3 and m.shape[1] > 0 and all(w in (n, "R") for w, n in zip(wanted, m.shape, strict=True))
+        if not fits or m.device != x.device:
+            shape = ", ".join(map(str, wanted))
+            raise ValueError(f"{name}: expected [{shape}] on {x.device}, got {list(m.shape)} on {m.device}")
+        wanted = tuple(m.shape)
+        if width > 1 and m.stride(2) != 1:
+            raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {m.stride(2)}")
+    name, rows = next(((name, m.shape[1]) for name, m in modulations.items()), ("", 1))
+    if block_map is not None:
+        if not modulations:
+            raise ValueError("block_map: expected None, since there is no gate, shift or scale to choose from")
+        check_index("block_map", block_map, None, 0, rows - 1, x.device)
+        name, rows = "block_map", block_map.shape[0]
+    if length % rows:
+        raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "an input needs gradients, and the kernel has no backward"
+    x = tensors[0]
+    if (reason := device_obstacle(x.device)) is not None:
+        return reason
+    if any(t.dtype == torch.float64 for t in tensors) or not x.dtype.is_floating_point:
+        return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
+    if x.shape[2] > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
+    return None
+
+
+def _check_outputs(x_out: Tensor | None, y_out: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
+    """A program reads all of its row before it writes, so an output may be an input, but not lie across one."""
+    for label, target in (("x", x_out), ("out", y_out)):
+        if target is None:
+            continue
+        if self_overlapping(target):
+            raise ValueError(f"{label}: expected distinct elements to write to, got strides {target.stride()}")
+        for name, x in inputs.items():
+            if x is not None and not same_view(target, x) and overlapping(target, x):
+                raise ValueError(f"{label}: expected {name} itself or memory of its own, but it overlaps {name}")
+    if x_out is not None and y_out is not None and overlapping(x_out, y_out):
+        raise ValueError("out: expected memory of its own, but it overlaps x")
+
+
+def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, itemsize: int = 2) -> Cost:
+    """Least cost of one call with or without an update to add and a norm; the modulation is negligible."""
+    elements = batch * length * channels
+    return Cost(
+        (2 * update + 8 * norm) * elements, (1 + update) * elements * itemsize, (update + norm) * elements * itemsize
+    )
+
+
+def _inputs(channels: int, dtype: torch.dtype, form: str):  # type: ignore[no-untyped-def]
+    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+        # The model's own layouts: rows of a larger buffer, and one of six entries of a modulation table.
+        x, update = torch.ones(2, 1, 64, channels, dtype=dtype, device=device)
+        table = torch.ones(1, 2, 6, channels, device=device)
+        rows = {"block_map": torch.zeros(4, dtype=torch.int32, device=device), "backend": "triton"}
+        shift, scale, gate = table.unbind(2)[:3]
+        if form == "norm_modulate":
+            return (x, shift, scale), rows
+        if form == "gated_residual":
+            return (x, update, gate), {**rows, "inplace": True}
+        if form == "gated_residual_norm_modulate":
+            return (x, update, gate, shift, scale), {**rows, "inplace": True}
+        affine = torch.ones(2, channels, device=device)
+        return (x, update, gate), {**rows, "weight": affine[0], "bias": affine[1], "inplace": True}
+
+    return make
+
+
+def _work(rows: int) -> Callable[[Mapping[str, Any]], Work]:
+    """One token of 16 bits; ``rows`` of x, update, x' and y are read or written."""
+    return lambda constants: Work(0, rows * 2 * constants["C"])
+
+
+CASES = [
+    Case(f"{operator.__name__} {label} {c} {str(t).removeprefix('torch.')}", operator, _inputs(c, t, form), _work(rows))
+    for operator, label, form, rows, sizes in (
+        (norm_modulate, "C", "norm_modulate", 2, ((1536, torch.bfloat16),)),
+        (gated_residual, "C", "gated_residual", 3, ((5120, torch.bfloat16),)),
+        (gated_residual_norm_modulate, "affine C", "affine", 4, ((1536, torch.bfloat16),)),
+        (
+            gated_residual_norm_modulate,
+            "C",
+            "gated_residual_norm_modulate",
+            4,
+            ((1536, torch.bfloat16), (3072, torch.bfloat16), (5120, torch.bfloat16), (96, torch.float16)),
+        ),
+    )
+    for c, t in sizes
+]

@@ -1,31 +1,46 @@
-"""RMSNorm of queries and keys over the model width, then rotary embedding over (block, row, column).
+"""RMSNorm of queries and keys, then rotary embedding over (block, row, column), in one pass.
 
-    y = x / sqrt(mean(x^2) + eps) * weight                   over all heads together (Wan)
-    (y[2p], y[2p+1]) -> rotation by position * theta^(-2j/d) of the pair p's axis
+    y = x / sqrt(mean(x^2) + eps) * weight          mean over all heads together (Wan), or over each head
+    (a, b) of pair p -> (a cos - b sin, a sin + b cos)   by the angle position * theta^(-2j/d) of the pair's axis
 
-The head's D channels are split into t | h | w parts of D - 4*(D//6), 2*(D//6) and 2*(D//6) channels (44 | 42 | 42 for
-D = 128), pairs are interleaved (2p, 2p + 1), and the position of a token is (its block's index in the clip, row,
-column): a window made of blocks 0, 9, 10, 11 is rotated as in the whole clip.
+A head's D channels make D / 2 pairs, the first for t, then h, then w: 22 | 21 | 21 for D = 128 (axes of D - 4*(D//6),
+2*(D//6) and 2*(D//6) channels, as in Wan). Pair p is the channels (2p, 2p + 1), ``interleaved``, or (p, p + D/2),
+``half``. The position of a token is (its block's index in the clip, row, column): a window made of blocks 0, 9, 10, 11
+is rotated as in the whole clip.
 
-| tensor      | shape        | dtype            |
-|-------------|--------------|------------------|
-| q, k        | [B, L, H*D]  | fp32, fp16, bf16 |
-| weights     | [H*D]        | any float        |
-| rope.{t,h,w}| [n, d/2, 2]  | fp32 (cos, sin)  |
-| out         | [B, L, H, D] | as the input     |
+| tensor       | shape        | dtype                          | layout                                        |
+|--------------|--------------|--------------------------------|-----------------------------------------------|
+| q, k         | [B, L, H*D]  | fp32, fp16, bf16 (fp64: torch) | any batch and token strides; channels contiguous |
+| weights      | [H*D] or [D] | any float                      | contiguous                                    |
+| rope.{t,h,w} | [n, d/2, 2]  | fp32 (cos, sin)                | contiguous                                    |
+| out          | [B, L, H, D] | as the input                   | contiguous; in place: as the input            |
 
-Angles are float64, their cosine and sine float32, the products float32 with one rounding at the end; the tables are per
-axis and never a full [L, D]. Bytes: q and k read once and written once.
+q and k are usually slices of a fused projection's output [B, L, 3*H*D]: they are read there and, with ``inplace``,
+written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
+tabled per axis, never as a full [L, D]; the norm is float32 and rounded once, the rotation float32 and rounded once.
+
+Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch, with its float32 intermediates
+and stacks, moves about 30. FLOPs: about 10 an element. Not yet timed on hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.checks import overlapping, same_view, self_overlapping
+from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
+from swifti2v_kernels.common.target import device_obstacle, on_device
+
+LAYOUTS = ("interleaved", "half")
+#: A token is held in registers.
+MAX_CHANNELS = 16384
 
 
 class Rope3D(NamedTuple):
@@ -42,6 +57,7 @@ def rope_3d(
     width: int,
     head_dim: int,
     *,
+    axis_dims: tuple[int, int, int] | None = None,
     theta: float = 10000.0,
     device: torch.device | str | None = None,
 ) -> Rope3D:
@@ -51,27 +67,136 @@ def rope_3d(
         block_index: index in the clip of every block of the window, in window order.
         height, width: token rows and columns of a block.
         head_dim: channels of one head (even).
+        axis_dims: channels of the axes (t, h, w), even, with sum ``head_dim``; default as in Wan. HunyuanVideo has
+            (16, 56, 56).
         theta: base of the frequencies.
         device: where the tables live; default CPU.
 
     Raises:
-        ValueError: ``head_dim`` is odd or smaller than 6.
+        ValueError: ``head_dim`` is odd or smaller than 6, or ``axis_dims`` does not fit it.
+
+    Example:
+        >>> [tuple(table.shape) for table in rope_3d([0, 9, 10], 8, 16, 128)]
+        [(3, 22, 2), (8, 21, 2), (16, 21, 2)]
 
     Source: Wan (``rope_apply``; diffusers ``WanRotaryPosEmbed``).
     """
     if head_dim % 2 or head_dim < 6:
         raise ValueError(f"head_dim: expected an even number of at least 6, got {head_dim}")
     spatial = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * spatial, spatial, spatial) if axis_dims is None else tuple(axis_dims)
+    if len(dims) != 3 or sum(dims) != head_dim or any(d % 2 or d < 0 for d in dims):
+        raise ValueError(f"axis_dims: expected three even numbers with sum {head_dim}, got {axis_dims}")
     index = torch.as_tensor(block_index, dtype=torch.float64)
-    axes = ((index, head_dim - 2 * spatial), (torch.arange(height), spatial), (torch.arange(width), spatial))
     tables = []
-    for position, channels in axes:
+    for position, channels in zip((index, torch.arange(height), torch.arange(width)), dims, strict=True):
         frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         angle = torch.outer(position.to("cpu", torch.float64), frequency)
         tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, torch.float32))
     return Rope3D(*tables)
 
 
+def norm_rope_reference(
+    x: Tensor, weight: Tensor, rope: Rope3D | None, num_heads: int, start: int, eps: float, layout: str
+) -> Tensor:
+    """The formula above for q or for k, differentiable: ``[B, L, H*D]`` to ``[B, L, H, D]``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    if weight.shape[0] != x.shape[2]:
+        y = y.unflatten(2, (num_heads, -1))
+    y = F.rms_norm(y, weight.shape, weight.to(wide), eps).flatten(2).to(x.dtype).unflatten(2, (num_heads, -1))
+    if rope is None:
+        return y
+    grid, pairs = tuple(axis.shape[0] for axis in rope), tuple(axis.shape[1] for axis in rope)
+    # Over whole blocks every table is broadcast over the other two axes; a part of them looks its tokens up.
+    whole = start == 0 and x.shape[1] == grid[0] * grid[1] * grid[2]
+    lead = grid if whole else (x.shape[1],)
+    if layout == "interleaved":
+        first, second = y.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        first, second = y.to(wide).unflatten(-1, (2, -1)).unbind(-2)
+    rotated = []
+    for axis, parts in enumerate(
+        zip(*(z.unflatten(1, lead).split(pairs, dim=-1) for z in (first, second)), strict=True)
+    ):
+        table = rope[axis].to(wide)
+        if whole:
+            shape = [1, 1, 1, 1, pairs[axis], 2]
+            shape[axis] = grid[axis]
+            table = table.view(shape)
+        else:
+            token = torch.arange(start, start + x.shape[1], device=x.device)
+            place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])[axis]
+            table = table[place].unsqueeze(1)
+        cos, sin = table.unbind(-1)
+        a, b = parts
+        rotated.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1))
+    y = torch.cat(rotated, dim=-2)
+    y = y.flatten(-2) if layout == "interleaved" else y.transpose(-1, -2).flatten(-2)
+    return y.flatten(1, len(lead)).to(x.dtype)
+
+
+@torch.library.custom_op(
+    "swifti2v::norm_rope",
+    mutates_args=("q_out", "k_out"),
+    schema=(
+        "(Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor[] rope, SymInt num_heads, SymInt start,"
+        " float eps, bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out) -> ()"
+    ),
+)
+def _norm_rope_op(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    rope: list[Tensor],
+    num_heads: int,
+    start: int,
+    eps: float,
+    interleaved: bool,
+    q_out: Tensor,
+    k_out: Tensor | None,
+) -> None:
+    targets = {"q": q_out} if k_out is None else {"q": q_out, "k": k_out}
+    for label, target in targets.items():
+        if self_overlapping(target):
+            raise ValueError(f"{label}: expected distinct elements to write to, got strides {target.stride()}")
+        for name, x in (("q", q), ("k", k)):
+            # A program reads its whole token before it writes it, so in place is safe, and nothing else is.
+            if x is not None and overlapping(target, x) and not (label == name and same_view(target, x)):
+                raise ValueError(f"{label}: expected memory of its own to write to, but it overlaps {name}")
+    if q.numel() or (k is not None and k.numel()):
+        from swifti2v_kernels.qk_norm_rope_kernel import launch_norm_rope
+
+        with on_device(q.device):
+            launch_norm_rope(
+                q, k, q_weight, k_weight, tuple(rope) if rope else None, q_out, k_out,
+                heads=num_heads, start=start, eps=eps, interleaved=interleaved,
+            )  # fmt: skip
+
+
+@_norm_rope_op.register_fake
+def _(q, k, q_weight, k_weight, rope, num_heads, start, eps, interleaved, q_out, k_out):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _choose(backend: str, tensors: Sequence[Tensor]) -> Choice:
+    chosen, reason = pick_backend(backend, _obstacle(tensors))
+    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+
+
+def _choose_pair(*, q, k, q_weight, k_weight, rope, num_heads, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
+    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
+    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
+    return _choose(backend, (q, k, q_weight, k_weight))
+
+
+def _choose_one(*, x, weight, rope, num_heads, start, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
+    _check("x", x, weight, rope, num_heads, start, layout, whole=False)
+    return _choose(backend, (x, weight))
+
+
+@explained_by(_choose_pair)
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -81,55 +206,195 @@ def qk_norm_rope(
     num_heads: int,
     *,
     eps: float = 1e-6,
+    layout: str = "interleaved",
+    inplace: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of ``q`` and ``k`` over all heads, split into heads, and 3D RoPE.
+    """RMSNorm of ``q`` and ``k``, split into heads, and 3D RoPE, by one launch.
 
     Args:
         q, k: outputs of the projections, ``[B, L, H * D]``. Without ``rope`` their lengths may differ.
-        q_weight, k_weight: norm weights ``[H * D]``.
+        q_weight, k_weight: norm weights, both ``[H * D]`` (the mean is over all heads, Wan) or both ``[D]`` (over each
+            head).
         rope: tables of :func:`rope_3d` with ``L = blocks * height * width``, or None (cross-attention).
         num_heads: ``H``.
         eps: added to the mean square.
+        layout: of the pairs, ``interleaved`` (Wan, HunyuanVideo, LTX-Video) or ``half`` (Cosmos, most language models).
+        inplace: overwrite ``q`` and ``k``; the results are views of them.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
         ``(q, k)``, each ``[B, L, H, D]`` in the dtype of its input.
 
     Raises:
-        ValueError: widths, heads or the tables do not fit.
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> q, k, v = torch.randn(1, 3 * 2 * 4, 3 * 96).chunk(3, dim=2)  # views of a fused projection
+        >>> rope = rope_3d([0, 9, 10], 2, 4, head_dim=24)
+        >>> q, k = qk_norm_rope(q, k, torch.ones(96), torch.ones(96), rope, num_heads=4, inplace=True)
+        >>> q.shape
+        torch.Size([1, 24, 4, 24])
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    return (
-        _norm_rope("q", q, q_weight, rope, num_heads, eps),
-        _norm_rope("k", k, k_weight, rope, num_heads, eps),
-    )
+    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
+    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
+    if (q.shape[0], q.shape[2], q.dtype, q.device) != (k.shape[0], k.shape[2], k.dtype, k.device):
+        raise ValueError(
+            f"k: expected [{q.shape[0]}, L, {q.shape[2]}] {q.dtype} on {q.device} as q,"
+            f" got {list(k.shape)} {k.dtype} on {k.device}"
+        )
+    if q_weight.shape != k_weight.shape or q_weight.dtype != k_weight.dtype:
+        raise ValueError(
+            f"k_weight: expected {list(q_weight.shape)} {q_weight.dtype} as q_weight,"
+            f" got {list(k_weight.shape)} {k_weight.dtype}"
+        )
+    if _choose(backend, (q, k, q_weight, k_weight)).backend == "torch":
+        results = (
+            norm_rope_reference(x, w, rope, num_heads, 0, eps, layout) for x, w in ((q, q_weight), (k, k_weight))
+        )
+        return tuple(_into(x if inplace else None, y) for x, y in zip((q, k), results, strict=True))  # type: ignore[return-value]
+    q_out, k_out = (x if inplace else x.new_empty(x.shape) for x in (q, k))
+    tables = [] if rope is None else list(rope)
+    _norm_rope_op(q, k, q_weight, k_weight, tables, num_heads, 0, eps, layout == "interleaved", q_out, k_out)
+    return q_out.unflatten(2, (num_heads, -1)), k_out.unflatten(2, (num_heads, -1))
 
 
-def _norm_rope(name: str, x: Tensor, weight: Tensor, rope: Rope3D | None, num_heads: int, eps: float) -> Tensor:
-    if x.ndim != 3 or x.shape[2] % num_heads:
+@explained_by(_choose_one)
+def norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    rope: Rope3D | None,
+    num_heads: int,
+    *,
+    start: int = 0,
+    eps: float = 1e-6,
+    layout: str = "interleaved",
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`qk_norm_rope` of one tensor, which may be a part of the window's tokens.
+
+    Args:
+        x: ``[B, L, H * D]``.
+        weight: ``[H * D]`` or ``[D]``.
+        rope: tables of the whole window, or None.
+        num_heads: ``H``.
+        start: position of the first token of ``x`` in the window.
+        eps, layout, inplace, backend: as for :func:`qk_norm_rope`.
+
+    Returns:
+        ``[B, L, H, D]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> rope = rope_3d([0, 9, 10], 2, 4, head_dim=24)
+        >>> norm_rope(torch.randn(1, 10, 96), torch.ones(96), rope, num_heads=4, start=14).shape
+        torch.Size([1, 10, 4, 24])
+
+    Source: Wan self-attention (diffusers ``WanAttnProcessor``).
+    """
+    _check("x", x, weight, rope, num_heads, start, layout, whole=False)
+    if _choose(backend, (x, weight)).backend == "torch":
+        return _into(x if inplace else None, norm_rope_reference(x, weight, rope, num_heads, start, eps, layout))
+    out = x if inplace else x.new_empty(x.shape)
+    tables = [] if rope is None else list(rope)
+    _norm_rope_op(x, None, weight, None, tables, num_heads, start, eps, layout == "interleaved", out, None)
+    return out.unflatten(2, (num_heads, -1))
+
+
+def _into(target: Tensor | None, result: Tensor) -> Tensor:
+    return result if target is None else target.copy_(result.flatten(2)).unflatten(2, result.shape[2:])
+
+
+def _check(
+    name: str, x: Tensor, weight: Tensor, rope: Rope3D | None, num_heads: int, start: int, layout: str, whole: bool
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if num_heads < 1 or x.ndim != 3 or x.shape[2] % num_heads:
         raise ValueError(f"{name}: expected [B, L, {num_heads} * D], got {tuple(x.shape)}")
-    if weight.shape != x.shape[2:]:
-        raise ValueError(f"{name}_weight: expected [{x.shape[2]}], got {tuple(weight.shape)}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype).unflatten(2, (num_heads, -1))
-    return y if rope is None else _rotate(name, y, rope)
-
-
-def _rotate(name: str, x: Tensor, rope: Rope3D) -> Tensor:
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(2)}")
+    label = "weight" if name == "x" else f"{name}_weight"
+    head_dim = x.shape[2] // num_heads
+    if weight.shape not in (x.shape[2:], (head_dim,)) or not weight.is_contiguous() or weight.device != x.device:
+        raise ValueError(
+            f"{label}: expected [{x.shape[2]}] or [{head_dim}], contiguous, on {x.device},"
+            f" got {list(weight.shape)} on {weight.device}"
+        )
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")
+    if start < 0:
+        raise ValueError(f"start: expected 0 or more, got {start}")
+    if rope is None:
+        return
     grid = tuple(axis.shape[0] for axis in rope)
     pairs = tuple(axis.shape[1] for axis in rope)
-    if grid[0] * grid[1] * grid[2] != x.shape[1]:
-        raise ValueError(f"rope: tables for {grid[0]} x {grid[1]} x {grid[2]} tokens, but {name} has {x.shape[1]}")
-    if 2 * sum(pairs) != x.shape[3]:
-        raise ValueError(f"rope: tables for head_dim {2 * sum(pairs)}, but {name} has {x.shape[3]}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    # [B, t, h, w, H, pair, 2]: each axis rotates its own pairs by a table broadcast over the other two axes.
-    parts = x.to(wide).unflatten(1, grid).unflatten(-1, (-1, 2)).split(pairs, dim=-2)
-    rotated = []
-    for axis, (part, table) in enumerate(zip(parts, rope, strict=True)):
-        shape = [1, 1, 1, 1, pairs[axis]]
-        shape[axis] = grid[axis]
-        cos, sin = (table[..., i].to(wide).view(1, *shape) for i in range(2))
-        even, odd = part.unbind(-1)
-        rotated.append(torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1))
-    return torch.cat(rotated, dim=-2).flatten(-2).flatten(1, 3).to(x.dtype)
+    tokens, last = grid[0] * grid[1] * grid[2], start + x.shape[1]
+    if (last != tokens) if whole else (last > tokens):
+        given = f"{name} has {x.shape[1]}" + (f", from {start} on" if start else "")
+        raise ValueError(f"rope: tables for {grid[0]} x {grid[1]} x {grid[2]} tokens, but {given}")
+    if 2 * sum(pairs) != head_dim:
+        raise ValueError(f"rope: tables for head_dim {2 * sum(pairs)}, but {name} has {head_dim}")
+    for axis, table in zip("thw", rope, strict=True):
+        if table.shape[2:] != (2,) or table.dtype != torch.float32 or table.device != x.device:
+            raise ValueError(
+                f"rope.{axis}: expected [n, pairs, 2] float32 on {x.device},"
+                f" got {list(table.shape)} {table.dtype} on {table.device}"
+            )
+        if not table.is_contiguous():
+            raise ValueError(f"rope.{axis}: expected a contiguous table, got strides {table.stride()}")
+
+
+def _obstacle(tensors: Sequence[Tensor]) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "an input needs gradients, and the kernel has no backward"
+    x = tensors[0]
+    if (reason := device_obstacle(x.device)) is not None:
+        return reason
+    if any(t.dtype not in (torch.float16, torch.bfloat16, torch.float32) for t in tensors):
+        return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
+    if x.shape[2] > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
+    return None
+
+
+def cost(batch: int, length: int, channels: int, *, tensors: int = 2, itemsize: int = 2) -> Cost:
+    """Least cost of one call for ``tensors`` of q and k; weights and tables are negligible."""
+    elements = tensors * batch * length * channels
+    return Cost(10 * elements, elements * itemsize, elements * itemsize)
+
+
+def _inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) -> Callable[[torch.device], Any]:
+    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+        rotate, per_head = options.get("rotate", True), options.get("per_head", False)
+        width, length = heads * head_dim, 24
+        qkv = torch.ones(2, length, 3 * width, dtype=dtype, device=device)
+        weight = torch.ones(head_dim if per_head else width, dtype=dtype, device=device)
+        rope = rope_3d(range(2), 3, 4, head_dim, device=device) if rotate else None
+        keywords = {"inplace": True, "layout": options.get("layout", "interleaved"), "backend": "triton"}
+        return (qkv[..., :width], qkv[..., width : 2 * width], weight, weight, rope, heads), keywords
+
+    return make
+
+
+def _work(constants: Mapping[str, Any]) -> Work:
+    """One token of q or k, 16 bits, read and written."""
+    return Work(0, 2 * 2 * constants["HEADS"] * constants["HEAD_DIM"])
+
+
+CASES = [
+    Case(f"qk_norm_rope {name}", qk_norm_rope, inputs, _work)
+    for name, inputs in {
+        "12x128": _inputs(12, 128, torch.bfloat16),
+        "24x128": _inputs(24, 128, torch.bfloat16),
+        "40x128": _inputs(40, 128, torch.bfloat16),
+        "12x128 no rope": _inputs(12, 128, torch.bfloat16, rotate=False),
+        "24x128 per head, half": _inputs(24, 128, torch.bfloat16, per_head=True, layout="half"),
+        "4x24 fp16": _inputs(4, 24, torch.float16),
+    }.items()
+]

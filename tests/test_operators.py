@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
-from swifti2v_kernels import gated_residual, norm_modulate, qk_norm_rope, rope_3d
-from tests.tolerances import OPERATOR, relative_error
+from swifti2v_kernels import (
+    explain,
+    gated_residual,
+    gated_residual_norm_modulate,
+    linear_gelu,
+    norm_modulate,
+    norm_rope,
+    qk_norm_rope,
+    rope_3d,
+)
+from swifti2v_kernels.linear_gelu import cost as linear_gelu_cost
+from tests.tolerances import EXACT, OPERATOR, PARITY, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -37,16 +50,97 @@ def test_gated_residual_adds_the_update_gated_per_block(dtype):
     assert relative_error(gated_residual(x, update, gate), expected) < OPERATOR[_name(dtype)]
 
 
+def test_a_block_map_chooses_rows_as_an_expanded_table_would():
+    x, update = torch.randn(2, 2, 12, 10, dtype=torch.float64)
+    shift, scale, gate = torch.randn(3, 2, 3, 10, dtype=torch.float64)
+    block_map = torch.tensor([2, 0, 0, 1], dtype=torch.int32)
+    expanded = [m[:, block_map.long()] for m in (shift, scale, gate)]
+    actual = gated_residual_norm_modulate(x, update, gate, shift, scale, block_map=block_map)
+    x_new = gated_residual(x, update, expanded[2])
+    assert torch.equal(actual[0], x_new)
+    assert torch.equal(actual[1], norm_modulate(x_new, *expanded[:2]))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_affine_norms_are_those_of_diffusers(norm):
+    x, weight, bias = torch.randn(2, 7, 10), torch.randn(10), torch.randn(10)
+    theirs = FP32LayerNorm(10, eps=1e-5) if norm == "layer" else RMSNorm(10, eps=1e-5, bias=True)
+    theirs.load_state_dict({"weight": weight, "bias": bias})
+    actual = norm_modulate(x, weight=weight, bias=bias, norm=norm, eps=1e-5)
+    assert relative_error(actual, theirs(x)) < PARITY
+    shift, scale = torch.randn(2, 2, 1, 10)
+    actual = norm_modulate(x, shift, scale, weight=weight, bias=bias, norm=norm, eps=1e-5)
+    assert relative_error(actual, theirs(x) * (1 + scale) + shift) < PARITY
+
+
+def test_where_results_go():
+    x, update, out = torch.randn(3, 1, 12, 10)
+    expected = gated_residual_norm_modulate(x, update)
+    results = gated_residual_norm_modulate(x, update, out=out, inplace=True)
+    assert results[0] is x
+    assert results[1] is out
+    assert all(map(torch.equal, results, expected))
+    normed = norm_modulate(x)
+    assert norm_modulate(x, inplace=True) is x
+    assert torch.equal(x, normed)
+
+
 def test_adaln_names_the_argument_that_does_not_fit():
     x = torch.randn(1, 12, 10)
-    with pytest.raises(ValueError, match="shift: 5 blocks do not divide 12 tokens"):
-        norm_modulate(x, torch.zeros(1, 5, 10), torch.zeros(1, 5, 10))
-    with pytest.raises(ValueError, match=r"scale: expected \[1, T, 10\]"):
-        norm_modulate(x, torch.zeros(1, 1, 10), torch.zeros(1, 1, 9))
-    with pytest.raises(ValueError, match="update: expected"):
-        gated_residual(x, x[:, :3], torch.zeros(1, 1, 10))
-    with pytest.raises(ValueError, match="x: expected"):
-        norm_modulate(x[0], torch.zeros(1, 1, 10), torch.zeros(1, 1, 10))
+    row = torch.zeros(1, 1, 10)
+    block_map = torch.zeros(3, dtype=torch.int32)
+    for message, call in {
+        "shift: 5 blocks do not divide 12 tokens": lambda: norm_modulate(x, *torch.zeros(2, 1, 5, 10)),
+        r"scale: expected \[1, 1, 10\] on cpu, got \[1, 1, 9\]": lambda: norm_modulate(x, row, row[..., :9]),
+        r"gate: expected \[1, R, 10\] on cpu, got \[1, 10\]": lambda: gated_residual(x, x, row[0]),
+        "update: expected": lambda: gated_residual(x, x[:, :3], row),
+        "update: expected torch.float32 on cpu as x, got torch.float64": lambda: gated_residual(x, x.double()),
+        r"x: expected \[B, L, C\]": lambda: norm_modulate(x[0], row, row),
+        "x: expected a tensor, got list": lambda: norm_modulate([1.0]),
+        r"x: expected the channels to be contiguous \(stride 1\), got stride 2": lambda: norm_modulate(x[..., ::2]),
+        "shift, scale: expected both or neither": lambda: norm_modulate(x, row),
+        "norm: expected layer or rms, got 'group'": lambda: norm_modulate(x, norm="group"),
+        r"weight: expected \[10\], contiguous, got \[9\]": lambda: norm_modulate(x, weight=torch.zeros(9)),
+        r"out: expected \(1, 12, 10\) as x": lambda: norm_modulate(x, out=x[:, :3]),
+        r"block_map: expected \[T\] int32 on cpu, got \[3\] torch.int64": lambda: norm_modulate(
+            x, row, row, block_map=block_map.long()
+        ),
+        r"block_map: expected values in 0..0, got \[1, 1, 1\]": lambda: norm_modulate(
+            x, row, row, block_map=block_map + 1
+        ),
+        "block_map: 5 blocks do not divide 12 tokens": lambda: norm_modulate(
+            x, row, row, block_map=torch.zeros(5, dtype=torch.int32)
+        ),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_linear_gelu_is_a_linear_layer_and_the_tanh_gelu():
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(8, 6), torch.randn(8)
+    expected = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    assert relative_error(linear_gelu(x, weight, bias), expected) < OPERATOR["float32"]
+    out = torch.full((2, 5, 8), float("nan"))
+    assert linear_gelu(x, weight, bias, out=out) is out
+    assert relative_error(out, expected) < OPERATOR["float32"]
+    assert explain(linear_gelu, x, weight, bias).implementation == "linear, GELU in place"
+    weight.requires_grad_()
+    assert explain(linear_gelu, x, weight, bias).reason == "an input needs gradients"
+    assert linear_gelu(x, weight, bias).requires_grad
+    rows = x.detach()[:, :4]  # batch entries apart: rows that do not flatten
+    with pytest.raises(ValueError, match=r"x: expected rows that flatten to \[M, 6\] without a copy"):
+        linear_gelu(rows, weight, bias)
+    with pytest.raises(ValueError, match=r"bias: expected \[8\], got \[7\]"):
+        linear_gelu(x, weight, bias[:7])
+    with pytest.raises(ValueError, match=r"out: expected \[2, 5, 8\]"):
+        linear_gelu(x, weight, bias, out=out[:, :4])
+
+
+def test_what_the_gelu_epilogue_saves():
+    """2.5 GB a layer of Wan 1.3B at 70,400 tokens, as its docstring says."""
+    fused, separate = (linear_gelu_cost(70400, 1536, 8960, fused=fused) for fused in (True, False))
+    assert separate.bytes - fused.bytes == 2 * 2 * 70400 * 8960
+    assert (separate.bytes - fused.bytes) / (2 * 70400 * 1536) == pytest.approx(11.7, abs=0.04)
 
 
 def _complex_rope(x, positions, head_dim):
@@ -83,13 +177,51 @@ def test_operators_are_differentiable():
     weight = torch.rand(12, dtype=torch.float64, requires_grad=True)
     rope = rope_3d(range(1), 2, 2, 6)
     assert torch.autograd.gradcheck(norm_modulate, (x, shift, scale))
+    assert torch.autograd.gradcheck(gated_residual_norm_modulate, (x, update, shift, scale, shift))
     assert torch.autograd.gradcheck(gated_residual, (x, update, shift))
     assert torch.autograd.gradcheck(lambda q, w: qk_norm_rope(q, q, w, w, rope, 2), (qk, weight))
+    assert torch.autograd.gradcheck(lambda x, w: norm_rope(x, w, rope, 2, layout="half"), (qk, weight))
+    up, bias = torch.randn(5, 12, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(linear_gelu, (x, up, bias))
+
+
+def test_half_layout_and_norm_per_head_are_those_of_diffusers():
+    """Cosmos: RMSNorm of every head, pairs (p, p + D / 2)."""
+    q, k = torch.randn(2, 2, 18, 3 * 24)
+    weights, rope = torch.randn(2, 24), rope_3d((5, 0, 9), 2, 3, 24)
+    tables = torch.meshgrid(*(torch.arange(n) for n in (3, 2, 3)), indexing="ij")
+    turns = torch.cat([table[i.flatten()] for table, i in zip(rope, tables, strict=True)], dim=1)
+    cos, sin = (torch.cat((part, part), dim=-1) for part in turns.unbind(-1))
+    for x, weight, actual in zip((q, k), weights, qk_norm_rope(q, k, *weights, rope, 3, layout="half"), strict=True):
+        theirs = RMSNorm(24, eps=1e-6)
+        theirs.load_state_dict({"weight": weight})
+        heads = theirs(x.unflatten(2, (3, 24))).transpose(1, 2)
+        expected = apply_rotary_emb(heads, (cos, sin), use_real_unbind_dim=-2).transpose(1, 2)
+        assert relative_error(actual, expected) < PARITY
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_parts_of_a_window_are_rotated_where_they_stand(layout):
+    x, weight = torch.randn(2, 18, 48, dtype=torch.float64), torch.rand(48, dtype=torch.float64)
+    rope = rope_3d((5, 0, 9), 2, 3, 24)
+    whole = norm_rope(x, weight, rope, 2, layout=layout)
+    for start, stop in ((0, 18), (0, 7), (5, 18), (17, 18)):
+        part = norm_rope(x[:, start:stop], weight, rope, 2, start=start, layout=layout)
+        assert relative_error(part, whole[:, start:stop]) < EXACT
+    results = qk_norm_rope(x, 2 * x, weight, weight, rope, 2, layout=layout)
+    assert torch.equal(results[0], whole)
+    inplace = x.clone()
+    assert norm_rope(inplace, weight, rope, 2, layout=layout, inplace=True).data_ptr() == inplace.data_ptr()
+    assert torch.equal(inplace.unflatten(2, (2, 24)), whole)
 
 
 def test_rope_tables_stay_per_axis():
     rope = rope_3d(range(5), 8, 9, 128)
     assert [tuple(table.shape) for table in rope] == [(5, 22, 2), (8, 21, 2), (9, 21, 2)]
+    hunyuan = rope_3d(range(5), 8, 9, 128, axis_dims=(16, 56, 56))
+    assert [table.shape[1] for table in hunyuan] == [8, 28, 28]
+    with pytest.raises(ValueError, match=r"axis_dims: expected three even numbers with sum 128, got \(16, 56, 57\)"):
+        rope_3d(range(5), 8, 9, 128, axis_dims=(16, 56, 57))
 
 
 def test_qk_norm_rope_names_the_argument_that_does_not_fit():
@@ -100,7 +232,20 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
         qk_norm_rope(q, q, weight, weight, rope_3d(range(1), 2, 3, 24), 2)
     with pytest.raises(ValueError, match=r"q: expected \[B, L, 5 \* D\]"):
         qk_norm_rope(q, q, weight, weight, None, 5)
-    with pytest.raises(ValueError, match=r"k_weight: expected \[24\]"):
+    with pytest.raises(ValueError, match=r"k_weight: expected \[24\] or \[12\]"):
         qk_norm_rope(q, q, weight, weight[1:], None, 2)
+    with pytest.raises(ValueError, match=r"k_weight: expected \[24\] torch.float32 as q_weight, got \[12\]"):
+        qk_norm_rope(q, q, weight, weight[:12], None, 2)
+    with pytest.raises(ValueError, match=r"k: expected \[1, L, 24\] torch.float32 on cpu as q"):
+        qk_norm_rope(q, q.double(), weight, weight, None, 2)
+    with pytest.raises(ValueError, match=r"q: expected the channels to be contiguous \(stride 1\), got stride 2"):
+        qk_norm_rope(torch.randn(1, 6, 48)[..., ::2], q, weight, weight, None, 2)
+    with pytest.raises(ValueError, match="layout: expected interleaved or half, got 'pairs'"):
+        qk_norm_rope(q, q, weight, weight, None, 2, layout="pairs")
+    rope = rope_3d(range(1), 2, 3, 12)
+    with pytest.raises(ValueError, match="rope: tables for 1 x 2 x 3 tokens, but x has 6, from 1 on"):
+        norm_rope(q, weight, rope, 2, start=1)
+    with pytest.raises(ValueError, match=r"rope.h: expected \[n, pairs, 2\] float32 on cpu, got .* torch.float64"):
+        norm_rope(q, weight, rope._replace(h=rope.h.double()), 2)
     with pytest.raises(ValueError, match="head_dim"):
         rope_3d(range(2), 2, 2, 7)

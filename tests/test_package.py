@@ -70,7 +70,7 @@ def test_every_public_name_is_documented():
                     assert ast.get_docstring(node), f"{file}: {node.name}"
 
 
-@pytest.mark.parametrize("module", ["attention", "attention_merge", "common.dispatch"])
+@pytest.mark.parametrize("module", ["attention", "attention_merge", "common.dispatch", "embed_window", "project_step"])
 def test_examples_in_docstrings_run(module):
     import swifti2v_kernels
 

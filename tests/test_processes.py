@@ -53,23 +53,41 @@ def stub_driver(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(COMPILER is None, reason="Triton's launcher is C: needs cc, gcc or clang")
-@pytest.mark.parametrize("capability", [89, 90])
-def test_kernels_go_through_the_real_launcher(capability: int, stub_driver: Path, tmp_path: Path) -> None:
-    """Up to ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="Triton's launcher is C: needs cc, gcc or clang")
+
+
+def launched(driver: Path, capability: int, *texts: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Launches and descriptors that reached the driver, one launch a case."""
     out = run(
-        ["-m", "tests.launcher.launch", str(capability), "d128"],
-        LD_LIBRARY_PATH=str(stub_driver),
-        TRITON_LIBCUDA_PATH=str(stub_driver),
+        ["-m", "tests.launcher.launch", str(capability), *texts],
+        LD_LIBRARY_PATH=str(driver),
+        TRITON_LIBCUDA_PATH=str(driver),
     )
     lines = [line.split() for line in out.splitlines()]
-    cases = [line[1:] for line in lines if line[0] == "case"]
     launches = [line[1:] for line in lines if line[0] == "launch"]
-    descriptors = [line[1:] for line in lines if line[0] == "descriptor"]
-    assert len(launches) == len(cases) > 8
+    assert len(launches) == len([line for line in lines if line[0] == "case"]) > len(texts)
+    return launches, [line[1:] for line in lines if line[0] == "descriptor"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [89, 90])
+def test_kernels_go_through_the_real_launcher(capability: int, stub_driver: Path) -> None:
+    """Up to ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
+    launches, descriptors = launched(stub_driver, capability, "attention d128")
+    assert len(launches) > 8
     for _, x, heads, batch, threads in launches:
         assert 1 <= int(x) <= 20
         assert (int(heads), int(batch)) in ((2, 2), (3, 2))
         assert int(threads) in (128, 256, 384)
     assert bool(descriptors) == (capability == 90)
     assert all(line == ["ok"] for line in descriptors)
+
+
+@needs_compiler
+def test_the_fused_operators_go_through_the_real_launcher(stub_driver: Path) -> None:
+    launches, descriptors = launched(stub_driver, 89, "modulate", "residual", "qk_norm_rope", "embed", "project")
+    assert not descriptors
+    for name, x, *_, threads in launches:
+        assert "fwd_kernel" in name
+        assert int(x) >= 1
+        assert int(threads) % 32 == 0

@@ -18,6 +18,8 @@ KERNEL = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
 LSE = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5}
 #: The same on hardware, whose base-2 exponential is approximate and whose sums run in another order.
 HARDWARE_LSE = 1e-3
+#: The DiT on the kernels against diffusers in float32: as PARITY, with base-2 exponentials and sums in other orders.
+KERNEL_PARITY = 1e-4
 #: A whole bfloat16 model against its float32 weights: about 8e-3 a layer, random weights, two layers.
 BFLOAT16_MODEL = 3e-2
 #: float32 on CPU and CUDA: only the order of sums differs, over two steps of a two-layer model.

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: What tensors of numbers may be; float64 is for references alone.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
     """``[B, L, H, D]`` views with contiguous D that fit ``like`` in all but L.
@@ -29,7 +32,7 @@ def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Every value lies in ``low .. high``.
+    """Every value of a vector lies in ``low .. high``.
 
     On the CPU the values are read and named. On a GPU, reading them would stop the stream, so the check runs there: a
     violation ends the process's CUDA work with the message. Under ``torch.compile`` likewise.
@@ -37,12 +40,89 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
     Raises:
         ValueError: a value on the CPU is out of range.
     """
-    inside = ((values >= low) & (values <= high)).all()
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not inside:
-            raise ValueError(f"{name}: expected values in {low}..{high}, got {values.tolist()}")
+        given = values.tolist()
+        if not all(low <= value <= high for value in given):
+            raise ValueError(f"{name}: expected values in {low}..{high}, got {given}")
         return
-    torch._assert_async(inside, f"{name}: a value lies outside {low}..{high}")
+    torch._assert_async(((values >= low) & (values <= high)).all(), f"{name}: a value lies outside {low}..{high}")
+
+
+def check_index(name: str, index: Tensor, length: int | None, low: int, high: int, device: torch.device) -> None:
+    """``index`` is a contiguous int32 vector on ``device``, of ``length`` entries (None: any but 0) in ``low..high``.
+
+    Values are read and checked on the CPU only. On a GPU that would stop the stream, and checking them there would cost
+    five launches beside every kernel: each operator says what it does with an entry out of range instead (NaN, or
+    nothing written), never an access outside its tensors.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: shape, dtype, device or, on the CPU, a value does not fit.
+    """
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected an int32 tensor, got {type(index).__name__}")
+    fits = index.ndim == 1 and index.shape[0] > 0 and length in (None, index.shape[0])
+    if not fits or index.dtype != torch.int32 or index.device != device or not index.is_contiguous():
+        layout = "" if index.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"{name}: expected [{'T' if length is None else length}] int32 on {device},"
+            f" got {list(index.shape)} {index.dtype} on {index.device}{layout}"
+        )
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_range(name, index, low, high)
+
+
+def check_store(name: str, store: Tensor, like: Tensor | None = None) -> None:
+    """``[B, z, S, h, w]`` with contiguous w and at least one block, that fits ``like`` in B, h, w and device.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: shape, dtype, device or layout do not fit.
+    """
+    if not isinstance(store, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(store).__name__}")
+    if store.ndim != 5 or 0 in store.shape[1:]:
+        raise ValueError(f"{name}: expected [B, z, S, h, w], no axis but B empty, got {tuple(store.shape)}")
+    if store.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected float32, float16 or bfloat16 (float64: torch), got {store.dtype}")
+    if like is not None:
+        batch, _, _, height, width = like.shape
+        if (store.shape[0], *store.shape[3:]) != (batch, height, width) or store.device != like.device:
+            raise ValueError(
+                f"{name}: expected [{batch}, z, S, {height}, {width}] on {like.device}, got {list(store.shape)}"
+                f" on {store.device}"
+            )
+    if store.shape[4] > 1 and store.stride(4) != 1:
+        raise ValueError(f"{name}: expected w to be contiguous (stride 1), got stride {store.stride(4)}")
+
+
+def check_parameter(
+    name: str, x: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Contiguous, not empty, of this shape (letters: any size) and dtype (None: any floating one), on ``device``.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: shape, dtype, device or layout do not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    fits = x.ndim == len(shape) and all(
+        n > 0 if isinstance(m, str) else n == m for n, m in zip(x.shape, shape, strict=False)
+    )
+    dtypes = FLOATS if dtype is None else (dtype,)
+    if not fits or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
+        layout = "" if x.is_contiguous() else ", not contiguous"
+        kind = "float32, float16 or bfloat16" if dtype is None else str(dtype)
+        raise ValueError(
+            f"{name}: expected contiguous [{', '.join(map(str, shape))}] {kind} on {device},"
+            f" got {list(x.shape)} {x.dtype} on {x.device}{layout}"
+        )
+
+
+def same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether both name the same elements in the same order."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def overlapping(a: Tensor, b: Tensor) -> bool:

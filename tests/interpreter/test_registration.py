@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels import (
+    BlockWindow,
+    explain,
+    gated_residual,
+    gated_residual_norm_modulate,
+    merge_attention,
+    norm_modulate,
+    norm_rope,
+    qk_norm_rope,
+    rope_3d,
+    segment_attention,
+)
+from swifti2v_kernels.adaln import _adaln_op
 from swifti2v_kernels.attention import _segment_attention_op, _segment_attention_out_op
 from swifti2v_kernels.attention_merge import _merge_attention_op
+from swifti2v_kernels.qk_norm_rope import _norm_rope_op
 from tests.attention_oracle import cat_attention
 from tests.tolerances import KERNEL, relative_error
 
@@ -28,6 +42,16 @@ def test_schemas_and_fakes_hold() -> None:
     out, lse = [torch.empty_like(q), torch.empty_like(p)], [torch.empty(1, 2, 40), torch.empty(1, 2, 7)]
     torch.library.opcheck(_segment_attention_out_op, (*arguments[:-1], out, lse))
     torch.library.opcheck(_merge_attention_op, ([q, k], [torch.zeros(1, 2, 40), torch.zeros(1, 2, 40)]))
+    x, update, y = torch.randn(3, 1, 6, 96)
+    row, weight = torch.randn(1, 2, 96), torch.randn(96)
+    block_map = torch.tensor([1, 0, 1], dtype=torch.int32)
+    rest = (row, row, weight, weight, block_map, "layer", 1e-6)
+    torch.library.opcheck(_adaln_op, (x, update, row, *rest, torch.empty_like(x), y))
+    torch.library.opcheck(_adaln_op, (x, None, None, *rest, None, y))
+    tables = list(rope_3d([5, 2], 1, 3, 24))
+    outputs = torch.empty(2, 1, 6, 96)
+    torch.library.opcheck(_norm_rope_op, (x, update, weight, weight, tables, 4, 0, 1e-6, True, *outputs))
+    torch.library.opcheck(_norm_rope_op, (x, None, weight[:24], None, [], 4, 0, 1e-6, False, outputs[0], None))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +92,48 @@ def test_merge_compiles_as_one_graph() -> None:
 
     out, _ = torch.compile(module, fullgraph=True, backend="aot_eager")(q, k, v)
     assert relative_error(out, cat_attention(q, [(k, v)])[0]) < 2 * KERNEL["float16"]
+
+
+def adaln_block(x: Tensor, update: Tensor, table: Tensor, rows: Tensor) -> list[Tensor]:
+    """A foreign module's use: into new tensors and in place, on a part of a larger tensor."""
+    shift, scale, gate = table.unbind(2)
+    y = norm_modulate(2 * x, shift, scale, block_map=rows)
+    stream = x + 1
+    gated_residual(stream[:, :6], update[:, :6], gate, block_map=rows, inplace=True)
+    new, z = gated_residual_norm_modulate(stream, update, gate, shift, scale, block_map=rows, out=y, inplace=True)
+    return [y + 1, new, 2 * z, stream]
+
+
+def rope_block(x: Tensor, weight: Tensor, one: Tensor) -> list[Tensor]:
+    """Slices of a fused projection in place, unsorted blocks, and a single token."""
+    qkv = x @ one
+    q, k, v = qkv.chunk(3, dim=2)
+    rope = rope_3d([5, 0, 2], 2, 2, 24)
+    q, k = qk_norm_rope(q, k, weight, weight, rope, 4, inplace=True)
+    return [q + 1, k, v, qkv, norm_rope(x[:, 3:4], weight, rope, 4, start=3)]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on the CPU needs g++")
+        ),
+    ],
+)
+def test_the_fused_operators_compile_as_one_graph(backend: str) -> None:
+    x, update = torch.randn(2, 1, 12, 96, dtype=torch.float16)
+    rows = torch.tensor([1, 0, 1], dtype=torch.int32)
+    calls = {
+        adaln_block: (x, update, torch.randn(1, 2, 3, 96), rows),
+        rope_block: (x, torch.rand(96, dtype=torch.float16), torch.randn(96, 288, dtype=torch.float16)),
+    }
+    for module, arguments in calls.items():
+        expected = module(*arguments)
+        actual = torch.compile(module, fullgraph=True, backend=backend)(*arguments)
+        for a, e in zip(actual, expected, strict=True):
+            assert relative_error(a, e) < KERNEL["float16"]
 
 
 def test_bad_values_are_named_by_the_kernel_path_too() -> None:

@@ -1,6 +1,6 @@
 """Launches cases of every operator through Triton's real launcher, on a CUDA driver that runs nothing.
 
-    python -m tests.launcher.launch CAPABILITY TEXT
+    python -m tests.launcher.launch CAPABILITY TEXT [TEXT ...]
 
 Compile-only tests stop before the launcher, which differs between Triton releases: 3.6 compiles a kernel with a tuple
 of descriptors, but cannot launch it. Here the arguments go all the way to ``cuLaunchKernelEx``. Run by
@@ -32,16 +32,16 @@ class StubDriver(nvidia.CudaDriver):
         self.get_device_capability = lambda device=0: divmod(capability, 10)
 
 
-def main(capability: int, text: str) -> None:
-    """One line for every case, between the stub's own."""
+def main(capability: int, texts: list[str]) -> None:
+    """One line for every case whose name contains a text, between the stub's own."""
     warnings.simplefilter("ignore")
     driver.set_active(StubDriver(capability))
     with compile_only(capability):
         for case in CASES:
-            if text in case.name:
+            if any(text in case.name for text in texts):
                 print("case", case.name, flush=True)
                 case.run(torch.device("cpu"))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2:])
