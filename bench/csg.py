@@ -173,6 +173,7 @@ class _Benchmark:
             "neighbours_right": self.args.right,
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.args.seed,
+            "cuda_graph": self.args.cuda_graph,
             "repeats": self.repeats,
             "memory": "allocator peak" if self.device.type == "cuda" else "live tensor bytes, weights included",
         }
@@ -227,6 +228,7 @@ class _Benchmark:
         image = components.clip_tokens("stage1", self.photo, device)
         low_noise = None if components.low_noise is None else components.low_noise()
         options = {"num_blocks": num_blocks, "sigmas": flow_sigmas(args.stage1_steps, args.shift), "seed": args.seed}
+        options["cuda_graph"] = args.cuda_graph
         with timer.stage("stage_one_seconds"):
             motion = make_motion(dit, vae_one, low, text, image, low_noise_dit=low_noise, **options)
         del dit, low_noise
@@ -307,9 +309,8 @@ class _StageTwo:
 
     def _sample(self, mode: str) -> Tensor:
         latents, seed = self.reference.clone(), self.bench.args.seed
-        segments = sample_latents(
-            self.dit, latents, *self.context, plan=self.plan, sigmas=self.bench.sigmas, seed=seed, mode=mode
-        )
+        options = {"sigmas": self.bench.sigmas, "cuda_graph": self.bench.args.cuda_graph}
+        segments = sample_latents(self.dit, latents, *self.context, plan=self.plan, seed=seed, mode=mode, **options)
         for _ in segments:
             pass
         return latents

@@ -114,6 +114,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
     )
+    group.add_argument(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        help="launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
+    )
 
 
 def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:

@@ -19,17 +19,16 @@ no left neighbour besides the anchor; the last segment is short if M does not di
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from model.config import MASK_CHANNELS
+from model.config import MASK_CHANNELS, DiTConfig
+from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.errors import InputError
-from model.scheduler import NUM_TRAIN_TIMESTEPS, block_noise, euler_step
+from model.scheduler import block_noise
 
 #: ``end_to_end``: one window of all blocks. ``bidirectional``: conditioning and noisy blocks of a window attend to each
 #: other. ``causal``: conditioning blocks see conditioning blocks only, so their keys and values are made
@@ -117,27 +116,17 @@ def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:
     return SegmentPlan.end_to_end(plan.num_blocks) if mode == "end_to_end" else plan
 
 
-def dit_input(latents: Tensor, mask: Tensor, reference: Tensor, in_channels: int) -> Tensor:
-    """``[latents | mask | reference]`` on the channel axis, or the latents alone for a DiT without these channels.
-
-    Args:
-        latents, reference: ``[B, z, T, h, w]``.
-        mask: ``[T]``, 1 where the block is given, 0 where it is generated.
-        in_channels: what the DiT takes: ``2z + 4`` or ``z``.
+def check_channels(config: DiTConfig, z: int) -> None:
+    """The DiT takes latents of ``z`` channels, alone or as ``[latents | mask | reference]``.
 
     Raises:
-        InputError: ``in_channels`` is neither.
+        InputError: it takes neither.
     """
-    batch, z, num_blocks, height, width = latents.shape
-    if in_channels == z:
-        return latents
-    if in_channels != 2 * z + MASK_CHANNELS:
+    if config.in_channels not in (z, 2 * z + MASK_CHANNELS):
         raise InputError(
             f"in_channels: a DiT for latents of {z} channels takes {z} or {2 * z + MASK_CHANNELS}"
-            f" (latents, mask, reference), this one takes {in_channels}"
+            f" (latents, mask, reference), this one takes {config.in_channels}"
         )
-    channels = mask.to(latents).view(1, 1, -1, 1, 1).expand(batch, MASK_CHANNELS, num_blocks, height, width)
-    return torch.cat((latents, channels, reference.to(latents)), dim=1)
 
 
 def sample_latents(
@@ -151,6 +140,7 @@ def sample_latents(
     seed: int,
     mode: str = "bidirectional",
     on_step: StepCallback | None = None,
+    cuda_graph: bool = True,
 ) -> Iterator[Tensor]:
     """Generates all blocks after the anchor, segment by segment, and yields each segment as soon as it is done.
 
@@ -165,69 +155,59 @@ def sample_latents(
         seed: of the noise, which is drawn per block.
         mode: one of :data:`MODES`.
         on_step: called after every step.
+        cuda_graph: on CUDA, capture the step of every kind of window and replay it; a warning says so where that fails.
 
     Yields:
         Blocks ``[1, z, m, h, w]``, in order, every block after the anchor exactly once.
 
     Raises:
-        InputError: the mode is unknown, or the reference does not have the plan's number of blocks.
+        InputError: the mode is unknown, the reference does not have the plan's number of blocks, or the DiT does not
+            take latents of its number of channels.
     """
     plan = plan_for(mode, plan)
     if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
         raise InputError(f"reference: expected [1, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
-    make_velocity = _causal_velocity if mode == "causal" else _window_velocity
-    return _segments(dit, reference, (text, image), plan, sigmas, seed, make_velocity, on_step)
-
-
-Velocity = Callable[[Tensor, float], Tensor]
-Context = tuple[Tensor, Tensor | None]
+    check_channels(dit.config, reference.shape[1])
+    return _segments(dit, reference, (text, image), plan, sigmas, seed, mode, on_step, cuda_graph)
 
 
 def _segments(
     dit: WanDiT,
     reference: Tensor,
-    context: Context,
+    context: tuple[Tensor, Tensor | None],
     plan: SegmentPlan,
     sigmas: Sequence[float],
     seed: int,
-    make_velocity: Callable[[WanDiT, Tensor, Tensor, Context, Window], Velocity],
+    mode: str,
     on_step: StepCallback | None,
+    cuda_graph: bool,
 ) -> Iterator[Tensor]:
     _, z, _, height, width = reference.shape
-    for segment, window in enumerate(plan, start=1):
-        given = reference[:, :, list(window.conditioning)]
-        motion = reference[:, :, list(window.noisy)]
-        x = block_noise(seed, STAGE, window.noisy, (z, height, width)).to(reference)
-        velocity = make_velocity(dit, given, motion, context, window)
-        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), start=1):
-            x = euler_step(x, velocity(x, NUM_TRAIN_TIMESTEPS * sigma), sigma, next_sigma)
+    windows = list(plan)
+    slots = max(len(window.noisy) for window in windows)
+    latents = reference.new_empty(1, z, slots, height, width)
+    denoiser = Denoiser(
+        dit,
+        *context,
+        latents=latents,
+        reference=reference,
+        sigmas=sigmas,
+        max_blocks=max(len(window.blocks) for window in windows),
+        cuda_graph=cuda_graph,
+    )
+    for segment, window in enumerate(windows, start=1):
+        num_given, num_noisy = len(window.conditioning), len(window.noisy)
+        x = latents[:, :, :num_noisy]
+        x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))
+        noisy = tuple(range(num_noisy))
+        if mode == "causal":
+            # Conditioning blocks do not see the noisy ones, so their keys and values are made once a segment.
+            denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
+        else:
+            denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
+        for step in range(len(sigmas) - 1):
+            denoiser.step(step)
             if on_step is not None:
-                on_step(segment, len(plan), step, len(sigmas) - 1)
+                on_step(segment, len(windows), step + 1, len(sigmas) - 1)
         reference[:, :, list(window.noisy)] = x
-        yield x
-
-
-def _window_velocity(dit: WanDiT, given: Tensor, motion: Tensor, context: Context, window: Window) -> Velocity:
-    """The noisy blocks' velocity from one bidirectional pass over the whole window."""
-    num_given, num_noisy = len(window.conditioning), len(window.noisy)
-    mask = given.new_tensor([1.0] * num_given + [0.0] * num_noisy)
-    known = torch.cat((given, motion), dim=2)
-
-    def velocity(x: Tensor, timestep: float) -> Tensor:
-        latents = dit_input(torch.cat((given, x), dim=2), mask, known, dit.config.in_channels)
-        return dit(latents, (timestep * (1 - mask)).unsqueeze(0), *context, block_index=window.blocks)[:, :, num_given:]
-
-    return velocity
-
-
-def _causal_velocity(dit: WanDiT, given: Tensor, motion: Tensor, context: Context, window: Window) -> Velocity:
-    """The same with conditioning blocks that do not see the noisy ones: their keys and values are made once."""
-    ones, zeros = given.new_ones(len(window.conditioning)), given.new_zeros(len(window.noisy))
-    latents = dit_input(given, ones, given, dit.config.in_channels)
-    memory = dit.keys_values(latents, given.new_zeros(1), *context, block_index=window.conditioning)
-
-    def velocity(x: Tensor, timestep: float) -> Tensor:
-        noisy = dit_input(x, zeros, motion, dit.config.in_channels)
-        return dit(noisy, x.new_full((1,), timestep), *context, block_index=window.noisy, memory=memory)
-
-    return velocity
+        yield x.clone()

@@ -1,12 +1,19 @@
 """The Wan diffusion transformer, with a timestep and a position of its own for every latent frame.
 
-One *block* of tokens is one latent frame. Against the published model three things are generalised, and nothing else:
+One *block* of tokens is one latent frame. Against the published model four things are generalised, and nothing else:
 
-* ``timestep`` may be given per block, ``[B, T]``: conditioning blocks carry 0 and noisy blocks t, the convention of
-  Wan2.2 TI2V-5B, stored per block instead of expanded per token;
+* the timestep may differ between blocks: conditioning blocks carry 0 and noisy blocks t, the convention of Wan2.2
+  TI2V-5B, stored per timestep and chosen per block instead of expanded per token;
 * ``block_index`` gives the blocks' true indices in the clip, so that a window of blocks is rotated as in the clip;
 * ``memory`` holds keys and values of blocks computed before, which self-attention reads as further sources (the causal
-  ablation of CSG).
+  ablation of CSG);
+* blocks of a window that are not to be generated (``targets``) are no queries of the last layer, since nothing reads
+  what would become of them.
+
+``WanDiT.run`` is the step that samplers call: it reads latent stores, writes one, and allocates nothing beyond its
+workspace (``model/workspace.py``). ``WanDiT.forward`` is the same for tensors, as in diffusers. What a clip needs once
+is made once: text keys and values (``context``) and the modulation of every timestep (``modulate``). The model is for
+inference: it updates its activations in place.
 
 Module names are those of diffusers' ``WanTransformer3DModel``, so that its checkpoints load without a key map; order
 of operations and roundings are its own too (Wan2.1 and Wan2.2; see ``model/weights.py`` for the original key names).
@@ -16,146 +23,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import DiTConfig
-from swifti2v_kernels import Rope3D, gated_residual, norm_modulate, qk_norm_rope, rope_3d, segment_attention
-
-KeyValue = tuple[Tensor, Tensor]
+from model.dit_layers import Attention, ConditionEmbedder, FeedForward, KeyValue, linear_into
+from model.workspace import Part, Workspace, plan_parts
+from swifti2v_kernels import (
+    Rope3D,
+    embed_window,
+    gated_residual,
+    gated_residual_norm_modulate,
+    linear_gelu,
+    norm_modulate,
+    project_step,
+    rope_3d,
+)
 
 #: Parts of parameter names that stay in float32 whatever the model's dtype (as in diffusers): the timestep MLP, the
 #: modulation tables and the norms' own weights are small, and rounding them costs accuracy.
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps)
-    return y.to(x.dtype)
+class Context(NamedTuple):
+    """Keys and values ``[B, L, H, D]`` of every layer's cross-attention: of the text and, with a CLIP branch of its own
+    keys, of the image."""
+
+    text: list[KeyValue]
+    image: list[KeyValue] | None
 
 
-def _add_table(table: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
-    """[1, n, C] + [B, T, n or 1, C], in float32 at least -> n tensors [B, T, C]."""
-    wide = torch.promote_types(table.dtype, torch.float32)
-    return (table.to(wide) + modulation.to(wide)).unbind(2)
+class Modulation(NamedTuple):
+    """What the timesteps of a clip modulate with, one row a timestep, in float32."""
+
+    layers: Tensor  # [layers, B, R, 6, C]: shift, scale, gate of attention; shift, scale, gate of the feed-forward
+    head: Tensor  # [B, R, 2, C]: shift, scale
 
 
-class Attention(nn.Module):
-    """Projections and norms of one attention; the attention itself is ``swifti2v_kernels.segment_attention``."""
+@dataclass(frozen=True)
+class WindowTensors:
+    """A window of T blocks as the DiT reads and writes it. All indices are int32 tensors on the device.
 
-    def __init__(self, dim: int, num_heads: int, eps: float, added_kv: bool = False):
-        super().__init__()
-        self.num_heads, self.eps = num_heads, eps
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
-        if added_kv:
-            self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(2))
-            self.norm_added_k = nn.RMSNorm(dim, eps=eps)
+    ``latents`` [B, z, S, h, w] is the store of what is denoised and ``reference`` [B, z, N, h, w] that of what is
+    known. Block i takes its latents from ``latents[:, :, latent_index[i]]``, or is given, ``latent_index[i] = -1``, and
+    takes them from ``reference[:, :, reference_index[i]]``; the reference and the ``mask`` [T] are also its further
+    channels, if the model has them. Its timestep is row ``modulation_index[i]`` of the modulation. ``targets`` are the
+    positions in the window of the blocks to predict; the others' results are not defined.
+    """
 
-    def _qkv(self, x: Tensor, context: Tensor, rope: Rope3D | None) -> tuple[Tensor, Tensor, Tensor]:
-        weights = self.norm_q.weight, self.norm_k.weight
-        q, k = qk_norm_rope(self.to_q(x), self.to_k(context), *weights, rope, self.num_heads, eps=self.eps)
-        return q, k, self.to_v(context).unflatten(2, (self.num_heads, -1))
-
-    def self_attention(self, x: Tensor, rope: Rope3D, memory: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """``x`` [B, L, C] attends to itself and to ``memory``; also returns its own keys and values."""
-        q, k, v = self._qkv(x, x, rope)
-        sources = [(k, v)] if memory is None else [memory, (k, v)]
-        return self.to_out[0](segment_attention(q, sources).flatten(2)), (k, v)
-
-    def cross_attention(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """``x`` attends to ``text`` and, by a second softmax whose result is added, to ``image``."""
-        q, k, v = self._qkv(x, text, None)
-        out = segment_attention(q, [(k, v)]).flatten(2)
-        if image is not None:
-            k, v = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
-            k, v = (y.unflatten(2, (self.num_heads, -1)) for y in (k, v))
-            out = out + segment_attention(q, [(k, v)]).flatten(2)
-        return self.to_out[0](out)
-
-
-class _Projection(nn.Module):
-    """``linear -> GELU`` under the name that diffusers gives it (``net.0.proj``)."""
-
-    def __init__(self, dim_in: int, dim_out: int, approximate: str):
-        super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out)
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
-
-
-class FeedForward(nn.Module):
-    """``linear -> GELU -> linear``; the identity in the middle stands where diffusers has its dropout."""
-
-    def __init__(self, dim_in: int, hidden: int, dim_out: int, approximate: str = "tanh"):
-        super().__init__()
-        self.net = nn.Sequential(_Projection(dim_in, hidden, approximate), nn.Identity(), nn.Linear(hidden, dim_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim_in] -> [..., dim_out]."""
-        return self.net(x)
-
-
-class TwoLinears(nn.Module):
-    """``linear_1 -> activation -> linear_2`` of the timestep and text embedders."""
-
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim_out), nn.Linear(dim_out, dim_out)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim_in] -> [..., dim_out]."""
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class ImageEmbedder(nn.Module):
-    """CLIP tokens [B, 257, image_dim] (or 514 with first and last frame) to the model width."""
-
-    def __init__(self, image_dim: int, dim: int, pos_embed_seq_len: int | None):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(image_dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
-        self.ff = FeedForward(image_dim, image_dim, dim, approximate="none")
-        self.pos_embed = None
-        if pos_embed_seq_len is not None:
-            self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_seq_len, image_dim))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, n, image_dim] -> [B, n, dim]."""
-        if self.pos_embed is not None:
-            # Two images may come stacked on the batch axis, as diffusers hands them over.
-            image = image.reshape(-1, self.pos_embed.shape[1], image.shape[-1]) + self.pos_embed
-        return _layer_norm(self.ff(_layer_norm(image, self.norm1)), self.norm2)
-
-
-class ConditionEmbedder(nn.Module):
-    """Embeddings of the timestep, the text and the image."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim, nn.SiLU())
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim, nn.GELU("tanh"))
-        self.image_embedder = None
-        if config.image_dim is not None:
-            self.image_embedder = ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)
-
-    def embed_timestep(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` -> embedding ``[B, T, C]`` (for the head) and modulation ``[B, T, 6, C]`` (for the blocks)."""
-        half = self.freq_dim // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
-        angle = timestep.float().unsqueeze(-1) * frequency
-        wave = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        embedding = self.time_embedder(wave.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+    latents: Tensor
+    reference: Tensor | None
+    latent_index: Tensor
+    reference_index: Tensor | None
+    mask: Tensor | None
+    modulation_index: Tensor
+    rope: Rope3D
+    targets: tuple[int, ...]
 
 
 class DiTBlock(nn.Module):
@@ -174,20 +100,48 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        modulation: Tensor,
-        text: Tensor,
-        image: Tensor | None,
+        n: Tensor,
+        sources: Sequence[KeyValue],
+        context: Sequence[Sequence[KeyValue]],
         rope: Rope3D,
-        memory: KeyValue | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """``x`` [B, L, C], ``modulation`` [B, T, 6, C] -> ``x`` and this layer's keys and values [B, L, H, D]."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = _add_table(self.scale_shift_table, modulation)
-        update, key_value = self.attn1.self_attention(norm_modulate(x, shift, scale, eps=self.eps), rope, memory)
-        x = gated_residual(x, update, gate)
-        query = x if self.norm2 is None else _layer_norm(x, self.norm2)
-        x = x + self.attn2.cross_attention(query, text, image)
-        update = self.ffn(norm_modulate(x, ff_shift, ff_scale, eps=self.eps))
-        return gated_residual(x, update, ff_gate), key_value
+        start: int,
+        modulation: Tensor,
+        following: Tensor | None,
+        block_map: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """One part of the window through the layer; its residual stream crosses memory at the three updates only.
+
+        Args:
+            x: the part's residual stream ``[1, m, C]``, updated in place.
+            n: its norm for this layer, ``[1, m, C]``; overwritten with that for the next.
+            sources: keys and values that self-attention reads.
+            context: groups of keys and values for cross-attention.
+            rope: tables of the window; the part begins at its token ``start``.
+            modulation: ``[1, R, 6, C]``; ``following``: the next layer's, or None after the last.
+            block_map: row of the modulation for each of the part's blocks.
+            workspace: buffers ``a``, ``b`` and ``hidden``.
+        """
+        _, _, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
+        rows = {"block_map": block_map, "eps": self.eps}
+        update = self.attn1.attend(n, [sources], rope, start, workspace)
+        query = workspace.take("b", *x.shape)
+        if self.norm2 is None:
+            query.copy_(gated_residual(x, update, gate, block_map=block_map, inplace=True))
+        else:
+            affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
+            gated_residual_norm_modulate(x, update, gate, **affine, **rows, out=query, inplace=True)
+        update = self.attn2.attend(query, context, None, 0, workspace)
+        y = workspace.take("b", *x.shape)
+        gated_residual_norm_modulate(x, update, None, ff_shift, ff_scale, **rows, out=y, inplace=True)
+        up, down = self.ffn.net[0].proj, self.ffn.net[2]
+        hidden = linear_gelu(y, up.weight, up.bias, out=workspace.take("hidden", *x.shape[:2], up.out_features))
+        update = linear_into(down, hidden, workspace.take("a", *x.shape))
+        if following is None:
+            gated_residual(x, update, ff_gate, block_map=block_map, inplace=True)
+        else:
+            shift, scale = following[:, :, 0], following[:, :, 1]
+            gated_residual_norm_modulate(x, update, ff_gate, shift, scale, **rows, out=n, inplace=True)
 
 
 class WanDiT(nn.Module):
@@ -213,6 +167,120 @@ class WanDiT(nn.Module):
         """Device of the weights."""
         return self.patch_embedding.weight.device
 
+    def context(self, text: Tensor, image: Tensor | None = None) -> Context:
+        """Keys and values of all layers' cross-attention, which depend on text and image only: once for a clip.
+
+        Args:
+            text: ``[B, L, text_dim]``; padded positions are zero vectors and are attended to, as in Wan.
+            image: ``[B, 257, image_dim]``, for models with the CLIP branch only.
+
+        Raises:
+            ValueError: a shape does not fit; the message names the argument.
+        """
+        self._check_context(text, image)
+        embedder = self.condition_embedder
+        text = embedder.text_embedder(text.to(self.dtype))
+        if image is not None:
+            image = embedder.image_embedder(image.to(self.dtype))
+            if not self.config.added_kv:
+                text, image = torch.cat((image, text), dim=1), None
+        texts = [block.attn2.context(text) for block in self.blocks]
+        return Context(
+            texts, None if image is None else [block.attn2.context(image, added=True) for block in self.blocks]
+        )
+
+    def modulate(self, timestep: Tensor) -> Modulation:
+        """The modulation of every layer for timesteps ``[B, R]`` (0..1000): once a clip, whose timesteps are few."""
+        embedding, rows = self.condition_embedder.embed_timestep(timestep, self.dtype)
+        tables = torch.stack([block.scale_shift_table for block in self.blocks]).unsqueeze(2)
+        wide = torch.promote_types(tables.dtype, torch.float32)
+        head = self.scale_shift_table.to(wide) + embedding.unsqueeze(2).to(wide)
+        return Modulation(tables.to(wide) + rows.to(wide), head)
+
+    def workspace(self, window: WindowTensors) -> Workspace:
+        """A workspace for :meth:`run` on ``window`` and on all that are no larger."""
+        batch, num_blocks = window.latents.shape[0], window.latent_index.shape[0]
+        return Workspace.plan(
+            self.config, batch, num_blocks, self._block_len(window), dtype=self.dtype, device=window.latents.device
+        )
+
+    def run(
+        self,
+        window: WindowTensors,
+        context: Context,
+        modulation: Modulation,
+        workspace: Workspace,
+        *,
+        out: Tensor | None = None,
+        step: Tensor | float | None = None,
+        memory: Sequence[KeyValue] | None = None,
+        keep: Sequence[KeyValue] | None = None,
+    ) -> None:
+        """One pass over a window, without any allocation beyond ``workspace``.
+
+        Args:
+            window: what is read. Its ``targets`` are predicted; with none, only keys and values are computed.
+            context: from :meth:`context`.
+            modulation: from :meth:`modulate`.
+            workspace: from :meth:`workspace`.
+            out: ``[B, C_out, S, h, w]``: where the velocity ``noise - x_0`` of block i goes, to
+                ``out[:, :, latent_index[i]]``; or, with ``step``, the latents that ``step * velocity`` is added to
+                (``window.latents`` itself: an Euler step of ``step = next_sigma - sigma``).
+            memory: keys and values per layer ``[B, L', H, D]`` of other blocks, which every block here also attends to.
+            keep: per layer a pair ``[B, L, C]`` that this window's keys and values are written to.
+        """
+        config, batch = self.config, window.latents.shape[0]
+        num_blocks, block_len = window.latent_index.shape[0], self._block_len(window)
+        shape = batch, num_blocks * block_len, config.dim
+        x, n = workspace.take("x", *shape), workspace.take("n", *shape)
+        embed_window(
+            window.latents,
+            self.patch_embedding.weight,
+            self.patch_embedding.bias,
+            reference=window.reference,
+            latent_index=window.latent_index,
+            reference_index=window.reference_index,
+            mask=window.mask,
+            out=x,
+        )
+        rows = window.modulation_index
+        norm_modulate(x, *modulation.layers[0, :, :, :2].unbind(2), block_map=rows, eps=config.eps, out=n)
+        parts = plan_parts(batch, block_len, range(num_blocks))
+        wanted = plan_parts(batch, block_len, window.targets)
+        for i, block in enumerate(self.blocks):
+            k, v = keep[i] if keep is not None else (workspace.take("k", *shape), workspace.take("v", *shape))
+            k, v = block.attn1.keys_values(n, window.rope, k, v)
+            last = i + 1 == config.num_layers
+            following = None if last else modulation.layers[i + 1]
+            # Nothing reads what the last layer makes of blocks that are not to be predicted.
+            for part in wanted if last else parts:
+                block(
+                    *(y[part.batch : part.batch + 1, part.start : part.stop] for y in (x, n)),
+                    _of(part, [(k, v)] if memory is None else [memory[i], (k, v)]),
+                    [_of(part, [pairs[i]]) for pairs in context if pairs is not None],
+                    window.rope,
+                    part.start,
+                    modulation.layers[i, part.batch : part.batch + 1],
+                    None if following is None else following[part.batch : part.batch + 1],
+                    rows[part.first : part.last],
+                    workspace,
+                )
+        if out is not None:
+            shift, scale = modulation.head.unbind(2)
+            project_step(
+                x,
+                self.proj_out.weight,
+                self.proj_out.bias,
+                shift,
+                scale,
+                out,
+                latent_index=window.latent_index,
+                block_map=rows,
+                step=step,
+                patch_size=config.patch_size,
+                eps=config.eps,
+            )
+
     def forward(
         self,
         latents: Tensor,
@@ -228,8 +296,7 @@ class WanDiT(nn.Module):
         Args:
             latents: ``[B, C_in, T, h, w]``; h and w are multiples of the patch.
             timestep: 0..1000, ``[B]`` or per block ``[B, T]``.
-            text: ``[B, L, text_dim]``; padded positions are zero vectors and are attended to, as in Wan.
-            image: ``[B, 257, image_dim]``, for models with the CLIP branch only.
+            text, image: as for :meth:`context`.
             block_index: index in the clip of each of the T blocks; default ``0 .. T-1``.
             memory: keys and values per layer from :meth:`keys_values`, which every block here also attends to.
 
@@ -239,12 +306,11 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        x, embedding, _ = self._run(latents, timestep, text, image, block_index, memory, keep=False)
-        shift, scale = _add_table(self.scale_shift_table, embedding.unsqueeze(2))
-        x = self.proj_out(norm_modulate(x, shift, scale, eps=self.config.eps))
-        (_, h, w), (pt, ph, pw) = self._grid(latents), self.config.patch_size
-        pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
-        return rearrange(x, pattern, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        window, modulation = self._plain(latents, timestep, block_index)
+        self._check_context(text, image, latents.shape[0])
+        out = latents.new_empty(latents.shape[0], self.config.out_channels, *latents.shape[2:], dtype=self.dtype)
+        self.run(window, self.context(text, image), modulation, self.workspace(window), out=out, memory=memory)
+        return out
 
     def keys_values(
         self,
@@ -256,50 +322,29 @@ class WanDiT(nn.Module):
         block_index: Sequence[int] | None = None,
     ) -> list[KeyValue]:
         """Keys and values ``[B, L, H, D]`` of these blocks in every layer, to be passed on as ``memory``."""
-        return self._run(latents, timestep, text, image, block_index, None, keep=True)[2]
+        window, modulation = self._plain(latents, timestep, block_index, targets=())
+        self._check_context(text, image, latents.shape[0])
+        shape = latents.shape[0], latents.shape[2] * self._block_len(window), self.config.dim
+        keep = [
+            (latents.new_empty(shape, dtype=self.dtype), latents.new_empty(shape, dtype=self.dtype))
+            for _ in self.blocks
+        ]
+        self.run(window, self.context(text, image), modulation, self.workspace(window), keep=keep)
+        return self.split_heads(keep)
 
-    def _run(
+    def split_heads(self, pairs: Sequence[KeyValue]) -> list[KeyValue]:
+        """``keep`` of :meth:`run`, ``[B, L, C]``, as ``memory``, ``[B, L, H, D]``: views."""
+        heads = (self.config.num_heads, -1)
+        return [(k.unflatten(2, heads), v.unflatten(2, heads)) for k, v in pairs]
+
+    def _plain(
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Tensor,
-        image: Tensor | None,
         block_index: Sequence[int] | None,
-        memory: Sequence[KeyValue] | None,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        timestep, block_index = self._check(latents, timestep, text, image, block_index)
-        embedder = self.condition_embedder
-        text = text.to(self.dtype)
-        embedding, modulation = embedder.embed_timestep(timestep, self.dtype)
-        text = embedder.text_embedder(text)
-        if image is not None:
-            image = embedder.image_embedder(image.to(self.dtype))
-            if not self.config.added_kv:
-                text, image = torch.cat((image, text), dim=1), None
-        _, height, width = self._grid(latents)
-        rope = rope_3d(block_index, height, width, self.config.head_dim, device=latents.device)
-        x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
-        kept = []
-        for i, block in enumerate(self.blocks):
-            x, key_value = block(x, modulation, text, image, rope, None if memory is None else memory[i])
-            if keep:
-                kept.append(key_value)
-        return x, embedding, kept
-
-    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
-        (blocks, height, width), patch = latents.shape[2:], self.config.patch_size
-        return blocks // patch[0], height // patch[1], width // patch[2]
-
-    def _check(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        block_index: Sequence[int] | None,
-    ) -> tuple[Tensor, Sequence[int]]:
-        """Checks the arguments of ``forward``; returns the timestep as [B, 1] or [B, T] and the block indices."""
+        targets: Sequence[int] | None = None,
+    ) -> tuple[WindowTensors, Modulation]:
+        """All channels in one tensor, every block at its own place."""
         config, patch = self.config, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
             raise ValueError(f"latents: expected [B, {config.in_channels}, T, h, w], got {tuple(latents.shape)}")
@@ -308,15 +353,39 @@ class WanDiT(nn.Module):
             raise ValueError(f"latents: {height} x {width} is not a multiple of the patch {patch[1]} x {patch[2]}")
         if timestep.shape not in ((batch,), (batch, num_blocks)):
             raise ValueError(f"timestep: expected [{batch}] or [{batch}, {num_blocks}], got {tuple(timestep.shape)}")
-        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (batch, config.text_dim):
-            raise ValueError(f"text: expected [{batch}, L, {config.text_dim}], got {tuple(text.shape)}")
+        block_index = range(num_blocks) if block_index is None else block_index
+        if len(block_index) != num_blocks:
+            raise ValueError(f"block_index: expected {num_blocks} indices, got {len(block_index)}")
+        place = torch.arange(num_blocks, dtype=torch.int32, device=latents.device)
+        window = WindowTensors(
+            latents=latents,
+            reference=None,
+            latent_index=place,
+            reference_index=None,
+            mask=None,
+            modulation_index=torch.zeros_like(place) if timestep.ndim == 1 else place,
+            rope=rope_3d(block_index, height // patch[1], width // patch[2], config.head_dim, device=latents.device),
+            targets=tuple(range(num_blocks)) if targets is None else tuple(targets),
+        )
+        return window, self.modulate(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep)
+
+    def _block_len(self, window: WindowTensors) -> int:
+        """Tokens of one block."""
+        (height, width), patch = window.latents.shape[3:], self.config.patch_size
+        return (height // patch[1]) * (width // patch[2])
+
+    def _check_context(self, text: Tensor, image: Tensor | None, batch: int | None = None) -> None:
+        config = self.config
+        if text.ndim != 3 or text.shape[2] != config.text_dim or batch not in (None, text.shape[0]):
+            wanted = f"[{'B' if batch is None else batch}, L, {config.text_dim}]"
+            raise ValueError(f"text: expected {wanted}, got {tuple(text.shape)}")
         if (image is None) != (config.image_dim is None):
             wanted = f"[B, 257, {config.image_dim}]" if image is None else "None: this model has no image embedding"
             raise ValueError(f"image: expected {wanted}, got {None if image is None else tuple(image.shape)}")
         if image is not None and (image.ndim != 3 or image.shape[2] != config.image_dim):
-            raise ValueError(f"image: expected [{batch}, 257, {config.image_dim}], got {tuple(image.shape)}")
-        if block_index is None:
-            block_index = range(num_blocks)
-        if len(block_index) != num_blocks:
-            raise ValueError(f"block_index: expected {num_blocks} indices, got {len(block_index)}")
-        return (timestep.unsqueeze(1) if timestep.ndim == 1 else timestep), block_index
+            raise ValueError(f"image: expected [B, 257, {config.image_dim}], got {tuple(image.shape)}")
+
+
+def _of(part: Part, pairs: Sequence[KeyValue]) -> list[KeyValue]:
+    """Keys and values of the part's batch entry."""
+    return [(k[part.batch : part.batch + 1], v[part.batch : part.batch + 1]) for k, v in pairs]

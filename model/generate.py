@@ -169,6 +169,7 @@ def run(args: argparse.Namespace) -> None:
             sigmas=sigmas_one,
             seed=args.seed,
             low_noise_dit=low_noise,
+            cuda_graph=args.cuda_graph,
             on_step=lambda step, steps: advance(f"step {step}/{steps}"),
         )
     del dit, low_noise
@@ -193,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
             sigmas=sigmas_two,
             seed=args.seed,
             mode=args.mode,
+            cuda_graph=args.cuda_graph,
             on_step=lambda segment, total, step, steps: advance(f"segment {segment}/{total} step {step}/{steps}"),
         )
         frames = decode_frames(vae, reference[:, :, :1], timer.iterate("Stage II", segments))

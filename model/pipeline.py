@@ -11,7 +11,7 @@ Everything is streamed in time: no full-size clip of pixels is ever held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DiTConfig, VAEConfig
-from model.csg import dit_input
+from model.csg import check_channels
+from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.errors import InputError
 from model.media import to_uint8
-from model.scheduler import NUM_TRAIN_TIMESTEPS, block_noise, euler_step
+from model.scheduler import block_noise
 from model.vae import WanVAE
 
 STAGE = 1
@@ -85,6 +86,7 @@ def make_motion(
     low_noise_dit: WanDiT | None = None,
     boundary: float = 0.9,
     on_step: Callable[[int, int], None] | None = None,
+    cuda_graph: bool = True,
 ) -> Tensor:
     """Stage I: the motion reference at low resolution, all blocks in one window.
 
@@ -101,33 +103,44 @@ def make_motion(
         seed: of the noise, which is drawn per block.
         low_noise_dit: Wan2.2 A14B's second expert, used below ``boundary``.
         on_step: called after every step with (step, number of steps).
+        cuda_graph: as for :func:`model.csg.sample_latents`.
 
     Returns:
         ``[1, z, num_blocks, h, w]`` float32.
     """
     z, stride = vae.config.z_dim, vae.config.temporal_stride
+    for model in (dit, low_noise_dit):
+        if model is not None:
+            check_channels(model.config, z)
     replaces_first = dit.config.in_channels == z
     if replaces_first:
-        condition = vae.encode(picture).float()
+        condition = vae.encode(picture).float().expand(-1, -1, num_blocks, -1, -1)
     else:
         grey = picture.new_zeros(1, 3, stride, *picture.shape[3:])
         condition = torch.cat(list(vae.encode_stream(chain([picture], [grey] * (num_blocks - 1)))), dim=2).float()
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
-    mask = condition.new_tensor([1.0] + [0.0] * (num_blocks - 1))
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
-        expert = dit if low_noise_dit is None or sigma >= boundary else low_noise_dit
-        timestep = condition.new_full((1,), NUM_TRAIN_TIMESTEPS * sigma)
+    shared = {
+        "latents": x,
+        "reference": condition,
+        "sigmas": sigmas,
+        "max_blocks": num_blocks,
+        "cuda_graph": cuda_graph,
+    }
+    high = low = Denoiser(dit, text, image, **shared)
+    if low_noise_dit is not None:
+        low = Denoiser(low_noise_dit, text, image, workspace=high.workspace, **shared)
+    for denoiser in dict.fromkeys((high, low)):
+        slots = list(range(num_blocks))
         if replaces_first:
-            x[:, :, :1] = condition
-            timestep = timestep * (1 - mask).unsqueeze(0)
-            velocity = expert(x, timestep, text, image)
+            denoiser.open(slots, [-1, *slots[1:]], [0.0] * num_blocks)
         else:
-            velocity = expert(dit_input(x, mask, condition, dit.config.in_channels), timestep, text, image)
-        x = euler_step(x, velocity, sigma, next_sigma)
+            denoiser.open(slots, slots, [1.0] + [0.0] * (num_blocks - 1))
+    for step in range(len(sigmas) - 1):
+        (high if sigmas[step] >= boundary else low).step(step)
         if on_step is not None:
-            on_step(step, len(sigmas) - 1)
+            on_step(step + 1, len(sigmas) - 1)
     if replaces_first:
-        x[:, :, :1] = condition
+        x[:, :, 0] = condition[:, :, 0]
     return x
 
 

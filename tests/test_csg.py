@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -9,11 +12,13 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import InputError, SegmentPlan, load_dit, sample_latents
-from model.csg import MODES, STAGE, dit_input, plan_for
+from model import InputError, SegmentPlan, WanDiT, load_dit, sample_latents, workspace
+from model.csg import MODES, STAGE, check_channels, plan_for
 from model.scheduler import block_noise, flow_sigmas
+from model.weights import random_weights
+from tests.conftest import TINY_DIT
 from tests.test_dit import saved_diffusers_dit
-from tests.tolerances import PARITY, relative_error
+from tests.tolerances import EXACT, PARITY, relative_error
 
 SIGMAS = flow_sigmas(2, 5.0)
 TEXT = torch.linspace(-1, 1, 7 * 16).view(1, 7, 16)
@@ -35,15 +40,71 @@ def run(dit, reference, **options):
     return clip
 
 
-class Recorder:
-    """Stands in front of a DiT and keeps what every call of it was given."""
+def record(dit, monkeypatch):
+    """What every pass of ``dit`` is given: latents, mask, reference, and per block its timestep row and clip index."""
+    calls, stock = [], dit.run
 
-    def __init__(self, dit):
-        self.dit, self.config, self.calls = dit, dit.config, []
+    def run(window, *arguments, **options):
+        latents = [
+            window.reference[:, :, known] if slot < 0 else window.latents[:, :, slot]
+            for slot, known in zip(window.latent_index.tolist(), window.reference_index.tolist(), strict=True)
+        ]
+        reference = window.reference[:, :, window.reference_index.tolist()]
+        rows, index = window.modulation_index.tolist(), tuple(window.reference_index.tolist())
+        calls.append((torch.stack(latents, dim=2), window.mask, reference, rows, index))
+        return stock(window, *arguments, **options)
 
-    def __call__(self, latents, timestep, text, image=None, *, block_index, memory=None):
-        self.calls.append((latents.clone(), timestep.clone(), tuple(block_index)))
-        return self.dit(latents, timestep, text, image, block_index=block_index, memory=memory)
+    monkeypatch.setattr(dit, "run", run)
+    return calls
+
+
+def plain_sampler(dit, reference, text, plan, sigmas, seed, mode):
+    """CSG by ``WanDiT.forward`` on concatenated tensors, with nothing skipped, kept or fused."""
+    clip, z = reference.clone(), reference.shape[1]
+    for window in plan_for(mode, plan):
+        given, noisy = list(window.conditioning), list(window.noisy)
+        x = block_noise(seed, STAGE, window.noisy, (z, *reference.shape[3:])).to(reference)
+        for sigma, after in itertools.pairwise(sigmas):
+            latents = torch.cat((clip[:, :, given], x), dim=2)
+            mask = reference.new_zeros(1, 4, len(given) + len(noisy), *reference.shape[3:])
+            mask[:, :, : len(given)] = 1
+            channels = torch.cat((latents, mask, clip[:, :, given + noisy]), dim=1)
+            timestep = reference.new_tensor([[0.0] * len(given) + [1000 * sigma] * len(noisy)])
+            if mode == "causal":
+                first, rest = channels[:, :, : len(given)], channels[:, :, len(given) :]
+                memory = dit.keys_values(first, reference.new_zeros(1), text, block_index=given)
+                velocity = dit(rest, timestep[:, len(given) :], text, block_index=noisy, memory=memory)
+            else:
+                velocity = dit(channels, timestep, text, block_index=given + noisy)[:, :, len(given) :]
+            x = x + (after - sigma) * velocity
+        clip[:, :, noisy] = x
+    return clip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("max_tokens", [7168, 4], ids=["whole blocks", "parts of blocks"])
+def test_the_sampler_equals_the_plain_path(tiny_dit, mode, max_tokens, monkeypatch):
+    """Queries and feed-forward of conditioning blocks skipped in the last layer, text keys and values made once,
+    gathering, Euler and parts: in float64 nothing but rounding is left of them. The last segment is a short one."""
+    monkeypatch.setattr(workspace.plan_parts, "__defaults__", (max_tokens,))
+    dit, reference = tiny_dit.double(), torch.randn(1, 4, 6, 4, 6, dtype=torch.float64)
+    text, plan, sigmas = TEXT.double(), SegmentPlan(6, 2, 1, 1), [1.0, 0.75, 0.0]  # exact in float32, as steps are kept
+    expected = plain_sampler(dit, reference, text, plan, sigmas, 5, mode)
+    list(sample_latents(dit, reference, text, plan=plan, sigmas=sigmas, seed=5, mode=mode))
+    assert relative_error(reference, expected) < EXACT
+
+
+def test_what_the_last_layer_skips(tiny_dit, monkeypatch):
+    """Tokens that go through each layer, in a window of two conditioning and two noisy blocks of 6 tokens."""
+    tokens = [[], []]
+    for layer, block in zip(tokens, tiny_dit.blocks, strict=True):
+        block.register_forward_hook(lambda _, inputs, __, layer=layer: layer.append(inputs[0].shape[1]))
+    texts, stock = [], type(tiny_dit.blocks[0].attn2).context
+    monkeypatch.setattr(type(tiny_dit.blocks[0].attn2), "context", lambda *a, **k: texts.append(1) or stock(*a, **k))
+    reference = torch.randn(1, 4, 4, 4, 6)
+    list(sample_latents(tiny_dit, reference, TEXT, plan=SegmentPlan(4, 2), sigmas=SIGMAS, seed=5))
+    assert tokens == [[18, 18, 18, 18], [12, 12, 6, 6]]  # windows (0, 1, 2) and (0, 2, 3), two steps each
+    assert len(texts) == 2  # once a layer and clip
 
 
 @given(plans)
@@ -90,50 +151,66 @@ def test_one_segment_of_all_blocks_equals_end_to_end_bit_for_bit(tiny_dit, num_b
         assert not torch.equal(whole, run(tiny_dit, reference, mode="bidirectional"))
 
 
-def test_neighbours_are_generated_blocks_and_right_neighbours_are_motion_reference(tiny_dit):
+def test_neighbours_are_generated_blocks_and_right_neighbours_are_motion_reference(tiny_dit, monkeypatch):
     reference = torch.randn(1, 4, 7, 4, 6)
-    recorder, clip = Recorder(tiny_dit), reference.clone()
+    calls, clip = record(tiny_dit, monkeypatch), reference.clone()
     plan = SegmentPlan(7, blocks_per_segment=2, neighbours_left=2, neighbours_right=1)
-    segments = list(sample_latents(recorder, clip, TEXT, plan=plan, sigmas=SIGMAS, seed=5))
-    first_steps = recorder.calls[:: len(SIGMAS) - 1]
-    assert [index for _, _, index in first_steps] == [(0, 3, 1, 2), (0, 1, 2, 5, 3, 4), (0, 3, 4, 5, 6)]
-    latents, timestep, _ = first_steps[1]
-    assert torch.equal(latents[:, :4, 1:3], segments[0])  # written by the segment before
-    assert torch.equal(latents[:, :4, 3], reference[:, :, 5])  # not generated yet
-    assert torch.equal(latents[:, :4, 0], reference[:, :, 0])
-    assert timestep.tolist() == [[0, 0, 0, 0, 1000, 1000]]
+    segments = list(sample_latents(tiny_dit, clip, TEXT, plan=plan, sigmas=SIGMAS, seed=5))
+    first_steps = calls[:: len(SIGMAS) - 1]
+    assert [call[-1] for call in first_steps] == [(0, 3, 1, 2), (0, 1, 2, 5, 3, 4), (0, 3, 4, 5, 6)]
+    latents, _, _, rows, _ = first_steps[1]
+    assert torch.equal(latents[:, :, 1:3], segments[0])  # written by the segment before
+    assert torch.equal(latents[:, :, 3], reference[:, :, 5])  # not generated yet
+    assert torch.equal(latents[:, :, 0], reference[:, :, 0])
+    assert rows == [0, 0, 0, 0, 1, 1]
+    assert calls[1][-2] == [0, 0, 2, 2]
 
 
-def test_channels_are_latents_mask_and_reference(tiny_dit):
+def test_channels_are_latents_mask_and_reference(tiny_dit, monkeypatch):
     reference = torch.randn(1, 4, 5, 4, 6)
-    recorder = Recorder(tiny_dit)
-    list(sample_latents(recorder, reference.clone(), TEXT, plan=SegmentPlan(5, 2), sigmas=SIGMAS, seed=5))
-    latents, _, index = recorder.calls[0]
+    calls = record(tiny_dit, monkeypatch)
+    list(sample_latents(tiny_dit, reference.clone(), TEXT, plan=SegmentPlan(5, 2), sigmas=SIGMAS, seed=5))
+    latents, mask, known, _, index = calls[0]
     assert index == (0, 1, 2)
     noise = block_noise(5, STAGE, (1, 2), (4, 4, 6))
-    assert torch.equal(latents[:, :4], torch.cat((reference[:, :, :1], noise), dim=2))
-    assert latents[0, 4:8, :, 0, 0].tolist() == [[1, 0, 0]] * 4
-    assert torch.equal(latents[:, 8:], reference[:, :, :3])
+    assert torch.equal(latents, torch.cat((reference[:, :, :1], noise), dim=2))
+    assert mask.tolist() == [1, 0, 0]
+    assert torch.equal(known, reference[:, :, :3])
 
 
 def test_a_dit_without_reference_channels_takes_the_latents_alone():
-    latents, mask = torch.randn(1, 4, 3, 2, 2), torch.tensor([1.0, 0, 0])
-    assert dit_input(latents, mask, latents, 4) is latents
+    dit = random_weights(WanDiT, replace(TINY_DIT, in_channels=4), 1)
+    reference = torch.randn(1, 4, 3, 4, 6)
+    expected = dit(
+        torch.cat((reference[:, :, :1], block_noise(5, STAGE, (1, 2), (4, 4, 6))), dim=2),
+        torch.tensor([[0.0, 1000.0, 1000.0]]),
+        TEXT,
+    )
+    clip = reference.clone()
+    (segment,) = sample_latents(dit, clip, TEXT, plan=SegmentPlan(3), sigmas=[1.0, 0.0], seed=5)
+    noise = block_noise(5, STAGE, (1, 2), (4, 4, 6))
+    assert relative_error(segment, noise - expected[:, :, 1:]) < PARITY
     with pytest.raises(InputError, match=r"takes 4 or 12 .*, this one takes 9"):
-        dit_input(latents, mask, latents, 9)
+        check_channels(replace(TINY_DIT, in_channels=9), 4)
 
 
 def _conditioning_features(dit, mode, seed):
-    """Outputs of the last layer on the conditioning blocks of the last window, for a given noise."""
-    features = []
-    handle = dit.blocks[-1].register_forward_hook(lambda module, inputs, output: features.append(output[0].clone()))
+    """Keys of the anchor in the last layer, for a given noise: what the layers before made of it."""
+    keys, attention = [], dit.blocks[-1].attn1
+    stock = type(attention).keys_values
+
+    def keys_values(n, *rest):
+        k, v = stock(attention, n, *rest)
+        keys.append(k[:, :6].clone())  # the anchor is the first block, of 2 x 3 tokens
+        return k, v
+
+    attention.keys_values = keys_values
     try:
         generator = torch.Generator().manual_seed(0)
         run(dit, torch.randn(1, 4, 4, 4, 6, generator=generator), mode=mode, seed=seed)
     finally:
-        handle.remove()
-    tokens = 6 * 1  # one conditioning block, the anchor, of 2 x 3 tokens
-    return features[0][:, :tokens]
+        del attention.keys_values
+    return keys[0]
 
 
 def test_noise_reaches_conditioning_features_in_bidirectional_mode_only(tiny_dit):

@@ -1,0 +1,99 @@
+"""The activations of one DiT step: planned once from shapes, allocated once, and then used by every layer and step.
+
+What must hold all tokens of a window is the residual stream ``x``, its normed copy ``n`` and one layer's ``k`` and
+``v``: 4 tensors of [B, L, C]. Everything else of a layer is computed for a *part* of the tokens at a time (its queries
+attend to all keys), so that the feed-forward's hidden activation, 4 to 6 times as wide as the stream, exists for one
+part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from model.config import DiTConfig
+
+#: Tokens of a part, at most. 7,168 rows are 56 tiles of 128: enough for matrix products to fill a GPU (660 tiles of
+#: 128 x 128 for 7,040 rows of 1,536 channels), few enough that a part's hidden activation is a small share of the
+#: workspace (0.6 rows of the stream for Wan 1.3B at 70,400 tokens).
+MAX_PART_TOKENS = 7168
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens ``start .. stop - 1`` of batch entry ``batch``, in equal shares of the blocks ``first .. last - 1``."""
+
+    batch: int
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def plan_parts(batch: int, block_len: int, blocks: Iterable[int], max_tokens: int = MAX_PART_TOKENS) -> list[Part]:
+    """Cuts the given blocks of a window into parts: several neighbouring blocks each, or one share of a large block.
+
+    A part never holds a piece of one block beside another block, since one modulation row is chosen for every block.
+    """
+    spans: list[tuple[int, int, int, int]] = []
+    for first, last in _runs(sorted(blocks)):
+        if block_len > max_tokens:
+            share = -(-block_len // -(-block_len // max_tokens))
+            for block in range(first, last):
+                stop = (block + 1) * block_len
+                spans += [(s, min(s + share, stop), block, block + 1) for s in range(block * block_len, stop, share)]
+        else:
+            step = max_tokens // block_len
+            for block in range(first, last, step):
+                end = min(block + step, last)
+                spans.append((block * block_len, end * block_len, block, end))
+    return [Part(b, *span) for b in range(batch) for span in spans]
+
+
+def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring indices as half-open ranges."""
+    start = 0
+    for i in range(1, len(blocks) + 1):
+        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
+            yield blocks[start], blocks[i - 1] + 1
+            start = i
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Named buffers, each as large as its largest use; :meth:`take` shapes one for a use."""
+
+    buffers: dict[str, Tensor] = field(repr=False)
+
+    @classmethod
+    def plan(
+        cls,
+        config: DiTConfig,
+        batch: int,
+        num_blocks: int,
+        block_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_tokens: int = MAX_PART_TOKENS,
+    ) -> Workspace:
+        """For windows of up to ``num_blocks`` blocks of ``block_len`` tokens."""
+        tokens = batch * num_blocks * block_len
+        parts = plan_parts(1, block_len, range(num_blocks), max_tokens)
+        part = max(part.stop - part.start for part in parts)
+        sizes = dict.fromkeys(("x", "n", "k", "v"), tokens * config.dim)
+        sizes |= {"a": part * config.dim, "b": part * config.dim, "hidden": part * max(config.ffn_dim, config.dim)}
+        return cls({name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The first elements of a buffer as a contiguous tensor of ``shape``."""
+        return self.buffers[name][: prod(shape)].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
