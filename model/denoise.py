@@ -121,29 +121,26 @@ class Denoiser:
         blocks: Sequence[int],
         slots: Sequence[int],
         mask: Sequence[float],
-        noisy: Sequence[bool] | None = None,
         remembered: Sequence[int] = (),
     ) -> None:
         """Makes a window the present one.
 
         Args:
             blocks: index in the clip of every block, in window order.
-            slots: where in ``latents`` each block is denoised; -1 for a given block.
+            slots: where in ``latents`` each block is denoised; -1 for a given block, which carries timestep 0.
             mask: value of each block's mask channels.
-            noisy: which blocks carry the step's timestep, the others carry 0; default those with a slot.
             remembered: blocks whose keys and values are computed here, at timestep 0 and without a view of the window,
                 and read by every step (the causal mode).
         """
-        noisy = [slot >= 0 for slot in slots] if noisy is None else noisy
-        self._key = (tuple(slots), tuple(mask), tuple(noisy), len(remembered))
+        self._key = (tuple(slots), tuple(mask), len(remembered))
         if self._key not in self._kinds:
             memory = self._new_memory(len(remembered)) if remembered else None
-            self._kinds[self._key] = self._new_kind(slots, mask, noisy, memory)
+            self._kinds[self._key] = self._new_kind(slots, mask, memory)
         kind = self._kinds[self._key]
         self._place(kind.tensors, blocks)
         if kind.memory is not None:
             count = len(remembered)
-            given = self._new_kind([-1] * count, [1.0] * count, [False] * count, None)
+            given = self._new_kind([-1] * count, [1.0] * count, None)
             self._place(given.tensors, remembered)
             self.dit.run(given.tensors, self.context, self.modulation, self.workspace, keep=kind.memory)
 
@@ -171,7 +168,6 @@ class Denoiser:
         self,
         slots: Sequence[int],
         mask: Sequence[float],
-        noisy: Sequence[bool],
         memory: tuple[KeyValue, ...] | None,
     ) -> _Kind:
         device = self.latents.device
@@ -179,7 +175,7 @@ class Denoiser:
         def index(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        flags = index([int(flag) for flag in noisy])
+        noisy = index([int(slot >= 0) for slot in slots])
         concatenates = self.dit.config.in_channels != self.latents.shape[1]
         window = WindowTensors(
             latents=self.latents,
@@ -187,11 +183,11 @@ class Denoiser:
             latent_index=index(slots),
             reference_index=index([0] * len(slots)),
             mask=torch.tensor(mask, dtype=torch.float32, device=device) if concatenates else None,
-            modulation_index=torch.zeros_like(flags),
+            modulation_index=torch.zeros_like(noisy),
             rope=self._rope(range(len(slots))),
             targets=tuple(i for i, slot in enumerate(slots) if slot >= 0),
         )
-        return _Kind(window, flags, torch.zeros(1, device=device), memory)
+        return _Kind(window, noisy, torch.zeros(1, device=device), memory)
 
     def _new_memory(self, num_blocks: int) -> tuple[KeyValue, ...]:
         shape = 1, num_blocks * self._grid[0] * self._grid[1], self.dit.config.dim

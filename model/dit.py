@@ -170,6 +170,9 @@ class WanDiT(nn.Module):
     def context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """Keys and values of all layers' cross-attention, which depend on text and image only: once for a clip.
 
+        They are kept for it: 2 * layers * L * dim elements, in 16 bits 94 MB for 512 tokens of text and Wan 1.3B and
+        419 MB for the 14B.
+
         Args:
             text: ``[B, L, text_dim]``; padded positions are zero vectors and are attended to, as in Wan.
             image: ``[B, 257, image_dim]``, for models with the CLIP branch only.

@@ -34,11 +34,6 @@ def flow_sigmas(num_steps: int, shift: float) -> list[float]:
     return [shift * s / (1 + (shift - 1) * s) for s in levels] + [0.0]
 
 
-def euler_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step from ``sigma`` to ``next_sigma``, in the dtype of ``x`` (float32 in the samplers)."""
-    return x + (next_sigma - sigma) * velocity.to(x.dtype)
-
-
 def block_noise(seed: int, stage: int, blocks: range | tuple[int, ...], shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise ``[1, C, len(blocks), h, w]`` on the CPU, each block from a generator of its own.
 
