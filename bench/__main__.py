@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import attention, compile, csg
+from bench import attention, compile, csg, dit
 from model.command import CommandParser, run_command
 
-BENCHMARKS = {"csg": csg, "attention": attention, "compile": compile}
+BENCHMARKS = {"csg": csg, "attention": attention, "dit": dit, "compile": compile}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from bench.attention_providers import QUICK_SHAPES, SHAPES, Provider, Shape, Una
 from bench.environment import capture
 from bench.files import write_text
 from bench.plot import plot_attention
+from bench.timing import Timer, cuda_timer, failure, make_folder, matmul_tflops, peak_of
 from model.command import pick_device
 from model.errors import InputError, require
 from model.measure import format_bytes, is_out_of_memory
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         return
     require("pynvml", "bench")
     folder = args.out or Path("out") / f"attention-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    result = run_shapes(shapes, providers(args.quick), device, _cuda_timer(args.milliseconds), folder)
+    result = run_shapes(shapes, providers(args.quick), device, cuda_timer(args.milliseconds), folder)
     print(f"\n{format_table(result)}\n")
     if args.json:
         print(json.dumps(result, indent=1))
@@ -102,10 +102,7 @@ def run_shapes(
     matmul_size: int = 8192,
 ) -> dict[str, Any]:
     """Measures every shape by every implementation; after each shape the folder holds what there is so far."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
+    make_folder(folder)
     result: dict[str, Any] = {"schema": SCHEMA, "environment": capture(device), "rows": []}
     result["matmul_tflops"] = matmul_tflops(device, timer, matmul_size)
     tqdm = require("tqdm", "bench").tqdm
@@ -117,26 +114,6 @@ def run_shapes(
     if any(row["status"] == "ok" for row in result["rows"]):
         plot_attention(result, folder / "attention.png")
     return result
-
-
-Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]
-
-
-def _cuda_timer(milliseconds: int) -> Timer:
-    """Median, 20th and 80th percentile in seconds; L2 is flushed before every call."""
-    from triton.testing import do_bench
-
-    def time(call: Callable[[], Any]) -> tuple[float, float, float]:
-        times = do_bench(call, warmup=milliseconds // 5, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
-        return times[0] / 1e3, times[1] / 1e3, times[2] / 1e3
-
-    return time
-
-
-def matmul_tflops(device: torch.device, timer: Timer, size: int = 8192) -> float:
-    """A square bf16 product on this machine, in TFLOP/s."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / timer(lambda: a @ b)[0] / 1e12
 
 
 def measure(
@@ -164,8 +141,7 @@ def measure(
         except Unavailable as reason:
             row |= {"status": "not available", "reason": str(reason)}
         except (RuntimeError, MemoryError) as error:
-            status = "out of memory" if is_out_of_memory(error) else "failed"
-            row |= {"status": status, "reason": (str(error) or type(error).__name__).splitlines()[0][:300]}
+            row |= failure(error)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         if row["status"] == "ok":
@@ -185,14 +161,8 @@ def _one(
     timer: Timer,
     device: torch.device,
 ) -> dict[str, Any]:
-    cuda = device.type == "cuda"
     provider.call(q, sources)  # compiles, and fills workspaces that stay
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else 0
-    out = provider.call(q, sources)
-    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+    out, peak = peak_of(lambda: provider.call(q, sources), device)
     error = ((out[:, checked].double() - expected).norm() / expected.norm()).item()
     del out
     found: dict[str, Any] = {"error": error, "peak_bytes": peak}

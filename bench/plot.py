@@ -51,27 +51,79 @@ def _plot(result: dict[str, Any], rows: list[dict[str, Any]], path: Path, label:
 def plot_attention(result: dict[str, Any], path: Path) -> Path:
     """Draws TFLOP/s of every implementation on every shape, with the matrix product's as a line."""
     rows = [row for row in result["rows"] if row["status"] == "ok"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    axes, figure = _axes((8.4, 0.22 * len(rows) + 0.2 * len(shapes) + 1.5))
-    line, ticks = 0.0, []
-    for shape in shapes:
-        mine = [row for row in rows if row["shape"] == shape]
-        ticks.append(line + (len(mine) - 1) / 2)
-        for row in mine:
-            colour = "#1f6fb2" if row["ours"] else "#b0b0b0" if row["exact"] else "#e0a020"
-            axes.barh(line, row["tflops"], 0.85, color=colour, alpha=0.75 if row["provider"] != names[0] else 1.0)
-            axes.text(row["tflops"], line, f" {row['provider']}", va="center", fontsize=7)
-            line += 1
-        line += 0.8
-    axes.set_yticks(ticks, shapes, fontsize=7)
-    axes.invert_yaxis()
+    axes, figure = _axes((8.4, _bars_height(rows, "shape")))
+    _bars(axes, rows, "shape", "tflops")
     axes.axvline(result["matmul_tflops"], color="#c0392b", linewidth=1, label="bf16 matrix product, same run")
     axes.set_xlim(0, 1.25 * max([result["matmul_tflops"], *(row["tflops"] for row in rows)]))
     axes.set_xlabel("TFLOP/s")
     axes.set_title(f"{result['environment']['device']}, attention in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
     return _save(figure, path)
+
+
+def plot_operators(result: dict[str, Any], path: Path) -> Path:
+    """Draws the fraction of the copy's bandwidth that every implementation of every operator reaches."""
+    rows = [
+        {**row, "group": f"{row['op']}\n{row['shape']}"}
+        for row in result["rows"]
+        if row["part"] == "op" and row["status"] == "ok"
+    ]
+    axes, figure = _axes((8.4, _bars_height(rows, "group")))
+    _bars(axes, rows, "group", "fraction_of_copy")
+    axes.axvline(1.0, color="#c0392b", linewidth=1, label="copy, same run")
+    axes.set_xlim(0, 1.25 * max([1.0, *(row["fraction_of_copy"] for row in rows)]))
+    axes.set_xlabel("least traffic over time, as a fraction of a copy's bandwidth")
+    axes.set_title(f"{result['environment']['device']}, operators of the DiT in bfloat16", fontsize=9)
+    axes.legend(frameon=False, fontsize=7)
+    return _save(figure, path)
+
+
+def plot_layers(result: dict[str, Any], path: Path) -> Path:
+    """Draws time and peak of activations of every implementation of a layer, side by side."""
+    rows = [
+        {
+            **row,
+            "group": f"{row['shape']}\ntimestep: {row['timesteps']}",
+            "milliseconds": row["seconds"] * 1e3,
+            "gib": row["peak_bytes"] / 2**30,
+        }
+        for row in result["rows"]
+        if row["part"] == "block" and row["status"] == "ok"
+    ]
+    figure = require("matplotlib.figure", "bench").Figure(
+        figsize=(10, _bars_height(rows, "group")), dpi=150, layout="constrained"
+    )
+    sides = zip(figure.subplots(1, 2, sharey=True), ("milliseconds", "gib"), strict=True)
+    for (axes, value), label in zip(sides, ("milliseconds", "activations, peak, GiB"), strict=True):
+        _bars(axes, rows, "group", value)
+        axes.set_xlim(0, 1.5 * max(1e-9, *(row[value] for row in rows)))
+        axes.set_xlabel(label)
+    # The axis is shared, and each half has turned it over.
+    axes.invert_yaxis()
+    figure.suptitle(f"{result['environment']['device']}, one layer of the DiT in bfloat16", fontsize=9)
+    return _save(figure, path)
+
+
+def _bars_height(rows: list[dict[str, Any]], group: str) -> float:
+    """Inches that :func:`_bars` needs."""
+    return 0.22 * len(rows) + 0.2 * len({row[group] for row in rows}) + 1.5
+
+
+def _bars(axes: Any, rows: list[dict[str, Any]], group: str, value: str) -> None:
+    """One bar a row, groups from top to bottom; ours in blue, the first of them darkest, inexact ones in yellow."""
+    first = next((row["provider"] for row in rows), None)
+    line, ticks = 0.0, {}
+    for name in dict.fromkeys(row[group] for row in rows):
+        mine = [row for row in rows if row[group] == name]
+        ticks[name] = line + (len(mine) - 1) / 2
+        for row in mine:
+            colour = "#1f6fb2" if row["ours"] else "#b0b0b0" if row.get("exact", True) else "#e0a020"
+            axes.barh(line, row[value], 0.85, color=colour, alpha=1.0 if row["provider"] == first else 0.75)
+            axes.text(row[value], line, f" {row['provider']}", va="center", fontsize=7)
+            line += 1
+        line += 0.8
+    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
+    axes.invert_yaxis()
 
 
 def plot_plan(plan: SegmentPlan, path: Path) -> Path:

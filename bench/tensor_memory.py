@@ -1,4 +1,4 @@
-"""Live bytes of tensors on the CPU, where torch's allocator keeps no count.
+"""Live bytes of tensors on the CPU, where torch's allocator keeps no count, and of ``meta`` tensors, which hold none.
 
 A dispatch mode sees the result of every operator and follows the life of its storage. What it cannot see are buffers
 that an operator allocates and frees inside itself (a convolution's workspace, for example).
@@ -39,7 +39,7 @@ class TensorMemory(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if storage.device.type != "cpu" or key in self._sizes:
+        if storage.device.type not in ("cpu", "meta") or key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
         self.live += self._sizes[key]

@@ -101,6 +101,53 @@ class DiTBlock(nn.Module):
         self,
         x: Tensor,
         n: Tensor,
+        kept: KeyValue,
+        memory: KeyValue | None,
+        context: Sequence[KeyValue],
+        rope: Rope3D,
+        modulation: Tensor,
+        following: Tensor | None,
+        block_map: Tensor,
+        parts: Sequence[Part],
+        workspace: Workspace,
+    ) -> None:
+        """The given parts of a window through the layer, in place.
+
+        Args:
+            x: the window's residual stream ``[B, L, C]``; updated in its parts.
+            n: its norm for this layer, ``[B, L, C]``; overwritten in its parts with that for the next.
+            kept: where all tokens' keys and values go, ``[B, L, C]``.
+            memory: further keys and values ``[B, L', H, D]`` that self-attention reads.
+            context: keys and values of cross-attention, each with a softmax of its own.
+            rope: tables of the window.
+            modulation: ``[B, R, 6, C]``; ``following``: the next layer's, or None after the last.
+            block_map: row of the modulation for each block.
+            parts: tokens to compute (the keys and values are those of all).
+            workspace: buffers ``a``, ``b`` and ``hidden``.
+        """
+        own = self.attn1.keys_values(n, rope, *kept)
+        for part in parts:
+            batch = slice(part.batch, part.batch + 1)
+            sources, groups = (
+                [(k[batch], v[batch]) for k, v in pairs]
+                for pairs in ([own] if memory is None else [memory, own], context)
+            )
+            self.part(
+                *(y[batch, part.start : part.stop] for y in (x, n)),
+                sources,
+                [[pair] for pair in groups],
+                rope,
+                part.start,
+                modulation[batch],
+                None if following is None else following[batch],
+                block_map[part.first : part.last],
+                workspace,
+            )
+
+    def part(
+        self,
+        x: Tensor,
+        n: Tensor,
         sources: Sequence[KeyValue],
         context: Sequence[Sequence[KeyValue]],
         rope: Rope3D,
@@ -110,18 +157,7 @@ class DiTBlock(nn.Module):
         block_map: Tensor,
         workspace: Workspace,
     ) -> None:
-        """One part of the window through the layer; its residual stream crosses memory at the three updates only.
-
-        Args:
-            x: the part's residual stream ``[1, m, C]``, updated in place.
-            n: its norm for this layer, ``[1, m, C]``; overwritten with that for the next.
-            sources: keys and values that self-attention reads.
-            context: groups of keys and values for cross-attention.
-            rope: tables of the window; the part begins at its token ``start``.
-            modulation: ``[1, R, 6, C]``; ``following``: the next layer's, or None after the last.
-            block_map: row of the modulation for each of the part's blocks.
-            workspace: buffers ``a``, ``b`` and ``hidden``.
-        """
+        """The tokens ``[1, m, C]`` from the window's ``start`` on; the stream crosses memory at three updates only."""
         _, _, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
         rows = {"block_map": block_map, "eps": self.eps}
         update = self.attn1.attend(n, [sources], rope, start, workspace)
@@ -251,23 +287,21 @@ class WanDiT(nn.Module):
         parts = plan_parts(batch, block_len, range(num_blocks))
         wanted = plan_parts(batch, block_len, window.targets)
         for i, block in enumerate(self.blocks):
-            k, v = keep[i] if keep is not None else (workspace.take("k", *shape), workspace.take("v", *shape))
-            k, v = block.attn1.keys_values(n, window.rope, k, v)
             last = i + 1 == config.num_layers
-            following = None if last else modulation.layers[i + 1]
-            # Nothing reads what the last layer makes of blocks that are not to be predicted.
-            for part in wanted if last else parts:
-                block(
-                    *(y[part.batch : part.batch + 1, part.start : part.stop] for y in (x, n)),
-                    _of(part, [(k, v)] if memory is None else [memory[i], (k, v)]),
-                    [_of(part, [pairs[i]]) for pairs in context if pairs is not None],
-                    window.rope,
-                    part.start,
-                    modulation.layers[i, part.batch : part.batch + 1],
-                    None if following is None else following[part.batch : part.batch + 1],
-                    rows[part.first : part.last],
-                    workspace,
-                )
+            block(
+                x,
+                n,
+                keep[i] if keep is not None else (workspace.take("k", *shape), workspace.take("v", *shape)),
+                None if memory is None else memory[i],
+                [pairs[i] for pairs in context if pairs is not None],
+                window.rope,
+                modulation.layers[i],
+                None if last else modulation.layers[i + 1],
+                rows,
+                # Nothing reads what the last layer makes of blocks that are not to be predicted.
+                wanted if last else parts,
+                workspace,
+            )
         if out is not None:
             shift, scale = modulation.head.unbind(2)
             project_step(
@@ -387,8 +421,3 @@ class WanDiT(nn.Module):
             raise ValueError(f"image: expected {wanted}, got {None if image is None else tuple(image.shape)}")
         if image is not None and (image.ndim != 3 or image.shape[2] != config.image_dim):
             raise ValueError(f"image: expected [B, 257, {config.image_dim}], got {tuple(image.shape)}")
-
-
-def _of(part: Part, pairs: Sequence[KeyValue]) -> list[KeyValue]:
-    """Keys and values of the part's batch entry."""
-    return [(k[part.batch : part.batch + 1], v[part.batch : part.batch + 1]) for k, v in pairs]

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from model.config import DiTConfig
 
-#: Tokens of a part, at most. 7,168 rows are 56 tiles of 128: enough for matrix products to fill a GPU (660 tiles of
-#: 128 x 128 for 7,040 rows of 1,536 channels), few enough that a part's hidden activation is a small share of the
-#: workspace (0.6 rows of the stream for Wan 1.3B at 70,400 tokens).
-MAX_PART_TOKENS = 7168
+#: Tokens of a part, at most: 22 tiles of 128 rows, a fifth of a block at 2560x1408. So many rows still fill a GPU with
+#: matrix products (264 tiles of 128 x 128 for 1,536 channels, two for each of the 132 multiprocessors of an H200; not
+#: yet tuned on hardware), and the hidden activation of Wan 1.3B at 70,400 tokens is a quarter row of the stream.
+MAX_PART_TOKENS = 2816
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ q and k are usually slices of a fused projection's output [B, L, 3*H*D]: they ar
 written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
 tabled per axis, never as a full [L, D]; the norm is float32 and rounded once, the rotation float32 and rounded once.
 
-Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch, with its float32 intermediates
-and stacks, moves about 30. FLOPs: about 10 an element. Not yet timed on hardware.
+Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its float32
+products and strided copies, moves 35. FLOPs: about 10 an element. Not yet timed on hardware.
 """
 
 from __future__ import annotations

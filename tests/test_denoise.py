@@ -32,10 +32,10 @@ def test_parts_cover_the_wanted_blocks_once_and_hold_whole_shares(batch, block_l
 
 
 def test_parts_at_the_real_sizes():
-    """10 of 7,040 tokens for the 2K window of Wan 1.3B; two blocks each for the 5B; eight for Stage I at 640x352."""
-    assert {p.stop - p.start for p in plan_parts(1, 14080, range(5))} == {7040}
-    assert [p.last - p.first for p in plan_parts(1, 3520, range(5))] == [2, 2, 1]
-    assert [p.last - p.first for p in plan_parts(1, 880, range(21))] == [8, 8, 5]
+    """25 for the 2K window of Wan 1.3B, five a block; two a block for the 5B; three blocks each at 640x352."""
+    assert [p.stop - p.start for p in plan_parts(1, 14080, range(5))] == [2816] * 25
+    assert [p.stop - p.start for p in plan_parts(1, 3520, range(5))] == [1760] * 10
+    assert [p.last - p.first for p in plan_parts(1, 880, range(21))] == [3] * 7
     assert plan_parts(1, 14080, ()) == []
 
 
@@ -44,8 +44,7 @@ def test_workspace_by_hand(size):
     """4 rows of the stream for every token; for a part two more and the hidden activation."""
     config = WAN[size]
     workspace = Workspace.plan(config, 1, 5, 14080, dtype=torch.bfloat16, device="meta")
-    tokens, part = 5 * 14080, 7040
-    assert part <= MAX_PART_TOKENS
+    tokens, part = 5 * 14080, MAX_PART_TOKENS
     assert workspace.nbytes == 2 * (4 * tokens * config.dim + part * (2 * config.dim + config.ffn_dim))
     x = workspace.take("x", 1, 4 * 14080, config.dim)
     assert x.shape == (1, 56320, config.dim)
@@ -66,10 +65,10 @@ def peak_bytes(call):
 
 
 def test_half_the_activation_memory_of_diffusers_block():
-    """A block of Wan's proportions in float32, in rows of the residual stream beyond the one that comes in.
+    """A block of Wan's proportions in float32, in rows of the residual stream, the one that comes in included.
 
-    diffusers holds a new stream, its norm and the hidden activation, which its GELU needs twice. What the 2K window
-    needs beyond its stream is n, k, v and one part in ten: 3.8 rows.
+    diffusers holds two streams, a norm and the hidden activation, which its GELU needs twice. What the 2K window needs
+    is the stream, n, k, v and one part in 25: 4.3 rows. ``python -m bench dit`` counts and measures the same.
     """
     dim, ffn, length = 96, 560, 1500
     block = WanTransformerBlock(dim, ffn, 4, cross_attn_norm=True).eval()
@@ -77,13 +76,14 @@ def test_half_the_activation_memory_of_diffusers_block():
     rope = tuple(torch.randn(1, length, 1, 24) for _ in range(2))
     with torch.no_grad():
         block(x, text, table, rope)
-        rows = peak_bytes(lambda: block(x, text, table, rope)) / x.nbytes
-    assert rows > 2 + 2 * 5.8
+        rows = 1 + peak_bytes(lambda: block(x, text, table, rope)) / x.nbytes
+    assert rows > 3 + 2 * 5.8
     config = WAN["1.3B"]
     workspace = Workspace.plan(config, 1, 5, 14080, dtype=torch.bfloat16, device="meta")
-    ours = workspace.nbytes / (2 * 70400 * config.dim) - 1
-    assert ours == pytest.approx(3.783, abs=1e-3)
-    assert ours < 0.5 * (2 + config.ffn_dim / config.dim)  # also where a compiler makes the GELU in place
+    ours = workspace.nbytes / (2 * 70400 * config.dim)
+    assert ours == pytest.approx(4.313, abs=1e-3)
+    compiled = 3 + config.ffn_dim / config.dim  # where a compiler makes the GELU in place
+    assert ours < 0.49 * compiled
     assert ours < 0.3 * rows
 
 
