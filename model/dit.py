@@ -267,7 +267,12 @@ class WanDiT(nn.Module):
                 (``window.latents`` itself: an Euler step of ``step = next_sigma - sigma``).
             memory: keys and values per layer ``[B, L', H, D]`` of other blocks, which every block here also attends to.
             keep: per layer a pair ``[B, L, C]`` that this window's keys and values are written to.
+
+        Raises:
+            RuntimeError: the weights ask for gradients, which an update in place cannot give.
         """
+        if torch.is_grad_enabled() and self.proj_out.weight.requires_grad:
+            raise RuntimeError("WanDiT is for inference: call it under torch.no_grad(), or requires_grad_(False) it")
         config, batch = self.config, window.latents.shape[0]
         num_blocks, block_len = window.latent_index.shape[0], self._block_len(window)
         shape = batch, num_blocks * block_len, config.dim

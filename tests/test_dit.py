@@ -103,6 +103,15 @@ def test_bfloat16_keeps_small_parameters_in_float32_and_stays_near_float32(tmp_p
     assert relative_error(result, ours(latents, timestep, text)) < BFLOAT16_MODEL
 
 
+def test_weights_that_ask_for_gradients_are_refused_by_name(tiny_dit):
+    arguments = torch.randn(1, 12, 1, 4, 6), torch.tensor([500.0]), torch.randn(1, 7, 16)
+    tiny_dit.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"WanDiT is for inference: call it under torch.no_grad\(\)"):
+        tiny_dit(*arguments)
+    with torch.no_grad():
+        assert tiny_dit(*arguments).shape == (1, 4, 1, 4, 6)
+
+
 def test_compiles_as_one_graph(tiny_dit):
     arguments = torch.randn(1, 12, 3, 4, 6), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 7, 16)
     compiled = torch.compile(tiny_dit, fullgraph=True, backend="aot_eager")
