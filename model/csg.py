@@ -186,13 +186,15 @@ def _segments(
     windows = list(plan)
     slots = max(len(window.noisy) for window in windows)
     latents = reference.new_empty(1, z, slots, height, width)
+    # The causal mode runs conditioning and noisy blocks in passes of their own.
+    passes = [(w.conditioning, w.noisy) if mode == "causal" else (w.blocks,) for w in windows]
     denoiser = Denoiser(
         dit,
         *context,
         latents=latents,
         reference=reference,
         sigmas=sigmas,
-        max_blocks=max(len(window.blocks) for window in windows),
+        max_blocks=max(len(blocks) for window in passes for blocks in window),
         cuda_graph=cuda_graph,
     )
     for segment, window in enumerate(windows, start=1):
