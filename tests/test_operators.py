@@ -249,3 +249,35 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
         norm_rope(q, weight, rope._replace(h=rope.h.double()), 2)
     with pytest.raises(ValueError, match="head_dim"):
         rope_3d(range(2), 2, 2, 7)
+
+
+ALONE = {
+    "norm_modulate": (norm_modulate, lambda: (torch.randn(1, 12, 96)[:, ::2], *torch.randn(2, 1, 3, 96))),
+    "norm_modulate, one token": (norm_modulate, lambda: (torch.randn(1, 1, 96),)),
+    "gated_residual": (gated_residual, lambda: (*torch.randn(2, 1, 6, 96), torch.randn(1, 2, 96))),
+    "gated_residual_norm_modulate": (gated_residual_norm_modulate, lambda: tuple(torch.randn(2, 1, 6, 96))),
+    "qk_norm_rope": (
+        qk_norm_rope,
+        lambda: (*torch.randn(1, 6, 288).chunk(3, 2)[:2], *torch.rand(2, 96), rope_3d([5, 2], 1, 3, 24), 4),
+    ),
+    "norm_rope": (norm_rope, lambda: (torch.randn(1, 6, 96), torch.rand(96), rope_3d([5, 2], 1, 3, 24), 4)),
+    "linear_gelu": (linear_gelu, lambda: (torch.randn(2, 3, 96), torch.randn(64, 96), torch.randn(64))),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_operator_compiles_alone_in_a_foreign_module(name):
+    """On the PyTorch path; tests/interpreter does the same on the kernels."""
+    operator, make = ALONE[name]
+
+    class Foreign(torch.nn.Module):
+        def forward(self, x, *rest):
+            return operator(x * 2, *rest)
+
+    arguments = make()
+    expected = Foreign()(*arguments)
+    torch.compiler.reset()
+    actual = torch.compile(Foreign(), fullgraph=True, backend="aot_eager")(*arguments)
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+    for a, e in pairs:
+        assert relative_error(a, e) < OPERATOR["float32"]
