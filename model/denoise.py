@@ -129,9 +129,12 @@ class Denoiser:
             blocks: index in the clip of every block, in window order.
             slots: where in ``latents`` each block is denoised; -1 for a given block, which carries timestep 0.
             mask: value of each block's mask channels.
-            remembered: blocks whose keys and values are computed here, at timestep 0 and without a view of the window,
-                and read by every step (the causal mode).
+            remembered: given blocks whose keys and values are computed here, at timestep 0 and without a view of the
+                window, and read by every step (the causal mode).
         """
+        if not len(blocks) == len(slots) == len(mask) > 0:
+            given = f"{len(blocks)}, {len(slots)} and {len(mask)}"
+            raise ValueError(f"blocks, slots, mask: expected one entry a block each, got {given}")
         self._key = (tuple(slots), tuple(mask), len(remembered))
         if self._key not in self._kinds:
             memory = self._new_memory(len(remembered)) if remembered else None
@@ -145,7 +148,15 @@ class Denoiser:
             self.dit.run(given.tensors, self.context, self.modulation, self.workspace, keep=kind.memory)
 
     def step(self, i: int) -> None:
-        """Step ``i`` of the schedule on the present window: updates its blocks in ``latents``."""
+        """Step ``i`` of the schedule on the present window: updates its blocks in ``latents``.
+
+        Raises:
+            ValueError: no window is open, or the schedule has no such step.
+        """
+        if self._key is None:
+            raise ValueError("step: expected a window; call open() first")
+        if not 0 <= i < len(self._deltas):
+            raise ValueError(f"i: expected 0..{len(self._deltas) - 1}, got {i}")
         kind = self._kinds[self._key]
         torch.mul(kind.noisy, i + 1, out=kind.tensors.modulation_index)
         kind.step.fill_(self._deltas[i])

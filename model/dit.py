@@ -223,6 +223,9 @@ class WanDiT(nn.Module):
             image = embedder.image_embedder(image.to(self.dtype))
             if not self.config.added_kv:
                 text, image = torch.cat((image, text), dim=1), None
+            elif image.shape[0] != text.shape[0]:
+                given = f"{image.shape[0]} for {text.shape[0]} of text"
+                raise ValueError(f"image: expected as many batch entries as text, got {given}")
         texts = [block.attn2.context(text) for block in self.blocks]
         return Context(
             texts, None if image is None else [block.attn2.context(image, added=True) for block in self.blocks]
@@ -237,7 +240,7 @@ class WanDiT(nn.Module):
         return Modulation(tables.to(wide) + rows.to(wide), head)
 
     def workspace(self, window: WindowTensors) -> Workspace:
-        """A workspace for :meth:`run` on ``window`` and on all that are no larger."""
+        """A workspace for :meth:`run` on ``window`` and on all with blocks of the same size and no more of them."""
         batch, num_blocks = window.latents.shape[0], window.latent_index.shape[0]
         return Workspace.plan(
             self.config, batch, num_blocks, self._block_len(window), dtype=self.dtype, device=window.latents.device
@@ -336,7 +339,7 @@ class WanDiT(nn.Module):
         """Predicts the velocity ``noise - x_0``.
 
         Args:
-            latents: ``[B, C_in, T, h, w]``; h and w are multiples of the patch.
+            latents: ``[B, C_in, T, h, w]``, w contiguous; h and w are multiples of the patch.
             timestep: 0..1000, ``[B]`` or per block ``[B, T]``.
             text, image: as for :meth:`context`.
             block_index: index in the clip of each of the T blocks; default ``0 .. T-1``.
@@ -388,7 +391,7 @@ class WanDiT(nn.Module):
     ) -> tuple[WindowTensors, Modulation]:
         """All channels in one tensor, every block at its own place."""
         config, patch = self.config, self.config.patch_size
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+        if latents.ndim != 5 or latents.shape[1] != config.in_channels or latents.shape[2] < 1:
             raise ValueError(f"latents: expected [B, {config.in_channels}, T, h, w], got {tuple(latents.shape)}")
         batch, _, num_blocks, height, width = latents.shape
         if height % patch[1] or width % patch[2]:

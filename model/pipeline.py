@@ -109,9 +109,10 @@ def make_motion(
         ``[1, z, num_blocks, h, w]`` float32.
     """
     z, stride = vae.config.z_dim, vae.config.temporal_stride
-    for model in (dit, low_noise_dit):
-        if model is not None:
-            check_channels(model.config, z)
+    check_channels(dit.config, z)
+    if low_noise_dit is not None and low_noise_dit.config.in_channels != dit.config.in_channels:
+        given = low_noise_dit.config.in_channels, dit.config.in_channels
+        raise InputError(f"low_noise_dit: both experts must take the same channels, got {given[0]} and {given[1]}")
     replaces_first = dit.config.in_channels == z
     if replaces_first:
         condition = vae.encode(picture).float().expand(-1, -1, num_blocks, -1, -1)
@@ -128,7 +129,8 @@ def make_motion(
     }
     high = low = Denoiser(dit, text, image, **shared)
     if low_noise_dit is not None:
-        low = Denoiser(low_noise_dit, text, image, workspace=high.workspace, **shared)
+        same = (low_noise_dit.config, low_noise_dit.dtype) == (dit.config, dit.dtype)
+        low = Denoiser(low_noise_dit, text, image, workspace=high.workspace if same else None, **shared)
     for denoiser in dict.fromkeys((high, low)):
         slots = list(range(num_blocks))
         if replaces_first:

@@ -90,7 +90,16 @@ class Workspace:
         return cls({name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The first elements of a buffer as a contiguous tensor of ``shape``."""
+        """The first elements of a buffer as a contiguous tensor of ``shape``.
+
+        Raises:
+            ValueError: the workspace was planned for less.
+        """
+        if prod(shape) > self.buffers[name].numel():
+            held = self.buffers[name].numel()
+            raise ValueError(
+                f"workspace: {name} holds {held:,} elements and {list(shape)} are needed; plan a larger one"
+            )
         return self.buffers[name][: prod(shape)].view(shape)
 
     @property

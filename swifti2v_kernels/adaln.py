@@ -37,14 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.checks import check_index, overlapping, same_view, self_overlapping
+from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
 from swifti2v_kernels.common.target import device_obstacle, on_device
 
 NORMS = ("layer", "rms")
-#: A row is held in registers, 8 channels a thread.
+#: A row is held in registers.
 MAX_CHANNELS = 8192
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
@@ -85,8 +86,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
-    """[B, T, 1, C], in float32 at least."""
-    return _wide(modulation if block_map is None else modulation[:, block_map]).unsqueeze(2)
+    """[B, T, 1, C], in float32 at least; NaN for a row that is not there."""
+    if block_map is None:
+        return _wide(modulation).unsqueeze(2)
+    rows = block_map.clamp(0, modulation.shape[1] - 1)
+    missing = (block_map != rows).view(1, -1, 1)
+    return _wide(modulation[:, rows]).masked_fill(missing, float("nan")).unsqueeze(2)
 
 
 @torch.library.custom_op(
@@ -111,7 +116,8 @@ def _adaln_op(
     x_out: Tensor | None,
     y_out: Tensor | None,
 ) -> None:
-    _check_outputs(x_out, y_out, {"x": x, "update": update})
+    parameters = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map}
+    _check_outputs(x_out, y_out, x, update, parameters)
     if x.numel():
         from swifti2v_kernels.adaln_kernel import LAYER, RMS, launch_adaln
 
@@ -159,7 +165,7 @@ def norm_modulate(
         weight, bias: affine parameters ``[C]`` of the norm.
         norm: ``layer`` or ``rms``.
         eps: added to the variance (or mean square).
-        out: where to write, shaped as ``x``; ``x`` itself is allowed.
+        out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input.
         inplace: overwrite ``x``; the same as ``out=x``.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
@@ -177,10 +183,14 @@ def norm_modulate(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
+    if inplace and out is not None:
+        raise ValueError("out: expected None with inplace, which writes to x")
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
     chosen, _ = _prepare(x=x, out=out, backend=backend, **arguments)
     target = x if inplace else out
     if chosen == "torch":
+        if not torch.compiler.is_compiling():
+            _check_outputs(None, target, x, None, arguments)
         return _into(target, norm_modulate_reference(x, eps=eps, **arguments))
     target = _like(x) if target is None else target
     _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, target)
@@ -221,6 +231,8 @@ def gated_residual(
     """
     chosen, _ = _prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
     if chosen == "torch":
+        if inplace and not torch.compiler.is_compiling():
+            _check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
         return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
     target = x if inplace else _like(x)
     _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None)
@@ -250,7 +262,7 @@ def gated_residual_norm_modulate(
         x, update: tokens ``[B, L, C]``, of one dtype.
         gate: ``[B, R, C]``; None for a plain sum.
         shift, scale, block_map, weight, bias, norm, eps: as for :func:`norm_modulate`.
-        out: where to write ``y``; ``update`` itself is allowed.
+        out: where to write ``y``: ``update`` itself, or memory that overlaps no input.
         inplace: overwrite ``x`` with ``x'``.
         backend: ``auto``, ``torch`` or ``triton``.
 
@@ -270,6 +282,8 @@ def gated_residual_norm_modulate(
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
     chosen, _ = _prepare(x=x, update=update, gate=gate, out=out, backend=backend, **arguments)
     if chosen == "torch":
+        if not torch.compiler.is_compiling():
+            _check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
         x_new = gated_residual_reference(x, update, gate, block_map)
         y = norm_modulate_reference(x_new, eps=eps, **arguments)
         return _into(x if inplace else None, x_new), _into(out, y)
@@ -284,6 +298,17 @@ def _like(x: Tensor) -> Tensor:
 
 def _into(target: Tensor | None, result: Tensor) -> Tensor:
     return result if target is None else target.copy_(result)
+
+
+def _check_outputs(
+    x_out: Tensor | None, y_out: Tensor | None, x: Tensor, update: Tensor | None, parameters: Mapping[str, Any]
+) -> None:
+    """A program reads all of its row of x and update before it writes, but others read the parameters meanwhile."""
+    parameters = {name: p for name, p in parameters.items() if isinstance(p, Tensor)}
+    targets = {"x": x_out, "out": y_out}
+    if x_out is None and y_out is not None and same_view(y_out, x):
+        targets = {"x": y_out}
+    check_targets(targets, {"x": x, "update": update, **parameters}, ("x", "update"))
 
 
 def _prepare(
@@ -312,11 +337,13 @@ def _prepare(
     if (shift is None) != (scale is None):
         raise ValueError("shift, scale: expected both or neither")
     for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and not isinstance(parameter, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(parameter).__name__}")
         if parameter is not None and (parameter.shape != x.shape[2:] or not parameter.is_contiguous()):
             raise ValueError(f"{name}: expected [{x.shape[2]}], contiguous, got {list(parameter.shape)}")
     modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
     _check_modulations(modulations, block_map, x)
-    tensors = [t for t in (x, update, gate, shift, scale, weight, bias) if t is not None]
+    tensors = [t for t in (x, update, gate, shift, scale, weight, bias, out) if t is not None]
     return pick_backend(backend, _obstacle(tensors))
 
 
@@ -337,6 +364,8 @@ def _check_modulations(modulations: Mapping[str, Tensor], block_map: Tensor | No
     batch, length, width = x.shape
     wanted: tuple[int | str, ...] = (batch, "R", width)
     for name, m in modulations.items():
+        if not isinstance(m, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(m).__name__}")
         fits = m.ndim == 3 and m.shape[1] > 0 and all(w in (n, "R") for w, n in zip(wanted, m.shape, strict=True))
         if not fits or m.device != x.device:
             shape = ", ".join(map(str, wanted))
@@ -360,25 +389,11 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
     x = tensors[0]
     if (reason := device_obstacle(x.device)) is not None:
         return reason
-    if any(t.dtype == torch.float64 for t in tensors) or not x.dtype.is_floating_point:
+    if any(t.dtype not in KERNEL_DTYPES for t in tensors):
         return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
     if x.shape[2] > MAX_CHANNELS:
         return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
     return None
-
-
-def _check_outputs(x_out: Tensor | None, y_out: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
-    """A program reads all of its row before it writes, so an output may be an input, but not lie across one."""
-    for label, target in (("x", x_out), ("out", y_out)):
-        if target is None:
-            continue
-        if self_overlapping(target):
-            raise ValueError(f"{label}: expected distinct elements to write to, got strides {target.stride()}")
-        for name, x in inputs.items():
-            if x is not None and not same_view(target, x) and overlapping(target, x):
-                raise ValueError(f"{label}: expected {name} itself or memory of its own, but it overlaps {name}")
-    if x_out is not None and y_out is not None and overlapping(x_out, y_out):
-        raise ValueError("out: expected memory of its own, but it overlaps x")
 
 
 def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, itemsize: int = 2) -> Cost:

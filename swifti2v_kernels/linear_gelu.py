@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.cost import Cost
 from swifti2v_kernels.common.dispatch import Choice, explained_by
 
@@ -54,13 +55,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
         x: ``[..., K]``.
         weight: ``[N, K]``, as in ``torch.nn.Linear``.
         bias: ``[N]``.
-        out: where to write, ``[..., N]`` contiguous.
+        out: where to write, ``[..., N]`` contiguous; overlaps no input.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (``out`` if given).
 
     Raises:
-        ValueError: a shape, dtype or layout does not fit; the message names the argument.
+        TypeError, ValueError: a type, shape, dtype or layout does not fit; the message names the argument.
 
     Example:
         >>> linear_gelu(torch.randn(1, 30, 96), torch.randn(256, 96), torch.randn(256)).shape
@@ -69,6 +70,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     Source: feed-forward of Wan (diffusers ``FeedForward`` with ``gelu-approximate``).
     """
     chosen = _choose(x=x, weight=weight, bias=bias, out=out)
+    if out is not None and not torch.compiler.is_compiling():
+        check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias}, ())
     if chosen.implementation == "reference":
         y = linear_gelu_reference(x, weight, bias)
         return y if out is None else out.copy_(y)
@@ -84,6 +87,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected [..., {weight.shape[-1]}] for weight {list(weight.shape)}, got {list(x.shape)}")
     if bias.shape != weight.shape[:1]:

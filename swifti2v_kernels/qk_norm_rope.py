@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.checks import overlapping, same_view, self_overlapping
+from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
 from swifti2v_kernels.common.target import device_obstacle, on_device
@@ -157,14 +157,7 @@ def _norm_rope_op(
     q_out: Tensor,
     k_out: Tensor | None,
 ) -> None:
-    targets = {"q": q_out} if k_out is None else {"q": q_out, "k": k_out}
-    for label, target in targets.items():
-        if self_overlapping(target):
-            raise ValueError(f"{label}: expected distinct elements to write to, got strides {target.stride()}")
-        for name, x in (("q", q), ("k", k)):
-            # A program reads its whole token before it writes it, so in place is safe, and nothing else is.
-            if x is not None and overlapping(target, x) and not (label == name and same_view(target, x)):
-                raise ValueError(f"{label}: expected memory of its own to write to, but it overlaps {name}")
+    _check_outputs(q, k, q_weight, k_weight, rope, q_out, k_out)
     if q.numel() or (k is not None and k.numel()):
         from swifti2v_kernels.qk_norm_rope_kernel import launch_norm_rope
 
@@ -180,20 +173,35 @@ def _(q, k, q_weight, k_weight, rope, num_heads, start, eps, interleaved, q_out,
     return None
 
 
-def _choose(backend: str, tensors: Sequence[Tensor]) -> Choice:
-    chosen, reason = pick_backend(backend, _obstacle(tensors))
+def _check_outputs(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    rope: Sequence[Tensor],
+    q_out: Tensor,
+    k_out: Tensor | None,
+) -> None:
+    """A program reads its whole token before it writes it, so in place is safe; others read weights and tables."""
+    tables = {f"rope.{axis}": table for axis, table in zip("thw", rope, strict=False)}
+    parameters = {"q_weight": q_weight, "k_weight": k_weight, **tables}
+    check_targets({"q": q_out}, {"q": q, "k": k, **parameters}, ("q",))
+    check_targets({"k": k_out}, {"k": k, "q": q, **parameters}, ("k",))
+
+
+def _choose(backend: str, tensors: Sequence[Tensor], num_heads: int) -> Choice:
+    chosen, reason = pick_backend(backend, _obstacle(tensors, num_heads))
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
 def _choose_pair(*, q, k, q_weight, k_weight, rope, num_heads, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
-    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
-    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
-    return _choose(backend, (q, k, q_weight, k_weight))
+    _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
+    return _choose(backend, (q, k, q_weight, k_weight), num_heads)
 
 
 def _choose_one(*, x, weight, rope, num_heads, start, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
     _check("x", x, weight, rope, num_heads, start, layout, whole=False)
-    return _choose(backend, (x, weight))
+    return _choose(backend, (x, weight), num_heads)
 
 
 @explained_by(_choose_pair)
@@ -238,25 +246,16 @@ def qk_norm_rope(
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
-    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
-    if (q.shape[0], q.shape[2], q.dtype, q.device) != (k.shape[0], k.shape[2], k.dtype, k.device):
-        raise ValueError(
-            f"k: expected [{q.shape[0]}, L, {q.shape[2]}] {q.dtype} on {q.device} as q,"
-            f" got {list(k.shape)} {k.dtype} on {k.device}"
-        )
-    if q_weight.shape != k_weight.shape or q_weight.dtype != k_weight.dtype:
-        raise ValueError(
-            f"k_weight: expected {list(q_weight.shape)} {q_weight.dtype} as q_weight,"
-            f" got {list(k_weight.shape)} {k_weight.dtype}"
-        )
-    if _choose(backend, (q, k, q_weight, k_weight)).backend == "torch":
-        results = (
+    _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
+    tables = [] if rope is None else list(rope)
+    if _choose(backend, (q, k, q_weight, k_weight), num_heads).backend == "torch":
+        if inplace and not torch.compiler.is_compiling():
+            _check_outputs(q, k, q_weight, k_weight, tables, q, k)
+        results = [
             norm_rope_reference(x, w, rope, num_heads, 0, eps, layout) for x, w in ((q, q_weight), (k, k_weight))
-        )
+        ]
         return tuple(_into(x if inplace else None, y) for x, y in zip((q, k), results, strict=True))  # type: ignore[return-value]
     q_out, k_out = (x if inplace else x.new_empty(x.shape) for x in (q, k))
-    tables = [] if rope is None else list(rope)
     _norm_rope_op(q, k, q_weight, k_weight, tables, num_heads, 0, eps, layout == "interleaved", q_out, k_out)
     return q_out.unflatten(2, (num_heads, -1)), k_out.unflatten(2, (num_heads, -1))
 
@@ -298,16 +297,35 @@ def norm_rope(
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
     _check("x", x, weight, rope, num_heads, start, layout, whole=False)
-    if _choose(backend, (x, weight)).backend == "torch":
+    tables = [] if rope is None else list(rope)
+    if _choose(backend, (x, weight), num_heads).backend == "torch":
+        if inplace and not torch.compiler.is_compiling():
+            _check_outputs(x, None, weight, None, tables, x, None)
         return _into(x if inplace else None, norm_rope_reference(x, weight, rope, num_heads, start, eps, layout))
     out = x if inplace else x.new_empty(x.shape)
-    tables = [] if rope is None else list(rope)
     _norm_rope_op(x, None, weight, None, tables, num_heads, start, eps, layout == "interleaved", out, None)
     return out.unflatten(2, (num_heads, -1))
 
 
 def _into(target: Tensor | None, result: Tensor) -> Tensor:
     return result if target is None else target.copy_(result.flatten(2)).unflatten(2, result.shape[2:])
+
+
+def _check_pair(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope3D | None, num_heads: int, layout: str
+) -> None:
+    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
+    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
+    if (q.shape[0], q.shape[2], q.dtype, q.device) != (k.shape[0], k.shape[2], k.dtype, k.device):
+        raise ValueError(
+            f"k: expected [{q.shape[0]}, L, {q.shape[2]}] {q.dtype} on {q.device} as q,"
+            f" got {list(k.shape)} {k.dtype} on {k.device}"
+        )
+    if q_weight.shape != k_weight.shape or q_weight.dtype != k_weight.dtype:
+        raise ValueError(
+            f"k_weight: expected {list(q_weight.shape)} {q_weight.dtype} as q_weight,"
+            f" got {list(k_weight.shape)} {k_weight.dtype}"
+        )
 
 
 def _check(
@@ -321,6 +339,8 @@ def _check(
         raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(2)}")
     label = "weight" if name == "x" else f"{name}_weight"
     head_dim = x.shape[2] // num_heads
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{label}: expected a tensor, got {type(weight).__name__}")
     if weight.shape not in (x.shape[2:], (head_dim,)) or not weight.is_contiguous() or weight.device != x.device:
         raise ValueError(
             f"{label}: expected [{x.shape[2]}] or [{head_dim}], contiguous, on {x.device},"
@@ -350,7 +370,7 @@ def _check(
             raise ValueError(f"rope.{axis}: expected a contiguous table, got strides {table.stride()}")
 
 
-def _obstacle(tensors: Sequence[Tensor]) -> str | None:
+def _obstacle(tensors: Sequence[Tensor], num_heads: int) -> str | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "an input needs gradients, and the kernel has no backward"
     x = tensors[0]
@@ -360,6 +380,8 @@ def _obstacle(tensors: Sequence[Tensor]) -> str | None:
         return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
     if x.shape[2] > MAX_CHANNELS:
         return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
+    if x.shape[2] // num_heads % 2:
+        return f"kernels exist for an even head_dim, got {x.shape[2] // num_heads}"
     return None
 
 

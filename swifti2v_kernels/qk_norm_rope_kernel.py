@@ -82,6 +82,9 @@ def norm_rope_fwd_kernel(
 ):  # fmt: skip
     """The formulas of ``qk_norm_rope.py`` for BLOCK_M tokens of q (third axis of the grid: 0) or of k (1)."""
     first_token, b = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
+    # Of one type for q and k, whichever of them Triton takes for 64 bits.
+    q_sl, k_sl = tl.cast(q_sl, tl.int64), tl.cast(k_sl, tl.int64)
+    q_out_sl, k_out_sl = tl.cast(q_out_sl, tl.int64), tl.cast(k_out_sl, tl.int64)
     x_ptr, out_ptr, w_ptr, x_sl, out_sl, length = Q + b * q_sb, Q_OUT + b * q_out_sb, Q_WEIGHT, q_sl, q_out_sl, q_len
     if tl.program_id(2) == 1:
         x_ptr, out_ptr, w_ptr, x_sl, out_sl, length = (

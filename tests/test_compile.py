@@ -15,7 +15,7 @@ from bench.__main__ import main
 from bench.bounds import predict
 from bench.compile_only import CompiledKernel, compiled_for
 from bench.cubin import Analysis, Loop, analyse, opcode
-from swifti2v_kernels import explain, segment_attention
+from swifti2v_kernels import explain, qk_norm_rope, segment_attention
 from swifti2v_kernels.attention import CASES
 from swifti2v_kernels.attention_portable import PortableConfig
 from swifti2v_kernels.common.cost import Work
@@ -70,6 +70,15 @@ def test_lengths_do_not_recompile() -> None:
             q, k, v = torch.ones(1, length, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
             segment_attention(q, [(k, v)], backend="triton")
     assert len({kernel.binary for kernel in kernels}) == 1
+
+
+def test_one_token_stride_beyond_32_bits_compiles() -> None:
+    """Of q alone: both branches that choose between q and k must keep one type. Untouched pages cost no memory."""
+    far = torch.empty(2**31 + 96, dtype=torch.bfloat16).as_strided((1, 2, 96), (0, 2**31, 1))
+    near, weight = torch.ones(1, 2, 96, dtype=torch.bfloat16), torch.ones(96)
+    with compiled_for(90) as kernels:
+        qk_norm_rope(far, near, weight, weight, None, 4, backend="triton")
+    assert [kernel.error for kernel in kernels] == [None]
 
 
 def test_hopper_overlaps_the_softmax_with_a_product(own_cache) -> None:

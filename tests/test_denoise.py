@@ -106,6 +106,22 @@ def test_windows_of_one_shape_share_their_tensors(tiny_dit):
     assert denoiser.graphs.reason == "the device is cpu"
 
 
+def test_a_denoiser_names_what_it_was_not_made_for(tiny_dit):
+    latents, reference = torch.randn(1, 4, 2, 4, 6), torch.randn(1, 4, 7, 4, 6)
+    options = {"latents": latents, "reference": reference, "sigmas": [1.0, 0.0], "max_blocks": 2}
+    denoiser = Denoiser(tiny_dit, torch.randn(1, 7, 16), None, **options)
+    with pytest.raises(ValueError, match=r"step: expected a window; call open\(\) first"):
+        denoiser.step(0)
+    with pytest.raises(ValueError, match="blocks, slots, mask: expected one entry a block each, got 1, 2 and 2"):
+        denoiser.open([0], [-1, 0], [1.0, 0.0])
+    denoiser.open([0, 1], [-1, 0], [1.0, 0.0])
+    with pytest.raises(ValueError, match=r"i: expected 0\.\.0, got -1"):
+        denoiser.step(-1)
+    denoiser.open([0, 1, 2], [-1, 0, 1], [1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"workspace: x holds .* elements and \[1, 18, 48\] are needed"):
+        denoiser.step(0)
+
+
 class FakeGraph:
     """Replays what was called while it was captured, as a CUDA graph does with launches."""
 

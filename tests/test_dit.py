@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from model import load_dit
+from model import WanDiT, load_dit
+from model.weights import random_weights
+from tests.conftest import TINY_DIT
 from tests.tolerances import BFLOAT16_MODEL, PARITY, relative_error
 
 BASE = {
@@ -101,6 +105,13 @@ def test_bfloat16_keeps_small_parameters_in_float32_and_stays_near_float32(tmp_p
     result = half(latents, timestep, text)
     assert result.dtype == torch.bfloat16
     assert relative_error(result, ours(latents, timestep, text)) < BFLOAT16_MODEL
+
+
+def test_images_that_no_text_belongs_to_are_refused():
+    dit = random_weights(WanDiT, replace(TINY_DIT, image_dim=8, added_kv=True), 1)
+    arguments = torch.zeros(1, 12, 1, 4, 6), torch.zeros(1), torch.zeros(1, 7, 16)
+    with pytest.raises(ValueError, match="image: expected as many batch entries as text, got 2 for 1 of text"):
+        dit(*arguments, torch.zeros(2, 257, 8))
 
 
 def test_weights_that_ask_for_gradients_are_refused_by_name(tiny_dit):

@@ -18,6 +18,7 @@ from swifti2v_kernels import (
     qk_norm_rope,
     rope_3d,
 )
+from swifti2v_kernels.common.checks import overlapping
 from swifti2v_kernels.linear_gelu import cost as linear_gelu_cost
 from tests.tolerances import EXACT, OPERATOR, PARITY, relative_error
 
@@ -97,6 +98,8 @@ def test_adaln_names_the_argument_that_does_not_fit():
         "update: expected torch.float32 on cpu as x, got torch.float64": lambda: gated_residual(x, x.double()),
         r"x: expected \[B, L, C\]": lambda: norm_modulate(x[0], row, row),
         "x: expected a tensor, got list": lambda: norm_modulate([1.0]),
+        "gate: expected a tensor, got float": lambda: gated_residual(x, x, 0.5),
+        "weight: expected a tensor, got float": lambda: norm_modulate(x, weight=0.5),
         r"x: expected the channels to be contiguous \(stride 1\), got stride 2": lambda: norm_modulate(x[..., ::2]),
         "shift, scale: expected both or neither": lambda: norm_modulate(x, row),
         "norm: expected layer or rms, got 'group'": lambda: norm_modulate(x, norm="group"),
@@ -114,6 +117,57 @@ def test_adaln_names_the_argument_that_does_not_fit():
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()
+
+
+def test_writing_over_what_is_read_is_refused_on_the_pytorch_path_too():
+    """The same calls are races on a GPU, and wrong here where one result is read after another was written."""
+    x, update = torch.randn(2, 1, 12, 96)
+    weight, rope = torch.rand(96), rope_3d([5, 0], 2, 3, 24)
+    floats = torch.zeros(1, 4, 96)
+    halves = floats.view(torch.bfloat16).view(1, 8, 96)  # the same bytes
+    square = torch.rand(12, 12)
+    for message, call in {
+        "q: expected memory of its own, but it overlaps k": lambda: qk_norm_rope(
+            x, x, weight, weight, rope, 4, inplace=True
+        ),
+        "x: expected memory of its own, but it overlaps out": lambda: gated_residual_norm_modulate(
+            x, update, out=x, inplace=True
+        ),
+        "out: expected memory of its own, but it overlaps shift": lambda: norm_modulate(
+            x[:, :6], x[:, 6:7], x[:, 7:8], out=x[:, 6:]
+        ),
+        "x: expected memory of its own, but it overlaps weight": lambda: norm_modulate(x, weight=x[0, 3], inplace=True),
+        "out: expected memory of its own, but it overlaps bias": lambda: norm_modulate(
+            halves[:, 2:4], bias=floats[0, 3], out=halves[:, 6:]
+        ),
+        "out: expected None with inplace": lambda: norm_modulate(x, out=update, inplace=True),
+        "out: expected memory of its own, but it overlaps x$": lambda: linear_gelu(
+            square, torch.rand(12, 12), weight[:12], out=square
+        ),
+        "out: expected memory of its own, but it overlaps weight$": lambda: linear_gelu(
+            torch.rand(12, 12), square, weight[:12], out=square
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_views_of_other_dtypes_overlap_by_their_bytes():
+    store = torch.zeros(4096)
+    halves = store.view(torch.bfloat16)
+    assert overlapping(store[:512], halves[520:776])  # bytes 0..2047 and 1040..1551
+    assert overlapping(halves[520:776], store[:512])
+    assert not overlapping(store[:512], halves[1024:1100])
+    assert overlapping(store[:512], halves[1023:1100])
+
+
+def test_a_row_that_is_not_there_is_nan_where_values_are_not_checked():
+    """Under torch.compile, as on a GPU."""
+    x, shift, scale = torch.randn(1, 4, 8), *torch.randn(2, 1, 2, 8)
+    compiled = torch.compile(norm_modulate, fullgraph=True, backend="aot_eager")
+    y = compiled(x, shift, scale, block_map=torch.tensor([1, -1], dtype=torch.int32))
+    assert y[:, 2:].isnan().all()
+    assert torch.equal(y[:, :2], norm_modulate(x[:, :2], shift[:, 1:], scale[:, 1:]))
 
 
 def test_linear_gelu_is_a_linear_layer_and_the_tanh_gelu():
@@ -236,8 +290,9 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
         qk_norm_rope(q, q, weight, weight[1:], None, 2)
     with pytest.raises(ValueError, match=r"k_weight: expected \[24\] torch.float32 as q_weight, got \[12\]"):
         qk_norm_rope(q, q, weight, weight[:12], None, 2)
-    with pytest.raises(ValueError, match=r"k: expected \[1, L, 24\] torch.float32 on cpu as q"):
-        qk_norm_rope(q, q.double(), weight, weight, None, 2)
+    for call in (qk_norm_rope, lambda *args: explain(qk_norm_rope, *args)):
+        with pytest.raises(ValueError, match=r"k: expected \[1, L, 24\] torch.float32 on cpu as q"):
+            call(q, q.double(), weight, weight, None, 2)
     with pytest.raises(ValueError, match=r"q: expected the channels to be contiguous \(stride 1\), got stride 2"):
         qk_norm_rope(torch.randn(1, 6, 48)[..., ::2], q, weight, weight, None, 2)
     with pytest.raises(ValueError, match="layout: expected interleaved or half, got 'pairs'"):

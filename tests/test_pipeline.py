@@ -94,6 +94,15 @@ def test_the_low_noise_expert_takes_over_below_the_boundary(tiny_vae):
     assert used == ["high", "high", "low", "low"]  # 1000 and 937.5 above 900; 833.3 and 625 below
 
 
+def test_experts_of_different_kinds_are_refused_and_those_of_different_sizes_are_not(tiny_vae):
+    dit, other = (random_weights(WanDiT, replace(TINY_DIT, **c), 1) for c in ({}, {"in_channels": 4}))
+    options = {"num_blocks": 2, "sigmas": flow_sigmas(4, 5.0), "seed": 4}
+    with pytest.raises(InputError, match="low_noise_dit: both experts must take the same channels, got 4 and 12"):
+        make_motion(dit, tiny_vae, PICTURE, TEXT, low_noise_dit=other, **options)
+    wider = random_weights(WanDiT, replace(TINY_DIT, ffn_dim=4 * TINY_DIT.ffn_dim), 1)
+    assert torch.isfinite(make_motion(dit, tiny_vae, PICTURE, TEXT, low_noise_dit=wider, **options)).all()
+
+
 def test_decoded_frames_stream_and_equal_the_whole_decode(tiny_vae):
     latents = torch.randn(1, 4, 5, 2, 3)
     pulled = []

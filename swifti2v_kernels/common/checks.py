@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -122,7 +122,37 @@ def check_parameter(
 
 def same_view(a: Tensor, b: Tensor) -> bool:
     """Whether both name the same elements in the same order."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    if a.data_ptr() != b.data_ptr() or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # The stride of an axis of one is never used.
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def check_targets(
+    targets: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | None], rows: Sequence[str]
+) -> None:
+    """What may be written: distinct elements, apart from each other and from the inputs.
+
+    Args:
+        targets: what is written, by argument.
+        inputs: what is read, by argument.
+        rows: inputs of which a program reads all that it overwrites before it does: a target may be one of them, whole.
+
+    Raises:
+        ValueError: a target breaks this, or may.
+    """
+    written = {name: x for name, x in targets.items() if x is not None}
+    for name, target in written.items():
+        if self_overlapping(target):
+            raise ValueError(f"{name}: expected distinct elements to write to, got strides {target.stride()}")
+        for other, x in inputs.items():
+            if x is None or (other in rows and same_view(target, x)) or not overlapping(target, x):
+                continue
+            allowed = f"{other} itself or memory of its own" if other in rows else "memory of its own"
+            raise ValueError(f"{name}: expected {allowed}, but it overlaps {other}")
+        for other, x in written.items():
+            if other != name and overlapping(target, x):
+                raise ValueError(f"{name}: expected memory of its own, but it overlaps {other}, which is written too")
 
 
 def overlapping(a: Tensor, b: Tensor) -> bool:
@@ -132,9 +162,9 @@ def overlapping(a: Tensor, b: Tensor) -> bool:
     """
     if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
-    if a.storage_offset() > b.storage_offset():
+    if _first_byte(a) > _first_byte(b):
         a, b = b, a
-    if b.storage_offset() - a.storage_offset() > _extent(a):
+    if _first_byte(b) >= _first_byte(a) + (_extent(a) + 1) * a.element_size():
         return False
     if a.dtype != b.dtype or a.stride() != b.stride():
         return True
@@ -169,6 +199,10 @@ def self_overlapping(x: Tensor) -> bool:
             return True
         needed = stride * n
     return False
+
+
+def _first_byte(x: Tensor) -> int:
+    return x.storage_offset() * x.element_size()
 
 
 def _extent(x: Tensor) -> int:

@@ -143,8 +143,11 @@ def test_outputs_that_lie_across_an_input_are_refused() -> None:
         norm_modulate(x, out=buffer[:, 3:9])
     with pytest.raises(ValueError, match="out: expected update itself or memory of its own, but it overlaps update"):
         gated_residual_norm_modulate(update, x, out=buffer[:, 3:9])
-    with pytest.raises(ValueError, match="out: expected memory of its own, but it overlaps x"):
+    with pytest.raises(ValueError, match="x: expected memory of its own, but it overlaps out, which is written too"):
         gated_residual_norm_modulate(x, update, out=x, inplace=True)
+    with pytest.raises(ValueError, match="out: expected memory of its own, but it overlaps weight"):
+        norm_modulate(x, weight=buffer[0, 6], out=buffer[:, 6:])
+    assert norm_modulate(x, out=x.squeeze(0).unsqueeze(0)).data_ptr() == x.data_ptr()  # x itself, as another view
     with pytest.raises(ValueError, match="x: expected distinct elements to write to"):
         gated_residual(update[:, :1].expand(1, 6, 96), update, inplace=True)
 
@@ -153,6 +156,8 @@ def test_what_has_no_kernel_takes_the_reference() -> None:
     x = torch.randn(1, 4, 96)
     assert "gradients" in explain(norm_modulate, x.requires_grad_()).reason
     x = x.detach()
+    assert "gradients" in explain(norm_modulate, x, out=torch.zeros(1, 4, 96, requires_grad=True) * 1).reason
+    assert "float8" in explain(norm_modulate, x.to(torch.float8_e4m3fn)).reason
     assert "float64" in explain(gated_residual, x.double(), x.double()).reason
     wide = torch.empty(1, 1, 9000)
     assert explain(gated_residual_norm_modulate, wide, wide).reason == "kernels exist for up to 8192 channels, got 9000"

@@ -96,7 +96,7 @@ def test_offsets_beyond_32_bits() -> None:
 def test_memory_that_is_shared_is_refused() -> None:
     buffer, weight = torch.randn(1, 30, 96), torch.rand(96)
     rope = rope_3d(BLOCKS, HEIGHT, WIDTH, 24)
-    with pytest.raises(ValueError, match="q: expected memory of its own to write to, but it overlaps k"):
+    with pytest.raises(ValueError, match="q: expected memory of its own, but it overlaps k"):
         qk_norm_rope(buffer[:, :12], buffer[:, 8:20], weight, weight, rope, 4, inplace=True)
     with pytest.raises(ValueError, match="q: expected distinct elements to write to"):
         norm_rope(buffer[:, :1].expand(1, 12, 96), weight, rope, 4, inplace=True)
@@ -107,6 +107,11 @@ def test_what_has_no_kernel_takes_the_reference() -> None:
     assert explain(norm_rope, x, weight, None, 4).implementation == "fused kernel"
     assert "gradients" in explain(norm_rope, x, weight.requires_grad_(), None, 4).reason
     assert "float64" in explain(qk_norm_rope, *(2 * [x.double()] + 2 * [weight.detach().double()]), None, 4).reason
+    odd = torch.randn(1, 5, 27)
+    for heads in (27, 9, 3):  # head_dim 1, 3, 9
+        assert "even head_dim" in explain(norm_rope, odd, odd[0, 0], None, heads).reason
+        expected = norm_rope_reference(odd, odd[0, 0], None, heads, 0, 1e-6, "half")
+        assert torch.equal(norm_rope(odd, odd[0, 0], None, heads, layout="half"), expected)
     wide = torch.empty(1, 1, 2 * 16384)
     assert "up to 16384 channels" in explain(norm_rope, wide, wide[0, 0], None, 1).reason
     assert norm_rope(x[:, :0], weight.detach(), None, 4).shape == (1, 0, 4, 24)
