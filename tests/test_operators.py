@@ -159,6 +159,8 @@ def test_views_of_other_dtypes_overlap_by_their_bytes():
     assert overlapping(halves[520:776], store[:512])
     assert not overlapping(store[:512], halves[1024:1100])
     assert overlapping(store[:512], halves[1023:1100])
+    nowhere = torch.empty(4, device="meta")
+    assert not overlapping(nowhere, nowhere.clone())
 
 
 def test_a_row_that_is_not_there_is_nan_where_values_are_not_checked():
