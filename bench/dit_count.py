@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.attention_providers import Unavailable
 from bench.dit_block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, block_inputs
 from bench.dit_ops import Op
 from bench.dit_shapes import ITEMSIZE, Shape
@@ -132,7 +133,8 @@ def op_rows(ops: Iterable[Op], shapes: Iterable[Shape]) -> list[dict[str, Any]]:
 def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, Any]]:
     """Predicted peak of activations of one layer in bf16, and its traffic, by implementation.
 
-    None where that cannot be had: of ours without Triton's interpreter, of compiled code unless ``with_compiled``.
+    None where that cannot be had: of ours without Triton's interpreter, of diffusers' where it is not installed, of
+    compiled code unless ``with_compiled``.
     """
     rows = []
     for shape in shapes:
@@ -146,7 +148,8 @@ def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, A
                     streams = compiled_peak(proportions(shape), timesteps)
                     peak = None if streams is None else round(streams * stream)
                 elif provider.name != COMPILED and (interpreting() or not provider.ours):
-                    peak, traffic = count_layer(provider.prepare, shape, timesteps, META)
+                    with suppress(Unavailable):  # diffusers is not installed: not counted
+                        peak, traffic = count_layer(provider.prepare, shape, timesteps, META)
                 copies = None if peak is None else peak / stream
                 rows.append({**row, "peak_bytes_predicted": peak, "copies": copies, "bytes_predicted": traffic})
     return rows

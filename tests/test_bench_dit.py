@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench import dit_measure, dit_providers
 from bench.__main__ import main
 from bench.attention_providers import Unavailable
 from bench.dit_block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, BlockProvider, OwnLayer, block_inputs, exact_rows
-from bench.dit_count import block_rows, count_layer, eager_bytes, op_rows, peak_of_events, proportions
+from bench.dit_count import block_rows, compiled_peak, count_layer, eager_bytes, op_rows, peak_of_events, proportions
 from bench.dit_measure import Machine, measure_block, measure_op, targets
 from bench.dit_ops import OPS, Op, relative_error
 from bench.dit_providers import Provider, providers
@@ -249,6 +250,18 @@ def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
     assert peaks["diffusers, eager", "one"] > 3 + 2 * 8960 / 1536
     assert peaks[COMPILED, "one"] is peaks["swifti2v", "one"] is None
     assert "not counted" in format_counted_blocks(rows)
+
+
+def test_without_diffusers_its_layers_are_not_counted(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_wan", None)
+    rows = block_rows(QUICK_SHAPES, with_compiled=False)
+    assert {row["provider"]: row["peak_bytes_predicted"] for row in rows} == {p.name: None for p in BLOCK_PROVIDERS}
+    assert format_counted_blocks(rows).count("not counted") == len(rows)
+    with pytest.warns(RuntimeWarning, match="torch.compile's peak is not counted: diffusers is not installed"):
+        assert compiled_peak.__wrapped__(proportions(QUICK_SHAPES[0]), "one") is None
+    row: list[dict[str, Any]] = []
+    measure_block(SMALL, "one", BLOCK_PROVIDERS[1:2], torch.float32, MACHINE, row.append)
+    assert (row[0]["status"], row[0]["reason"][:26]) == ("not available", "diffusers is not installed")
 
 
 def test_what_an_operator_frees_itself_is_not_counted() -> None:
