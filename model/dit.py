@@ -11,9 +11,10 @@ One *block* of tokens is one latent frame. Against the published model four thin
   what would become of them.
 
 ``WanDiT.run`` is the step that samplers call: it reads latent stores, writes one, and allocates nothing beyond its
-workspace (``model/workspace.py``). ``WanDiT.forward`` is the same for tensors, as in diffusers. What a clip needs once
-is made once: text keys and values (``context``) and the modulation of every timestep (``modulate``). The model is for
-inference: it updates its activations in place.
+workspace (``model/workspace.py``) but one part's result where attention goes to torch's own, which returns a tensor.
+``WanDiT.forward`` is the same for tensors, as in diffusers. What a clip needs once is made once: text keys and values
+(``context``) and the modulation of every timestep (``modulate``). The model is for inference: it updates its
+activations in place.
 
 Module names are those of diffusers' ``WanTransformer3DModel``, so that its checkpoints load without a key map; order
 of operations and roundings are its own too (Wan2.1 and Wan2.2; see ``model/weights.py`` for the original key names).
@@ -258,7 +259,7 @@ class WanDiT(nn.Module):
         memory: Sequence[KeyValue] | None = None,
         keep: Sequence[KeyValue] | None = None,
     ) -> None:
-        """One pass over a window, without any allocation beyond ``workspace``.
+        """One pass over a window, in ``workspace``.
 
         Args:
             window: what is read. Its ``targets`` are predicted; with none, only keys and values are computed.

@@ -39,13 +39,12 @@ from torch import Tensor
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import device_obstacle, on_device
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
 
 NORMS = ("layer", "rms")
 #: A row is held in registers.
 MAX_CHANNELS = 8192
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
@@ -131,15 +130,12 @@ def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, 
     return None
 
 
-def _chooser(arguments: Callable[..., dict[str, Any]]) -> Callable[..., Choice]:
-    def choose(*, backend: str, **given: Any) -> Choice:
-        chosen, reason = _prepare(backend=backend, **arguments(**given))
-        return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-    return choose
+def _choose(*, backend: str, inplace: bool, **arguments: Any) -> Choice:
+    chosen, reason = _prepare(backend=backend, **arguments)
+    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_chooser(lambda inplace, **given: given))
+@explained_by(_choose)
 def norm_modulate(
     x: Tensor,
     shift: Tensor | None = None,
@@ -197,7 +193,7 @@ def norm_modulate(
     return target
 
 
-@explained_by(_chooser(lambda inplace, **given: given))
+@explained_by(_choose)
 def gated_residual(
     x: Tensor,
     update: Tensor,
@@ -239,7 +235,7 @@ def gated_residual(
     return target
 
 
-@explained_by(_chooser(lambda inplace, **given: given))
+@explained_by(_choose)
 def gated_residual_norm_modulate(
     x: Tensor,
     update: Tensor,
@@ -384,15 +380,10 @@ def _check_modulations(modulations: Mapping[str, Tensor], block_map: Tensor | No
 
 
 def _obstacle(tensors: list[Tensor]) -> str | None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "an input needs gradients, and the kernel has no backward"
-    x = tensors[0]
-    if (reason := device_obstacle(x.device)) is not None:
+    if (reason := kernel_obstacle(tensors)) is not None:
         return reason
-    if any(t.dtype not in KERNEL_DTYPES for t in tensors):
-        return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
-    if x.shape[2] > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
+    if tensors[0].shape[2] > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {tensors[0].shape[2]}"
     return None
 
 

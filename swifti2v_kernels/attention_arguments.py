@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.common.checks import check_views, overlapping, self_overlapping
+from swifti2v_kernels.common.checks import check_targets, check_views
 
 #: Views of one call, queries or sources: their pointers are kernel arguments, and these have a limit in bytes.
 MAX_VIEWS = 24
@@ -159,13 +159,7 @@ def check_overlaps(out: Sequence[Tensor], q: Sequence[Tensor], sources: Sequence
     Raises:
         ValueError: they do, or may.
     """
-    for i, x in enumerate(out):
-        if self_overlapping(x):
-            raise ValueError(f"out[{i}]: expected distinct elements, got shape {tuple(x.shape)}, strides {x.stride()}")
-        named = {f"out[{j}]": y for j, y in enumerate(out) if j != i}
-        named |= {f"q[{j}]": y for j, y in enumerate(q)}
-        for j, (k, v) in enumerate(sources):
-            named |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
-        for name, y in named.items():
-            if overlapping(x, y):
-                raise ValueError(f"out[{i}]: expected memory of its own, but it overlaps {name}")
+    inputs = {f"q[{i}]": x for i, x in enumerate(q)}
+    for j, (k, v) in enumerate(sources):
+        inputs |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
+    check_targets({f"out[{i}]": x for i, x in enumerate(out)}, inputs, ())

@@ -27,8 +27,8 @@ from torch import Tensor
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_views
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import device_obstacle, on_device
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
 
 MAX_PARTS = 24
 
@@ -66,7 +66,7 @@ def _(outputs, lses):  # type: ignore[no-untyped-def]
 
 def _choose(*, outputs: Sequence[Tensor], lses: Sequence[Tensor], backend: str) -> Choice:
     _check(outputs, lses)
-    chosen, reason = pick_backend(backend, _obstacle(outputs, lses))
+    chosen, reason = pick_backend(backend, kernel_obstacle((*outputs, *lses)))
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
@@ -98,20 +98,10 @@ def merge_attention(
     Source: FlashAttention-2 (arXiv 2307.08691) 3.1; Ring Attention (arXiv 2310.01889).
     """
     _check(outputs, lses)
-    chosen, _ = pick_backend(backend, _obstacle(outputs, lses))
+    chosen, _ = pick_backend(backend, kernel_obstacle((*outputs, *lses)))
     if chosen == "torch":
         return merge_attention_reference(outputs, lses)
     return _merge_attention_op(list(outputs), list(lses))
-
-
-def _obstacle(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> str | None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*outputs, *lses)):
-        return "an input needs gradients, and the kernel has no backward"
-    if (reason := device_obstacle(outputs[0].device)) is not None:
-        return reason
-    if outputs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"kernels exist for float16, bfloat16 and float32, got {outputs[0].dtype}"
-    return None
 
 
 def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

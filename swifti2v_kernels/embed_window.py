@@ -40,14 +40,11 @@ from swifti2v_kernels.common.checks import (
     check_parameter,
     check_range,
     check_store,
-    overlapping,
-    self_overlapping,
+    check_targets,
 )
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import device_obstacle, on_device
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
 
 
 def embed_window_reference(
@@ -127,7 +124,7 @@ def _(latents, weight, bias, reference, latent_index, reference_index, mask, out
 
 def _choose(*, backend: str, out: Tensor | None, **arguments: Any) -> Choice:
     _check(**arguments, out=out)
-    chosen, reason = pick_backend(backend, _obstacle(*arguments.values(), out))
+    chosen, reason = pick_backend(backend, kernel_obstacle((*arguments.values(), out)))
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
@@ -179,7 +176,7 @@ def embed_window(
     """
     arguments = (latents, weight, bias, reference, latent_index, reference_index, mask)
     shape = _check(*arguments, out)
-    chosen, _ = pick_backend(backend, _obstacle(*arguments, out))
+    chosen, _ = pick_backend(backend, kernel_obstacle((*arguments, out)))
     if chosen == "torch":
         if out is not None and not torch.compiler.is_compiling():
             _check_contents(*arguments, out)
@@ -189,18 +186,6 @@ def embed_window(
         out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     _embed_window_op(*arguments, out)
     return out
-
-
-def _obstacle(*tensors: Tensor | None) -> str | None:
-    present = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in present):
-        return "an input needs gradients, and the kernel has no backward"
-    if (reason := device_obstacle(present[0].device)) is not None:
-        return reason
-    for x in present:
-        if x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
-            return f"kernels exist for float16, bfloat16 and float32, got {x.dtype}"
-    return None
 
 
 def _check(
@@ -300,13 +285,9 @@ def _check_contents(
             check_range("latent_index", latent_index, -1 if has_given else 0, latents.shape[2] - 1)
         if reference is not None and reference_index is not None:
             check_range("reference_index", reference_index, 0, reference.shape[2] - 1)
-    if self_overlapping(out):
-        raise ValueError(f"out: expected distinct elements, got shape {tuple(out.shape)}, strides {out.stride()}")
-    named = {"latents": latents, "weight": weight, "bias": bias, "reference": reference, "mask": mask}
-    named |= {"latent_index": latent_index, "reference_index": reference_index}
-    for name, x in named.items():
-        if x is not None and overlapping(out, x):
-            raise ValueError(f"out: expected memory of its own, but it overlaps {name}")
+    inputs = {"latents": latents, "weight": weight, "bias": bias, "reference": reference, "mask": mask}
+    inputs |= {"latent_index": latent_index, "reference_index": reference_index}
+    check_targets({"out": out}, inputs, ())
 
 
 def cost(

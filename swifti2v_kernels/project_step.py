@@ -41,14 +41,12 @@ from swifti2v_kernels.common.checks import (
     check_parameter,
     check_range,
     check_store,
-    overlapping,
-    self_overlapping,
+    check_targets,
 )
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import device_obstacle, on_device
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: A program holds all features of its tokens: 256 float32 sums a token are what registers allow.
 MAX_FEATURES = 256
 
@@ -203,14 +201,8 @@ def project_step(
 
 
 def _obstacle(x: Tensor, weight: Tensor, *others: Any) -> str | None:
-    present = [y for y in (x, weight, *others) if isinstance(y, Tensor) and y.is_floating_point()]
-    if torch.is_grad_enabled() and any(y.requires_grad for y in present):
-        return "an input needs gradients, and the kernel has no backward"
-    if (reason := device_obstacle(x.device)) is not None:
+    if (reason := kernel_obstacle(y for y in (x, weight, *others) if isinstance(y, Tensor))) is not None:
         return reason
-    for y in present:
-        if y.dtype not in KERNEL_DTYPES:
-            return f"kernels exist for float16, bfloat16 and float32, got {y.dtype}"
     if weight.shape[0] > MAX_FEATURES:
         return f"kernels exist for at most {MAX_FEATURES} features, got {weight.shape[0]}"
     return None
@@ -306,13 +298,9 @@ def _check_contents(
             targets = [slot for slot in latent_index.tolist() if slot >= 0]
             if len(set(targets)) != len(targets):
                 raise ValueError(f"latent_index: expected distinct targets, got {latent_index.tolist()}")
-    if self_overlapping(out):
-        raise ValueError(f"out: expected distinct elements, got shape {tuple(out.shape)}, strides {out.stride()}")
-    named = {"x": x, "weight": weight, "bias": bias, "shift": shift, "scale": scale, "step": step}
-    named |= {"latent_index": latent_index, "block_map": block_map}
-    for name, y in named.items():
-        if isinstance(y, Tensor) and overlapping(out, y):
-            raise ValueError(f"out: expected memory of its own, but it overlaps {name}")
+    inputs = {"x": x, "weight": weight, "bias": bias, "shift": shift, "scale": scale}
+    inputs |= {"latent_index": latent_index, "block_map": block_map, "step": step if isinstance(step, Tensor) else None}
+    check_targets({"out": out}, inputs, ())
 
 
 def cost(

@@ -35,8 +35,8 @@ from torch import Tensor
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
-from swifti2v_kernels.common.target import device_obstacle, on_device
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
 
 LAYOUTS = ("interleaved", "half")
 #: A token is held in registers.
@@ -371,17 +371,13 @@ def _check(
 
 
 def _obstacle(tensors: Sequence[Tensor], num_heads: int) -> str | None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "an input needs gradients, and the kernel has no backward"
-    x = tensors[0]
-    if (reason := device_obstacle(x.device)) is not None:
+    if (reason := kernel_obstacle(tensors)) is not None:
         return reason
-    if any(t.dtype not in (torch.float16, torch.bfloat16, torch.float32) for t in tensors):
-        return f"kernels exist for float16, bfloat16 and float32, got {', '.join({str(t.dtype) for t in tensors})}"
-    if x.shape[2] > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[2]}"
-    if x.shape[2] // num_heads % 2:
-        return f"kernels exist for an even head_dim, got {x.shape[2] // num_heads}"
+    channels = tensors[0].shape[2]
+    if channels > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}"
+    if channels // num_heads % 2:
+        return f"kernels exist for an even head_dim, got {channels // num_heads}"
     return None
 
 

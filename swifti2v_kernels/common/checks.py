@@ -144,7 +144,8 @@ def check_targets(
     written = {name: x for name, x in targets.items() if x is not None}
     for name, target in written.items():
         if self_overlapping(target):
-            raise ValueError(f"{name}: expected distinct elements to write to, got strides {target.stride()}")
+            layout = f"shape {tuple(target.shape)}, strides {target.stride()}"
+            raise ValueError(f"{name}: expected distinct elements to write to, got {layout}")
         for other, x in inputs.items():
             if x is None or (other in rows and same_view(target, x)) or not overlapping(target, x):
                 continue

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from swifti2v_kernels.common.target import device_obstacle
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SWIFTI2V_BACKEND"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
     return _CHOOSERS[operator](**bound.arguments)
+
+
+def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a forward kernel for 16 and 32 bits cannot take a call with these tensors; None if it can."""
+    present = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        return "an input needs gradients, and the kernel has no backward"
+    if (reason := device_obstacle(present[0].device)) is not None:
+        return reason
+    odd = {str(t.dtype) for t in present if t.is_floating_point() and t.dtype not in KERNEL_DTYPES}
+    return f"kernels exist for float16, bfloat16 and float32, got {', '.join(sorted(odd))}" if odd else None
 
 
 # Constant for one process: under torch.compile it is read once, at trace time.
