@@ -21,11 +21,15 @@ from bench.compile_only import CompiledKernel, compiled_for, quiet_exit
 from bench.cubin import TENSOR_OPCODES, analyse
 from model.errors import InputError, require
 from swifti2v_kernels import adaln, attention, attention_merge
+from swifti2v_kernels.causal_conv3d import CASES as CAUSAL_CONV3D_CASES
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import TARGETS, Target
 from swifti2v_kernels.embed_window import CASES as EMBED_WINDOW_CASES
+from swifti2v_kernels.frames_out import CASES as FRAMES_OUT_CASES
 from swifti2v_kernels.project_step import CASES as PROJECT_STEP_CASES
 from swifti2v_kernels.qk_norm_rope import CASES as QK_NORM_ROPE_CASES
+from swifti2v_kernels.rms_norm_silu import CASES as RMS_NORM_SILU_CASES
+from swifti2v_kernels.upsample_conv2d import CASES as UPSAMPLE_CONV2D_CASES
 
 SCHEMA = "swifti2v-compile-1"
 CASES: tuple[Case, ...] = (
@@ -35,6 +39,10 @@ CASES: tuple[Case, ...] = (
     *QK_NORM_ROPE_CASES,
     *EMBED_WINDOW_CASES,
     *PROJECT_STEP_CASES,
+    *CAUSAL_CONV3D_CASES,
+    *UPSAMPLE_CONV2D_CASES,
+    *FRAMES_OUT_CASES,
+    *RMS_NORM_SILU_CASES,
 )
 
 EXAMPLES = """\
@@ -196,7 +204,7 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
     )  # fmt: skip
 
 
-_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
+_TILES = ("BLOCK_M", "BLOCK_N", "TAIL_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:

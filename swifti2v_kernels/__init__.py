@@ -1,7 +1,7 @@
-"""Operators for high-resolution video diffusion transformers.
+"""Operators for high-resolution video diffusion: transformers and autoencoders.
 
 Every operator is a plain function on tensors: no model code, no global state, and nothing imported beyond torch,
-triton, einops and numpy. The model in this repository and any other video DiT call the same functions.
+triton, einops and numpy. The model in this repository and any other call the same functions.
 
 Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet, and all but
 ``linear_gelu``, which is torch's own, have Triton kernels (not yet timed on hardware). :func:`explain` says what would
@@ -12,11 +12,15 @@ from swifti2v_kernels.adaln import gated_residual, gated_residual_norm_modulate,
 from swifti2v_kernels.attention import segment_attention
 from swifti2v_kernels.attention_arguments import BlockWindow
 from swifti2v_kernels.attention_merge import merge_attention
+from swifti2v_kernels.causal_conv3d import causal_conv3d
 from swifti2v_kernels.common.dispatch import Choice, explain
 from swifti2v_kernels.embed_window import embed_window
+from swifti2v_kernels.frames_out import frames_out
 from swifti2v_kernels.linear_gelu import linear_gelu
 from swifti2v_kernels.project_step import project_step
 from swifti2v_kernels.qk_norm_rope import Rope3D, norm_rope, qk_norm_rope, rope_3d
+from swifti2v_kernels.rms_norm_silu import rms_norm_silu
+from swifti2v_kernels.upsample_conv2d import fold_upsample_weight, upsample_conv2d
 
 __version__ = "0.1.0"
 
@@ -25,8 +29,11 @@ __all__ = [
     "Choice",
     "Rope3D",
     "__version__",
+    "causal_conv3d",
     "embed_window",
     "explain",
+    "fold_upsample_weight",
+    "frames_out",
     "gated_residual",
     "gated_residual_norm_modulate",
     "linear_gelu",
@@ -35,6 +42,8 @@ __all__ = [
     "norm_rope",
     "project_step",
     "qk_norm_rope",
+    "rms_norm_silu",
     "rope_3d",
     "segment_attention",
+    "upsample_conv2d",
 ]

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swifti2v_kernels.attention_arguments import Source
 from swifti2v_kernels.common.checks import check_range
-from swifti2v_kernels.common.tables import fastest_backend
+from swifti2v_kernels.common.tables import fastest
 from swifti2v_kernels.common.target import capability_of, on_device
 
 
@@ -28,7 +28,8 @@ def choose_kernel(
     head_dim, dtype = q[0].shape[3], q[0].dtype
     dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
     if dense and q[0].device.type == "cuda":
-        best, reason = fastest_backend("attention", capability, dtype, head_dim, sources[0][0].shape[1])
+        match = {"capability": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
+        best, reason = fastest("attention", match, "tokens", sources[0][0].shape[1])
         if best is None:
             # Published: cuDNN leads on Hopper and Blackwell (NVIDIA/cudnn-frontend), flash is at a RTX 4090's peak.
             best = "sdpa-cudnn" if capability is not None and capability >= 90 else "sdpa-flash"

@@ -226,10 +226,14 @@ def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.Monkey
             "seconds": {"swifti2v": ours, "sdpa-cudnn": 1.0},
         }  # fmt: skip
 
+    def fastest(capability: int, tokens: int) -> str | None:
+        match = {"capability": capability, "dtype": "bfloat16", "head_dim": 128}
+        return tables.fastest("attention", match, "tokens", tokens)[0]
+
     monkeypatch.setattr(tables, "load_table", lambda name: [entry(1000, 2.0), entry(70000, 0.9)])
-    assert tables.fastest_backend("attention", 90, torch.bfloat16, 128, 2000)[0] == "sdpa-cudnn"
-    assert tables.fastest_backend("attention", 90, torch.bfloat16, 128, 50000)[0] == "swifti2v"
-    assert tables.fastest_backend("attention", 89, torch.bfloat16, 128, 2000)[0] is None
+    assert fastest(90, 2000) == "sdpa-cudnn"
+    assert fastest(90, 50000) == "swifti2v"
+    assert fastest(89, 2000) is None
 
 
 def test_torch_s_attention_behind_dense_calls() -> None:
@@ -263,6 +267,7 @@ def test_a_dense_call_on_an_unmeasured_card_takes_torch(
 def test_shipped_table_is_read() -> None:
     tables.load_table.cache_clear()
     assert isinstance(tables.load_table("attention"), list)
+    assert isinstance(tables.load_table("conv3d"), list)
 
 
 @pytest.mark.parametrize("capability", [None, 80, 86, 89, 90, 100, 103, 120, 121])

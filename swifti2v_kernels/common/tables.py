@@ -4,6 +4,11 @@ An entry of ``configs/attention.json``:
 
     {"capability": 90, "card": "...", "dtype": "bfloat16", "head_dim": 128, "tokens": 70400,
      "seconds": {"swifti2v": ..., "sdpa-cudnn": ...}, "environment": {...}}
+
+and of ``configs/conv3d.json``, whose pixels are those of all frames:
+
+    {"capability": 90, "card": "...", "dtype": "bfloat16", "kernel": [3, 3, 3], "channels": [96, 96],
+     "pixels": 7208960, "seconds": {"swifti2v": ..., "cudnn": ...}, "environment": {...}}
 """
 
 from __future__ import annotations
@@ -11,10 +16,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
-
-import torch
 
 
 @functools.cache
@@ -24,21 +28,18 @@ def load_table(name: str) -> list[dict[str, Any]]:
     return json.loads(text)["entries"]
 
 
-def nearest_entry(
-    name: str, capability: int | None, dtype: torch.dtype, head_dim: int, tokens: int
-) -> dict[str, Any] | None:
-    """The measurement on this capability, dtype and head_dim whose number of tokens is nearest by ratio."""
-    key = (capability, str(dtype).removeprefix("torch."), head_dim)
-    entries = [e for e in load_table(name) if (e["capability"], e["dtype"], e["head_dim"]) == key]
-    return min(entries, key=lambda e: abs(math.log(e["tokens"] / max(tokens, 1))), default=None)
+def fastest(name: str, match: Mapping[str, Any], size: str, value: int) -> tuple[str | None, str]:
+    """Name of the fastest measured backend and where it was measured; None without a measurement.
 
-
-def fastest_backend(
-    name: str, capability: int | None, dtype: torch.dtype, head_dim: int, tokens: int
-) -> tuple[str | None, str]:
-    """Name of the fastest measured backend and where it was measured; None without a measurement."""
-    entry = nearest_entry(name, capability, dtype, head_dim, tokens)
+    Args:
+        name: of the table.
+        match: fields that must be equal.
+        size: the field whose value is the nearest, by ratio, to ``value`` in the measurement that counts.
+    """
+    entries = [e for e in load_table(name) if all(e[key] == given for key, given in match.items())]
+    entry = min(entries, key=lambda e: abs(math.log(e[size] / max(value, 1))), default=None)
     if entry is None:
-        return None, "no measurement for this capability, dtype and head_dim"
+        *first, last = match
+        return None, f"no measurement for this {', '.join(first)} and {last}"
     best = min(entry["seconds"], key=entry["seconds"].get)
-    return best, f"fastest as measured on {entry['card']} at {entry['tokens']} tokens"
+    return best, f"fastest as measured on {entry['card']} at {entry[size]} {size}"

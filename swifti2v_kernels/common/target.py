@@ -91,6 +91,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def for_gpu(device: torch.device) -> bool:
+    """Whether a call with tensors on ``device`` is, or within :func:`compile_only` stands for, one on a GPU."""
+    return device.type == "cuda" or (_compile_only is not None and not interpreting())
+
+
 # Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def device_obstacle(device: torch.device) -> str | None:

@@ -1,0 +1,148 @@
+"""RMSNorm over the channels of every pixel, then SiLU: what stands before each convolution of a video autoencoder.
+
+    y = x / max(|x|, 1e-12) * sqrt(C) * weight                                      (|.| over the channels of a pixel)
+    out = y * sigmoid(y)
+
+| tensor | shape           | dtype                          | layout                                             |
+|--------|-----------------|--------------------------------|----------------------------------------------------|
+| x, out | [B, T, h, w, C] | fp32, fp16, bf16 (fp64: torch) | any strides but channels contiguous                |
+| weight | [C]             | as x                           | contiguous                                         |
+
+In float32, rounded once. Where one program of ``causal_conv3d`` owns all channels this is part of its epilogue and
+costs nothing but the store; this operator is for all else: many channels, and convolutions by cuDNN.
+
+Least traffic: each element read and written once; eager PyTorch (``F.normalize``, two products, SiLU, float32 copies)
+moves 20 times an element of 16 bits. FLOPs: about 8 an element. Not yet timed on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.checks import check_targets
+from swifti2v_kernels.common.conv_checks import check_frames, check_vector
+from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.target import on_device
+
+#: A pixel is held in registers.
+MAX_CHANNELS = 4096
+
+
+def rms_norm_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The formula above, differentiable."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = wide.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+    y = wide / length * (x.shape[-1] ** 0.5 * weight.to(wide.dtype))
+    return F.silu(y).to(x.dtype)
+
+
+@torch.library.custom_op(
+    "swifti2v::rms_norm_silu", mutates_args=("out",), schema="(Tensor x, Tensor weight, Tensor(a!) out) -> ()"
+)
+def _rms_norm_silu_op(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
+    from swifti2v_kernels.rms_norm_silu_kernel import launch_rms_norm_silu
+
+    with on_device(x.device):
+        launch_rms_norm_silu(x, weight, out)
+
+
+@_rms_norm_silu_op.register_fake
+def _(x, weight, out):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _choose(x: Tensor, weight: Tensor, out: Tensor | None, backend: str) -> Choice:
+    _check(x, weight, out)
+    chosen, reason = pick_backend(backend, _obstacle(x, weight, out))
+    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+
+
+@explained_by(_choose)
+def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Norms every pixel over its channels, scales it and applies SiLU.
+
+    Args:
+        x: ``[B, T, h, w, C]``, channels contiguous.
+        weight: ``[C]`` in the dtype of ``x``.
+        out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
+
+    Returns:
+        ``[B, T, h, w, C]`` in the dtype of ``x``; ``out`` if it was given.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> frames = torch.randn(1, 2, 8, 12, 96)
+        >>> rms_norm_silu(frames, torch.ones(96), out=frames) is frames
+        True
+
+    Source: ``RMS_norm`` and SiLU of the Wan VAE (diffusers ``WanRMS_norm``).
+    """
+    _check(x, weight, out)
+    chosen, _ = pick_backend(backend, _obstacle(x, weight, out))
+    if chosen == "torch":
+        y = rms_norm_silu_reference(x, weight)
+        if out is None:
+            return y
+        if not torch.compiler.is_compiling():
+            check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
+        return out.copy_(y)
+    out = x.new_empty(x.shape) if out is None else out
+    _rms_norm_silu_op(x, weight, out)
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, out: Tensor | None) -> None:
+    check_frames("x", x)
+    check_vector("weight", weight, x.shape[4], x)
+    if weight is None:
+        raise TypeError("weight: expected a tensor, got None")
+    if out is not None:
+        check_frames("out", out, tuple(x.shape), (x.dtype,), x.device)
+
+
+def _obstacle(x: Tensor, weight: Tensor, out: Tensor | None) -> str | None:
+    if (reason := kernel_obstacle((x, weight, out))) is not None:
+        return reason
+    if x.shape[4] > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[4]}"
+    return None
+
+
+def cost(pixels: int, channels: int, itemsize: int = 2) -> Cost:
+    """Least cost of one call; the weight is negligible."""
+    return Cost(8 * pixels * channels, pixels * channels * itemsize, pixels * channels * itemsize)
+
+
+def _inputs(channels: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+        x = torch.ones(1, 2, 20, 36, channels, dtype=dtype, device=device)[:, :, 2:-2, 2:-2]
+        return (x, torch.ones(channels, dtype=dtype, device=device)), {"backend": "triton"}
+
+    return make
+
+
+def _work(constants: Mapping[str, Any]) -> Work:
+    """One program's pixels, 16 bits in and out."""
+    return Work(0, 2 * 2 * constants["C"] * constants["BLOCK_M"])
+
+
+CASES = [
+    Case(f"rms_norm_silu C{c} {str(t).removeprefix('torch.')}", rms_norm_silu, _inputs(c, t), _work)
+    for c, t in (
+        (96, torch.bfloat16),
+        (384, torch.bfloat16),
+        (1024, torch.bfloat16),
+        (320, torch.float16),
+    )
+]
