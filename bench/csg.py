@@ -4,7 +4,7 @@ For every clip length one photograph goes through Stage I and the reference once
 first pass of each mode warms up and measures peak memory; the timed passes follow, the modes in turn, so that a drift
 of the machine's speed falls on all of them alike. The longest clip is decoded and written in every mode.
 
-Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`bench.tensor_memory`); both
+Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`model.tensor_memory`); both
 include the weights that are resident while Stage II runs.
 """
 
@@ -24,7 +24,6 @@ from torch import Tensor
 from bench.environment import capture, process_memory
 from bench.files import write_text
 from bench.plot import LABELS, plot_plan, plot_rows
-from bench.tensor_memory import TensorMemory
 from model.command import add_model_options, build_components, parse_size, pick_device, pick_dtype, positive
 from model.config import get_preset
 from model.csg import MODES, SegmentPlan, plan_for, sample_latents
@@ -42,7 +41,9 @@ from model.pipeline import (
     size_multiple,
     stage_one_size,
 )
+from model.pipeline_plan import plan_components
 from model.scheduler import flow_sigmas
+from model.tensor_memory import TensorMemory
 from model.vae import WanVAE
 
 SCHEMA = "swifti2v-csg-1"
@@ -141,6 +142,17 @@ class _Benchmark:
         for mode in self.modes:
             plan_for(mode, self.plan(self.lengths[0]))
         self.sigmas = flow_sigmas(args.steps, args.shift)
+        multiple = size_multiple(self.components.stage_one_vae_config, self.components.stage_one_config)
+        self.vae_plans = plan_components(
+            self.components,
+            (self.width, self.height),
+            stage_one_size(self.width, self.height, multiple),
+            window_blocks=self._num_blocks(max(self.lengths)),
+            blocks_per_segment=args.blocks,
+            memory=args.vae_memory,
+            dtype=self.dtype,
+            device=device,
+        )
         self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats)) + len(self.modes)
 
     def plan(self, num_frames: int) -> SegmentPlan:
@@ -222,22 +234,26 @@ class _Benchmark:
         vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
         multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
         size = self.width, self.height
-        low = fit_image(self.photo, size, stage_one_size(*size, multiple)).to(device)
+        low_size, plans = stage_one_size(*size, multiple), self.vae_plans
+        low = fit_image(self.photo, size, low_size).to(device)
         dit = components.stage_one()
         text = empty_text(components.stage_one_config.text_dim).to(device)
         image = components.clip_tokens("stage1", self.photo, device)
         low_noise = None if components.low_noise is None else components.low_noise()
         options = {"num_blocks": num_blocks, "sigmas": flow_sigmas(args.stage1_steps, args.shift), "seed": args.seed}
-        options["cuda_graph"] = args.cuda_graph
+        options |= {"cuda_graph": args.cuda_graph, "vae_plan": plans.condition.plan}
         with timer.stage("stage_one_seconds"):
             motion = make_motion(dit, vae_one, low, text, image, low_noise_dit=low_noise, **options)
         del dit, low_noise
         with timer.stage("reference_seconds"):
             picture = fit_image(self.photo, size).to(device)
-            reference = make_reference(motion, vae_one, vae, picture)
+            vae.to_dtypes(encode=plans.encode_dtype)
+            reference = make_reference(
+                motion, vae_one, vae, picture, plan=plans.reference.plan, motion_plan=plans.motion.plan
+            )
         text = empty_text(components.stage_two_config.text_dim).to(device)
         image = components.clip_tokens("stage2", self.photo, device)
-        vae = vae.to(self.dtype)
+        vae.drop_encoder()
         stage = _StageTwo(self, components.stage_two(), vae, reference, text, image, self.plan(num_frames))
         return vae, stage, timer.seconds
 
@@ -258,7 +274,9 @@ class _Benchmark:
     def _decode(self, vae: WanVAE, latents: Tensor, path: Path, row: dict[str, Any]) -> None:
         timer = StageTimer(self.device)
         with VideoWriter(path, self.width, self.height, self.fps) as writer, timer.stage("file"):
-            for frames in timer.iterate("decode", decode_frames(vae, latents[:, :, :1], [latents[:, :, 1:]])):
+            segments = latents[:, :, 1:].split(self.args.blocks, dim=2)
+            plan = self.vae_plans.decode.plan
+            for frames in timer.iterate("decode", decode_frames(vae, latents[:, :, :1], segments, plan=plan)):
                 writer.write(frames)
         row["decode_seconds"], row["file_seconds"] = timer.seconds["decode"], timer.seconds["file"]
         row["clip"] = path.name

@@ -36,7 +36,7 @@ from bench.dit_block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, block_inputs
 from bench.dit_ops import Op
 from bench.dit_shapes import ITEMSIZE, Shape
 from bench.dit_split import group_of
-from bench.tensor_memory import TensorMemory
+from model.tensor_memory import TensorMemory
 from swifti2v_kernels.common.target import interpreting
 
 META = torch.device("meta")

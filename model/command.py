@@ -115,6 +115,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
     )
     group.add_argument(
+        "--vae-memory",
+        metavar="SIZE",
+        default="auto",
+        help="what the VAE may take, such as 4GB: it then works in exact tiles (default: what the card leaves)",
+    )
+    group.add_argument(
         "--no-cuda-graph",
         dest="cuda_graph",
         action="store_false",

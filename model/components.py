@@ -83,7 +83,7 @@ class Components:
             stage_one=lambda: random_weights(WanDiT, preset.stage_one, seed, **options),
             low_noise=None,
             stage_two=lambda: random_weights(WanDiT, preset.stage_two, seed + 1, **options),
-            vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device),
+            vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device).to_dtypes(decode=dtype),
             stage_one_vae=None,
             weights=None,
         )
@@ -113,9 +113,9 @@ class Components:
             stage_one=lambda: load_dit(found["stage1"], dtype=dtype, device=device),
             low_noise=None if low_noise is None else lambda: load_dit(low_noise, dtype=dtype, device=device),
             stage_two=lambda: load_dit(found["stage2"], dtype=dtype, device=device),
-            # Others report drift from encoding the image in bfloat16, and none from decoding: it arrives in float32.
-            vae=lambda: load_vae(found["vae"], device=device),
-            stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, device=device),
+            # Encoding stays in float32; see load_vae.
+            vae=lambda: load_vae(found["vae"], decode_dtype=dtype, device=device),
+            stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),
             weights=path,
         )
 

@@ -39,6 +39,7 @@ from model.pipeline import (
     size_multiple,
     stage_one_size,
 )
+from model.pipeline_plan import plan_components
 from model.scheduler import flow_sigmas
 
 EXAMPLES = f"""\
@@ -137,6 +138,16 @@ def run(args: argparse.Namespace) -> None:
     low_size = stage_one_size(
         width, height, size_multiple(components.stage_one_vae_config, components.stage_one_config)
     )
+    vae_plans = plan_components(
+        components,
+        (width, height),
+        low_size,
+        window_blocks=max(len(window.blocks) for window in plan),
+        blocks_per_segment=args.blocks,
+        memory=args.vae_memory,
+        dtype=dtype,
+        device=device,
+    )
     timer = StageTimer(device)
 
     with timer.stage("text and image"):
@@ -152,6 +163,7 @@ def run(args: argparse.Namespace) -> None:
         f" Stage II {args.mode}: {len(plan)} segments, windows of at most"
         f" {max(len(window.blocks) for window in plan)} blocks; {device.type}, {str(dtype).removeprefix('torch.')}"
     )
+    print(vae_plans)
 
     with timer.stage("load"):
         vae = components.vae()
@@ -171,17 +183,21 @@ def run(args: argparse.Namespace) -> None:
             low_noise_dit=low_noise,
             cuda_graph=args.cuda_graph,
             on_step=lambda step, steps: advance(f"step {step}/{steps}"),
+            vae_plan=vae_plans.condition.plan,
         )
     del dit, low_noise
     _release(device)
     with timer.stage("reference"), progress("reference", num_blocks, device) as advance:
         picture = fit_image(photo, (width, height)).to(device)
+        vae.to_dtypes(encode=vae_plans.encode_dtype)
         reference = make_reference(
-            motion, vae_one, vae, picture, lambda block, blocks: advance(f"block {block}/{blocks}")
-        )
+            motion, vae_one, vae, picture, lambda block, blocks: advance(f"block {block}/{blocks}"),
+            plan=vae_plans.reference.plan, motion_plan=vae_plans.motion.plan,
+        )  # fmt: skip
     del vae_one, picture, motion
+    vae.drop_encoder()
+    _release(device)
     with timer.stage("load"):
-        vae = vae.to(dtype)
         dit = components.stage_two()
     fps = args.fps or defaults.fps
     with progress("Stage II", len(plan) * args.steps, device) as advance:
@@ -197,7 +213,8 @@ def run(args: argparse.Namespace) -> None:
             cuda_graph=args.cuda_graph,
             on_step=lambda segment, total, step, steps: advance(f"segment {segment}/{total} step {step}/{steps}"),
         )
-        frames = decode_frames(vae, reference[:, :, :1], timer.iterate("Stage II", segments))
+        made = timer.iterate("Stage II", segments)
+        frames = decode_frames(vae, reference[:, :, :1], made, plan=vae_plans.decode.plan)
         writer = VideoWriter(out, width, height, fps)
         try:
             with writer, timer.stage("file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import defaultdict
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from model.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -91,3 +94,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def format_bytes(count: float) -> str:
     """``1.5 GiB``, ``12 MiB``."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """``"4GB"`` (4 * 10**9), ``"4GiB"`` (4 * 2**30), ``"500MB"`` or a number of bytes.
+
+    Raises:
+        InputError: another form.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
+        raise InputError(f"memory: expected a size such as 4GB, 4GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,12 +57,6 @@ def fit_image(image: Any, size: tuple[int, int], resize: tuple[int, int] | None 
         fitted = fitted.resize(resize, pil.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)) / 127.5 - 1
     return pixels.permute(2, 0, 1)[None, :, None].contiguous()
-
-
-def to_uint8(video: Tensor) -> Iterator[np.ndarray]:
-    """Frames ``[H, W, 3]`` uint8 of a video ``[1, 3, F, H, W]`` in -1..1."""
-    pixels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 class VideoWriter:

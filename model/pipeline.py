@@ -5,7 +5,8 @@
     z_ref -> Stage II, segment by segment                                           model.csg.sample_latents
     anchor and segments -> decode -> frames, as soon as each segment is done        decode_frames
 
-Everything is streamed in time: no full-size clip of pixels is ever held.
+Everything is streamed in time: no full-size clip of pixels is ever held. Where a full-size frame of features is too
+much for the memory, a plan of ``model/vae_plan.py`` cuts it into tiles.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DiTConfig, VAEConfig
@@ -23,9 +23,10 @@ from model.csg import check_channels
 from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.errors import InputError
-from model.media import to_uint8
 from model.scheduler import block_noise
-from model.vae import WanVAE
+from model.tiling import VAEPlan
+from model.upsampled import UpsampledFrames, interpolation_matrix
+from model.vae import WHOLE, WanVAE
 
 STAGE = 1
 # Stage I works at 360P: its shorter side has at most this many pixels, and at most half of the target's.
@@ -87,6 +88,7 @@ def make_motion(
     boundary: float = 0.9,
     on_step: Callable[[int, int], None] | None = None,
     cuda_graph: bool = True,
+    vae_plan: VAEPlan = WHOLE,
 ) -> Tensor:
     """Stage I: the motion reference at low resolution, all blocks in one window.
 
@@ -104,6 +106,7 @@ def make_motion(
         low_noise_dit: Wan2.2 A14B's second expert, used below ``boundary``.
         on_step: called after every step with (step, number of steps).
         cuda_graph: as for :func:`model.csg.sample_latents`.
+        vae_plan: how the condition is encoded.
 
     Returns:
         ``[1, z, num_blocks, h, w]`` float32.
@@ -115,10 +118,11 @@ def make_motion(
         raise InputError(f"low_noise_dit: both experts must take the same channels, got {given[0]} and {given[1]}")
     replaces_first = dit.config.in_channels == z
     if replaces_first:
-        condition = vae.encode(picture).float().expand(-1, -1, num_blocks, -1, -1)
+        condition = vae.encode(picture, vae_plan).float().expand(-1, -1, num_blocks, -1, -1)
     else:
         grey = picture.new_zeros(1, 3, stride, *picture.shape[3:])
-        condition = torch.cat(list(vae.encode_stream(chain([picture], [grey] * (num_blocks - 1)))), dim=2).float()
+        clip = chain([picture], [grey] * (num_blocks - 1))
+        condition = torch.cat(list(vae.encode_stream(clip, vae_plan)), dim=2).float()
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
     shared = {
         "latents": x,
@@ -152,14 +156,23 @@ def make_reference(
     vae: WanVAE,
     picture: Tensor,
     on_block: Callable[[int, int], None] | None = None,
+    *,
+    plan: VAEPlan = WHOLE,
+    motion_plan: VAEPlan = WHOLE,
 ) -> Tensor:
     """Hybrid reference: the motion decoded, upsampled, its first frame replaced by the image, and encoded again.
+
+    One stream: each latent frame of the motion is decoded when its pixels are to be encoded, and these are upsampled
+    tile by tile as they are read, so that there is never a whole frame at the target size on the device, let alone a
+    clip. With a plan that parks (:class:`model.tiling.VAEPlan`) every tile runs through the clip by itself; then the
+    whole motion is decoded first, at its own size, and kept in host memory.
 
     Args:
         motion: Stage I's latents ``[1, z_low, T, h, w]``.
         motion_vae, vae: of Stage I and of Stage II; often the same.
         picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
         on_block: called after every block with (block, number of blocks), counted from 1.
+        plan, motion_plan: how frames of the target size are encoded, and the motion decoded.
 
     Returns:
         ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
@@ -171,34 +184,44 @@ def make_reference(
         strides = motion_vae.config.temporal_stride, vae.config.temporal_stride
         raise InputError(f"stage1_vae: both VAEs must have the same temporal stride, got {strides[0]} and {strides[1]}")
     height, width = picture.shape[3:]
+    num_blocks, stride = motion.shape[2], motion_vae.config.spatial_stride
+    rows = interpolation_matrix(motion.shape[3] * stride, height, vae.device)
+    columns = interpolation_matrix(motion.shape[4] * stride, width, vae.device)
+    tiles = len(plan.regions(height // vae.config.spatial_stride, width // vae.config.spatial_stride))
+    crops, reported = 0, 0
 
-    def frames() -> Iterator[Tensor]:
-        for i, low in enumerate(motion_vae.decode_stream(motion.split(1, dim=2))):
-            if i == 0:
-                yield picture
-                continue
-            flat = low.float().transpose(1, 2).flatten(0, 1)
-            big = F.interpolate(flat, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
-            yield big.unflatten(0, (1, -1)).transpose(1, 2)
+    def on_crop(frames: int) -> None:
+        nonlocal crops, reported
+        crops += -(-frames // vae.config.temporal_stride)
+        while on_block is not None and reported < crops // tiles:
+            reported += 1
+            on_block(reported, num_blocks)
 
-    blocks = []
-    for block in vae.encode_stream(frames()):
-        blocks.append(block.float())
-        if on_block is not None:
-            on_block(len(blocks), motion.shape[2])
-    return torch.cat(blocks, dim=2)
+    def frames() -> Iterator[UpsampledFrames]:
+        decoded = motion_vae.decode_stream(motion.split(1, dim=2), motion_plan)
+        if plan.park:
+            decoded = iter([torch.cat([low.to("cpu") for low in decoded], dim=2)])
+        for i, low in enumerate(decoded):
+            yield UpsampledFrames(low, rows, columns, picture if i == 0 else None, on_crop)
+
+    return torch.cat([block.float() for block in vae.encode_stream(frames(), plan)], dim=2)
 
 
-def decode_frames(vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor]) -> Iterator[list[np.ndarray]]:
+def decode_frames(
+    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE
+) -> Iterator[list[np.ndarray]]:
     """Frames ``[H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
 
     Args:
         anchor: block 0, ``[1, z, 1, h, w]``.
         segments: blocks ``[1, z, m, h, w]``.
+        plan: how frames are decoded.
 
     Yields:
-        The frames of one block.
+        The frames of one block; with a plan that parks, of a segment, since its tiles wait once for each of these.
     """
-    blocks = chain.from_iterable(segment.split(1, dim=2) for segment in chain([anchor], segments))
-    for video in vae.decode_stream(blocks):
-        yield list(to_uint8(video))
+    pieces = chain([anchor], segments)
+    if not plan.park:
+        pieces = chain.from_iterable(segment.split(1, dim=2) for segment in pieces)
+    for frames in vae.decode_frames(pieces, plan):
+        yield list(frames[0].cpu().numpy())

@@ -1,4 +1,4 @@
-"""The Wan video autoencoder, versions 2.1 (4x8x8, 16 channels) and 2.2 (4x16x16, 48 channels), streaming in time.
+"""The Wan video autoencoder, versions 2.1 (4x8x8, 16 channels) and 2.2 (4x16x16, 48 channels), streamed and tiled.
 
 Both are causal: an output depends on its own and earlier frames only. Every temporal convolution therefore keeps the
 last frames of its input in a *state*, and a clip may be pushed through in pieces of any length:
@@ -6,291 +6,55 @@ last frames of its input in a *state*, and a clip may be pushed through in piece
 * the encoder takes the first frame and then groups of 4, one latent frame each;
 * the decoder takes one latent frame at a time, the first of which gives 1 frame and every other 4.
 
-A whole clip is the same code with all pieces in a row, so streaming changes nothing but rounding. The state is a plain
-dictionary that belongs to one clip, from convolution to its last frames: the modules themselves hold weights only.
+In space a :class:`model.tiling.VAEPlan` cuts the frame into tiles that read their true surroundings. Neither
+changes the result beyond rounding. Which plan fits in how much memory is the business of ``model/vae_plan.py``.
 
-Module names are those of diffusers' ``AutoencoderKLWan``; see ``model/weights.py`` for the original key names.
+Encoder and decoder share no weights and may have different dtypes: decoding in bfloat16 is practically lossless,
+encoding the conditioning image in it is not. Module names are those of diffusers' ``AutoencoderKLWan``; see
+``model/weights.py`` for the original key names.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from model.config import VAEConfig
+from model.host import Host
+from model.tiling import Region, VAEPlan
+from model.vae_decoder import Decoder
+from model.vae_encoder import Encoder
+from model.vae_layers import CausalConv3d, State
 
-State = dict[nn.Module, Tensor]
-
-
-class CausalConv3d(nn.Conv3d):
-    """3D convolution padded in time at the front only, by zeros or by the frames that the state remembers."""
-
-    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
-        super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.history = kernel[0] - 1
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T, h, w]."""
-        if self.history:
-            past = state.get(self)
-            if past is None:
-                past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
-            x = torch.cat((past, x), dim=2)
-            state[self] = x[:, :, -self.history :].clone()
-        return self._fold_time(x) if x.device.type == "cpu" else super().forward(x)
-
-    def _fold_time(self, x: Tensor) -> Tensor:
-        # On the CPU torch sends small 3D convolutions to a naive loop; as a 2D one over (channel, tap) the tiny
-        # VAE decodes 5x faster (measured on a 2-core AMD EPYC).
-        frames = rearrange(x.unfold(2, self.history + 1, 1), "b c t h w tap -> (b t) (c tap) h w")
-        weight = rearrange(self.weight, "out c tap y x -> out (c tap) y x")
-        y = F.conv2d(frames, weight, self.bias, padding=self.padding[1:])
-        return rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
+#: The whole frame, and one latent frame at a time.
+WHOLE = VAEPlan()
 
 
-class RMSNorm(nn.Module):
-    """``x / |x| * sqrt(C) * gamma`` over channels (dimension 1)."""
+class FrameSource(Protocol):
+    """Frames that can be asked for a part, and need not exist as a whole."""
 
-    def __init__(self, dim: int, spatial_dims: int = 3):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+    #: (B, 3, F, H, W)
+    shape: Sequence[int]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises in float32 and rounds before the gain, as diffusers does."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide)
-        length = y.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
-        return (y / length).to(x.dtype) * self.gamma.shape[0] ** 0.5 * self.gamma
+    def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Frames ``start .. stop - 1`` over ``region``, [B, F, h, w, 3] in -1..1."""
+        ...
 
 
-class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and convolution, added to the (projected) input."""
+class _TensorFrames:
+    """A video in memory, ``[B, 3, F, H, W]``."""
 
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(dim_in), RMSNorm(dim_out)
-        self.conv1 = CausalConv3d(dim_in, dim_out, (3, 3, 3))
-        self.conv2 = CausalConv3d(dim_out, dim_out, (3, 3, 3))
-        self.conv_shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1)) if dim_in != dim_out else None
+    def __init__(self, video: Tensor):
+        self.video, self.shape = video, video.shape
 
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x)), state)
-        y = self.conv2(F.silu(self.norm2(y)), state)
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x, state))
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over the pixels of each frame."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = RMSNorm(dim, spatial_dims=2)
-        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, h, w] -> the same shape."""
-        batch, height = x.shape[0], x.shape[3]
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
-        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (qkv c) h w -> qkv n 1 (h w) c", qkv=3).contiguous()
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
-        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=batch)
-
-
-class Downsample(nn.Module):
-    """Halves the frame and, if ``temporal``, the frame rate after the clip's first frame."""
-
-    def __init__(self, dim: int, temporal: bool):
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C, T', h/2, w/2]."""
-        batch = x.shape[0]
-        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=batch)
-        if self.time_conv is None:
-            return x
-        # The clip's first frame passes as it is and is the history of the next: windows of 3 with stride 2 after it.
-        first, past = self not in state, state.get(self)
-        state[self] = x[:, :, -1:].clone()
-        if first:
-            return x if x.shape[2] == 1 else torch.cat((x[:, :, :1], self.time_conv(x)), dim=2)
-        return self.time_conv(torch.cat((past, x), dim=2))
-
-
-class Upsample(nn.Module):
-    """Doubles the frame and, if ``temporal``, the frame rate after the clip's first frame."""
-
-    def __init__(self, dim: int, dim_out: int, temporal: bool):
-        super().__init__()
-        upsample = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
-        self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim_out, 3, padding=1))
-        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T', 2h, 2w]."""
-        if self.time_conv is not None:
-            x = self._double_frames(x, state)
-        batch = x.shape[0]
-        x = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
-        return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-
-    def _double_frames(self, x: Tensor, state: State) -> Tensor:
-        head = None
-        if self not in state:
-            # The clip's first frame is neither doubled nor part of the history of the second.
-            state[self] = x.new_empty(0)
-            head, x = x[:, :, :1], x[:, :, 1:]
-            if x.shape[2] == 0:
-                return head
-        x = rearrange(self.time_conv(x, state), "b (two c) t h w -> b c (t two) h w", two=2)
-        return x if head is None else torch.cat((head, x), dim=2)
-
-
-class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(dim, dim) for _ in range(2))
-        self.attentions = nn.ModuleList([AttentionBlock(dim)])
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> the same shape."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, state)), state)
-
-
-class ResidualDownStage(nn.Module):
-    """An encoder stage of Wan2.2: residual blocks and downsampling, plus the stage's averaged input."""
-
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, down: bool, temporal: bool):
-        super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
-        self.downsampler = Downsample(dim_out, temporal) if down else None
-        self.dim_out, self.factor_t, self.factor_s = dim_out, 2 if temporal else 1, 2 if down else 1
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T', h', w']."""
-        shortcut = self._average(x)
-        for block in self.resnets:
-            x = block(x, state)
-        return shortcut + (x if self.downsampler is None else self.downsampler(x, state))
-
-    def _average(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.factor_t, 0))
-        folded = "b c (t ft) (h fs) (w gs) -> b (c ft fs gs) t h w"
-        x = rearrange(x, folded, ft=self.factor_t, fs=self.factor_s, gs=self.factor_s)
-        return reduce(x, "b (c group) t h w -> b c t h w", "mean", c=self.dim_out)
-
-
-class ResidualUpStage(nn.Module):
-    """A decoder stage of Wan2.2: residual blocks and upsampling, plus the stage's repeated input."""
-
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
-        super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
-        self.upsampler = Upsample(dim_out, dim_out, temporal) if up else None
-        self.dim_out, self.factor_t = dim_out, 2 if temporal else 1
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T', h', w']."""
-        if self.upsampler is None:
-            shortcut = None
-        else:
-            shortcut = self._repeat(x, first=self not in state)
-            state[self] = x.new_empty(0)
-        for block in self.resnets:
-            x = block(x, state)
-        return x if self.upsampler is None else shortcut + self.upsampler(x, state)
-
-    def _repeat(self, x: Tensor, first: bool) -> Tensor:
-        copies = self.dim_out * self.factor_t * 4 // x.shape[1]
-        x = repeat(x, "b c t h w -> b (c copies) t h w", copies=copies)
-        x = rearrange(x, "b (c ft fs gs) t h w -> b c (t ft) (h fs) (w gs)", ft=self.factor_t, fs=2, gs=2)
-        return x[:, :, self.factor_t - 1 :] if first else x
-
-
-class PlainUpStage(nn.Module):
-    """A decoder stage of Wan2.1: residual blocks, then upsampling to half the channels."""
-
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
-        super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
-        self.upsamplers = nn.ModuleList([Upsample(dim_out, dim_out // 2, temporal)] if up else [])
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, C', T', h', w']."""
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x, state)
-        return x
-
-
-class Encoder(nn.Module):
-    """Pixels [B, 3 or 12, T, h, w] to the moments of the latents."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
-        last = len(config.dim_mult) - 1
-        self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
-        self.down_blocks = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
-            down, temporal = i != last, i != last and config.temporal_downsample[i]
-            if config.residual:
-                stage = ResidualDownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
-                self.down_blocks.append(stage)
-                continue
-            for j in range(config.num_res_blocks):
-                self.down_blocks.append(ResidualBlock(dim_in if j == 0 else dim_out, dim_out))
-            if down:
-                self.down_blocks.append(Downsample(dim_out, temporal))
-        self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1])
-        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, C, T, h, w] -> [B, 2z, T', h', w']."""
-        x = self.conv_in(x, state)
-        for layer in (*self.down_blocks, self.mid_block):
-            x = layer(x, state)
-        return self.conv_out(F.silu(self.norm_out(x)), state)
-
-
-class Decoder(nn.Module):
-    """Latents [B, z, T, h, w] to pixels."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        dims = [config.decoder_base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
-        temporal_upsample = (*reversed(config.temporal_downsample), False)
-        last = len(config.dim_mult) - 1
-        self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3))
-        self.mid_block = MidBlock(dims[0])
-        self.up_blocks = nn.ModuleList()
-        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
-            # In Wan2.1 the upsampling before has halved the channels already.
-            stage, width = (
-                (ResidualUpStage, dim_in) if config.residual else (PlainUpStage, dim_in // 2 if i else dim_in)
-            )
-            self.up_blocks.append(stage(width, dim_out, config.num_res_blocks + 1, i != last, temporal_upsample[i]))
-        self.norm_out = RMSNorm(dims[-1])
-        self.conv_out = CausalConv3d(dims[-1], config.pixel_channels, (3, 3, 3))
-
-    def forward(self, x: Tensor, state: State) -> Tensor:
-        """[B, z, T, h, w] -> [B, 3 or 12, T', h', w']."""
-        x = self.mid_block(self.conv_in(x, state), state)
-        for stage in self.up_blocks:
-            x = stage(x, state)
-        return self.conv_out(F.silu(self.norm_out(x)), state)
+    def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As :meth:`FrameSource.crop`."""
+        rows, columns = (slice(span.start, span.stop) for span in region)
+        part = self.video[:, :, start:stop, rows, columns].permute(0, 2, 3, 4, 1)
+        return torch.empty(part.shape, device=device, dtype=dtype).copy_(part)
 
 
 class WanVAE(nn.Module):
@@ -304,76 +68,284 @@ class WanVAE(nn.Module):
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+    def encode_dtype(self) -> torch.dtype:
+        """Dtype of the encoder's weights."""
         return self.quant_conv.weight.dtype
+
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """Dtype of the decoder's weights."""
+        return self.post_quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.quant_conv.weight.device
+        return self.post_quant_conv.weight.device
 
-    def encode(self, video: Tensor) -> Tensor:
+    def to_dtypes(self, *, encode: torch.dtype | None = None, decode: torch.dtype | None = None) -> WanVAE:
+        """Casts the weights of either half in place; None leaves them."""
+        if encode is not None:
+            self.encoder.to(encode)
+            self.quant_conv.to(encode)
+        if decode is not None:
+            self.decoder.to(decode)
+            self.post_quant_conv.to(decode)
+        return self
+
+    def drop_encoder(self) -> None:
+        """Lets the encoder's weights go; what is left can only decode."""
+        self.encoder = self.quant_conv = None
+
+    def encode(self, video: Tensor | FrameSource, plan: VAEPlan = WHOLE) -> Tensor:
         """Video ``[B, 3, F, H, W]`` in -1..1 to latents ``[B, z, T, h, w]``: the mode, normalised per channel.
 
         ``F = 1 + n * temporal_stride`` frames give ``T = 1 + n``; H and W are multiples of the spatial stride.
 
         Raises:
-            ValueError: the shape of ``video`` does not fit.
+            ValueError: the shape of ``video`` does not fit, or it holds NaN.
         """
         num_frames, stride = video.shape[2], self.config.temporal_stride
         if (num_frames - 1) % stride:
             raise ValueError(f"video: expected 1 + {stride}n frames, got {num_frames}")
-        pieces = [1] + [stride] * ((num_frames - 1) // stride)
-        return torch.cat(list(self.encode_stream(video.split(pieces, dim=2))), dim=2)
+        return next(self.encode_stream([video], plan))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, z, T, h, w]`` to video ``[B, 3, F, H, W]``, clamped to -1..1.
+    def decode(self, latents: Tensor, plan: VAEPlan = WHOLE) -> Tensor:
+        """Latents ``[B, z, T, h, w]`` to video ``[B, 3, F, H, W]`` in the decoder's dtype, clamped to -1..1.
+
+        The video is as large as it is: where that is too much, :meth:`decode_stream` gives it in pieces. With a plan
+        that parks, it is in host memory.
 
         Raises:
-            ValueError: the shape of ``latents`` does not fit.
+            ValueError: the shape of ``latents`` does not fit, or they hold NaN.
         """
-        return torch.cat(list(self.decode_stream(latents.split(1, dim=2))), dim=2)
+        return next(self.decode_stream([latents], plan))
 
-    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    def encode_stream(
+        self, pieces: Iterable[Tensor | FrameSource], plan: VAEPlan = WHOLE, *, host: Host | None = None
+    ) -> Iterator[Tensor]:
         """As :meth:`encode`, piece by piece: yields latents ``[B, z, t, h, w]`` as soon as their frames are there.
 
-        The first piece has ``1 + n * temporal_stride`` frames (1 is usual), every other ``n * temporal_stride``.
+        Args:
+            pieces: the first has ``1 + n * temporal_stride`` frames, every other ``n * temporal_stride``.
+            plan: how each piece is worked through.
+            host: where what waits is kept; by default as the plan says.
         """
-        config, state = self.config, State()
-        for i, video in enumerate(pieces):
-            self._check_video(video, first=i == 0)
-            x = video.to(self.device, self.dtype)
-            if config.patch_size > 1:
-                x = rearrange(x, "b c t (h y) (w x) -> b (c x y) t h w", x=config.patch_size, y=config.patch_size)
-            mode = self.quant_conv(self.encoder(x, state), state)[:, : config.z_dim]
-            mean, std = self._statistics(mode)
-            yield (mode - mean) / std
+        stride = self.config.temporal_stride
+        host = Host(self.device, plan.park) if host is None else host
+        stream: _Encoding | None = None
+        for piece, is_last in _marked(pieces):
+            source = _TensorFrames(piece) if isinstance(piece, Tensor) else piece
+            self._check_video(source.shape, first=stream is None)
+            size = tuple(n // self.config.spatial_stride for n in source.shape[3:])
+            # Frames at which a latent frame begins, and the end.
+            bounds = [0, *range(1 if stream is None else stride, source.shape[2] + 1, stride)]
+            if stream is None:
+                stream = _Encoding(self, plan, host, size)
+            elif size != stream.size:
+                raise ValueError(f"video: expected {stream.size} latent pixels as before, got {size}")
+            with torch.no_grad():
+                yield stream.run(source, bounds, is_last)
 
-    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """As :meth:`decode`, piece by piece: yields the frames ``[B, 3, f, H, W]`` of each piece of latents."""
-        config, state = self.config, State()
-        for latents in pieces:
-            if latents.ndim != 5 or latents.shape[1] != config.z_dim:
-                raise ValueError(f"latents: expected [B, {config.z_dim}, T, h, w], got {tuple(latents.shape)}")
-            latents = latents.to(self.device, self.dtype)
-            mean, std = self._statistics(latents)
-            x = self.decoder(self.post_quant_conv(latents * std + mean, state), state)
-            if config.patch_size > 1:
-                x = rearrange(x, "b (c x y) t h w -> b c t (h y) (w x)", x=config.patch_size, y=config.patch_size)
-            yield x.clamp(-1, 1)
+    def decode_stream(
+        self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
+    ) -> Iterator[Tensor]:
+        """As :meth:`decode`, piece by piece: yields each piece's frames ``[B, 3, f, H, W]``, whose memory
+        has the channels last."""
+        for frames in self._decode(pieces, plan, host, self.decode_dtype):
+            yield frames.permute(0, 4, 1, 2, 3)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (like.new_tensor(values) for values in (self.config.latents_mean, self.config.latents_std))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+    def decode_frames(
+        self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
+    ) -> Iterator[Tensor]:
+        """As :meth:`decode_stream`, but uint8 frames ``[B, f, H, W, 3]``, which the last layer writes itself."""
+        return self._decode(pieces, plan, host, torch.uint8)
 
-    def _check_video(self, video: Tensor, first: bool) -> None:
+    def _decode(
+        self, pieces: Iterable[Tensor], plan: VAEPlan, host: Host | None, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        host = Host(self.device, plan.park) if host is None else host
+        stream: _Decoding | None = None
+        for latents, is_last in _marked(pieces):
+            if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
+                raise ValueError(f"latents: expected [B, {self.config.z_dim}, T, h, w], got {tuple(latents.shape)}")
+            size = tuple(latents.shape[3:])
+            if stream is None:
+                stream = _Decoding(self, plan, host, size)
+            elif size != stream.size:
+                raise ValueError(f"latents: expected {stream.size} pixels as before, got {size}")
+            with torch.no_grad():
+                yield stream.run(latents, dtype, is_last)
+
+    def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' channels, [z]."""
+        config = self.config
+        mean, std = (torch.tensor(v, device=device, dtype=dtype) for v in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def _check_video(self, shape: Sequence[int], first: bool) -> None:
         stride, temporal = self.config.spatial_stride, self.config.temporal_stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video: expected [B, 3, F, H, W], got {tuple(video.shape)}")
-        frames, height, width = video.shape[2:]
+        if len(shape) != 5 or shape[1] != 3 or 0 in shape:
+            raise ValueError(f"video: expected [B, 3, F, H, W], got {tuple(shape)}")
+        frames, height, width = shape[2:]
         if height % stride or width % stride:
             raise ValueError(f"video: height and width must be multiples of {stride}, got {height} x {width}")
-        if (frames - first) % temporal or frames < 1:
+        if (frames - first) % temporal:
             wanted = f"1 + {temporal}n" if first else f"a multiple of {temporal}"
             raise ValueError(f"video: expected {wanted} frames in this piece, got {frames}")
+
+
+def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each piece, and whether it is known to be the last: of a generator, no end is."""
+    count = len(pieces) if isinstance(pieces, Sequence) else None
+    for i, piece in enumerate(pieces):
+        yield piece, i + 1 == count
+
+
+class _Decoding:
+    """A clip on its way through the decoder."""
+
+    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int]):
+        self.vae, self.plan, self.host, self.size = vae, plan, host, size
+        self.weights: dict[nn.Module, Tensor] = {}
+        self.head = State(self.weights)
+        self.done = 0  # latent frames
+        self.tiles = [vae.decoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
+
+    def run(self, latents: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
+        """The next latent frames [B, z, t, h, w] to frames [B, f, H, W, 3]; after the last, nothing is kept."""
+        check_finite("latents", latents, self.done)
+        config, (height, width) = self.vae.config, self.size
+        stride, rate, count = config.spatial_stride, config.temporal_stride, latents.shape[2]
+        number = count * rate - (rate - 1 if self.done == 0 else 0)
+        frames = self.host.empty((latents.shape[0], number, stride * height, stride * width, 3), dtype)
+        chunk, written = self.plan.chunk or count, 0
+        for start in range(0, count, chunk):
+            part = latents[:, :, start : start + chunk]
+            written += self._chunk(part, frames[:, written:], is_last and start + chunk >= count)
+        assert written == number
+        return frames
+
+    def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
+        """All tiles of some latent frames, written to the front of ``frames``; returns how many frames these are."""
+        vae, host = self.vae, self.host
+        # The clip's first latent frame goes alone: it becomes one frame, and every other as many as the stride.
+        alone = int(self.done == 0)
+        steps = [*[1] * alone, *_shares(latents.shape[2] - alone, self.plan.frames)]
+        counts = [step * vae.config.temporal_stride for step in steps]
+        counts[:alone] = [1] * alone
+        features = [
+            [host.park(x) for x in vae.decoder.head(self._denormalised(z), self.head)]
+            for z in latents.split(steps, dim=2)
+        ]
+        stride = vae.config.spatial_stride
+        for tile in self.tiles:
+            tile.state.move(host.fetch)
+            rows, columns = (slice(stride * span.start, stride * span.stop) for span in tile.core)
+            start = 0
+            for parked, count in zip(features, counts, strict=True):
+                target = frames[:, start : start + count, rows, columns]
+                out = host.near(target)
+                vae.decoder.tail([host.fetch(x) for x in vae.decoder.cut(parked, tile)], tile, out)
+                if out is not target:
+                    target.copy_(out)
+                start += count
+                del out
+            if is_last:
+                tile.state.clear()
+            else:
+                tile.state.move(host.park)
+        self.done += latents.shape[2]
+        return sum(counts)
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        """[B, z, T, h, w] of any dtype to what conv_in reads: [B, T, h, w, z], written once."""
+        vae = self.vae
+        dtype, device = vae.decode_dtype, vae.device
+        batch, channels, *rest = latents.shape
+        mean, std = vae.statistics(device, dtype)
+        z = torch.empty((batch, *rest, channels), dtype=dtype, device=device)
+        torch.addcmul(mean, latents.to(device, dtype).permute(0, 2, 3, 4, 1), std, out=z)
+        whole = Region.whole(*self.size)
+        return vae.post_quant_conv(z, whole, whole, self.head)
+
+
+class _Encoding:
+    """A clip on its way through the encoder."""
+
+    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int]):
+        self.vae, self.plan, self.host, self.size = vae, plan, host, size
+        self.weights: dict[nn.Module, Tensor] = {}
+        self.body = State(self.weights)
+        self.done = 0  # latent frames
+        self.tiles = [vae.encoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
+
+    def run(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
+        """The frames between ``bounds``, a latent frame each, to latents [B, z, t, h, w]; after the last, nothing is
+        kept."""
+        step = self.plan.chunk or len(bounds)
+        starts = range(0, len(bounds) - 1, step)
+        parts = [self._chunk(source, bounds[i : i + step + 1], is_last and i == starts[-1]) for i in starts]
+        return torch.cat(parts, dim=2)
+
+    def _chunk(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
+        vae, host, plan = self.vae, self.host, self.plan
+        patch, count = vae.config.patch_size, len(bounds) - 1
+        shape = (source.shape[0], count, *self.size, vae.encoder.feature_channels)
+        features = host.empty(shape, vae.encode_dtype)
+        # Pixels of few latent frames at a time, and the clip's first frame alone.
+        alone = int(self.done == 0)
+        groups = [*[1] * alone, *_shares(count - alone, max(plan.frames // vae.config.temporal_stride, 1))]
+        for tile in self.tiles:
+            tile.state.move(host.fetch)
+            rows, columns = (slice(span.start, span.stop) for span in tile.core)
+            start = 0
+            for number in groups:
+                region = tile.pixels.scaled(patch)
+                x = source.crop(bounds[start], bounds[start + number], region, vae.device, vae.encode_dtype)
+                x = _folded(x, patch) if patch > 1 else x
+                target = features[:, start : start + number, rows, columns]
+                out = host.near(target)
+                written = vae.encoder.legs(x, tile, out)
+                assert written == number
+                if out is not target:
+                    target.copy_(out)
+                start += number
+                del x, out
+            if is_last:
+                tile.state.clear()
+            else:
+                tile.state.move(host.park)
+        result = torch.cat([self._latents(host.fetch(part)) for part in features.split(plan.frames, dim=1)], dim=2)
+        check_finite("video", result, self.done)
+        self.done += count
+        return result
+
+    def _latents(self, features: Tensor) -> Tensor:
+        vae, whole = self.vae, Region.whole(*self.size)
+        moments = vae.encoder.body(features, self.body)
+        mode = vae.quant_conv(moments, whole, whole, self.body)[..., : vae.config.z_dim]
+        mean, std = vae.statistics(mode.device, mode.dtype)
+        return ((mode - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _shares(count: int, most: int) -> list[int]:
+    return [min(most, count - start) for start in range(0, count, most)]
+
+
+def _folded(x: Tensor, patch: int) -> Tensor:
+    """Frames [B, T, H, W, 3] to [B, T, h, w, 3 * patch**2]: features by colour, pixel column and pixel row."""
+    cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, T, h, rows, w, columns, 3]
+    return cells.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
+
+
+def check_finite(name: str, latents: Tensor, before: int) -> None:
+    """Latents [B, z, t, h, w] have no NaN and no infinity, which a picture would not show. Reads one number from the
+    device, where the work before it is waited for.
+
+    Raises:
+        ValueError: they have; the message names the latent frames, of which ``before`` came earlier.
+    """
+    if latents.is_meta or bool(torch.isfinite(latents).all()):
+        return
+    bad = (~torch.isfinite(latents)).transpose(0, 2).flatten(1).any(dim=1).nonzero().flatten() + before
+    raise ValueError(f"{name}: NaN or infinity in latent frames {', '.join(map(str, bad.tolist()))}")

@@ -71,11 +71,22 @@ def load_vae(
     *,
     config: VAEConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    decode_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> WanVAE:
-    """Loads a Wan VAE, version 2.1 or 2.2; arguments and errors as for :func:`load_dit`."""
+    """Loads a Wan VAE, version 2.1 or 2.2; arguments and errors as for :func:`load_dit`.
+
+    ``dtype`` is the encoder's: others report drift from encoding the conditioning image in bfloat16, and none from
+    decoding (FastVideo PR 1472). ``decode_dtype`` is the decoder's; by default bfloat16 on a GPU where ``dtype`` is
+    float32, else the same. Whether float32 convolutions use TF32 is torch's setting
+    (``torch.backends.cudnn.allow_tf32``, on by default).
+    """
     checkpoint, config = _open_vae(Path(path), config)
-    return checkpoint.load(WanVAE, config, lambda _: dtype, device)
+    if decode_dtype is None:
+        on_gpu = torch.device(device).type == "cuda" and dtype == torch.float32
+        decode_dtype = torch.bfloat16 if on_gpu else dtype
+    decodes = ("decoder.", "post_quant_conv.")
+    return checkpoint.load(WanVAE, config, lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
 
 
 def inspect_vae(path: str | Path) -> VAEConfig:
@@ -131,6 +142,10 @@ def random_weights(
 
 
 def _assign(model: Model, state: dict[str, Tensor]) -> Model:
+    if isinstance(model, WanVAE):
+        # What its convolutions read: channels last.
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        state = {k: v.contiguous(memory_format=formats[v.ndim]) if v.ndim in formats else v for k, v in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -14,6 +14,7 @@ from swifti2v_kernels.attention_arguments import BlockWindow
 from swifti2v_kernels.attention_merge import merge_attention
 from swifti2v_kernels.causal_conv3d import causal_conv3d
 from swifti2v_kernels.common.dispatch import Choice, explain
+from swifti2v_kernels.common.target import pretend_gpu
 from swifti2v_kernels.embed_window import embed_window
 from swifti2v_kernels.frames_out import frames_out
 from swifti2v_kernels.linear_gelu import linear_gelu
@@ -40,6 +41,7 @@ __all__ = [
     "merge_attention",
     "norm_modulate",
     "norm_rope",
+    "pretend_gpu",
     "project_step",
     "qk_norm_rope",
     "rms_norm_silu",

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_targets
@@ -105,6 +106,12 @@ def _causal_conv3d_op(
 @_causal_conv3d_op.register_fake
 def _(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed):  # type: ignore[no-untyped-def]
     return None
+
+
+@register_flop_formula(torch.ops.swifti2v.causal_conv3d)
+def _flops(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed, *args, **kwargs):  # type: ignore[no-untyped-def]
+    batch, frames, height, width, columns = out if out is not None else normed
+    return cost(batch * frames * height * width, weight[1], columns, weight[2] * weight[3] * weight[4]).flops
 
 
 def _choose(*, backend: str, **arguments: Any) -> Choice:

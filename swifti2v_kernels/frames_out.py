@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import FLOATS, check_targets
@@ -97,6 +98,12 @@ def _frames_out_op(
 @_frames_out_op.register_fake
 def _(x, weight, bias, past, padding, patch_size, window, out):  # type: ignore[no-untyped-def]
     return None
+
+
+@register_flop_formula(torch.ops.swifti2v.frames_out)
+def _flops(x, weight, bias, past, padding, patch_size, window, out, *args, **kwargs):  # type: ignore[no-untyped-def]
+    pixels = out[0] * out[1] * out[2] * out[3] // patch_size**2
+    return cost(pixels, weight[1], weight[2] * weight[3] * weight[4], patch_size).flops
 
 
 def _choose(*, backend: str, **arguments: Any) -> Choice:

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_parameter, check_targets
@@ -122,6 +123,12 @@ def _upsample_conv2d_op(
 @_upsample_conv2d_op.register_fake
 def _(x, phases, bias, residual, norm_weight, padding, out, normed):  # type: ignore[no-untyped-def]
     return None
+
+
+@register_flop_formula(torch.ops.swifti2v.upsample_conv2d)
+def _flops(x, phases, bias, residual, norm_weight, padding, out, normed, *args, **kwargs):  # type: ignore[no-untyped-def]
+    batch, frames, height, width, columns = out if out is not None else normed
+    return cost(batch * frames * height * width, phases[4], columns).flops
 
 
 def _choose(*, backend: str, **arguments: Any) -> Choice:

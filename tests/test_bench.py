@@ -11,9 +11,9 @@ import torch
 from bench import csg
 from bench.__main__ import main
 from bench.csg import format_table
-from bench.tensor_memory import TensorMemory
 from model.csg import MODES
 from model.measure import StageTimer
+from model.tensor_memory import TensorMemory
 
 FILES = [
     "csg_bidirectional.mp4",

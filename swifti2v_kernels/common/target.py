@@ -51,18 +51,22 @@ TARGETS = {
     )
 }
 
-_compile_only: int | None = None
+_pretended: int | None = None
 
 
 @contextmanager
-def compile_only(capability: int) -> Iterator[None]:
-    """Within it, launches on CPU tensors are prepared for ``capability``: compilers' reports use it, nothing runs."""
-    global _compile_only
-    before, _compile_only = _compile_only, capability
+def pretend_gpu(capability: int) -> Iterator[None]:
+    """Within it, calls with CPU or ``meta`` tensors are those of a GPU of this capability (two digits).
+
+    With ``meta`` tensors nothing runs: planners see which operators would, and what they return. Launches on CPU
+    tensors are for compilers' reports, which catch them.
+    """
+    global _pretended
+    before, _pretended = _pretended, capability
     try:
         yield
     finally:
-        _compile_only = before
+        _pretended = before
 
 
 def interpreting() -> bool:
@@ -81,8 +85,8 @@ def capability_of(device: torch.device) -> int | None:
         return 10 * major + minor
     if interpreting():
         return None
-    if _compile_only is not None:
-        return _compile_only
+    if _pretended is not None:
+        return _pretended
     raise ValueError(f"device: Triton kernels need a CUDA device (or TRITON_INTERPRET=1), got {device}")
 
 
@@ -92,8 +96,8 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def for_gpu(device: torch.device) -> bool:
-    """Whether a call with tensors on ``device`` is, or within :func:`compile_only` stands for, one on a GPU."""
-    return device.type == "cuda" or (_compile_only is not None and not interpreting())
+    """Whether a call with tensors on ``device`` is, or within :func:`pretend_gpu` stands for, one on a GPU."""
+    return device.type == "cuda" or (_pretended is not None and not interpreting())
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.
@@ -101,7 +105,7 @@ def for_gpu(device: torch.device) -> bool:
 def device_obstacle(device: torch.device) -> str | None:
     """Why no kernel of this library runs on ``device``; None if they do."""
     if device.type != "cuda":
-        if interpreting() or _compile_only is not None:
+        if interpreting() or _pretended is not None:
             return None
         return f"kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got {device}"
     if torch.version.hip is not None:

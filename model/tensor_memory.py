@@ -7,7 +7,8 @@ that an operator allocates and frees inside itself (a convolution's workspace, f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class TensorMemory(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self._paused = False
         self._sizes: dict[int, int] = {}
         for tensor in tensors:
             self._follow(tensor.untyped_storage())
@@ -37,11 +39,20 @@ class TensorMemory(TorchDispatchMode):
                 self._follow(leaf.untyped_storage())
         return result
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the body's operators return is not counted, now or later: it stands for memory elsewhere."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if storage.device.type not in ("cpu", "meta") or key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
+        self._sizes[key] = 0 if self._paused else storage.nbytes()
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key)
