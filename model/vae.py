@@ -160,6 +160,15 @@ class WanVAE(nn.Module):
         """As :meth:`decode_stream`, but uint8 frames ``[B, f, H, W, 3]``, which the last layer writes itself."""
         return self._decode(pieces, plan, host, torch.uint8)
 
+    def decode_onto(self, frames: Tensor, latents: Tensor, window: Tensor) -> None:
+        """Adds the weighted, unclamped video of ``latents`` to floating ``frames`` ``[B, F, H, W, 3]``: for tiles that
+        overlap (``model/vae_blend.py``). ``window`` are weights ``[H, W]``, float32 on the device."""
+        size = tuple(latents.shape[3:])
+        stream, written = _Decoding(self, WHOLE, Host(self.device, False), size, window), 0
+        with torch.no_grad():
+            for z in latents.split(1, dim=2):
+                written += stream.run(z, frames[:, written:], False)
+
     def _decode(
         self, pieces: Iterable[Tensor], plan: VAEPlan, host: Host | None, dtype: torch.dtype
     ) -> Iterator[Tensor]:
@@ -173,8 +182,13 @@ class WanVAE(nn.Module):
                 stream = _Decoding(self, plan, host, size)
             elif size != stream.size:
                 raise ValueError(f"latents: expected {stream.size} pixels as before, got {size}")
+            count, rate = latents.shape[2], self.config.temporal_stride
+            number = count * rate - (rate - 1 if stream.done == 0 else 0)
+            height, width = (self.config.spatial_stride * n for n in size)
+            frames = host.empty((latents.shape[0], number, height, width, 3), dtype)
             with torch.no_grad():
-                yield stream.run(latents, dtype, is_last)
+                stream.run(latents, frames, is_last)
+            yield frames
 
     def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' channels, [z]."""
@@ -204,26 +218,23 @@ def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
 class _Decoding:
     """A clip on its way through the decoder."""
 
-    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int]):
+    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int], window: Tensor | None = None):
         self.vae, self.plan, self.host, self.size = vae, plan, host, size
         self.weights: dict[nn.Module, Tensor] = {}
         self.head = State(self.weights)
         self.done = 0  # latent frames
-        self.tiles = [vae.decoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
+        self.tiles = [vae.decoder.tile(core, plan.frames, State(self.weights), window) for core in plan.regions(*size)]
 
-    def run(self, latents: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
-        """The next latent frames [B, z, t, h, w] to frames [B, f, H, W, 3]; after the last, nothing is kept."""
+    def run(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
+        """Writes the next latent frames [B, z, t, h, w] to the front of ``frames`` [B, F, H, W, 3] and returns how many
+        frames these are; after the last, nothing is kept."""
         check_finite("latents", latents, self.done)
-        config, (height, width) = self.vae.config, self.size
-        stride, rate, count = config.spatial_stride, config.temporal_stride, latents.shape[2]
-        number = count * rate - (rate - 1 if self.done == 0 else 0)
-        frames = self.host.empty((latents.shape[0], number, stride * height, stride * width, 3), dtype)
+        count = latents.shape[2]
         chunk, written = self.plan.chunk or count, 0
         for start in range(0, count, chunk):
             part = latents[:, :, start : start + chunk]
             written += self._chunk(part, frames[:, written:], is_last and start + chunk >= count)
-        assert written == number
-        return frames
+        return written
 
     def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
         """All tiles of some latent frames, written to the front of ``frames``; returns how many frames these are."""

@@ -100,6 +100,8 @@ class DecoderTile:
     levels: list[Level]
     frames: int
     state: State
+    #: Weights of its pixels, if it is to be added to the frames; see ``frames_out``.
+    window: Tensor | None = None
 
     @property
     def regions(self) -> list[Region]:
@@ -146,7 +148,7 @@ class Decoder(nn.Module):
         run_blocks(stage.resnets, features, whole, state, None, overwrite=not shortcut)
         return [features.take("x"), *shortcut]
 
-    def tile(self, core: Region, frames: int, state: State) -> DecoderTile:
+    def tile(self, core: Region, frames: int, state: State, window: Tensor | None = None) -> DecoderTile:
         """The tile ``core`` of the latents, with what each step of the tail computes for it."""
         want = self.conv_out.needs(self._features(core))
         levels = []
@@ -154,7 +156,7 @@ class Decoder(nn.Module):
             enlarged = blocks_need(stage.resnets, want)
             levels.append(Level(before.up.needs(enlarged), enlarged, want))
             want = levels[-1].read
-        return DecoderTile(core, levels[::-1], frames, state)
+        return DecoderTile(core, levels[::-1], frames, state, window)
 
     @staticmethod
     def cut(features: list[Tensor], tile: DecoderTile) -> list[Tensor]:
@@ -215,7 +217,7 @@ class Decoder(nn.Module):
         padding = conv_padding(features.region, self._features(tile.core))
         frames_out(
             x, channels_last(self.conv_out, tile.state), self.conv_out.bias, out[:, : x.shape[1]],
-            past=tile.state.past.get(self.conv_out), padding=padding, patch_size=self.patch_size,
+            past=tile.state.past.get(self.conv_out), padding=padding, patch_size=self.patch_size, window=tile.window,
         )  # fmt: skip
         tile.state.remember(self.conv_out, x, self.conv_out.kernel_size[0] - 1)
         return x.shape[1]

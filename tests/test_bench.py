@@ -118,7 +118,7 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    def failing(*args):
+    def failing(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
 
     monkeypatch.setattr(csg, "decode_frames", failing)
