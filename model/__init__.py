@@ -9,7 +9,9 @@ from model.config import DiTConfig, VAEConfig
 from model.csg import SegmentPlan, sample_latents
 from model.dit import WanDiT
 from model.errors import InputError
+from model.tiling import VAEPlan
 from model.vae import WanVAE
+from model.vae_plan import plan_vae
 from model.weights import load_dit, load_vae
 
 __all__ = [
@@ -17,9 +19,11 @@ __all__ = [
     "InputError",
     "SegmentPlan",
     "VAEConfig",
+    "VAEPlan",
     "WanDiT",
     "WanVAE",
     "load_dit",
     "load_vae",
+    "plan_vae",
     "sample_latents",
 ]

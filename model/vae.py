@@ -143,8 +143,9 @@ class WanVAE(nn.Module):
                 stream = _Encoding(self, plan, host, size)
             elif size != stream.size:
                 raise ValueError(f"video: expected {stream.size} latent pixels as before, got {size}")
-            with torch.no_grad():
-                yield stream.run(source, bounds, is_last)
+            parts = [source]
+            del source, piece
+            yield stream.run(parts.pop(), bounds, is_last)
 
     def decode_stream(
         self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
@@ -165,9 +166,8 @@ class WanVAE(nn.Module):
         overlap (``model/vae_blend.py``). ``window`` are weights ``[H, W]``, float32 on the device."""
         size = tuple(latents.shape[3:])
         stream, written = _Decoding(self, WHOLE, Host(self.device, False), size, window), 0
-        with torch.no_grad():
-            for z in latents.split(1, dim=2):
-                written += stream.run(z, frames[:, written:], False)
+        for z in latents.split(1, dim=2):
+            written += stream.run(z, frames[:, written:], False)
 
     def _decode(
         self, pieces: Iterable[Tensor], plan: VAEPlan, host: Host | None, dtype: torch.dtype
@@ -182,13 +182,10 @@ class WanVAE(nn.Module):
                 stream = _Decoding(self, plan, host, size)
             elif size != stream.size:
                 raise ValueError(f"latents: expected {stream.size} pixels as before, got {size}")
-            count, rate = latents.shape[2], self.config.temporal_stride
-            number = count * rate - (rate - 1 if stream.done == 0 else 0)
-            height, width = (self.config.spatial_stride * n for n in size)
-            frames = host.empty((latents.shape[0], number, height, width, 3), dtype)
-            with torch.no_grad():
-                stream.run(latents, frames, is_last)
-            yield frames
+            # Neither the piece nor its frames have a name here: only the caller decides how long they live.
+            piece = [latents]
+            del latents
+            yield stream.frames(piece.pop(), dtype, is_last)
 
     def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' channels, [z]."""
@@ -209,10 +206,16 @@ class WanVAE(nn.Module):
 
 
 def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each piece, and whether it is known to be the last: of a generator, no end is."""
+    """Each piece, and whether it is known to be the last: of a generator, no end is. No piece is kept."""
     count = len(pieces) if isinstance(pieces, Sequence) else None
-    for i, piece in enumerate(pieces):
-        yield piece, i + 1 == count
+    iterator, box, number = iter(pieces), [], 0
+    while True:
+        try:
+            box.append(next(iterator))
+        except StopIteration:
+            return
+        number += 1
+        yield box.pop(), number == count
 
 
 class _Decoding:
@@ -225,6 +228,17 @@ class _Decoding:
         self.done = 0  # latent frames
         self.tiles = [vae.decoder.tile(core, plan.frames, State(self.weights), window) for core in plan.regions(*size)]
 
+    @torch.no_grad()
+    def frames(self, latents: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
+        """:meth:`run` into new frames [B, F, H, W, 3]."""
+        config, count = self.vae.config, latents.shape[2]
+        rate, (height, width) = config.temporal_stride, (config.spatial_stride * n for n in self.size)
+        number = count * rate - (rate - 1 if self.done == 0 else 0)
+        frames = self.host.empty((latents.shape[0], number, height, width, 3), dtype)
+        self.run(latents, frames, is_last)
+        return frames
+
+    @torch.no_grad()
     def run(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
         """Writes the next latent frames [B, z, t, h, w] to the front of ``frames`` [B, F, H, W, 3] and returns how many
         frames these are; after the last, nothing is kept."""
@@ -290,6 +304,7 @@ class _Encoding:
         self.done = 0  # latent frames
         self.tiles = [vae.encoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
 
+    @torch.no_grad()
     def run(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
         """The frames between ``bounds``, a latent frame each, to latents [B, z, t, h, w]; after the last, nothing is
         kept."""

@@ -5,8 +5,8 @@ Tiles overlap and are faded into each other, which hides the seams and computes 
 :class:`model.tiling.VAEPlan` need neither; this is for comparison, and for who must reproduce such a result.
 
 diffusers blends in place, tile by tile: first with the tile above, then with the one to the left, as these have become.
-The result is linear in the tiles. With A above left, B above, C left and D the tile itself, and u, v growing from 0 to 1
-across the overlap from the left and from above, a pixel is
+The result is linear in the tiles. With A above left, B above, C left and D the tile itself, and u, v growing from 0 to
+1 across the overlap from the left and from above, a pixel is
 
     (1 - v)(1 - u^2) A  +  (1 - v) u^2 B  +  v (1 - u) C  +  v u D
 

@@ -10,6 +10,7 @@ is not seen: cuDNN's workspaces (the encoder in float32), oneDNN's on the CPU. O
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import VAEConfig
+from model.command import CommandParser, parse_size, positive, run_command
+from model.config import PRESETS, VAEConfig
 from model.errors import InputError
 from model.host import Host
-from model.measure import format_bytes
+from model.measure import format_bytes, parse_bytes
 from model.tensor_memory import TensorMemory
 from model.tiling import Region, VAEPlan
 from model.vae import WanVAE
@@ -31,10 +33,13 @@ from swifti2v_kernels import pretend_gpu
 
 META = torch.device("meta")
 PARTS = ("decode", "encode")
+VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
 #: Tiles by rows and columns, in the order in which they are tried, and how many of them where nothing is parked: more
 #: tiles have smaller activations, but together more state, which then is all that counts.
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 RESIDENT_GRIDS = 5
+#: The most frames at once in a layer: those of one latent frame.
+MOST_FRAMES = 4
 #: Latent frames after which no layer keeps anything new.
 SETTLED = 4
 
@@ -164,37 +169,39 @@ def plan_vae(
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 byte, got {limit}")
     request = Request(config, part, width, height, dtype, capability, piece, batch)
-    allowed = [plan for plan in candidates(request) if park in (None, plan.park)]
-    if not allowed:
+    # On a CPU there is no other memory to park in.
+    modes = [mode for mode in ((False,) if capability is None else (False, True)) if park in (None, mode)]
+    if not modes:
         raise InputError("park: expected False or None on a CPU, where there is no other memory")
-    too_much = False
-    for plan in allowed:
-        planned = PlannedVAE(plan, request, limit)
-        if limit is None or (not (too_much and not plan.park) and planned.peak.total <= limit):
-            return planned
-        if not plan.park and not too_much:
-            # No smaller tile and no shorter step has less of what is always there.
-            too_much = planned.peak.total - planned.peak.working > limit
-    single = (PlannedVAE(plan, request, None) for plan in allowed if plan.frames == 1)
-    smallest = min(single, key=lambda planned: planned.peak.total)
+    tried: list[PlannedVAE] = []
+    for mode in modes:
+        for rows, columns in grids(request) if mode else grids(request)[:RESIDENT_GRIDS]:
+            # What is parked is moved once for each chunk, so a chunk is all that is there.
+            plan = VAEPlan(rows, columns, 1, None if mode else 1, mode)
+            if limit is None:
+                return PlannedVAE(replace(plan, frames=MOST_FRAMES), request, None)
+            tried.append(PlannedVAE(plan, request, limit))
+            peak = tried[-1].peak
+            if peak.total > limit:
+                if not mode and peak.total - peak.working > limit:
+                    break  # no smaller tile has less of what is always there
+                continue
+            frames = MOST_FRAMES
+            while frames > 1 and predict(request, replace(plan, frames=frames)).total > limit:
+                frames //= 2
+            return PlannedVAE(replace(plan, frames=frames), request, limit)
+    smallest = replace(min(tried, key=lambda planned: planned.peak.total), limit=None)
     raise InputError(
         f"limit: {format_bytes(limit or 0)} is too little to {part} {width}x{height}; the smallest plan needs"
         f" {format_bytes(smallest.peak.total)}\n{smallest}"
     )
 
 
-def candidates(request: Request) -> Iterator[VAEPlan]:
-    """All plans that are considered, the fastest first."""
+def grids(request: Request) -> list[tuple[int, int]]:
+    """Tiles by rows and columns that are considered: landscape or portrait, more cuts along the longer side."""
     rows, columns = request.latent_size
-    # Landscape or portrait: more cuts along the longer side.
     turned = [grid if columns >= rows else grid[::-1] for grid in GRIDS]
-    grids = list(dict.fromkeys((min(r, rows), min(c, columns)) for r, c in turned))
-    # On a CPU there is no other memory to park in.
-    for park in (False,) if request.capability is None else (False, True):
-        for r, c in grids if park else grids[:RESIDENT_GRIDS]:
-            for frames in (4, 2, 1):
-                # What is parked is moved once for each chunk, so a chunk is all that is there.
-                yield VAEPlan(r, c, frames, None if park else 1, park)
+    return list(dict.fromkeys((min(r, rows), min(c, columns)) for r, c in turned))
 
 
 @dataclass(frozen=True)
@@ -243,54 +250,73 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
     """Predicted bytes on the device while a plan runs; see the top of the file."""
     # A longer piece repeats what its first latent frames do; what grows with it is added.
     settled = replace(request, piece=min(request.piece, SETTLED))
-    vae, weights = _meta_vae(request)
+    vae, weights = _meta_vae(request.config, request.part, request.dtype)
+
+    def run(cores: Sequence[Region]) -> tuple[int, int]:
+        """The peak with these tiles alone, and what is remembered after it."""
+        with _gpu(request), TensorMemory(weights) as memory:
+            held, state = memory.live, 0
+            for _ in _run(vae, settled, _some(plan, cores), _CountedHost(memory, plan.park)):
+                state = memory.live - held
+        return memory.peak, state
+
+    classes = _classes(request, plan)
     if plan.park:
         # Tiles leave nothing behind: the largest one decides.
-        plan = _some(plan, [max(plan.regions(*request.latent_size), key=lambda core: core.grown(8).pixels)])
-    with _gpu(request), TensorMemory(weights) as memory:
-        held, state = memory.live, 0
-        for _ in _run(vae, settled, plan, _CountedHost(memory, plan.park)):
-            state = memory.live - held
-    features, result = (0 if plan.park else n for n in (_feature_bytes(request, vae), _result_bytes(request)))
-    if request.part == "encode":
-        result = _result_bytes(request)
+        total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
+    else:
+        # Each tile is at work beside the states of all others; what two of a kind remember more than one is its state.
+        total = state = 0
+        for cores in classes:
+            peak, alone = run(cores[:1])
+            own = run(cores[:1] * 2)[1] - alone
+            state, total = state + len(cores) * own, max(total, peak - own)
+        total, state = total + state, state + alone - own
+    features, result = _feature_bytes(request, vae), _result_bytes(request)
+    if plan.park:
+        features, result = 0, 0 if request.part == "decode" else result
     chunks = [min(plan.chunk or r.piece, r.piece) for r in (settled, request)]
-    grown = (request.piece - settled.piece) * result + (chunks[1] - chunks[0]) * features
-    return Peak(memory.peak + grown, held, state, chunks[1] * features, request.piece * result)
+    total += (request.piece - settled.piece) * result + (chunks[1] - chunks[0]) * features
+    return Peak(total, sum(p.nbytes for p in weights), state, chunks[1] * features, request.piece * result)
 
 
 @functools.cache
 def _flops(request: Request, plan: VAEPlan) -> int:
     """Operations of two latent frames, halos included; a multiply-add is two."""
-    vae, _ = _meta_vae(request)
-    tile = vae.decoder.tile if request.part == "decode" else vae.encoder.tile
-    # Tiles of the same sizes do the same work.
-    alike: dict[str, list[Region]] = {}
-    for core in plan.regions(*request.latent_size):
-        sizes = [len(span) for region in tile(core, 1, State({})).regions for span in region]
-        alike.setdefault(str(sizes), []).append(core)
+    vae, _ = _meta_vae(request.config, request.part, request.dtype)
 
-    def count(cores: list[Region]) -> int:
+    def count(cores: Sequence[Region]) -> int:
         with _gpu(request), FlopCounterMode(display=False) as counter:
             for _ in _run(vae, replace(request, piece=2), _some(plan, cores), Host(META, False), pieces=1):
                 pass
         return counter.get_total_flops()
 
     whole_frames = count([])
-    return whole_frames + sum(len(cores) * (count(cores[:1]) - whole_frames) for cores in alike.values())
+    return whole_frames + sum(len(c) * (count(c[:1]) - whole_frames) for c in _classes(request, plan))
 
 
-def _meta_vae(request: Request) -> tuple[WanVAE, list[Tensor]]:
+def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
+    """The tiles of a plan; those of the same sizes, halos included, do and keep the same."""
+    vae, _ = _meta_vae(request.config, request.part, request.dtype)
+    tile = vae.decoder.tile if request.part == "decode" else vae.encoder.tile
+    alike: dict[str, list[Region]] = {}
+    for core in plan.regions(*request.latent_size):
+        sizes = [len(span) for region in tile(core, 1, State({})).regions for span in region]
+        alike.setdefault(str(sizes), []).append(core)
+    return list(alike.values())
+
+
+@functools.cache
+def _meta_vae(config: VAEConfig, part: str, dtype: torch.dtype) -> tuple[WanVAE, list[Tensor]]:
     """The model without memory, and the weights of the part that is planned."""
     with META:
-        vae = WanVAE(request.config).to_dtypes(encode=request.dtype, decode=request.dtype)
-    decoding = request.part == "decode"
-    half = (vae.decoder, vae.post_quant_conv) if decoding else (vae.encoder, vae.quant_conv)
+        vae = WanVAE(config).to_dtypes(encode=dtype, decode=dtype)
+    half = (vae.decoder, vae.post_quant_conv) if part == "decode" else (vae.encoder, vae.quant_conv)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for module in half:
-        for p in module.parameters():
-            p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
-    return vae, [p for module in half for p in module.parameters()]
+    weights = [p for module in half for p in module.parameters()]
+    for p in weights:
+        p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
+    return vae, weights
 
 
 def _gpu(request: Request) -> AbstractContextManager[None]:
@@ -300,7 +326,7 @@ def _gpu(request: Request) -> AbstractContextManager[None]:
 def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host, pieces: int | None = None) -> Iterator[None]:
     """Pieces of a clip through the model, until its layers are settled; nothing is kept of the results."""
     if pieces is None:
-        pieces = -(-SETTLED // request.piece) + 1
+        pieces = -(-SETTLED // request.piece)
     rate, batch, rows = request.config.temporal_stride, request.batch, request.latent_size
     if request.part == "decode":
         latents = (torch.empty(batch, request.config.z_dim, request.piece, *rows, device=META) for _ in range(pieces))
@@ -328,3 +354,55 @@ def _result_bytes(request: Request) -> int:
     if request.part == "decode":
         return request.batch * rows * columns * config.spatial_stride**2 * config.temporal_stride * 3
     return request.batch * rows * columns * config.z_dim * request.dtype.itemsize
+
+
+EXAMPLES = """\
+examples:
+  python -m model.vae_plan --size 2560x1408 --limit 4GB            decode and encode, the whole clip handed over
+  python -m model.vae_plan --size 2560x1408 --limit 24GB --piece 3 segment by segment, as SwiftI2V streams
+  python -m model.vae_plan --version 2.2 --part decode --size 1280x704 --limit 6GB --capability 120
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m model.vae_plan``."""
+    parser = CommandParser(
+        prog="python -m model.vae_plan",
+        description="Tiles, pieces and predicted peak memory of the Wan VAE on a GPU. Needs no GPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", choices=tuple(VERSIONS), default="2.1", help="of the VAE (default 2.1)")
+    parser.add_argument("--part", choices=(*PARTS, "both"), default="both", help="default both")
+    parser.add_argument("--size", metavar="WxH", default="2560x1408", help="pixels (default %(default)s)")
+    parser.add_argument("--limit", metavar="SIZE", help="what the VAE may take, such as 4GB (default: no limit)")
+    parser.add_argument("--frames", type=positive, default=81, help="of the clip (default 81)")
+    parser.add_argument("--piece", type=positive, help="latent frames handed over at once (default: all of the clip)")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 to decode, float32 to encode")
+    parser.add_argument("--capability", type=positive, default=90, metavar="CC", help="of the GPU (default 90: H100)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    width, height = parse_size(args.size)
+    config = VERSIONS[args.version]
+    limit = None if args.limit is None else parse_bytes(args.limit)
+    if (args.frames - 1) % config.temporal_stride:
+        raise InputError(f"frames: expected 1 + {config.temporal_stride}n, got {args.frames}")
+    piece = args.piece or 1 + (args.frames - 1) // config.temporal_stride
+    for part in PARTS if args.part == "both" else (args.part,):
+        dtype = getattr(torch, args.dtype or ("bfloat16" if part == "decode" else "float32"))
+        options = {"dtype": dtype, "limit": limit, "capability": args.capability, "piece": piece}
+        print(plan_vae(config, part, width, height, **options))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -46,9 +46,11 @@ from swifti2v_kernels.common.conv_checks import (
     check_kernel,
     check_padding,
     check_past,
+    check_stride,
     check_vector,
     output_size,
     same_padding,
+    stride_obstacle,
 )
 from swifti2v_kernels.common.conv_torch import conv_sums, cudnn_preference
 from swifti2v_kernels.common.cost import Cost, Work
@@ -221,7 +223,7 @@ def _by_kernel(arguments: Mapping[str, Any], keep_sum: bool, out: Tensor | None,
 def _backend(requested: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
     weight, x = arguments["weight"], arguments["x"]
-    obstacle = kernel_obstacle(tensors)
+    obstacle = kernel_obstacle(tensors) or stride_obstacle(x, arguments["past"])
     if obstacle is None and weight.shape[2] > MAX_TAPS:
         obstacle = f"kernels exist for up to {MAX_TAPS} taps in time, got {weight.shape[2]}"
     if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, weight.shape[0], weight.shape[2:])):
@@ -248,8 +250,7 @@ def _check(
     columns = weight.shape[0]
     check_vector("bias", bias, columns, x)
     check_past(past, x, weight.shape[2])
-    if len(stride) != 3 or min(stride) < 1:
-        raise ValueError(f"stride: expected three positive numbers (time, rows, columns), got {tuple(stride)}")
+    check_stride(stride)
     padding = same_padding(weight) if padding is None else padding
     check_padding(padding)
     shape = (x.shape[0], *output_size(x, weight, stride, padding), columns)

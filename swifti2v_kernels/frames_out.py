@@ -41,6 +41,7 @@ from swifti2v_kernels.common.conv_checks import (
     check_vector,
     output_size,
     same_padding,
+    stride_obstacle,
 )
 from swifti2v_kernels.common.conv_torch import conv_sums, cudnn_preference
 from swifti2v_kernels.common.cost import Cost, Work
@@ -66,7 +67,7 @@ def frames_out_reference(
     if patch_size > 1:
         v = v.unflatten(4, (3, patch_size, patch_size)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
     if window is not None:
-        return out.add_((window.unsqueeze(-1) * v).to(out.dtype))
+        return out.add_(window.unsqueeze(-1) * v)
     v = (v.float() * 127.5 + 128).floor_().clamp_(0, 255) if out.dtype == torch.uint8 else v.clamp(-1, 1)
     return out.copy_(v)
 
@@ -172,7 +173,8 @@ def frames_out(
 
 def _backend(requested: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     x, weight = arguments["x"], arguments["weight"]
-    obstacle = kernel_obstacle([t for name, t in arguments.items() if isinstance(t, Tensor) and name != "out"])
+    tensors = [t for name, t in arguments.items() if isinstance(t, Tensor) and name != "out"]
+    obstacle = kernel_obstacle(tensors) or stride_obstacle(x, arguments["past"])
     if obstacle is None and weight.shape[2] > MAX_TAPS:
         obstacle = f"kernels exist for up to {MAX_TAPS} taps in time, got {weight.shape[2]}"
     if obstacle is None and weight.shape[0] > MAX_FEATURES:

@@ -51,7 +51,7 @@ def frames_out_fwd_kernel(
     y = (out_row * P)[:, None] + down[None, :]
     x = (out_column * P)[:, None] + right[None, :]
     p_frame = OUT + b * out_strides[0] + tl.cast(t, tl.int64) * out_strides[1]
-    p_out = p_frame + y.to(tl.int64) * out_strides[2] + x * out_strides[3] + colour[None, :]
+    p_out = p_frame + y.to(tl.int64) * out_strides[2] + x.to(tl.int64) * out_strides[3] + colour[None, :]
     m = m_m[:, None] & m_n[None, :]
     if MODE == 1:
         acc = tl.minimum(tl.maximum(tl.floor(acc * 127.5 + 128.0), 0.0), 255.0)

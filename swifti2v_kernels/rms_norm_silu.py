@@ -38,7 +38,8 @@ MAX_CHANNELS = 4096
 def rms_norm_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
     """The formula above, differentiable."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = wide.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+    # Clamped before the root, whose gradient at 0 is infinite.
+    length = wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
     y = wide / length * (x.shape[-1] ** 0.5 * weight.to(wide.dtype))
     return F.silu(y).to(x.dtype)
 

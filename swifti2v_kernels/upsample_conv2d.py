@@ -9,7 +9,7 @@ Of the three rows under a result two are copies of one, so their weights can be 
 convolution of x, with other weights for even and odd rows and columns (four *phases*, made once by
 :func:`fold_upsample_weight`). 16 products for four results instead of 36, and the largest tensor of a decoder is never
 stored. Sums of weights are made in float32 and rounded once: on random weights of a standard normal that moves a
-bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result itself does (1.7e-3); in float32 by 5e-8.
+bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result itself does (1.7e-3); in float32 by 4e-8.
 
 | tensor                | shape              | layout                                                               |
 |-----------------------|--------------------|----------------------------------------------------------------------|
@@ -37,7 +37,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.checks import check_parameter, check_targets
-from swifti2v_kernels.common.conv_checks import MAX_OWNED_CHANNELS, check_frames, check_padding, check_vector
+from swifti2v_kernels.common.conv_checks import (
+    MAX_OWNED_CHANNELS,
+    check_frames,
+    check_padding,
+    check_vector,
+    stride_obstacle,
+)
 from swifti2v_kernels.common.conv_torch import cudnn_preference
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
@@ -213,7 +219,7 @@ def _output_size(x: Tensor, padding: Sequence[int]) -> tuple[int, int]:
 
 def _backend(requested: str, arguments: Sequence[Any]) -> tuple[str, str]:
     x, phases = arguments[0], arguments[1]
-    obstacle = kernel_obstacle([t for t in arguments if isinstance(t, Tensor)])
+    obstacle = kernel_obstacle([t for t in arguments if isinstance(t, Tensor)]) or stride_obstacle(x)
     if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, phases.shape[1], "upsample")):
         return "torch", reason
     return pick_backend(requested, obstacle)

@@ -42,7 +42,8 @@ def upsample_conv2d_fwd_kernel(
     t, b = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     # Row i of the result is row i + 1 - top of the upsampled frame; a phase has every second one from ``start_h`` on.
     down, right = phase // 2, phase % 2
-    start_h, start_w = (down + 1 + top) % 2, (right + 1 + left) % 2
+    # (Not by % 2, which is negative for a negative number.)
+    start_h, start_w = (down + 1 + top) & 1, (right + 1 + left) & 1
     rows, columns = (out_height - start_h + 1) // 2, (out_width - start_w + 1) // 2
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows * columns

@@ -70,7 +70,20 @@ def test_every_public_name_is_documented():
                     assert ast.get_docstring(node), f"{file}: {node.name}"
 
 
-@pytest.mark.parametrize("module", ["attention", "attention_merge", "common.dispatch", "embed_window", "project_step"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "attention",
+        "attention_merge",
+        "causal_conv3d",
+        "common.dispatch",
+        "embed_window",
+        "frames_out",
+        "project_step",
+        "rms_norm_silu",
+        "upsample_conv2d",
+    ],
+)
 def test_examples_in_docstrings_run(module):
     import swifti2v_kernels
 
@@ -91,7 +104,7 @@ def test_metadata_of_the_package(tmp_path):
     assert set(re.findall(r"^([a-z]+)", required, re.M)) == ALLOWED
     assert {"generate", "text", "bench", "test", "all"} <= set(named)
     sources = (info / "SOURCES.txt").read_text()
-    for file in ("py.typed", "common/target.py", "configs/attention.json"):
+    for file in ("py.typed", "common/target.py", "configs/attention.json", "configs/conv3d.json"):
         assert f"swifti2v_kernels/{file}" in sources
 
 

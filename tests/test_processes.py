@@ -91,3 +91,17 @@ def test_the_fused_operators_go_through_the_real_launcher(stub_driver: Path) -> 
         assert "fwd_kernel" in name
         assert int(x) >= 1
         assert int(threads) % 32 == 0
+
+
+@needs_compiler
+def test_the_convolutions_go_through_the_real_launcher(stub_driver: Path) -> None:
+    """With the tuples of strides of their views, and on 9.0 with a limit of registers."""
+    names = ("causal_conv3d C96 residual norm", "upsample_conv2d C192 to C96 norm", "frames_out C96")
+    launches, descriptors = launched(stub_driver, 90, *names, "rms_norm_silu C384")
+    assert not descriptors
+    kernels = {"causal_conv3d_fwd_kernel", "upsample_conv2d_fwd_kernel", "frames_out_fwd_kernel"}
+    assert {name for name, *_ in launches} == kernels | {"rms_norm_silu_fwd_kernel"}
+    for name, x, frames, batch, threads in launches:
+        assert int(x) >= 1
+        assert (int(frames), int(batch)) == ((4, 1) if name.startswith("causal") else (2, 1))
+        assert int(threads) == (128 if name.startswith("rms") else 256)

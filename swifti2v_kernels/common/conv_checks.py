@@ -107,10 +107,38 @@ def check_padding(padding: Sequence[int]) -> None:
     """Four integers: top, bottom, left, right.
 
     Raises:
+        TypeError: not a sequence.
         ValueError: anything else.
     """
-    if len(padding) != 4 or not all(isinstance(p, (int, torch.SymInt)) for p in padding):
-        raise ValueError(f"padding: expected (top, bottom, left, right), got {tuple(padding)}")
+    _check_integers("padding", padding, "(top, bottom, left, right)", 4)
+
+
+def check_stride(stride: Sequence[int]) -> None:
+    """Three positive integers: time, rows, columns.
+
+    Raises:
+        TypeError: not a sequence.
+        ValueError: anything else.
+    """
+    expected = "three positive numbers (time, rows, columns)"
+    _check_integers("stride", stride, expected, 3)
+    if min(stride) < 1:
+        raise ValueError(f"stride: expected {expected}, got {tuple(stride)}")
+
+
+def _check_integers(name: str, values: Sequence[int], expected: str, count: int) -> None:
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected {expected}, got {values!r}")
+    if len(values) != count or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise ValueError(f"{name}: expected {expected}, got {tuple(values)}")
+
+
+def stride_obstacle(*frames: Tensor | None) -> str | None:
+    """Why a kernel cannot address these inputs; None if it can: shifts by two rows are numbers of 32 bits."""
+    for x in frames:
+        if x is not None and max(x.stride()[2:4]) >= 2**30:
+            return f"kernels take row and column strides below 2**30 elements, got {tuple(x.stride()[2:4])}"
+    return None
 
 
 def output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swifti2v_kernels.common.dispatch import environment_backend
 from swifti2v_kernels.common.tables import fastest
 from swifti2v_kernels.common.target import capability_of, for_gpu
 
@@ -130,7 +131,9 @@ def cudnn_conv3d_fault(torch_version: str, cudnn_version: int | None, dtype: tor
     return None
 
 
+# Constant for one process, as ``load_table``.
 @functools.cache
+@torch.compiler.assume_constant_result
 def _conv3d_works(dtype: torch.dtype) -> bool:
     fault = cudnn_conv3d_fault(torch.__version__, torch.backends.cudnn.version(), dtype)
     if fault is not None:
@@ -139,14 +142,15 @@ def _conv3d_works(dtype: torch.dtype) -> bool:
 
 
 def cudnn_preference(x: Tensor, columns: int, kernel: Sequence[int] | str) -> str | None:
-    """Why cuDNN takes a call on a GPU that a kernel could take; None where the kernel does, or there is no GPU.
+    """Why cuDNN takes a call on a GPU that a kernel could take; None where the kernel does, there is no GPU, or
+    the environment names the backend.
 
     Args:
         x: the input ``[B, T, h, w, C]``.
         columns: output channels.
         kernel: taps (time, rows, columns), or what the operator is called in ``configs/conv3d.json``.
     """
-    if not for_gpu(x.device):
+    if not for_gpu(x.device) or environment_backend() != "auto":
         return None
     if x.dtype not in HALVES:
         return "cuDNN has tensor cores for float32, the kernel has not"

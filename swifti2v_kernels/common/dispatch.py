@@ -80,7 +80,8 @@ def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
 
 # Constant for one process: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
-def _environment_backend() -> str:
+def environment_backend() -> str:
+    """What the environment asks for; ``auto`` where it asks for nothing."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 
@@ -96,7 +97,7 @@ def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
     """
     source = "backend"
     if requested == "auto":
-        environment = _environment_backend()
+        environment = environment_backend()
         if environment != "auto":
             source, requested = ENVIRONMENT_VARIABLE, environment
     if requested not in BACKENDS:

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+import torch
 
+
+# Constant for one process: under torch.compile, which cannot trace it, it is read once, at trace time.
 @functools.cache
+@torch.compiler.assume_constant_result
 def load_table(name: str) -> list[dict[str, Any]]:
     """Entries of ``configs/<name>.json``."""
     text = resources.files("swifti2v_kernels").joinpath("configs", f"{name}.json").read_text()
@@ -36,8 +39,13 @@ def fastest(name: str, match: Mapping[str, Any], size: str, value: int) -> tuple
         match: fields that must be equal.
         size: the field whose value is the nearest, by ratio, to ``value`` in the measurement that counts.
     """
-    entries = [e for e in load_table(name) if all(e[key] == given for key, given in match.items())]
-    entry = min(entries, key=lambda e: abs(math.log(e[size] / max(value, 1))), default=None)
+    # Plain loops and divisions, which torch.compile can trace for a size that varies.
+    entry, nearest, value = None, 0.0, max(value, 1)
+    for e in load_table(name):
+        if all(e[key] == given for key, given in match.items()):
+            near = min(e[size] / value, value / e[size])
+            if entry is None or near > nearest:
+                entry, nearest = e, near
     if entry is None:
         *first, last = match
         return None, f"no measurement for this {', '.join(first)} and {last}"

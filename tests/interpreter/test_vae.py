@@ -1,0 +1,44 @@
+"""The whole VAE on its kernels: against diffusers, and bit for bit the same in tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import VAEPlan, load_vae
+from swifti2v_kernels.common.conv_loop import ConvConfig
+from tests.test_vae import VERSIONS, saved_diffusers_vae, statistics
+from tests.tolerances import KERNEL_PARITY, relative_error
+
+SMALL = {
+    "2.1": VERSIONS["2.1, diffusers' test model"] | {"z_dim": 4},
+    "2.2": VERSIONS["2.2, one block a stage"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted program costs milliseconds whatever its size; small tiles are for test_conv.py."""
+    small = ConvConfig.heuristic
+    monkeypatch.setattr(ConvConfig, "heuristic", lambda *args: replace(small(*args), block_m=256))
+
+
+@pytest.mark.parametrize("version", SMALL)
+def test_the_kernels_equal_diffusers(version: str, tmp_path: Path) -> None:
+    theirs = saved_diffusers_vae(tmp_path, **SMALL[version])
+    ours = load_vae(tmp_path)
+    mean, std = statistics(theirs)
+    stride = ours.config.spatial_stride
+    latents = torch.randn(1, ours.config.z_dim, 2, 1, 2)
+    video = torch.rand(1, 3, 5, stride, 2 * stride) * 2 - 1
+    with torch.no_grad():
+        decoded = theirs.decode(latents * std + mean).sample
+        encoded = (theirs.encode(video).latent_dist.mode() - mean) / std
+    whole = ours.decode(latents)
+    assert relative_error(whole, decoded) < KERNEL_PARITY
+    assert relative_error(ours.encode(video), encoded) < KERNEL_PARITY
+    # A pixel is summed in the same order wherever it lies in a tile, so tiles do not even change the rounding.
+    assert torch.equal(ours.decode(latents, VAEPlan(1, 2, frames=2)), whole)
