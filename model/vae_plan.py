@@ -248,8 +248,9 @@ class _MetaFrames:
 @functools.cache
 def predict(request: Request, plan: VAEPlan) -> Peak:
     """Predicted bytes on the device while a plan runs; see the top of the file."""
-    # A longer piece repeats what its first latent frames do; what grows with it is added.
-    settled = replace(request, piece=min(request.piece, SETTLED))
+    # One piece, long enough for every layer to have its history; what a longer or shorter one has more or less of is
+    # known.
+    settled = replace(request, piece=SETTLED)
     vae, weights = _meta_vae(request.config, request.part, request.dtype)
 
     def run(cores: Sequence[Region]) -> tuple[int, int]:
@@ -287,7 +288,7 @@ def _flops(request: Request, plan: VAEPlan) -> int:
 
     def count(cores: Sequence[Region]) -> int:
         with _gpu(request), FlopCounterMode(display=False) as counter:
-            for _ in _run(vae, replace(request, piece=2), _some(plan, cores), Host(META, False), pieces=1):
+            for _ in _run(vae, replace(request, piece=2), _some(plan, cores), Host(META, False)):
                 pass
         return counter.get_total_flops()
 
@@ -323,18 +324,16 @@ def _gpu(request: Request) -> AbstractContextManager[None]:
     return nullcontext() if request.capability is None else pretend_gpu(request.capability)
 
 
-def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host, pieces: int | None = None) -> Iterator[None]:
-    """Pieces of a clip through the model, until its layers are settled; nothing is kept of the results."""
-    if pieces is None:
-        pieces = -(-SETTLED // request.piece)
+def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host) -> Iterator[None]:
+    """One piece through the model; nothing is kept of the result."""
     rate, batch, rows = request.config.temporal_stride, request.batch, request.latent_size
     if request.part == "decode":
-        latents = (torch.empty(batch, request.config.z_dim, request.piece, *rows, device=META) for _ in range(pieces))
+        latents = (torch.empty(batch, request.config.z_dim, request.piece, *rows, device=META) for _ in range(1))
         results = vae.decode_frames(latents, plan, host=host)
     else:
-        sizes = [rate * request.piece - (rate - 1 if i == 0 else 0) for i in range(pieces)]
-        frames = [_MetaFrames(batch, 3, size, request.height, request.width) for size in sizes]
-        results = vae.encode_stream(iter(frames), plan, host=host)
+        number = 1 + rate * (request.piece - 1)
+        frames = (_MetaFrames(batch, 3, number, request.height, request.width) for _ in range(1))
+        results = vae.encode_stream(frames, plan, host=host)
     for result in results:
         del result
         yield

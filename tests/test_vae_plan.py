@@ -23,6 +23,8 @@ SMALL = {
     "2.1": VAEConfig(base_dim=8, decoder_base_dim=8),
     "2.2": replace(PRESETS["5b"].vae, base_dim=8, decoder_base_dim=8),
 }
+#: Two stages, for plans on a CPU, where more operators are counted.
+SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
 REAL = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
 CPU = torch.device("cpu")
 GB = 10**9
@@ -82,8 +84,7 @@ def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEP
     assert predicted.total - predicted.weights == pytest.approx(measured - given, rel=0.1)
 
 
-@pytest.mark.parametrize("version", REAL)
-@pytest.mark.parametrize("piece", [3, 21])
+@pytest.mark.parametrize(("version", "piece"), [("2.1", 3), ("2.1", 21), ("2.2", 21)])
 def test_2k_fits_in_4_gb(version: str, piece: int) -> None:
     """The clip of 81 frames, decoded in bfloat16 and encoded in float32, segment by segment and whole."""
     for part, dtype in (("decode", torch.bfloat16), ("encode", torch.float32)):
@@ -128,7 +129,7 @@ def test_portrait_is_cut_the_other_way() -> None:
 
 
 def test_a_cpu_has_no_other_memory() -> None:
-    config = SMALL["2.1"]
+    config = SHORT
     whole = predict(Request(config, "decode", 96, 64, torch.float32, None, 3, 1), VAEPlan()).total
     planned = plan_vae(config, "decode", 96, 64, dtype=torch.float32, limit=whole - 1, capability=None)
     assert not planned.plan.park
@@ -142,7 +143,7 @@ def test_a_cpu_has_no_other_memory() -> None:
     ("options", "message"),
     [
         ({"part": "both"}, "part: expected decode or encode, got 'both'"),
-        ({"width": 100}, "size: width and height must be multiples of 8, got 100x64"),
+        ({"width": 97}, "size: width and height must be multiples of 2, got 97x64"),
         ({"piece": 0}, "piece: expected at least 1, got 0"),
         ({"limit": 0}, "limit: expected at least 1 byte, got 0"),
         ({"limit": 10**5}, r"limit: 0.1 MiB is too little to decode 96x64; the smallest plan needs \d+\.\d MiB\n"),
@@ -152,11 +153,11 @@ def test_bad_requests_are_named(options: dict[str, object], message: str) -> Non
     given = {"part": "decode", "width": 96, "height": 64, "dtype": torch.float32, "capability": None, **options}
     part, width, height = (given.pop(name) for name in ("part", "width", "height"))
     with pytest.raises(InputError, match=message):
-        plan_vae(SMALL["2.1"], part, width, height, **given)
+        plan_vae(SHORT, part, width, height, **given)
 
 
 def test_the_smallest_plan_that_is_named_fits() -> None:
-    config = SMALL["2.1"]
+    config = SHORT
     with pytest.raises(InputError) as refused:
         plan_vae(config, "encode", 96, 64, limit=10**5, capability=90)
     needed = float(str(refused.value).split("needs ")[1].split(" MiB")[0])
@@ -164,10 +165,10 @@ def test_the_smallest_plan_that_is_named_fits() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--size", "2560x1408", "--limit", "4GB"]) == 0
+    assert main(["--size", "640x352", "--limit", "4GB"]) == 0
     out = capsys.readouterr().out
-    assert "decode 2560x1408 in bfloat16, 21 latent frames handed over at once" in out
-    assert "encode 2560x1408 in float32" in out
+    assert "decode 640x352 in bfloat16, 21 latent frames handed over at once" in out
+    assert "encode 640x352 in float32" in out
     assert "predicted by counting tensors" in out
     assert main(["--size", "100x100"]) == 2
     assert "multiples of 8, got 100x100" in capsys.readouterr().err
@@ -190,7 +191,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 def test_the_pipeline_s_plans_share_a_limit() -> None:
     """On a CPU: the reference is encoded beside the motion's decoder, so both must fit together."""
-    config = SMALL["2.1"]
+    config = SHORT
     sizes = {"size": (64, 32), "motion_size": (16, 8)}
     unlimited = plan_pipeline(config, config, **sizes, decode_dtype=torch.float32, device=CPU, limit=None)
     assert {p.plan for p in vars(unlimited).values()} == {VAEPlan()}

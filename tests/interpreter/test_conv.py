@@ -30,30 +30,28 @@ def limit(dtype: torch.dtype) -> float:
     return KERNEL[str(dtype).removeprefix("torch.")]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("channels", "columns", "kernel", "stride", "past", "padding"),
-    [
-        (12, 20, (3, 3, 3), (1, 1, 1), 2, (1, 1, 1, 1)),  # neither channels nor columns fill their tiles
-        (64, 16, (3, 3, 3), (1, 1, 1), 1, (0, 1, 1, 0)),  # a tile in a corner, one frame of history
-        (96, 96, (3, 3, 3), (1, 1, 1), 0, (1, -1, -2, 0)),  # two accumulators, pixels left out
-        (3, 160, (1, 3, 3), (1, 2, 2), 0, (0, 1, 0, 1)),  # half frames
-        (24, 24, (3, 1, 1), (2, 1, 1), 1, (0, 0, 0, 0)),  # half rate
-        (24, 48, (3, 1, 1), (1, 1, 1), 2, (0, 0, 0, 0)),
-        (40, 200, (1, 1, 1), (1, 1, 1), 0, (0, 0, 0, 0)),  # several programs share a pixel
-        (16, 8, (2, 3, 2), (1, 1, 1), 1, (1, 1, 1, 0)),
-    ],
-)
-def test_convolution_against_float64(
-    channels: int,
-    columns: int,
-    kernel: tuple[int, int, int],
-    stride: tuple[int, int, int],
-    past: int,
-    padding: tuple[int, int, int, int],
-    dtype: torch.dtype,
-) -> None:
-    x = scattered((2, 3, 7, 9, channels), dtype)
+CONVOLUTIONS = {
+    "neither channels nor columns fill their tiles": (12, 20, (3, 3, 3), (1, 1, 1), 2, (1, 1, 1, 1)),
+    "a tile in a corner, one frame of history": (64, 16, (3, 3, 3), (1, 1, 1), 1, (0, 1, 1, 0)),
+    "two accumulators, pixels left out": (96, 96, (3, 3, 3), (1, 1, 1), 0, (1, -1, -2, 0)),
+    "half frames": (3, 160, (1, 3, 3), (1, 2, 2), 0, (0, 1, 0, 1)),
+    "half rate": (24, 24, (3, 1, 1), (2, 1, 1), 1, (0, 0, 0, 0)),
+    "in time": (24, 48, (3, 1, 1), (1, 1, 1), 2, (0, 0, 0, 0)),
+    "several programs share a pixel": (40, 200, (1, 1, 1), (1, 1, 1), 0, (0, 0, 0, 0)),
+    "even kernel": (16, 8, (2, 3, 2), (1, 1, 1), 1, (1, 1, 1, 0)),
+}
+#: All in bfloat16, some in the others too.
+CASES = [
+    *((name, torch.bfloat16) for name in CONVOLUTIONS),
+    *((name, torch.float32) for name in ("a tile in a corner, one frame of history", "half frames", "half rate")),
+    *((name, torch.float16) for name in ("several programs share a pixel", "even kernel")),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_convolution_against_float64(name: str, dtype: torch.dtype) -> None:
+    channels, columns, kernel, stride, past, padding = CONVOLUTIONS[name]
+    x = scattered((2, 2, 7, 9, channels), dtype)
     history = scattered((2, past, 7, 9, channels), dtype) if past else None
     weight, bias = weights(columns, channels, kernel, dtype)
     options: dict[str, Any] = {"past": history, "stride": stride, "padding": padding}
@@ -128,10 +126,15 @@ def test_a_frame_that_needs_64_bits() -> None:
     assert relative_error(causal_conv3d(x, weight, bias), convolved(x, weight, bias)) < limit(torch.float16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("channels", "columns", "padding"),
-    [(12, 20, (1, 1, 1, 1)), (32, 96, (0, 1, 1, 0)), (8, 16, (-1, -2, 0, -3)), (64, 200, (1, 0, 0, 1))],
+    ("channels", "columns", "padding", "dtype"),
+    [
+        (12, 20, (1, 1, 1, 1), torch.float32),
+        (32, 96, (0, 1, 1, 0), torch.bfloat16),
+        (8, 16, (-1, -2, -2, -3), torch.float16),
+        (64, 200, (1, 0, 0, 1), torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_upsampling_against_float64(channels: int, columns: int, padding: tuple[int, ...], dtype: torch.dtype) -> None:
     x = scattered((2, 2, 4, 5, channels), dtype)

@@ -13,9 +13,10 @@ from swifti2v_kernels.common.conv_loop import ConvConfig
 from tests.test_vae import VERSIONS, saved_diffusers_vae, statistics
 from tests.tolerances import KERNEL_PARITY, relative_error
 
+THREE = {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "num_res_blocks": 1}
 SMALL = {
-    "2.1": VERSIONS["2.1, diffusers' test model"] | {"z_dim": 4},
-    "2.2": VERSIONS["2.2, one block a stage"],
+    "2.1": VERSIONS["2.1"] | THREE | {"scale_factor_spatial": 4, "scale_factor_temporal": 2},
+    "2.2": VERSIONS["2.2"] | THREE | {"scale_factor_spatial": 8, "scale_factor_temporal": 2},
 }
 
 
@@ -32,8 +33,8 @@ def test_the_kernels_equal_diffusers(version: str, tmp_path: Path) -> None:
     ours = load_vae(tmp_path)
     mean, std = statistics(theirs)
     stride = ours.config.spatial_stride
-    latents = torch.randn(1, ours.config.z_dim, 2, 1, 2)
-    video = torch.rand(1, 3, 5, stride, 2 * stride) * 2 - 1
+    latents = torch.randn(1, ours.config.z_dim, 2, 2, 3)
+    video = torch.rand(1, 3, 5, 2 * stride, 3 * stride) * 2 - 1
     with torch.no_grad():
         decoded = theirs.decode(latents * std + mean).sample
         encoded = (theirs.encode(video).latent_dist.mode() - mean) / std
