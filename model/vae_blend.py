@@ -79,7 +79,9 @@ def window(rows: BlendAxis, columns: BlendAxis, top: int, left: int) -> Tensor:
 def decode_blended(
     vae: WanVAE, latents: Tensor, *, tile: tuple[int, int] = (256, 256), stride: tuple[int, int] = (192, 192)
 ) -> Tensor:
-    """Latents ``[B, z, T, h, w]`` to video ``[B, 3, F, H, W]`` float32, as diffusers' ``tiled_decode``.
+    """Latents ``[B, z, T, h, w]`` to video ``[B, 3, F, H, W]`` float32, as diffusers' ``decode`` with tiling enabled.
+
+    As there, a frame that is no larger than a tile is decoded whole.
 
     Args:
         vae: the model.
@@ -92,6 +94,8 @@ def decode_blended(
     config, scale = vae.config, vae.config.spatial_stride
     axes = _axes("decode", latents.shape[3:], tile, stride, scale)
     batch, _, blocks, height, width = latents.shape
+    if scale * height <= tile[0] and scale * width <= tile[1]:
+        return vae.decode(latents).float()
     frames = 1 + (blocks - 1) * config.temporal_stride
     canvas = torch.zeros(batch, frames, scale * height, scale * width, 3, device=vae.device)
     # diffusers fades in the features before the last convolution's patches are unfolded.
@@ -110,9 +114,11 @@ def decode_blended(
 def encode_blended(
     vae: WanVAE, video: Tensor, *, tile: tuple[int, int] = (256, 256), stride: tuple[int, int] = (192, 192)
 ) -> Tensor:
-    """Video ``[B, 3, F, H, W]`` to normalised latents ``[B, z, T, h, w]`` float32, as diffusers' ``tiled_encode``.
+    """Video ``[B, 3, F, H, W]`` to normalised latents ``[B, z, T, h, w]`` float32, as diffusers' ``encode`` with tiling
+    enabled.
 
-    For Wan2.2 diffusers counts ``tile`` and ``stride`` in patches of 2x2 pixels; so does this.
+    For Wan2.2 diffusers counts ``tile`` and ``stride`` in patches of 2x2 pixels, and encodes a frame whole that has no
+    more pixels than a tile has patches; so does this.
 
     Raises:
         InputError: as :func:`decode_blended`.
@@ -120,6 +126,8 @@ def encode_blended(
     scale = vae.config.spatial_stride
     size = (video.shape[3] // scale, video.shape[4] // scale)
     rows, columns = _axes("encode", size, tile, stride, scale // vae.config.patch_size)
+    if video.shape[3] <= tile[0] and video.shape[4] <= tile[1]:
+        return vae.encode(video).float()
     canvas: Tensor | None = None
     for top in rows.starts:
         for left in columns.starts:
