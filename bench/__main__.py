@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import attention, compile, csg, dit
+from bench import attention, compile, csg, dit, vae
 from model.command import CommandParser, run_command
 
-BENCHMARKS = {"csg": csg, "attention": attention, "dit": dit, "compile": compile}
+BENCHMARKS = {"csg": csg, "attention": attention, "dit": dit, "vae": vae, "compile": compile}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -72,7 +72,7 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-class _CudaOperators(TorchFunctionMode):
+class CudaOperators(TorchFunctionMode):
     """Attention and RMSNorm as the single operators that they are on CUDA; on ``meta`` torch takes them apart."""
 
     def __init__(self, traffic: Traffic | None = None) -> None:
@@ -110,7 +110,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 def eager_bytes(op: Op, shape: Shape) -> int:
     """Predicted traffic of an operator written in plain PyTorch, in bf16."""
     inputs = op.make(shape, META, torch.bfloat16)
-    with torch.no_grad(), Traffic() as traffic, _CudaOperators(traffic):
+    with torch.no_grad(), Traffic() as traffic, CudaOperators(traffic):
         op.run(inputs.arguments)
     return sum(traffic.bytes.values())
 
@@ -158,7 +158,7 @@ def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, A
 def count_layer(prepare: Any, shape: Shape, timesteps: str, device: torch.device) -> tuple[int, dict[str, int]]:
     """Predicted peak of activations of one call, in bytes, and its traffic by group."""
     inputs = block_inputs(shape, device, torch.bfloat16, timesteps)
-    with torch.no_grad(), _CudaOperators():
+    with torch.no_grad(), CudaOperators():
         runner = prepare(inputs)
         known = [*inputs.tensors(), *_tensors(vars(runner))]
         with TensorMemory(known) as memory:
@@ -166,7 +166,7 @@ def count_layer(prepare: Any, shape: Shape, timesteps: str, device: torch.device
             runner.load()
             runner.step()
         peak = memory.peak - before
-        with Traffic() as traffic, _CudaOperators(traffic):
+        with Traffic() as traffic, CudaOperators(traffic):
             runner.step()
     return peak, dict(traffic.bytes)
 

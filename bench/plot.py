@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from model.csg import SegmentPlan
 from model.errors import require
 
@@ -90,17 +92,67 @@ def plot_layers(result: dict[str, Any], path: Path) -> Path:
         for row in result["rows"]
         if row["part"] == "block" and row["status"] == "ok"
     ]
+    title = f"{result['environment']['device']}, one layer of the DiT in bfloat16"
+    return _side_by_side(rows, {"milliseconds": "milliseconds", "gib": "activations, peak, GiB"}, title, path)
+
+
+def plot_vae(rows: list[dict[str, Any]], device: str, path: Path) -> Path:
+    """Draws time and peak memory of every implementation of one part of the VAE, side by side."""
+    scale, unit = (2**30, "GiB") if any(row["peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
+    drawn = [
+        {
+            **row,
+            "group": f"{row['version']}, {row['size']}\n{row['frames']} frames",
+            "memory": row["peak_bytes"] / scale,
+            "exact": row["ours"] or row["seam"] is None,
+        }
+        for row in rows
+    ]
+    title = f"{device}, Wan VAE, {rows[0]['part']}"
+    return _side_by_side(drawn, {"seconds": "seconds", "memory": f"peak memory, {unit}"}, title, path)
+
+
+def plot_differences(untiled: Tensor, tiled: dict[str, Tensor], title: str, path: Path) -> Path:
+    """Draws a frame and where its tiled versions differ from it, all on one logarithmic scale.
+
+    Args:
+        untiled: ``[3, H, W]`` in -1..1.
+        tiled: the same frame by name.
+    """
+    height, width = untiled.shape[1:]
+    figure = require("matplotlib.figure", "bench").Figure(
+        figsize=(4.5 * (1 + len(tiled)) + 1, 4.5 * height / width + 0.8), dpi=150, layout="constrained"
+    )
+    first, *others = figure.subplots(1, 1 + len(tiled))
+    first.imshow(((untiled.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy())
+    first.set_title("untiled, float32, random weights", fontsize=8)
+    scale = require("matplotlib.colors", "bench").LogNorm(1e-8, 1.0)
+    image = None
+    for axes, (name, frame) in zip(others, tiled.items(), strict=True):
+        # A logarithm has no zero: what does not differ takes the lowest colour.
+        difference = (frame - untiled).abs().mean(dim=0).clamp_min(1e-8)
+        image = axes.imshow(difference.numpy(), norm=scale, cmap="inferno", interpolation="nearest")
+        axes.set_title(f"{name}: mean difference {difference.mean():.1e}", fontsize=8)
+    for axes in (first, *others):
+        axes.axis("off")
+    if image is not None:
+        figure.colorbar(image, ax=others, label="|tiled - untiled|, of 2", shrink=0.8)
+    figure.suptitle(title, fontsize=9)
+    return _save(figure, path)
+
+
+def _side_by_side(rows: list[dict[str, Any]], values: dict[str, str], title: str, path: Path) -> Path:
+    """Bars of two values of the same rows, which share their groups."""
     figure = require("matplotlib.figure", "bench").Figure(
         figsize=(10, _bars_height(rows, "group")), dpi=150, layout="constrained"
     )
-    sides = zip(figure.subplots(1, 2, sharey=True), ("milliseconds", "gib"), strict=True)
-    for (axes, value), label in zip(sides, ("milliseconds", "activations, peak, GiB"), strict=True):
+    for axes, (value, label) in zip(figure.subplots(1, 2, sharey=True), values.items(), strict=True):
         _bars(axes, rows, "group", value)
         axes.set_xlim(0, 1.5 * max(1e-9, *(row[value] for row in rows)))
         axes.set_xlabel(label)
     # The axis is shared, and each half has turned it over.
     axes.invert_yaxis()
-    figure.suptitle(f"{result['environment']['device']}, one layer of the DiT in bfloat16", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return _save(figure, path)
 
 

@@ -120,10 +120,10 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     chosen, reason = _backend(backend, arguments)
     x = arguments["x"]
-    if chosen == "torch":
-        return Choice(chosen, "cudnn" if for_gpu(x.device) else "reference", reason)
-    fused = arguments["norm_weight"] is None or arguments["weight"].shape[0] <= MAX_OWNED_CHANNELS
-    return Choice(chosen, "implicit product" if fused else "implicit product, then rms_norm_silu", reason)
+    kind = "implicit product" if chosen == "triton" else "cudnn" if for_gpu(x.device) else "reference"
+    fused = chosen == "triton" and arguments["weight"].shape[0] <= MAX_OWNED_CHANNELS
+    apart = arguments["norm_weight"] is not None and not fused
+    return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
 
 
 @explained_by(_choose)
@@ -187,17 +187,15 @@ def causal_conv3d(
     if chosen == "torch":
         if not torch.compiler.is_compiling():
             _check_outputs(x, weight, bias, past, residual, norm_weight, out, normed)
-        y, z = causal_conv3d_reference(**arguments)
-        y, z = (_into(target, result) for target, result in ((out, y), (normed, z)))
+        y, _ = causal_conv3d_reference(**{**arguments, "norm_weight": None})
+        y = y if out is None else out.copy_(y)
+        # Whoever computes the sum, the norm has its own kernel.
+        z = None if norm_weight is None else rms_norm_silu(y, norm_weight, out=normed, backend=backend)
     else:
         y, z = _by_kernel(arguments, keep_sum, out, normed)
     if norm_weight is None:
         return y
     return (y, z) if keep_sum else z
-
-
-def _into(target: Tensor | None, result: Tensor | None) -> Any:
-    return result if target is None or result is None else target.copy_(result)
 
 
 def _by_kernel(arguments: Mapping[str, Any], keep_sum: bool, out: Tensor | None, normed: Tensor | None) -> Any:

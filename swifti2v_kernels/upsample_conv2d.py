@@ -140,10 +140,10 @@ def _flops(x, phases, bias, residual, norm_weight, padding, out, normed, *args, 
 def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     chosen, reason = _backend(backend, list(arguments.values()))
-    if chosen == "torch":
-        return Choice(chosen, "cudnn" if for_gpu(arguments["x"].device) else "reference", reason)
-    fused = arguments["norm_weight"] is None or arguments["phases"].shape[1] <= MAX_OWNED_CHANNELS
-    return Choice(chosen, "implicit product" if fused else "implicit product, then rms_norm_silu", reason)
+    kind = "implicit product" if chosen == "triton" else "cudnn" if for_gpu(arguments["x"].device) else "reference"
+    fused = chosen == "triton" and arguments["phases"].shape[1] <= MAX_OWNED_CHANNELS
+    apart = arguments["norm_weight"] is not None and not fused
+    return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
 
 
 @explained_by(_choose)
@@ -194,10 +194,10 @@ def upsample_conv2d(
     if chosen == "torch":
         if not torch.compiler.is_compiling():
             _check_outputs(**tensors, out=out, normed=normed)
-        y, z = upsample_conv2d_reference(**tensors, padding=padding)
+        y, _ = upsample_conv2d_reference(**{**tensors, "norm_weight": None}, padding=padding)
         y = y if out is None else out.copy_(y)
-        z = z if normed is None or z is None else normed.copy_(z)
-        return y if z is None else (y, z)
+        # Whoever computes the sum, the norm has its own kernel.
+        return y if norm_weight is None else (y, rms_norm_silu(y, norm_weight, out=normed, backend=backend))
     shape = (*x.shape[:2], *_output_size(x, padding), phases.shape[1])
     out = x.new_empty(shape) if out is None else out
     if norm_weight is None:

@@ -135,8 +135,8 @@ def test_the_command(capsys, own_cache) -> None:
     assert row["bound"] == "memory"
     assert main(["compile", "--targets", "75"]) != 0
     assert "targets: expected some of 80, 86, 89, 90, 100, 120, got '75'" in capsys.readouterr().err
-    assert main(["compile", "--cases", "nothing"]) != 0
-    assert "no case contains 'nothing'" in capsys.readouterr().err
+    assert main(["compile", "--cases", "no such case"]) != 0
+    assert "no case contains 'no such case'" in capsys.readouterr().err
 
 
 def test_check_fails_on_a_fault(monkeypatch, capsys) -> None:

@@ -381,7 +381,8 @@ def test_the_choice_of_a_gpu_is_made_while_tracing() -> None:
         kernels = [name.split(".")[1] for name in compiled(torch.bfloat16) if name.startswith("swifti2v.")]
         assert kernels == ["causal_conv3d", "causal_conv3d", "upsample_conv2d", "rms_norm_silu", "frames_out"]
         kernels = [name.split(".")[1] for name in compiled(torch.float32) if name.startswith("swifti2v.")]
-        assert kernels == ["rms_norm_silu"]
+        # cuDNN's sums, and the norms behind two of them by their own kernel.
+        assert kernels == ["rms_norm_silu"] * 3
     assert len(graphs) == 2
 
 

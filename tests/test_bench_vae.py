@@ -1,0 +1,324 @@
+"""``python -m bench vae``: what it does without a GPU, and its measuring parts, on the CPU with small shapes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import vae as bench
+from bench import vae_layers, vae_measure
+from bench.__main__ import main
+from bench.attention_providers import Unavailable
+from bench.plot import plot_differences
+from bench.vae_count import count_diffusers, count_own, saved_bytes
+from bench.vae_layers import Layer, call, make_inputs, measure_layer, merge_table, settled_layers, unique_layers
+from bench.vae_measure import clip_for, measure, seam, targets
+from bench.vae_providers import PROVIDERS, Provider, Runner, own_runner
+from bench.vae_report import format_layers, format_targets
+from bench.vae_shapes import PARTS, SHAPES
+from model import VAEPlan, plan_vae
+
+CPU = torch.device("cpu")
+SHAPE = replace(SHAPES[0].reduced(), num_frames=9)
+LARGE = next(shape for shape in SHAPES if str(shape) == "2.1, 2K, 81 frames")
+
+
+def timer(call: Any) -> tuple[float, float, float]:
+    call()
+    return 0.5, 0.4, 0.6
+
+
+def wrong(shape: Any, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
+    runner = own_runner(shape, part, dtype, device, VAEPlan())
+    return replace(runner, exact=lambda clip: 1.01 * runner.exact(clip))
+
+
+def empty(*given: Any) -> Runner:
+    runner = own_runner(*given[:4], VAEPlan())
+    return replace(runner, exact=lambda clip: float("nan") * runner.exact(clip))
+
+
+def missing(*given: Any) -> Runner:
+    raise Unavailable("not installed")
+
+
+def hungry(*given: Any) -> Runner:
+    raise torch.OutOfMemoryError("no memory left\nsecond line")
+
+
+def broken(*given: Any) -> Runner:
+    raise NotImplementedError("not for this shape")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
+    rows: list[dict[str, Any]] = []
+    failing = [Provider(load.__name__, load) for load in (wrong, empty, missing, hungry, broken)]
+    measure(SHAPE, part, CPU, providers=[*PROVIDERS, *failing], repeats=1, report=rows.append)
+    statuses = ["ok"] * 4 + ["wrong", "wrong", "not available", "out of memory", "failed"]
+    assert [row["status"] for row in rows] == statuses
+    assert [row["error"] for row in rows[4:6]] == [pytest.approx(0.01, rel=1e-2), None]
+    assert [row.get("reason") for row in rows[6:]] == ["not installed", "no memory left", "not for this shape"]
+    assert all(("seconds" in row) == (row["status"] == "ok") for row in rows)
+    ours, tiles, theirs, theirs_tiled = rows[:4]
+    assert max(ours["error"], tiles["error"]) < 1e-5
+    assert {row["checked_against"] for row in rows} == {"diffusers, float32"}
+    assert theirs["error"] == 0
+    assert theirs_tiled["error"] > 1e-3
+    assert min(row["peak_bytes"] for row in rows[:4]) > 10**5
+    if part == "decode":
+        assert tiles["seam"] == pytest.approx(tiles["seam_untiled"], rel=1e-4)
+        assert theirs_tiled["seam"] != pytest.approx(theirs_tiled["seam_untiled"], rel=1e-4)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae_measure, "diffusers_runner", missing)
+    rows: list[dict[str, Any]] = []
+    measure(SHAPE, "decode", CPU, providers=PROVIDERS[1:2], repeats=1, report=rows.append)
+    assert rows[0]["checked_against"] == "swifti2v by torch, float32"
+    assert rows[0]["status"] == "ok"
+    monkeypatch.setattr(vae_measure, "own_runner", hungry)
+    measure(SHAPE, "decode", CPU, providers=PROVIDERS[:1], repeats=1, report=rows.append)
+    assert rows[1]["checked_against"] == "nothing: float32 does not fit"
+    assert rows[1]["error"] is None
+    assert rows[1]["status"] == "ok"
+
+
+def test_a_limit_is_planned_for() -> None:
+    rows: list[dict[str, Any]] = []
+    whole = plan_vae(SHAPE.config, "decode", SHAPE.width, SHAPE.height, dtype=torch.float32, capability=None)
+    for limit in (None, whole.peak.total, 1000):
+        measure(SHAPE, "decode", CPU, providers=PROVIDERS[1:2], limit=limit, repeats=1, report=rows.append)
+    assert [row["limit"] for row in rows] == [None, whole.peak.total, 1000]
+    assert "peak_bytes_predicted" not in rows[0]
+    # A reserve for fragments is left.
+    assert rows[1]["peak_bytes_predicted"] <= 0.93 * whole.peak.total
+    assert rows[1]["peak_bytes"] == pytest.approx(rows[1]["peak_bytes_predicted"], rel=0.1)
+    assert VAEPlan(**rows[1]["plan"]) != VAEPlan()
+    assert rows[2]["status"] == "failed"
+    assert "the smallest plan needs" in rows[2]["reason"]
+
+
+def test_the_seam_measure_sees_seams() -> None:
+    frames = torch.randn(1, 3, 2, 40, 60)
+    borders = ([10, 20], [15, 30, 45])
+    assert seam(frames, borders) == pytest.approx(1, abs=0.1)
+    for row in borders[0]:
+        frames[..., row:, :] += 5
+    assert seam(frames, borders) > 2
+    assert seam(frames, ([], [15, 30, 45])) < 1.1
+
+
+def test_the_figures_are_judged() -> None:
+    def row(provider: str, seconds: float, peak: int, **extra: Any) -> dict[str, Any]:
+        base = {"version": "2.1", "size": "2K", "frames": 81, "part": "decode", "status": "ok", "limit": None}
+        base |= {"provider": provider, "ours": "swifti2v" in provider, "seconds": seconds, "peak_bytes": peak}
+        return {**base, "seam": None, "seam_untiled": None, **extra}
+
+    tiles = row("swifti2v, tiles", 12.0, 4, seam=1.0, seam_untiled=1.0001, limit=4)
+    rows = [row("swifti2v", 10.0, 30), tiles, row("diffusers", 21.0, 50), row("diffusers, tiles", 40.0, 11)]
+    verdicts = targets(rows)
+    assert [round(v["value"], 4) for v in verdicts] == [2.1, 0.3636, 0.0001, 1.0]
+    assert [v["met"] for v in verdicts] == [True, False, True, True]
+    assert "MISSED" in format_targets(verdicts)
+    assert targets([{**r, "size": "720p"} for r in rows]) == []
+    assert targets(rows[:1]) == []
+
+
+def test_layers_are_those_of_the_model() -> None:
+    """By their operations: what the model's counts say, convolutions being all but the attention of one frame."""
+    for part in PARTS:
+        layers = settled_layers(LARGE, part)
+        flops = sum(layer.flops * calls for layer, calls in layers.items())
+        assert flops == pytest.approx(count_own(LARGE, part)["flops"], rel=2e-3)
+    layers = settled_layers(LARGE, "decode")
+    large = max(layers, key=lambda layer: (layer.height, layer.channels))
+    assert (large.width, large.height, large.frames, large.past) == (2560, 1408, 4, 2)
+    assert {layer.operator for layer in layers} == {"causal_conv3d", "upsample_conv2d", "frames_out"}
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_layers_can_be_called(version: str) -> None:
+    """Every layer of a small VAE: results of the recorded size, and as large as inputs."""
+    shape = next(s for s in SHAPES if s.version == version).reduced()
+    for layer, _, where in unique_layers([shape], PARTS, 90):
+        assert where.startswith(f"{version}, ")
+        results = call(layer, make_inputs(layer, torch.float32, CPU), "torch")
+        assert len(results) == (2 if layer.norm and layer.keep_sum else 1)
+        frames, rows, columns = layer.result_size
+        size = (1, frames, rows * layer.patch_size, columns * layer.patch_size)
+        assert {tuple(y.shape[:4]) for y in results} == {size}, layer
+        assert 0.2 < results[0].std() < 3, layer
+
+
+def test_layers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both implementations by torch, since kernels need a GPU."""
+    by_torch = vae_layers.call
+    monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
+    layers = unique_layers([SHAPE], PARTS, 90)[:5]
+    rows = [measure_layer(*layer, torch.bfloat16, CPU, timer, 1.0) for layer in layers]
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert rows[0]["seconds"] == {"swifti2v": 0.5, "cudnn": 0.5}
+    assert rows[0]["tflops"]["cudnn"] == layers[0][0].flops / 0.5 / 1e12
+    assert all(1e-4 < row["errors"]["swifti2v"] < 1e-2 for row in rows)
+    monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: hungry())
+    failed = measure_layer(*layers[0], torch.bfloat16, CPU, timer, 1.0)
+    assert failed["status"] == "out of memory"
+    assert "out of memory" in format_layers([*rows, failed])
+    calls = iter((1.0, 1.1))
+    monkeypatch.setattr(
+        vae_layers, "call", lambda layer, arguments, backend: [next(calls) * by_torch(layer, arguments, "torch")[0]]
+    )
+    row = measure_layer(*layers[0], torch.bfloat16, CPU, timer, 1.0)
+    assert row["status"] == "wrong"
+    assert row["seconds"] == {}
+
+
+def test_the_table_takes_the_mean_of_a_layer_s_calls() -> None:
+    base = {"dtype": "bfloat16", "kernel": [3, 3, 3], "channels": [96, 96], "pixels": 10, "status": "ok"}
+    rows = [
+        {**base, "calls": 3, "seconds": {"swifti2v": 1.0, "cudnn": 2.0}},
+        {**base, "calls": 1, "seconds": {"swifti2v": 5.0, "cudnn": 2.0}},
+        {**base, "calls": 1, "status": "failed"},
+        {**base, "calls": 2, "kernel": "upsample", "seconds": {"swifti2v": 1.0, "cudnn": 0.5}},
+    ]
+    environment = {"gpu": {"capability": [9, 0]}, "device": "a card"}
+    old = {**base, "capability": 90, "seconds": {"swifti2v": 9.0, "cudnn": 9.0}, "environment": {}, "card": "a card"}
+    other = {**old, "capability": 89}
+    table = merge_table({"entries": [old, other]}, {"layers": rows, "environment": environment})
+    assert len(table["entries"]) == 3
+    found = {(e["capability"], str(e["kernel"])): e["seconds"] for e in table["entries"]}
+    assert found[90, "[3, 3, 3]"] == {"swifti2v": 2.0, "cudnn": 2.0}
+    assert found[90, "upsample"] == {"swifti2v": 1.0, "cudnn": 0.5}
+    assert found[89, "[3, 3, 3]"] == old["seconds"]
+
+
+def test_the_table_is_read_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's row, written by the benchmark, is what the operator finds."""
+    from swifti2v_kernels import causal_conv3d, explain, pretend_gpu
+    from swifti2v_kernels.common import tables
+
+    layer = next(layer for layer in settled_layers(SHAPE, "decode") if layer.operator == "causal_conv3d")
+    row = {**layer.table_key, "dtype": "bfloat16", "calls": 1, "status": "ok"}
+    row["seconds"] = {"swifti2v": 2.0, "cudnn": 1.0}
+    environment = {"gpu": {"capability": [9, 0]}, "device": "a card"}
+    table = merge_table({"entries": []}, {"layers": [row], "environment": environment})
+    monkeypatch.setattr(tables, "load_table", lambda name: table["entries"])
+    with pretend_gpu(90):
+        arguments = make_inputs(layer, torch.bfloat16, torch.device("cpu"))
+        arguments = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
+        arguments.pop("keep_sum")
+        choice = explain(causal_conv3d, arguments.pop("x"), arguments.pop("weight"), **arguments)
+    assert choice.backend == "torch"
+    assert "a card" in choice.reason
+
+
+def test_bytes_by_form() -> None:
+    """By hand, for a layer of 4 x 10 x 20 pixels, 8 channels and 16 bits."""
+    layer = Layer(
+        "causal_conv3d", (3, 3, 3), (1, 1, 1), (1, 1, 1, 1), 8, 8, 4, 10, 20, past=2, residual=True, norm=True
+    )
+    frame = 2 * 10 * 20 * 8
+    expected = {"history": 2 * 6 * frame - 2 * frame, "residual": 8 * frame, "norm": 4 * frame}
+    assert saved_bytes(layer) == expected
+    assert saved_bytes(replace(layer, keep_sum=False))["norm"] == 8 * frame
+    up = Layer("upsample_conv2d", (3, 3), (1, 1, 1), (1, 1, 1, 1), 8, 8, 4, 10, 20)
+    assert up.result_size == (4, 20, 40)
+    assert saved_bytes(up) == {"upsample": 32 * frame}
+
+
+def test_counts_at_2k() -> None:
+    """Ours moves several times less than diffusers' eager code, and does less: upsampling is folded."""
+    for part in PARTS:
+        own, other = count_own(LARGE, part), count_diffusers(LARGE, part)
+        assert other is not None
+        assert own["bytes"] + sum(own["saved"].values()) < other["bytes"]
+        assert 5 < other["bytes"] / own["bytes"] < 10
+        assert own["flops"] <= other["flops"]
+    # The clip itself, 4 frames of 3 colours, and all features once at the least.
+    assert own["bytes"] > 4 * 2560 * 1408 * (3 + 96) * 2
+
+
+def test_without_cuda_it_counts_and_runs_a_small_vae(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "QUICK_SHAPES", [SHAPES[0]])
+    assert main(["vae", "--quick", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no card is timed" in out
+    assert "predicted by counting" in out
+    assert "diffusers over ours" in out
+    assert "the next norm and SiLU computed by the product's store" in out
+    assert "within 3.73 GiB" in out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"result.json", "table.md", "decode.png", "encode.png", "difference-2.1-80x40.png"}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["status"] for row in result["rows"]] == ["ok"] * 8
+    assert result["environment"]["device_type"] == "cpu"
+    assert len(result["counted"]) == 2
+    assert main(["vae", "--quick", "--part", "encode", "--json", "--out", str(tmp_path)]) == 0
+    assert {row["part"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"encode"}
+
+
+def test_a_run_with_layers_leaves_tables_json_and_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    by_torch = vae_layers.call
+    monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
+    layers = unique_layers([SHAPE], ("decode",), 90)[:2]
+    result = bench.run_all(
+        [SHAPE], ["decode"], CPU, tmp_path, repeats=1, providers=PROVIDERS[:1], layers=layers, timer=timer,
+        matmul_size=64,
+    )  # fmt: skip
+    assert [row["status"] for row in result["layers"]] == ["ok", "ok"]
+    table = (tmp_path / "table.md").read_text()
+    assert str(layers[0][0]) in table
+    assert "bf16 matrix product in the same run" in table
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_what_there_is_so_far_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*given: Any) -> Runner:
+        raise KeyboardInterrupt
+
+    providers = [*PROVIDERS[:1], Provider("stop", stop)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_all([SHAPE], ["encode"], CPU, tmp_path, repeats=1, providers=providers)
+    assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "8K"], "shapes: none contains '8K'; they are 2.1, 360P, 81 frames; 2.1, 360P, 161 frames"),
+        (["--limit", "much"], "memory: expected a size such as 4GB"),
+        (["--part", "layers"], "part: layers are measured on a CUDA device"),
+        (["--update-table"], "update-table: layers are measured on a CUDA device"),
+        (["--repeats", "0"], "--repeats"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and "CUDA" in message:
+        arguments = [*arguments, "--device", "cpu"]
+    try:
+        code = main(["vae", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_moving_picture_is_the_same_whatever_its_length() -> None:
+    long, short = clip_for(SHAPE, "encode", 3, CPU), clip_for(SHAPE, "encode", 2, CPU)
+    assert torch.equal(long[:, :, :5], short)
+    assert long.abs().max() <= 0.8 + 1e-6
+    assert (long[:, :, 0] - long[:, :, 4]).abs().mean() > 0.05
+
+
+def test_no_difference_can_be_drawn(tmp_path: Path) -> None:
+    frame = torch.rand(3, 20, 30)
+    assert plot_differences(frame, {"same": frame, "other": 1 - frame}, "a title", tmp_path / "d.png").exists()
