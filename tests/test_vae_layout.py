@@ -1,4 +1,4 @@
-"""Channels stay last from the first layer to the last: which operators move data at all, at 2K on tensors without it."""
+"""Channels stay last from the first layer to the last: which operators move data at all, at 2K on empty tensors."""
 
 from __future__ import annotations
 
