@@ -1,9 +1,9 @@
 """SwiftI2V (arXiv 2605.06356) in lean PyTorch: two Wan-compatible DiTs, the Wan VAE and segment-wise generation.
 
 Reading order: ``config`` (what is built), ``dit``, ``tiling`` and ``vae`` (with ``vae_layers``, ``vae_decoder``,
-``vae_encoder``), ``vae_plan`` (which tiles fit), ``csg`` (the windows and their sampler), ``pipeline`` (the two stages),
-``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings, ``media`` photographs
-and video files.
+``vae_encoder``), ``vae_plan`` (which tiles fit), ``csg`` (the windows and their sampler), ``pipeline`` (the two
+stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings, ``media``
+photographs and video files.
 """
 
 from model.config import DiTConfig, VAEConfig
