@@ -57,7 +57,7 @@ class ConvConfig:
             # Without tensor cores a larger tile only takes registers.
             if owned:
                 return cls(16, block_n, tail_n, 16, 8, 2)
-            return cls(64, *_columns(columns, 32), 16, 8, 2)
+            return cls(64, *_columns(columns, 32), 16, 8, 2, 128)  # left alone, ptxas saves registers and spills
         if capability // 10 in (9, 10):
             # Tiles of up to 128 columns leave registers for two programs an SM, of which one multiplies while the other
             # computes addresses.
