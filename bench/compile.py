@@ -47,7 +47,7 @@ CASES: tuple[Case, ...] = (
 
 EXAMPLES = """\
 examples:
-  python -m bench compile                          the whole table, about three minutes on two cores the first time
+  python -m bench compile                          the whole table, about six minutes on two cores the first time
   python -m bench compile --check                  also fail on spills, too much shared memory, missing MMA (CI)
   python -m bench compile --targets 89,90 --cases "d128"
   python -m bench compile --json > report.json
