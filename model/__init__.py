@@ -6,14 +6,18 @@ stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders``
 photographs and video files.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from model.config import DiTConfig, VAEConfig
 from model.csg import SegmentPlan, sample_latents
 from model.dit import WanDiT
 from model.errors import InputError
 from model.tiling import VAEPlan
 from model.vae import WanVAE
-from model.vae_plan import plan_vae
 from model.weights import load_dit, load_vae
+
+if TYPE_CHECKING:
+    from model.vae_plan import plan_vae
 
 __all__ = [
     "DiTConfig",
@@ -28,3 +32,12 @@ __all__ = [
     "plan_vae",
     "sample_latents",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported with the package, because ``python -m model.vae_plan`` would then find it imported already and warn.
+    if name == "plan_vae":
+        from model.vae_plan import plan_vae
+
+        return plan_vae
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,6 +108,14 @@ def test_metadata_of_the_package(tmp_path):
         assert f"swifti2v_kernels/{file}" in sources
 
 
+@pytest.mark.parametrize("command", ["model.generate", "model.vae_plan", "bench"])
+def test_commands_start_without_a_warning(command):
+    arguments = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["run", "test"])
 def test_readme_has_one_command_that_runs_and_one_that_tests(kind):
     text = (ROOT / "README.md").read_text()
