@@ -91,9 +91,8 @@ def run(args: argparse.Namespace) -> None:
         result = _without_cuda(shapes, parts, repeats, limit, folder, quiet=args.json)
     else:
         require("pynvml", "bench")
-        major, minor = torch.cuda.get_device_capability(device)
         wanted = PARTS if args.part in ("layers", "all") else ()
-        layers = unique_layers(shapes, wanted, 10 * major + minor)
+        layers = unique_layers(shapes, wanted)
         result = run_all(
             shapes, parts, device, folder, limit=limit, repeats=repeats, layers=layers, timer=cuda_timer(100)
         )

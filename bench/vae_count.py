@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.attention_providers import Unavailable
 from bench.dit_count import CudaOperators, Traffic
-from bench.vae_layers import META, SETTLED, Layer, Recorder, settle
+from bench.vae_layers import Layer, Recorder, settle
 from bench.vae_providers import diffusers_model
 from bench.vae_shapes import Shape
 from model.errors import require
-from model.vae_plan import plan_vae
+from model.vae_plan import META, SETTLED, plan_vae
 
 ITEMSIZE = 2
 #: What is fused, as the table names it.

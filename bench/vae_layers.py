@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.dit_ops import relative_error
 from bench.timing import Timer, failure
 from bench.vae_shapes import Shape
-from model.vae import WHOLE, WanVAE
+from model.vae import WHOLE
+from model.vae_plan import META, SETTLED, meta_vae
 from swifti2v_kernels import causal_conv3d, frames_out, pretend_gpu, rms_norm_silu, upsample_conv2d
 from swifti2v_kernels.causal_conv3d import cost as conv_cost
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
 from swifti2v_kernels.frames_out import cost as frames_cost
 from swifti2v_kernels.upsample_conv2d import cost as upsample_cost
 
-META = torch.device("meta")
-#: Latent frames after which every layer has its history.
-SETTLED = 4
 #: Relative L2 error against float32 above which a layer is wrong: its result is rounded once, and so is its norm.
 TOLERANCE = 1e-2
 CUDNN = "cudnn"
@@ -128,20 +127,16 @@ def _layer(name: str, given: dict[str, Any]) -> Layer:
 
 
 @contextmanager
-def all_kernels(capability: int) -> Iterator[None]:
+def all_kernels() -> Iterator[None]:
     """In the body ``meta`` tensors take our kernels' operators, whatever was measured as faster."""
-    with pretend_gpu(capability), patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}):
+    with pretend_gpu(90), patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}):
         yield
 
 
-def settle(shape: Shape, part: str, settled: Callable[[], None], capability: int = 90) -> None:
+def settle(shape: Shape, part: str, settled: Callable[[], None]) -> None:
     """Runs a clip on ``meta`` tensors a latent frame at a time, in bfloat16; calls ``settled`` before the last one."""
     rows, columns = shape.latent_size
-    with META:
-        vae = WanVAE(shape.config).to_dtypes(encode=torch.bfloat16, decode=torch.bfloat16)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for p in vae.parameters():
-        p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
+    vae = meta_vae(shape.config, torch.bfloat16)
 
     def pieces() -> Iterator[Tensor]:
         for i in range(SETTLED):
@@ -153,16 +148,16 @@ def settle(shape: Shape, part: str, settled: Callable[[], None], capability: int
             )
             yield torch.empty(1, *size, dtype=torch.bfloat16, device=META)
 
-    with torch.no_grad(), all_kernels(capability):
+    with torch.no_grad(), all_kernels():
         stream = vae.decode_frames(pieces(), WHOLE) if part == "decode" else vae.encode_stream(pieces(), WHOLE)
         for piece in stream:
             del piece
 
 
-def settled_layers(shape: Shape, part: str, capability: int = 90) -> Counter[Layer]:
+def settled_layers(shape: Shape, part: str) -> Counter[Layer]:
     """The convolutions of one settled latent frame, and how often each is called."""
     with Recorder() as recorder:
-        settle(shape, part, lambda: recorder.calls.clear(), capability)
+        settle(shape, part, lambda: recorder.calls.clear())
     return recorder.calls
 
 
@@ -181,7 +176,7 @@ def measure_layer(
         del wide
         for name, backend in (("swifti2v", "triton"), (CUDNN, "torch")):
             found = call(layer, arguments, backend)
-            error = max(_error(y, e) for y, e in zip(found, expected, strict=True))
+            error = relative_error([y.float() for y in found], expected)
             del found
             row["errors"][name] = error if math.isfinite(error) else None
             if not error < TOLERANCE:
@@ -253,10 +248,6 @@ def call(layer: Layer, arguments: dict[str, Any], backend: str) -> list[Tensor]:
     return list(y) if isinstance(y, tuple) else [y]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
-
-
 def merge_table(table: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """The table with this run's layers in place of older entries of the same key. Layers that differ only in what is
     fused behind them share an entry: the mean of their calls."""
@@ -283,11 +274,11 @@ def _key(entry: dict[str, Any]) -> str:
     return repr([entry[name] for name in ("capability", "dtype", "kernel", "channels", "pixels")])
 
 
-def unique_layers(shapes: Sequence[Shape], parts: Sequence[str], capability: int) -> list[tuple[Layer, int, str]]:
+def unique_layers(shapes: Sequence[Shape], parts: Sequence[str]) -> list[tuple[Layer, int, str]]:
     """All layers of all shapes, each once: with its calls and where it was met first."""
     found: dict[Layer, tuple[int, str]] = {}
     for shape in {(s.version, s.width, s.height): s for s in shapes}.values():
         for part in parts:
-            for layer, calls in settled_layers(shape, part, capability).items():
+            for layer, calls in settled_layers(shape, part).items():
                 found.setdefault(layer, (calls, f"{shape.version}, {part}, {shape.name}"))
     return [(layer, calls, where) for layer, (calls, where) in found.items()]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.attention_providers import Unavailable
+from bench.dit_ops import relative_error
 from bench.plot import plot_differences
 from bench.timing import failure
 from bench.vae_providers import PROVIDERS, Provider, Runner, diffusers_runner, own_runner
@@ -68,11 +69,6 @@ def seam(frames: Tensor, borders: tuple[Sequence[int], Sequence[int]]) -> float:
         across.append(steps[at])
         inside.append(steps[~at])
     return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|``."""
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def measure(
@@ -163,7 +159,7 @@ def _checked(
         row["plan"] = asdict(runner.planned.plan)
     if expected is None:
         return row
-    error = relative_error(found, expected)
+    error = relative_error([found], [expected])
     row["error"] = error if math.isfinite(error) else None
     tiled = any(runner.borders)
     if part == "decode" and tiled:

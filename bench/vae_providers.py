@@ -17,7 +17,7 @@ from bench.attention_providers import Unavailable
 from bench.vae_shapes import Shape
 from model import VAEPlan, WanVAE
 from model.vae import WHOLE
-from model.vae_plan import PlannedVAE, plan_vae
+from model.vae_plan import PlannedVAE, device_capability, plan_vae
 from model.weights import random_weights
 
 #: Latent frames that ours is handed at once.
@@ -81,8 +81,7 @@ def own_runner(
     def exact(clip: Tensor) -> Tensor:
         return vae.decode(clip, plan) if part == "decode" else vae.encode(clip, plan)
 
-    half = (vae.decoder, vae.post_quant_conv) if part == "decode" else (vae.encoder, vae.quant_conv)
-    return Runner(run, exact, [p for module in half for p in module.parameters()], (rows, columns), planned)
+    return Runner(run, exact, vae.weights_of(part), (rows, columns), planned)
 
 
 def _split(clip: Tensor, most: int) -> Iterator[Tensor]:
@@ -99,13 +98,9 @@ def _untiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, 
 def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
     if limit is None:
         return own_runner(shape, part, dtype, device, VAEPlan(2, 2, frames=2))
-    capability = None
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
     planned = plan_vae(
         shape.config, part, shape.width, shape.height,
-        dtype=dtype, limit=int(FRAGMENTATION * limit), capability=capability, piece=PIECE,
+        dtype=dtype, limit=int(FRAGMENTATION * limit), capability=device_capability(device), piece=PIECE,
     )  # fmt: skip
     return own_runner(shape, part, dtype, device, planned.plan, planned)
 

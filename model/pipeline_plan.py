@@ -18,7 +18,7 @@ from model.config import DiTConfig, VAEConfig
 from model.dit import WanDiT
 from model.errors import InputError
 from model.measure import format_bytes, parse_bytes
-from model.vae_plan import PlannedVAE, plan_vae
+from model.vae_plan import PlannedVAE, device_capability, plan_vae
 
 #: Share of a card's memory that is planned with, unless a limit is given: the rest is the CUDA context, what libraries
 #: take beside the allocator, and fragmentation.
@@ -81,13 +81,10 @@ def plan_pipeline(
     Raises:
         InputError: no plan fits.
     """
-    capability, decode_limit = None, limit
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-        if limit is None:
-            limit = int(USABLE * torch.cuda.get_device_properties(device).total_memory)
-            decode_limit = max(limit - stage_two_bytes, 1)
+    capability, decode_limit = device_capability(device), limit
+    if capability is not None and limit is None:
+        limit = int(USABLE * torch.cuda.get_device_properties(device).total_memory)
+        decode_limit = max(limit - stage_two_bytes, 1)
     options = {"capability": capability}
     float32, floats = torch.float32, {"limit": limit, "capability": capability}
     motion = plan_vae(motion_vae, "decode", *motion_size, dtype=decode_dtype, piece=1, **floats)

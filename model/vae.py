@@ -92,6 +92,18 @@ class WanVAE(nn.Module):
             self.post_quant_conv.to(decode)
         return self
 
+    def order_weights(self) -> WanVAE:
+        """Puts the weights into the memory order that the convolutions read, channels last, in place."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for p in self.parameters():
+            p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
+        return self
+
+    def weights_of(self, part: str) -> list[Tensor]:
+        """The weights that ``decode`` or ``encode`` needs."""
+        half = (self.decoder, self.post_quant_conv) if part == "decode" else (self.encoder, self.quant_conv)
+        return [p for module in half for p in module.parameters()]
+
     def drop_encoder(self) -> None:
         """Lets the encoder's weights go; what is left can only decode."""
         self.encoder = self.quant_conv = None

@@ -251,7 +251,8 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
     # One piece, long enough for every layer to have its history; what a longer or shorter one has more or less of is
     # known.
     settled = replace(request, piece=SETTLED)
-    vae, weights = _meta_vae(request.config, request.part, request.dtype)
+    vae = meta_vae(request.config, request.dtype)
+    weights = vae.weights_of(request.part)
 
     def run(cores: Sequence[Region]) -> tuple[int, int]:
         """The peak with these tiles alone, and what is remembered after it."""
@@ -284,7 +285,7 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
 @functools.cache
 def _flops(request: Request, plan: VAEPlan) -> int:
     """Operations of two latent frames, halos included; a multiply-add is two."""
-    vae, _ = _meta_vae(request.config, request.part, request.dtype)
+    vae = meta_vae(request.config, request.dtype)
 
     def count(cores: Sequence[Region]) -> int:
         with _gpu(request), FlopCounterMode(display=False) as counter:
@@ -298,7 +299,7 @@ def _flops(request: Request, plan: VAEPlan) -> int:
 
 def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
     """The tiles of a plan; those of the same sizes, halos included, do and keep the same."""
-    vae, _ = _meta_vae(request.config, request.part, request.dtype)
+    vae = meta_vae(request.config, request.dtype)
     tile = vae.decoder.tile if request.part == "decode" else vae.encoder.tile
     alike: dict[str, list[Region]] = {}
     for core in plan.regions(*request.latent_size):
@@ -308,16 +309,19 @@ def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
 
 
 @functools.cache
-def _meta_vae(config: VAEConfig, part: str, dtype: torch.dtype) -> tuple[WanVAE, list[Tensor]]:
-    """The model without memory, and the weights of the part that is planned."""
+def meta_vae(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
+    """The model without memory, both halves in one dtype."""
     with META:
         vae = WanVAE(config).to_dtypes(encode=dtype, decode=dtype)
-    half = (vae.decoder, vae.post_quant_conv) if part == "decode" else (vae.encoder, vae.quant_conv)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    weights = [p for module in half for p in module.parameters()]
-    for p in weights:
-        p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
-    return vae, weights
+    return vae.order_weights()
+
+
+def device_capability(device: torch.device) -> int | None:
+    """What :func:`plan_vae` calls ``capability``."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _gpu(request: Request) -> AbstractContextManager[None]:

@@ -142,11 +142,9 @@ def random_weights(
 
 
 def _assign(model: Model, state: dict[str, Tensor]) -> Model:
-    if isinstance(model, WanVAE):
-        # What its convolutions read: channels last.
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        state = {k: v.contiguous(memory_format=formats[v.ndim]) if v.ndim in formats else v for k, v in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
+    if isinstance(model, WanVAE):
+        model.order_weights()
     return model.requires_grad_(False).eval()
 
 

@@ -147,7 +147,7 @@ def test_layers_are_those_of_the_model() -> None:
 def test_layers_can_be_called(version: str) -> None:
     """Every layer of a small VAE: results of the recorded size, and as large as inputs."""
     shape = next(s for s in SHAPES if s.version == version).reduced()
-    for layer, _, where in unique_layers([shape], PARTS, 90):
+    for layer, _, where in unique_layers([shape], PARTS):
         assert where.startswith(f"{version}, ")
         results = call(layer, make_inputs(layer, torch.float32, CPU), "torch")
         assert len(results) == (2 if layer.norm and layer.keep_sum else 1)
@@ -161,7 +161,7 @@ def test_layers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations by torch, since kernels need a GPU."""
     by_torch = vae_layers.call
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
-    layers = unique_layers([SHAPE], PARTS, 90)[:5]
+    layers = unique_layers([SHAPE], PARTS)[:5]
     rows = [measure_layer(*layer, torch.bfloat16, CPU, timer, 1.0) for layer in layers]
     assert [row["status"] for row in rows] == ["ok"] * 5
     assert rows[0]["seconds"] == {"swifti2v": 0.5, "cudnn": 0.5}
@@ -269,7 +269,7 @@ def test_without_cuda_it_counts_and_runs_a_small_vae(
 def test_a_run_with_layers_leaves_tables_json_and_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     by_torch = vae_layers.call
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
-    layers = unique_layers([SHAPE], ("decode",), 90)[:2]
+    layers = unique_layers([SHAPE], ("decode",))[:2]
     result = bench.run_all(
         [SHAPE], ["decode"], CPU, tmp_path, repeats=1, providers=PROVIDERS[:1], layers=layers, timer=timer,
         matmul_size=64,

@@ -1,4 +1,4 @@
-"""The contract of a video autoencoder's operators, on their torch path: numbers, gradients, graphs, choices, errors.
+"""The contract of a video autoencoder's operators, on their torch path: numbers, gradients, graphs, costs.
 
 Within ``pretend_gpu`` the CPU takes the path that cuDNN takes on a GPU, so that its slices and paddings are compared
 too; there only the products are another library's.
@@ -6,17 +6,14 @@ too; there only the products are another library's.
 
 from __future__ import annotations
 
-import re
-import warnings
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from swifti2v_kernels import (
@@ -29,10 +26,7 @@ from swifti2v_kernels import (
     upsample_conv2d,
 )
 from swifti2v_kernels.causal_conv3d import cost as conv_cost
-from swifti2v_kernels.common import conv_torch, tables, target
-from swifti2v_kernels.common.conv_checks import MAX_OWNED_CHANNELS
-from swifti2v_kernels.common.conv_loop import ConvConfig
-from swifti2v_kernels.common.conv_torch import cudnn_conv3d_fault
+from swifti2v_kernels.common import conv_torch
 from swifti2v_kernels.frames_out import cost as frames_cost
 from swifti2v_kernels.rms_norm_silu import cost as norm_cost
 from swifti2v_kernels.upsample_conv2d import cost as upsample_cost
@@ -71,6 +65,20 @@ def untouched(views: Sequence[Tensor]) -> Callable[[], bool]:
     """Whether what surrounds the views of ``scattered`` is still NaN, and nothing else is."""
     before = [view._base.isnan() for view in views]
     return lambda: all(torch.equal(view._base.isnan(), b) for view, b in zip(views, before, strict=True))
+
+
+def check_in_place(call: Callable[..., Any], x: Tensor, residual: Tensor, expected: Tensor, gamma: Tensor) -> Tensor:
+    """The sum goes into the residual and the norm of what was stored into memory given, which is returned; what is
+    around them stays."""
+    given = scattered(expected.shape, x.dtype)
+    intact = untouched((x, residual, given))
+    results = call(out=residual, normed=given)
+    assert results[0] is residual
+    assert results[1] is given
+    assert intact()
+    assert relative_error(residual, expected) < tolerance(x.dtype)
+    assert relative_error(given, normed(residual, gamma)) < tolerance(x.dtype)
+    return given
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
@@ -114,15 +122,7 @@ def test_convolution_against_float64(
     expected = convolved(x, weight, None, residual=residual, **options)
     options |= {"residual": residual, "norm_weight": gamma, **path}
     alone = causal_conv3d(x, weight, keep_sum=False, **options)
-    given = scattered(expected.shape, dtype)
-    intact = untouched((x, residual, given))
-    results = causal_conv3d(x, weight, out=residual, normed=given, **options)
-    assert results[0] is residual
-    assert results[1] is given
-    assert intact()
-    assert relative_error(residual, expected) < tolerance(dtype)
-    # The norm reads the rounded sum.
-    assert relative_error(given, normed(residual, gamma)) < tolerance(dtype)
+    given = check_in_place(functools.partial(causal_conv3d, x, weight, **options), x, residual, expected, gamma)
     assert torch.equal(alone, given)
 
 
@@ -167,16 +167,10 @@ def test_upsampling_against_float64(
     y = upsample_conv2d(x, phases, bias, padding=padding, **path)
     assert y.dtype == dtype
     assert relative_error(y, upsampled(x, weight, bias, padding)) < tolerance(dtype)
-    residual, given = (scattered(y.shape, dtype) for _ in range(2))
+    residual = scattered(y.shape, dtype)
     expected = upsampled(x, weight, None, padding) + residual.double()
-    intact = untouched((x, residual, given))
     options: dict[str, Any] = {"padding": padding, "residual": residual, "norm_weight": gamma, **path}
-    results = upsample_conv2d(x, phases, out=residual, normed=given, **options)
-    assert results[0] is residual
-    assert results[1] is given
-    assert intact()
-    assert relative_error(residual, expected) < tolerance(dtype)
-    assert relative_error(given, normed(residual, gamma)) < tolerance(dtype)
+    check_in_place(functools.partial(upsample_conv2d, x, phases, **options), x, residual, expected, gamma)
 
 
 def test_phases_share_out_the_nine_taps() -> None:
@@ -386,464 +380,6 @@ def test_the_choice_of_a_gpu_is_made_while_tracing() -> None:
     assert len(graphs) == 2
 
 
-def call_of(operator: Callable[..., Any], dtype: torch.dtype, columns: int = 96) -> tuple[Any, ...]:
-    """Arguments for ``explain`` on a device that holds nothing: 96 channels of 2 * 20 * 30 pixels."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-    def weight(columns: int) -> Tensor:
-        return empty(columns, 3, 3, 3, 96).permute(0, 4, 1, 2, 3)
-
-    x = empty(1, 2, 20, 30, 96)
-    if operator is causal_conv3d:
-        return x, weight(columns), empty(columns)
-    if operator is upsample_conv2d:
-        return x, empty(4, columns, 2, 2, 96), empty(columns)
-    if operator is frames_out:
-        return x, weight(3), None, empty(1, 2, 20, 30, 3, dtype=torch.uint8)
-    return x, empty(96)
-
-
-CONVOLUTIONS = {causal_conv3d: [3, 3, 3], upsample_conv2d: "upsample", frames_out: "frames"}
-
-
-@pytest.mark.parametrize("operator", [*CONVOLUTIONS, rms_norm_silu])
-def test_the_choice_on_a_cpu(operator: Callable[..., Any]) -> None:
-    x = torch.zeros(1, 1, 4, 4, 8)
-    arguments = {
-        causal_conv3d: (x, weights(8, 8, (1, 1, 1), torch.float32)[0]),
-        upsample_conv2d: (x, torch.zeros(4, 8, 2, 2, 8)),
-        frames_out: (x, weights(3, 8, (1, 1, 1), torch.float32)[0], None, torch.zeros(1, 1, 4, 4, 3)),
-        rms_norm_silu: (x, torch.zeros(8)),
-    }[operator]
-    choice = explain(operator, *arguments)
-    assert str(choice) == "torch: reference (kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)"
-    message = "backend: 'triton' cannot take this call: kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        operator(*arguments, backend="triton")
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """A card of capability 9.0 for tensors that say that they are on it; the measurements are the list given."""
-    entries: list[dict[str, Any]] = []
-    for module in (conv_torch, target):
-        monkeypatch.setattr(module, "capability_of", lambda device: 90)
-    monkeypatch.setattr(tables, "load_table", lambda name: entries if name == "conv3d" else [])
-    with FakeTensorMode():
-        yield entries
-
-
-@pytest.mark.parametrize("operator", CONVOLUTIONS)
-def test_the_choice_on_a_gpu(operator: Callable[..., Any], card: list[dict[str, Any]]) -> None:
-    """Decided from the tensors' metadata."""
-    for dtype in (torch.bfloat16, torch.float16):
-        choice = explain(operator, *call_of(operator, dtype))
-        assert str(choice) == "triton: implicit product (the kernels cover this call)"
-    choice = explain(operator, *call_of(operator, torch.float32))
-    assert str(choice) == "torch: cudnn (cuDNN has tensor cores for float32, the kernel has not)"
-    choice = explain(operator, *call_of(operator, torch.float32), backend="triton")
-    assert str(choice) == "triton: implicit product (backend is 'triton')"
-    choice = explain(operator, *call_of(operator, torch.float64))
-    assert str(choice) == "torch: cudnn (kernels exist for float16, bfloat16 and float32, got torch.float64)"
-    choice = explain(operator, *call_of(operator, torch.bfloat16), backend="torch")
-    assert str(choice) == "torch: cudnn (backend is 'torch')"
-
-
-@pytest.mark.parametrize("operator", CONVOLUTIONS)
-def test_the_nearest_measurement_decides(operator: Callable[..., Any], card: list[dict[str, Any]]) -> None:
-    def entry(pixels: int, ours: float, **changes: Any) -> dict[str, Any]:
-        columns = 3 if operator is frames_out else 96
-        return {
-            "capability": 90, "card": "card", "dtype": "bfloat16", "kernel": CONVOLUTIONS[operator],
-            "channels": [96, columns], "pixels": pixels, "seconds": {"swifti2v": ours, "cudnn": 1.0}, **changes,
-        }  # fmt: skip
-
-    card += [entry(1200, 2.0, dtype="float16"), entry(1200, 2.0, kernel="other"), entry(1200, 2.0, channels=[96, 384])]
-    card += [entry(1200, 2.0, capability=89)]
-    assert explain(operator, *call_of(operator, torch.bfloat16)).backend == "triton"
-    card += [entry(1000, 2.0), entry(100_000, 0.5)]
-    choice = explain(operator, *call_of(operator, torch.bfloat16))
-    assert str(choice) == "torch: cudnn (fastest as measured on card at 1000 pixels)"
-    choice = explain(operator, *call_of(operator, torch.bfloat16), backend="triton")
-    assert choice.backend == "triton"
-    card[-2]["seconds"]["swifti2v"] = 0.9
-    assert explain(operator, *call_of(operator, torch.bfloat16)).backend == "triton"
-
-
-def test_the_environment_replaces_auto(monkeypatch: pytest.MonkeyPatch, card: list[dict[str, Any]]) -> None:
-    arguments = call_of(causal_conv3d, torch.float32)
-    monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
-    assert str(explain(causal_conv3d, *arguments)) == "triton: implicit product (SWIFTI2V_BACKEND is 'triton')"
-    monkeypatch.setenv("SWIFTI2V_BACKEND", "torch")
-    assert str(explain(causal_conv3d, *arguments)) == "torch: cudnn (SWIFTI2V_BACKEND is 'torch')"
-    monkeypatch.setenv("SWIFTI2V_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'cuda'"):
-        explain(causal_conv3d, *arguments)
-
-
-def test_what_one_program_does_not_own_is_normed_afterwards(card: list[dict[str, Any]]) -> None:
-    for columns, name in ((192, "implicit product"), (193, "implicit product, then rms_norm_silu")):
-        for operator in (causal_conv3d, upsample_conv2d):
-            *arguments, gamma = call_of(operator, torch.bfloat16, columns)
-            assert explain(operator, *arguments, norm_weight=gamma).implementation == name
-    assert explain(rms_norm_silu, *call_of(rms_norm_silu, torch.float32)).implementation == "fused kernel"
-
-
-@pytest.mark.parametrize(
-    ("versions", "dtype", "fault"),
-    [
-        (("2.8.0+cu128", 91002), torch.bfloat16, "wrong results"),
-        (("2.8.0+cu128", 90800), torch.float16, "wrong results"),
-        (("2.8.0", 90701), torch.bfloat16, None),
-        (("2.8.0", 91300), torch.bfloat16, None),
-        (("2.9.0+cu130", 90701), torch.bfloat16, "without cuDNN"),
-        (("2.9.0", 91002), torch.bfloat16, "without cuDNN"),
-        (("2.9.0", 91600), torch.float16, "without cuDNN"),
-        (("2.9.1+cu128", 91300), torch.bfloat16, "without cuDNN"),
-        (("2.9.1", 91501), torch.bfloat16, None),
-        (("2.9.1", 90701), torch.bfloat16, None),
-        (("2.10", 91002), torch.bfloat16, "without cuDNN"),
-        (("2.13.0a0+git1234", 91499), torch.float16, "without cuDNN"),
-        (("2.13.0", 91500), torch.float16, None),
-        (("2.9.0", 91002), torch.float32, None),
-        (("2.8.0", 91002), torch.float64, None),
-        (("2.9.0", None), torch.bfloat16, None),
-    ],
-    ids=str,
-)
-def test_what_is_known_of_3d_convolutions(
-    versions: tuple[str, int | None], dtype: torch.dtype, fault: str | None
-) -> None:
-    said = cudnn_conv3d_fault(*versions, dtype)
-    assert said is None if fault is None else fault in said and said.startswith(f"torch {versions[0]} with cuDNN 9.")
-
-
-@pytest.fixture
-def _faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch 2.8.0 with cuDNN 9.10.2. What is known of the real ones is kept for the process, so it is forgotten."""
-    monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    conv_torch._conv3d_works.cache_clear()
-    with pretend_gpu(90):
-        yield
-    conv_torch._conv3d_works.cache_clear()
-
-
-@pytest.mark.usefixtures("_faulty")
-def test_2d_convolutions_stand_in_with_a_warning_for_broken_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, past = torch.randn(2, 1, 2, 4, 5, 8).bfloat16().unbind()
-    weight, bias = weights(16, 8, (3, 3, 3), torch.bfloat16)
-    expected, stock, seen = convolved(x, weight, bias, past), F.conv3d, []
-
-    def conv3d(x: Tensor, *args: Any) -> Tensor:
-        seen.append(x.dtype)
-        return stock(x, *args)
-
-    monkeypatch.setattr(F, "conv3d", conv3d)
-    message = (
-        "torch 2.8.0+cu128 with cuDNN 9.10 gives wrong results for 3D convolutions in 16 bits on some GPUs; "
-        "2D convolutions stand in for them. cuDNN 9.15 cures it."
-    )
-    with pytest.warns(RuntimeWarning, match=re.escape(message)):
-        y = causal_conv3d(x, weight, bias, past=past, backend="torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once for a dtype is enough
-        assert torch.equal(causal_conv3d(x, weight, bias, past=past, backend="torch"), y)
-        assert relative_error(y, expected) < OPERATOR["bfloat16"]
-        assert not seen
-        wide = (t.float() for t in (x, weight, bias, past))
-        x, weight, bias, past = wide
-        assert relative_error(causal_conv3d(x, weight, bias, past=past), expected) < OPERATOR["float32"]
-    assert seen == [torch.float32]
-
-
-@pytest.mark.usefixtures("_faulty")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.")
-def test_the_warning_does_not_break_a_graph() -> None:
-    x, (weight, bias) = torch.randn(1, 2, 4, 5, 8).half(), weights(16, 8, (3, 1, 1), torch.float16)
-    call = torch.compile(lambda x: causal_conv3d(x, weight, bias, backend="torch"), fullgraph=True, backend="eager")
-    with pytest.warns(RuntimeWarning, match="2D convolutions stand in"):
-        y = call(x)
-    assert relative_error(y, convolved(x, weight, bias)) < OPERATOR["float16"]
-
-
-X, W = torch.zeros(1, 2, 4, 5, 8), torch.zeros(8, 3, 3, 3, 8).permute(0, 4, 1, 2, 3)
-PHASES, GAMMA = torch.zeros(4, 8, 2, 2, 8), torch.zeros(8)
-ONE = torch.zeros(8, 1, 3, 3, 8).permute(0, 4, 1, 2, 3)
-BIG, HEAD, BYTES = torch.zeros(1, 2, 8, 10, 8), W[:3], torch.zeros(1, 2, 4, 5, 3, dtype=torch.uint8)
-COLOURS, WINDOW = torch.zeros(1, 2, 4, 5, 3), torch.zeros(4, 5)
-ALL = "float16 or bfloat16 or float32 or float64"
-CONV: dict[str, tuple[Callable[[], Any], str]] = {
-    "x: a list": (lambda: causal_conv3d([0.0], W), "x: expected a tensor, got list"),
-    "x: four axes": (
-        lambda: causal_conv3d(X[0], W), f"x: expected [B, T, h, w, C] {ALL}, got [2, 4, 5, 8] torch.float32 on cpu"
-    ),
-    "x: empty": (
-        lambda: causal_conv3d(X[:, :0], W), f"x: expected [B, T, h, w, C] {ALL}, got [1, 0, 4, 5, 8] torch.float32 on"
-    ),
-    "x: integers": (
-        lambda: causal_conv3d(X.int(), W),
-        f"x: expected [B, T, h, w, C] {ALL}, got [1, 2, 4, 5, 8] torch.int32 on cpu",
-    ),
-    "x: channels first": (
-        lambda: causal_conv3d(torch.zeros(1, 8, 2, 4, 5).permute(0, 2, 3, 4, 1), W),
-        "x: expected the channels to be contiguous (stride 1), got stride 40",
-    ),
-    "weight: None": (lambda: causal_conv3d(X, None), "weight: expected a tensor, got NoneType"),
-    "weight: four axes": (
-        lambda: causal_conv3d(X, W[:, :, 0]),
-        "weight: expected [C', 8, kt, kh, kw] torch.float32 on cpu, got [8, 8, 3, 3] torch.float32 on cpu",
-    ),
-    "weight: channels": (
-        lambda: causal_conv3d(X, torch.zeros(8, 4, 1, 1, 1)),
-        "weight: expected [C', 8, kt, kh, kw] torch.float32 on cpu, got [8, 4, 1, 1, 1] torch.float32 on cpu",
-    ),
-    "weight: dtype": (
-        lambda: causal_conv3d(X, W.half()),
-        "weight: expected [C', 8, kt, kh, kw] torch.float32 on cpu, got [8, 8, 3, 3, 3] torch.float16 on cpu",
-    ),
-    "weight: device": (
-        lambda: causal_conv3d(X, W.to("meta")),
-        "weight: expected [C', 8, kt, kh, kw] torch.float32 on cpu, got [8, 8, 3, 3, 3] torch.float32 on meta",
-    ),
-    "weight: channels first": (
-        lambda: causal_conv3d(X, W.contiguous()),
-        "weight: expected channels last in memory: weight.to(memory_format=torch.channels_last_3d); got strides"
-        " (216, 27, 9, 3, 1)",
-    ),
-    "bias: length": (
-        lambda: causal_conv3d(X, W, GAMMA[:7]),
-        "bias: expected contiguous [8] torch.float32 on cpu, got [7] torch.float32 on cpu",
-    ),
-    "bias: dtype": (
-        lambda: causal_conv3d(X, W, GAMMA.half()),
-        "bias: expected contiguous [8] torch.float32 on cpu, got [8] torch.float16 on cpu",
-    ),
-    "bias: a list": (lambda: causal_conv3d(X, W, [0.0]), "bias: expected a tensor or None, got list"),
-    "past: too long": (
-        lambda: causal_conv3d(X, W, past=torch.zeros(1, 3, 4, 5, 8)),
-        "past: expected at most 2 frames (taps in time - 1), got 3",
-    ),
-    "past: of one tap": (
-        lambda: causal_conv3d(X, ONE, past=X), "past: expected at most 0 frames (taps in time - 1), got 2"
-    ),
-    "past: size": (
-        lambda: causal_conv3d(X, W, past=X[:, :, :3]),
-        "past: expected [1, P, 4, 5, 8] float32 on cpu, got [1, 2, 3, 5, 8] torch.float32 on cpu",
-    ),
-    "past: no frame": (
-        lambda: causal_conv3d(X, W, past=X[:, :0]),
-        "past: expected [1, P, 4, 5, 8] float32 on cpu, got [1, 0, 4, 5, 8] torch.float32 on cpu",
-    ),
-    "past: dtype": (lambda: causal_conv3d(X, W, past=X.half()), "past: expected [1, P, 4, 5, 8] float32 on cpu, got"),
-    "stride: two": (
-        lambda: causal_conv3d(X, W, stride=(1, 1)),
-        "stride: expected three positive numbers (time, rows, columns), got (1, 1)",
-    ),
-    "stride: zero": (
-        lambda: causal_conv3d(X, W, stride=(1, 0, 1)),
-        "stride: expected three positive numbers (time, rows, columns), got (1, 0, 1)",
-    ),
-    "padding: two": (
-        lambda: causal_conv3d(X, W, padding=(1, 1)), "padding: expected (top, bottom, left, right), got (1, 1)"
-    ),
-    "padding: a fraction": (
-        lambda: causal_conv3d(X, W, padding=(1, 1, 0.5, 1)),
-        "padding: expected (top, bottom, left, right), got (1, 1, 0.5, 1)",
-    ),
-    "no frame left": (
-        lambda: causal_conv3d(X, W, stride=(3, 1, 1)),
-        "x: (2, 4, 5) frames, rows and columns leave nothing at kernel (3, 3, 3), stride (3, 1, 1),"
-        " padding (1, 1, 1, 1)",
-    ),
-    "no row left": (
-        lambda: causal_conv3d(X, W, padding=(-1, -1, 0, 0)),
-        "x: (2, 4, 5) frames, rows and columns leave nothing at kernel (3, 3, 3), stride (1, 1, 1),"
-        " padding (-1, -1, 0, 0)",
-    ),
-    "residual: shape": (
-        lambda: causal_conv3d(X, W, residual=X[:, :, :3]),
-        "residual: expected [1, 2, 4, 5, 8] float32 on cpu, got [1, 2, 3, 5, 8] torch.float32 on cpu",
-    ),
-    "norm_weight: length": (
-        lambda: causal_conv3d(X, W, norm_weight=GAMMA[:4]), "norm_weight: expected contiguous [8] torch.float32 on cpu"
-    ),
-    "norm_weight: missing for normed": (
-        lambda: causal_conv3d(X, W, normed=X.clone()),
-        "norm_weight: expected a tensor, since the normed sum is asked for",
-    ),
-    "norm_weight: missing without the sum": (
-        lambda: causal_conv3d(X, W, keep_sum=False), "norm_weight: expected a tensor, since the normed sum is asked for"
-    ),
-    "out: of a sum that is not kept": (
-        lambda: causal_conv3d(X, W, norm_weight=GAMMA, keep_sum=False, out=X.clone()),
-        "out: expected None without keep_sum, since the sum is not stored",
-    ),
-    "out: shape": (
-        lambda: causal_conv3d(X, W, out=BIG),
-        "out: expected [1, 2, 4, 5, 8] float32 on cpu, got [1, 2, 8, 10, 8] torch.float32 on cpu",
-    ),
-    "out: dtype": (lambda: causal_conv3d(X, W, out=X.half()), "out: expected [1, 2, 4, 5, 8] float32 on cpu, got"),
-    "out: is x": (lambda: causal_conv3d(X, W, out=X), "out: expected memory of its own, but it overlaps x"),
-    "out: overlaps past": (
-        lambda: causal_conv3d(X.clone(), W, past=X, out=X), "out: expected memory of its own, but it overlaps past"
-    ),
-    "out: overlaps residual": (
-        lambda: causal_conv3d(X, W, residual=BIG[:, :, :4, :5], out=BIG[:, :, 1:5, :5]),
-        "out: expected residual itself or memory of its own, but it overlaps residual",
-    ),
-    "out: expanded": (
-        lambda: causal_conv3d(X, W, out=torch.zeros(1, 1, 4, 5, 8).expand(1, 2, 4, 5, 8)),
-        "out: expected distinct elements to write to, got shape (1, 2, 4, 5, 8), strides (160, 0, 40, 8, 1)",
-    ),
-    "normed: is out": (
-        lambda: causal_conv3d(X, W, norm_weight=GAMMA, out=(y := X.clone()), normed=y),
-        "normed: expected memory of its own, but it overlaps out",
-    ),
-    "normed: is residual": (
-        lambda: causal_conv3d(X, W, residual=(y := X.clone()), norm_weight=GAMMA, normed=y),
-        "normed: expected memory of its own, but it overlaps residual",
-    ),
-    "backend": (
-        lambda: causal_conv3d(X, W, backend="cudnn"), "backend: expected one of auto, torch, triton, got 'cudnn'"
-    ),
-}  # fmt: skip
-OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
-    "upsample, x: four axes": (
-        lambda: upsample_conv2d(X[0], PHASES),
-        f"x: expected [B, T, h, w, C] {ALL}, got [2, 4, 5, 8] torch.float32 on cpu",
-    ),
-    "upsample, phases: not folded": (
-        lambda: upsample_conv2d(X, W[:, :, 0]),
-        "phases: expected contiguous [4, C', 2, 2, 8] torch.float32 on cpu, got [8, 8, 3, 3] torch.float32 on cpu",
-    ),
-    "upsample, phases: layout": (
-        lambda: upsample_conv2d(X, PHASES.mT), "phases: expected contiguous [4, C', 2, 2, 8] torch.float32 on cpu, got"
-    ),
-    "upsample, bias": (
-        lambda: upsample_conv2d(X, PHASES, GAMMA[:4]),
-        "bias: expected contiguous [8] torch.float32 on cpu, got [4] torch.float32 on cpu",
-    ),
-    "upsample, padding: two": (
-        lambda: upsample_conv2d(X, PHASES, padding=(1, 1)),
-        "padding: expected (top, bottom, left, right), got (1, 1)",
-    ),
-    "upsample, padding: above 1": (
-        lambda: upsample_conv2d(X, PHASES, padding=(1, 2, 1, 1)),
-        "padding: expected at most 1 on each side, got (1, 2, 1, 1)",
-    ),
-    "upsample, nothing left": (
-        lambda: upsample_conv2d(X, PHASES, padding=(-7, 1, 1, 1)),
-        "padding: (-7, 1, 1, 1) leaves nothing of 8 x 10 pixels",
-    ),
-    "upsample, residual": (
-        lambda: upsample_conv2d(X, PHASES, residual=X),
-        "residual: expected [1, 2, 8, 10, 8] float32 on cpu, got [1, 2, 4, 5, 8] torch.float32 on cpu",
-    ),
-    "upsample, normed without norm_weight": (
-        lambda: upsample_conv2d(X, PHASES, normed=BIG),
-        "norm_weight: expected a tensor, since the normed sum is asked for",
-    ),
-    "upsample, out: overlaps x": (
-        lambda: upsample_conv2d(BIG[:, :, :4, :5], PHASES, out=BIG),
-        "out: expected memory of its own, but it overlaps x",
-    ),
-    "upsample, normed: is out": (
-        lambda: upsample_conv2d(X, PHASES, norm_weight=GAMMA, out=BIG, normed=BIG),
-        "normed: expected memory of its own, but it overlaps out",
-    ),
-    "fold: kernel": (lambda: fold_upsample_weight(W), "weight: expected [C', C, 3, 3], got [8, 8, 3, 3, 3]"),
-    "frames, patch_size: 0": (
-        lambda: frames_out(X, HEAD, None, BYTES, patch_size=0), "patch_size: expected a positive integer, got 0"
-    ),
-    "frames, patch_size: a fraction": (
-        lambda: frames_out(X, HEAD, None, BYTES, patch_size=2.0), "patch_size: expected a positive integer, got 2.0"
-    ),
-    "frames, weight: features": (
-        lambda: frames_out(X, HEAD, None, BYTES, patch_size=2),
-        "weight: expected [12, 8, kt, kh, kw] torch.float32 on cpu, got [3, 8, 3, 3, 3] torch.float32 on cpu",
-    ),
-    "frames, bias": (
-        lambda: frames_out(X, HEAD, GAMMA, BYTES),
-        "bias: expected contiguous [3] torch.float32 on cpu, got [8] torch.float32 on cpu",
-    ),
-    "frames, past": (lambda: frames_out(X, ONE[:3], None, BYTES, past=X), "past: expected at most 0 frames"),
-    "frames, out: a list": (lambda: frames_out(X, HEAD, None, []), "out: expected a tensor, got list"),
-    "frames, out: shape": (
-        lambda: frames_out(X, HEAD, None, BYTES[:, :, 1:]),
-        f"out: expected [1, 2, 4, 5, 3] uint8 or {ALL} on cpu, got [1, 2, 3, 5, 3] torch.uint8 on cpu",
-    ),
-    "frames, out: colours first": (
-        lambda: frames_out(X, HEAD, None, torch.zeros(1, 2, 3, 4, 5).permute(0, 1, 3, 4, 2)),
-        "out: expected the channels to be contiguous (stride 1), got stride 20",
-    ),
-    "frames, out: dtype": (
-        lambda: frames_out(X, HEAD, None, BYTES.int()), f"out: expected [1, 2, 4, 5, 3] uint8 or {ALL} on cpu, got"
-    ),
-    "frames, out: overlaps x": (
-        lambda: frames_out(X, HEAD, None, X[..., :3]), "out: expected memory of its own, but it overlaps x"
-    ),
-    "frames, out: bytes with a window": (
-        lambda: frames_out(X, HEAD, None, BYTES, window=WINDOW),
-        f"out: expected [1, 2, 4, 5, 3] {ALL} on cpu, got [1, 2, 4, 5, 3] torch.uint8 on cpu",
-    ),
-    "frames, window: a number": (
-        lambda: frames_out(X, HEAD, None, COLOURS, window=0.5), "window: expected a tensor or None, got float"
-    ),
-    "frames, window: dtype": (
-        lambda: frames_out(X, HEAD, None, COLOURS, window=WINDOW.double()),
-        "window: expected [4, 5] float32 on cpu, columns contiguous, got [4, 5] torch.float64 on cpu, strides (5, 1)",
-    ),
-    "frames, window: shape": (
-        lambda: frames_out(X, HEAD, None, COLOURS, window=WINDOW[:3]),
-        "window: expected [4, 5] float32 on cpu, columns contiguous, got [3, 5] torch.float32 on cpu, strides (5, 1)",
-    ),
-    "frames, window: layout": (
-        lambda: frames_out(X, HEAD, None, COLOURS, window=torch.zeros(5, 4).mT),
-        "window: expected [4, 5] float32 on cpu, columns contiguous, got [4, 5] torch.float32 on cpu, strides (1, 4)",
-    ),
-    "norm, x: four axes": (
-        lambda: rms_norm_silu(X[0], GAMMA),
-        f"x: expected [B, T, h, w, C] {ALL}, got [2, 4, 5, 8] torch.float32 on cpu",
-    ),
-    "norm, weight: None": (lambda: rms_norm_silu(X, None), "weight: expected a tensor, got None"),
-    "norm, weight: dtype": (
-        lambda: rms_norm_silu(X, GAMMA.bfloat16()),
-        "weight: expected contiguous [8] torch.float32 on cpu, got [8] torch.bfloat16 on cpu",
-    ),
-    "norm, weight: strided": (
-        lambda: rms_norm_silu(X, torch.zeros(16)[::2]), "weight: expected contiguous [8] torch.float32 on cpu, got [8]"
-    ),
-    "norm, out: shape": (
-        lambda: rms_norm_silu(X, GAMMA, out=BIG),
-        "out: expected [1, 2, 4, 5, 8] float32 on cpu, got [1, 2, 8, 10, 8] torch.float32 on cpu",
-    ),
-    "norm, out: shifted": (
-        lambda: rms_norm_silu(BIG[:, :, :4], GAMMA, out=BIG[:, :, 1:5]),
-        "out: expected x itself or memory of its own, but it overlaps x",
-    ),
-}  # fmt: skip
-BAD = CONV | OTHERS
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case: str) -> None:
-    call, message = BAD[case]
-    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
-        call()
-
-
-def test_explain_checks_as_the_call_does() -> None:
-    with pytest.raises(ValueError, match="past: expected at most 2 frames"):
-        explain(causal_conv3d, X, W, past=torch.zeros(1, 3, 4, 5, 8))
-    with pytest.raises(ValueError, match="padding: expected at most 1 on each side"):
-        explain(upsample_conv2d, X, PHASES, padding=(2, 1, 1, 1))
-    with pytest.raises(TypeError, match="weight: expected a tensor, got None"):
-        explain(rms_norm_silu, X, None)
-
-
 def test_costs_count_what_must_move() -> None:
     plain, full = conv_cost(1000, 96, 192, 27), conv_cost(1000, 96, 192, 27, residual=True, results=2)
     assert plain.flops == full.flops == 2 * 1000 * 96 * 192 * 27
@@ -895,27 +431,3 @@ def test_torch_counts_their_operations(dtype: torch.dtype) -> None:
             phases = empty(4, 160, 2, 2, 96)
             expected = 2 * (2 * 4 * 19 * 24) * 96 * 160 * 4
             assert counted(lambda: upsample_conv2d(x, phases, padding=(0, 1, 1, 1), norm_weight=gamma)) == expected
-
-
-@pytest.mark.parametrize("capability", [None, 80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("owned", [False, True])
-def test_every_shape_has_a_configuration(owned: bool, capability: int | None) -> None:
-    """Tiles that products can have, and all columns of a pixel in one program where a norm needs them."""
-    for columns in (3, 16, 48, 96, 100, 160, 192, 256, 320, 384, 1024):
-        if owned and columns > MAX_OWNED_CHANNELS:
-            continue
-        for channels, itemsize in ((3, 2), (16, 2), (96, 2), (96, 4), (512, 2)):
-            config = ConvConfig.heuristic(capability, channels, columns, itemsize, owned)
-            for size in (config.block_m, config.block_n, config.block_k, config.tail_n or 16):
-                assert size >= 16
-                assert size & (size - 1) == 0
-            assert config.tail_n < config.block_n
-            assert not owned or config.columns >= columns
-
-
-def test_configurations_leave_few_columns_idle() -> None:
-    for columns, tiles in ((96, (64, 32)), (160, (128, 32)), (192, (128, 64)), (320, (128, 32)), (384, (128, 0))):
-        config = ConvConfig.heuristic(90, 512, columns, 2, columns <= MAX_OWNED_CHANNELS)
-        assert (config.block_n, config.tail_n) == tiles
-    assert ConvConfig.heuristic(90, 96, 96, 2, True) == ConvConfig(128, 64, 32, 32, 8, 4, 128)
-    assert ConvConfig.heuristic(80, 192, 192, 2, True) == ConvConfig(128, 128, 64, 32, 8, 3)

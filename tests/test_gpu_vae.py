@@ -11,6 +11,7 @@ from bench.vae_measure import limited, release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
 from model.vae_blend import decode_blended
+from model.vae_plan import Request, device_capability, predict
 from model.weights import random_weights
 from tests.tolerances import ACROSS_DEVICES_TF32, BFLOAT16_MODEL, relative_error
 
@@ -83,9 +84,7 @@ def test_bfloat16_is_near_float32(version: str) -> None:
 def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VAEPlan) -> None:
     """Within the 10 % that are promised, at 720p."""
     width, height, config = 1280, 704, CONFIGS[version]
-    capability = int("{}{}".format(*torch.cuda.get_device_capability()))
-    planned = plan_vae(config, part, width, height, capability=capability, park=plan.park, piece=3)
-    planned = type(planned)(plan, planned.request, None)
+    request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3, 1)
     vae = model(version, part, torch.bfloat16)
     given = latents(version, 6, width, height) if part == "decode" else torch.rand(1, 3, 21, height, width)
 
@@ -102,15 +101,15 @@ def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VA
     torch.cuda.reset_peak_memory_stats()
     run()
     measured = torch.cuda.max_memory_allocated() - (given.nbytes if given.is_cuda else 0)
-    assert planned.peak.total == pytest.approx(measured, rel=0.1)
+    assert predict(request, plan).total == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(("part", "dtype"), [("decode", torch.bfloat16), ("encode", torch.float32)])
 def test_2k_runs_within_4_gb(part: str, dtype: torch.dtype) -> None:
     """The allocator refuses what is beyond the limit; a reserve is left for its fragments and cuDNN's workspaces."""
     vae = model("2.1", part, dtype)
-    capability = int("{}{}".format(*torch.cuda.get_device_capability()))
-    plan = plan_vae(vae.config, part, 2560, 1408, dtype=dtype, limit=int(3.6 * GB), capability=capability, piece=3).plan
+    options = {"dtype": dtype, "limit": int(3.6 * GB), "capability": device_capability(DEVICE), "piece": 3}
+    plan = plan_vae(vae.config, part, 2560, 1408, **options).plan
     release(DEVICE)
     with limited(DEVICE, 4 * GB):
         if part == "decode":

@@ -68,8 +68,7 @@ def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEP
     """Live tensors of a real run, and the allocator's own events: within 1 %, and the 10 % that are promised."""
     wanted = request(version, part, piece)
     vae = random_weights(WanVAE, wanted.config, 0)
-    half = (vae.decoder, vae.post_quant_conv) if part == "decode" else (vae.encoder, vae.quant_conv)
-    weights = [p for module in half for p in module.parameters()]
+    weights = vae.weights_of(part)
     with TensorMemory(weights) as memory:
         run(vae, wanted, plan)
     predicted = predict(wanted, plan)
