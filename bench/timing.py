@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,17 @@ def copy_bandwidth(device: torch.device, timer: Timer, nbytes: int = 2**30) -> f
     """A copy of ``nbytes`` on the device itself: bytes read and written, a second."""
     source, target = (torch.zeros(nbytes, device=device, dtype=torch.uint8) for _ in range(2))
     return 2 * nbytes / timer(lambda: target.copy_(source))[0]
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 convolutions in the body are float32. (``torch.backends.cudnn.flags`` would switch cuDNN off as well.)"""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, int]:

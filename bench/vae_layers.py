@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.dit_ops import relative_error
-from bench.timing import Timer, failure
+from bench.timing import Timer, failure, without_tf32
 from bench.vae_shapes import Shape
 from model.vae import WHOLE
 from model.vae_plan import META, SETTLED, meta_vae
@@ -170,7 +170,7 @@ def measure_layer(
     row |= {"seconds": {}, "errors": {}}
     try:
         arguments = make_inputs(layer, dtype, device)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with without_tf32():
             wide = {name: t.float() if isinstance(t, Tensor) else t for name, t in arguments.items()}
             expected = [y.float() for y in call(layer, wide, "torch")]
         del wide

@@ -18,11 +18,10 @@ from torch import Tensor
 from bench.attention_providers import Unavailable
 from bench.dit_ops import relative_error
 from bench.plot import plot_differences
-from bench.timing import failure
+from bench.timing import failure, without_tf32
 from bench.vae_providers import PROVIDERS, Provider, Runner, diffusers_runner, own_runner
 from bench.vae_shapes import Shape
 from model.errors import InputError
-from model.measure import is_out_of_memory
 from model.tensor_memory import TensorMemory
 from model.vae import WHOLE
 
@@ -36,7 +35,6 @@ LONG = 20.0
 #: What must be reached at 2K: time and peak of diffusers' fastest setting that fits, and of its tiles; and how far the
 #: seam measure may be from the untiled decode's, relatively.
 SPEED_TARGET, PEAK_TARGET, SEAM_TARGET = 2.0, 1 / 3, 1e-3
-CPU = torch.device("cpu")
 
 
 def clip_for(shape: Shape, part: str, blocks: int, device: torch.device) -> Tensor:
@@ -101,16 +99,15 @@ def measure(
         row |= {"dtype": str(dtype).removeprefix("torch."), "checked_against": source}
         try:
             runner = provider.load(shape, part, dtype, device, limit)
+            # The check returns numbers, which take more than the finished frames that a plan is for.
+            row |= _checked(runner, provider, shape, part, dtype, expected, device, pictures)
             release(device)
-            with limited(device, limit if provider.limited else None):
-                row |= _checked(runner, provider, shape, part, dtype, expected, device, pictures)
-                if row["status"] == "ok":
+            if row["status"] == "ok":
+                with limited(device, limit if provider.limited else None):
                     row |= _timed(runner, provider, shape, part, device, repeats)
         except Unavailable as reason:
             row |= {"status": "not available", "reason": str(reason)}
-        except InputError as error:  # no plan keeps to the limit
-            row |= failure(error)
-        except (RuntimeError, MemoryError) as error:
+        except (InputError, RuntimeError, MemoryError) as error:  # the first: no plan keeps to the limit
             row |= failure(error)
         runner = None
         release(device)
@@ -123,22 +120,21 @@ def measure(
 
 def reference(shape: Shape, part: str, device: torch.device) -> tuple[Tensor | None, str]:
     """The first latent frames in float32, by diffusers' whole frame or else by ours, on the CPU, and whose it is."""
-    clip = clip_for(shape, part, CHECKED, device)
+    clip, reasons = clip_for(shape, part, CHECKED, device), []
     for name, load in (
         ("diffusers, float32", lambda: diffusers_runner(shape, part, torch.float32, device, False)),
         ("swifti2v by torch, float32", lambda: own_runner(shape, part, torch.float32, device, WHOLE)),
     ):
         try:
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with without_tf32():
                 return load().exact(clip).float().cpu(), name
-        except Unavailable:
-            continue
+        except Unavailable as reason:
+            reasons.append(f"{name}: {reason}")
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            reasons.append(f"{name}: {failure(error)['reason']}")
         finally:
             release(device)
-    return None, "nothing: float32 does not fit"
+    return None, f"nothing ({'; '.join(reasons)})"
 
 
 def _checked(

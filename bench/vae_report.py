@@ -35,11 +35,13 @@ def format_clips(rows: Sequence[dict[str, Any]]) -> str:
             cells.append([*head, *[""] * 6, f"{row['status']}: {row['reason'][:80]}"])
             continue
         predicted, error, found = row.get("peak_bytes_predicted"), row["error"], row["seam"]
-        limit = "" if row["limit"] is None else f"limit {format_bytes(row['limit'])}"
+        notes = [] if row["limit"] is None else [f"limit {format_bytes(row['limit'])}"]
+        if error is None:
+            notes.append(f"checked against {row['checked_against']}")
         cells.append([
             *head, f"{row['seconds']:.3f}", f"{row['frames_per_second']:.1f}", format_bytes(row["peak_bytes"]),
             "" if predicted is None else format_bytes(predicted), "" if error is None else f"{error:.1e}",
-            "" if found is None else f"{found:.4f} ({row['seam_untiled']:.4f})", limit,
+            "" if found is None else f"{found:.4f} ({row['seam_untiled']:.4f})", "; ".join(notes),
         ])  # fmt: skip
     headers = ["VAE", "part", "size", "frames", "implementation", "dtype", "s", "frames/s", "peak", "peak, predicted"]
     return _table(cells, [*headers, "error", "seam", "note"])

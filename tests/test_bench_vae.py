@@ -15,11 +15,12 @@ from bench import vae_layers, vae_measure
 from bench.__main__ import main
 from bench.attention_providers import Unavailable
 from bench.plot import plot_differences
+from bench.timing import without_tf32
 from bench.vae_count import count_diffusers, count_own, saved_bytes
 from bench.vae_layers import Layer, call, make_inputs, measure_layer, merge_table, settled_layers, unique_layers
 from bench.vae_measure import clip_for, measure, seam, targets
 from bench.vae_providers import PROVIDERS, Provider, Runner, own_runner
-from bench.vae_report import format_layers, format_targets
+from bench.vae_report import format_clips, format_layers, format_targets
 from bench.vae_shapes import PARTS, SHAPES
 from model import VAEPlan, plan_vae
 
@@ -85,9 +86,18 @@ def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch
     assert rows[0]["status"] == "ok"
     monkeypatch.setattr(vae_measure, "own_runner", hungry)
     measure(SHAPE, "decode", CPU, providers=PROVIDERS[:1], repeats=1, report=rows.append)
-    assert rows[1]["checked_against"] == "nothing: float32 does not fit"
+    reasons = "diffusers, float32: not installed; swifti2v by torch, float32: no memory left"
+    assert rows[1]["checked_against"] == f"nothing ({reasons})"
     assert rows[1]["error"] is None
     assert rows[1]["status"] == "ok"
+    assert f"checked against nothing ({reasons})" in format_clips(rows)
+
+
+def test_references_are_float32_by_cudnn_all_the_same() -> None:
+    given = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    with without_tf32():
+        assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == (given[0], False)
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == given
 
 
 def test_a_limit_is_planned_for() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench.timing import without_tf32
 from bench.vae_measure import limited, release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
@@ -73,7 +74,7 @@ def test_encoded_tiles_are_the_whole_frame(version: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("version", CONFIGS)
 def test_bfloat16_is_near_float32(version: str) -> None:
     z = latents(version, 2, 320, 176)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with without_tf32():
         expected = model(version, "decode", torch.float32).decode(z)
     assert relative_error(model(version, "decode", torch.bfloat16).decode(z), expected) < BFLOAT16_MODEL
 
