@@ -14,6 +14,10 @@ from torch import Tensor
 
 from model.errors import InputError, require
 
+#: FFmpeg's AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709, and AVCOL_RANGE_MPEG, for which PyAV before 17 has no
+#: names.
+BT709, LIMITED_RANGE = 1, 1
+
 
 def open_image(path: str | Path) -> Any:
     """A photograph as a PIL image in RGB, upright (EXIF orientation applied), transparency on white.
@@ -96,9 +100,9 @@ class VideoWriter:
         self._stream = self._container.add_stream("libx264", rate=fps, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         # Tagged as BT.709, as players assume for HD: untagged files are shown with shifted colours by some.
-        context, colour = self._stream.codec_context, self._av.video.reformatter
-        context.colorspace, context.color_range = colour.Colorspace.ITU709, colour.ColorRange.MPEG
-        context.color_primaries, context.color_trc = colour.ColorPrimaries.BT709, colour.ColorTrc.BT709
+        context = self._stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
         return self
 
     def write(self, frames: Iterable[np.ndarray]) -> None:
