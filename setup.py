@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__ini
 
 GENERATE = ["av>=13", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
-BENCH = [*GENERATE, "matplotlib>=3.8", "nvidia-ml-py>=12", "tabulate>=0.9"]
+BENCH = [*GENERATE, "jsonschema>=4.18", "matplotlib>=3.8", "nvidia-ml-py>=12"]
 TEST = [
     *BENCH,
     *TEXT,

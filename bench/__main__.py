@@ -5,10 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import attention, compile, csg, dit, vae
+from bench.registry import add_parser, benchmarks
+from bench.session import run_benchmark
 from model.command import CommandParser, run_command
 
-BENCHMARKS = {"csg": csg, "attention": attention, "dit": dit, "vae": vae, "compile": compile}
+EXAMPLES = """\
+examples:
+  python -m bench                            end-to-end against segment-wise generation, at this machine's sizes
+  python -m bench attention --quick          one subject; --help of each has its own examples
+  python -m bench campaign                   everything that this card can answer, in nine minutes
+  python -m bench report                     one page of the results in the repository
+  python -m bench compare A.json B.json      two cards, or two commits
+  python -m bench dit --base HEAD~1          this tree against another revision
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,22 +25,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m bench",
         description="Benchmarks of swifti2v. Without a subcommand: csg.",
-        epilog="examples:\n  python -m bench\n  python -m bench compile --check\n  python -m bench attention --help",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND")
-    for name, module in BENCHMARKS.items():
-        module.add_parser(commands, name)
+    for benchmark in benchmarks().values():
+        add_parser(commands, benchmark)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in (*BENCHMARKS, "-h", "--help"):
+    parser, argv = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in (*benchmarks(), "-h", "--help"):
+        if argv and not argv[0].startswith("-") and "." not in argv[0]:
+            parser.error(f"unknown subcommand {argv[0]!r}; expected one of {', '.join(benchmarks())}")
         argv.insert(0, "csg")
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: BENCHMARKS[args.command].run(args))
+    args = parser.parse_args(argv)
+    args.argv = argv
+    return run_command(lambda: run_benchmark(benchmarks()[args.command], args))
 
 
 if __name__ == "__main__":

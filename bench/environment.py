@@ -1,4 +1,4 @@
-"""What a figure depends on: machine, driver, versions and the state of the source."""
+"""What a figure depends on: machine, driver, versions, the state of the source, and how the card was while it ran."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("triton", "numpy", "einops", "av", "pillow")
+_PACKAGES = ("triton", "numpy", "einops", "diffusers", "av", "pillow")
+#: Reasons for lowered clocks, by NVML's bits.
+_THROTTLING = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal, software",
+    0x40: "thermal, hardware",
+    0x80: "power brake",
+}
 
 
 def capture(device: torch.device) -> dict[str, Any]:
@@ -39,7 +47,7 @@ def capture(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            **_nvml(device),
+            **_fixed(device),
         }
     return record
 
@@ -47,6 +55,39 @@ def capture(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """The name that stands beside every figure."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def machine_state(device: torch.device) -> dict[str, Any] | None:
+    """Clocks, temperature, power and throttling of the card now; None without one, or where NVML cannot tell."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+            return {
+                "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+                "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+                "power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                "throttling": [name for bit, name in _THROTTLING.items() if reasons & bit],
+            }
+    except pynvml.NVMLError as error:
+        return {"nvml_error": str(error)}
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """What the card has consumed since its driver was loaded; None without one, or where NVML cannot tell."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None
 
 
 def process_memory(device: torch.device) -> int | None:
@@ -107,7 +148,8 @@ def _nvml_handle(device: torch.device) -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def _nvml(device: torch.device) -> dict[str, Any]:
+def _fixed(device: torch.device) -> dict[str, Any]:
+    """What does not change while it runs."""
     import pynvml
 
     try:
@@ -115,9 +157,7 @@ def _nvml(device: torch.device) -> dict[str, Any]:
             return {
                 "driver": pynvml.nvmlSystemGetDriverVersion(),
                 "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-                "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
                 "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
             }
     except pynvml.NVMLError as error:
         return {"nvml_error": str(error)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +15,64 @@ COLOURS = {"end_to_end": "#c0392b", "bidirectional": "#1f6fb2", "causal": "#2e8b
 LABELS = {"end_to_end": "end-to-end", "bidirectional": "CSG, bidirectional", "causal": "CSG, causal"}
 
 
-def plot_rows(result: dict[str, Any], folder: Path) -> list[Path]:
+def plot_rows(rows: Sequence[dict[str, Any]], settings: dict[str, Any], device: str, folder: Path) -> list[Path]:
     """Draws time and peak memory of Stage II against clip length; returns the files ``time.png`` and ``memory.png``."""
-    rows = [row for row in result["rows"] if row["status"] == "ok"]
-    scale, unit = (2**30, "GiB") if any(row["stage_two_peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
-    figures = (
-        ("time", "Stage II, seconds", lambda row: row["stage_two_seconds"]["median"]),
-        ("memory", f"Stage II, peak memory, {unit}", lambda row: row["stage_two_peak_bytes"] / scale),
-    )
-    return [_plot(result, rows, folder / f"{name}.png", label, value) for name, label, value in figures]
+    rows = [row for row in rows if row["status"] == "ok"]
+    scale, unit = (2**30, "GiB") if any(row["peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
+    title = f"{device}\n{settings['model']}, {settings['width']}x{settings['height']}, {settings['steps']} steps,"
+    title += f" {settings['dtype']}"
+    figures = (("time", "Stage II, seconds", "stage_two_seconds", 1), ("memory", f"Stage II, peak memory, {unit}",
+               "peak_bytes", scale))  # fmt: skip
+    return [_plot(rows, title, folder / f"{name}.png", label, value, by) for name, label, value, by in figures]
 
 
-def _plot(result: dict[str, Any], rows: list[dict[str, Any]], path: Path, label: str, value: Any) -> Path:
+def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path, label: str, value: str, scale: float) -> Path:
     axes, figure = _axes((6.4, 4.2))
     for mode, colour in COLOURS.items():
-        mine = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["num_frames"])
+        mine = sorted((row for row in rows if row["mode"] == LABELS[mode]), key=lambda row: row["frames"])
         if not mine:
             continue
-        x = [row["num_frames"] for row in mine]
-        axes.plot(x, [value(row) for row in mine], "o-", color=colour, label=LABELS[mode], linewidth=1.8, markersize=4)
-        if path.stem == "time":
-            low, high = ([row["stage_two_seconds"][key] for row in mine] for key in ("min", "max"))
+        x, y = [row["frames"] for row in mine], [row[value] / scale for row in mine]
+        axes.plot(x, y, "o-", color=colour, label=LABELS[mode], linewidth=1.8, markersize=4)
+        if f"{value}_low" in mine[0]:
+            low, high = ([row[f"{value}_{end}"] / scale for row in mine] for end in ("low", "high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    settings = result["settings"]
     axes.set_xlabel("clip length, frames")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
-    axes.set_title(
-        f"{result['environment']['device']}\n{settings['model']}, {settings['width']}x{settings['height']},"
-        f" {settings['steps']} steps, {settings['dtype']}",
-        fontsize=9,
-    )
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return _save(figure, path)
 
 
-def plot_attention(result: dict[str, Any], path: Path) -> Path:
+def plot_attention(rows: Sequence[dict[str, Any]], matmul: float, device: str, path: Path) -> Path:
     """Draws TFLOP/s of every implementation on every shape, with the matrix product's as a line."""
-    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    rows = [row for row in rows if row["status"] == "ok"]
     axes, figure = _axes((8.4, _bars_height(rows, "shape")))
     _bars(axes, rows, "shape", "tflops")
-    axes.axvline(result["matmul_tflops"], color="#c0392b", linewidth=1, label="bf16 matrix product, same run")
-    axes.set_xlim(0, 1.25 * max([result["matmul_tflops"], *(row["tflops"] for row in rows)]))
+    axes.axvline(matmul, color="#c0392b", linewidth=1, label="bf16 matrix product, same run")
+    axes.set_xlim(0, 1.25 * max([matmul, *(row["tflops"] for row in rows)]))
     axes.set_xlabel("TFLOP/s")
-    axes.set_title(f"{result['environment']['device']}, attention in bfloat16", fontsize=9)
+    axes.set_title(f"{device}, attention in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
     return _save(figure, path)
 
 
-def plot_operators(result: dict[str, Any], path: Path) -> Path:
+def plot_operators(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path:
     """Draws the fraction of the copy's bandwidth that every implementation of every operator reaches."""
-    rows = [
-        {**row, "group": f"{row['op']}\n{row['shape']}"}
-        for row in result["rows"]
-        if row["part"] == "op" and row["status"] == "ok"
-    ]
+    rows = [{**row, "group": f"{row['op']}\n{row['shape']}"} for row in rows if row["status"] == "ok"]
     axes, figure = _axes((8.4, _bars_height(rows, "group")))
     _bars(axes, rows, "group", "fraction_of_copy")
     axes.axvline(1.0, color="#c0392b", linewidth=1, label="copy, same run")
     axes.set_xlim(0, 1.25 * max([1.0, *(row["fraction_of_copy"] for row in rows)]))
     axes.set_xlabel("least traffic over time, as a fraction of a copy's bandwidth")
-    axes.set_title(f"{result['environment']['device']}, operators of the DiT in bfloat16", fontsize=9)
+    axes.set_title(f"{device}, operators of the DiT in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
     return _save(figure, path)
 
 
-def plot_layers(result: dict[str, Any], path: Path) -> Path:
+def plot_layers(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path:
     """Draws time and peak of activations of every implementation of a layer, side by side."""
     rows = [
         {
@@ -89,10 +81,10 @@ def plot_layers(result: dict[str, Any], path: Path) -> Path:
             "milliseconds": row["seconds"] * 1e3,
             "gib": row["peak_bytes"] / 2**30,
         }
-        for row in result["rows"]
-        if row["part"] == "block" and row["status"] == "ok"
+        for row in rows
+        if row["status"] == "ok"
     ]
-    title = f"{result['environment']['device']}, one layer of the DiT in bfloat16"
+    title = f"{device}, one layer of the DiT in bfloat16"
     return _side_by_side(rows, {"milliseconds": "milliseconds", "gib": "activations, peak, GiB"}, title, path)
 
 

@@ -1,43 +1,187 @@
-"""What benchmarks of calls share: their time, their memory, what the machine can do, and what a failure is called."""
+"""Timing of calls: warm, L2 flushed, interleaved where several are compared, as the device takes them.
+
+On CUDA a call is captured as a graph where that works, and replays are timed: short kernels are otherwise as slow as
+Python issues them, which is reported by itself (``launch``). L2 is flushed before every run. Calls to be compared take
+turns, so that a drift of the clocks falls on all of them alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from model.errors import InputError
-from model.measure import is_out_of_memory
-
 Result = TypeVar("Result")
-#: Median, 20th and 80th percentile of a call, in seconds.
-Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]
+Call = Callable[[], Any]
+#: A flush writes so many bytes: more than any L2.
+FLUSH_BYTES = 256 * 2**20
+#: Turns that each of the compared calls takes.
+ROUNDS = 5
+#: Calls that take longer than so many seconds are not captured: their launches are hidden.
+LONG = 0.1
 
 
-def cuda_timer(milliseconds: int) -> Timer:
-    """Times calls for about ``milliseconds`` each; L2 is flushed before every call."""
-    from triton.testing import do_bench
+class Timing(NamedTuple):
+    """Seconds of a call: median, 20th and 80th percentile of ``runs``; ``launch`` is the host's time to issue one."""
 
-    def time(call: Callable[[], Any]) -> tuple[float, float, float]:
-        times = do_bench(call, warmup=milliseconds // 5, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
-        return times[0] / 1e3, times[1] / 1e3, times[2] / 1e3
+    median: float
+    low: float
+    high: float
+    runs: int
+    launch: float | None = None
 
-    return time
+    def row(self) -> dict[str, Any]:
+        """Its fields of a row."""
+        return {
+            "seconds": self.median, "seconds_low": self.low, "seconds_high": self.high, "runs": self.runs,
+            "launch_seconds": self.launch,
+        }  # fmt: skip
 
 
-def matmul_tflops(device: torch.device, timer: Timer, size: int = 8192) -> float:
-    """A square bf16 product on this machine, in TFLOP/s."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / timer(lambda: a @ b)[0] / 1e12
+class Timer(Protocol):
+    """Times several calls in turns."""
+
+    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
+        """One timing for each name."""
+        ...
 
 
-def copy_bandwidth(device: torch.device, timer: Timer, nbytes: int = 2**30) -> float:
-    """A copy of ``nbytes`` on the device itself: bytes read and written, a second."""
-    source, target = (torch.zeros(nbytes, device=device, dtype=torch.uint8) for _ in range(2))
-    return 2 * nbytes / timer(lambda: target.copy_(source))[0]
+def summary(seconds: list[float], launch: float | None = None) -> Timing:
+    """Median and percentiles of single runs."""
+    if len(seconds) < 2:
+        return Timing(seconds[0], seconds[0], seconds[0], 1, launch)
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Timing(statistics.median(seconds), fifths[0], fifths[3], len(seconds), launch)
+
+
+class CudaTimer:
+    """Device time of calls, for about ``milliseconds`` each.
+
+    Args:
+        milliseconds: of each call, flushes and warm-up not counted.
+        graphs: whether calls may be captured.
+    """
+
+    def __init__(self, milliseconds: float, graphs: bool = True):
+        self.milliseconds, self.graphs = milliseconds, graphs
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
+        """One timing for each name; the calls take turns."""
+        prepared = {name: self._prepare(call) for name, call in calls.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(ROUNDS):
+            for name, (run, count, _) in prepared.items():
+                seconds[name] += self._runs(run, count)
+        return {name: summary(seconds[name], prepared[name][2]) for name in calls}
+
+    def _prepare(self, call: Call) -> tuple[Call, int, float | None]:
+        """What is timed, how often in a round, and the host's time to issue it."""
+        call()
+        torch.cuda.synchronize()
+        (first,) = self._runs(call, 1)
+        launch, run = None, call
+        if first < LONG:
+            start = time.perf_counter()
+            for _ in range(4):
+                call()
+            launch = (time.perf_counter() - start) / 4
+            torch.cuda.synchronize()
+            run = self._captured(call) or call
+        estimate = max(min(self._runs(run, 3 if first < LONG else 1)), 1e-6)
+        return run, max(round(self.milliseconds / 1e3 / estimate / ROUNDS), 1), launch
+
+    def _captured(self, call: Call) -> Call | None:
+        if not self.graphs:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:  # it synchronises, or its library does not take part: timed as issued
+            torch.cuda.synchronize()
+            return None
+        return graph.replay
+
+    def _runs(self, run: Call, count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, stop in events:
+            self._flush.zero_()
+            start.record()
+            run()
+            stop.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) / 1e3 for start, stop in events]
+
+
+class WallTimer:
+    """Wall time of calls on the CPU, for about ``milliseconds`` each."""
+
+    def __init__(self, milliseconds: float):
+        self.milliseconds = milliseconds
+
+    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
+        """One timing for each name; the calls take turns."""
+        counts = {}
+        for name, call in calls.items():
+            call()
+            counts[name] = max(round(self.milliseconds / 1e3 / max(_wall(call), 1e-6) / ROUNDS), 1)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                seconds[name] += [_wall(call) for _ in range(counts[name])]
+        return {name: summary(found) for name, found in seconds.items()}
+
+
+def _wall(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def make_timer(device: torch.device, milliseconds: float) -> Timer:
+    """The timer for a device."""
+    return CudaTimer(milliseconds) if device.type == "cuda" else WallTimer(milliseconds)
+
+
+def time_one(timer: Timer, call: Call) -> Timing:
+    """A single call's timing."""
+    return timer({"": call})[""]
+
+
+class Ceilings(NamedTuple):
+    """What a machine was measured to do: a copy's bandwidth, and a square matrix product."""
+
+    copy_bytes_per_second: float
+    matmul_tflops: float
+    matmul_dtype: str
+
+
+def measure_ceilings(
+    device: torch.device, timer: Timer, *, copied_bytes: int | None = None, size: int | None = None
+) -> Ceilings:
+    """Both ceilings: in bf16 of 8192 x 8192 on CUDA, in float32 of 1024 x 1024 on a CPU, which has no bf16 to speak of.
+
+    Args:
+        device: where.
+        timer: how.
+        copied_bytes: of the copy, read once and written once; default 1 GiB on CUDA, 64 MiB on a CPU.
+        size: rows of the matrices.
+    """
+    cuda = device.type == "cuda"
+    copied_bytes = copied_bytes or 2 ** (30 if cuda else 26)
+    size, dtype = size or (8192 if cuda else 1024), torch.bfloat16 if cuda else torch.float32
+    source, target = (torch.zeros(copied_bytes, device=device, dtype=torch.uint8) for _ in range(2))
+    copy = 2 * copied_bytes / time_one(timer, functools.partial(target.copy_, source)).median
+    del source, target
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    matmul = 2 * size**3 / time_one(timer, lambda: a @ b).median / 1e12
+    return Ceilings(copy, matmul, str(dtype).removeprefix("torch."))
 
 
 @contextmanager
@@ -63,19 +207,18 @@ def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, i
     return result, torch.cuda.max_memory_allocated() - before
 
 
-def failure(error: BaseException) -> dict[str, str]:
-    """Status and reason of a row that could not be measured."""
-    status = "out of memory" if is_out_of_memory(error) else "failed"
-    return {"status": status, "reason": (str(error) or type(error).__name__).splitlines()[0][:300]}
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the results folder.
-
-    Raises:
-        InputError: that is not possible.
-    """
+@contextmanager
+def limited(device: torch.device, limit: int | None) -> Iterator[None]:
+    """Holds CUDA's allocator to a limit in bytes, reserved ones included: a large card stands in for a small one, in
+    capacity and not in speed. On a CPU, where there is none to hold, nothing is held."""
+    if device.type != "cuda" or limit is None:
+        yield
+        return
+    # The allocator wants a device with a number.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), index)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

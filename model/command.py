@@ -13,6 +13,7 @@ import torch
 
 from model.components import Components
 from model.config import PRESETS
+from model.csg import SegmentPlan
 from model.errors import InputError
 from model.measure import is_out_of_memory
 
@@ -96,8 +97,8 @@ def not_negative(text: str) -> int:
     return value
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that ``model.generate`` and the benchmark share."""
+def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """The options that ``model.generate`` and the benchmarks share; ``device``: whether ``--device`` is one of them."""
     group = parser.add_argument_group("model")
     group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
     group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
@@ -109,8 +110,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
     group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
     group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours behind it (default 0)")
+    group.add_argument(
+        "--no-anchor", dest="anchor", action="store_false", help="an ablation: windows without the input image's block"
+    )
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    if device:
+        group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
     )
@@ -126,6 +131,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
     )
+
+
+def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
+    """The plan of the segment options."""
+    return SegmentPlan(num_blocks, args.blocks, args.left, args.right, args.anchor)
 
 
 def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:

@@ -62,6 +62,8 @@ class SegmentPlan:
         num_blocks: latent frames of the clip, the anchor included.
         blocks_per_segment: M, the noisy blocks of a segment.
         neighbours_left, neighbours_right: conditioning blocks before and behind the noisy ones.
+        anchor: whether the input image's block is in every window; False is the paper's ablation, in which it is only
+            the neighbour of the first segment.
 
     Raises:
         InputError: fewer than 2 blocks, no block a segment, or a negative number of neighbours.
@@ -71,6 +73,7 @@ class SegmentPlan:
     blocks_per_segment: int = 3
     neighbours_left: int = 1
     neighbours_right: int = 0
+    anchor: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -95,14 +98,14 @@ class SegmentPlan:
         """The windows in the order in which they are generated."""
         for start in range(1, self.num_blocks, self.blocks_per_segment):
             stop = min(start + self.blocks_per_segment, self.num_blocks)
-            left = range(max(start - self.neighbours_left, 1), start)
+            left = range(max(start - self.neighbours_left, int(self.anchor)), start)
             right = range(stop, min(stop + self.neighbours_right, self.num_blocks))
-            yield Window((0, *left, *right), tuple(range(start, stop)))
+            yield Window(((0,) if self.anchor else ()) + (*left, *right), tuple(range(start, stop)))
 
     @property
     def max_window_blocks(self) -> int:
         """Bound on the blocks of any window, independent of the clip's length."""
-        return 1 + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
+        return self.anchor + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
 
 
 def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:

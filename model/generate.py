@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.command import (
     CommandParser,
     add_model_options,
@@ -21,10 +22,11 @@ from model.command import (
     pick_dtype,
     positive,
     run_command,
+    segment_plan,
 )
 from model.components import LAYOUT, Components
 from model.config import PRESETS, get_preset
-from model.csg import MODES, SegmentPlan, plan_for, sample_latents
+from model.csg import MODES, plan_for
 from model.encoders import empty_text, encode_prompt, load_text_embedding
 from model.errors import InputError, require
 from model.measure import StageTimer, format_bytes, peak_memory
@@ -33,9 +35,6 @@ from model.pipeline import (
     area_size,
     check_frames,
     check_size,
-    decode_frames,
-    make_motion,
-    make_reference,
     size_multiple,
     stage_one_size,
 )
@@ -101,17 +100,40 @@ def text_embedding(args: argparse.Namespace, components: Components, device: tor
     return empty_text(text_dim), f"no text encoder and no --text-embeddings: empty-prompt embedding (zeros){ignored}"
 
 
-@contextmanager
-def progress(title: str, total: int, device: torch.device) -> Iterator[Callable[[str], None]]:
-    """A bar with time left and peak memory; the function that it gives advances it by one and shows its argument."""
-    tqdm = require("tqdm", "generate").tqdm
-    with tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) as bar:
+class Progress(Watcher):
+    """Times the stages, and draws a bar of each with time left and peak memory.
 
-        def advance(where: str) -> None:
-            bar.set_postfix_str(f"{where}, peak {format_bytes(peak_memory(device)[0])}", refresh=False)
-            bar.update()
+    Args:
+        device: of the work.
+        totals: steps of the stages that have a bar.
+    """
 
-        yield advance
+    def __init__(self, device: torch.device, totals: Mapping[str, int]):
+        self.timer = StageTimer(device)
+        self._device, self._totals = device, totals
+        self._bar: Any = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times it, under its bar."""
+        with self.timer.stage(name), self.bar(name) if name in self._totals else nullcontext():
+            yield
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Times the making of each item."""
+        return self.timer.iterate(name, items)
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[None]:
+        """The bar of a stage."""
+        tqdm = require("tqdm", "generate").tqdm
+        with tqdm(total=self._totals[name], desc=name, unit="step", dynamic_ncols=True) as self._bar:
+            yield
+
+    def step(self, name: str, done: int, total: int, where: str) -> None:
+        """Advances the bar."""
+        self._bar.set_postfix_str(f"{where}, peak {format_bytes(peak_memory(self._device)[0])}", refresh=False)
+        self._bar.update()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     check_size(width, height, multiple)
     num_frames = defaults.num_frames if args.frames is None else args.frames
     num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
-    plan = plan_for(args.mode, SegmentPlan(num_blocks, args.blocks, args.left, args.right))
+    plan = plan_for(args.mode, segment_plan(args, num_blocks))
     sigmas_one, sigmas_two = flow_sigmas(args.stage1_steps, args.shift), flow_sigmas(args.steps, args.shift)
     low_size = stage_one_size(
         width, height, size_multiple(components.stage_one_vae_config, components.stage_one_config)
@@ -148,13 +170,26 @@ def run(args: argparse.Namespace) -> None:
         dtype=dtype,
         device=device,
     )
-    timer = StageTimer(device)
+    totals = {"Stage I": args.stage1_steps, "reference": num_blocks, "Stage II": len(plan) * args.steps}
+    progress = Progress(device, totals)
+    timer = progress.timer
 
     with timer.stage("text and image"):
         text, text_note = text_embedding(args, components, device)
-        text = text.to(device)
-        image_one = components.clip_tokens("stage1", photo, device)
-        image_two = components.clip_tokens("stage2", photo, device)
+        job = ClipJob(
+            fit_image(photo, (width, height)),
+            fit_image(photo, (width, height), low_size),
+            text.to(device),
+            plan,
+            sigmas_one,
+            sigmas_two,
+            vae_plans,
+            components.clip_tokens("stage1", photo, device),
+            components.clip_tokens("stage2", photo, device),
+            args.seed,
+            args.mode,
+            args.cuda_graph,
+        )
     if components.weights is None:
         print("random weights: this clip shows the path, not quality (give --weights for a real one)")
     print(f"text: {text_note}")
@@ -165,61 +200,14 @@ def run(args: argparse.Namespace) -> None:
     )
     print(vae_plans)
 
-    with timer.stage("load"):
-        vae = components.vae()
-        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
-        dit = components.stage_one()
-        low_noise = None if components.low_noise is None else components.low_noise()
-    with timer.stage("Stage I"), progress("Stage I", args.stage1_steps, device) as advance:
-        motion = make_motion(
-            dit,
-            vae_one,
-            fit_image(photo, (width, height), low_size).to(device),
-            text,
-            image_one,
-            num_blocks=num_blocks,
-            sigmas=sigmas_one,
-            seed=args.seed,
-            low_noise_dit=low_noise,
-            cuda_graph=args.cuda_graph,
-            on_step=lambda step, steps: advance(f"step {step}/{steps}"),
-            vae_plan=vae_plans.condition.plan,
-        )
-    del dit, low_noise
-    _release(device)
-    with timer.stage("reference"), progress("reference", num_blocks, device) as advance:
-        picture = fit_image(photo, (width, height)).to(device)
-        vae.to_dtypes(encode=vae_plans.encode_dtype)
-        reference = make_reference(
-            motion, vae_one, vae, picture, lambda block, blocks: advance(f"block {block}/{blocks}"),
-            plan=vae_plans.reference.plan, motion_plan=vae_plans.motion.plan,
-        )  # fmt: skip
-    del vae_one, picture, motion
-    vae.drop_encoder()
-    _release(device)
-    with timer.stage("load"):
-        dit = components.stage_two()
+    condition = make_condition(components, job, progress)
     fps = args.fps or defaults.fps
-    with progress("Stage II", len(plan) * args.steps, device) as advance:
-        segments = sample_latents(
-            dit,
-            reference,
-            text,
-            image_two,
-            plan=plan,
-            sigmas=sigmas_two,
-            seed=args.seed,
-            mode=args.mode,
-            cuda_graph=args.cuda_graph,
-            on_step=lambda segment, total, step, steps: advance(f"segment {segment}/{total} step {step}/{steps}"),
-        )
-        made = timer.iterate("Stage II", segments)
-        frames = decode_frames(vae, reference[:, :, :1], made, plan=vae_plans.decode.plan)
-        writer = VideoWriter(out, width, height, fps)
+    writer = VideoWriter(out, width, height, fps)
+    with progress.bar("Stage II"):
         try:
             with writer, timer.stage("file"):
-                for block in timer.iterate("decode", frames):
-                    writer.write(block)
+                for frames in make_frames(components, job, condition, progress):
+                    writer.write(frames)
         except BaseException:
             if writer.num_frames:
                 print(f"\nstopped after {writer.num_frames} frames; they are kept in {writer.partial_path}")
@@ -229,13 +217,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"time: {time.perf_counter() - started:.1f} s ({spent})")
     print(f"peak memory: {format_bytes(peak)} ({what})")
     print(f"wrote {out}: {width}x{height}, {writer.num_frames} frames at {fps} a second")
-
-
-def _release(device: torch.device) -> None:
-    """Gives the memory of a model that is no longer referenced back, before the next one arrives."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main(argv: list[str] | None = None) -> int:

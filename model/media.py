@@ -105,9 +105,9 @@ class VideoWriter:
         context.color_range = LIMITED_RANGE
         return self
 
-    def write(self, frames: Iterable[np.ndarray]) -> None:
-        """Encodes frames ``[H, W, 3]`` uint8."""
-        for pixels in frames:
+    def write(self, frames: Tensor | Iterable[np.ndarray]) -> None:
+        """Encodes frames ``[H, W, 3]`` uint8, or a tensor ``[F, H, W, 3]`` of them."""
+        for pixels in frames.cpu().numpy() if isinstance(frames, Tensor) else frames:
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             # Converted here and not by the encoder, whose own conversion is not the same from run to run.
             frame = frame.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709")

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,8 +208,8 @@ def make_reference(
 
 def decode_frames(
     vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE
-) -> Iterator[list[np.ndarray]]:
-    """Frames ``[H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
+) -> Iterator[Tensor]:
+    """Frames ``[F, H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
 
     Args:
         anchor: block 0, ``[1, z, 1, h, w]``.
@@ -224,4 +223,4 @@ def decode_frames(
     if not plan.park:
         pieces = chain.from_iterable(segment.split(1, dim=2) for segment in pieces)
     for frames in vae.decode_frames(pieces, plan):
-        yield list(frames[0].cpu().numpy())
+        yield frames[0]

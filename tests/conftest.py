@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from bench.compile_only import quiet_exit
+from bench.static.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
 from model.weights import random_weights
 

@@ -8,12 +8,13 @@ import av
 import pytest
 import torch
 
-from bench import csg
 from bench.__main__ import main
-from bench.csg import format_table
+from bench.csg import whole
+from bench.plot import LABELS
 from model.csg import MODES
 from model.measure import StageTimer
 from model.tensor_memory import TensorMemory
+from tests.bench_session import read_section, rows_of
 
 FILES = [
     "csg_bidirectional.mp4",
@@ -31,74 +32,51 @@ FILES = [
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     assert main(["--quick", "--frames", "5,33", "--size", "128x96", "--repeats", "2", "--out", str(folder)]) == 0
-    return folder, json.loads((folder / "result.json").read_text())
+    return folder
 
 
 def test_a_run_leaves_clips_table_json_and_plots(finished):
-    folder, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in finished.iterdir()) == FILES
     for name in FILES[:3]:
-        with av.open(str(folder / name)) as container:
+        with av.open(str(finished / name)) as container:
             stream = container.streams.video[0]
             assert (sum(1 for _ in container.decode(stream)), stream.width, stream.height) == (33, 128, 96)
     for name in ("memory.png", "plan.png", "time.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_are_complete_and_consistent(finished):
-    _, result = finished
-    rows = {(row["num_frames"], row["mode"]): row for row in result["rows"]}
+    modes = {label: mode for mode, label in LABELS.items()}
+    rows = {(row["frames"], modes[row["mode"]]): row for row in rows_of(finished, "whole")}
     assert set(rows) == {(frames, mode) for frames in (5, 33) for mode in MODES}
-    for (_, mode), row in rows.items():
+    for (frames, mode), row in rows.items():
         assert row["status"] == "ok"
-        time = row["stage_two_seconds"]
-        assert len(row["runs"]) == 2
-        assert 0 < time["min"] <= time["median"] <= time["max"]
+        assert row["runs"] == 2
+        assert 0 < row["stage_two_seconds_low"] <= row["stage_two_seconds"] <= row["stage_two_seconds_high"]
         assert row["window_tokens"] == row["window_blocks"] * 48
         assert row["window_blocks"] == (row["num_blocks"] if mode == "end_to_end" else min(row["num_blocks"], 5))
-    assert rows[5, "bidirectional"]["difference_to_end_to_end"] == 0  # one segment of all blocks: the same computation
-    assert rows[33, "bidirectional"]["difference_to_end_to_end"] > 0
-    assert rows[33, "bidirectional"]["stage_two_peak_bytes"] < rows[33, "end_to_end"]["stage_two_peak_bytes"]
+        base = rows[frames, "end_to_end"]
+        assert row["speedup"] == base["stage_two_seconds"] / row["stage_two_seconds"]
+        assert row["memory_ratio"] == base["peak_bytes"] / row["peak_bytes"]
+        stages = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds")
+        if frames == 33:
+            assert row["total_seconds"] == pytest.approx(sum(row[name] for name in stages))
+    assert rows[5, "bidirectional"]["difference"] == 0  # one segment of all blocks: the same computation
+    assert rows[33, "bidirectional"]["difference"] > 0
+    assert rows[33, "bidirectional"]["peak_bytes"] < rows[33, "end_to_end"]["peak_bytes"]
 
 
 def test_the_environment_is_recorded(finished):
-    _, result = finished
-    environment = result["environment"]
+    environment = json.loads((finished / "result.json").read_text())["environment"]
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["device"]
     assert set(environment["git"]) == {"commit", "dirty"}
-    assert result["settings"]["dtype"] == "float32"
-
-
-def test_ratios_are_end_to_end_over_the_row_and_failures_are_rows():
-    def row(mode, **values):
-        time = {"median": values.get("seconds"), "min": 1, "max": 9}
-        return {
-            "mode": mode,
-            "num_frames": 81,
-            "window_tokens": 1000,
-            "status": "ok",
-            "stage_two_seconds": time,
-            "stage_two_peak_bytes": values.get("peak"),
-            "stage_one_seconds": 1,
-            "reference_seconds": 2,
-        }
-
-    settings = {"model": "m", "width": 1, "height": 1, "steps": 4, "dtype": "float32", "repeats": 3}
-    environment = {"device": "card", "device_type": "cuda", "packages": {"torch": "2"}}
-    rows = [row("end_to_end", seconds=6.0, peak=2**31), row("bidirectional", seconds=1.5, peak=2**29)]
-    rows.append({"mode": "causal", "num_frames": 81, "window_tokens": 1000, "status": "out of memory"})
-    table = format_table({"rows": rows, "settings": settings, "environment": environment})
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:5]]
-    assert lines[0][3:8] == ["6.000", "1.000-9.000", "1.00", "2.00 GiB", "1.00"]
-    assert lines[1][3:8] == ["1.500", "1.000-9.000", "4.00", "512.0 MiB", "4.00"]
-    assert lines[2][3] == "out of memory"
-    assert "Measured on card" in table
+    assert read_section(finished)["settings"]["dtype"] == "float32"
 
 
 def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
     """The second pass fails as the CPU allocator does; the other modes and the files are still there."""
-    sample, calls = csg.sample_latents, []
+    sample, calls = whole.sample_latents, []
 
     def failing(*args, mode, **options):
         calls.append(mode)
@@ -106,12 +84,13 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes")
         return sample(*args, mode=mode, **options)
 
-    monkeypatch.setattr(csg, "sample_latents", failing)
+    monkeypatch.setattr(whole, "sample_latents", failing)
     assert main(["--frames", "9", "--size", "64x48", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    rows = {row["mode"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
-    assert rows["end_to_end"]["status"] == "out of memory"
-    assert "can't allocate memory" in rows["end_to_end"]["error"]
-    assert rows["bidirectional"]["status"] == rows["causal"]["status"] == "ok"
+    rows = {row["mode"]: row for row in rows_of(tmp_path, "whole")}
+    assert rows["end-to-end"]["status"] == "out of memory"
+    assert "can't allocate memory" in rows["end-to-end"]["reason"]
+    assert rows["CSG, bidirectional"]["status"] == rows["CSG, causal"]["status"] == "ok"
+    assert "speedup" not in rows["CSG, causal"]
     assert calls.count("end_to_end") == 1  # not tried again
     assert not (tmp_path / "end_to_end.mp4").exists()
     assert (tmp_path / "csg_causal.mp4").exists()
@@ -121,12 +100,12 @@ def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypat
     def failing(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
 
-    monkeypatch.setattr(csg, "decode_frames", failing)
+    monkeypatch.setattr(whole, "decode_frames", failing)
     assert main(["--frames", "5", "--size", "64x48", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert all(row["status"] == "ok" and row["stage_two_seconds"]["median"] > 0 for row in rows)
-    assert all(row["decode_error"].startswith("CUDA out of memory") for row in rows)
-    assert capsys.readouterr().out.count("out of memory") == 2 * len(rows)
+    rows = rows_of(tmp_path, "whole")
+    assert all(row["status"] == "ok" and row["stage_two_seconds"] > 0 for row in rows)
+    assert all(row["warning"].startswith("decode: out of memory: CUDA out of memory") for row in rows)
+    assert capsys.readouterr().out.count("decode: out of memory") == len(rows)
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import attention as bench
 from bench.__main__ import main
-from bench.attention_providers import SHAPES, Provider, Shape, Unavailable, inputs, providers
+from bench.attention import measure as bench
+from bench.attention.providers import SHAPES, Provider, Shape, inputs, providers
+from bench.markdown import format_section
+from bench.outcome import Unavailable
+from bench.package_tables import merge
 from bench.plot import plot_attention
-from model import InputError
 from swifti2v_kernels import segment_attention
+from tests.bench_session import BAR, CPU, new_table, read_section, rows_of, session, timer
 
-CPU = torch.device("cpu")
-BAR = SimpleNamespace(set_description=lambda text: None, update=lambda n=1: None)
 SMALL = Shape("small", 2, 16, 9, (9, 5))
-
-
-def timer(call: Any) -> tuple[float, float, float]:
-    call()
-    return 0.5, 0.4, 0.6
 
 
 def right(q: Tensor, sources: Any) -> Tensor:
@@ -47,13 +42,17 @@ def broken(q: Tensor, sources: Any) -> Tensor:
     raise RuntimeError("not for this shape\nsecond line")
 
 
-def measured() -> list[dict[str, Any]]:
+def measured(folder: Path, shapes: tuple[Shape, ...] = (SMALL,)) -> list[dict[str, Any]]:
     found = [Provider(call.__name__, call, ours=call is right) for call in (right, wrong, missing, hungry, broken)]
-    return bench.measure(SMALL, found, CPU, timer, 2.0, BAR)
+    table = new_table(folder, bench.IDENTITY, bench.METRICS)
+    for shape in shapes:
+        bench.measure(shape, found, CPU, timer, 2.0, table, BAR)
+    return table.rows
 
 
-def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row() -> None:
-    rows = {row["provider"]: row for row in measured()}
+def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(tmp_path) -> None:
+    rows = {row["provider"]: row for row in measured(tmp_path)}
+    assert rows_of(tmp_path, "rows") == list(rows.values())
     assert rows["right"]["status"] == "ok"
     assert rows["right"]["seconds"] == 0.5
     assert rows["right"]["flops"] == 4 * 2 * 16 * 9 * 14
@@ -68,35 +67,36 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row() -> None:
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "not for this shape")
 
 
-def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
+def test_inputs_that_do_not_fit_are_rows_too(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(bench, "inputs", lambda *args: hungry(None, None))
-    rows = bench.measure(SMALL, [Provider("right", right)], CPU, timer, 2.0, BAR)
-    assert [(row["status"], row["reason"]) for row in rows] == [("out of memory", "the inputs alone do not fit")]
+    rows = measured(tmp_path)
+    assert {(row["status"], row["reason"]) for row in rows} == {("out of memory", "the inputs alone do not fit")}
+    assert len(rows) == 5
+
+
+def test_where_all_together_do_not_fit_each_is_timed_alone(tmp_path) -> None:
+    def cramped(calls: dict[str, Any]) -> Any:
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return timer(calls)
+
+    found = [Provider("first", right, ours=True), Provider("second", right)]
+    table = new_table(tmp_path, bench.IDENTITY, bench.METRICS)
+    bench.measure(SMALL, found, CPU, cramped, 2.0, table, BAR)
+    assert [row["seconds"] for row in table.rows] == [0.5, 0.5]
+    assert {row["note"] for row in table.rows} == {"timed alone: all together do not fit"}
 
 
 def test_table_and_plot(tmp_path) -> None:
-    result = {"environment": {"device": "card"}, "matmul_tflops": 2.0, "rows": measured()}
-    table = bench.format_table(result)
-    assert "out of memory: no memory left" in table
-    assert "Measured on card; bf16 matrix product in the same run: 2 TFLOP/s." in table
-    assert plot_attention(result, tmp_path / "a.png").stat().st_size > 1000
-
-
-def test_a_run_leaves_table_json_and_plot(tmp_path) -> None:
-    shapes = [SMALL, Shape("dense", 1, 16, 7, (7,))]
-    found = [Provider("right", right, ours=True), Provider("missing", missing)]
-    result = bench.run_shapes(shapes, found, CPU, timer, tmp_path / "a" / "b", matmul_size=16)
-    folder = tmp_path / "a" / "b"
-    assert json.loads((folder / "result.json").read_text()) == result
-    assert result["environment"]["device_type"] == "cpu"
-    assert [row["status"] for row in result["rows"]] == ["ok", "not available"] * 2
-    assert result["matmul_tflops"] == 2 * 16**3 / 0.5 / 1e12
-    assert "concatenates" not in (folder / "table.md").read_text()
-    assert (folder / "attention.png").stat().st_size > 1000
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(InputError, match="out: cannot make the directory"):
-        bench.run_shapes(shapes, found, CPU, timer, blocked / "x", matmul_size=16)
+    with session(tmp_path) as found:
+        rows = measured(tmp_path / "rows", (SMALL, Shape("dense", 1, 16, 7, (7,))))
+        table = found.section.table("attention", "attention", identity=bench.IDENTITY, metrics=bench.METRICS)
+        for row in rows:
+            table.add(row)
+    text = format_section(found.section.data)
+    assert "out of memory: no memory left" in text
+    assert "wrong: error" in text
+    assert plot_attention(rows, 2.0, "card", tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_providers_compute_the_same() -> None:
@@ -124,10 +124,10 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
             ("sdpa-flash", "failed", None),
         )
     ]
-    result = {"environment": {"device": "new", "gpu": {"capability": [9, 0]}}, "rows": rows}
+    entries = bench.table_entries({"device": "new", "gpu": {"capability": [9, 0]}}, rows, shapes)
     old = {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "tokens": 100, "card": "old", "seconds": {}}
     kept = {**old, "capability": 89}
-    table = bench.merge_table({"schema": "s", "entries": [old, kept]}, result, shapes)
+    table = merge({"schema": "s", "entries": [old, kept]}, entries)
     assert table["schema"] == "s"
     assert table["entries"][0] == kept
     assert table["entries"][1]["card"] == "new"
@@ -135,17 +135,16 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
     assert len(table["entries"]) == 2
 
 
-def test_without_cuda_it_says_what_it_would_run_and_checks(capfd) -> None:
-    assert main(["attention", "--quick", "--device", "cpu"]) == 0
+def test_without_cuda_it_says_what_it_would_run_and_checks(capfd, tmp_path) -> None:
+    assert main(["attention", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert "nothing is timed" in out
-    assert "CSG window 1280x704, 3 sources" in out
     assert "3,520 + 3,520 + 10,560" in out
-    assert out.count(" ok") == 4
-    assert main(["attention", "--quick", "--json", "--device", "cpu"]) == 0
-    checked = json.loads(capfd.readouterr().out)["interpreter_check"]
-    assert len(checked) == 4
-    assert all(row["ok"] for row in checked)
+    tables = read_section(tmp_path)["tables"]
+    assert [row["shape"] for row in tables["shapes"]["rows"]][1] == "CSG window 1280x704, 3 sources"
+    checked = tables["interpreted"]["rows"]
+    assert [row["status"] for row in checked] == ["ok"] * 4
+    assert all(row["error"] < row["limit"] for row in checked)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +153,18 @@ def test_without_cuda_it_says_what_it_would_run_and_checks(capfd) -> None:
         (["--shapes", "nothing"], "no shape contains 'nothing'"),
         (["--device", "cuda"], "torch sees no GPU"),
         (["--update-table"], "expected a CUDA device"),
-        (["--milliseconds", "0"], "milliseconds: expected at least 1, got 0"),
+        (["--milliseconds", "0"], "--milliseconds: expected at least 1, got 0"),
     ],
 )
-def test_bad_input(arguments: list[str], message: str, capsys, monkeypatch) -> None:
+def test_bad_input(arguments: list[str], message: str, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["attention", *arguments]) == 2
+    try:
+        code = main(["attention", *arguments, "--out", str(tmp_path / "new")])
+    except SystemExit as error:  # argparse's own errors
+        code = error.code
+    assert code == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_reduced_shapes_are_small_and_keep_their_structure() -> None:

@@ -11,29 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from bench import dit as bench
-from bench import dit_measure, dit_providers
 from bench.__main__ import main
-from bench.attention_providers import Unavailable
-from bench.dit_block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, BlockProvider, OwnLayer, block_inputs, exact_rows
-from bench.dit_count import block_rows, compiled_peak, count_layer, eager_bytes, op_rows, peak_of_events, proportions
-from bench.dit_measure import Machine, measure_block, measure_op, targets
-from bench.dit_ops import OPS, Op, relative_error
-from bench.dit_providers import Provider, providers
-from bench.dit_report import format_counted_blocks, format_counted_ops, format_result
-from bench.dit_shapes import QUICK_SHAPES, SHAPES
-from bench.dit_split import group_of, split_seconds
+from bench.commands.dit import count_ops, measure_all
+from bench.dit import measure as dit_measure
+from bench.dit import providers as dit_providers
+from bench.dit.block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, BlockProvider, OwnLayer, block_inputs, exact_rows
+from bench.dit.count import block_rows, compiled_peak, count_layer, eager_bytes, op_rows, peak_of_events, proportions
+from bench.dit.measure import Machine, measure_block, measure_op, targets
+from bench.dit.ops import OPS, Op, relative_error
+from bench.dit.providers import Provider, providers
+from bench.dit.shapes import QUICK_SHAPES, SHAPES
+from bench.dit.split import group_of, split_seconds
+from bench.markdown import format_section
+from bench.outcome import Unavailable
 from bench.plot import plot_layers, plot_operators
-from model import InputError
+from tests.bench_session import CPU, read_section, rows_of, session, timer
 
-CPU = torch.device("cpu")
 SMALL = SHAPES[0].reduced()
 NORM = OPS[0]
-
-
-def timer(call: Any) -> tuple[float, float, float]:
-    call()
-    return 0.5, 0.4, 0.6
 
 
 MACHINE = Machine(CPU, timer, copy_bytes_per_second=1e5, matmul_tflops=1.0)
@@ -119,6 +114,21 @@ def test_a_layer_is_held_against_float64_too() -> None:
     assert rows[0]["tflops"] == SMALL.block_flops / 0.5 / 1e12
     assert rows[1]["error"] == pytest.approx(1.0)
     assert {"self-attention", "cross-attention", "linear"} <= set(rows[0]["split"])
+    parts = rows[0]["attention_seconds"], rows[0]["linear_seconds"], rows[0]["other_seconds"]
+    assert sum(parts) == pytest.approx(sum(rows[0]["split"].values()))
+
+
+def test_where_all_together_fail_each_is_timed_alone(monkeypatch) -> None:
+    def cramped(calls: Any) -> Any:
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return timer(calls)
+
+    rows: list[dict[str, Any]] = []
+    found = [Provider("first", right, ours=True), Provider("second", right)]
+    measure_op(NORM, SMALL, found, torch.float32, Machine(CPU, cramped, 1e5, 1.0), rows.append)
+    assert [row["seconds"] for row in rows] == [0.5, 0.5]
+    assert {row["warning"] for row in rows} == {"timed alone (no memory left)"}
 
 
 def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
@@ -126,7 +136,7 @@ def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
     assert {row["status"] for row in measured(op)} == {"out of memory"}
     assert {row["reason"] for row in measured(op)} == {"the inputs alone do not fit"}
     monkeypatch.setattr(dit_measure, "block_inputs", lambda *args: hungry(None))
-    assert [row["reason"] for row in layers(*BLOCK_PROVIDERS)] == ["the inputs alone do not fit"] * 3
+    assert [row["reason"] for row in layers(*BLOCK_PROVIDERS)] == ["the inputs alone do not fit"] * 4
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -155,7 +165,7 @@ def test_layers_compute_the_same(timesteps: str, monkeypatch) -> None:
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, dit_measure.BLOCK_TOLERANCE)):
         rows: list[dict[str, Any]] = []
         measure_block(SMALL, timesteps, BLOCK_PROVIDERS, dtype, MACHINE, rows.append)
-        assert [row["status"] for row in rows] == ["ok"] * 3
+        assert [row["status"] for row in rows] == ["ok"] * 4
         assert max(row["error"] for row in rows) < limit
 
 
@@ -178,14 +188,15 @@ def test_the_exact_layer_is_diffusers_in_float64() -> None:
 
 
 def test_figures_to_be_reached() -> None:
-    op = {"part": "op", "status": "ok", "ours": True, "memory_bound": True, "op": "o", "provider": "p", "shape": "s"}
-    block = {"part": "block", "status": "ok", "ours": True, "provider": "swifti2v", "shape": "s", "timesteps": "one"}
+    op = {"status": "ok", "ours": True, "memory_bound": True, "op": "o", "provider": "p", "shape": "s"}
+    block = {"status": "ok", "ours": True, "provider": "swifti2v", "shape": "s", "timesteps": "one"}
     block |= {"tokens": 70_400, "seconds": 1.0, "peak_bytes": 60}
     theirs = {**block, "ours": False, "provider": COMPILED, "seconds": 1.3, "peak_bytes": 100}
-    found = targets([
-        {**op, "fraction_of_copy": 0.86}, {**op, "fraction_of_copy": 0.84}, {**op, "memory_bound": False},
-        {**op, "ours": False}, {**op, "status": "wrong"}, block, theirs,
-        {**block, "shape": "short", "tokens": 9}, {**theirs, "shape": "short"}, {**block, "shape": "alone"},
+    ops = [{**op, "fraction_of_copy": 0.86}, {**op, "fraction_of_copy": 0.84}, {**op, "memory_bound": False}]
+    ops += [{**op, "ours": False}, {**op, "status": "wrong"}]
+    found = targets(ops, [
+        block, theirs, {**block, "shape": "short", "tokens": 9}, {**theirs, "shape": "short"},
+        {**block, "shape": "alone"},
     ])  # fmt: skip
     assert [(t["value"], t["met"]) for t in found] == [
         (0.86, True), (0.84, False), (1.3, True), (0.6, False), (1.3, True), (0.6, None),
@@ -195,46 +206,43 @@ def test_figures_to_be_reached() -> None:
 def test_a_run_leaves_tables_json_and_plots(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     ops = [(op, providers(op)) for op in (NORM, OPS[-1])]
-    folder = tmp_path / "a" / "b"
-    options = {"dtype": torch.float32, "copied_bytes": 64, "matmul_size": 16}
-    result = bench.run_all([SMALL], ops, BLOCK_PROVIDERS, TIMESTEPS[:1], CPU, timer, folder, **options)
-    assert json.loads((folder / "result.json").read_text()) == result
-    assert result["schema"] == bench.SCHEMA
-    assert result["copy_bytes_per_second"] == 2 * 64 / 0.5
-    assert len(result["rows"]) == 5 + 4 + 3
-    assert {row["status"] for row in result["rows"] if row["provider"] != "liger"} == {"ok"}
-    table = (folder / "table.md").read_text()
-    assert "liger-kernel is not installed" in table
-    assert "1.00 x compiled diffusers" in table
-    assert "self-attention, ms" in table
-    for name in ("op", "block"):
-        assert (folder / f"{name}.png").stat().st_size > 1000
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(InputError, match="out: cannot make the directory"):
-        bench.run_all([SMALL], ops, (), (), CPU, timer, blocked / "x", **options)
+    with session(tmp_path) as found:
+        options = {"dtype": torch.float32, "copied_bytes": 64, "size": 16}
+        measure_all(found, [SMALL], ops, BLOCK_PROVIDERS, TIMESTEPS[:1], timer, **options)
+    section = read_section(tmp_path)
+    assert section["status"] == "complete"
+    assert section["ceilings"]["copy_bytes_per_second"] == 2 * 64 / 0.5
+    rows = [row for table in section["tables"].values() for row in table["rows"]]
+    assert len(rows) == 5 + 4 + 4
+    assert {row["status"] for row in rows if row["provider"] != "liger"} == {"ok"}
+    text = format_section(found.section.data)
+    assert "liger-kernel is not installed" in text
+    assert "1.000 x compiled diffusers" in text
+    for name in ("operators", "layer"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-def test_tables_and_plots_of_failures(tmp_path) -> None:
-    rows = measured() + layers(BlockProvider("swifti2v", OwnLayer, True), BlockProvider("hungry", hungry))
-    result = {"environment": {"device": "card"}, "copy_bytes_per_second": 1e12, "matmul_tflops": 2.0, "rows": rows}
-    table = format_result({**result, "targets": targets(rows)})
-    assert "out of memory: no memory left" in table
-    assert "MISSED" in table
-    assert "Measured on card, bf16; in the same run: copy 1,000 GB/s" in table
-    assert plot_operators(result, tmp_path / "op.png").stat().st_size > 1000
-    assert plot_layers(result, tmp_path / "block.png").stat().st_size > 1000
+def test_plots_of_failures(tmp_path) -> None:
+    rows = layers(BlockProvider("swifti2v", OwnLayer, True), BlockProvider("hungry", hungry))
+    assert plot_operators(measured(), "card", tmp_path / "op.png").stat().st_size > 1000
+    assert plot_layers(rows, "card", tmp_path / "block.png").stat().st_size > 1000
 
 
-def test_bytes_are_counted_at_the_real_size() -> None:
+def test_bytes_are_counted_at_the_real_size(tmp_path) -> None:
     rows = {row["op"]: row for row in op_rows(OPS, SHAPES[:1])}
     elements = 70_400 * 1536
     assert rows["gated_residual"]["bytes"] == 6 * elements
     # x to float32 (2 + 4), update * gate (2 + 4), their sum (8 + 4), and back (4 + 2); the gate is small.
-    assert rows["gated_residual"]["eager_bytes_predicted"] == pytest.approx(30 * elements, rel=1e-3)
+    assert rows["gated_residual"]["eager_bytes"] == pytest.approx(30 * elements, rel=1e-3)
     hidden = 2 * 70_400 * 8960
-    assert rows["linear_gelu"]["eager_bytes_predicted"] - rows["linear_gelu"]["bytes"] == 2 * hidden
-    assert "5.0" in format_counted_ops([rows["gated_residual"]])
+    assert rows["linear_gelu"]["eager_bytes"] - rows["linear_gelu"]["bytes"] == 2 * hidden
+    assert rows["gated_residual"]["ratio"] == pytest.approx(5.0, rel=1e-3)
+    with session(tmp_path) as found:
+        count_ops(found, SHAPES[:1], OPS)
+    kept = {row["op"]: row for row in rows_of(tmp_path, "counted operators")}
+    assert kept["gated_residual"]["bytes"] == 6 * elements
+    assert {row["basis"] for row in kept.values()} == {"counted"}
+    assert "diffusers; liger" in kept["norm_modulate"]["implementations"]
 
 
 def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
@@ -244,19 +252,19 @@ def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
         assert counts[0] == counts[1]
     assert eager_bytes(NORM, SMALL) == pytest.approx(36 * SMALL.tokens * SMALL.config.dim, rel=0.2)
     rows = block_rows(SHAPES[:1], with_compiled=False)
-    assert len(rows) == 6
-    peaks = {(row["provider"], row["timesteps"]): row["copies"] for row in rows}
+    assert len(rows) == 8
+    peaks = {(row["provider"], row["timesteps"]): row.get("streams") for row in rows}
     # The stream before and after attention, the norm, and the hidden layer before and after GELU.
     assert peaks["diffusers, eager", "one"] > 3 + 2 * 8960 / 1536
     assert peaks[COMPILED, "one"] is peaks["swifti2v", "one"] is None
-    assert "not counted" in format_counted_blocks(rows)
+    assert {row["reason"] for row in rows if row.get("status")} == {"not counted"}
 
 
 def test_without_diffusers_its_layers_are_not_counted(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_wan", None)
     rows = block_rows(QUICK_SHAPES, with_compiled=False)
-    assert {row["provider"]: row["peak_bytes_predicted"] for row in rows} == {p.name: None for p in BLOCK_PROVIDERS}
-    assert format_counted_blocks(rows).count("not counted") == len(rows)
+    assert {row["status"] for row in rows} == {"not available"}
+    assert {row["provider"] for row in rows} == {p.name for p in BLOCK_PROVIDERS}
     with pytest.warns(RuntimeWarning, match="torch.compile's peak is not counted: diffusers is not installed"):
         assert compiled_peak.__wrapped__(proportions(QUICK_SHAPES[0]), "one") is None
     row: list[dict[str, Any]] = []
@@ -305,28 +313,29 @@ def test_operators_are_grouped_and_a_layer_is_split() -> None:
     assert all(name not in vars(owner) for owner, name in runner.attentions().values())
 
 
-def test_without_cuda_it_counts_and_checks(capfd) -> None:
+def test_without_cuda_it_counts_and_checks(capfd, tmp_path) -> None:
     arguments = ["dit", "--quick", "--device", "cpu"]
-    assert main([*arguments, "--part", "ops", "--ops", "norm_modulate"]) == 0
+    assert main([*arguments, "--part", "ops", "--ops", "norm_modulate", "--out", str(tmp_path / "ops")]) == 0
     out = capfd.readouterr().out
     assert "nothing is timed" in out
-    assert "eager, predicted, MiB" in out
-    assert "diffusers; liger" in out
-    assert out.count(" ok") == 6
-    assert main([*arguments, "--json", "--ops", "gated_residual"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert len(found["counted"]["ops"]) == 3
-    assert [row["op"] for row in found["interpreter_check"]][-1] == "layer"
-    assert all(row["ok"] for row in found["interpreter_check"])
+    assert "eager PyTorch moves" in out
+    assert [row["status"] for row in rows_of(tmp_path / "ops", "interpreted")] == ["ok"] * 6
+    assert main([*arguments, "--json", "--ops", "gated_residual", "--out", str(tmp_path / "all")]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == json.loads((tmp_path / "all" / "result.json").read_text())
+    tables = read_section(tmp_path / "all")["tables"]
+    assert len(tables["counted operators"]["rows"]) == 3
+    assert [row["op"] for row in tables["interpreted"]["rows"]][-1] == "layer"
+    assert {row["status"] for row in tables["interpreted"]["rows"]} == {"ok"}
     ours, eager = (
-        next(row for row in found["counted"]["blocks"] if row["provider"] == name)
+        next(row for row in tables["counted layer"]["rows"] if row["provider"] == name)
         for name in ("swifti2v", "diffusers, eager")
     )
     # Our kernels' own path: the planned workspace and nothing beyond it.
     part, config = 1760, QUICK_SHAPES[0].config
     workspace = 4 * 17_600 * config.dim + part * (2 * config.dim + config.ffn_dim)
-    assert ours["peak_bytes_predicted"] == 2 * workspace
-    assert ours["bytes_predicted"]["fused norms and rotations"] < 0.2 * eager["bytes_predicted"]["other"]
+    assert ours["peak_bytes"] == 2 * workspace
+    assert ours["other_bytes"] < 0.2 * eager["other_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +345,7 @@ def test_without_cuda_it_counts_and_checks(capfd) -> None:
         (["--ops", "nothing"], "no operator contains 'nothing'; the operators are norm_modulate, gated_residual,"),
         (["--part", "nothing"], "invalid choice: 'nothing'"),
         (["--device", "cuda"], "torch sees no GPU"),
-        (["--milliseconds", "0"], "milliseconds: expected at least 1, got 0"),
+        (["--milliseconds", "0"], "--milliseconds: expected at least 1, got 0"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys, monkeypatch) -> None:
@@ -358,5 +367,5 @@ def test_our_torch_paths_are_not_measured_as_kernels(capsys, monkeypatch) -> Non
 @pytest.mark.gpu
 def test_it_runs_on_the_gpu(tmp_path) -> None:
     assert main(["dit", "--quick", "--milliseconds", "20", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert {row["status"] for row in rows if row["ours"]} == {"ok"}
+    for table in ("operators", "layer"):
+        assert {row["status"] for row in rows_of(tmp_path, table) if row["ours"]} == {"ok"}

@@ -10,28 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from bench import vae as bench
-from bench import vae_layers, vae_measure
 from bench.__main__ import main
-from bench.attention_providers import Unavailable
+from bench.commands import vae as bench
+from bench.markdown import format_section, format_verdicts
+from bench.outcome import Unavailable
+from bench.package_tables import merge
 from bench.plot import plot_differences
 from bench.timing import without_tf32
-from bench.vae_count import count_diffusers, count_own, saved_bytes
-from bench.vae_layers import Layer, call, make_inputs, measure_layer, merge_table, settled_layers, unique_layers
-from bench.vae_measure import clip_for, measure, seam, targets
-from bench.vae_providers import PROVIDERS, Provider, Runner, own_runner
-from bench.vae_report import format_clips, format_layers, format_targets
-from bench.vae_shapes import PARTS, SHAPES
+from bench.vae import layers as vae_layers
+from bench.vae import measure as vae_measure
+from bench.vae.count import count_diffusers, count_own, saved_bytes
+from bench.vae.layers import Layer, call, make_inputs, measure_layer, settled_layers, table_entries, unique_layers
+from bench.vae.measure import clip_for, measure, seam, targets
+from bench.vae.providers import PROVIDERS, Provider, Runner, own_runner
+from bench.vae.shapes import PARTS, SHAPES
 from model import VAEPlan, plan_vae
+from tests.bench_session import CPU, read_section, rows_of, session, timer
 
-CPU = torch.device("cpu")
 SHAPE = replace(SHAPES[0].reduced(), num_frames=9)
 LARGE = next(shape for shape in SHAPES if str(shape) == "2.1, 2K, 81 frames")
-
-
-def timer(call: Any) -> tuple[float, float, float]:
-    call()
-    return 0.5, 0.4, 0.6
 
 
 def wrong(shape: Any, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
@@ -68,7 +65,7 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
     assert all(("seconds" in row) == (row["status"] == "ok") for row in rows)
     ours, tiles, theirs, theirs_tiled = rows[:4]
     assert max(ours["error"], tiles["error"]) < 1e-5
-    assert {row["checked_against"] for row in rows} == {"diffusers, float32"}
+    assert all("note" not in row for row in rows)
     assert theirs["error"] == 0
     assert theirs_tiled["error"] > 1e-3
     assert min(row["peak_bytes"] for row in rows[:4]) > 10**5
@@ -80,17 +77,37 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
 
 def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae_measure, "diffusers_runner", missing)
+    assert vae_measure.reference(SHAPE, "decode", CPU)[1] == "swifti2v by torch, float32"
     rows: list[dict[str, Any]] = []
     measure(SHAPE, "decode", CPU, providers=PROVIDERS[1:2], repeats=1, report=rows.append)
-    assert rows[0]["checked_against"] == "swifti2v by torch, float32"
     assert rows[0]["status"] == "ok"
     monkeypatch.setattr(vae_measure, "own_runner", hungry)
     measure(SHAPE, "decode", CPU, providers=PROVIDERS[:1], repeats=1, report=rows.append)
     reasons = "diffusers, float32: not installed; swifti2v by torch, float32: no memory left"
-    assert rows[1]["checked_against"] == f"nothing ({reasons})"
+    assert rows[1]["note"] == f"checked against nothing ({reasons})"
     assert rows[1]["error"] is None
     assert rows[1]["status"] == "ok"
-    assert f"checked against nothing ({reasons})" in format_clips(rows)
+
+
+def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs once alone, which gives its peak, and then in rounds; the spread is that of its runs."""
+    order: list[str] = []
+    stock = vae_measure._Run._pass
+    names = {id(provider.load): provider.name for provider in PROVIDERS}
+    assert len(names) == 4
+
+    def noted(self: Any, clip: torch.Tensor) -> float:
+        order.append("tiles" if any(self.runner.borders) else "whole")
+        return stock(self, clip)
+
+    monkeypatch.setattr(vae_measure._Run, "_pass", noted)
+    rows: list[dict[str, Any]] = []
+    measure(SHAPE, "decode", CPU, providers=PROVIDERS[:2], repeats=3, report=rows.append)
+    # On a CPU the first pass of each is counted, with no time.
+    assert order == ["whole"] * 2 + ["tiles"] * 2 + ["whole", "tiles"] * 2
+    for row in rows:
+        assert row["runs"] == 3
+        assert 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
 
 
 def test_references_are_float32_by_cudnn_all_the_same() -> None:
@@ -105,7 +122,7 @@ def test_a_limit_is_planned_for() -> None:
     whole = plan_vae(SHAPE.config, "decode", SHAPE.width, SHAPE.height, dtype=torch.float32, capability=None)
     for limit in (None, whole.peak.total, 1000):
         measure(SHAPE, "decode", CPU, providers=PROVIDERS[1:2], limit=limit, repeats=1, report=rows.append)
-    assert [row["limit"] for row in rows] == [None, whole.peak.total, 1000]
+    assert [row["limit_bytes"] for row in rows] == [None, whole.peak.total, 1000]
     assert "peak_bytes_predicted" not in rows[0]
     # A reserve for fragments is left.
     assert rows[1]["peak_bytes_predicted"] <= 0.93 * whole.peak.total
@@ -127,16 +144,16 @@ def test_the_seam_measure_sees_seams() -> None:
 
 def test_the_figures_are_judged() -> None:
     def row(provider: str, seconds: float, peak: int, **extra: Any) -> dict[str, Any]:
-        base = {"version": "2.1", "size": "2K", "frames": 81, "part": "decode", "status": "ok", "limit": None}
+        base = {"version": "2.1", "size": "2K", "frames": 81, "part": "decode", "status": "ok", "limit_bytes": None}
         base |= {"provider": provider, "ours": "swifti2v" in provider, "seconds": seconds, "peak_bytes": peak}
         return {**base, "seam": None, "seam_untiled": None, **extra}
 
-    tiles = row("swifti2v, tiles", 12.0, 4, seam=1.0, seam_untiled=1.0001, limit=4)
+    tiles = row("swifti2v, tiles", 12.0, 4, seam=1.0, seam_untiled=1.0001, limit_bytes=4)
     rows = [row("swifti2v", 10.0, 30), tiles, row("diffusers", 21.0, 50), row("diffusers, tiles", 40.0, 11)]
     verdicts = targets(rows)
     assert [round(v["value"], 4) for v in verdicts] == [2.1, 0.3636, 0.0001, 1.0]
     assert [v["met"] for v in verdicts] == [True, False, True, True]
-    assert "MISSED" in format_targets(verdicts)
+    assert "MISSED" in format_verdicts([{**v, "basis": "measured"} for v in verdicts])
     assert targets([{**r, "size": "720p"} for r in rows]) == []
     assert targets(rows[:1]) == []
 
@@ -172,36 +189,39 @@ def test_layers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     by_torch = vae_layers.call
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
     layers = unique_layers([SHAPE], PARTS)[:5]
-    rows = [measure_layer(*layer, torch.bfloat16, CPU, timer, 1.0) for layer in layers]
-    assert [row["status"] for row in rows] == ["ok"] * 5
-    assert rows[0]["seconds"] == {"swifti2v": 0.5, "cudnn": 0.5}
-    assert rows[0]["tflops"]["cudnn"] == layers[0][0].flops / 0.5 / 1e12
-    assert all(1e-4 < row["errors"]["swifti2v"] < 1e-2 for row in rows)
+    rows = [row for layer in layers for row in measure_layer(*layer, torch.bfloat16, CPU, timer, 1.0)]
+    assert [(row["provider"], row["status"]) for row in rows] == [("swifti2v", "ok"), ("cudnn", "ok")] * 5
+    assert {row["seconds"] for row in rows} == {0.5}
+    assert rows[1]["tflops"] == layers[0][0].flops / 0.5 / 1e12
+    assert all(1e-4 < row["error"] < 1e-2 for row in rows[::2])
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: hungry())
     failed = measure_layer(*layers[0], torch.bfloat16, CPU, timer, 1.0)
-    assert failed["status"] == "out of memory"
-    assert "out of memory" in format_layers([*rows, failed])
+    assert [row["status"] for row in failed] == ["out of memory"] * 2
     calls = iter((1.0, 1.1))
     monkeypatch.setattr(
         vae_layers, "call", lambda layer, arguments, backend: [next(calls) * by_torch(layer, arguments, "torch")[0]]
     )
-    row = measure_layer(*layers[0], torch.bfloat16, CPU, timer, 1.0)
-    assert row["status"] == "wrong"
-    assert row["seconds"] == {}
+    wrong_rows = measure_layer(*layers[0], torch.bfloat16, CPU, timer, 1.0)
+    assert {row["status"] for row in wrong_rows} == {"wrong"}
+    assert all("seconds" not in row for row in wrong_rows)
 
 
 def test_the_table_takes_the_mean_of_a_layer_s_calls() -> None:
-    base = {"dtype": "bfloat16", "kernel": [3, 3, 3], "channels": [96, 96], "pixels": 10, "status": "ok"}
-    rows = [
-        {**base, "calls": 3, "seconds": {"swifti2v": 1.0, "cudnn": 2.0}},
-        {**base, "calls": 1, "seconds": {"swifti2v": 5.0, "cudnn": 2.0}},
-        {**base, "calls": 1, "status": "failed"},
-        {**base, "calls": 2, "kernel": "upsample", "seconds": {"swifti2v": 1.0, "cudnn": 0.5}},
-    ]
+    base = {"dtype": "bfloat16", "kernel": [3, 3, 3], "channels": [96, 96], "pixels": 10}
+
+    def rows(calls: int, seconds: dict[str, float], **changed: Any) -> list[dict[str, Any]]:
+        return [
+            {**base, "calls": calls, "status": "ok", "provider": name, "seconds": s, **changed}
+            for name, s in seconds.items()
+        ]
+
+    measured = rows(3, {"swifti2v": 1.0, "cudnn": 2.0}) + rows(1, {"swifti2v": 5.0, "cudnn": 2.0})
+    measured += rows(1, {"swifti2v": 0.0}, status="failed")
+    measured += rows(2, {"swifti2v": 1.0, "cudnn": 0.5}, kernel="upsample")
     environment = {"gpu": {"capability": [9, 0]}, "device": "a card"}
-    old = {**base, "capability": 90, "seconds": {"swifti2v": 9.0, "cudnn": 9.0}, "environment": {}, "card": "a card"}
+    old = {**base, "capability": 90, "seconds": {"swifti2v": 9.0, "cudnn": 9.0}, "card": "a card"}
     other = {**old, "capability": 89}
-    table = merge_table({"entries": [old, other]}, {"layers": rows, "environment": environment})
+    table = merge({"entries": [old, other]}, table_entries(environment, measured))
     assert len(table["entries"]) == 3
     found = {(e["capability"], str(e["kernel"])): e["seconds"] for e in table["entries"]}
     assert found[90, "[3, 3, 3]"] == {"swifti2v": 2.0, "cudnn": 2.0}
@@ -210,16 +230,16 @@ def test_the_table_takes_the_mean_of_a_layer_s_calls() -> None:
 
 
 def test_the_table_is_read_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer's row, written by the benchmark, is what the operator finds."""
+    """A layer's rows, written by the benchmark, are what the operator finds."""
     from swifti2v_kernels import causal_conv3d, explain, pretend_gpu
     from swifti2v_kernels.common import tables
 
     layer = next(layer for layer in settled_layers(SHAPE, "decode") if layer.operator == "causal_conv3d")
     row = {**layer.table_key, "dtype": "bfloat16", "calls": 1, "status": "ok"}
-    row["seconds"] = {"swifti2v": 2.0, "cudnn": 1.0}
+    rows = [{**row, "provider": name, "seconds": s} for name, s in (("swifti2v", 2.0), ("cudnn", 1.0))]
     environment = {"gpu": {"capability": [9, 0]}, "device": "a card"}
-    table = merge_table({"entries": []}, {"layers": [row], "environment": environment})
-    monkeypatch.setattr(tables, "load_table", lambda name: table["entries"])
+    entries = table_entries(environment, rows)
+    monkeypatch.setattr(tables, "load_table", lambda name: entries)
     with pretend_gpu(90):
         arguments = make_inputs(layer, torch.bfloat16, torch.device("cpu"))
         arguments = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
@@ -261,44 +281,48 @@ def test_without_cuda_it_counts_and_runs_a_small_vae(
     monkeypatch.setattr(bench, "QUICK_SHAPES", [SHAPES[0]])
     assert main(["vae", "--quick", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "no card is timed" in out
-    assert "predicted by counting" in out
-    assert "diffusers over ours" in out
+    assert "no CUDA device" in out
     assert "the next norm and SiLU computed by the product's store" in out
     assert "within 3.73 GiB" in out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"result.json", "table.md", "decode.png", "encode.png", "difference-2.1-80x40.png"}
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["status"] for row in result["rows"]] == ["ok"] * 8
-    assert result["environment"]["device_type"] == "cpu"
-    assert len(result["counted"]) == 2
-    assert main(["vae", "--quick", "--part", "encode", "--json", "--out", str(tmp_path)]) == 0
-    assert {row["part"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"encode"}
+    tables = read_section(tmp_path)["tables"]
+    assert [row["status"] for row in tables["clips"]["rows"]] == ["ok"] * 8
+    for name, count in (("counted", 2), ("plans", 4)):
+        assert [row["basis"] for row in tables[name]["rows"]] == ["counted"] * count
+    assert tables["counted"]["rows"][0]["ratio"] > 3
+    arguments = ["vae", "--quick", "--part", "encode", "--only", "swifti2v", "--json", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    rows = rows_of(tmp_path, "clips")
+    assert {(row["part"], row["ours"]) for row in rows} == {("encode", True)}
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "result.json").read_text())
 
 
-def test_a_run_with_layers_leaves_tables_json_and_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_with_layers_leaves_tables_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     by_torch = vae_layers.call
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
     layers = unique_layers([SHAPE], ("decode",))[:2]
-    result = bench.run_all(
-        [SHAPE], ["decode"], CPU, tmp_path, repeats=1, providers=PROVIDERS[:1], layers=layers, timer=timer,
-        matmul_size=64,
-    )  # fmt: skip
-    assert [row["status"] for row in result["layers"]] == ["ok", "ok"]
-    table = (tmp_path / "table.md").read_text()
-    assert str(layers[0][0]) in table
-    assert "bf16 matrix product in the same run" in table
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    with session(tmp_path) as found:
+        bench.measure_layers(found, layers, 1, copied_bytes=64, size=16)
+    rows = rows_of(tmp_path, "layers")
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert str(layers[0][0]) in format_section(found.section.data)
+    assert read_section(tmp_path)["ceilings"]["matmul_tflops"] > 0
 
 
 def test_what_there_is_so_far_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def stop(*given: Any) -> Runner:
+    def stop(*given: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    providers = [*PROVIDERS[:1], Provider("stop", stop)]
-    with pytest.raises(KeyboardInterrupt):
-        bench.run_all([SHAPE], ["encode"], CPU, tmp_path, repeats=1, providers=providers)
-    assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 1
+    stock = bench.measure
+    monkeypatch.setattr(
+        bench, "measure", lambda *given, **options: (stop if given[1] == "encode" else stock)(*given, **options)
+    )
+    with pytest.raises(KeyboardInterrupt), session(tmp_path) as found:
+        bench.measure_clips(found, [SHAPE], PARTS, PROVIDERS[:1], repeats=1)
+    section = read_section(tmp_path)
+    assert section["status"] == "interrupted"
+    assert len(section["tables"]["clips"]["rows"]) == 1
 
 
 @pytest.mark.parametrize(

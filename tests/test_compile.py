@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import pytest
 import torch
 
-from bench import compile as report
-from bench import cubin
 from bench.__main__ import main
-from bench.bounds import predict
-from bench.compile_only import CompiledKernel, compiled_for
-from bench.cubin import Analysis, Loop, analyse, opcode
+from bench.operators.discover import all_cases
+from bench.static import cubin, report
+from bench.static.bounds import predict
+from bench.static.compile_only import CompiledKernel, compiled_for
+from bench.static.cubin import Analysis, Loop, analyse, opcode
 from swifti2v_kernels import explain, qk_norm_rope, segment_attention
 from swifti2v_kernels.attention import CASES
 from swifti2v_kernels.attention_portable import PortableConfig
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.target import TARGETS
+from tests.bench_session import rows_of
 
 CPU = torch.device("cpu")
 
@@ -124,27 +124,40 @@ def test_what_check_objects_to() -> None:
     assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults()
 
 
-def test_the_command(capsys, own_cache) -> None:
-    assert main(["compile", "--targets", "89", "--cases", "merge_attention d128", "--check"]) == 0
+def test_the_command(capsys, own_cache, tmp_path) -> None:
+    arguments = ["compile", "--targets", "89", "--cases", "merge_attention d128", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--check"]) == 0
     out = capsys.readouterr().out
     assert "merge_attention_fwd" in out
     assert "1 kernels: no spills" in out
-    assert main(["compile", "--targets", "89", "--cases", "merge_attention d128", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["spill_loads"] == 0
-    assert row["bound"] == "memory"
+    assert main([*arguments, "--json"]) == 0
+    assert "1 kernels: no spills" in capsys.readouterr().out
+    (row,) = rows_of(tmp_path / "out", "kernels")
+    assert (row["spills"], row["basis"], row["target"]) == (0, "compiled", "sm_89")
+    assert row["bound"].endswith("by memory")
     assert main(["compile", "--targets", "75"]) != 0
     assert "targets: expected some of 80, 86, 89, 90, 100, 120, got '75'" in capsys.readouterr().err
     assert main(["compile", "--cases", "no such case"]) != 0
     assert "no case contains 'no such case'" in capsys.readouterr().err
 
 
-def test_check_fails_on_a_fault(monkeypatch, capsys) -> None:
+def test_check_fails_on_a_fault(monkeypatch, capsys, tmp_path) -> None:
     row = report.Row("segment_attention d64", 89, "kernel", "", None, spill_loads=1, shared_limit=1, mma="HMMA")
     monkeypatch.setattr(report, "compile_all", lambda *args: [row])
-    assert main(["compile", "--check"]) != 0
+    assert main(["compile", "--check", "--out", str(tmp_path / "a")]) != 0
     assert "sm_89 segment_attention d64 kernel : spills: 1 loads, 0 stores" in capsys.readouterr().err
-    assert main(["compile"]) == 0
+    assert len(rows_of(tmp_path / "a", "kernels")) == 1  # the table is kept
+    assert main(["compile", "--out", str(tmp_path / "b")]) == 0
+
+
+def test_every_operator_of_the_library_has_cases() -> None:
+    """Found by being there: what has a kernel and no case would be in no report."""
+    import swifti2v_kernels
+
+    plain = {"BlockWindow", "Choice", "Rope3D", "__version__", "explain", "pretend_gpu", "rope_3d"}
+    plain |= {"fold_upsample_weight", "linear_gelu", "norm_rope"}  # torch's, or half of another operator
+    assert {case.operator.__name__ for case in all_cases()} == set(swifti2v_kernels.__all__) - plain
+    assert len({case.name for case in all_cases()}) == len(all_cases())
 
 
 def test_results_are_kept_by_the_binary(monkeypatch, own_cache) -> None:

@@ -28,6 +28,7 @@ plans = st.builds(
     blocks_per_segment=st.integers(1, 12),
     neighbours_left=st.integers(0, 5),
     neighbours_right=st.integers(0, 5),
+    anchor=st.booleans(),
 )
 
 
@@ -117,10 +118,10 @@ def test_every_block_but_the_anchor_is_generated_exactly_once_and_in_order(plan)
 
 @given(plans)
 def test_windows_are_bounded_whatever_the_length_and_hold_no_block_twice(plan):
-    bound = 1 + plan.neighbours_left + plan.neighbours_right + plan.blocks_per_segment
+    bound = plan.anchor + plan.neighbours_left + plan.neighbours_right + plan.blocks_per_segment
     assert plan.max_window_blocks == bound
     for window in plan:
-        assert window.conditioning[0] == 0
+        assert not plan.anchor or window.conditioning[0] == 0
         assert len(set(window.blocks)) == len(window.blocks) <= bound
         assert all(0 <= block < plan.num_blocks for block in window.blocks)
 
@@ -132,7 +133,8 @@ def test_neighbours_are_the_blocks_next_to_the_segment(plan):
         wanted = set(range(first - plan.neighbours_left, first)) | set(
             range(last + 1, last + 1 + plan.neighbours_right)
         )
-        assert set(window.conditioning) == {0} | {block for block in wanted if 0 < block < plan.num_blocks}
+        anchor = {0} if plan.anchor else set()
+        assert set(window.conditioning) == anchor | {block for block in wanted if 0 <= block < plan.num_blocks}
 
 
 def test_the_paper_setting_for_81_frames():
@@ -165,6 +167,21 @@ def test_neighbours_are_generated_blocks_and_right_neighbours_are_motion_referen
     assert torch.equal(latents[:, :, 0], reference[:, :, 0])
     assert rows == [0, 0, 0, 0, 1, 1]
     assert calls[1][-2] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+def test_without_the_anchor_only_the_first_window_holds_the_image(tiny_dit, monkeypatch, mode):
+    plan = SegmentPlan(6, 2, neighbours_left=1, anchor=False)
+    assert [window.blocks for window in plan] == [(0, 1, 2), (2, 3, 4), (4, 5)]
+    reference = torch.randn(1, 4, 6, 4, 6)
+    clip = run(tiny_dit, reference, plan=plan, mode=mode)
+    assert torch.equal(clip[:, :, 0], reference[:, :, 0])
+    with_anchor = run(tiny_dit, reference, plan=SegmentPlan(6, 2, neighbours_left=1), mode=mode)
+    assert torch.equal(clip[:, :, 1:3], with_anchor[:, :, 1:3])
+    assert not torch.equal(clip[:, :, 3:], with_anchor[:, :, 3:])
+    # With nothing to condition on at all there is still a window.
+    alone = run(tiny_dit, reference, plan=SegmentPlan(6, 2, 0, anchor=False), mode=mode)
+    assert torch.isfinite(alone).all()
 
 
 def test_channels_are_latents_mask_and_reference(tiny_dit, monkeypatch):

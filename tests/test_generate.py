@@ -182,22 +182,22 @@ def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo,
     def failing(*args, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("model.generate.make_motion", failing)
+    monkeypatch.setattr("model.clip.make_motion", failing)
     assert main(command) == 1
     assert "error: out of memory; try a smaller --size or fewer --frames" in capsys.readouterr().err
 
     def broken(*args, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("model.generate.make_motion", broken)
+    monkeypatch.setattr("model.clip.make_motion", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         main(command)
 
 
 def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):
-    import model.generate as generate
+    import model.clip as clip
 
-    sample = generate.sample_latents
+    sample = clip.sample_latents
 
     def interrupted(*args, **options):
         for i, segment in enumerate(sample(*args, **options)):
@@ -205,7 +205,7 @@ def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys,
                 raise KeyboardInterrupt
             yield segment
 
-    monkeypatch.setattr(generate, "sample_latents", interrupted)
+    monkeypatch.setattr(clip, "sample_latents", interrupted)
     options = ["--frames", "41", "--size", "48x32", "--steps", "1"]
     assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 130
     assert "kept in" in capsys.readouterr().out

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.attention import exact_rows
-from bench.attention_providers import Unavailable, own_kernel
+from bench.attention.measure import exact_rows
+from bench.attention.providers import own_kernel
+from bench.outcome import Unavailable
 from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
 from swifti2v_kernels.attention import CASES
 from tests.attention_oracle import cat_attention

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.timing import without_tf32
-from bench.vae_measure import limited, release
+from bench.timing import limited, without_tf32
+from bench.vae.measure import release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
 from model.vae_blend import decode_blended

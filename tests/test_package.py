@@ -42,7 +42,7 @@ def test_model_uses_only_public_names_of_the_library():
     """``bench`` also reads the operators' own files (cases, costs, launchers), but nothing private."""
     import swifti2v_kernels
 
-    for file in [*(ROOT / "model").glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+    for file in [*(ROOT / "model").glob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("swifti2v_kernels"):
                 names = {alias.name for alias in node.names}

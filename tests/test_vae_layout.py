@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.vae_layers import settle, settled_layers
-from bench.vae_shapes import SHAPES, Shape
+from bench.vae.layers import settle, settled_layers
+from bench.vae.shapes import SHAPES, Shape
 
 #: Of a colour picture, folded 2 x 2 or not.
 COLOURS = 12

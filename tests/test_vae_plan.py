@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.dit_count import peak_of_events
+from bench.dit.count import peak_of_events
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.components import Components
 from model.config import PRESETS

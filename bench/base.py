@@ -1,0 +1,123 @@
+"""``--base REV``: the same benchmark on another git revision and on this tree, in turns, and the comparison."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.comparison import compare_documents, format_comparison
+from bench.files import write_text
+from bench.record import dumps, make_folder
+from bench.result_file import ROOT, read_result
+from model.errors import InputError
+
+#: Runs of each revision.
+ROUNDS = 2
+
+
+def compare_with_base(name: str, args: argparse.Namespace) -> None:
+    """Runs both and prints the comparison; all result files stay in the folder.
+
+    Raises:
+        InputError: there is no such revision, or a run fails.
+    """
+    commit = resolve(args.base)
+    folder = (args.out or Path("out") / f"{name}-against-{commit[:9]}").resolve()
+    make_folder(folder)
+    files: dict[str, list[Path]] = {"base": [], "here": []}
+    with tempfile.TemporaryDirectory() as room:
+        tree = Path(room) / "base"
+        _git("worktree", "add", "--detach", "--quiet", str(tree), commit)
+        try:
+            for i in range(ROUNDS):
+                # Base first and last alike, so that a drift does not favour either.
+                for which in ("base", "here") if i % 2 == 0 else ("here", "base"):
+                    out = folder / f"{which}-{i + 1}"
+                    print(f"{which} ({commit[:9] if which == 'base' else 'this tree'}), run {i + 1} of {ROUNDS}")
+                    _run(args.argv, tree if which == "base" else ROOT, out)
+                    files[which].append(out / "result.json")
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+    documents = [merge_runs([read_result(path) for path in files[which]]) for which in ("base", "here")]
+    labels = [f"{args.base} ({commit[:9]})", "this tree"]
+    for document, which in zip(documents, ("base", "here"), strict=True):
+        write_text(folder / f"{which}.json", dumps(document))
+    comparison = compare_documents(documents, labels)
+    text = format_comparison(comparison)
+    write_text(folder / "comparison.md", text + "\n")
+    print(json.dumps(comparison, indent=1) if args.json else f"\n{text}\n\nresults in {folder}")
+
+
+def resolve(revision: str) -> str:
+    """The commit of a revision.
+
+    Raises:
+        InputError: there is none, or this is no git checkout.
+    """
+    done = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise InputError(f"base: {revision!r} is no revision of this git checkout")
+    return done.stdout.strip()
+
+
+def merge_runs(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document of several runs of the same: medians of their metrics, and the widest of their spreads."""
+    merged = documents[0]
+    for name, section in merged["sections"].items():
+        others = [document["sections"].get(name, {"tables": []}) for document in documents[1:]]
+        for table in section["tables"]:
+            same = [t for other in others for t in other["tables"] if t["name"] == table["name"]]
+            for row in table["rows"]:
+                key = [row[field] for field in table["identity"]]
+                rows = [r for t in same for r in t["rows"] if [r[field] for field in table["identity"]] == key]
+                _merge_row(row, [r for r in rows if r["status"] == "ok"], table["metrics"])
+    return merged
+
+
+def _merge_row(row: dict[str, Any], others: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
+    if row["status"] != "ok" or not others:
+        return
+    for metric in metrics:
+        values = [r[metric] for r in (row, *others) if isinstance(r.get(metric), (int, float))]
+        if not values:
+            continue
+        ends = [(min, "low"), (max, "high")]
+        if metric == "seconds":
+            spread = {end: pick(r.get(f"seconds_{end}") or r["seconds"] for r in (row, *others)) for pick, end in ends}
+            row |= {f"seconds_{end}": value for end, value in spread.items()}
+        row[metric] = statistics.median(values)
+
+
+def _run(argv: list[str], tree: Path, out: Path) -> None:
+    arguments = without_run_options(argv)
+    command = [sys.executable, "-m", "bench", *arguments, "--out", str(out)]
+    done = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-5:])
+        raise InputError(f"base: python -m bench {' '.join(arguments)} failed in {tree.name}:\n{tail}")
+
+
+def without_run_options(arguments: list[str]) -> list[str]:
+    """The command line without ``--base``, ``--out`` and ``--json``."""
+    kept, skip = [], False
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if skip:
+            skip = False
+        elif name in ("--base", "--out"):
+            skip = "=" not in argument
+        elif argument != "--json":
+            kept.append(argument)
+    return kept
+
+
+def _git(*arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)

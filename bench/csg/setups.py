@@ -1,0 +1,113 @@
+"""What is compared: models, sizes, and the ways to make a clip with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.vae.shapes import SIZES as VAE_SIZES
+from model.config import PRESETS, DiTConfig, VAEConfig, stage_two_config
+from model.csg import SegmentPlan
+from model.errors import InputError
+
+SIZES = {name: VAE_SIZES[name] for name in ("720p", "1080p", "2K")}
+#: How the end-to-end baseline of the paper samples.
+BASELINE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model at one size: its DiT makes the clip end-to-end, or by CSG behind ``stage_one``."""
+
+    model: str
+    size: str
+    width: int
+    height: int
+    num_frames: int
+    dit: DiTConfig
+    stage_one: DiTConfig
+    vae: VAEConfig
+    steps: int = 4
+
+    @property
+    def num_blocks(self) -> int:
+        """Latent frames."""
+        return 1 + (self.num_frames - 1) // self.vae.temporal_stride
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        return self.height // self.vae.spatial_stride, self.width // self.vae.spatial_stride
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Of the DiT."""
+        rows, columns = self.latent_size
+        return rows // self.dit.patch_size[1] * (columns // self.dit.patch_size[2])
+
+    @property
+    def name(self) -> str:
+        """For progress and messages."""
+        return f"{self.model}, {self.size}"
+
+    def reduced(self) -> Setup:
+        """The same structure with few channels, an eighth of the size and a short clip."""
+        heads = max(1, self.dit.num_heads // 12)
+        small = {"num_heads": heads, "head_dim": 64, "num_layers": 4, "ffn_dim": 128 * heads, "text_dim": 16}
+        small |= {"freq_dim": 32}
+        step = 2 * self.vae.spatial_stride
+        width, height = (max(n // 16 // step, 2) * step for n in (self.width, self.height))
+        return replace(
+            self, size=f"small {self.size}", width=width, height=height, num_frames=33,
+            dit=replace(self.dit, **small), stage_one=replace(self.stage_one, **small),
+            vae=replace(self.vae, base_dim=4, decoder_base_dim=4),
+        )  # fmt: skip
+
+
+def _models() -> dict[str, tuple[DiTConfig, DiTConfig, VAEConfig]]:
+    """By name: the DiT, Stage I before it, the VAE. The 1.3B has the paper's large Stage I."""
+    mixed, small = PRESETS["14b-1.3b"], PRESETS["5b"]
+    return {
+        "1.3b": (mixed.stage_two, mixed.stage_one, mixed.vae),
+        "5b": (small.stage_two, small.stage_one, small.vae),
+        "14b": (stage_two_config(mixed.stage_one), mixed.stage_one, mixed.vae),
+    }
+
+
+MODELS = tuple(_models())
+
+
+def setups(models: Sequence[str], sizes: Sequence[str], num_frames: int, steps: int) -> list[Setup]:
+    """All models at all sizes.
+
+    Raises:
+        InputError: a name that there is not.
+    """
+    for given, known, what in ((models, MODELS, "models"), (sizes, SIZES, "sizes")):
+        wrong = [name for name in given if name not in known]
+        if wrong:
+            raise InputError(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    found = _models()
+    return [Setup(model, size, *SIZES[size], num_frames, *found[model], steps) for size in sizes for model in models]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to cut the clip, for the ablations."""
+
+    name: str
+    plan: SegmentPlan
+    mode: str = "bidirectional"
+
+
+def variants(num_blocks: int) -> list[Variant]:
+    """The paper's setting first, then what its ablations change: M, N, the direction of attention, the anchor."""
+    plans = {
+        f"M={m}, N={left}{f'+{right}' if right else ''}": SegmentPlan(num_blocks, m, left, right)
+        for m, left, right in ((3, 1, 0), (1, 1, 0), (2, 1, 0), (5, 1, 0), (3, 0, 0), (3, 2, 0), (3, 1, 1))
+    }
+    found = [Variant(name, plan) for name, plan in plans.items()]
+    paper = found[0].plan
+    found.append(Variant("M=3, N=1, causal", paper, "causal"))
+    found.append(Variant("M=3, N=1, no anchor", replace(paper, anchor=False)))
+    return found

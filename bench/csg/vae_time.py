@@ -1,0 +1,134 @@
+"""The time of the stages around Stage II, from few latent frames: all but a clip's first are alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.csg.setups import Setup
+from model.clip import release
+from model.media import VideoWriter
+from model.pipeline import make_reference, size_multiple, stage_one_size
+from model.pipeline_plan import PipelinePlans, plan_pipeline, stage_two_memory
+from model.vae import WanVAE
+from model.weights import random_weights
+
+#: Latent frames that are run.
+BLOCKS = (2, 4)
+#: Frames that are written.
+FRAMES = (4, 12)
+#: Runs longer than so many seconds are not repeated.
+LONG = 2.0
+
+
+class VAEClock:
+    """Times the reference and the decode of one setup.
+
+    Args:
+        setup: sizes and VAE.
+        device: where.
+        dtype: of the decoder; encoded is in float32 where that fits, as ``model.generate`` does.
+    """
+
+    def __init__(self, setup: Setup, device: torch.device, dtype: torch.dtype):
+        self.setup, self.device = setup, device
+        multiple = size_multiple(setup.vae, setup.stage_one)
+        self.low_size = stage_one_size(setup.width, setup.height, multiple)
+        self.plans: PipelinePlans = plan_pipeline(
+            setup.vae, setup.vae, (setup.width, setup.height), self.low_size,
+            decode_dtype=dtype, device=device, limit=None,
+            stage_two_bytes=stage_two_memory(setup.dit, dtype, 5 * setup.tokens_per_block),
+        )  # fmt: skip
+        self.vae = random_weights(WanVAE, setup.vae, 0, device=device).to_dtypes(decode=dtype)
+        self.vae.to_dtypes(encode=self.plans.encode_dtype)
+
+    def reference(self) -> tuple[float, int | None]:
+        """Seconds to make the reference of the whole clip, and its peak."""
+        width, height = self.low_size
+        stride, z = self.setup.vae.spatial_stride, self.setup.vae.z_dim
+        picture = torch.zeros(1, 3, 1, self.setup.height, self.setup.width, device=self.device)
+
+        def run(blocks: int) -> None:
+            motion = torch.randn(1, z, blocks, height // stride, width // stride, device=self.device)
+            plans = {"plan": self.plans.reference.plan, "motion_plan": self.plans.motion.plan}
+            make_reference(motion, self.vae, self.vae, picture, **plans)
+
+        return self._extrapolated(run)
+
+    def decode(self) -> tuple[float, int | None]:
+        """Seconds to decode the whole clip, and its peak."""
+        rows, columns = self.setup.latent_size
+        self.vae.drop_encoder()
+
+        def run(blocks: int) -> None:
+            latents = torch.randn(1, self.setup.vae.z_dim, blocks, rows, columns, device=self.device)
+            for frames in self.vae.decode_frames(latents.split(1, dim=2), self.plans.decode.plan):
+                del frames
+
+        return self._extrapolated(run)
+
+    @torch.no_grad()
+    def _extrapolated(self, run: Callable[[int], None]) -> tuple[float, int | None]:
+        release(self.device)
+        cuda = self.device.type == "cuda"
+        run(BLOCKS[0])  # compiles
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [self._least(lambda blocks=blocks: run(blocks)) for blocks in BLOCKS]
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        return extrapolated(BLOCKS, seconds, self.setup.num_blocks), peak
+
+    def _least(self, run: Callable[[], None]) -> float:
+        """Of three runs, or of one that takes long."""
+        seconds = []
+        while not seconds or (len(seconds) < 3 and max(seconds) < LONG):
+            start = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    @property
+    def note(self) -> str:
+        """From what it was extrapolated."""
+        return f"from {BLOCKS[1]} of {self.setup.num_blocks} latent frames"
+
+
+def file_seconds(setup: Setup) -> float | None:
+    """Seconds in which the file of a clip is written, on the CPU; None where PyAV is not installed."""
+    if importlib.util.find_spec("av") is None:
+        return None
+    frames = torch.randint(0, 255, (max(FRAMES), setup.height // 8, setup.width // 8, 3), dtype=torch.uint8)
+    # Smooth pictures, as videos are: noise would take x264 many times as long.
+    frames = torch.nn.functional.interpolate(
+        frames.permute(0, 3, 1, 2).float(), (setup.height, setup.width), mode="bilinear"
+    )
+    frames = frames.permute(0, 2, 3, 1).to(torch.uint8)
+    seconds = []
+    with tempfile.TemporaryDirectory() as room:
+        for count in (1, *FRAMES):  # the first loads the encoder
+            start = time.perf_counter()
+            with VideoWriter(Path(room) / f"{count}.mp4", setup.width, setup.height, 16) as writer:
+                writer.write(frames[:count])
+            seconds.append(time.perf_counter() - start)
+    return extrapolated(FRAMES, seconds[1:], setup.num_frames)
+
+
+def extrapolated(counts: Sequence[int], seconds: Sequence[float], total: int) -> float:
+    """The time of ``total`` from those of two numbers.
+
+    Raises:
+        RuntimeError: more took less time, so that there is nothing to scale.
+    """
+    slope = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    if slope <= 0:
+        raise RuntimeError(
+            f"{counts[1]} took {seconds[1]:.3g} s and {counts[0]} {seconds[0]:.3g} s: too short to scale"
+        )
+    return seconds[1] + (total - counts[1]) * slope

@@ -1,0 +1,230 @@
+"""The time of a denoising step over a window, from few of its layers.
+
+All layers of a DiT but the last are alike (the last computes only the blocks to be denoised), so a step of n layers
+takes ``t(a) + (n - a) * (t(b) - t(a)) / (b - a)``, where ``t(a)`` and ``t(b)`` are measured with a and b layers at the
+full number of tokens; what lies outside the layers is in ``t(a)``. Weights are random: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.csg.setups import Setup
+from bench.dit.split import split_seconds
+from model.clip import release
+from model.config import DiTConfig
+from model.csg import SegmentPlan, Window
+from model.denoise import Denoiser
+from model.dit import WanDiT
+from model.encoders import empty_text
+from model.scheduler import flow_sigmas
+from model.weights import random_weights
+
+#: Layers that are run.
+LAYERS = (1, 3)
+#: Operations beyond which a step is run once and not captured as a graph: some seconds on a fast card.
+LARGE = 5e14
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class WindowTime:
+    """Seconds of a window: to open it, and of one step with all layers; how a step's time is shared; its peak."""
+
+    tokens: int
+    open_seconds: float
+    step_seconds: float
+    shares: dict[str, float]
+    peak_bytes: int | None
+    layers: int
+    of: int
+
+    @property
+    def note(self) -> str:
+        """From what it was extrapolated."""
+        return f"from {self.layers} of {self.of} blocks"
+
+    def seconds(self, steps: int) -> float:
+        """Of a segment."""
+        return self.open_seconds + steps * self.step_seconds
+
+
+class WindowClock:
+    """Times windows of one DiT of ``layers`` layers.
+
+    Args:
+        config: of the whole DiT.
+        latent_size: rows and columns of a latent frame.
+        num_blocks: of the clip.
+        device, dtype: where, and of the weights.
+        layers: how many are run; if the DiT has no more, all, and nothing is extrapolated.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        latent_size: tuple[int, int],
+        num_blocks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: tuple[int, int] = LAYERS,
+    ):
+        self.config, self.latent_size, self.num_blocks, self.device = config, latent_size, num_blocks, device
+        self.layers = (layers[0], min(layers[1], config.num_layers))
+        if config.num_layers <= layers[1]:
+            self.layers = (config.num_layers, config.num_layers)
+        self.dit = random_weights(WanDiT, replace(config, num_layers=self.layers[1]), 0, dtype=dtype, device=device)
+        self.text = empty_text(config.text_dim).to(device)
+
+    @classmethod
+    def of(cls, setup: Setup, device: torch.device, dtype: torch.dtype, **options: Any) -> WindowClock:
+        """For the DiT of a setup at its own size."""
+        return cls(setup.dit, setup.latent_size, setup.num_blocks, device, dtype, **options)
+
+    @torch.no_grad()
+    def measure(self, window: Window, mode: str = "bidirectional", split: bool = True) -> WindowTime:
+        """One window; ``split`` also says how a step's time is shared."""
+        per_block = self._tokens_per_block()
+        tokens = per_block * len(window.blocks)
+        large = 4 * tokens**2 * self.config.dim * self.layers[1] > LARGE
+        found, shares, peak = [], {}, None
+        for i, count in enumerate(dict.fromkeys(self.layers)):
+            release(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            last = i + 1 == len(set(self.layers))
+            denoiser = self._denoiser(count, window, mode, graph=not large)
+            if large:
+                self._warm(denoiser)
+                timed, shares = self._once(denoiser, window, mode, split and last)
+            else:
+                timed = self._often(denoiser, window, mode)
+            found.append(timed)
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() + self._missing_bytes(count)
+            del denoiser
+        if split and not large:
+            denoiser = self._denoiser(self.layers[1], window, mode, graph=False)
+            _open(denoiser, window, mode)
+            denoiser.step(0)
+            shares = self._shares(lambda: denoiser.step(0))
+        opened, step = (self._extrapolated([pair[j] for pair in found]) for j in range(2))
+        return WindowTime(tokens, opened, step, shares, peak, self.layers[1], self.config.num_layers)
+
+    def _extrapolated(self, seconds: Sequence[float]) -> float:
+        if len(seconds) == 1:
+            return seconds[0]
+        (a, b), (t_a, t_b) = self.layers, seconds
+        # Opening a window does not depend on the layers, but for the causal mode: then noise may turn it over.
+        return t_a + (self.config.num_layers - a) * max(t_b - t_a, 0.0) / (b - a)
+
+    def _denoiser(self, count: int, window: Window, mode: str, graph: bool) -> Denoiser:
+        rows, columns = self.latent_size
+        z = self.config.out_channels
+        options = {"device": self.device, "dtype": torch.float32}
+        latents = torch.randn(1, z, max(len(window.noisy), 1), rows, columns, **options)
+        reference = torch.randn(1, z, self.num_blocks, rows, columns, **options)
+        causal = mode == "causal"
+        return Denoiser(
+            shortened(self.dit, count), self.text, None,
+            latents=latents, reference=reference, sigmas=flow_sigmas(4, 5.0), cuda_graph=graph,
+            max_blocks=max(len(window.conditioning), len(window.noisy)) if causal else len(window.blocks),
+        )  # fmt: skip
+
+    def _warm(self, denoiser: Denoiser) -> None:
+        """Compiles what a large window needs on a small one."""
+        _open(denoiser, Window((), (0,)), "bidirectional")
+        denoiser.step(0)
+
+    def _once(
+        self, denoiser: Denoiser, window: Window, mode: str, split: bool
+    ) -> tuple[tuple[float, float], dict[str, float]]:
+        opened = self._seconds(lambda: _open(denoiser, window, mode))
+        seconds: list[float] = []
+
+        def step() -> None:
+            seconds.append(self._seconds(lambda: denoiser.step(0)))
+
+        shares = self._shares(step) if split else {}
+        if not split:
+            step()
+        return (opened, seconds[-1]), shares
+
+    def _often(self, denoiser: Denoiser, window: Window, mode: str) -> tuple[float, float]:
+        """Warm, captured, and then the median of a few runs."""
+        for _ in range(2):
+            _open(denoiser, window, mode)
+            denoiser.step(0)
+        opened = statistics.median(self._seconds(lambda: _open(denoiser, window, mode)) for _ in range(REPEATS))
+        return opened, statistics.median(self._seconds(lambda: denoiser.step(0)) for _ in range(REPEATS))
+
+    def _seconds(self, call: Callable[[], None]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    def _shares(self, step: Callable[[], None]) -> dict[str, float]:
+        """Of a step's busy time: attention, linear and other."""
+        groups = split_seconds(step, {}, self.device)
+        total = sum(groups.values())
+        if not total:
+            return {}
+        attention = sum(seconds for group, seconds in groups.items() if "attention" in group)
+        linear = groups.get("linear", 0.0)
+        return {"attention": attention / total, "linear": linear / total, "other": 1 - (attention + linear) / total}
+
+    def _missing_bytes(self, count: int) -> int:
+        """Weights, text keys and values, and modulation of the layers that were not run."""
+        block = self.dit.blocks[0]
+        weights = sum(p.nbytes for p in block.parameters())
+        kept = 2 * self.text.shape[1] * self.config.dim * self.dit.dtype.itemsize
+        rows = 5 * 6 * self.config.dim * 4
+        loaded = self.config.num_layers - self.layers[1]
+        return loaded * weights + (self.config.num_layers - count) * (kept + rows)
+
+    def _tokens_per_block(self) -> int:
+        (rows, columns), patch = self.latent_size, self.config.patch_size
+        return rows // patch[1] * (columns // patch[2])
+
+
+def shortened(dit: WanDiT, count: int) -> WanDiT:
+    """The same model with its first layers only; the weights are shared."""
+    short = copy.copy(dit)
+    short._modules = {**dit._modules, "blocks": nn.ModuleList(list(dit.blocks)[:count])}
+    short.config = replace(dit.config, num_layers=count)
+    return short
+
+
+def _open(denoiser: Denoiser, window: Window, mode: str) -> None:
+    """As ``model.csg`` opens a segment."""
+    given, noisy = len(window.conditioning), tuple(range(len(window.noisy)))
+    if mode == "causal":
+        denoiser.open(window.noisy, noisy, [0.0] * len(noisy), remembered=window.conditioning)
+    else:
+        denoiser.open(window.blocks, [-1] * given + [*noisy], [1.0] * given + [0.0] * len(noisy))
+
+
+def plan_seconds(
+    clock: WindowClock, plan: SegmentPlan, steps: int, mode: str = "bidirectional", split: bool = True
+) -> tuple[float, list[tuple[int, WindowTime]]]:
+    """Seconds of all segments of a plan, and its kinds of windows: how many there are, and their times."""
+    kinds: dict[tuple[int, int], list[Window]] = {}
+    for window in plan:
+        kinds.setdefault((len(window.conditioning), len(window.noisy)), []).append(window)
+    times = [(len(same), clock.measure(same[-1], mode, split)) for same in kinds.values()]
+    return sum(count * found.seconds(steps) for count, found in times), times

@@ -1,0 +1,292 @@
+"""One layer of the DiT, ours and diffusers', on the same weights and the same window.
+
+Ours is the model's layer as ``WanDiT.run`` calls it: keys and values of the whole window, then the rest part by part,
+in a planned workspace; it begins with the layer's norm done and ends with that of the next. Its text keys and values,
+and its modulation, belong to the clip and are made before; diffusers' block projects the text and adds its table in
+every call, as it does in its model.
+
+Activations are all that a layer needs beyond weights and what a step makes once for all layers (text, modulation,
+rotary tables): the residual stream counts, and of ours the whole workspace.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.dit.eager import EPS, by_block, rotate
+from bench.dit.ops import block_map, normal, rotary_tables
+from bench.dit.shapes import Shape
+from bench.outcome import Unavailable
+from model.dit import FLOAT32_PARAMETERS, DiTBlock
+from model.workspace import Workspace, plan_parts
+from swifti2v_kernels import Rope3D, norm_modulate, rope_3d
+
+TIMESTEPS = ("one", "per block")
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """A layer with random weights and what its call reads. ``timesteps`` is one of ``TIMESTEPS``."""
+
+    shape: Shape
+    timesteps: str
+    layer: DiTBlock
+    x: Tensor  # [1, L, C]
+    text: Tensor  # [1, text, C], after the text embedder
+    rows: Tensor  # [1, 2, 6, C]: the embedded timesteps of given and noisy blocks, without the layer's table
+    following: Tensor  # [1, 2, 6, C]: modulation of the next layer
+    block_map: Tensor
+    rope: Rope3D
+
+    @property
+    def modulation(self) -> Tensor:
+        """The layer's modulation, [1, 2, 6, C], in float32 at least."""
+        return self.layer.scale_shift_table.unsqueeze(1) + self.rows
+
+    def tensors(self) -> list[Tensor]:
+        """All that is there before any call."""
+        given = [self.x, self.text, self.rows, self.following, self.block_map]
+        return [*given, *self.rope, *self.layer.parameters()]
+
+
+def block_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timesteps: str) -> BlockInputs:
+    """Random weights of the usual magnitude, with biases and norm weights that do something."""
+    source, config = normal(device), shape.config
+    layer = DiTBlock(config) if device.type == "cpu" else _on(device, lambda: DiTBlock(config))
+    state = {}
+    for name, parameter in layer.state_dict().items():
+        target = torch.float32 if any(part in name for part in FLOAT32_PARAMETERS) and dtype.itemsize < 4 else dtype
+        # Queries of this size make each attend to a few keys: flat attention would hide its errors in an average.
+        mean = 3.0 if "norm_q" in name else float(name.endswith("weight") and parameter.ndim == 1)
+        state[name] = source(parameter.shape, target, mean, 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    layer.load_state_dict(state, assign=True)
+    layer.requires_grad_(False)
+    x = source((1, shape.tokens, config.dim), dtype, 0.1, 0.8)
+    text = source((1, shape.text, config.dim), dtype, 0.0, 0.5)
+    # Rounded to the dtype, in which diffusers' model has them.
+    rows = source((1, 2, 6, config.dim), dtype, 0.0, 0.3).float()
+    if timesteps == "one":
+        rows = rows[:, :1].repeat(1, 2, 1, 1)
+    following = source((1, 2, 6, config.dim), torch.float32, 0.0, 0.3)
+    rope = rope_3d(range(shape.blocks), shape.height, shape.width, config.head_dim, device=device)
+    return BlockInputs(shape, timesteps, layer, x, text, rows, following, block_map(shape, device), rope)
+
+
+def _on(device: torch.device, build: Callable[[], DiTBlock]) -> DiTBlock:
+    with torch.device(device):
+        return build()
+
+
+class Runner(Protocol):
+    """An implementation, ready to be called again and again."""
+
+    def load(self) -> None:
+        """Makes its activations anew."""
+        ...
+
+    def step(self) -> tuple[Tensor, ...]:
+        """One layer: the residual stream ``[1, L, C]`` and, of ours, its norm for the next layer."""
+        ...
+
+    def drop(self) -> None:
+        """Frees its activations."""
+        ...
+
+    def attentions(self) -> dict[str, tuple[Any, str]]:
+        """By name, the object and its method that compute self-attention and cross-attention."""
+        ...
+
+
+class OwnLayer:
+    """Ours."""
+
+    def __init__(self, inputs: BlockInputs):
+        self.inputs = inputs
+        self.context = inputs.layer.attn2.context(inputs.text)
+        self.modulation = inputs.modulation
+        shape = inputs.shape
+        self.parts = plan_parts(1, shape.block_len, range(shape.blocks), shape.part)
+        self.workspace: Workspace | None = None
+
+    def load(self) -> None:
+        """Plans the workspace and fills the residual stream and its norm."""
+        inputs, shape = self.inputs, self.inputs.shape
+        self.drop()
+        self.workspace = Workspace.plan(
+            shape.config,
+            1,
+            shape.blocks,
+            shape.block_len,
+            dtype=inputs.x.dtype,
+            device=inputs.x.device,
+            max_tokens=shape.part,
+        )
+        x, n = (self.workspace.take(name, *inputs.x.shape) for name in "xn")
+        shift, scale = self.modulation[:, :, 0], self.modulation[:, :, 1]
+        norm_modulate(x.copy_(inputs.x), shift, scale, block_map=inputs.block_map, eps=EPS, out=n)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """One layer, in place."""
+        inputs, workspace = self.inputs, self.workspace
+        assert workspace is not None
+        x, n, k, v = (workspace.take(name, *inputs.x.shape) for name in "xnkv")
+        inputs.layer(
+            x,
+            n,
+            (k, v),
+            None,
+            [self.context],
+            inputs.rope,
+            self.modulation,
+            inputs.following,
+            inputs.block_map,
+            self.parts,
+            workspace,
+        )
+        return x, n
+
+    def drop(self) -> None:
+        """Frees the workspace."""
+        self.workspace = None
+
+    def attentions(self) -> dict[str, tuple[Any, str]]:
+        """Projections of the queries and of the result included."""
+        return {"self": (self.inputs.layer.attn1, "attend"), "cross": (self.inputs.layer.attn2, "attend")}
+
+
+class DiffusersLayer:
+    """diffusers' ``WanTransformerBlock``, eager or compiled, on the same weights.
+
+    Its attention is torch's, which chooses among its own; with ``cudnn`` cuDNN's goes first.
+
+    Raises:
+        Unavailable: diffusers is not installed.
+    """
+
+    def __init__(self, compiled: bool, inputs: BlockInputs, cudnn: bool = False):
+        try:
+            module = importlib.import_module("diffusers.models.transformers.transformer_wan")
+        except ImportError as error:
+            raise Unavailable(f"diffusers is not installed ({error})") from error
+        self.inputs, config = inputs, inputs.shape.config
+        with torch.device("meta"):
+            layer = module.WanTransformerBlock(
+                config.dim, config.ffn_dim, config.num_heads, cross_attn_norm=config.cross_attn_norm, eps=config.eps
+            )
+        layer.load_state_dict(inputs.layer.state_dict(), assign=True)
+        self.layer = layer.requires_grad_(False)
+        self.call = layer
+        if compiled:
+            torch.compiler.reset()  # otherwise the limit of recompilations counts over all sizes
+            self.call = torch.compile(layer, dynamic=False)
+        self.rope = rotary_tables(inputs.rope)
+        self.modulation = inputs.rows[:, 1]
+        if inputs.timesteps != "one":
+            rows = inputs.rows.to(inputs.x.dtype)[:, inputs.block_map.long()]
+            self.modulation = rows.repeat_interleave(inputs.shape.block_len, dim=1)
+        self.x: Tensor | None = None
+        self.attention = _cudnn_first if cudnn else nullcontext
+
+    def load(self) -> None:
+        """The residual stream."""
+        self.x = self.inputs.x.clone()
+
+    def step(self) -> tuple[Tensor, ...]:
+        """One layer; the stream that comes in stays alive, as in diffusers' loop."""
+        with self.attention():
+            return (self.call(self.x, self.inputs.text, self.modulation, self.rope),)
+
+    def drop(self) -> None:
+        """Frees the stream."""
+        self.x = None
+
+    def attentions(self) -> dict[str, tuple[Any, str]]:
+        """As for ours, with keys and values."""
+        return {"self": (self.layer.attn1, "forward"), "cross": (self.layer.attn2, "forward")}
+
+
+@dataclass(frozen=True)
+class BlockProvider:
+    """An implementation of the layer."""
+
+    name: str
+    prepare: Callable[[BlockInputs], Runner]
+    ours: bool = False
+
+
+def _cudnn_first() -> AbstractContextManager[None]:
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+COMPILED = "diffusers, torch.compile"
+BLOCK_PROVIDERS = (
+    BlockProvider("swifti2v", OwnLayer, ours=True),
+    BlockProvider("diffusers, eager", functools.partial(DiffusersLayer, False)),
+    BlockProvider(COMPILED, functools.partial(DiffusersLayer, True)),
+    BlockProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True)),
+)
+
+
+def exact_rows(inputs: BlockInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64, for the tokens ``rows``: the residual stream after the layer, and its norm for the next."""
+    layer, heads = inputs.layer, inputs.shape.config.num_heads
+    modulation, following = inputs.modulation.double(), inputs.following.double()
+    x, text = inputs.x, inputs.text.double()
+    block_of = torch.arange(x.shape[1], device=x.device) // inputs.shape.block_len
+    cos, sin = (table.double() for table in rotary_tables(inputs.rope))
+
+    def linear(module: Any, y: Tensor) -> Tensor:
+        return F.linear(y, module.weight.double(), module.bias.double())
+
+    def normed(y: Tensor, shift: Tensor, scale: Tensor, tokens: Tensor) -> Tensor:
+        chosen = inputs.block_map[block_of[tokens]]
+        y = F.layer_norm(y, y.shape[2:], eps=EPS)
+        return y * (1 + by_block(scale, chosen).squeeze(2)) + by_block(shift, chosen).squeeze(2)
+
+    def split(y: Tensor, norm: Any) -> Tensor:
+        return F.rms_norm(y, y.shape[2:], norm.weight.double(), EPS).unflatten(2, (heads, -1))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Head by head: the weights of all heads at once would not fit.
+        out = []
+        for h in range(heads):
+            weights = (q[0, :, h] @ k[0, :, h].T * q.shape[3] ** -0.5).softmax(-1)
+            out.append(weights @ v[0, :, h])
+        return torch.stack(out, dim=1).flatten(1).unsqueeze(0)
+
+    everything = torch.arange(x.shape[1], device=x.device)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
+    # Keys and values of all tokens, without the normed tokens of all at once.
+    pairs = []
+    for tokens in everything.split(8192):
+        n = normed(x[:, tokens].double(), shift, scale, tokens)
+        k = rotate(split(linear(layer.attn1.to_k, n), layer.attn1.norm_k), cos[:, tokens], sin[:, tokens])
+        pairs.append((k, linear(layer.attn1.to_v, n).unflatten(2, (heads, -1))))
+    k, v = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
+    gates = (by_block(table, inputs.block_map[block_of[rows]]).squeeze(2) for table in (gate, ff_gate))
+    y = x[:, rows].double()
+    q = linear(layer.attn1.to_q, normed(y, shift, scale, rows))
+    q = rotate(split(q, layer.attn1.norm_q), cos[:, rows], sin[:, rows])
+    y = y + next(gates) * linear(layer.attn1.to_out[0], attend(q, k, v))
+    query = y
+    if layer.norm2 is not None:
+        query = F.layer_norm(y, y.shape[2:], layer.norm2.weight.double(), layer.norm2.bias.double(), EPS)
+    q = split(linear(layer.attn2.to_q, query), layer.attn2.norm_q)
+    k = split(linear(layer.attn2.to_k, text), layer.attn2.norm_k)
+    v = linear(layer.attn2.to_v, text).unflatten(2, (heads, -1))
+    y = y + linear(layer.attn2.to_out[0], attend(q, k, v))
+    up, down = layer.ffn.net[0].proj, layer.ffn.net[2]
+    hidden = F.gelu(linear(up, normed(y, ff_shift, ff_scale, rows)), approximate="tanh")
+    y = y + next(gates) * linear(down, hidden)
+    return y, normed(y, following[:, :, 0], following[:, :, 1], rows)

@@ -1,0 +1,86 @@
+"""The subcommands of ``python -m bench``: every module of ``bench/commands`` that has a ``BENCHMARK``.
+
+A new benchmark is one small file there:
+
+    BENCHMARK = Benchmark(
+        name="warmth", summary="...", description="...", examples="...",
+        add_arguments=lambda parser: None, measure=measure,
+    )
+
+    def measure(args, session): ...
+
+``measure`` gets a :class:`bench.session.Session`: the device, the results folder and the section to fill. Options that
+all of these have (``--device``, ``--out``, ``--json``, ``--quick``, ``--base``) come by themselves. A command that
+measures nothing gives ``run`` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import commands
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One subcommand; ``order`` is its place in ``--help``."""
+
+    name: str
+    summary: str
+    description: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace, Any], None] | None = None
+    run: Callable[[argparse.Namespace], None] | None = None
+    #: Of ``measure``: what its section is called.
+    title: str = ""
+    order: int = 50
+    #: What ``--quick`` means here.
+    quick: str = "less of everything"
+
+
+@functools.cache
+def benchmarks() -> dict[str, Benchmark]:
+    """All subcommands by name, in order.
+
+    Raises:
+        TypeError: a module of ``bench/commands`` has none, or one that can do nothing.
+    """
+    found = []
+    for module in pkgutil.iter_modules(commands.__path__, "bench.commands."):
+        benchmark = getattr(importlib.import_module(module.name), "BENCHMARK", None)
+        if not isinstance(benchmark, Benchmark):
+            raise TypeError(f"{module.name}: expected BENCHMARK = Benchmark(...)")
+        if (benchmark.measure is None) == (benchmark.run is None):
+            raise TypeError(f"{module.name}: expected either measure or run")
+        found.append(benchmark)
+    return {b.name: b for b in sorted(found, key=lambda b: (b.order, b.name))}
+
+
+def add_parser(commands: Any, benchmark: Benchmark) -> None:
+    """Adds a subcommand to the front door."""
+    parser = commands.add_parser(
+        benchmark.name,
+        help=benchmark.summary,
+        description=benchmark.description,
+        epilog=benchmark.examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --base finds itself on the command line
+    )
+    benchmark.add_arguments(parser)
+    if benchmark.measure is not None:
+        group = parser.add_argument_group("as in all benchmarks")
+        group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+        group.add_argument("--quick", action="store_true", help=benchmark.quick)
+        group.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
+        group.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
+        )
+        group.add_argument("--base", metavar="REV", help="also run the git revision REV, in turns, and compare with it")

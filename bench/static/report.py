@@ -1,0 +1,146 @@
+"""The static report: every kernel of the library, compiled for every GPU generation, without a GPU.
+
+Each case of each operator goes through the public function in compile-only mode (:mod:`bench.static.compile_only`); the
+binary is read (:mod:`bench.static.cubin`) and held against the card (:mod:`bench.static.bounds`). Nothing is executed:
+what the report predicts is a bound, not a speed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from bench.operators.discover import all_cases
+from bench.static.bounds import occupancy, predict
+from bench.static.compile_only import CompiledKernel, compiled_for, quiet_exit
+from bench.static.cubin import TENSOR_OPCODES, analyse
+from model.errors import require
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.target import TARGETS, Target
+
+CASES = all_cases()
+IDENTITY = ("target", "case", "kernel", "tile")
+METRICS = ("registers", "spills", "shared_bytes", "programs_per_sm", "bound_fraction")
+COLUMNS = (*IDENTITY, *METRICS[:4], "mma", "main_loop", "bound_fraction", "bound")
+NOTE = (
+    "Predicted bound: model of bench/static/bounds.py for the card named, as a fraction of its peak (tensor cores, or"
+    " memory for kernels without products). It is not a measurement; published kernels reach 0.55 to 0.79 of"
+    " such bounds."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one target."""
+
+    case: str
+    capability: int
+    kernel: str
+    config: str
+    error: str | None
+    registers: int = 0
+    spill_loads: int = 0
+    spill_stores: int = 0
+    shared_bytes: int = 0
+    shared_limit: int = 0
+    programs_per_sm: int = 0
+    mma: str = ""
+    loop_instructions: int = 0
+    loop_mix: dict[str, int] | None = None
+    bound: str = ""
+    bound_fraction: float | None = None
+    bound_tflops: float | None = None
+    seconds: float = 0.0
+    computes_products: bool = False
+
+    def faults(self) -> list[str]:
+        """What ``--check`` objects to."""
+        if self.error is not None:
+            return [f"does not compile: {self.error.strip().splitlines()[-1][:200]}"]
+        faults = []
+        if self.spill_loads or self.spill_stores:
+            faults.append(f"spills: {self.spill_loads} loads, {self.spill_stores} stores")
+        if self.shared_bytes > self.shared_limit:
+            faults.append(f"shared memory: {self.shared_bytes} of {self.shared_limit} bytes")
+        if self.computes_products and not set(self.mma.split("+")) & set(TARGETS[self.capability].mma_opcodes):
+            faults.append(
+                f"tensor cores: expected {' or '.join(TARGETS[self.capability].mma_opcodes)}, got {self.mma or 'none'}"
+            )
+        return faults
+
+
+def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
+    """Rows in the order of targets and cases; progress on stderr."""
+    tqdm = require("tqdm", "generate").tqdm
+    tasks = [(target, case) for target in targets for case in cases]
+    results: dict[tuple[int, int], list[Row]] = {}
+    context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
+    with (
+        tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False, disable=None) as bar,
+        ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool,
+    ):
+        futures = {pool.submit(compile_case, *task): task for task in tasks}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            bar.update()
+    return [row for task in tasks for row in results[task]]
+
+
+def compile_case(capability: int, case: int) -> list[Row]:
+    """The kernels that one case launches on one target."""
+    import torch
+
+    with warnings.catch_warnings(), compiled_for(capability) as kernels:
+        warnings.simplefilter("ignore")  # Triton announces a changing default that every launch here sets explicitly
+        CASES[case].run(torch.device("cpu"))
+    if not kernels:
+        return [Row(CASES[case].name, capability, "none", "", "the case launches no kernel")]
+    return [_row(CASES[case], kernel, TARGETS[capability]) for kernel in kernels]
+
+
+def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
+    tiles = [
+        f"{name.removeprefix('BLOCK_').lower()}{kernel.constants[name]}" for name in _TILES if name in kernel.constants
+    ]
+    stages = [] if "NUM_STAGES" in kernel.constants else [f"s{kernel.num_stages}"]
+    flags = ["tma"] if kernel.constants.get("DESCRIPTORS") or "NUM_K" in kernel.constants else []
+    config = " ".join([*tiles, f"w{kernel.num_warps}", *stages, *flags])
+    if kernel.error is not None:
+        return Row(case.name, target.capability, kernel.name, config, kernel.error)
+    analysis = analyse(kernel.binary)
+    work = case.work(kernel.constants)
+    programs = occupancy(analysis, kernel.shared_bytes, kernel.total_warps, target)
+    bound = predict(analysis, work, kernel.num_warps * work.groups, programs, target)
+    loop = max(analysis.loops, key=lambda x: x.instructions, default=None)
+    return Row(
+        case.name, target.capability, kernel.name, config, None, analysis.registers, analysis.spill_loads,
+        analysis.spill_stores, kernel.shared_bytes, target.shared_per_block, programs,
+        "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
+        loop.instructions if loop else 0, loop.mix if loop else None,
+        bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
+        kernel.seconds, work.fma > 0,
+    )  # fmt: skip
+
+
+_TILES = ("BLOCK_M", "BLOCK_N", "TAIL_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
+
+
+def table_row(row: Row) -> dict[str, Any]:
+    """The row as a result file has it."""
+    data: dict[str, Any] = {
+        "target": f"sm_{row.capability}", "case": row.case, "kernel": row.kernel.removesuffix("_kernel"),
+        "tile": row.config, "basis": "compiled",
+    }  # fmt: skip
+    if row.error is not None:
+        return data | {"status": "failed", "reason": f"does not compile: {row.error.strip().splitlines()[-1][:200]}"}
+    mix = " ".join(f"{k}:{v}" for k, v in sorted((row.loop_mix or {}).items(), key=lambda item: -item[1])[:4])
+    data |= {"registers": row.registers, "spills": row.spill_loads + row.spill_stores, "shared_bytes": row.shared_bytes}
+    data |= {"shared_limit": row.shared_limit, "programs_per_sm": row.programs_per_sm, "mma": row.mma}
+    data |= {"main_loop": f"{row.loop_instructions} ({mix})" if mix else ""}
+    if row.bound_fraction is None:
+        return data
+    bound = f"{TARGETS[row.capability].card}, by {row.bound}"
+    return data | {"bound_fraction": row.bound_fraction, "bound": bound, "bound_tflops": row.bound_tflops}

@@ -1,0 +1,170 @@
+"""The implementations that ``python -m bench vae`` compares: ours untiled and in tiles, and diffusers' of both.
+
+All have the same weights. Ours takes and gives a clip a piece at a time, as its users stream it; diffusers' takes the
+clip and returns it, which is all it offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.outcome import Unavailable
+from bench.vae.shapes import Shape
+from model import VAEPlan, WanVAE
+from model.vae import WHOLE
+from model.vae_plan import PlannedVAE, device_capability, plan_vae
+from model.weights import random_weights
+
+#: Latent frames that ours is handed at once.
+PIECE = 3
+#: Of a limit on the allocator, for what it cannot use.
+FRAGMENTATION = 0.93
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A loaded model: ``run(clip)`` yields what a clip becomes, in pieces; of a decode by ours these are finished uint8
+    frames, for which ``exact(clip)`` gives the numbers."""
+
+    run: Callable[[Tensor], Iterator[Tensor]]
+    exact: Callable[[Tensor], Tensor]
+    weights: Sequence[Tensor] = ()
+    #: Rows and columns of the frame at which tiles meet.
+    borders: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    planned: PlannedVAE | None = None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``load(shape, part, dtype, device, limit)`` builds the model."""
+
+    name: str
+    load: Callable[[Shape, str, torch.dtype, torch.device, int | None], Runner]
+    ours: bool = False
+    #: In tiles that keep to a limit.
+    limited: bool = False
+
+    def clip_device(self, part: str, device: torch.device) -> torch.device:
+        """Where its clip waits: to be encoded within a limit, in host memory."""
+        return torch.device("cpu") if self.limited and part == "encode" else device
+
+
+def weights(shape: Shape, device: torch.device) -> WanVAE:
+    """The same random weights for all on a device, in float32."""
+    return random_weights(WanVAE, shape.config, 0, device=device)
+
+
+def own_runner(
+    shape: Shape, part: str, dtype: torch.dtype, device: torch.device, plan: VAEPlan, planned: PlannedVAE | None = None
+) -> Runner:
+    """Ours by a plan."""
+    vae = weights(shape, device).to_dtypes(encode=dtype, decode=dtype)
+    if part == "decode":
+        vae.drop_encoder()
+    else:
+        vae.decoder.to("cpu")
+    size = shape.config.spatial_stride
+    cores = plan.regions(*shape.latent_size)
+    rows, columns = (sorted({size * core[axis].start for core in cores} - {0}) for axis in range(2))
+
+    def run(clip: Tensor) -> Iterator[Tensor]:
+        if part == "decode":
+            yield from vae.decode_frames(_split(clip, PIECE), plan)
+        else:
+            yield from vae.encode_stream(_split(clip, PIECE * shape.config.temporal_stride), plan)
+
+    def exact(clip: Tensor) -> Tensor:
+        return vae.decode(clip, plan) if part == "decode" else vae.encode(clip, plan)
+
+    return Runner(run, exact, vae.weights_of(part), (rows, columns), planned)
+
+
+def _split(clip: Tensor, most: int) -> Iterator[Tensor]:
+    """The first frame alone and then up to ``most``, none of them kept."""
+    yield clip[:, :, :1]
+    for start in range(1, clip.shape[2], most):
+        yield clip[:, :, start : start + most]
+
+
+def _untiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
+    return own_runner(shape, part, dtype, device, WHOLE)
+
+
+def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
+    if limit is None:
+        return own_runner(shape, part, dtype, device, VAEPlan(2, 2, frames=2))
+    planned = plan_vae(
+        shape.config, part, shape.width, shape.height,
+        dtype=dtype, limit=int(FRAGMENTATION * limit), capability=device_capability(device), piece=PIECE,
+    )  # fmt: skip
+    return own_runner(shape, part, dtype, device, planned.plan, planned)
+
+
+def diffusers_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
+    """diffusers' ``AutoencoderKLWan`` with our weights.
+
+    Raises:
+        Unavailable: diffusers is not installed.
+    """
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        raise Unavailable("pip install diffusers") from error
+    config = shape.config
+    with device:
+        model = AutoencoderKLWan(
+            base_dim=config.base_dim, decoder_base_dim=config.decoder_base_dim, z_dim=config.z_dim,
+            dim_mult=list(config.dim_mult), num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal_downsample), is_residual=config.residual,
+            in_channels=config.pixel_channels, out_channels=config.pixel_channels,
+            patch_size=config.patch_size if config.patch_size > 1 else None,
+            scale_factor_spatial=config.spatial_stride, scale_factor_temporal=config.temporal_stride,
+            latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
+        )  # fmt: skip
+    if device.type != "meta":
+        model.load_state_dict(weights(shape, device).state_dict())
+    # Its own ``to`` warns of parameters to be kept in float32, of which it has none.
+    return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
+
+
+def diffusers_runner(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, tiled: bool) -> Runner:
+    """diffusers', with its defaults where tiled."""
+    model = diffusers_model(shape, dtype, device)
+    borders: tuple[list[int], list[int]] = ([], [])
+    if tiled:
+        model.enable_tiling(shape.tile, shape.tile, shape.stride, shape.stride)
+        rows, columns = (list(range(shape.stride, n, shape.stride)) for n in (shape.height, shape.width))
+        borders = rows, columns
+    mean, std = (
+        torch.tensor(v, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+        for v in (shape.config.latents_mean, shape.config.latents_std)
+    )
+
+    @torch.no_grad()
+    def exact(clip: Tensor) -> Tensor:
+        if part == "decode":
+            return model.decode(clip.to(dtype) * std + mean).sample
+        return (model.encode(clip.to(dtype)).latent_dist.mode() - mean) / std
+
+    half = (model.decoder, model.post_quant_conv) if part == "decode" else (model.encoder, model.quant_conv)
+    for other in (model.encoder, model.quant_conv) if part == "decode" else (model.decoder, model.post_quant_conv):
+        other.to("cpu")
+    weights_ = [p for module in half for p in module.parameters()]
+    return Runner(lambda clip: iter([exact(clip)]), exact, weights_, borders)
+
+
+def _diffusers(tiled: bool) -> Callable[..., Runner]:
+    return lambda shape, part, dtype, device, limit: diffusers_runner(shape, part, dtype, device, tiled)
+
+
+PROVIDERS = (
+    Provider("swifti2v", _untiled, ours=True),
+    Provider("swifti2v, tiles", _tiled, ours=True, limited=True),
+    Provider("diffusers", _diffusers(False)),
+    Provider("diffusers, tiles", _diffusers(True)),
+)
