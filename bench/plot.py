@@ -43,7 +43,7 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path, label: str, va
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_attention(rows: Sequence[dict[str, Any]], matmul: float, device: str, path: Path) -> Path:
@@ -56,7 +56,7 @@ def plot_attention(rows: Sequence[dict[str, Any]], matmul: float, device: str, p
     axes.set_xlabel("TFLOP/s")
     axes.set_title(f"{device}, attention in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_operators(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path:
@@ -69,7 +69,7 @@ def plot_operators(rows: Sequence[dict[str, Any]], device: str, path: Path) -> P
     axes.set_xlabel("least traffic over time, as a fraction of a copy's bandwidth")
     axes.set_title(f"{device}, operators of the DiT in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_layers(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path:
@@ -130,7 +130,7 @@ def plot_differences(untiled: Tensor, tiled: dict[str, Tensor], title: str, path
     if image is not None:
         figure.colorbar(image, ax=others, label="|tiled - untiled|, of 2", shrink=0.8)
     figure.suptitle(title, fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _side_by_side(rows: list[dict[str, Any]], values: dict[str, str], title: str, path: Path) -> Path:
@@ -145,7 +145,7 @@ def _side_by_side(rows: list[dict[str, Any]], values: dict[str, str], title: str
     # The axis is shared, and each half has turned it over.
     axes.invert_yaxis()
     figure.suptitle(title, fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _bars_height(rows: list[dict[str, Any]], group: str) -> float:
@@ -192,7 +192,7 @@ def plot_plan(plan: SegmentPlan, path: Path) -> Path:
         spine.set_visible(False)
     handles = [_square(0, 0, colour) for colour in kinds.values()]
     axes.legend(handles, kinds, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
@@ -206,7 +206,8 @@ def _square(x: float, y: float, colour: str) -> Any:
     return patches.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=colour, linewidth=0)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure as PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     temporary.replace(path)

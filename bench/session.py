@@ -106,7 +106,9 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
         return
     if text:
         print(f"\n{text}\n")
-    print(f"{measured_on(record.data['environment'])} Results in {folder.resolve()}")
+    measured = any(row["basis"] == "measured" for table in section.data["tables"] for row in table["rows"])
+    where = f"{measured_on(record.data['environment'])} " if measured else ""
+    print(f"{where}Results in {folder.resolve()}")
 
 
 def measured_on(environment: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ is needed. ``model.generate`` and the benchmarks run this and differ in what the
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.components import Components
 from model.csg import SegmentPlan, sample_latents
+from model.host import Host
 from model.pipeline import decode_frames, make_motion, make_reference
 from model.pipeline_plan import PipelinePlans
 from model.vae import WanVAE
@@ -47,6 +48,12 @@ class ClipJob:
     seed: int = 0
     mode: str = "bidirectional"
     cuda_graph: bool = True
+    #: Where the VAE keeps what waits; None: as its plans say.
+    host: Callable[[bool], Host] | None = None
+
+    def waiting(self, park: bool) -> Host | None:
+        """The host memory of a plan that parks or does not."""
+        return None if self.host is None else self.host(park)
 
 
 class Watcher:
@@ -109,6 +116,7 @@ def make_condition(components: Components, job: ClipJob, watcher: Watcher | None
             lambda block, blocks: watcher.step("reference", block, blocks, f"block {block}/{blocks}"),
             plan=plans.reference.plan,
             motion_plan=plans.motion.plan,
+            host=job.waiting(plans.reference.plan.park),
         )
     del vae_one, motion
     vae.drop_encoder()
@@ -143,7 +151,8 @@ def make_frames(
     )
     made = watcher.iterate("Stage II", segments)
     anchor = condition.reference[:, :, :1]
-    frames = decode_frames(condition.vae, anchor, made, plan=job.vae_plans.decode.plan)
+    plan = job.vae_plans.decode.plan
+    frames = decode_frames(condition.vae, anchor, made, plan=plan, host=job.waiting(plan.park))
     yield from watcher.iterate("decode", frames)
 
 

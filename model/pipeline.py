@@ -22,6 +22,7 @@ from model.csg import check_channels
 from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.errors import InputError
+from model.host import Host
 from model.scheduler import block_noise
 from model.tiling import VAEPlan
 from model.upsampled import UpsampledFrames, interpolation_matrix
@@ -158,6 +159,7 @@ def make_reference(
     *,
     plan: VAEPlan = WHOLE,
     motion_plan: VAEPlan = WHOLE,
+    host: Host | None = None,
 ) -> Tensor:
     """Hybrid reference: the motion decoded, upsampled, its first frame replaced by the image, and encoded again.
 
@@ -172,6 +174,7 @@ def make_reference(
         picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
         on_block: called after every block with (block, number of blocks), counted from 1.
         plan, motion_plan: how frames of the target size are encoded, and the motion decoded.
+        host: where what waits is kept; by default as the plan says.
 
     Returns:
         ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
@@ -182,6 +185,7 @@ def make_reference(
     if motion_vae.config.temporal_stride != vae.config.temporal_stride:
         strides = motion_vae.config.temporal_stride, vae.config.temporal_stride
         raise InputError(f"stage1_vae: both VAEs must have the same temporal stride, got {strides[0]} and {strides[1]}")
+    host = Host(vae.device, plan.park) if host is None else host
     height, width = picture.shape[3:]
     num_blocks, stride = motion.shape[2], motion_vae.config.spatial_stride
     rows = interpolation_matrix(motion.shape[3] * stride, height, vae.device)
@@ -199,15 +203,26 @@ def make_reference(
     def frames() -> Iterator[UpsampledFrames]:
         decoded = motion_vae.decode_stream(motion.split(1, dim=2), motion_plan)
         if plan.park:
-            decoded = iter([torch.cat([low.to("cpu") for low in decoded], dim=2)])
+            decoded = iter([parked(decoded)])
         for i, low in enumerate(decoded):
             yield UpsampledFrames(low, rows, columns, picture if i == 0 else None, on_crop)
 
-    return torch.cat([block.float() for block in vae.encode_stream(frames(), plan)], dim=2)
+    def parked(decoded: Iterator[Tensor]) -> Tensor:
+        """All of the motion, in host memory."""
+        first = next(decoded)
+        number = 1 + (num_blocks - 1) * motion_vae.config.temporal_stride
+        whole = host.empty((*first.shape[:2], number, *first.shape[3:]), first.dtype)
+        start = 0
+        for low in chain([first], decoded):
+            whole[:, :, start : start + low.shape[2]].copy_(low)
+            start += low.shape[2]
+        return whole
+
+    return torch.cat([block.float() for block in vae.encode_stream(frames(), plan, host=host)], dim=2)
 
 
 def decode_frames(
-    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE
+    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE, host: Host | None = None
 ) -> Iterator[Tensor]:
     """Frames ``[F, H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
 
@@ -215,6 +230,7 @@ def decode_frames(
         anchor: block 0, ``[1, z, 1, h, w]``.
         segments: blocks ``[1, z, m, h, w]``.
         plan: how frames are decoded.
+        host: where what waits is kept; by default as the plan says.
 
     Yields:
         The frames of one block; with a plan that parks, of a segment, since its tiles wait once for each of these.
@@ -222,5 +238,5 @@ def decode_frames(
     pieces = chain([anchor], segments)
     if not plan.park:
         pieces = chain.from_iterable(segment.split(1, dim=2) for segment in pieces)
-    for frames in vae.decode_frames(pieces, plan):
+    for frames in vae.decode_frames(pieces, plan, host=host):
         yield frames[0]

@@ -29,6 +29,20 @@ STREAMS = 6
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU that plans are for: its compute capability (two digits) and its memory in bytes."""
+
+    capability: int
+    memory: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card | None:
+        """The card that a device is; None for a CPU."""
+        capability = device_capability(device)
+        return None if capability is None else cls(capability, torch.cuda.get_device_properties(device).total_memory)
+
+
+@dataclass(frozen=True)
 class PipelinePlans:
     """One plan for each place, and the dtype that the reference is encoded in."""
 
@@ -65,6 +79,7 @@ def plan_pipeline(
     limit: int | None,
     stage_two_bytes: int = 0,
     blocks_per_segment: int = 3,
+    card: Card | None = None,
 ) -> PipelinePlans:
     """Plans for all four places.
 
@@ -77,13 +92,15 @@ def plan_pipeline(
             and no limit on a CPU. It depends on the card alone, so that the same command makes the same plan.
         stage_two_bytes: of :func:`stage_two_memory`.
         blocks_per_segment: latent frames that are decoded at once.
+        card: plan for this one instead of what ``device`` is.
 
     Raises:
         InputError: no plan fits.
     """
-    capability, decode_limit = device_capability(device), limit
-    if capability is not None and limit is None:
-        limit = int(USABLE * torch.cuda.get_device_properties(device).total_memory)
+    card = Card.of(device) if card is None else card
+    capability, decode_limit = (None if card is None else card.capability), limit
+    if card is not None and limit is None:
+        limit = int(USABLE * card.memory)
         decode_limit = max(limit - stage_two_bytes, 1)
     options = {"capability": capability}
     float32, floats = torch.float32, {"limit": limit, "capability": capability}
@@ -135,6 +152,7 @@ def plan_components(
     memory: str,
     dtype: torch.dtype,
     device: torch.device,
+    card: Card | None = None,
 ) -> PipelinePlans:
     """:func:`plan_pipeline` for the models of a command.
 
@@ -146,6 +164,7 @@ def plan_components(
         memory: ``auto``, or a size for :func:`model.measure.parse_bytes`.
         dtype: of the DiTs and of the decoders.
         device: where all runs.
+        card: plan for this one instead.
 
     Raises:
         InputError: ``memory`` has another form, or no plan fits.
@@ -162,4 +181,5 @@ def plan_components(
         limit=None if memory == "auto" else parse_bytes(memory),
         stage_two_bytes=stage_two_memory(dit, dtype, tokens),
         blocks_per_segment=blocks_per_segment,
+        card=card,
     )

@@ -218,7 +218,7 @@ def _some(plan: VAEPlan, cores: Sequence[Region]) -> VAEPlan:
     return _Some(plan.rows, plan.columns, plan.frames, plan.chunk, plan.park, tuple(cores))
 
 
-class _CountedHost(Host):
+class CountedHost(Host):
     """Host memory of a run on ``meta`` tensors: what is there does not count."""
 
     def __init__(self, memory: TensorMemory, enabled: bool):
@@ -258,7 +258,7 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
         """The peak with these tiles alone, and what is remembered after it."""
         with _gpu(request), TensorMemory(weights) as memory:
             held, state = memory.live, 0
-            for _ in _run(vae, settled, _some(plan, cores), _CountedHost(memory, plan.park)):
+            for _ in _run(vae, settled, _some(plan, cores), CountedHost(memory, plan.park)):
                 state = memory.live - held
         return memory.peak, state
 

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
@@ -395,12 +395,12 @@ def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, it
     )
 
 
-def _inputs(channels: int, dtype: torch.dtype, form: str):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+def _inputs(channels: int, dtype: torch.dtype, form: str, blocks: int = 4, length: int = 64, new=torch.ones):  # type: ignore[no-untyped-def]
+    def make(device: torch.device) -> Arguments:
         # The model's own layouts: rows of a larger buffer, and one of six entries of a modulation table.
-        x, update = torch.ones(2, 1, 64, channels, dtype=dtype, device=device)
-        table = torch.ones(1, 2, 6, channels, device=device)
-        rows = {"block_map": torch.zeros(4, dtype=torch.int32, device=device), "backend": "triton"}
+        x, update = new(2, 1, length, channels, dtype=dtype, device=device)
+        table = new(1, 2, 6, channels, device=device)
+        rows = {"block_map": torch.zeros(blocks, dtype=torch.int32, device=device), "backend": "triton"}
         shift, scale, gate = table.unbind(2)[:3]
         if form == "norm_modulate":
             return (x, shift, scale), rows
@@ -408,7 +408,7 @@ def _inputs(channels: int, dtype: torch.dtype, form: str):  # type: ignore[no-un
             return (x, update, gate), {**rows, "inplace": True}
         if form == "gated_residual_norm_modulate":
             return (x, update, gate, shift, scale), {**rows, "inplace": True}
-        affine = torch.ones(2, channels, device=device)
+        affine = new(2, channels, device=device)
         return (x, update, gate), {**rows, "weight": affine[0], "bias": affine[1], "inplace": True}
 
     return make
@@ -419,8 +419,30 @@ def _work(rows: int) -> Callable[[Mapping[str, Any]], Work]:
     return lambda constants: Work(0, rows * 2 * constants["C"])
 
 
+#: By width: the window or clip that it is timed at, its blocks, and its tokens.
+_REAL = {
+    1536: ("CSG window 2560x1408, 1.3B", 5, 70_400),
+    3072: ("CSG window 2560x1408, 5B", 5, 17_600),
+    5120: ("Stage I 640x352, 14B", 21, 18_480),
+}
+
+
+def _real(channels: int, dtype: torch.dtype, form: str) -> RealSize | None:
+    if channels not in _REAL:
+        return None
+    shape, blocks, length = _REAL[channels]
+    least = cost(1, length, channels, update=form != "norm_modulate", norm=form != "gated_residual")
+    return RealSize(shape, _inputs(channels, dtype, form, blocks, length, torch.empty), least)
+
+
 CASES = [
-    Case(f"{operator.__name__} {label} {c} {str(t).removeprefix('torch.')}", operator, _inputs(c, t, form), _work(rows))
+    Case(
+        f"{operator.__name__} {label} {c} {str(t).removeprefix('torch.')}",
+        operator,
+        _inputs(c, t, form),
+        _work(rows),
+        _real(c, t, form),
+    )
     for operator, label, form, rows, sizes in (
         (norm_modulate, "C", "norm_modulate", 2, ((1536, torch.bfloat16),)),
         (gated_residual, "C", "gated_residual", 3, ((5120, torch.bfloat16),)),

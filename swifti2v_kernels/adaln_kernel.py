@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from swifti2v_kernels.common.configs import configured
+from swifti2v_kernels.common.target import capability_of
 
 LAYER, RMS = 1, 2
 
@@ -18,6 +22,8 @@ class AdalnConfig:
     block_m: int
     num_warps: int
 
+    SPACE: ClassVar = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+
     @classmethod
     def heuristic(cls, block_c: int) -> AdalnConfig:
         """For rows padded to ``block_c`` channels.
@@ -25,7 +31,7 @@ class AdalnConfig:
         Few warps with many channels each (up to 32 a thread, 128-bit loads) spend the fewest instructions on a row's
         two reductions: compiled for 9.0, a token of 1536 channels takes 184 issue cycles with 2 warps and 364 with 8,
         where memory needs about 620. The row's modulation is loaded once a program: over 4 tokens that is 3 bytes of
-        cached traffic beside 8 bytes that must cross memory. Not yet tuned on hardware.
+        cached traffic beside 8 bytes that must cross memory.
         """
         return cls(4, max(block_c // 1024, 1))
 
@@ -117,7 +123,8 @@ def launch_adaln(
     num_blocks = rows if block_map is None else block_map.shape[0]
     block_len = length // num_blocks
     block_c = triton.next_power_of_2(channels)
-    config = AdalnConfig.heuristic(block_c)
+    key = {"block_c": block_c, "itemsize": x.element_size(), "update": int(update is not None), "norm": norm}
+    config = configured("adaln", capability_of(x.device), AdalnConfig.heuristic(block_c), **key)
 
     def strides(tensor: Tensor | None) -> tuple[int, int]:
         return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))

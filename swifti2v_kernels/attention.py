@@ -29,7 +29,7 @@ with one source, torch's own attention where the measured table (``configs/atten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from swifti2v_kernels.attention_arguments import BlockWindow, Call, Source, check_call, check_overlaps
 from swifti2v_kernels.attention_launch import choose_kernel, launch, prepare, sdpa
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_range
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, pick_backend
@@ -323,17 +323,21 @@ class _Inputs(NamedTuple):
     #: Elements between the heads of one token beyond head_dim; 1 leaves nothing aligned.
     gap: int = 0
     attend_all: bool = False
+    batch: int = 2
+    heads: int = 2
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+    def __call__(self, device: torch.device) -> Arguments:
         def views(length: int) -> list[Tensor]:
-            buffer = torch.ones(2, length, 3, 2, self.head_dim + self.gap, dtype=self.dtype, device=device)
+            size = self.batch, length, 3, self.heads, self.head_dim + self.gap
+            buffer = self.new(size, dtype=self.dtype, device=device)
             return [buffer[:, :, i, :, : self.head_dim] for i in range(3)]
 
         q = [views(n)[0] for n in self.query_lens]
         sources = [tuple(views(n)[1:]) for n in self.key_lens]
         options: dict[str, object] = {"return_lse": self.lse, "window": self.window, "backend": "triton"}
         if self.valid:
-            options["valid_lengths"] = [torch.full((2,), n - 1, device=device) for n in self.key_lens]
+            options["valid_lengths"] = [torch.full((self.batch,), n - 1, device=device) for n in self.key_lens]
         if len(q) > 1 and not self.attend_all:
             options["attends"] = [range(min(i + 1, len(sources))) for i in range(len(q))]
         return (q if len(q) > 1 else q[0], sources), options
@@ -360,7 +364,28 @@ def _cases() -> list[Case]:
             f"d{d} block window": _Inputs(d, query_lens=(333,), key_lens=(333, 77), window=BlockWindow(100, 1)),
             f"d{d} unaligned": _Inputs(d, gap=1),
         }
-    return [Case(f"segment_attention {name}", segment_attention, inputs, _work) for name, inputs in calls.items()]
+    real = {
+        "d64 lse": _real("1216x704, 121 frames, LTX-Video", calls["d64 lse"], 32, 13_376),
+        "d128 lse": _real("CSG window 2560x1408, 5B", calls["d128 lse"], 24, 17_600),
+        "d128 2 sources": _real("CSG window 1280x704, 1.3B", calls["d128 2 sources"], 12, 14_080, 3520),
+        "d128 5 sources": _real("CSG window 1280x704, 1.3B", calls["d128 5 sources"], 12, *[3520] * 5),
+        "d128 block window": _real("640x352, 81 frames", calls["d128 block window"], 12, 18_480, 512),
+    }
+    return [
+        Case(f"segment_attention {name}", segment_attention, inputs, _work, real.get(name))
+        for name, inputs in calls.items()
+    ]
+
+
+def _real(shape: str, inputs: _Inputs, heads: int, *key_lens: int) -> RealSize:
+    """As many queries as keys, or those of the first source under a window of 3 of its 21 blocks."""
+    queries = key_lens[0] if inputs.window else sum(key_lens)
+    window = None if inputs.window is None else BlockWindow(queries // 21, 1, 1)
+    whole = inputs._replace(
+        batch=1, heads=heads, query_lens=(queries,), key_lens=key_lens, window=window, new=torch.empty
+    )
+    pairs = None if window is None else queries * (3 * queries // 21 + sum(key_lens[1:]))
+    return RealSize(shape, whole, cost(1, heads, inputs.head_dim, queries, sum(key_lens), pairs=pairs))
 
 
 CASES = _cases()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 from torch import Tensor
@@ -55,6 +56,8 @@ class HopperConfig:
     block_n: int
     num_stages: int
     block_m: int = 128
+
+    SPACE: ClassVar = {"block_n": (64, 128), "num_stages": (2, 3, 4)}
 
     @classmethod
     def heuristic(cls, head_dim: int) -> HopperConfig:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swifti2v_kernels.attention_arguments import Source
 from swifti2v_kernels.common.checks import check_range
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.tables import fastest
 from swifti2v_kernels.common.target import capability_of, on_device
 
@@ -82,13 +83,17 @@ def launch(
         elif kernel == "hopper":
             from swifti2v_kernels.attention_hopper import HopperConfig, launch_hopper
 
-            config = HopperConfig.heuristic(head_dim)
+            config = configured("attention_hopper", 90, HopperConfig.heuristic(head_dim), head_dim=head_dim)
             launch_hopper(q, sources, out, lses, scale=scale, attends=attends, config=config)
         else:
             from swifti2v_kernels.attention_portable import PortableConfig, descriptors_possible, launch_portable
 
-            aligned = descriptors_possible(sources)
-            config = PortableConfig.heuristic(capability_of(q[0].device), head_dim, len(sources), aligned)
+            aligned, capability = descriptors_possible(sources), capability_of(q[0].device)
+            heuristic = PortableConfig.heuristic(capability, head_dim, len(sources), aligned)
+            # Descriptors are unrolled for every source; without them a loop walks any number.
+            unrolled = len(sources) if heuristic.descriptors else 0
+            key = {"head_dim": head_dim, "sources": unrolled, "aligned": int(aligned)}
+            config = configured("attention_portable", capability, heuristic, **key)
             options = {"scale": scale, "attends": attends, "window": window, "config": config}
             launch_portable(q, sources, out, lses, valid_lengths=valid, **options)
 

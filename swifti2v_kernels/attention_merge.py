@@ -18,13 +18,13 @@ writes every weighted part. FLOPs: about 2 * n * B * H * L * D. Not yet timed on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_views
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
@@ -133,13 +133,20 @@ def cost(batch: int, heads: int, head_dim: int, length: int, parts: int, itemsiz
     return Cost(2 * parts * rows * head_dim, parts * one, one)
 
 
-def _inputs(head_dim: int, dtype: torch.dtype, parts: int):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
-        outputs = [torch.ones(2, 299, 3, head_dim, dtype=dtype, device=device) for _ in range(parts)]
-        lses = [torch.zeros(2, 3, 299, device=device) for _ in range(parts)]
+def _inputs(
+    head_dim: int, dtype: torch.dtype, parts: int, batch: int = 2, length: int = 299, heads: int = 3
+) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
+        outputs = [torch.ones(batch, length, heads, head_dim, dtype=dtype, device=device) for _ in range(parts)]
+        lses = [torch.zeros(batch, heads, length, device=device) for _ in range(parts)]
         return (outputs, lses), {"backend": "triton"}
 
     return make
+
+
+_REAL = RealSize(
+    "CSG window 2560x1408, 1.3B", _inputs(128, torch.bfloat16, 2, 1, 70_400, 12), cost(1, 12, 128, 70_400, 2)
+)
 
 
 def _work(constants: Mapping[str, Any]) -> Work:
@@ -153,6 +160,7 @@ CASES = [
         merge_attention,
         _inputs(d, t, parts),
         _work,
+        _REAL if d == 128 else None,
     )
     for d, t, parts in ((128, torch.bfloat16, 2), (96, torch.float16, 3), (64, torch.float32, 2))
 ]

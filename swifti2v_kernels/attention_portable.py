@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
@@ -44,6 +44,8 @@ class PortableConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+
+    SPACE: ClassVar = {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 
     @classmethod
     def heuristic(cls, capability: int | None, head_dim: int, num_sources: int, aligned: bool) -> PortableConfig:

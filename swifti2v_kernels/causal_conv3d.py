@@ -31,14 +31,15 @@ C' written, one C' more for each of residual and second result. Not yet timed on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.conv_checks import (
     MAX_OWNED_CHANNELS,
@@ -307,14 +308,23 @@ class _Inputs(NamedTuple):
     #: The history lies in memory of another layout.
     mixed: bool = False
     dtype: torch.dtype = torch.bfloat16
+    frames: int = 4
+    #: Rows and columns of the tile.
+    size: tuple[int, int] = (20, 32)
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+    def __call__(self, device: torch.device) -> Arguments:
+        rows, columns = self.size
+
         def ones(*shape: int) -> Tensor:
-            return torch.ones(shape, dtype=self.dtype, device=device)
+            return self.new(shape, dtype=self.dtype, device=device)
 
-        x = ones(1, 4, 24, 48, self.channels)[:, :, 2:22, 4:36]
+        def tile(frames: int) -> Tensor:
+            return ones(1, frames, rows + 4, columns + 16, self.channels)[:, :, 2:-2, 4:-12]
+
+        x = tile(self.frames)
         weight = ones(self.columns, *self.kernel, self.channels).permute(0, 4, 1, 2, 3)
-        past = ones(1, 2, 20, 32, self.channels) if self.mixed else ones(1, 4, 24, 48, self.channels)[:, 2:, 2:22, 4:36]
+        past = ones(1, 2, rows, columns, self.channels) if self.mixed else tile(2)
         options: dict[str, object] = {"padding": (1, 0, 1, 0) if self.kernel[1] == 3 else None, "backend": "triton"}
         options |= {"stride": self.stride, "past": past[:, : self.kernel[0] - 1] if self.kernel[0] > 1 else None}
         size = output_size(x, weight, self.stride, (1, 0, 1, 0) if self.kernel[1] == 3 else (0, 0, 0, 0))
@@ -341,8 +351,34 @@ def _work_float32(constants: Mapping[str, Any]) -> Work:
     return Work(0, 4 * (rows + columns) * depth)
 
 
+def _real(inputs: _Inputs, frames: int, rows: int, columns: int) -> RealSize:
+    """As the decoder of Wan2.1 (up to 384 channels) or 2.2 makes it for 2560x1408, one latent frame."""
+    whole = inputs._replace(frames=frames, size=(rows, columns), new=torch.empty)
+    pixels, results = frames * rows * columns, 1 + (inputs.norm and inputs.residual)
+    least = cost(
+        pixels, inputs.channels, inputs.columns, math.prod(inputs.kernel), residual=inputs.residual, results=results
+    )
+    return RealSize(f"decode 2560x1408, {frames} x {columns}x{rows}", whole, least)
+
+
+_TIMED = {
+    "C96 norm": _real(_Inputs(96, 96, norm=True), 4, 1408, 2560),
+    "C96 residual norm": _real(_Inputs(96, 96, norm=True, residual=True), 4, 1408, 2560),
+    "C192 norm": _real(_Inputs(192, 192, norm=True), 4, 704, 1280),
+    "C192 residual norm": _real(_Inputs(192, 192, norm=True, residual=True), 4, 704, 1280),
+    "C384 residual": _real(_Inputs(384, 384, residual=True), 2, 352, 640),
+    "C1024 residual": _real(_Inputs(1024, 1024, residual=True), 2, 176, 320),
+    "C512 to C256": _real(_Inputs(512, 256), 4, 704, 1280),
+    "C256 residual": _real(_Inputs(256, 256, residual=True), 4, 704, 1280),
+}
 CASES = [
-    Case(f"causal_conv3d {name}", causal_conv3d, inputs, _work_float32 if inputs.dtype == torch.float32 else _work)
+    Case(
+        f"causal_conv3d {name}",
+        causal_conv3d,
+        inputs,
+        _work_float32 if inputs.dtype == torch.float32 else _work,
+        _TIMED.get(name),
+    )
     for name, inputs in {
         "C96 norm": _Inputs(96, 96, norm=True),
         "C96 residual norm": _Inputs(96, 96, norm=True, residual=True),

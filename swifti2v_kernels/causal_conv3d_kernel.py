@@ -11,12 +11,14 @@ Not yet timed on hardware. What the compiler made of it: ``python -m bench compi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.conv_loop import (
     ConvConfig,
     aligned,
@@ -81,8 +83,11 @@ def launch_causal_conv3d(
     assert target is not None
     _, frames, out_height, out_width, _ = target.shape
     if config is None:
-        owned = normed is not None
-        config = ConvConfig.heuristic(capability_of(x.device), channels, columns, x.element_size(), owned)
+        owned, capability, itemsize = normed is not None, capability_of(x.device), x.element_size()
+        config = configured(
+            "causal_conv3d", capability, ConvConfig.heuristic(capability, channels, columns, itemsize, owned),
+            channels=channels, columns=columns, taps=math.prod(kernel), itemsize=itemsize, owned=int(owned),
+        )  # fmt: skip
     num_past = 0 if past is None else past.shape[1]
     mixed = past is not None and past.stride()[2:4] != x.stride()[2:4]
     programs = triton.cdiv(out_height * out_width, config.block_m) * triton.cdiv(columns, config.columns)

@@ -26,7 +26,7 @@ weight's. Not yet timed on hardware.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import (
     check_index,
     check_parameter,
@@ -317,18 +317,26 @@ class _Inputs(NamedTuple):
     patch: int = 2
     #: Elements between the rows of a block beyond w; 1 leaves nothing aligned.
     gap: int = 0
+    batch: int = 2
+    #: Rows and columns of a block.
+    size: tuple[int, int] = (16, 32)
+    index: tuple[int, ...] = (3, -1, 0, 6)
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+    def __call__(self, device: torch.device) -> Arguments:
         def blocks(z: int, number: int) -> Tensor:
-            return torch.ones(2, z, number, 16, 32 + self.gap, dtype=self.store, device=device)[..., :32]
+            rows, columns = self.size
+            return self.new(self.batch, z, number, rows, columns + self.gap, dtype=self.store, device=device)[
+                ..., :columns
+            ]
 
         in_channels = self.z + self.mask_channels + self.z_ref
-        weight = torch.ones(self.width, in_channels, 1, self.patch, self.patch, dtype=self.dtype, device=device)
-        index = torch.tensor([3, -1, 0, 6], dtype=torch.int32, device=device)
+        weight = self.new(self.width, in_channels, 1, self.patch, self.patch, dtype=self.dtype, device=device)
+        index = torch.tensor(self.index, dtype=torch.int32, device=device)
         options: dict[str, object] = {"backend": "triton", "latent_index": index, "reference_index": index.clamp(min=0)}
         options["reference"] = blocks(self.z_ref or self.z, 9)
         if self.mask_channels:
-            options["mask"] = torch.tensor([0.0, 1.0, 0.0, 0.0], device=device)
+            options["mask"] = torch.tensor([float(i < 0) for i in self.index], device=device)
         return (blocks(self.z, 7), weight, weight[:, 0, 0, 0, 0].contiguous()), options
 
 
@@ -344,8 +352,25 @@ def _work_float32(constants: Mapping[str, Any]) -> Work:
     return Work(0, 4 * (rows + columns) * depth)
 
 
+def _real(shape: str, inputs: _Inputs, rows: int, columns: int) -> RealSize:
+    """Two given blocks and three noisy ones."""
+    whole = inputs._replace(batch=1, size=(rows, columns), index=(-1, -1, 0, 1, 2), new=torch.empty)
+    features = 4 * (inputs.z + inputs.mask_channels + inputs.z_ref)
+    return RealSize(shape, whole, cost(1, 5 * rows * columns // 4, features, inputs.width, 4 * inputs.mask_channels))
+
+
+_TIMED = {
+    "c1536 z16+4+16": _real("CSG window 2560x1408, 1.3B", _Inputs(1536, 16, 16, 4), 176, 320),
+    "c3072 z48+4+48": _real("CSG window 2560x1408, 5B", _Inputs(3072, 48, 48, 4), 88, 160),
+}
 CASES = [
-    Case(f"embed_window {name}", embed_window, inputs, _work_float32 if inputs.dtype == torch.float32 else _work)
+    Case(
+        f"embed_window {name}",
+        embed_window,
+        inputs,
+        _work_float32 if inputs.dtype == torch.float32 else _work,
+        _TIMED.get(name),
+    )
     for name, inputs in {
         "c1536 z16+4+16": _Inputs(1536, 16, 16, 4),
         "c3072 z48+4+48": _Inputs(3072, 48, 48, 4),

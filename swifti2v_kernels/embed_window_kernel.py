@@ -11,11 +11,13 @@ Not yet timed on hardware. What the compiler made of it: ``python -m bench compi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.target import capability_of
 
 
@@ -28,6 +30,14 @@ class EmbedConfig:
     block_k: int
     num_warps: int
     num_stages: int
+
+    SPACE: ClassVar = {
+        "block_m": (64, 128),
+        "block_n": (128, 256),
+        "block_k": (16, 32),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    }
 
     @classmethod
     def heuristic(cls, capability: int | None, width: int, itemsize: int) -> EmbedConfig:
@@ -145,7 +155,9 @@ def launch_embed_window(
     _, in_channels, _, patch_h, patch_w = weight.shape
     z, num_latents, height, row_width = latents.shape[1:]
     z_ref, num_references = reference.shape[1:3] if reference is not None else (0, 0)
-    config = EmbedConfig.heuristic(capability_of(out.device), width, weight.element_size())
+    capability, itemsize = capability_of(out.device), weight.element_size()
+    heuristic = EmbedConfig.heuristic(capability, width, itemsize)
+    config = configured("embed_window", capability, heuristic, width=width, channels=in_channels, itemsize=itemsize)
     tiles = triton.cdiv(length, config.block_m) * triton.cdiv(width, config.block_n)
     embed_window_fwd_kernel[(tiles, batch)](
         latents, reference, weight, bias, latent_index, reference_index, mask, out,

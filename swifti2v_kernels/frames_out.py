@@ -24,14 +24,14 @@ yet timed on hardware.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import FLOATS, check_targets
 from swifti2v_kernels.common.conv_checks import (
     check_frames,
@@ -249,16 +249,21 @@ class _Inputs(NamedTuple):
     out: torch.dtype = torch.uint8
     blend: bool = False
     dtype: torch.dtype = torch.bfloat16
+    frames: int = 2
+    #: Rows and columns of the tile.
+    size: tuple[int, int] = (20, 32)
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
-        p = self.patch_size
-        x = torch.ones(1, 2, 20, 32, self.channels, dtype=self.dtype, device=device)
-        weight = torch.ones(3 * p * p, 3, 3, 3, self.channels, dtype=self.dtype, device=device).permute(0, 4, 1, 2, 3)
+    def __call__(self, device: torch.device) -> Arguments:
+        p, (rows, columns) = self.patch_size, self.size
+        x = self.new(1, self.frames, rows, columns, self.channels, dtype=self.dtype, device=device)
+        weight = self.new(3 * p * p, 3, 3, 3, self.channels, dtype=self.dtype, device=device).permute(0, 4, 1, 2, 3)
         bias = torch.zeros(3 * p * p, dtype=self.dtype, device=device)
-        out = torch.zeros(1, 3, 40 * p, 64 * p, 3, dtype=self.out, device=device)[:, 1:, : 19 * p, : 31 * p]
-        options: dict[str, object] = {"past": x, "padding": (1, 0, 1, 0), "patch_size": p, "backend": "triton"}
-        options["window"] = torch.ones(19 * p, 31 * p, device=device) if self.blend else None
-        return (x, weight, bias, out), options
+        height, width = (rows - 1) * p, (columns - 1) * p
+        out = torch.zeros(1, self.frames + 1, height + 21 * p, width + 33 * p, 3, dtype=self.out, device=device)
+        options: dict[str, object] = {"past": x[:, -2:], "padding": (1, 0, 1, 0), "patch_size": p, "backend": "triton"}
+        options["window"] = self.new(height, width, device=device) if self.blend else None
+        return (x, weight, bias, out[:, 1:, :height, :width]), options
 
 
 def _work(constants: Mapping[str, Any]) -> Work:
@@ -267,8 +272,16 @@ def _work(constants: Mapping[str, Any]) -> Work:
     return Work(rows * columns * depth, 2 * (rows + columns) * depth)
 
 
+def _real(inputs: _Inputs, rows: int, columns: int) -> RealSize:
+    """As the decoder of Wan2.1 or 2.2 makes it for 2560x1408, four frames."""
+    whole = inputs._replace(frames=4, size=(rows, columns), new=torch.empty)
+    least = cost(4 * rows * columns, inputs.channels, 27, inputs.patch_size)
+    return RealSize(f"decode 2560x1408, 4 x {columns}x{rows}", whole, least)
+
+
+_TIMED = {"C96": _real(_Inputs(96), 1408, 2560), "C256 patches of 2": _real(_Inputs(256, 2), 704, 1280)}
 CASES = [
-    Case(f"frames_out {name}", frames_out, inputs, _work)
+    Case(f"frames_out {name}", frames_out, inputs, _work, _TIMED.get(name))
     for name, inputs in {
         "C96": _Inputs(96),
         "C256 patches of 2": _Inputs(256, 2),

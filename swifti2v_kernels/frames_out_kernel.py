@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.conv_loop import ConvConfig, aligned, conv_product, frame_strides, locate
 from swifti2v_kernels.common.target import capability_of
 
@@ -81,7 +82,9 @@ def launch_frames_out(
     columns, _, *kernel = weight.shape
     out_height, out_width = out.shape[2] // patch_size, out.shape[3] // patch_size
     if config is None:
-        config = ConvConfig.heuristic(capability_of(x.device), channels, columns, x.element_size(), False)
+        capability, itemsize = capability_of(x.device), x.element_size()
+        heuristic = ConvConfig.heuristic(capability, channels, columns, itemsize, False)
+        config = configured("frames_out", capability, heuristic, channels=channels, columns=columns, itemsize=itemsize)
     mixed = past is not None and past.stride()[2:4] != x.stride()[2:4]
     frames_out_fwd_kernel[(triton.cdiv(out_height * out_width, config.block_m), frames, batch)](
         x, past, weight, bias, window, out, *frame_strides(x, past, out),

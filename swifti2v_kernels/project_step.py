@@ -26,7 +26,7 @@ read), the velocity and its copies in another layout. Not yet timed on hardware.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import (
     FLOATS,
     check_index,
@@ -330,15 +330,23 @@ class _Inputs(NamedTuple):
     step: bool = True
     #: Elements between the tokens beyond C; 1 leaves nothing aligned.
     gap: int = 0
+    batch: int = 2
+    #: Rows and columns of a block of latents.
+    size: tuple[int, int] = (16, 32)
+    index: tuple[int, ...] = (5, -1, 0, 3)
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
-        x = torch.ones(2, 4 * 8 * 16, self.width + self.gap, dtype=self.dtype, device=device)[..., : self.width]
-        weight = torch.ones(4 * self.z, self.width, dtype=self.dtype, device=device)
-        shift, scale = torch.zeros(2, 3, 2, self.width, device=device).unbind(2)
-        out = torch.ones(2, self.z, 7, 16, 32 + self.gap, dtype=self.store, device=device)[..., :32]
-        index = torch.tensor([5, -1, 0, 3], dtype=torch.int32, device=device)
+    def __call__(self, device: torch.device) -> Arguments:
+        rows, columns = self.size
+        length = len(self.index) * rows * columns // 4
+        x = self.new(self.batch, length, self.width + self.gap, dtype=self.dtype, device=device)[..., : self.width]
+        weight = self.new(4 * self.z, self.width, dtype=self.dtype, device=device)
+        shift, scale = torch.zeros(self.batch, 3, 2, self.width, device=device).unbind(2)
+        out = self.new(self.batch, self.z, 7, rows, columns + self.gap, dtype=self.store, device=device)[..., :columns]
+        index = torch.tensor(self.index, dtype=torch.int32, device=device)
         options: dict[str, object] = {"latent_index": index, "backend": "triton"}
-        options["block_map"] = torch.tensor([0, 1, 2, 2], dtype=torch.int32, device=device)
+        chosen = [min(i, 2) for i in range(len(self.index))]
+        options["block_map"] = torch.tensor(chosen, dtype=torch.int32, device=device)
         options["step"] = torch.full((), -0.05, device=device) if self.step else None
         return (x, weight, weight[:, 0].contiguous(), shift, scale, out), options
 
@@ -355,8 +363,24 @@ def _work_float32(constants: Mapping[str, Any]) -> Work:
     return Work(0, 4 * (rows + columns) * depth)
 
 
+def _real(shape: str, inputs: _Inputs, rows: int, columns: int) -> RealSize:
+    """Two given blocks and three targets."""
+    whole = inputs._replace(batch=1, size=(rows, columns), index=(-1, -1, 0, 1, 2), new=torch.empty)
+    return RealSize(shape, whole, cost(1, 3 * rows * columns // 4, inputs.width, 4 * inputs.z))
+
+
+_TIMED = {
+    "c1536 z16": _real("CSG window 2560x1408, 1.3B", _Inputs(1536, 16), 176, 320),
+    "c3072 z48": _real("CSG window 2560x1408, 5B", _Inputs(3072, 48), 88, 160),
+}
 CASES = [
-    Case(f"project_step {name}", project_step, inputs, _work_float32 if inputs.dtype == torch.float32 else _work)
+    Case(
+        f"project_step {name}",
+        project_step,
+        inputs,
+        _work_float32 if inputs.dtype == torch.float32 else _work,
+        _TIMED.get(name),
+    )
     for name, inputs in {
         "c1536 z16": _Inputs(1536, 16),
         "c3072 z48": _Inputs(3072, 48),

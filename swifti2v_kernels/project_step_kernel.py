@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.target import capability_of
 
 
@@ -29,6 +31,13 @@ class ProjectConfig:
     block_k: int
     num_warps: int
     num_stages: int
+
+    SPACE: ClassVar = {
+        "block_m": (16, 32, 64, 128),
+        "block_k": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    }
 
     @classmethod
     def heuristic(cls, capability: int | None, block_n: int, itemsize: int) -> ProjectConfig:
@@ -176,7 +185,9 @@ def launch_project_step(
     if block_map is None and num_rows == 1:
         shift, scale = (y.expand(-1, num_blocks, -1) for y in (shift, scale))
     block_n = max(triton.next_power_of_2(weight.shape[0]), 16)
-    config = ProjectConfig.heuristic(capability_of(out.device), block_n, x.element_size())
+    capability, itemsize = capability_of(out.device), x.element_size()
+    heuristic = ProjectConfig.heuristic(capability, block_n, itemsize)
+    config = configured("project_step", capability, heuristic, block_n=block_n, width=width, itemsize=itemsize)
     tensor = step if isinstance(step, Tensor) else None
     project_step_fwd_kernel[(num_blocks * triton.cdiv(rows * columns, config.block_m), batch)](
         x, weight, bias, shift, scale, out, latent_index, block_map, tensor,

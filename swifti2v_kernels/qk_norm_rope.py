@@ -25,6 +25,7 @@ products and strided copies, moves 35. FLOPs: about 10 an element. Not yet timed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
@@ -387,13 +388,14 @@ def cost(batch: int, length: int, channels: int, *, tensors: int = 2, itemsize: 
     return Cost(10 * elements, elements * itemsize, elements * itemsize)
 
 
-def _inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) -> Callable[[torch.device], Any]:
-    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+def _inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) -> Callable[[torch.device], Arguments]:
+    def make(device: torch.device) -> Arguments:
         rotate, per_head = options.get("rotate", True), options.get("per_head", False)
-        width, length = heads * head_dim, 24
-        qkv = torch.ones(2, length, 3 * width, dtype=dtype, device=device)
-        weight = torch.ones(head_dim if per_head else width, dtype=dtype, device=device)
-        rope = rope_3d(range(2), 3, 4, head_dim, device=device) if rotate else None
+        new, batch, grid = options.get("new", torch.ones), options.get("batch", 2), options.get("grid", (2, 3, 4))
+        width = heads * head_dim
+        qkv = new(batch, math.prod(grid), 3 * width, dtype=dtype, device=device)
+        weight = new(head_dim if per_head else width, dtype=dtype, device=device)
+        rope = rope_3d(range(grid[0]), *grid[1:], head_dim, device=device) if rotate else None
         keywords = {"inplace": True, "layout": options.get("layout", "interleaved"), "backend": "triton"}
         return (qkv[..., :width], qkv[..., width : 2 * width], weight, weight, rope, heads), keywords
 
@@ -405,8 +407,23 @@ def _work(constants: Mapping[str, Any]) -> Work:
     return Work(0, 2 * 2 * constants["HEADS"] * constants["HEAD_DIM"])
 
 
+#: By heads of 128: the window or clip that it is timed at, and its blocks, rows and columns.
+_REAL = {
+    12: ("CSG window 2560x1408, 1.3B", (5, 88, 160)),
+    24: ("CSG window 2560x1408, 5B", (5, 44, 80)),
+    40: ("Stage I 640x352, 14B", (21, 22, 40)),
+}
+
+
+def _real(heads: int) -> RealSize:
+    shape, grid = _REAL[heads]
+    inputs = _inputs(heads, 128, torch.bfloat16, new=torch.empty, batch=1, grid=grid)
+    return RealSize(shape, inputs, cost(1, math.prod(grid), 128 * heads))
+
+
+_TIMED = {f"{heads}x128": _real(heads) for heads in _REAL}
 CASES = [
-    Case(f"qk_norm_rope {name}", qk_norm_rope, inputs, _work)
+    Case(f"qk_norm_rope {name}", qk_norm_rope, inputs, _work, _TIMED.get(name))
     for name, inputs in {
         "12x128": _inputs(12, 128, torch.bfloat16),
         "24x128": _inputs(24, 128, torch.bfloat16),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from swifti2v_kernels.common.configs import configured
+from swifti2v_kernels.common.target import capability_of
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,14 @@ class NormRopeConfig:
     block_m: int
     num_warps: int
 
+    SPACE: ClassVar = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}
+
     @classmethod
     def heuristic(cls, block_h: int, block_d: int) -> NormRopeConfig:
         """For tokens padded to ``block_h`` heads of ``block_d`` channels.
 
         Up to 32 channels a thread, in 128-bit loads; the norm's weights are loaded once a program, so 4 tokens make
-        them a quarter of the traffic, from cache. Not yet tuned on hardware.
+        them a quarter of the traffic, from cache.
         """
         return cls(4, min(max(block_h * block_d // 1024, 1), 16))
 
@@ -145,7 +151,8 @@ def launch_norm_rope(
     pairs = tuple(table.shape[1] for table in tables) if tables is not None else (0, 0, 0)
     height, width = (tables[1].shape[0], tables[2].shape[0]) if tables is not None else (1, 1)
     block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
-    config = NormRopeConfig.heuristic(block_h, 2 * block_p)
+    key = {"block_h": block_h, "block_d": 2 * block_p, "itemsize": q.element_size(), "interleaved": int(interleaved)}
+    config = configured("norm_rope", capability_of(q.device), NormRopeConfig.heuristic(block_h, 2 * block_p), **key)
     norm_rope_fwd_kernel[(triton.cdiv(longest, config.block_m), batch, 2 if both else 1)](
         q, second[0], q_weight, second[1], q_out, second[2], *(tables if tables is not None else (None, None, None)),
         q.stride(0), q.stride(1), second[0].stride(0), second[0].stride(1),

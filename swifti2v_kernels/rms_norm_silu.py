@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.conv_checks import check_frames, check_vector
 from swifti2v_kernels.common.cost import Cost, Work
@@ -125,12 +125,18 @@ def cost(pixels: int, channels: int, itemsize: int = 2) -> Cost:
     return Cost(8 * pixels * channels, pixels * channels * itemsize, pixels * channels * itemsize)
 
 
-def _inputs(channels: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
-        x = torch.ones(1, 2, 20, 36, channels, dtype=dtype, device=device)[:, :, 2:-2, 2:-2]
-        return (x, torch.ones(channels, dtype=dtype, device=device)), {"backend": "triton"}
+def _inputs(channels: int, dtype: torch.dtype, frames: int = 2, rows: int = 16, columns: int = 32, new=torch.ones):  # type: ignore[no-untyped-def]
+    def make(device: torch.device) -> Arguments:
+        x = new(1, frames, rows + 4, columns + 4, channels, dtype=dtype, device=device)[:, :, 2:-2, 2:-2]
+        return (x, new(channels, dtype=dtype, device=device)), {"backend": "triton"}
 
     return make
+
+
+def _real(channels: int, frames: int, rows: int, columns: int) -> RealSize:
+    """As a decoder for 2560x1408 makes it, one latent frame."""
+    inputs = _inputs(channels, torch.bfloat16, frames, rows, columns, torch.empty)
+    return RealSize(f"{frames} x {columns}x{rows}", inputs, cost(frames * rows * columns, channels))
 
 
 def _work(constants: Mapping[str, Any]) -> Work:
@@ -139,11 +145,11 @@ def _work(constants: Mapping[str, Any]) -> Work:
 
 
 CASES = [
-    Case(f"rms_norm_silu C{c} {str(t).removeprefix('torch.')}", rms_norm_silu, _inputs(c, t), _work)
-    for c, t in (
-        (96, torch.bfloat16),
-        (384, torch.bfloat16),
-        (1024, torch.bfloat16),
-        (320, torch.float16),
+    Case(f"rms_norm_silu C{c} {str(t).removeprefix('torch.')}", rms_norm_silu, _inputs(c, t), _work, real)
+    for c, t, real in (
+        (96, torch.bfloat16, _real(96, 4, 1408, 2560)),
+        (384, torch.bfloat16, _real(384, 2, 352, 640)),
+        (1024, torch.bfloat16, _real(1024, 2, 176, 320)),
+        (320, torch.float16, None),
     )
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.conv_loop import frame_strides, pixels
+from swifti2v_kernels.common.target import capability_of
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,11 @@ class NormConfig:
     block_m: int
     num_warps: int
 
+    SPACE: ClassVar = {"block_m": (1, 2, 4, 8, 16, 32, 64), "num_warps": (2, 4, 8)}
+
     @classmethod
     def heuristic(cls, block_c: int) -> NormConfig:
-        """For pixels padded to ``block_c`` channels: 32 values a thread, loaded 16 bytes at a time.
-
-        Not yet tuned on hardware.
-        """
+        """For pixels padded to ``block_c`` channels: 32 values a thread, loaded 16 bytes at a time."""
         return cls(max(4096 // block_c, 1), 4)
 
 
@@ -54,7 +56,8 @@ def launch_rms_norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """Writes ``out``; arguments are checked by the caller."""
     batch, frames, height, width, channels = x.shape
     block_c = triton.next_power_of_2(channels)
-    config = NormConfig.heuristic(block_c)
+    key = {"block_c": block_c, "itemsize": x.element_size()}
+    config = configured("rms_norm_silu", capability_of(x.device), NormConfig.heuristic(block_c), **key)
     rms_norm_silu_fwd_kernel[(triton.cdiv(height * width, config.block_m), frames, batch)](
         x, weight, out, *frame_strides(x, out), height, width,
         C=channels, BLOCK_C=block_c, BLOCK_M=config.block_m, num_warps=config.num_warps, enable_fp_fusion=True,

@@ -27,7 +27,7 @@ hardware.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_parameter, check_targets
 from swifti2v_kernels.common.conv_checks import (
     MAX_OWNED_CHANNELS,
@@ -293,19 +293,25 @@ class _Inputs(NamedTuple):
     norm: bool = False
     residual: bool = False
     dtype: torch.dtype = torch.bfloat16
+    frames: int = 2
+    #: Rows and columns of the tile.
+    size: tuple[int, int] = (20, 32)
+    new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> tuple[tuple[object, ...], dict[str, object]]:
+    def __call__(self, device: torch.device) -> Arguments:
+        rows, columns = self.size
+
         def ones(*shape: int) -> Tensor:
-            return torch.ones(shape, dtype=self.dtype, device=device)
+            return self.new(shape, dtype=self.dtype, device=device)
 
         options: dict[str, object] = {"padding": (1, 0, 1, 0), "backend": "triton"}
         if self.norm:
             options["norm_weight"] = ones(self.columns)
         if self.residual:
-            residual = ones(1, 2, 39, 63, self.columns)
+            residual = ones(1, self.frames, 2 * rows - 1, 2 * columns - 1, self.columns)
             options |= {"residual": residual, "out": residual}
-        arguments = (ones(1, 2, 20, 32, self.channels), ones(4, self.columns, 2, 2, self.channels), ones(self.columns))
-        return arguments, options
+        x = ones(1, self.frames, rows, columns, self.channels)
+        return (x, ones(4, self.columns, 2, 2, self.channels), ones(self.columns)), options
 
 
 def _work(constants: Mapping[str, Any]) -> Work:
@@ -320,8 +326,28 @@ def _work_float32(constants: Mapping[str, Any]) -> Work:
     return Work(0, 4 * (rows + columns) * depth)
 
 
+def _real(inputs: _Inputs, frames: int, rows: int, columns: int) -> RealSize:
+    """As the decoder of Wan2.1 or 2.2 makes it for 2560x1408, one latent frame."""
+    whole = inputs._replace(frames=frames, size=(rows, columns), new=torch.empty)
+    least = cost(
+        4 * frames * rows * columns, inputs.channels, inputs.columns, residual=inputs.residual, results=1 + inputs.norm
+    )
+    return RealSize(f"decode 2560x1408, {frames} x {columns}x{rows}", whole, least)
+
+
+_TIMED = {
+    "C384 to C192 norm": _real(_Inputs(384, 192, norm=True), 4, 352, 640),
+    "C192 to C96 norm": _real(_Inputs(192, 96, norm=True), 4, 704, 1280),
+    "C512 residual": _real(_Inputs(512, 512, residual=True), 4, 352, 640),
+}
 CASES = [
-    Case(f"upsample_conv2d {name}", upsample_conv2d, inputs, _work_float32 if inputs.dtype == torch.float32 else _work)
+    Case(
+        f"upsample_conv2d {name}",
+        upsample_conv2d,
+        inputs,
+        _work_float32 if inputs.dtype == torch.float32 else _work,
+        _TIMED.get(name),
+    )
     for name, inputs in {
         "C384 to C192 norm": _Inputs(384, 192, norm=True),
         "C192 to C96 norm": _Inputs(192, 96, norm=True),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swifti2v_kernels.common.configs import configured
 from swifti2v_kernels.common.conv_loop import (
     ConvConfig,
     aligned,
@@ -82,8 +83,11 @@ def launch_upsample_conv2d(
     assert target is not None
     _, _, out_height, out_width, _ = target.shape
     if config is None:
-        owned = normed is not None
-        config = ConvConfig.heuristic(capability_of(x.device), channels, columns, x.element_size(), owned)
+        owned, capability, itemsize = normed is not None, capability_of(x.device), x.element_size()
+        config = configured(
+            "upsample_conv2d", capability, ConvConfig.heuristic(capability, channels, columns, itemsize, owned),
+            channels=channels, columns=columns, itemsize=itemsize, owned=int(owned),
+        )  # fmt: skip
     tiles = triton.cdiv(((out_height + 1) // 2) * ((out_width + 1) // 2), config.block_m)
     upsample_conv2d_fwd_kernel[(tiles * 4 * triton.cdiv(columns, config.columns), frames, batch)](
         x, phases, bias, residual, norm_weight, out, normed, *frame_strides(x, residual, out, normed),

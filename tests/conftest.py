@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from bench.static.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
@@ -44,6 +43,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return collection_path.name in ("interpreter", "sanitizer", "launcher")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Benchmarks are timed where they are asked for."""
+    if "benchmark" not in (config.option.markexpr or "") and hasattr(config.option, "benchmark_disable"):
+        config.option.benchmark_disable = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` run where there is one, and say so where there is none."""
     if torch.cuda.is_available():
@@ -73,6 +78,10 @@ def tiny_vae() -> WanVAE:
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A photograph-like JPEG, not square."""
+    # Hardware tests run where Pillow may be missing; only those that want a photograph need it.
+    pytest.importorskip("PIL")
+    from PIL import Image, ImageDraw
+
     image = Image.linear_gradient("L").resize((150, 100)).convert("RGB")
     ImageDraw.Draw(image).ellipse((40, 20, 110, 90), fill=(200, 80, 40))
     path = tmp_path / "photo.jpg"

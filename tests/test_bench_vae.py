@@ -330,8 +330,7 @@ def test_what_there_is_so_far_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (["--shapes", "8K"], "shapes: none contains '8K'; they are 2.1, 360P, 81 frames; 2.1, 360P, 161 frames"),
         (["--limit", "much"], "memory: expected a size such as 4GB"),
-        (["--part", "layers"], "part: layers are measured on a CUDA device"),
-        (["--update-table"], "update-table: layers are measured on a CUDA device"),
+        (["--update-table"], "update-table: expected a CUDA device"),
         (["--repeats", "0"], "--repeats"),
     ],
 )

@@ -37,6 +37,8 @@ def test_vae_on_the_gpu_equals_the_cpu(tiny_vae):
 
 
 def test_generate_and_bench_run_on_the_gpu(photo, tmp_path):
+    pytest.importorskip("av")
     assert generate([str(photo), "--out", str(tmp_path / "clip.mp4"), "--frames", "9", "--device", "cuda"]) == 0
     assert (tmp_path / "clip.mp4").stat().st_size > 0
-    assert bench(["--quick", "--preset", "tiny", "--size", "256x160", "--out", str(tmp_path / "bench")]) == 0
+    options = ["--whole", "--quick", "--preset", "tiny", "--size", "256x160", "--out", str(tmp_path / "bench")]
+    assert bench(["csg", *options]) == 0

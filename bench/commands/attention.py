@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from bench.attention.measure import COLUMNS, IDENTITY, METRICS, check_reduced, measure, table_entries
-from bench.attention.providers import QUICK_SHAPES, SHAPES, Shape, providers
+from bench.attention.providers import QUICK_SHAPES, SHAPES, Provider, Shape, providers
 from bench.interpreted import run_interpreted
 from bench.package_tables import provenance, write_entries
 from bench.plot import plot_attention
@@ -30,6 +30,9 @@ segment_attention chooses between its own kernel and torch's.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of its own."""
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT, and ours"
+    )
     parser.add_argument("--milliseconds", type=positive, default=300, help="time for each timing (default %(default)s)")
     parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
 
@@ -57,8 +60,12 @@ def run(args: argparse.Namespace, session: Session) -> None:
         run_interpreted(session, "our kernel on shrunken shapes")
 
 
+def _providers(args: argparse.Namespace) -> list[Provider]:
+    return [p for p in providers(args.quick) if p.ours or args.only in p.name]
+
+
 def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
-    found, timer = providers(args.quick), session.timer(args.milliseconds)
+    found, timer = _providers(args), session.timer(args.milliseconds)
     ceilings = session.ceilings(timer)
     note = "With several sources the others concatenate first; their bytes are named, and the time is in theirs."
     table = session.section.table(
@@ -69,9 +76,9 @@ def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) ->
     ) as bar:
         for shape in shapes:
             measure(shape, found, session.device, timer, ceilings.matmul_tflops, table, bar)
-    stamp = {"provenance": provenance(session.environment)}
-    entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
-    session.section.package_entries("attention", entries)
+            stamp = {"provenance": provenance(session.environment)}
+            entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
+            session.section.package_entries("attention", entries)
     if args.update_table:
         session.say(f"table updated: {write_entries({'attention': entries})}")
     if any(row["status"] == "ok" for row in table.rows):
@@ -81,7 +88,7 @@ def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) ->
 
 def _count(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
     session.say("no CUDA device: nothing is timed. On one, these shapes would run")
-    session.say(f"by each of: {'; '.join(p.name for p in providers(args.quick))}")
+    session.say(f"by each of: {'; '.join(p.name for p in _providers(args))}")
     metrics = ("flops", "bytes", "copied_bytes")
     columns = ("shape", "heads", "head_dim", "queries", "keys", *metrics)
     table = session.section.table(

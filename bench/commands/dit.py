@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT, and ours"
     )
+    parser.add_argument("--timesteps", choices=(*TIMESTEPS, "all"), default="all", help="of the layer (default all)")
     parser.add_argument(
         "--milliseconds",
         type=positive,
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
             shapes,
             [(op, [p for p in providers(op) if p.ours or args.only in p.name]) for op in ops],
             layers,
-            TIMESTEPS[:1] if args.quick else TIMESTEPS,
+            [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")],
             session.timer(args.milliseconds),
             # A layer takes tens of milliseconds: enough calls for a median.
             layer_timer=session.timer(5 * args.milliseconds),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.interpreted import run_interpreted
 from bench.package_tables import provenance, write_entries
 from bench.plot import plot_vae
 from bench.record import Table
@@ -21,6 +22,7 @@ from bench.vae.shapes import PARTS, QUICK_SHAPES, SHAPES, Shape
 from model.command import positive
 from model.errors import InputError, require
 from model.measure import format_bytes, parse_bytes
+from swifti2v_kernels.common.target import interpreting
 
 LIMIT = "4GB"
 CLIP_METRICS = (
@@ -51,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="SIZE", default=LIMIT, help="memory for our tiles, enforced on CUDA (default %(default)s)"
     )
     parser.add_argument("--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT")
+    parser.add_argument(
+        "--directions", choices=(*PARTS, "all"), default="all", help="of the layers: decode, encode or all"
+    )
+    parser.add_argument("--milliseconds", type=positive, default=100, help="time for each layer (default %(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="timed runs of each (default %(default)s)")
     parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
 
@@ -68,16 +74,39 @@ def run(args: argparse.Namespace, session: Session) -> None:
     parts = [part for part in PARTS if args.part in (part, "all")]
     repeats = 1 if args.quick else args.repeats
     if not session.cuda:
-        if args.update_table or args.part == "layers":
-            given = "update-table" if args.update_table else "part"
-            raise InputError(f"{given}: layers are measured on a CUDA device, and there is none")
+        if args.update_table:
+            raise InputError("update-table: expected a CUDA device, since the table holds measurements")
+        if args.part == "layers":
+            _check_layers(session)
+            return
         session.say("no CUDA device: counted at the real sizes, and the same paths on a small VAE")
         count(session, shapes, parts, limit)
         measure_clips(session, [s.reduced() for s in shapes], parts, providers, repeats=repeats)
         return
     if args.part in ("layers", "all"):
-        measure_layers(session, unique_layers(shapes, PARTS), 100, update_table=args.update_table)
+        wanted = [part for part in PARTS if args.directions in (part, "all")]
+        measure_layers(session, unique_layers(shapes, wanted), args.milliseconds, update_table=args.update_table)
     measure_clips(session, shapes, parts, providers, limit=limit, repeats=repeats)
+
+
+def _check_layers(session: Session) -> None:
+    """Some layers of a small VAE by our kernels, interpreted, and by torch; there is no device to time them on."""
+    if not interpreting():
+        session.say("no CUDA device: nothing is timed")
+        run_interpreted(session, "some layers of a small VAE")
+        return
+    layers = unique_layers([SHAPES[0].reduced()], ("decode",))
+    table = session.section.table(
+        "checked layers", "convolutions of a small VAE in Triton's interpreter, against torch",
+        identity=("where", "layer", "dtype", "provider"), metrics=("error",),
+    )  # fmt: skip
+    for layer, calls, where in layers[:: len(layers) // 4]:
+        with torch.no_grad():
+            for row in measure_layer(layer, calls, where, torch.float32, session.device, None, 1.0):
+                table.add(row)
+    wrong = [row["layer"] for row in table.rows if row["status"] != "ok"]
+    if wrong:
+        raise InputError(f"wrong: {'; '.join(wrong)}")
 
 
 def measure_layers(
@@ -103,14 +132,14 @@ def measure_layers(
             with torch.no_grad():
                 for row in measure_layer(layer, calls, where, dtype, session.device, timer, matmul):
                     table.add(row)
+            if session.cuda:
+                stamp = {"provenance": provenance(session.environment)}
+                entries = [entry | stamp for entry in table_entries(session.environment, table.rows)]
+                session.section.package_entries("conv3d", entries)
             release(session.device)
             bar.update()
-    if session.cuda:
-        stamp = {"provenance": provenance(session.environment)}
-        entries = [entry | stamp for entry in table_entries(session.environment, table.rows)]
-        session.section.package_entries("conv3d", entries)
-        if update_table:
-            session.say(f"table updated: {write_entries({'conv3d': entries})}")
+    if update_table:
+        session.say(f"table updated: {write_entries(session.section.data['package_entries'])}")
 
 
 def measure_clips(

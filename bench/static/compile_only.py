@@ -81,8 +81,12 @@ def quiet_exit() -> None:
 
 
 @contextmanager
-def compiled_for(capability: int) -> Iterator[list[CompiledKernel]]:
+def compiled_for(capability: int, compile: bool = True) -> Iterator[list[CompiledKernel]]:
     """Launches inside compile for ``capability`` (two digits) and run nothing; yields the list that they fill.
+
+    Args:
+        capability: two digits.
+        compile: False: they do not even compile, and the list stays empty; for what a launcher itself decides.
 
     Raises:
         RuntimeError: the process interprets kernels (``TRITON_INTERPRET=1``), so nothing can be compiled in it.
@@ -96,6 +100,8 @@ def compiled_for(capability: int) -> Iterator[list[CompiledKernel]]:
     stock_run, touched = JITFunction.run, set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if not compile:
+            return None
         touched.add(self)
         start = time.perf_counter()
         kernel, error = None, None

@@ -1,4 +1,4 @@
-"""Named calls of an operator: what the compile report compiles and the benchmarks start from."""
+"""Named calls of an operator: what the compile report compiles, and what is checked, timed and tuned on hardware."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.common.cost import Cost, Work
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RealSize:
+    """A case's call as a real model makes it: ``inputs`` are uninitialised tensors, ``cost`` is its least cost."""
+
+    shape: str
+    inputs: Callable[[torch.device], Arguments]
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -16,14 +27,15 @@ class Case:
     """One call: ``operator(*args, **kwargs)`` with ``args, kwargs = inputs(device)``, small tensors of fixed content.
 
     Sizes are small, but alignment, strides and numbers of views are those of real calls, so that the compiled code is
-    the same.
+    the same. Where ``real`` is given, the case is timed and tuned at that size.
     """
 
     name: str
     operator: Callable[..., Any]
-    inputs: Callable[[torch.device], tuple[tuple[Any, ...], dict[str, Any]]]
+    inputs: Callable[[torch.device], Arguments]
     #: From a compiled kernel's constants.
     work: Callable[[Mapping[str, Any]], Work]
+    real: RealSize | None = None
 
     def run(self, device: torch.device) -> Any:
         """The call itself."""

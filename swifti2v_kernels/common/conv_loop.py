@@ -11,6 +11,7 @@ each. Padding is a mask, and a frame before the first is another base address: n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -31,6 +32,14 @@ class ConvConfig:
     num_stages: int
     #: What a thread may use; None: what the compiler wants.
     registers: int | None = None
+
+    SPACE: ClassVar = {
+        "block_m": (64, 128, 256),
+        "block_k": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "registers": (None, 128),
+    }
 
     @property
     def columns(self) -> int:

@@ -1,0 +1,1 @@
+"""Everything that real hardware must answer, in one run."""

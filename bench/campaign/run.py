@@ -1,0 +1,138 @@
+"""Runs the parts one after another, each in a process of its own, and keeps what each has found as soon as it is done.
+
+A part that takes too long is interrupted as by a user, then killed; one that crashes takes nothing with it. Parts that
+are complete in the folder already are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.campaign.parts import Part
+from bench.files import write_text
+from bench.record import Record, dumps, now
+from bench.result_file import ROOT
+from bench.session import RESULT
+
+#: Seconds that an interrupted part has to write what it has.
+GRACE = 8.0
+
+
+def run_parts(
+    parts: Sequence[Part], record: Record, folder: Path, *, dry: bool, deadline: float, say: Callable[[str], object]
+) -> list[str]:
+    """Runs the parts; returns the names of those that failed.
+
+    Args:
+        parts: in order.
+        record: the campaign's file, a section a part.
+        folder: each part's own results go to a folder in it.
+        dry: at toy size, without time limits of their own.
+        deadline: a monotonic time after which no part is begun and the running one is interrupted.
+        say: prints a line.
+    """
+    failed = []
+    for part in parts:
+        known = _section(folder / part.name)
+        if known is not None and known["status"] == "complete":
+            say(f"{part.name}: there already")
+            _keep(record, part, known)
+            continue
+        left = deadline - time.monotonic()
+        if left < GRACE:
+            say(f"{part.name}: not reached")
+            _keep(record, part, _missing(part, "not reached", "the time given was over"))
+            continue
+        say(f"{part.name}: {part.answers}")
+        start = time.monotonic()
+        outcome = _run(part, folder / part.name, dry, left if dry else min(part.seconds, left))
+        section = _section(folder / part.name)
+        if section is None:
+            section = _missing(part, "failed", outcome or "it wrote nothing")
+        elif section["status"] != "complete":
+            section["reason"] = outcome or section["reason"] or "it was cut short"
+            if section["status"] == "running":
+                section["status"] = "interrupted"
+        if section["status"] == "failed":
+            failed.append(part.name)
+        _keep(record, part, section)
+        note = "" if section["status"] == "complete" else f", {section['status']}: {section['reason']}"
+        say(f"  {time.monotonic() - start:.0f} s{note}")
+    return failed
+
+
+def _run(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
+    """The part's process; why it did not end by itself or well, or None."""
+    command = [sys.executable, "-m", "bench", *(part.toy if dry else part.arguments), "--out", str(folder.resolve())]
+    command += ["--device", "cpu"] if dry else []
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "5"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            return f"interrupted after {seconds:.0f} s"
+        except BaseException:
+            _stop(process)
+            raise
+    if code == 0:
+        return None
+    tail = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()][-1:]
+    return f"exit code {code}{f': {tail[0][:300]}' if tail else ''}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """An interruption, and after some seconds the end, of it and all that it has started."""
+    for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _section(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    (section,) = json.loads(path.read_text())["sections"].values()
+    return section
+
+
+def _missing(part: Part, status: str, reason: str) -> dict[str, Any]:
+    return {
+        "title": part.answers, "status": status, "reason": reason, "started": now(), "seconds": None, "settings": {},
+        "ceilings": None, "machine": None, "tables": [], "timelines": [], "verdicts": [], "notes": [],
+        "package_entries": {},
+    }  # fmt: skip
+
+
+def _keep(record: Record, part: Part, section: dict[str, Any]) -> None:
+    record.data["sections"][part.name] = section
+    record.save()
+
+
+def save_result(record: Record, folder: Path) -> Path:
+    """A copy of the campaign's file under ``folder/<gpu>/<date>-<commit>.json``."""
+    from bench.result_file import folder_name
+
+    environment = record.data["environment"]
+    commit = (environment["git"] or {}).get("commit") or "unknown"
+    path = folder / folder_name(environment["device"]) / f"{environment['date'][:10]}-{commit[:7]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dumps(record.data))
+    return path

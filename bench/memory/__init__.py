@@ -1,0 +1,1 @@
+"""What a clip takes of a card's memory, when, and by what."""

@@ -1,0 +1,125 @@
+"""Allocations and frees as a course: bytes over time, the peak, and what was alive then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Event(NamedTuple):
+    """``size`` bytes are taken under ``key`` by ``label``, or given back (negative, without a label)."""
+
+    seconds: float
+    key: int
+    size: int
+    label: str = ""
+
+
+@dataclass
+class Course:
+    """Of a run: events in order, and where stages and segments began."""
+
+    base: int = 0
+    events: list[Event] = field(default_factory=list)
+    marks: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def points(self) -> list[tuple[float, int]]:
+        """Bytes after every event."""
+        live, points = self.base, [(0.0, self.base)]
+        for event in self.events:
+            live += event.size
+            points.append((event.seconds, live))
+        return points
+
+    def peak(self) -> int:
+        """Most bytes at once."""
+        return max(live for _, live in self.points)
+
+    def peaks(self) -> dict[str, int]:
+        """Most bytes at once by mark, of marks of one name together."""
+        found: dict[str, int] = {}
+        live, marks, current = self.base, list(self.marks), ""
+        for event in self.events:
+            while marks and marks[0][0] <= event.seconds:
+                current = marks.pop(0)[1]
+                found[current] = max(found.get(current, 0), live)
+            live += event.size
+            if current:
+                found[current] = max(found.get(current, 0), live)
+        return found
+
+    def holders(self, most: int = 12) -> list[tuple[str, int, int]]:
+        """What was alive at the peak, by label: (label, bytes, how many), the largest first; the rest as one line."""
+        alive: dict[int, Event] = {}
+        live, top, best = self.base, self.base, {}
+        for event in self.events:
+            live += event.size
+            if event.size >= 0:
+                alive[event.key] = event
+            else:
+                alive.pop(event.key, None)
+            if live > top:
+                top, best = live, dict(alive)
+        held: Counter[str] = Counter()
+        count: Counter[str] = Counter()
+        for event in best.values():
+            held[event.label] += event.size
+            count[event.label] += 1
+        if self.base:
+            held["before the run"], count["before the run"] = self.base, 1
+        ranked = [(label, size, count[label]) for label, size in held.most_common()]
+        rest = ranked[most:]
+        if rest:
+            ranked = [*ranked[:most], ("everything else", sum(s for _, s, _ in rest), sum(n for _, _, n in rest))]
+        return ranked
+
+    def thinned(self, most: int = 1500) -> list[tuple[float, int]]:
+        """At most about so many points, with the highest and the lowest of every stretch."""
+        points = self.points
+        if len(points) <= most:
+            return points
+        step = len(points) * 2 // most + 1
+        kept = []
+        for start in range(0, len(points), step):
+            part = points[start : start + step]
+            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+        return [points[0], *kept, points[-1]]
+
+
+def from_trace(trace: Sequence[dict[str, Any]], start_us: int, base: int) -> list[Event]:
+    """Events of the CUDA allocator's own history (``torch.cuda.memory._snapshot()["device_traces"][i]``).
+
+    Args:
+        trace: its entries.
+        start_us: when the run began, by the same clock; earlier entries are left out.
+        base: bytes that were allocated then.
+    """
+    events: list[Event] = []
+    known: set[int] = set()
+    for entry in trace:
+        seconds = (entry["time_us"] - start_us) / 1e6
+        if seconds < 0:
+            continue
+        if entry["action"] == "alloc":
+            known.add(entry["addr"])
+            events.append(Event(seconds, entry["addr"], entry["size"], label_of(entry.get("frames") or ())))
+        elif entry["action"] == "free_completed":
+            # What was there before the run is in the base, and leaves it here.
+            known.discard(entry["addr"])
+            events.append(Event(seconds, entry["addr"], -entry["size"]))
+    return events
+
+
+def label_of(frames: Iterable[Any]) -> str:
+    """Who allocated: the innermost place in this project, as ``model/vae_layers.py remember``."""
+    for frame in frames:
+        name, function = (frame["filename"], frame["name"]) if isinstance(frame, dict) else frame
+        for room in ("/model/", "/swifti2v_kernels/", "/bench/memory/clip"):
+            if room in name:
+                return (
+                    "weights" if room.startswith("/bench") else f"{room.strip('/')}/{name.split(room)[-1]} {function}"
+                )
+    return "elsewhere"

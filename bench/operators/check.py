@@ -1,0 +1,132 @@
+"""Every case of every operator against float64, with memory that nobody has written poisoned.
+
+The reference is the operator's own PyTorch path on the same numbers in float64, which the test suite holds against
+independent implementations. Floating-point memory that is allocated while the kernel runs is filled with NaN first, so
+that what a kernel leaves unwritten shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from bench.dit.ops import relative_error
+from bench.operators.discover import operator_name
+from bench.outcome import failure
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.target import interpreting
+
+#: Relative L2 error against float64 above which a result is wrong: the coarsest dtype among the inputs is rounded a few
+#: times. uint8 frames are rounded to whole numbers.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+WEIGHTS = ("weight", "phases")
+#: Arguments that are float32 by contract, whatever the others are.
+FLOAT32 = ("mask", "rope", "window")
+
+
+def check_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """A row: the error of one case's results, the largest of them."""
+    row: dict[str, Any] = {"case": case.name, "operator": operator_name(case), "limit": None}
+    try:
+        args, kwargs = randomised(case, device)
+        coarse = _coarsest((args, kwargs))
+        row["limit"] = TOLERANCE[coarse]
+        expected = _results(case, *_double(case, args, kwargs))
+        with poisoned():
+            found = _results(case, args, kwargs)
+        error = relative_error([x.double() for x in found], expected)
+    except Exception as error:  # compilers and launchers raise errors of their own kinds: all of them are findings
+        return row | failure(error)
+    row["error"] = error if math.isfinite(error) else None
+    if not error < row["limit"]:
+        return row | {"status": "wrong", "reason": f"error {error:.1e} against float64, allowed {row['limit']:.0e}"}
+    return row | {"status": "ok"}
+
+
+def randomised(case: Case, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A case's inputs with numbers that are not all alike; bfloat16 as float32 where kernels are interpreted, since
+    Triton's interpreter is wrong in it."""
+    torch.manual_seed(0)
+    args, kwargs = case.inputs(device)
+    if interpreting():
+        args, kwargs = tree_map_only(Tensor, _interpretable, (args, kwargs))
+    fill(case, args, kwargs)
+    return args, kwargs
+
+
+def fill(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Numbers of usual size into all floating-point inputs, weights scaled by their fan-in."""
+    bound = inspect.signature(case.operator).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        for x in (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            if name in WEIGHTS and x.ndim > 1:
+                outputs = x.shape[1] if name == "phases" else x.shape[0]
+                fan_in = x.numel() // (outputs * (x.shape[0] if name == "phases" else 1))
+                x.normal_(0, fan_in**-0.5)
+            elif x.ndim == 0:
+                continue  # a step, or the like, whose value has a meaning
+            elif "rope" in name:
+                x.uniform_(-1, 1)
+            else:
+                x.normal_(0.1, 0.8)
+
+
+def _interpretable(x: Tensor) -> Tensor:
+    if x.dtype != torch.bfloat16:
+        return x
+    # Strides stay, since they are what a case is about.
+    wide = torch.empty(x.untyped_storage().nbytes() // 2, dtype=torch.float32, device=x.device)
+    return wide.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def _double(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies in float64, for the PyTorch path; tensors that are one remain one (``out`` and ``residual``)."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            wide = x.double() if x.is_floating_point() else x.clone()
+            if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
+                wide = wide.contiguous(memory_format=torch.channels_last_3d)
+            copies[id(x)] = wide.clone(memory_format=torch.preserve_format) if wide is x else wide
+        return copies[id(x)]
+
+    bound = inspect.signature(case.operator).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        if name not in FLOAT32:
+            bound.arguments[name] = tree_map_only(Tensor, copy, value)
+    return bound.args, bound.kwargs | {"backend": "torch"}
+
+
+def _results(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        result = case.operator(*args, **kwargs)
+    return [x.double() for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+
+
+def _coarsest(inputs: Any) -> torch.dtype:
+    dtypes = {x.dtype for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dtype in TOLERANCE}
+    return max(dtypes, key=lambda dtype: TOLERANCE[dtype])
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Floating-point tensors that are allocated in the body hold NaN until they are written."""
+    stock_empty, stock_new = torch.empty, Tensor.new_empty
+
+    def nan(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() and not x.requires_grad else x
+
+    with (
+        patch.object(torch, "empty", lambda *args, **kwargs: nan(stock_empty(*args, **kwargs))),
+        patch.object(Tensor, "new_empty", lambda self, *args, **kwargs: nan(stock_new(self, *args, **kwargs))),
+    ):
+        yield

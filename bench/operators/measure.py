@@ -1,0 +1,137 @@
+"""The operators at the sizes of real models: checked by their cases, then timed. What is wrong is not timed."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench.operators.check import check_case, fill
+from bench.operators.discover import all_cases, operator_name
+from bench.outcome import failure
+from bench.record import Table
+from bench.static.compile_only import quiet_exit
+from bench.timing import Ceilings, Timer, peak_of, time_one
+from model.clip import release
+from swifti2v_kernels.common.case import Case
+
+CHECK_IDENTITY, CHECK_METRICS = ("case",), ("error", "limit")
+IDENTITY = ("case", "shape")
+METRICS = (
+    "seconds", "launch_seconds", "bytes_per_second", "fraction_of_copy", "tflops", "fraction_of_matmul", "peak_bytes",
+    "flops", "bytes",
+)  # fmt: skip
+
+
+def check_cases(
+    cases: Sequence[Case], device: torch.device, table: Table, jobs: int, advance: Callable[[], object]
+) -> set[str]:
+    """Adds a row for every case, worked off by ``jobs`` processes; returns the operators of which a case is wrong.
+
+    A process whose device has failed for good is lost with the case that did it, and the others go on.
+    """
+    wrong: set[str] = set()
+    for row in _checked(cases, device, jobs):
+        table.add(row)
+        if row["status"] != "ok":
+            wrong.add(row["operator"])
+        advance()
+    return wrong
+
+
+def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator[dict[str, Any]]:
+    if jobs == 1:
+        yield from (check_case(case, device) for case in cases)
+        return
+    numbers = {case.name: i for i, case in enumerate(all_cases())}
+    tasks = [numbers[case.name] for case in cases]
+    # A fresh process for every few cases: after an illegal access nothing runs in the old one.
+    context = multiprocessing.get_context("spawn")
+    while tasks:
+        done: set[int] = set()
+        with ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool:
+            futures = {pool.submit(check_number, task, str(device)): task for task in tasks}
+            for future in as_completed(futures):
+                task = futures[future]
+                try:
+                    row = future.result()
+                except Exception:  # the pool is broken: what was under way is tried again in single processes
+                    continue
+                done.add(task)
+                yield row
+        if not done:
+            # Each of what is left ends its process; one at a time says which.
+            for task in tasks:
+                with ProcessPoolExecutor(1, context, initializer=quiet_exit) as pool:
+                    try:
+                        yield pool.submit(check_number, task, str(device)).result()
+                    except Exception as error:
+                        case = all_cases()[task]
+                        row = {"case": case.name, "operator": operator_name(case)}
+                        yield row | failure(RuntimeError(f"its process ended: {error}"))
+            return
+        tasks = [task for task in tasks if task not in done]
+
+
+def check_number(number: int, device: str) -> dict[str, Any]:
+    """The check of one case, for a process of its own. A device that is lost ends the process."""
+    row = check_case(all_cases()[number], torch.device(device))
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()  # an asynchronous failure surfaces here
+    return row
+
+
+def measure_cases(
+    cases: Sequence[Case],
+    device: torch.device,
+    timer: Timer,
+    ceilings: Ceilings,
+    wrong: set[str],
+    table: Table,
+    advance: Callable[[], object],
+) -> None:
+    """Adds a row for every case that has a real size."""
+    for case in cases:
+        if case.real is None:
+            continue
+        row: dict[str, Any] = {"case": case.name, "shape": case.real.shape, "operator": operator_name(case)}
+        row |= {"flops": case.real.cost.flops, "bytes": case.real.cost.bytes, "ours": True, "provider": "swifti2v"}
+        if row["operator"] in wrong:
+            row |= {"status": "wrong", "reason": "a check of this operator failed; not timed"}
+        else:
+            try:
+                row |= _timed(case, device, timer, ceilings)
+            except (RuntimeError, MemoryError) as error:
+                row |= failure(error)
+        release(device)
+        table.add(row)
+        advance()
+
+
+def _timed(case: Case, device: torch.device, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
+    assert case.real is not None
+    with real_call(case, device) as call:
+        call()  # compiles
+        _, peak = peak_of(call, device)
+        timing = time_one(timer, call)
+    rate, tflops = case.real.cost.bytes / timing.median, case.real.cost.flops / timing.median / 1e12
+    return {
+        **timing.row(), "peak_bytes": peak, "bytes_per_second": rate, "tflops": tflops,
+        "fraction_of_copy": rate / ceilings.copy_bytes_per_second,
+        "fraction_of_matmul": tflops / ceilings.matmul_tflops,
+    }  # fmt: skip
+
+
+@contextmanager
+def real_call(case: Case, device: torch.device) -> Iterator[Callable[[], Any]]:
+    """The case's call at its real size, its inputs filled."""
+    assert case.real is not None
+    args, kwargs = case.real.inputs(device)
+    fill(case, args, kwargs)
+    with torch.no_grad():
+        yield functools.partial(case.operator, *args, **kwargs)

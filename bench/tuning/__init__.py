@@ -1,0 +1,1 @@
+"""The search for kernel configurations on a card."""

@@ -1,0 +1,258 @@
+"""The search: candidates are compiled side by side, those that spill or do not fit are dropped, the rest is timed one
+by one, and the best take turns with the heuristic. What was measured is kept, so that a search can go on later.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.operators.check import check_case
+from bench.operators.discover import all_cases
+from bench.operators.measure import real_call
+from bench.outcome import failure
+from bench.static.bounds import occupancy, predict
+from bench.static.compile_only import compiled_for, quiet_exit
+from bench.static.cubin import analyse
+from bench.timing import Timer, Timing
+from bench.tuning.space import Target
+from model.clip import release
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.configs import force_config
+from swifti2v_kernels.common.target import TARGETS
+
+#: Candidates that take turns with the heuristic in the end.
+FINALISTS = 3
+#: A smaller gain is not worth an entry.
+LEAST_GAIN = 1.02
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a candidate: why it is out, or None; and its predicted bound, of the card's peak."""
+
+    obstacle: str | None
+    bound: float | None
+
+
+def compile_candidate(case_number: int, kernel: str, forced: dict[str, Any], capability: int, real: bool) -> Compiled:
+    """Compiles one candidate for one case, for a process of its own; the compiled code lands in Triton's cache.
+
+    ``real``: for the real size, so that a launch on a GPU finds it there.
+    """
+    case, target = all_cases()[case_number], TARGETS[capability]
+    try:
+        with compiled_for(capability) as kernels, force_config(kernel, **forced):
+            args, kwargs = case.real.inputs(torch.device("cpu")) if real and case.real else case.inputs(_CPU)
+            case.operator(*args, **kwargs)
+    except Exception as error:  # a launcher that a configuration does not fit
+        return Compiled(failure(error)["reason"], None)
+    found = kernels[0]
+    if found.error is not None:
+        return Compiled(f"does not compile: {found.error.strip().splitlines()[-1][:120]}", None)
+    analysis = analyse(found.binary)
+    if analysis.spill_loads or analysis.spill_stores:
+        return Compiled(f"spills: {analysis.spill_loads} loads, {analysis.spill_stores} stores", None)
+    if found.shared_bytes > target.shared_per_block:
+        return Compiled(f"shared memory: {found.shared_bytes} of {target.shared_per_block} bytes", None)
+    work = case.work(found.constants)
+    programs = occupancy(analysis, found.shared_bytes, found.total_warps, target)
+    bound = predict(analysis, work, found.num_warps * work.groups, programs, target)
+    return Compiled(None, None if bound is None else bound.fraction)
+
+
+_CPU = torch.device("cpu")
+
+
+def compile_all(
+    target: Target, candidates: Sequence[dict[str, Any]], jobs: int, real: bool = True
+) -> Iterator[tuple[int, Compiled]]:
+    """Every candidate, as it is ready: its number, and what became of it for the worst of the target's cases."""
+    numbers = [all_cases().index(case) for case in target.cases]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=quiet_exit) as pool:
+        futures = {
+            pool.submit(compile_candidate, number, target.kernel, forced, target.capability, real): i
+            for i, forced in enumerate(candidates)
+            for number in numbers
+        }
+        found: dict[int, list[Compiled]] = {}
+        try:
+            for future in as_completed(futures):
+                i = futures[future]
+                found.setdefault(i, []).append(future.result())
+                if len(found[i]) == len(numbers):
+                    yield i, min(found[i], key=lambda one: (one.obstacle is None, one.bound or 0.0))
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+class Journal:
+    """What was measured so far, a line each, in a file that outlives the process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known: dict[str, float | None] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a run that was cut off
+                    continue
+                self.known[entry["what"]] = entry["seconds"]
+
+    def key(self, target: Target, forced: dict[str, Any]) -> str:
+        """One measurement's name."""
+        return f"{target.capability} {target.name} {json.dumps(forced, sort_keys=True)}"
+
+    def add(self, target: Target, forced: dict[str, Any], seconds: float | None) -> None:
+        """Seconds of all cases together; None: it is out."""
+        what = self.key(target, forced)
+        self.known[what] = seconds
+        with self.path.open("a") as file:
+            file.write(json.dumps({"what": what, "seconds": seconds}) + "\n")
+
+
+@dataclass
+class Outcome:
+    """What a search of one target found."""
+
+    target: Target
+    tried: int = 0
+    dropped: int = 0
+    best: dict[str, Any] | None = None
+    gain: float = 1.0
+    reason: str = ""
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+
+@dataclass
+class Search:
+    """Searches targets on one device.
+
+    Args:
+        device: where.
+        quick, final: timers of single candidates, and of the finalists.
+        journal: what is known from before.
+        jobs: compiling processes.
+        deadline: a monotonic time after which no candidate is begun.
+        most: candidates of a target at most; None for all.
+    """
+
+    device: torch.device
+    quick: Timer
+    final: Timer
+    journal: Journal
+    jobs: int
+    deadline: float | None = None
+    most: int | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def run(self, target: Target, say: Callable[[str], object] = lambda text: None) -> Outcome:
+        """One target: its best configuration, and by how much it is faster than the heuristic."""
+        outcome = Outcome(target)
+        candidates = target.candidates()[: self.most]
+        unknown = [c for c in candidates if self.journal.key(target, c) not in self.journal.known]
+        for i, compiled in compile_all(target, unknown, self.jobs) if unknown else ():
+            if self.late:
+                outcome.reason = "the time given was over"
+                break
+            forced = unknown[i]
+            if compiled.obstacle is not None:
+                self.journal.add(target, forced, None)
+                continue
+            seconds = self._seconds(target, forced)
+            say(f"{target.name}: {forced}")
+            self.journal.add(target, forced, seconds)
+        measured = {json.dumps(c): self.journal.known.get(self.journal.key(target, c)) for c in candidates}
+        known = [c for c in candidates if self.journal.key(target, c) in self.journal.known]
+        outcome.tried = sum(measured[json.dumps(c)] is not None for c in known)
+        outcome.dropped = len(known) - outcome.tried
+        right = sorted(
+            (c for c in known if measured[json.dumps(c)] is not None), key=lambda c: measured[json.dumps(c)] or 0.0
+        )
+        self._decide(target, right[:FINALISTS], outcome)
+        return outcome
+
+    def _seconds(self, target: Target, forced: dict[str, Any]) -> float | None:
+        """Of all cases together; None where one fails."""
+        total = 0.0
+        for case in target.cases:
+            try:
+                with real_call(case, self.device) as call, force_config(target.kernel, **forced):
+                    total += self.quick({"": call})[""].median
+            except (RuntimeError, MemoryError):
+                return None
+            finally:
+                release(self.device)
+        return total
+
+    def _decide(self, target: Target, finalists: Sequence[dict[str, Any]], outcome: Outcome) -> None:
+        """The finalists in turns with the heuristic; the winner must be right and clearly faster."""
+        if not finalists:
+            outcome.reason = outcome.reason or "no candidate is left"
+            return
+        ratios: dict[str, list[float]] = {}
+        spreads: dict[str, float] = {}
+        for case in target.cases:
+            for name, timing in self._in_turns(target, case, finalists).items():
+                outcome.timings[f"{case.name}: {name}"] = timing
+                ratios.setdefault(name, []).append(timing.median)
+                spreads[name] = max(spreads.get(name, 0.0), (timing.high - timing.low) / timing.median)
+        base = ratios.pop("heuristic")
+        gains = {n: statistics.geometric_mean(b / s for b, s in zip(base, r, strict=True)) for n, r in ratios.items()}
+        for name in sorted(gains, key=lambda name: -gains[name]):
+            forced = json.loads(name)
+            noise = (spreads[name] + spreads["heuristic"]) / 2
+            if gains[name] < max(LEAST_GAIN, 1 + noise):
+                break
+            with force_config(target.kernel, **forced):
+                checks = [check_case(case, self.device) for case in target.cases]
+            wrong = [row["reason"] for row in checks if row["status"] != "ok"]
+            if wrong:
+                outcome.reason = f"{forced} is wrong: {wrong[0]}"
+                continue
+            outcome.best, outcome.gain, outcome.reason = forced, gains[name], ""
+            return
+        outcome.reason = outcome.reason or "the heuristic is as fast"
+
+    def _in_turns(self, target: Target, case: Case, finalists: Sequence[dict[str, Any]]) -> dict[str, Timing]:
+        with ExitStack() as stack:
+            call = stack.enter_context(real_call(case, self.device))
+
+            def forced(fields: dict[str, Any]) -> Callable[[], Any]:
+                def run() -> Any:
+                    with force_config(target.kernel, **fields):
+                        return call()
+
+                return run
+
+            own = {name: getattr(target.heuristic, name) for name in type(target.heuristic).SPACE}
+            calls = {"heuristic": forced(own), **{json.dumps(f): forced(f) for f in finalists}}
+            return self.final(calls)
+
+
+def entry(outcome: Outcome, card: str, stamp: dict[str, Any]) -> dict[str, Any] | None:
+    """The table's entry for an outcome; None where the heuristic stays."""
+    if outcome.best is None:
+        return None
+    target = outcome.target
+    return {
+        "capability": target.capability, "kernel": target.kernel, "key": target.key, "config": outcome.best,
+        "gain": round(outcome.gain, 3), "card": card, "provenance": stamp,
+    }  # fmt: skip

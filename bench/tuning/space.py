@@ -1,0 +1,81 @@
+"""What can be tuned: every launch of a case with a real size, and the configurations worth trying for it.
+
+Found through the operators' own cases and the ``SPACE`` of their kernels' configurations: a new operator is here by
+being written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from bench.operators.discover import all_cases
+from bench.static.compile_only import compiled_for
+from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.configs import seen_configs
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of the table to come: a kernel, a class of shapes, and the cases whose launches belong to it."""
+
+    kernel: str
+    capability: int
+    key: dict[str, Any]
+    heuristic: Any
+    cases: tuple[Case, ...]
+
+    @property
+    def name(self) -> str:
+        """For people, and as identity."""
+        return f"{self.kernel} {json.dumps(self.key)[1:-1]}".replace('"', "")
+
+    def candidates(self) -> list[dict[str, Any]]:
+        """Fields to be forced, those that change little first; the heuristic is not among them."""
+        space = dict(type(self.heuristic).SPACE)
+        combined = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        own = {name: getattr(self.heuristic, name) for name in space}
+        others = [found for found in combined if found != own]
+        return sorted(others, key=lambda found: sum(found[name] != own[name] for name in found))
+
+    def config(self, forced: dict[str, Any]) -> Any:
+        """The whole configuration."""
+        return replace(self.heuristic, **forced)
+
+
+def targets(capability: int, text: str = "") -> list[Target]:
+    """All targets of a capability whose name contains ``text``, those with the most work first."""
+    found: dict[str, list[tuple[Any, Case]]] = {}
+    for case in all_cases():
+        if case.real is None:
+            continue
+        # Only a launch knows its class.
+        with compiled_for(capability, compile=False), seen_configs() as seen:
+            case.run(torch.device("cpu"))
+        for kernel, _, key, heuristic in seen:
+            # A case may launch a second kernel, which has cases of its own.
+            if seen[0][0] == kernel:
+                found.setdefault(json.dumps([kernel, key]), []).append((heuristic, case))
+    results = []
+    for name, pairs in found.items():
+        kernel, key = json.loads(name)
+        cases = tuple(dict.fromkeys(case for _, case in pairs))
+        results.append(Target(kernel, capability, key, pairs[0][0], cases))
+    results.sort(key=lambda target: -_work(target.cases))
+    return [target for target in results if text in target.name]
+
+
+def _work(cases: Sequence[Case]) -> float:
+    """Seconds on a card of 600 TFLOP/s and 4 TB/s, about."""
+    costs = [case.real.cost for case in cases if case.real is not None]
+    return sum(max(cost.flops / 6e14, cost.bytes / 4e12) for cost in costs)
+
+
+def shown(config: Any) -> str:
+    """A configuration in a few words."""
+    return " ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))
