@@ -20,6 +20,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=4",
     "ruff>=0.9",
+    "selenium>=4.20",
 ]
 
 setup(

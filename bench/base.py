@@ -89,10 +89,11 @@ def _merge_row(row: dict[str, Any], others: list[dict[str, Any]], metrics: dict[
         values = [r[metric] for r in (row, *others) if isinstance(r.get(metric), (int, float))]
         if not values:
             continue
-        ends = [(min, "low"), (max, "high")]
-        if metric == "seconds":
-            spread = {end: pick(r.get(f"seconds_{end}") or r["seconds"] for r in (row, *others)) for pick, end in ends}
-            row |= {f"seconds_{end}": value for end, value in spread.items()}
+        if metrics[metric]["unit"] == "s":
+            for pick, end in ((min, "low"), (max, "high")):
+                row[f"{metric}_{end}"] = pick(
+                    r.get(f"{metric}_{end}") or r[metric] for r in (row, *others) if metric in r
+                )
         row[metric] = statistics.median(values)
 
 

@@ -2,24 +2,63 @@
 
 A difference counts as significant where it is larger than what the spreads of both rows explain: with ``s`` half the
 distance between the 20th and the 80th percentile over the median, ``|ln(b / a)| > 2 * sqrt(s_a ** 2 + s_b ** 2)``, and
-never below 1 %. Where a row has no spread, 5 % are required.
+never below 1 %. That is the spread of single runs and not of their median, since two files also differ by clocks,
+temperature and neighbours, which no spread within one of them shows. Fewer than three runs have no spread: then 10 %
+are required, since single figures of the same code were seen to differ by 8 %. What is counted (bytes, registers) does
+not vary: 1 %.
+
+Figures of another basis (a prediction beside a measurement) get a ratio and no verdict. What others reported is no
+result of a file and is left out. Tables that were made with other settings, such as another size, are not compared, and
+the comparison says why.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.markdown import markdown_table
 from bench.metrics import format_value, time_scale
+from bench.result_file import label_of
 from model.errors import InputError
 
-LEAST, WITHOUT_SPREAD = 0.01, 0.05
+LEAST, WITHOUT_SPREAD, LEAST_RUNS = 0.01, 0.10, 3
 WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
+#: Units and bases of figures that come out the same every time.
+COUNTED_UNITS, COUNTED_BASES = ("bytes", "count"), ("counted", "compiled", "predicted")
+#: Rates, whose spread is that of their row's ``seconds``.
+RATES = ("tflops", "bytes_per_second", "frames_per_second", "fraction_of_copy", "fraction_of_matmul")
+#: Settings that change the work behind a row, unless the row names them itself.
+DECISIVE = (
+    "model", "preset", "width", "height", "size", "frames", "tokens_per_block", "steps", "stage_one_steps",
+    "stage1_steps", "blocks_per_segment", "blocks", "neighbours_left", "left", "neighbours_right", "right", "anchor",
+    "dtype", "limit",
+)  # fmt: skip
+#: Settings that are worth a word.
+MENTIONED = (*DECISIVE, "quick", "weights", "cuda_graph", "vae_memory")
+
+Document = Mapping[str, Any]
 
 
-def compare_documents(documents: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+def labels_of(paths: Sequence[str | Path], documents: Sequence[Document]) -> list[str]:
+    """What each file is called: card, commit and date; where these are the same, with what differs of its path."""
+    plain = [label_of(path, document) for path, document in zip(paths, documents, strict=True)]
+    labels, parts = plain, [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        counts = Counter(labels)
+        if max(counts.values()) == 1:
+            break
+        labels = [
+            f"{short} ({'/'.join(names[-length:])})" if counts[label] > 1 else label
+            for label, short, names in zip(labels, plain, parts, strict=True)
+        ]
+    return labels
+
+
+def compare_documents(documents: Sequence[Document], labels: Sequence[str]) -> dict[str, Any]:
     """The comparison as data.
 
     Args:
@@ -28,44 +67,91 @@ def compare_documents(documents: Sequence[Mapping[str, Any]], labels: Sequence[s
 
     Returns:
         ``labels``, ``warnings``, and ``tables``: per section and table the rows that at least two files have, with
-        ``values`` and ``ratios`` (over the first file's) by metric; ``unmatched`` are the rows that one file alone has.
+        ``statuses``, ``reasons``, ``bases`` and, by metric, ``values``, ``ratios`` and ``verdicts`` (over the first
+        file's). ``unmatched`` are the rows and tables that are in one file alone, or that ``why`` keeps apart.
 
     Raises:
-        InputError: fewer than two documents, or nothing in common.
+        InputError: fewer than two documents, or nothing in common; the message says what each has.
     """
     if len(documents) < 2:
         raise InputError(f"files: expected at least two, got {len(documents)}")
     tables, unmatched = [], []
     for section, name in _tables_of(documents):
-        found = [_table(document, section, name) for document in documents]
-        present = [table for table in found if table is not None]
-        if len(present) < 2:
-            unmatched.append({"section": section, "table": name, "files": [t is not None for t in found]})
+        found, why = _comparable(documents, section, name)
+        if why:
+            files = [_table(document, section, name) is not None for document in documents]
+            unmatched.append({"section": section, "table": name, "files": files, "why": why})
+        if sum(table is not None for table in found) < 2:
+            if not why:
+                unmatched.append({"section": section, "table": name, "files": [t is not None for t in found]})
             continue
         table = _compare_tables(section, found)
         unmatched += table.pop("unmatched")
         if table["rows"]:
             tables.append(table)
     if not tables:
-        raise InputError(f"files: nothing to compare: no row is in two of them\n{_contents(documents, labels)}")
-    return {"labels": list(labels), "warnings": _warnings(documents, labels), "tables": tables, "unmatched": unmatched}
+        raise InputError(f"files: nothing to compare: no row is in two of them\n{_explain(documents, labels)}")
+    return {"labels": list(labels), "warnings": _warnings(documents), "tables": tables, "unmatched": unmatched}
 
 
-def _tables_of(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def count_verdicts(comparison: Mapping[str, Any], index: int) -> Counter[str]:
+    """How many figures of one file are ``better``, ``worse`` or the ``same`` as the first file's."""
+    verdicts = [
+        row["verdicts"][name][index] for t in comparison["tables"] for row in t["rows"] for name in row["values"]
+    ]
+    return Counter(verdict for verdict in verdicts if verdict)
+
+
+def _tables_of(documents: Sequence[Document]) -> list[tuple[str, str]]:
     names = [(s, t["name"]) for d in documents for s, section in d["sections"].items() for t in section["tables"]]
     return list(dict.fromkeys(names))
 
 
-def _table(document: Mapping[str, Any], section: str, name: str) -> Mapping[str, Any] | None:
+def _table(document: Document, section: str, name: str) -> Mapping[str, Any] | None:
     tables = document["sections"].get(section, {}).get("tables", [])
     return next((table for table in tables if table["name"] == name), None)
 
 
+def _comparable(
+    documents: Sequence[Document], section: str, name: str
+) -> tuple[list[Mapping[str, Any] | None], str | None]:
+    """The table in each file, less those that cannot be held against the first file that has it; and why not."""
+    found = [_table(document, section, name) for document in documents]
+    first = next(i for i, table in enumerate(found) if table is not None)
+    identity, reasons = found[first]["identity"], []
+    for i, table in enumerate(found):
+        if table is None or i == first:
+            continue
+        if table["identity"] != identity:
+            reasons.append(
+                f"rows are told apart by {', '.join(identity)} in {letter(first)} and by"
+                f" {', '.join(table['identity'])} in {letter(i)}"
+            )
+            found[i] = None
+            continue
+        settings = [documents[k]["sections"][section].get("settings", {}) for k in (first, i)]
+        different = [
+            f"{field} is {settings[0][field]} in {letter(first)} and {settings[1][field]} in {letter(i)}"
+            for field in DECISIVE
+            if field not in identity
+            and None not in (values := [s.get(field) for s in settings])
+            and values[0] != values[1]
+        ]
+        if different:
+            reasons.append("; ".join(different))
+            found[i] = None
+    return found, "; ".join(reasons) or None
+
+
 def _compare_tables(section: str, found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    first = next(table for table in found if table is not None)
-    identity, name = first["identity"], first["name"]
-    metrics = {key: metric for key, metric in first["metrics"].items() if metric["better"]}
-    rows = [{_key(row, identity): row for row in ([] if table is None else table["rows"])} for table in found]
+    present = [table for table in found if table is not None]
+    identity, name = present[0]["identity"], present[0]["name"]
+    metrics = {
+        key: metric
+        for key, metric in present[0]["metrics"].items()
+        if metric["better"] and all(t["metrics"].get(key, metric)["unit"] == metric["unit"] for t in present)
+    }
+    rows = [{_key(row, identity): row for row in ([] if table is None else _own_rows(table))} for table in found]
     compared, unmatched = [], []
     for key in dict.fromkeys(key for table in rows for key in table):
         mine = [table.get(key) for table in rows]
@@ -73,54 +159,66 @@ def _compare_tables(section: str, found: Sequence[Mapping[str, Any] | None]) -> 
             files = [row is not None for row in mine]
             unmatched.append({"section": section, "table": name, "row": list(key), "files": files})
             continue
-        compared.append(_compare_rows(dict(zip(identity, key, strict=True)), mine, metrics))
+        row = _compare_rows(dict(zip(identity, key, strict=True)), mine, metrics)
+        # A row that has figures in none of the files, and failed in none, says nothing.
+        if row["values"] or any(status not in (None, "ok") for status in row["statuses"]):
+            compared.append(row)
     return {
-        "section": section, "table": name, "title": first["title"], "identity": list(identity), "metrics": metrics,
-        "rows": compared, "unmatched": unmatched,
+        "section": section, "table": name, "title": present[0]["title"], "identity": list(identity),
+        "metrics": metrics, "rows": compared, "unmatched": unmatched,
     }  # fmt: skip
 
 
+def _own_rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for row in table["rows"] if row["basis"] != "reported"]
+
+
 def _key(row: Mapping[str, Any], identity: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in identity)
+    values = [row.get(name) for name in identity]
+    return tuple(str(value) if isinstance(value, (list, dict)) else value for value in values)
 
 
 def _compare_rows(
     key: dict[str, Any], rows: Sequence[Mapping[str, Any] | None], metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    statuses = [None if row is None else row["status"] for row in rows]
-    bases = [None if row is None else row["basis"] for row in rows]
-    row: dict[str, Any] = {"key": key, "statuses": statuses, "bases": bases, "values": {}, "ratios": {}, "verdicts": {}}
+    row: dict[str, Any] = {"key": key, "values": {}, "ratios": {}, "verdicts": {}}
+    for field, name in (("statuses", "status"), ("reasons", "reason"), ("bases", "basis")):
+        row[field] = [None if r is None else r.get(name) for r in rows]
     for name, metric in metrics.items():
-        values = [None if r is None or r["status"] != "ok" else r.get(name) for r in rows]
-        if sum(isinstance(value, (int, float)) for value in values) < 2:
+        values = [None if r is None or r["status"] != "ok" else _number(r.get(name)) for r in rows]
+        if sum(value is not None for value in values) < 2:
             continue
         row["values"][name] = values
-        row["ratios"][name] = [_ratio(values[0], value) for value in values]
+        first = values[0]
+        row["ratios"][name] = [value / first if first and value is not None else None for value in values]
         row["verdicts"][name] = [
-            _verdict(rows[0], other, name, metric["better"]) if ratio is not None else ""
-            for other, ratio in zip(rows, row["ratios"][name], strict=True)
+            "" if first is None or value is None else _verdict(rows[0], other, name, metric)
+            for other, value in zip(rows, values, strict=True)
         ]
     return row
 
 
-def _ratio(first: Any, value: Any) -> float | None:
-    numbers = isinstance(first, (int, float)) and isinstance(value, (int, float))
-    return value / first if numbers and first else None
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
-def _verdict(first: Any, other: Any, name: str, better: str) -> str:
-    """Whether ``other`` is better or worse than ``first``, or the same within the spreads."""
+def _verdict(first: Any, other: Any, name: str, metric: Mapping[str, Any]) -> str:
+    """Whether ``other`` is better or worse than ``first``, or the same within the spreads; empty: not to be said."""
+    if first["basis"] != other["basis"]:
+        return ""
     a, b = first[name], other[name]
-    if not a or not b:
-        return "same" if a == b else "better" if (b < a) == (better == "lower") else "worse"
-    change = math.log(b / a)
-    if abs(change) <= threshold(first, other, name):
+    if a == b:
         return "same"
-    return "better" if (change < 0) == (better == "lower") else "worse"
+    # From or to nothing at all (spills, say) there is no ratio, and it is no matter of spread.
+    if a > 0 and b > 0 and abs(math.log(b / a)) <= threshold(first, other, name, metric["unit"]):
+        return "same"
+    return "better" if (b < a) == (metric["better"] == "lower") else "worse"
 
 
-def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> float:
+def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str, unit: str = "") -> float:
     """The change, as a logarithm of the ratio, that the spreads of both rows explain."""
+    if unit in COUNTED_UNITS or first["basis"] in COUNTED_BASES:
+        return LEAST
     spreads = [_half_spread(row, name) for row in (first, other)]
     if None in spreads:
         return WITHOUT_SPREAD
@@ -128,25 +226,24 @@ def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str) -> 
 
 
 def _half_spread(row: Mapping[str, Any], name: str) -> float | None:
-    # A rate's spread is that of its time.
-    source = name if f"{name}_low" in row else "seconds"
+    source = "seconds" if name in RATES and f"{name}_low" not in row else name
     low, high, middle = row.get(f"{source}_low"), row.get(f"{source}_high"), row.get(source)
-    timed = name in ("tflops", "bytes_per_second", "frames_per_second", "fraction_of_copy", "fraction_of_matmul")
-    if not middle or low is None or high is None or not (source == name or timed):
+    runs = row.get("runs")
+    if not middle or low is None or high is None or (runs is not None and runs < LEAST_RUNS):
         return None
     return (high - low) / 2 / middle
 
 
-def _warnings(documents: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
+def _warnings(documents: Sequence[Document]) -> list[str]:
     """What makes the files hard to compare."""
     warnings = []
     environments = [document["environment"] for document in documents]
-    for label, environment in zip(labels, environments, strict=True):
-        if (environment["git"] or {}).get("dirty"):
-            warnings.append(f"{label}: made with uncommitted changes")
+    for i, environment in enumerate(environments):
         git = environment["git"]
         if git is None:
-            warnings.append(f"{label}: made outside a git checkout, so the code is not known")
+            warnings.append(f"{letter(i)}: made outside a git checkout, so the code is not known")
+        elif git.get("dirty"):
+            warnings.append(f"{letter(i)}: made with uncommitted changes")
     devices = {environment["device"] for environment in environments}
     for name, read in (
         ("torch", lambda e: e["packages"].get("torch")),
@@ -157,26 +254,63 @@ def _warnings(documents: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> 
         values = [read(environment) for environment in environments]
         if len(devices) == 1 and len(set(values)) > 1:
             warnings.append(f"{name} differs: {', '.join(map(str, values))}")
-    for label, document in zip(labels, documents, strict=True):
+    for i, document in enumerate(documents):
         for name, section in document["sections"].items():
             if section["status"] != "complete":
-                warnings.append(f"{label}: section {name} is {section['status']}: {section['reason']}")
+                reason = f": {section['reason']}" if section.get("reason") else ""
+                warnings.append(f"{letter(i)}: section {name} is incomplete, {section['status']}{reason}")
+            after = (section.get("machine") or {}).get("after") or {}
+            if after.get("throttling"):
+                warnings.append(f"{letter(i)}: section {name} ended throttled by {', '.join(after['throttling'])}")
+    return warnings + _different_settings(documents)
+
+
+def _different_settings(documents: Sequence[Document]) -> list[str]:
+    warnings = []
+    for name in dict.fromkeys(name for document in documents for name in document["sections"]):
+        having = {letter(i): d["sections"][name].get("settings", {}) for i, d in enumerate(documents)
+                  if name in d["sections"]}  # fmt: skip
+        for field in MENTIONED:
+            values = {at: settings[field] for at, settings in having.items() if field in settings}
+            # Given and different is a reason to compare nothing, and is said there.
+            said = field in DECISIVE and None not in values.values()
+            if not said and len(set(map(str, values.values()))) > 1:
+                shown = ", ".join(f"{'default' if v is None else v} in {at}" for at, v in values.items())
+                warnings.append(f"section {name} was run with another {field}: {shown}")
     return warnings
 
 
-def _contents(documents: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
-    """What each file holds, for the message that nothing fits."""
-    lines = []
-    for label, document in zip(labels, documents, strict=True):
-        parts = []
-        for name, section in document["sections"].items():
-            for table in section["tables"]:
-                field = table["identity"][0]
-                values = list(dict.fromkeys(str(row.get(field)) for row in table["rows"]))
-                shown = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
-                parts.append(f"{name}/{table['name']} ({field}: {shown})")
-        lines.append(f"  {label}: {'; '.join(parts) or 'no tables'}")
+def _explain(documents: Sequence[Document], labels: Sequence[str]) -> str:
+    """What keeps each table of the files apart, for the message that nothing fits."""
+    lines = [f"  {letter(i)}: {label}" for i, label in enumerate(labels)]
+    for section, name in _tables_of(documents):
+        why = _comparable(documents, section, name)[1]
+        tables = {letter(i): t for i, d in enumerate(documents) if (t := _table(d, section, name)) is not None}
+        if why is None and len(tables) == 1:
+            why = f"only in {next(iter(tables))}"
+        lines.append(f"  {section}/{name}: {why or _disjoint(tables)}")
+    if len(lines) == len(labels):
+        lines.append("  there is no table in any of them")
     return "\n".join(lines)
+
+
+def _disjoint(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """In which fields the rows of tables, by file, have nothing in common."""
+    identity = next(iter(tables.values()))["identity"]
+    parts = []
+    for field in identity:
+        values = {at: list(dict.fromkeys(str(r.get(field)) for r in _own_rows(table))) for at, table in tables.items()}
+        everywhere = Counter(value for found in values.values() for value in found)
+        if not everywhere or max(everywhere.values()) < 2:
+            shown = [f"{', '.join(v[:4]) + (', ...' if len(v) > 4 else '') or 'nothing'} in {at}"
+                     for at, v in values.items()]  # fmt: skip
+            parts.append(f"{field} is {' and '.join(shown)}")
+    if parts:
+        return "; ".join(parts)
+    keys = Counter(key for table in tables.values() for key in {_key(row, identity) for row in _own_rows(table)})
+    if keys and max(keys.values()) > 1:
+        return "no figure that is better lower or higher is in two of them"
+    return f"no combination of {', '.join(identity)} is in two of them"
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
@@ -186,18 +320,36 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     pieces += [f"warning: {warning}" for warning in comparison["warnings"]]
     for table in comparison["tables"]:
         text = _format_table(table, len(labels))
-        if text:
-            pieces.append(f"**{table['section']}: {table['title']}**\n\n{text}")
-    if comparison["unmatched"]:
-        rows = [u for u in comparison["unmatched"] if "row" in u]
-        whole = [u for u in comparison["unmatched"] if "row" not in u]
-        lines = [f"{u['section']}/{u['table']}: {', '.join(map(str, u['row']))} ({_which(u['files'])})" for u in rows]
-        lines += [f"{u['section']}/{u['table']}: the whole table ({_which(u['files'])})" for u in whole]
+        pieces.append(f"**{table['section']}: {table['title']}**\n\n{text}")
+    pieces.append("\n".join(summary(comparison, i) for i in range(1, len(labels))))
+    if lines := unmatched_lines(comparison):
         shown = lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        pieces.append(
-            "in one file only (another size, model or implementation):\n" + "\n".join(f"- {x}" for x in shown)
-        )
+        pieces.append("not compared:\n" + "\n".join(f"- {line}" for line in shown))
     return "\n\n".join(pieces)
+
+
+def summary(comparison: Mapping[str, Any], index: int) -> str:
+    """One file against the first, in a sentence."""
+    counts = count_verdicts(comparison, index)
+    text = (
+        f"{letter(index)} against A: {counts['better']} figures better, {counts['worse']} worse,"
+        f" {counts['same']} the same within their spread"
+    )
+    pairs = [(row["statuses"][0], row["statuses"][index]) for table in comparison["tables"] for row in table["rows"]]
+    lost = sum(first == "ok" and other not in (None, "ok") for first, other in pairs)
+    gained = sum(other == "ok" and first not in (None, "ok") for first, other in pairs)
+    text += f"; without a result here and not in A: {lost}" if lost else ""
+    return text + (f"; without a result in A and not here: {gained}" if gained else "")
+
+
+def unmatched_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """What was not compared, tables first, and why."""
+    tables = [u for u in comparison["unmatched"] if "row" not in u]
+    rows = [u for u in comparison["unmatched"] if "row" in u]
+    return [
+        *(f"{u['section']}/{u['table']}: {u.get('why') or 'the whole table ' + _which(u['files'])}" for u in tables),
+        *(f"{u['section']}/{u['table']}: {', '.join(map(str, u['row']))} ({_which(u['files'])})" for u in rows),
+    ]
 
 
 def _which(files: Sequence[bool]) -> str:
@@ -209,15 +361,24 @@ def letter(i: int) -> str:
     return chr(ord("A") + i) if i < 26 else f"#{i + 1}"
 
 
+def comparison_note(row: Mapping[str, Any]) -> str:
+    """What must be said beside a compared row: failures with their reasons, and bases other than measured."""
+    failed = [
+        f"{letter(i)}: {status}{f' ({reason[:60]})' if reason else ''}"
+        for i, (status, reason) in enumerate(zip(row["statuses"], row["reasons"], strict=True))
+        if status not in (None, "ok")
+    ]
+    bases = {letter(i): basis for i, basis in enumerate(row["bases"]) if basis is not None}
+    if len(set(bases.values())) > 1:
+        return "; ".join([*failed, *(f"{at}: {basis}" for at, basis in bases.items())])
+    return "; ".join([*failed, *(basis for basis in set(bases.values()) if basis != "measured")])
+
+
 def _format_table(table: Mapping[str, Any], count: int) -> str:
-    letters = [letter(i) for i in range(count)]
-    cells = []
+    letters, cells = [letter(i) for i in range(count)], []
     for row in table["rows"]:
-        head = [str(row["key"][name]) for name in table["identity"]]
-        failed = [f"{letters[i]}: {s}" for i, s in enumerate(row["statuses"]) if s not in (None, "ok")]
-        marked = [f"{letters[i]}: {b}" for i, b in enumerate(row["bases"]) if b not in (None, "measured")]
-        note = "; ".join([*failed, *marked])
-        if not row["values"] and failed:
+        head, note = [str(row["key"][name]) for name in table["identity"]], comparison_note(row)
+        if not row["values"]:
             cells.append([*head, "", *[""] * (2 * count - 1), note])
         for name, values in row["values"].items():
             metric = table["metrics"][name]
@@ -225,8 +386,8 @@ def _format_table(table: Mapping[str, Any], count: int) -> str:
             label = f"{metric['label']}, {unit}" if unit else metric["label"]
             line = [*head, label, *(format_value(v, metric["unit"], scale) for v in values)]
             pairs = zip(row["ratios"][name][1:], row["verdicts"][name][1:], strict=True)
-            line += ["" if ratio is None else f"{ratio:.3f} {WORDS[verdict]}" for ratio, verdict in pairs]
+            line += [f"{'' if ratio is None else f'{ratio:.3f}'} {WORDS[verdict]}".strip() for ratio, verdict in pairs]
             cells.append([*line, note])
     headers = [*(n.replace("_", " ") for n in table["identity"]), "", *letters]
-    headers += [f"{letter} / A" for letter in letters[1:]]
+    headers += [f"{at} / A" for at in letters[1:]]
     return markdown_table([*headers, "note"], cells)

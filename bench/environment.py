@@ -108,7 +108,13 @@ def process_memory(device: torch.device) -> int | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside a git checkout."""
+    """Commit and whether the tree differs from it; None outside a git checkout.
+
+    Where a tree was copied without its history, ``SWIFTI2V_COMMIT`` says what it is.
+    """
+    named = os.environ.get("SWIFTI2V_COMMIT")
+    if named:
+        return {"commit": named, "dirty": False}
     root = Path(__file__).resolve().parent.parent
     try:
         commit = subprocess.run(

@@ -64,6 +64,11 @@ def benchmarks() -> dict[str, Benchmark]:
     return {b.name: b for b in sorted(found, key=lambda b: (b.order, b.name))}
 
 
+def matches(texts: str, name: str) -> bool:
+    """Whether ``name`` contains one of the texts, which ``|`` separates."""
+    return any(text.strip() in name for text in texts.split("|"))
+
+
 def add_parser(commands: Any, benchmark: Benchmark) -> None:
     """Adds a subcommand to the front door."""
     parser = commands.add_parser(

@@ -70,7 +70,8 @@ def label_of(path: str | Path, data: dict[str, Any]) -> str:
     """How a file is called in comparisons: card, commit and date."""
     environment = data["environment"]
     git = environment["git"] or {}
-    commit = (git.get("commit") or "no commit")[:7] + ("+changes" if git.get("dirty") else "")
+    commit = git["commit"][:7] if git.get("commit") else "no commit"
+    commit += "+changes" if git.get("dirty") else ""
     return f"{environment['device']}, {commit}, {environment['date'][:10]}"
 
 

@@ -48,9 +48,9 @@ class Session:
         """For the device."""
         return make_timer(self.device, milliseconds)
 
-    def ceilings(self, timer: Timer, **sizes: int) -> Ceilings:
+    def ceilings(self, timer: Timer | None = None, **sizes: int) -> Ceilings:
         """Measures both ceilings and writes them down."""
-        found = measure_ceilings(self.device, timer, **sizes)
+        found = measure_ceilings(self.device, timer or make_timer(self.device, 100, graphs=False), **sizes)
         self.section.set(ceilings=found._asdict())
         return found
 

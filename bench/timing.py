@@ -22,6 +22,8 @@ Call = Callable[[], Any]
 FLUSH_BYTES = 256 * 2**20
 #: Turns that each of the compared calls takes.
 ROUNDS = 5
+#: Seconds of work that bring an idle card's clocks up.
+WAKING = 0.3
 #: Calls that take longer than so many seconds are not captured: their launches are hidden.
 LONG = 0.1
 
@@ -144,9 +146,9 @@ def _wall(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def make_timer(device: torch.device, milliseconds: float) -> Timer:
-    """The timer for a device."""
-    return CudaTimer(milliseconds) if device.type == "cuda" else WallTimer(milliseconds)
+def make_timer(device: torch.device, milliseconds: float, graphs: bool = True) -> Timer:
+    """The timer for a device; ``graphs`` as for :class:`CudaTimer`."""
+    return CudaTimer(milliseconds, graphs) if device.type == "cuda" else WallTimer(milliseconds)
 
 
 def time_one(timer: Timer, call: Call) -> Timing:
@@ -169,18 +171,23 @@ def measure_ceilings(
 
     Args:
         device: where.
-        timer: how.
+        timer: how; not from graphs, in which a copy is another engine's and slower.
         copied_bytes: of the copy, read once and written once; default 1 GiB on CUDA, 64 MiB on a CPU.
         size: rows of the matrices.
     """
     cuda = device.type == "cuda"
     copied_bytes = copied_bytes or 2 ** (30 if cuda else 26)
     size, dtype = size or (8192 if cuda else 1024), torch.bfloat16 if cuda else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    start = time.perf_counter()
+    product = functools.partial(torch.matmul, a, b)
+    while cuda and time.perf_counter() - start < WAKING:  # an idle card's clocks are low
+        product()
+        torch.cuda.synchronize()
+    matmul = 2 * size**3 / time_one(timer, product).median / 1e12
+    del a, b, product
     source, target = (torch.zeros(copied_bytes, device=device, dtype=torch.uint8) for _ in range(2))
     copy = 2 * copied_bytes / time_one(timer, functools.partial(target.copy_, source)).median
-    del source, target
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    matmul = 2 * size**3 / time_one(timer, lambda: a @ b).median / 1e12
     return Ceilings(copy, matmul, str(dtype).removeprefix("torch."))
 
 

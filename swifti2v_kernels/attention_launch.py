@@ -28,7 +28,8 @@ def choose_kernel(
     capability = capability_of(q[0].device)
     head_dim, dtype = q[0].shape[3], q[0].dtype
     dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
-    if dense and q[0].device.type == "cuda":
+    # cuDNN's attention takes views that are not aligned and computes something else (torch 2.11, cuDNN 9.19, H200).
+    if dense and q[0].device.type == "cuda" and torch_takes(q[0], *sources[0]):
         match = {"capability": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
         best, reason = fastest("attention", match, "tokens", sources[0][0].shape[1])
         if best is None:
@@ -37,6 +38,15 @@ def choose_kernel(
         if best != "swifti2v":
             return best, f"one dense source: {reason}"
     return own_kernel(q, sources, valid, windowed)
+
+
+def torch_takes(*views: Tensor) -> bool:
+    """Whether torch's attention can be trusted with these views: 16-byte aligned, strides multiples of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and all(s * x.itemsize % 16 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+        for x in views
+    )
 
 
 def own_kernel(

@@ -38,7 +38,7 @@ PARTS = (
     Part(
         "attention",
         "attention on the shapes of real models, against cuDNN and flash",
-        ("attention", "--milliseconds", "60", "--only", "sdpa"),
+        ("attention", "--milliseconds", "50", "--only", "sdpa-cudnn|sdpa-flash"),
         ("attention", "--quick", "--shapes", "3 sources"),
         45,
     ),

@@ -9,7 +9,7 @@ from bench.attention.providers import QUICK_SHAPES, SHAPES, Provider, Shape, pro
 from bench.interpreted import run_interpreted
 from bench.package_tables import provenance, write_entries
 from bench.plot import plot_attention
-from bench.registry import Benchmark
+from bench.registry import Benchmark, matches
 from bench.session import Session
 from model.command import positive
 from model.errors import InputError, require
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of its own."""
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT, and ours"
+        "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
     )
     parser.add_argument("--milliseconds", type=positive, default=300, help="time for each timing (default %(default)s)")
     parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 
 def _providers(args: argparse.Namespace) -> list[Provider]:
-    return [p for p in providers(args.quick) if p.ours or args.only in p.name]
+    return [p for p in providers(args.quick) if p.ours or matches(args.only, p.name)]
 
 
 def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
     found, timer = _providers(args), session.timer(args.milliseconds)
-    ceilings = session.ceilings(timer)
+    ceilings = session.ceilings()
     note = "With several sources the others concatenate first; their bytes are named, and the time is in theirs."
     table = session.section.table(
         "attention", "attention in bf16", identity=IDENTITY, metrics=METRICS, columns=COLUMNS, note=note

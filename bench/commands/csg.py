@@ -104,15 +104,14 @@ def _extrapolate(args: argparse.Namespace, session: Session) -> None:
     deadline = None if args.minutes is None else start + 60 * args.minutes
     dtype = pick_dtype(args.dtype, session.device)
     timer = session.timer(100)
-    session.ceilings(timer)
+    session.ceilings()
     layers = (1, 3) if session.cuda else (1, 2)
     measurement = Measurement(session.section, session.device, dtype, timer, deadline, layers)
     session.section.note("Random weights at the real sizes: time and memory do not depend on them.")
-    with require("tqdm", "bench").tqdm(total=len(found) + 1 + args.ablations, unit="setup", disable=None) as bar:
-        # The size of the paper first.
-        for setup in sorted(found, key=lambda setup: -setup.width):
-            measurement.setup(setup, bar.set_description)
-            bar.update()
+    session.section.set(settings={**session.section.data["settings"], "frames": found[0].num_frames})
+    total = 2 * len(found) + 1 + args.ablations
+    with require("tqdm", "bench").tqdm(total=total, unit="clip", dynamic_ncols=True, disable=None) as bar:
+        measurement.setups(found, bar.set_description, bar.update)
         measurement.validate(check, bar.set_description)
         bar.update()
         if args.ablations:

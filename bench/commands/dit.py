@@ -20,7 +20,7 @@ from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
 from bench.interpreted import run_interpreted
 from bench.plot import plot_layers, plot_operators
 from bench.record import Table
-from bench.registry import Benchmark
+from bench.registry import Benchmark, matches
 from bench.session import Session
 from bench.timing import Timer
 from model.command import positive
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
     parser.add_argument("--ops", metavar="TEXT", default="", help="only operators whose name contains TEXT")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT, and ours"
+        "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
     )
     parser.add_argument("--timesteps", choices=(*TIMESTEPS, "all"), default="all", help="of the layer (default all)")
     parser.add_argument(
@@ -83,11 +83,11 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError(f"{ENVIRONMENT_VARIABLE}: expected auto or triton, since it is the kernels that are measured")
     ops = ops if args.part != "block" else []
     if session.cuda:
-        layers = [p for p in BLOCK_PROVIDERS if args.part != "ops" and (p.ours or args.only in p.name)]
+        layers = [p for p in BLOCK_PROVIDERS if args.part != "ops" and (p.ours or matches(args.only, p.name))]
         measure_all(
             session,
             shapes,
-            [(op, [p for p in providers(op) if p.ours or args.only in p.name]) for op in ops],
+            [(op, [p for p in providers(op) if p.ours or matches(args.only, p.name)]) for op in ops],
             layers,
             [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")],
             session.timer(args.milliseconds),
@@ -117,7 +117,7 @@ def measure_all(
 ) -> None:
     """Measures everything by every implementation; after each row the results folder holds what there is so far."""
     section, device = session.section, session.device
-    found = session.ceilings(timer, **ceilings)
+    found = session.ceilings(None if session.cuda else timer, **ceilings)
     machine = Machine(device, timer, found.copy_bytes_per_second, found.matmul_tflops)
     note = (
         "GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace, session: Session) -> None:
         if found is not None:
             runs.append(found)
             _report(session, found, tables, counted)
+            if found.interrupted:
+                raise KeyboardInterrupt
     if runs:
         session.plot(plot_timelines, runs, session.folder / "timeline.png")
     if args.lengths:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
         wrong = check_cases(cases, session.device, table, jobs, bar.update)
         if timed:
             timer = session.timer(args.milliseconds)
-            ceilings = session.ceilings(timer)
+            ceilings = session.ceilings()
             table = session.section.table(
                 "timings", "operators at the sizes of real models", identity=IDENTITY, metrics=METRICS,
                 columns=(*IDENTITY, *METRICS[:7]),

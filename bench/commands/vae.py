@@ -12,7 +12,7 @@ from bench.interpreted import run_interpreted
 from bench.package_tables import provenance, write_entries
 from bench.plot import plot_vae
 from bench.record import Table
-from bench.registry import Benchmark
+from bench.registry import Benchmark, matches
 from bench.session import Session
 from bench.vae.count import FORMS, count_rows
 from bench.vae.layers import Layer, measure_layer, table_entries, unique_layers
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", metavar="SIZE", default=LIMIT, help="memory for our tiles, enforced on CUDA (default %(default)s)"
     )
-    parser.add_argument("--only", metavar="TEXT", default="", help="only implementations whose name contains TEXT")
+    parser.add_argument("--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name")
     parser.add_argument(
         "--directions", choices=(*PARTS, "all"), default="all", help="of the layers: decode, encode or all"
     )
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
     shapes = [shape for shape in available if args.shapes in str(shape)]
     if not shapes:
         raise InputError(f"shapes: none contains {args.shapes!r}; they are {'; '.join(map(str, available))}")
-    providers = [provider for provider in PROVIDERS if args.only in provider.name]
+    providers = [provider for provider in PROVIDERS if matches(args.only, provider.name)]
     if not providers:
         raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(p.name for p in PROVIDERS)}")
     limit = parse_bytes(args.limit)
@@ -120,7 +120,7 @@ def measure_layers(
 ) -> None:
     """Every convolution by our kernel and by cuDNN."""
     timer = session.timer(milliseconds)
-    matmul = session.ceilings(timer, **ceilings).matmul_tflops
+    matmul = session.ceilings(None if session.cuda else timer, **ceilings).matmul_tflops
     table = session.section.table(
         "layers", "convolutions of the VAE", identity=("where", "layer", "dtype", "provider"), metrics=LAYER_METRICS,
         columns=("where", "layer", "dtype", "calls", "provider", *LAYER_METRICS[:5]),

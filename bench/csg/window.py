@@ -32,7 +32,7 @@ from model.weights import random_weights
 LAYERS = (1, 3)
 #: Operations beyond which a step is run once and not captured as a graph: some seconds on a fast card.
 LARGE = 5e14
-REPEATS = 3
+REPEATS = 2
 
 
 @dataclass(frozen=True)

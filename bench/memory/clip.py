@@ -76,6 +76,7 @@ class ClipRun:
     process: int | None = None
     energy: float | None = None
     plans: str = ""
+    interrupted: bool = False
 
 
 def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
@@ -104,6 +105,9 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
             if not is_out_of_memory(error):
                 raise
             run.status, run.reason = failure(error).values()
+        except KeyboardInterrupt:
+            # What there is so far is worth having; the command reports it and then stops.
+            run.status, run.reason, run.interrupted = "failed", "interrupted", True
         if device.type != "meta":
             run.seconds = meter.timer.seconds
             run.total_seconds = time.perf_counter() - start

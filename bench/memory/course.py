@@ -89,26 +89,15 @@ class Course:
         return [points[0], *kept, points[-1]]
 
 
-def from_trace(trace: Sequence[dict[str, Any]], start_us: int, base: int) -> list[Event]:
-    """Events of the CUDA allocator's own history (``torch.cuda.memory._snapshot()["device_traces"][i]``).
-
-    Args:
-        trace: its entries.
-        start_us: when the run began, by the same clock; earlier entries are left out.
-        base: bytes that were allocated then.
-    """
+def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
+    """Events of the CUDA allocator's own history (``torch.cuda.memory._snapshot()["device_traces"][i]``), which begins
+    with the run; what was allocated before is freed without having been taken."""
     events: list[Event] = []
-    known: set[int] = set()
     for entry in trace:
-        seconds = (entry["time_us"] - start_us) / 1e6
-        if seconds < 0:
-            continue
+        seconds = (entry["time_us"] - trace[0]["time_us"]) / 1e6
         if entry["action"] == "alloc":
-            known.add(entry["addr"])
             events.append(Event(seconds, entry["addr"], entry["size"], label_of(entry.get("frames") or ())))
         elif entry["action"] == "free_completed":
-            # What was there before the run is in the base, and leaves it here.
-            known.discard(entry["addr"])
             events.append(Event(seconds, entry["addr"], -entry["size"]))
     return events
 

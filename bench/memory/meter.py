@@ -85,7 +85,6 @@ class CudaMeter(Meter):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.course.base = torch.cuda.memory_allocated()
-        start_us = time.time_ns() // 1000
         self._start = time.perf_counter()
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY)
         try:
@@ -97,7 +96,7 @@ class CudaMeter(Meter):
             finally:
                 torch.cuda.memory._record_memory_history(enabled=None)
             index = torch.cuda.current_device()
-            self.course.events = from_trace(snapshot["device_traces"][index], start_us, self.course.base)
+            self.course.events = from_trace(snapshot["device_traces"][index])
 
 
 class CountingMeter(Meter):

@@ -96,6 +96,7 @@ class Layer:
         taps = "x".join(map(str, self.kernel))
         steps = "" if set(self.stride) <= {1} else f"/{'x'.join(map(str, self.stride))}"
         extras = "".join(f" + {name}" for name in ("residual", "norm") if getattr(self, name))
+        extras += " alone" * (self.norm and not self.keep_sum) + f", {self.past} before" * (self.past > 0)
         size = f"{self.frames} x {self.width}x{self.height}"
         return f"{self.operator} {taps}{steps}, {self.channels} to {self.columns}, {size}{extras}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import time
@@ -31,7 +30,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 #: Latent frames of the clip that is checked: the first, and one that has a past.
 CHECKED = 2
 #: Runs longer than so many seconds are not repeated.
-LONG = 20.0
+LONG = 10.0
 #: What must be reached at 2K: time and peak of diffusers' fastest setting that fits, and of its tiles; and how far the
 #: seam measure may be from the untiled decode's, relatively.
 SPEED_TARGET, PEAK_TARGET, SEAM_TARGET = 2.0, 1 / 3, 1e-3
@@ -82,7 +81,8 @@ def measure(
 ) -> None:
     """One row for every implementation of one part on one shape, each given to ``report``.
 
-    A first run of each, alone on the device, gives its peak; then all that were right take turns.
+    A first run of each, alone on the device, gives its peak; then all that were right take turns. Rows are reported
+    when all are there, also when the measurement is cut short.
 
     Args:
         limit: bytes that implementations in tiles of ours may take, held to by the allocator on CUDA; None for no
@@ -98,30 +98,35 @@ def measure(
     pictures: dict[str, Tensor] = {}
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, _Run] = {}
-    for provider in providers:
-        row = {**base, "provider": provider.name, "ours": provider.ours}
-        row |= {"dtype": str(dtype).removeprefix("torch."), "limit_bytes": limit if provider.limited else None}
-        if expected is None:
-            row["note"] = f"checked against {source}"
-        rows[provider.name] = row
-        try:
-            runner = provider.load(shape, part, dtype, device, limit)
-            # The check returns numbers, which take more than the finished frames that a plan is for.
-            row |= _checked(runner, provider, shape, part, dtype, expected, device, pictures)
+    try:
+        for provider in providers:
+            row = {**base, "provider": provider.name, "ours": provider.ours}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "limit_bytes": limit if provider.limited else None}
+            if expected is None:
+                row["note"] = f"checked against {source}"
+            rows[provider.name] = row
+            try:
+                runner = provider.load(shape, part, dtype, device, limit)
+                # The check returns numbers, which take more than the finished frames that a plan is for.
+                row |= _checked(runner, provider, shape, part, dtype, expected, device, pictures)
+                release(device)
+                if row["status"] == "ok":
+                    run = _Run(runner, provider, shape, part, device, row["limit_bytes"])
+                    row["peak_bytes"] = run.first()
+                    row |= {"seconds": run.cold, "runs": 1}
+                    runs[provider.name] = run
+            # InputError: no plan keeps to the limit.
+            except (Unavailable, InputError, RuntimeError, MemoryError) as error:
+                row |= failure(error)
+            runner = run = None
             release(device)
-            if row["status"] == "ok":
-                run = _Run(runner, provider, shape, part, device, row["limit_bytes"])
-                row["peak_bytes"] = run.first()
-                runs[provider.name] = run
-        except (Unavailable, InputError, RuntimeError, MemoryError) as error:  # the second: no plan keeps to the limit
-            row |= failure(error)
-        runner = run = None
-        release(device)
-    _take_turns(rows, runs, repeats, device)
-    for row in rows.values():
-        if row["status"] == "ok":
-            row["frames_per_second"] = shape.num_frames / row["seconds"]
-        report(row)
+        _take_turns(rows, runs, repeats, device)
+    finally:
+        # Also of a run that is cut short.
+        for row in rows.values():
+            if row.get("status") == "ok" and "seconds" in row:
+                row["frames_per_second"] = shape.num_frames / row["seconds"]
+            report({"status": "not reached", "reason": "interrupted", **row})
     if folder is not None and expected is not None and pictures:
         name = f"{shape.version}-{shape.width}x{shape.height}"
         title = f"Wan VAE {shape.version}, {shape.width}x{shape.height}"
@@ -129,22 +134,21 @@ def measure(
 
 
 def _take_turns(rows: dict[str, dict[str, Any]], runs: dict[str, _Run], repeats: int, device: torch.device) -> None:
-    """Times all, round by round; the first run of each, which has compiled its kernels, was the first round."""
-    for _ in range(repeats - 1):
+    """Times all, round by round. What takes long has been timed in its first run."""
+    for _ in range(repeats):
         for name, run in runs.items():
-            if rows[name]["status"] != "ok" or run.seconds[-1] > LONG:
+            if rows[name]["status"] != "ok" or run.cold > LONG:
                 continue
             try:
                 run.again()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                rows[name]["warning"] = "one run: with the weights of the others it does not fit"
+                rows[name]["warning"] = "its first run alone: with the weights of the others it does not fit"
             release(device)
-    for name, run in runs.items():
-        timing = summary(run.seconds)
-        ends = {"seconds_low": min(run.seconds), "seconds_high": max(run.seconds)} if timing.runs > 1 else {}
-        rows[name] |= {"seconds": timing.median, "runs": timing.runs, **ends}
+            timing = summary(run.seconds or [run.cold])
+            ends = {"seconds_low": min(run.seconds), "seconds_high": max(run.seconds)} if timing.runs > 1 else {}
+            rows[name] |= {"seconds": timing.median, "runs": timing.runs, **ends}
 
 
 def reference(shape: Shape, part: str, device: torch.device) -> tuple[Tensor | None, str]:
@@ -204,20 +208,27 @@ class _Run:
     ):
         self.runner, self.device, self.limit = runner, device, limit
         self.seconds: list[float] = []
-        self._clip = functools.partial(clip_for, shape, part, shape.blocks, provider.clip_device(part, device))
+        self.cold = 0.0
+        self._shape, self._part, self._place = shape, part, provider.clip_device(part, device)
+
+    def _clip(self, blocks: int | None = None) -> Tensor:
+        return clip_for(self._shape, self._part, blocks or self._shape.blocks, self._place)
 
     def first(self) -> int:
-        """One run; its peak beyond the clip that is given and, on CUDA, beyond what was there before the model."""
+        """One run, timed as ``cold``; its peak beyond the clip that is given and, on CUDA, beyond what was there before
+        the model."""
         clip = self._clip()
         if self.device.type != "cuda":
             with TensorMemory([*self.runner.weights, clip]) as memory:
                 self._pass(clip)  # counting costs time: this run has none
-            self.seconds.append(self._pass(clip))
+            self.cold = self._pass(clip)
             return memory.peak - clip.nbytes
+        self._pass(self._clip(CHECKED))  # compiles what the check did not need
         weights = sum(w.nbytes for w in self.runner.weights if w.is_cuda)
         given = torch.cuda.memory_allocated() - weights
         torch.cuda.reset_peak_memory_stats()
         self.again(clip)
+        self.cold = self.seconds.pop()
         return torch.cuda.max_memory_allocated() - given
 
     def again(self, clip: Tensor | None = None) -> None:

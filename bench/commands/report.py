@@ -1,0 +1,95 @@
+"""``python -m bench report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.files import write_text
+from bench.record import make_folder
+from bench.registry import Benchmark
+from bench.report.page import build_page
+from bench.report.readme import generate
+from bench.result_file import SHIPPED, read_result, shipped_results
+from model.errors import InputError
+
+PAGE = Path("out/report.html")
+EXAMPLES = """\
+examples:
+  python -m bench report                              the results in the repository, as out/report.html
+  python -m bench report out/csg-*/result.json --out csg.html
+  python -m bench report --readme README.md           its tables, from the results in the repository
+  python -m bench report --readme README.md --check   exit with 2 if they are not up to date
+
+The page is one file that loads nothing. In a README what stands between the lines
+
+  <!-- results: cpu csg/whole columns=frames,mode,stage_two_seconds,speedup frames=41|81 -->
+  <!-- end of results -->
+
+is replaced by that table of the newest file in bench/results/cpu*/ that has it, here with four columns and the rows of
+two clip lengths; csg/verdicts are the figures to be reached, and names with spaces stand in quotes.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all in bench/results")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help=f"default {PAGE}")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the tables of this file instead of a page")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where the tables would change")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the page, or a README's tables."""
+    if args.readme is not None:
+        if args.files or args.out is not None:
+            raise InputError("readme: takes the results in the repository and writes no page; leave FILE and --out out")
+        _readme(args.readme, args.check)
+        return
+    if args.check:
+        raise InputError("check: expected --readme FILE beside it")
+    paths = args.files or shipped_results()
+    if not paths:
+        raise InputError(f"files: there are no results in {SHIPPED}; name some")
+    page, out = build_page(paths, [read_result(path) for path in paths]), args.out or PAGE
+    make_folder(out.parent)
+    _write(out, page)
+    print(out.resolve())
+
+
+def _readme(path: Path, check: bool) -> None:
+    try:
+        before = path.read_text()
+    except OSError as error:
+        raise InputError(f"readme: {path} cannot be read: {error.strerror}") from error
+    after = generate(before, shipped_results(), path)
+    if check:
+        if after != before:
+            changed = [
+                i for i, (a, b) in enumerate(zip(before.split("\n"), after.split("\n"), strict=False), 1) if a != b
+            ]
+            where = f" (first at line {changed[0]})" if changed else ""
+            raise InputError(
+                f"readme: {path} is not what its results give{where}; run python -m bench report --readme {path}"
+            )
+    elif after != before:
+        _write(path, after)
+    print(f"{path} {'is up to date' if after == before else 'written'}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"out: cannot write {path}: {error.strerror}") from error
+
+
+BENCHMARK = Benchmark(
+    name="report",
+    summary="one page of result files, or the tables of a README",
+    description="Makes one self-contained HTML page of result files, or writes their tables into a README.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    run=run,
+    order=60,
+)

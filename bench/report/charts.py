@@ -1,0 +1,316 @@
+"""Charts as inline SVG, drawn by hand: their colours are the page's, so that they follow its light and dark mode.
+
+Ours is blue and others are grey; what is not measured is drawn hollow or dashed. Every mark says its numbers when the
+pointer rests on it, and every chart has a title and a description.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bench.metrics import format_value, significant, time_scale
+from bench.report.markup import Markup, tag
+
+WIDTH = 680
+#: Of a bar chart's labels on the left, and what its values need on the right.
+_LABELS, _VALUES = 226, 150
+_LINE, _BAR = 20, 13
+#: Pixels of a character at the charts' 12 pixels, on the safe side.
+_CHARACTER = 6.6
+
+
+class Bar(NamedTuple):
+    """One implementation; ``value`` is None where there is none, and ``text`` then says why."""
+
+    label: str
+    value: float | None
+    text: str
+    ours: bool
+    basis: str
+
+
+class Point(NamedTuple):
+    """One row in a roofline: operations per byte and TFLOP/s; ``tip`` is what the pointer reads."""
+
+    intensity: float
+    tflops: float
+    label: str
+    tip: str
+    ours: bool
+    basis: str
+
+
+class Clip(NamedTuple):
+    """One configuration's seconds by method: (method, seconds, ours, basis)."""
+
+    label: str
+    times: Sequence[tuple[str, float, bool, str]]
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to pixels, evenly or by powers of ten."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Where a value lies; what is outside lies on the edge."""
+        value = min(max(value, self.low), self.high)
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return round(self.start + (self.end - self.start) * (value - low) / (high - low), 1)
+
+    def ticks(self) -> list[float]:
+        """Round values inside, about five."""
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            steps = (1, 2, 5) if last - first <= 3 else (1,)
+            found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        else:
+            rough = (self.high - self.low) / 5
+            unit = 10.0 ** math.floor(math.log10(rough))
+            step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
+            found = [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [value for value in found if self.low <= value <= self.high * 1.0001]
+
+
+def bars(
+    title: str,
+    groups: Sequence[tuple[str, Sequence[Bar]]],
+    note: str = "",
+    ceiling: tuple[float, str] | None = None,
+) -> Markup:
+    """Horizontal bars in groups, each bar's value beside it.
+
+    Args:
+        title: of the chart.
+        groups: label and bars.
+        note: what the values are.
+        ceiling: a value that all are held against, and its name.
+    """
+    highest = [max((bar.value or 0 for bar in found), default=0) for _, found in groups]
+    positive = [value for value in highest if value > 0]
+    # Bars of a short clip beside those of a long one would be invisible.
+    own = bool(positive) and max(positive) > 20 * min(positive) and ceiling is None
+    common = max([*positive, ceiling[0] if ceiling else 0]) or 1.0
+    marks: list[Markup] = []
+    y, end = 8 + (_LINE if ceiling else 0), WIDTH - _VALUES
+    for (label, found), high in zip(groups, highest, strict=True):
+        if label:
+            marks.append(_text(label, 0, y + 13, "group", limit=WIDTH))
+            y += _LINE
+        axis = Axis(0, (high or 1.0) if own else common, _LABELS, end)
+        for bar in found:
+            marks += _bar(bar, axis, y)
+            y += _LINE
+        y += 8
+    if ceiling:
+        x = Axis(0, common, _LABELS, end).at(ceiling[0])
+        # Beneath the bars' values.
+        marks.insert(0, tag("line", x1=x, x2=x, y1=22, y2=y - 6, class_="ceiling"))
+        marks.append(_text(ceiling[1], x, 16, "ceiling-label", anchor="end"))
+    scale = "each group is drawn to its own scale" if own else "all bars are drawn to one scale"
+    return _chart("bars", title, f"{note}; {scale}" if note else scale, y, marks)
+
+
+def _bar(bar: Bar, axis: Axis, y: float) -> list[Markup]:
+    parts = [_text(bar.label, _LABELS - 8, y + 11, "", anchor="end", limit=_LABELS - 8)]
+    if bar.value is None:
+        return [*parts, _text(bar.text, _LABELS + 2, y + 11, "failed", limit=WIDTH - _LABELS)]
+    length = max(axis.at(bar.value) - axis.start, 1.0)
+    kind = " ".join(["bar", "ours" if bar.ours else "other", *(["unmeasured"] if bar.basis != "measured" else [])])
+    tip = f"{bar.label}: {bar.text}"
+    parts.append(tag("rect", tag("title", tip), x=_LABELS, y=y, width=round(length, 1), height=_BAR, rx=2, class_=kind))
+    at = axis.start + length + 6
+    return [*parts, _text(bar.text, round(at, 1), y + 11, "value", limit=WIDTH - at)]
+
+
+def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, matmul_tflops: float) -> Markup:
+    """Operations per byte against TFLOP/s, under the two ceilings that were measured in the same run."""
+    ridge, height = matmul_tflops * 1e12 / copy_bytes_per_second, 400
+    xs, ys = [p.intensity for p in points] + [ridge], [p.tflops for p in points] + [matmul_tflops]
+    x = Axis(min(xs) / 2, max(xs) * 3, 58, WIDTH - 24, log=True)
+    y = Axis(min(ys) / 2, max(ys) * 1.7, height - 44, 14, log=True)
+    marks = _grid(x, y, "operations per byte", "TFLOP/s", _plain, _plain)
+    bottom = max(x.low, y.low * 1e12 / copy_bytes_per_second)
+    roof = [(bottom, bottom * copy_bytes_per_second / 1e12), (ridge, matmul_tflops), (x.high, matmul_tflops)]
+    marks.append(tag("polyline", points=" ".join(f"{x.at(a)},{y.at(b)}" for a, b in roof), class_="ceiling"))
+    label = f"matrix product {significant(matmul_tflops)} TFLOP/s"
+    marks.append(_text(label, x.end, y.at(matmul_tflops) - 6, "ceiling-label", anchor="end"))
+    middle = math.sqrt(bottom * ridge)
+    at = x.at(middle), y.at(middle * copy_bytes_per_second / 1e12)
+    angle = round(math.degrees(math.atan2(y.at(roof[1][1]) - y.at(roof[0][1]), x.at(ridge) - x.at(bottom))), 1)
+    label = f"copy {copy_bytes_per_second / 1e9:,.0f} GB/s"
+    turned = f"rotate({angle} {at[0]} {at[1]})"
+    marks.append(_text(label, at[0], round(at[1] - 6, 1), "ceiling-label", anchor="middle", transform=turned))
+    above = y.at(matmul_tflops)
+    taken: list[tuple[float, float, float, float]] = [(x.end - 240, above - 20, x.end, above)]
+    for point in sorted(points, key=lambda p: p.ours):
+        kind = f"point {'ours' if point.ours else 'other'}{'' if point.basis == 'measured' else ' unmeasured'}"
+        at = x.at(point.intensity), y.at(point.tflops)
+        marks.append(tag("circle", tag("title", point.tip), cx=at[0], cy=at[1], r=4.5, class_=kind))
+        taken.append((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4))
+    marks += _point_labels(points, x, y, taken)
+    words = f"{len(points)} rows; ridge at {ridge:,.0f} operations per byte; dashed: what was measured in the same run"
+    return _chart("roofline", title, words, height, marks)
+
+
+def _point_labels(points: Sequence[Point], x: Axis, y: Axis, taken: list[Any]) -> list[Markup]:
+    """Names for our points, each once, where there is room; all have their names under the pointer."""
+    best: dict[str, Point] = {}
+    for point in points:
+        if point.ours and (point.label not in best or point.tflops > best[point.label].tflops):
+            best[point.label] = point
+    marks = []
+    for point in sorted(best.values(), key=lambda p: -p.tflops):
+        px, py, width = x.at(point.intensity), y.at(point.tflops), len(point.label) * _CHARACTER * 0.92
+        for left, top, anchor in ((px + 8, py - 6, "start"), (px - 8 - width, py - 6, "end"),
+                                  (px - width / 2, py + 7, "middle"), (px - width / 2, py - 20, "middle")):  # fmt: skip
+            box = left, top, left + width, top + 12
+            inside = box[0] > x.start and box[2] < x.end and box[1] > y.end and box[3] < y.start
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                at = {"start": left, "end": left + width, "middle": px}[anchor]
+                marks.append(_text(point.label, round(at, 1), round(top + 10, 1), "", anchor=anchor))
+                break
+    return marks
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def timeline(
+    title: str,
+    points: Sequence[tuple[float, float]],
+    marks: Sequence[tuple[float, str]],
+    limit: float | None,
+    basis: str,
+) -> Markup:
+    """Allocated bytes over seconds, with what began where and, if there was one, the limit.
+
+    Counted courses have no time: they go over the tensors made and freed, in order.
+    """
+    height, top = 270, 50
+    seconds, sizes = [p[0] for p in points], [p[1] for p in points]
+    counted = basis == "counted"
+    unit, unit_name = (1.0, "") if counted else time_scale([max(seconds)])
+    over = "tensors made and freed, in order" if counted else f"time, {unit_name}"
+    x = Axis(min(seconds), max(max(seconds), min(seconds) + 1e-9), 58, WIDTH - 24)
+    y = Axis(0, 1.08 * max([*sizes, limit or 0, 1.0]), height - 40, top)
+    size, size_name = (2**30, "GiB") if y.high > 2**30 else (2**20, "MiB")
+    shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)
+    drawn = _grid(*shown, over, f"{size_name} allocated", _plain, _plain)
+    line = [(x.at(s), y.at(b)) for s, b in thinned(points)]
+    path = f"M{line[0][0]},{line[0][1]}" + "".join(f"H{a}V{b}" for a, b in line[1:])
+    dashed = "" if basis == "measured" else " unmeasured"
+    drawn.append(tag("path", d=f"{path}V{y.start}H{line[0][0]}Z", class_="area"))
+    drawn.append(tag("path", d=path, class_=f"line{dashed}"))
+    if limit is not None:
+        at = y.at(limit)
+        drawn.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="ceiling"))
+        text = f"limit {format_value(limit, 'bytes')}"
+        drawn.append(_text(text, x.end, at - 5, "ceiling-label", anchor="end"))
+    drawn += _timeline_marks(marks, x, y, counted)
+    peak = format_value(max(sizes), "bytes")
+    length = f"{seconds[-1]:,.0f} steps" if counted else f"{significant(seconds[-1])} s"
+    return _chart("timeline", title, f"peak {peak} over {length}, {basis}", height, drawn)
+
+
+def _timeline_marks(marks: Sequence[tuple[float, str]], x: Axis, y: Axis, counted: bool) -> list[Markup]:
+    """Vertical lines, with names in three rows above where there is room; all have theirs under the pointer."""
+    drawn, ends = [], [0.0] * 3
+    for at, label in sorted(marks, key=lambda mark: mark[0]):
+        tip = f"{label}: {at:,.0f}" if counted else f"{label}: {significant(at)} s"
+        drawn.append(tag("line", tag("title", tip), x1=x.at(at), x2=x.at(at), y1=y.end - 8, y2=y.start, class_="mark"))
+        # Toward the end there is no room to the right of its line.
+        width = len(label) * _CHARACTER
+        left = x.at(at) + 3 if x.at(at) + 3 + width < WIDTH else x.at(at) - 3 - width
+        row = next((i for i, end in enumerate(ends) if end < left), None)
+        if row is not None:
+            ends[row] = left + width + 4
+            drawn.append(_text(label, left, y.end - 11 - 13 * row, "mark-label"))
+    return drawn
+
+
+def thinned(points: Sequence[tuple[float, float]], count: int = 800) -> list[tuple[float, float]]:
+    """At most so many points, the highest of each stretch, so that no peak is lost."""
+    if len(points) <= count:
+        return list(points)
+    size = math.ceil(len(points) / (count - 2))
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    return [points[0], *(max(stretch, key=lambda p: p[1]) for stretch in stretches), points[-1]]
+
+
+def clips(title: str, found: Sequence[Clip]) -> Markup:
+    """Seconds of whole clips by method, one line a configuration, on a logarithmic axis; and how many times faster."""
+    seconds = [time for clip in found for _, time, _, _ in clip.times]
+    height = 30 * len(found) + 62
+    x = Axis(min(seconds) / 1.6, max(seconds) * 1.6, _LABELS, WIDTH - 74, log=True)
+    marks = [tag("line", x1=x.at(t), x2=x.at(t), y1=24, y2=height - 38, class_="grid") for t in x.ticks()]
+    marks += [_text(f"{t:,g}", x.at(t), height - 24, "tick", anchor="middle") for t in x.ticks()]
+    marks.append(
+        _text("seconds of the device, logarithmic", (x.start + x.end) / 2, height - 6, "tick", anchor="middle")
+    )
+    marks.append(_text("times faster", WIDTH, 13, "tick", anchor="end"))
+    for i, clip in enumerate(found):
+        y = 38 + 30 * i
+        marks.append(_text(clip.label, 0, y + 4, "", limit=_LABELS - 10))
+        ends = [x.at(time) for _, time, _, _ in clip.times]
+        marks.append(tag("line", x1=min(ends), x2=max(ends), y1=y, y2=y, class_="link"))
+        for method, time, ours, basis in clip.times:
+            kind = f"point {'ours' if ours else 'other'}{'' if basis == 'measured' else ' unmeasured'}"
+            tip = f"{clip.label}, {method}: {significant(time)} s, {basis}"
+            marks.append(tag("circle", tag("title", tip), cx=x.at(time), cy=y, r=5, class_=kind))
+            if x.at(time) in (min(ends), max(ends)):
+                marks.append(_text(f"{significant(time)} s", x.at(time), y - 9, "value", anchor="middle"))
+        if clip.speedup is not None:
+            marks.append(_text(f"{format_value(clip.speedup, 'ratio')}x", WIDTH, y + 4, "group", anchor="end"))
+    return _chart("clips", title, "blue: two stages with CSG; grey: end-to-end; hollow: not measured", height, marks)
+
+
+def _grid(
+    x: Axis, y: Axis, x_label: str, y_label: str, x_text: Callable[[float], str], y_text: Callable[[float], str]
+) -> list[Markup]:
+    """Lines at round values of both axes, and their names."""
+    marks = []
+    for value in x.ticks():
+        marks.append(tag("line", x1=x.at(value), x2=x.at(value), y1=y.start, y2=y.end, class_="grid"))
+        marks.append(_text(x_text(value), x.at(value), y.start + 16, "tick", anchor="middle"))
+    for value in y.ticks():
+        marks.append(tag("line", x1=x.start, x2=x.end, y1=y.at(value), y2=y.at(value), class_="grid"))
+        marks.append(_text(y_text(value), x.start - 7, y.at(value) + 4, "tick", anchor="end"))
+    marks.append(_text(x_label, (x.start + x.end) / 2, y.start + 34, "tick", anchor="middle"))
+    middle = round((y.start + y.end) / 2, 1)
+    turned = f"rotate(-90 12 {middle})"
+    return [*marks, _text(y_label, 12, middle, "tick", anchor="middle", transform=turned)]
+
+
+def _plain(value: float) -> str:
+    return f"{value:,g}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
+
+
+def _text(
+    text: str, x: float, y: float, kind: str, *, anchor: str | None = None, limit: float | None = None, **more: Any
+) -> Markup:
+    """Text, cut to the pixels that there are; then the pointer reads it whole."""
+    room = len(text) if limit is None else max(int(limit / _CHARACTER), 4)
+    shown = text if len(text) <= room else f"{text[: room - 1]}\N{HORIZONTAL ELLIPSIS}"
+    whole = tag("title", text) if shown != text else None
+    return tag("text", whole, shown, x=round(x, 1), y=round(y, 1), class_=kind or None, text_anchor=anchor, **more)
+
+
+def _chart(kind: str, title: str, description: str, height: float, marks: Sequence[Markup]) -> Markup:
+    """The SVG with what it shows in words, in a box that scrolls where the screen is narrow."""
+    head = tag("title", title), tag("desc", description)
+    box = f"0 0 {WIDTH} {round(height)}"
+    svg = tag("svg", head, marks, viewBox=box, role="img", class_=f"chart {kind}")
+    caption = tag("figcaption", tag("b", title), " ", tag("span", description, class_="muted"))
+    return tag("figure", caption, tag("div", svg, class_="scroll", tabindex=0), class_="figure")

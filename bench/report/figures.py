@@ -1,0 +1,148 @@
+"""Which rows of result files become which charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.metrics import METRICS, format_value, significant, time_scale
+from bench.report import charts
+from bench.report.charts import Bar, Clip, Point
+from bench.report.markup import Markup
+
+#: The field of a table's identity whose values are held against each other; the others make the groups.
+COMPARED = ("provider", "method", "mode", "variant", "stage", "gpu")
+#: Of these the first that all rows of a table have is drawn: rates first, since they can stand on one axis whatever the
+#: size of the work.
+SPEED = ("fraction_of_copy", "tflops", "frames_per_second", "total_seconds", "stage_two_seconds", "seconds")
+MEMORY = "peak_bytes"
+
+
+def bar_charts(table: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> list[Markup]:
+    """Speed and peak memory of everything that a table holds against each other; empty where it compares nothing."""
+    field = next((name for name in reversed(table["identity"]) if name in COMPARED), None)
+    if field is None:
+        return []
+    groups = [group_of(row, table["identity"], field) for row in table["rows"]]
+    if len(set(groups)) == len(groups):
+        return []
+    found = [row for row in table["rows"] if row["status"] == "ok" and row["basis"] != "reported"]
+    of_all = [name for name in SPEED if found and all(_is_number(row.get(name)) for row in found)]
+    of_some = [name for name in SPEED if any(_is_number(row.get(name)) for row in found)]
+    speed = next((name for name in (*of_all, *of_some) if name in table["metrics"]), None)
+    memory = MEMORY if any(_is_number(row.get(MEMORY)) for row in found) and MEMORY in table["metrics"] else None
+    drawn = [name for name in (speed, memory) if name is not None]
+    return [_bars(table, field, name, ceilings, name == drawn[0]) for name in drawn]
+
+
+def _bars(
+    table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str, Any] | None, failures: bool
+) -> Markup:
+    """``failures``: whether rows without a result have their place; once is enough."""
+    groups: dict[str, list[Bar]] = {}
+    metric = table["metrics"][name]
+    for row in table["rows"]:
+        value, ok = row.get(name), row["status"] == "ok"
+        if not (_is_number(value) if ok else failures):
+            continue
+        text = _value_text(value, name, metric["unit"]) if ok else f"{row['status']}: {row.get('reason', '')}"
+        if ok and row["basis"] != "measured":
+            text += f" {row['basis']}"
+        label = str(row[field])
+        groups.setdefault(group_of(row, table["identity"], field), []).append(
+            Bar(label, value if ok else None, text, is_ours(row, label), row["basis"])
+        )
+    ceiling = None
+    if name == "tflops" and ceilings:
+        product = ceilings["matmul_tflops"]
+        ceiling = product, f"matrix product in {ceilings['matmul_dtype']}, {significant(product)} TFLOP/s"
+    elif name == "fraction_of_copy":
+        ceiling = 1.0, "a copy, in the same run"
+    better = {"lower": "shorter is better", "higher": "longer is better"}.get(metric["better"], "")
+    return charts.bars(f"{table['title']}: {metric['label']}", list(groups.items()), better, ceiling)
+
+
+def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str) -> str:
+    """What a row shares with those that it is held against."""
+    values = [(name, row[name]) for name in identity if name != field]
+    return ", ".join(f"{value} {name}" if _is_number(value) else str(value) for name, value in values)
+
+
+def is_ours(row: Mapping[str, Any], label: str) -> bool:
+    """Whether a row is this project's own way: it says so, or else it is all but end-to-end."""
+    return bool(row["ours"]) if "ours" in row else "end-to-end" not in label.replace("_", "-")
+
+
+def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
+    """All rows of a section that have operations, bytes and seconds, under the section's ceilings."""
+    ceilings = section.get("ceilings")
+    if not ceilings:
+        return None
+    points = []
+    for table in section["tables"]:
+        for row in table["rows"]:
+            flops, moved, seconds = (row.get(name) for name in ("flops", "bytes", "seconds"))
+            if row["status"] == "ok" and flops and moved and seconds:
+                names = [str(row[name]) for name in table["identity"]]
+                label = str(row.get("op") or row.get("layer") or names[0])
+                rate = flops / seconds / 1e12
+                tip = f"{', '.join(names)}: {significant(rate)} TFLOP/s at {significant(flops / moved)} FLOP/byte"
+                tip += f", {format_value(moved / seconds, 'B/s')} GB/s, {row['basis']}"
+                points.append(Point(flops / moved, rate, label, tip, is_ours(row, label), row["basis"]))
+    if not points:
+        return None
+    return charts.roofline(title, points, ceilings["copy_bytes_per_second"], ceilings["matmul_tflops"])
+
+
+def timeline_charts(section: Mapping[str, Any], label: str) -> list[Markup]:
+    """The section's courses of memory."""
+    return [
+        charts.timeline(f"{line['name']}{label}", line["points"], line["marks"], line.get("limit"), line["basis"])
+        for line in section["timelines"]
+        if line["points"]
+    ]
+
+
+def whole_clips(documents: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> list[Clip]:
+    """Every configuration whose whole clips have a time, those of the paper first."""
+    found: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for document, letter in zip(documents, letters, strict=True):
+        for row in clip_rows(document):
+            reported = row["basis"] == "reported"
+            name = f"{row['model']}, {row['size']}" + ("" if reported or len(documents) == 1 else f" ({letter})")
+            rows = found.setdefault((name, reported), [])
+            if not any(reported and row["method"] == other["method"] for other in rows):
+                rows.append(row)
+    ordered = sorted(found.items(), key=lambda item: not item[0][1])
+    return [
+        Clip(
+            name,
+            [(r["method"], r["total_seconds"], is_ours(r, r["method"]), r["basis"]) for r in rows],
+            max((r["speedup"] for r in rows if _is_number(r.get("speedup")) and is_ours(r, r["method"])), default=None),
+        )
+        for (name, _), rows in ordered
+    ]
+
+
+def clip_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of whole clips by model, size and method that have a time."""
+    tables = [t for section in document["sections"].values() for t in section["tables"]]
+    return [
+        row
+        for table in tables
+        if table["identity"] == ["model", "size", "method"] and "total_seconds" in table["metrics"]
+        for row in table["rows"]
+        if row["status"] == "ok" and _is_number(row.get("total_seconds"))
+    ]
+
+
+def _value_text(value: float, name: str, unit: str) -> str:
+    if unit == "s":
+        scale, word = time_scale([value])
+        return f"{significant(value / scale)} {word}"
+    words = {"TFLOP/s": " TFLOP/s", "1/s": f" {METRICS[name].label}" if name in METRICS else " /s"}
+    return format_value(value, unit) + words.get(unit, "")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

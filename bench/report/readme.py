@@ -1,0 +1,155 @@
+"""Tables in a README, generated from result files and never typed.
+
+    <!-- results: cpu csg/whole columns=frames,mode,speedup frames=41|81 -->
+    ... what is here is replaced ...
+    <!-- end of results -->
+
+The first word names a folder of ``bench/results`` by its beginning (``cpu``, ``nvidia-h200``), or by a pattern with
+``*``; the newest file there that has the section and table is taken. ``SECTION/verdicts`` are a section's figures to be
+reached. ``columns`` are the fields that are shown, default the table's own choice; ``FIELD=VALUE|VALUE`` keeps the rows
+whose field is one of the values. What has spaces stands in quotes: ``"dit/counted operators"``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from bench.markdown import format_table, format_verdicts
+from bench.result_file import read_result
+from bench.session import measured_on
+from model.errors import InputError
+
+START, END = "<!-- results:", "<!-- end of results -->"
+VERDICTS = "verdicts"
+FORM = "FOLDER SECTION/TABLE [columns=FIELD,FIELD] [FIELD=VALUE|VALUE]"
+_MARK = re.compile(r"^<!-- (?:results: *(?P<what>.*?) *|end of results) -->[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a mark asks for."""
+
+    text: str
+    folder: str
+    section: str
+    table: str
+    columns: tuple[str, ...] = ()
+    wanted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def parse_selection(text: str) -> Selection:
+    """What stands behind ``results:``.
+
+    Raises:
+        InputError: another form.
+    """
+    try:
+        folder, name, *options = shlex.split(text)
+        section, table = name.split("/")
+        pairs = [option.split("=", 1) for option in options]
+        wanted = {name: tuple(values.split("|")) for name, values in pairs}
+    except ValueError as error:
+        raise InputError(f"results: expected {FORM}, got {text!r}") from error
+    columns = wanted.pop("columns", ("",))[0]
+    return Selection(text, folder, section, table, tuple(columns.split(",")) if columns else (), wanted)
+
+
+def generate(text: str, paths: Sequence[Path], readme: Path) -> str:
+    """The README's text with every block made anew.
+
+    Args:
+        text: of the README.
+        paths: result files to choose from, each in the folder of its card.
+        readme: where the text lies, for links.
+
+    Raises:
+        InputError: there is no block, one has no end, or one asks for what is not there; the message says what is.
+    """
+    pieces, end = [], 0
+    marks = list(_MARK.finditer(text))
+    if not any(mark["what"] is not None for mark in marks):
+        raise InputError(f"{readme}: expected a block that begins with {START} {FORM} --> on a line of its own")
+    documents = {path: read_result(path) for path in paths}
+    for i, mark in enumerate(marks):
+        line = text.count("\n", 0, mark.start()) + 1
+        closing = marks[i + 1] if i + 1 < len(marks) else None
+        if mark["what"] is None:
+            if not i or marks[i - 1]["what"] is None:
+                raise InputError(f"{readme}, line {line}: {END} without a beginning")
+            continue
+        if closing is None or closing["what"] is not None:
+            raise InputError(f"{readme}, line {line}: expected {END} before the next block and the end of the file")
+        try:
+            body = block(parse_selection(mark["what"]), documents, readme)
+        except InputError as error:
+            raise InputError(f"{readme}, line {line}: {error}") from error
+        pieces += [text[end : mark.end()], f"\n{body}\n"]
+        end = closing.start()
+    return "".join([*pieces, text[end:]])
+
+
+def block(selection: Selection, documents: Mapping[Path, Mapping[str, Any]], readme: Path) -> str:
+    """One block: the table, and from which file it is.
+
+    Raises:
+        InputError: it asks for what is not there.
+    """
+    path, section = _newest(selection, documents)
+    environment, git = documents[path]["environment"], documents[path]["environment"]["git"] or {}
+    table = next((table for table in section["tables"] if table["name"] == selection.table), None)
+    text = format_verdicts(section["verdicts"]) if table is None else format_table(_selected(selection, table))
+    link = Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
+    commit = f"commit {git['commit'][:9]}" if git.get("commit") else "no commit"
+    changed = ", with uncommitted changes" if git.get("dirty") else ""
+    cut = "" if section["status"] == "complete" else f" The run is incomplete ({section['status']})."
+    source = f"From [{path.name}]({link}), {environment['date'][:10]}, {commit}{changed}."
+    return f"\n{text}\n\n{measured_on(environment)} {source}{cut}\n"
+
+
+def _newest(selection: Selection, documents: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, Mapping[str, Any]]:
+    fitting = {path: d for path, d in documents.items() if fnmatch(path.parent.name, f"{selection.folder}*")}
+    if not fitting:
+        there = ", ".join(sorted({path.parent.name for path in documents})) or "none"
+        raise InputError(f"folder: no results in one named {selection.folder}*; the folders are {there}")
+    for path, document in sorted(fitting.items(), key=lambda item: item[1]["environment"]["date"], reverse=True):
+        section = document["sections"].get(selection.section)
+        names = [table["name"] for table in section["tables"]] if section else []
+        if section and (selection.table in names or (selection.table == VERDICTS and section["verdicts"])):
+            return path, section
+    there = sorted(
+        {
+            f"{name}/{table}"
+            for document in fitting.values()
+            for name, section in document["sections"].items()
+            for table in [*(t["name"] for t in section["tables"]), *([VERDICTS] if section["verdicts"] else [])]
+        }
+    )
+    raise InputError(
+        f"table: {selection.section}/{selection.table} is in no file of {selection.folder}*; there are"
+        f" {', '.join(there) or 'none'}"
+    )
+
+
+def _selected(selection: Selection, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the columns and rows that are asked for."""
+    fields = list(dict.fromkeys(name for row in table["rows"] for name in row))
+    for name in (*selection.columns, *selection.wanted):
+        if name not in fields:
+            raise InputError(
+                f"field: {selection.section}/{selection.table} has no {name!r}; it has {', '.join(fields)}"
+            )
+    rows = table["rows"]
+    for name, values in selection.wanted.items():
+        kept = [row for row in rows if str(row.get(name)) in values]
+        if not kept:
+            there = ", ".join(dict.fromkeys(str(row.get(name)) for row in rows))
+            raise InputError(f"rows: none has {name}={'|'.join(values)}; there are {there}")
+        rows = kept
+    return {**table, "rows": rows, "columns": list(selection.columns) or table.get("columns", [])}
