@@ -86,7 +86,7 @@ class CudaMeter(Meter):
         torch.cuda.reset_peak_memory_stats()
         self.course.base = torch.cuda.memory_allocated()
         self._start = time.perf_counter()
-        torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY)
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
         try:
             yield
         finally:
