@@ -20,6 +20,7 @@ Document = Mapping[str, Any]
 
 
 def page_header(documents: Sequence[Document]) -> Markup:
+    """Title, counts over all files, and what the badges mean."""
     sections = [section for document in documents for section in document["sections"].values()]
     rows = [row for section in sections for table in section["tables"] for row in table["rows"]]
     verdicts = [verdict for section in sections for verdict in section["verdicts"]]
@@ -48,6 +49,7 @@ def page_header(documents: Sequence[Document]) -> Markup:
 
 
 def files_block(paths: Sequence[Path], documents: Sequence[Document], labels: Sequence[str]) -> Markup:
+    """The files and the machines that they come from."""
     rows = []
     for i, (path, document) in enumerate(zip(paths, documents, strict=True)):
         environment, git = document["environment"], document["environment"]["git"] or {}
@@ -117,6 +119,7 @@ def _run(name: str, section: Mapping[str, Any]) -> list[Any]:
 
 
 def verdicts_block(documents: Sequence[Document]) -> Markup | None:
+    """The figures to be reached, of all files; None where there are none."""
     found = [
         (letter(i), name, verdict)
         for i, document in enumerate(documents)
