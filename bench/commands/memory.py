@@ -25,6 +25,8 @@ CLIP_METRICS = (
     "peak_bytes", "reserved_bytes", "process_bytes", "limit_bytes", "total_seconds", "stage_one_seconds",
     "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds", "energy_joules",
 )  # fmt: skip
+#: The anchor and two segments of three latent frames: all kinds of windows.
+WARM_FRAMES = 25
 SECONDS = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
            "decode": "decode_seconds", "file": "file_seconds"}  # fmt: skip
 
@@ -78,6 +80,12 @@ def run(args: argparse.Namespace, session: Session) -> None:
     )  # fmt: skip
     if counted:
         session.say("no CUDA device: nothing runs. Bytes are counted on tensors without memory, at the real size")
+    if session.cuda and not args.limit:
+        # With a limit it is capacity that is asked for; without one also the time.
+        session.say("a short clip first, for which the kernels are compiled")
+        short = replace(setup, num_frames=min(num_frames, WARM_FRAMES), steps=1, stage_one_steps=1, out=None)
+        if run_clip(short, device).interrupted:
+            raise KeyboardInterrupt
     tables = _tables(session, setup)
     runs = []
     for limit in limits:
