@@ -118,11 +118,11 @@ def measured_on(environment: dict[str, Any]) -> str:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's options as JSON has them."""
+    """The command's options as JSON has them; of files and folders the last part of the name."""
     hidden = ("command", "argv", "json", "out", "base")
-    plain = (bool, int, float, str, type(None))
-    return {
-        name: value if isinstance(value, plain) else str(value)
-        for name, value in vars(args).items()
-        if name not in hidden
-    }
+    found = {}
+    for name, value in vars(args).items():
+        text = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+        if name not in hidden:
+            found[name] = Path(text).name if isinstance(text, str) and Path(text).is_absolute() else text
+    return found

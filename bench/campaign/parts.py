@@ -40,7 +40,7 @@ PARTS = (
         "attention on the shapes of real models, against cuDNN and flash",
         ("attention", "--milliseconds", "50", "--only", "sdpa-cudnn|sdpa-flash"),
         ("attention", "--quick", "--shapes", "3 sources"),
-        45,
+        60,
     ),
     Part(
         "dit",
@@ -59,17 +59,17 @@ PARTS = (
     ),
     Part(
         "csg",
-        "end-to-end against CSG by stage, for three models at 2K; is the extrapolation true; the ablations",
-        ("csg", "--sizes", "2K", "--minutes", "1.5"),
+        "end-to-end against CSG by stage, for two models at 2K; is the extrapolation true; the ablations",
+        ("csg", "--models", "1.3b,14b", "--sizes", "2K", "--minutes", "1.8"),
         ("csg", "--extrapolate", "--quick", "--models", "1.3b", "--sizes", "720p", "--no-ablations"),
-        105,
+        125,
     ),
     Part(
         "clip",
         "the whole clip of 81 frames at 2K, 14B and 1.3B, four steps: time, memory and energy by stage",
         ("memory", "--preset", "14b-1.3b", "--frames", "81", "--no-lengths"),
         ("memory", "--measure", "--preset", "tiny", "--size", "128x96", "--frames", "9", "--no-lengths"),
-        110,
+        150,
     ),
     Part(
         "memory",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.campaign.parts import Part
+from bench.campaign.parts import PARTS, Part
 from bench.files import write_text
 from bench.record import Record, dumps, now
 from bench.result_file import ROOT
@@ -40,33 +41,68 @@ def run_parts(
         say: prints a line.
     """
     failed = []
+    found = {part.name: _section(folder / part.name) for part in PARTS}
+    for part in PARTS:
+        # Also of parts that this call does not ask for: the file holds all that the folder does.
+        known = found[part.name]
+        if known is not None:
+            _keep(record, part, known)
     for part in parts:
-        known = _section(folder / part.name)
+        known = found[part.name]
         if known is not None and known["status"] == "complete":
             say(f"{part.name}: there already")
-            _keep(record, part, known)
             continue
         left = deadline - time.monotonic()
         if left < GRACE:
             say(f"{part.name}: not reached")
-            _keep(record, part, _missing(part, "not reached", "the time given was over"))
+            if known is None:
+                _keep(record, part, _missing(part, "not reached", "the time given was over"))
             continue
         say(f"{part.name}: {part.answers}")
-        start = time.monotonic()
-        outcome = _run(part, folder / part.name, dry, left if dry else min(part.seconds, left))
-        section = _section(folder / part.name)
-        if section is None:
-            section = _missing(part, "failed", outcome or "it wrote nothing")
-        elif section["status"] != "complete":
-            section["reason"] = outcome or section["reason"] or "it was cut short"
-            if section["status"] == "running":
-                section["status"] = "interrupted"
+        start, place = time.monotonic(), folder / part.name
+        earlier = _set_aside(place) if known is not None else None
+        outcome: str | None = "interrupted"
+        try:
+            outcome = _run(part, place, dry, left if dry else min(part.seconds, left))
+        finally:
+            section = _finished(part, place, outcome)
+            if earlier is not None:
+                section = _better(place, section, earlier, known)
+            _keep(record, part, section)
         if section["status"] == "failed":
             failed.append(part.name)
-        _keep(record, part, section)
         note = "" if section["status"] == "complete" else f", {section['status']}: {section['reason']}"
         say(f"  {time.monotonic() - start:.0f} s{note}")
     return failed
+
+
+def _set_aside(place: Path) -> Path:
+    """A copy of what an earlier attempt has left; in its place what a new one goes on from, but no result."""
+    earlier = place.with_name(f"{place.name}-earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    shutil.copytree(place, earlier)
+    (place / RESULT).unlink()
+    return earlier
+
+
+def _finished(part: Part, place: Path, outcome: str | None) -> dict[str, Any]:
+    """The section of a part that has ended, well or not."""
+    section = _section(place)
+    if section is None:
+        return _missing(part, "failed", outcome or "it wrote nothing")
+    if section["status"] != "complete":
+        section["reason"] = outcome or section["reason"]
+    return section
+
+
+def _better(place: Path, section: dict[str, Any], earlier: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Of two attempts the complete one, or the one with more results; the other's files are removed."""
+    if section["status"] == "complete" or _results(section) > _results(known):
+        shutil.rmtree(earlier)
+        return section
+    shutil.rmtree(place)
+    earlier.rename(place)
+    return known
 
 
 def _run(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
@@ -110,7 +146,13 @@ def _section(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     (section,) = json.loads(path.read_text())["sections"].values()
+    if section["status"] == "running":  # its process was killed
+        section |= {"status": "interrupted", "reason": "it was cut short"}
     return section
+
+
+def _results(section: dict[str, Any]) -> int:
+    return sum(row["status"] == "ok" for table in section["tables"] for row in table["rows"])
 
 
 def _missing(part: Part, status: str, reason: str) -> dict[str, Any]:

@@ -111,13 +111,8 @@ def _extrapolate(args: argparse.Namespace, session: Session) -> None:
     session.section.set(settings={**session.section.data["settings"], "frames": found[0].num_frames})
     total = 2 * len(found) + 1 + args.ablations
     with require("tqdm", "bench").tqdm(total=total, unit="clip", dynamic_ncols=True, disable=None) as bar:
-        measurement.setups(found, bar.set_description, bar.update)
-        measurement.validate(check, bar.set_description)
-        bar.update()
-        if args.ablations:
-            measurement.ablation(max(found, key=lambda setup: setup.width), bar.set_description)
-            bar.update()
-    measurement.finish()
+        ablated = max(found, key=lambda setup: setup.width) if args.ablations else None
+        measurement.run(found, check, ablated, bar.set_description, bar.update)
 
 
 def _one_length(text: str | None) -> int:

@@ -18,6 +18,8 @@ the card's bf16 matrix product in the same run: 795 TFLOP/s, its copy: 4,239 of 
 last convolution and frame attention from the decoder's split at 2560x1408. Attention to 512 keys was not timed alone:
 its fraction is fitted to whole layers and stands for what else a layer has.
 
+Float32 in the VAE is cuDNN's in all profiles; on Hopper its rates are fitted to the reference of a 2K clip, measured.
+
 **On other architectures everything of ``swifti2v`` is assumed**, from published peers. Attention is that of torch's own
 kernels, which one dense source takes until a measured table says otherwise: A100 0.68 (FlashAttention-2 is published at
 0.6 to 0.7), GeForce 0.88 to 0.90 (at 0.9 to 0.99), L40S 0.60 (it has the A100's ratio of exponentials to products, and
@@ -126,6 +128,8 @@ _REFERENCE = {
     "blackwell-geforce": _rates(0.88, 0.88, (0.60, 0.80), 0.60, 0.30, 0.80, _ASSUMED),
     "blackwell": _rates(0.20, 0.60, (0.25, 0.50), 0.25, 0.10, 0.70, _ASSUMED),
 }
+#: cuDNN's convolutions in float32 (TF32) on Hopper, where the 2K encoder was measured; elsewhere as in bf16.
+_FLOAT32 = {**_REFERENCE, "hopper": _rates(0.40, 0.60, (0.235, 0.56), 0.235, 0.20, 0.70, "measured on an H200")}
 _SHORT = 512
 
 
@@ -162,8 +166,8 @@ class Profile:
     form: str
     folded: bool
     rates: Mapping[str, Rates]
-    #: Float32 in the VAE: products at the rates of this profile (cuDNN's), between them the separate form.
-    float32: str | None
+    #: What the VAE's float32, by cuDNN's convolutions in all profiles, moves between products.
+    float32: str
     description: str
 
     def rates_for(self, gpu: GPU) -> Rates:
@@ -174,16 +178,16 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("reference", "eager", False, _REFERENCE, None, "eager PyTorch with FlashAttention-2"),
+        Profile("reference", "eager", False, _REFERENCE, "eager", "eager PyTorch with FlashAttention-2"),
         Profile(
             "reference, FlashAttention-3",
             "eager",
             False,
             {**_REFERENCE, "hopper": _rates(0.66, 0.60, (0.28, 0.66), 0.28, 0.20, 0.70, _WAN)},
-            None,
+            "eager",
             "eager PyTorch with FlashAttention-3 on Hopper, FlashAttention-2 elsewhere",
         ),
-        Profile("swifti2v", "fused", True, _SWIFTI2V, "reference", "the kernels and the model of this project"),
+        Profile("swifti2v", "fused", True, _SWIFTI2V, "separate", "the kernels and the model of this project"),
     )
 }
 
@@ -215,8 +219,8 @@ def seconds_by_kind(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -
         raise InputError(f"itemsize: expected 2 or 4, got {itemsize}")
     rates, form = profile.rates_for(gpu), profile.form
     bandwidth = rates.bandwidth
-    if itemsize == 4 and profile.float32 is not None and "convolution" in work.flops:
-        rates, form = PROFILES[profile.float32].rates_for(gpu), "separate"
+    if itemsize == 4 and "convolution" in work.flops:
+        rates, form = _FLOAT32[gpu.architecture], profile.float32
     spent: dict[str, float] = defaultdict(float)
     for product in work.products:
         flops = product.flops * (UNFOLDED if product.kind == "upsample" and not profile.folded else 1)

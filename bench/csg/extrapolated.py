@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
-from bench.csg.vae_time import FRAMES, VAEClock, file_seconds
+from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, segments
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
 from bench.outcome import failure
 from bench.record import Section, Table
@@ -88,18 +88,38 @@ class Measurement:
         """Whether the time is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def setups(self, setups: Sequence[Setup], progress: Callable[[str], None], advance: Callable[[], object]) -> None:
-        """Every model at every size: stages and clips. The largest size comes first; of it CSG by the smallest model
-        and end-to-end by the largest, since these are what the paper compares."""
+    def run(
+        self, setups: Sequence[Setup], check: Setup, ablated: Setup | None, progress: Callable[[str], None],
+        advance: Callable[[], object],
+    ) -> None:  # fmt: skip
+        """Every model at every size, the extrapolation of ``check`` held against it whole, the ablations of
+        ``ablated``; cut short, ratios and verdicts of what there is.
+
+        The largest size comes first; of it CSG by the smallest model and end-to-end by the largest, since these are
+        what the paper compares, and then the check.
+        """
+        tasks = []
         for size in dict.fromkeys(setup.size for setup in sorted(setups, key=lambda setup: -setup.width)):
             found = sorted((s for s in setups if s.size == size), key=lambda setup: setup.dit.dim)
-            tasks = [(self._two_stage, found[0], TWO_STAGE), (self._end_to_end, found[-1], END_TO_END)]
+            tasks += [(self._two_stage, found[0], TWO_STAGE), (self._end_to_end, found[-1], END_TO_END)]
             tasks += [(self._end_to_end, setup, END_TO_END) for setup in found[:-1]]
             tasks += [(self._two_stage, setup, TWO_STAGE) for setup in found[1:]]
-            for measure, setup, method in tasks:
+        try:
+            for i, (measure, setup, method) in enumerate(tasks):
+                if i == 2:
+                    self.validate(check, progress)
+                    advance()
                 key = {"model": setup.model, "size": setup.size, "method": method}
                 self._attempt(self.clips, key, functools.partial(measure, setup, progress))
                 advance()
+            if len(tasks) <= 2:
+                self.validate(check, progress)
+                advance()
+            if ablated is not None:
+                self.ablation(ablated, progress)
+                advance()
+        finally:
+            self._finish()
 
     def _two_stage(self, setup: Setup, progress: Callable[[str], None]) -> None:
         key = {"model": setup.model, "size": setup.size, "method": TWO_STAGE}
@@ -253,7 +273,7 @@ class Measurement:
         latents = torch.randn(1, setup.vae.z_dim, setup.num_blocks, rows, columns, device=self.device)
         start = time.perf_counter()
         with torch.no_grad():
-            for frames in clock.vae.decode_frames(latents.split(1, dim=2), clock.plans.decode.plan):
+            for frames in clock.vae.decode_frames(segments(latents), clock.plans.decode.plan):
                 del frames
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -296,7 +316,7 @@ class Measurement:
         finally:
             release(self.device)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Ratios, the paper's figures, and what they say."""
         rows = [row for row in self.clips.rows if row["status"] == "ok"]
         base = {(r["model"], r["size"]): r["total_seconds"] for r in rows if r["method"] == END_TO_END}
