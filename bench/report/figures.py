@@ -53,9 +53,10 @@ def _bars(
             Bar(label, value if ok else None, text, is_ours(row, label), row["basis"])
         )
     ceiling = None
-    if name == "tflops" and ceilings:
+    if name == "tflops" and ceilings and "matmul_tflops" in ceilings:
         product = ceilings["matmul_tflops"]
-        ceiling = product, f"matrix product in {ceilings['matmul_dtype']}, {significant(product)} TFLOP/s"
+        dtype = ceilings.get("matmul_dtype", "a dtype that is not named")
+        ceiling = product, f"matrix product in {dtype}, {significant(product)} TFLOP/s"
     elif name == "fraction_of_copy":
         ceiling = 1.0, "a copy, in the same run"
     better = {"lower": "shorter is better", "higher": "longer is better"}.get(metric["better"], "")
@@ -74,9 +75,9 @@ def is_ours(row: Mapping[str, Any], label: str) -> bool:
 
 
 def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
-    """All rows of a section that have operations, bytes and seconds, under the section's ceilings."""
-    ceilings = section.get("ceilings")
-    if not ceilings:
+    """All rows of a section that have operations, bytes and seconds, under the section's ceilings, if it has both."""
+    ceilings = section.get("ceilings") or {}
+    if not {"copy_bytes_per_second", "matmul_tflops"} <= ceilings.keys():
         return None
     points = []
     for table in section["tables"]:
