@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench.memory.meter import CudaMeter
 from bench.timing import limited, without_tf32
 from bench.vae.measure import release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
@@ -86,6 +87,7 @@ def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VA
     """Within the 10 % that are promised, at 720p."""
     width, height, config = 1280, 704, CONFIGS[version]
     request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3, 1)
+    before = torch.cuda.memory_allocated()  # workspaces of libraries, and graphs of other tests
     vae = model(version, part, torch.bfloat16)
     given = latents(version, 6, width, height) if part == "decode" else torch.rand(1, 3, 21, height, width)
 
@@ -101,8 +103,14 @@ def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VA
     release(DEVICE)
     torch.cuda.reset_peak_memory_stats()
     run()
-    measured = torch.cuda.max_memory_allocated() - (given.nbytes if given.is_cuda else 0)
-    assert predict(request, plan).total == pytest.approx(measured, rel=0.1)
+    measured = torch.cuda.max_memory_allocated() - before - (given.nbytes if given.is_cuda else 0)
+    predicted = predict(request, plan).total
+    if predicted != pytest.approx(measured, rel=0.1):
+        meter = CudaMeter(DEVICE)
+        with meter.watch():
+            run()
+        held = "; ".join(f"{label}: {size:,} in {count}" for label, size, count in meter.course.holders(20))
+        pytest.fail(f"predicted {predicted:,}, measured {measured:,}; held at the peak: {held}")
 
 
 @pytest.mark.parametrize(("part", "dtype"), [("decode", torch.bfloat16), ("encode", torch.float32)])
