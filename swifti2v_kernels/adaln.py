@@ -24,7 +24,7 @@ Why fused: a DiT block adds three updates to its residual stream, each followed 
 3 tensors (x and update read, x' written) and a norm 2 (x' read, y written); together they move 4 instead of 5, and
 eager PyTorch in 16 bits, which stores every float32 intermediate, 33. Least traffic, in elements of B * L * C:
 norm_modulate 1 read and 1 written (eager 18 in all), gated_residual 2 and 1 (15), the fused form 2 and 2 (33). FLOPs:
-about 8 an element. Not yet timed on hardware.
+about 8 an element. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and 
 Backends: the reference below (any device and dtype, differentiable); the portable Triton kernel
 (``attention_portable.py``); a warp-specialised one for Hopper (``attention_hopper.py``); and, for a plain dense call
 with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
-``explain(segment_attention, ...)`` says which of them a call takes. The kernels are not yet timed on hardware.
+``explain(segment_attention, ...)`` says which of them a call takes. Beyond the H200 the kernels are not yet timed on
+hardware.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ valid lengths and no block window (rows behind the visible ones must read as zer
 Gluon has no interpreter: the protocol is proved by simulation and the compiled code by its report; the portable kernel
 is the oracle on hardware, and takes over where Gluon is not available.
 
-Not yet timed on hardware.
+Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ computed before, for sources on other devices (context parallelism), and to join
 | out, lse     | as out_0, lse_0 | as out_0; fp32 | contiguous                                          |
 
 Sums are float32. One pass: n * B * H * L * (D + 1) elements read and B * H * L * (D + 1) written, where plain PyTorch
-writes every weighted part. FLOPs: about 2 * n * B * H * L * D. Not yet timed on hardware.
+writes every weighted part. FLOPs: about 2 * n * B * H * L * D. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ it lies in a tile, so the kernel's result does not depend on how a frame is cut.
 Why fused: eager PyTorch concatenates history and clip, pads a copy of that, convolves, adds the residual, and norms in
 float32 by seven operators. Here a pixel is read once for all (taps come from cache), and what is written is what the
 next layer reads. FLOPs: 2 * B * T' * h' * w' * C' * C * kt * kh * kw. Least traffic, in elements of a frame: C read and
-C' written, one C' more for each of residual and second result. Not yet timed on hardware.
+C' written, one C' more for each of residual and second result. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

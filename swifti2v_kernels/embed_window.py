@@ -21,7 +21,7 @@ once. Sums run in the order of tiles, so results of different backends differ by
 
 FLOPs: 2 * B * T*(h/p)*(w/q) * C * C_in*p*q. Least traffic: the blocks and the weight read once, the tokens written
 once. Against ``torch.cat`` and a Conv3d it saves the copies of the window's channels, in the stores' dtype and in the
-weight's. Not yet timed on hardware.
+weight's. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

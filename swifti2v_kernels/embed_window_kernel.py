@@ -5,7 +5,7 @@
 * **The channels of one tile of tokens are computed side by side**, so that the pixels gathered by one program are in
   the cache for the next.
 
-Not yet timed on hardware. What the compiler made of it: ``python -m bench compile --cases embed_window``.
+Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases embed_window``.
 """
 
 from __future__ import annotations

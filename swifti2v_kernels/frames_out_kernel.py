@@ -1,6 +1,6 @@
 """The Triton kernel behind ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels.
 
-Not yet timed on hardware. What the compiler made of it: ``python -m bench compile --cases frames_out``.
+Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases frames_out``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ update, and the result once. Sums run in the order of tiles, so results of diffe
 
 FLOPs: 2 * B * tokens * C * p*q*z, of target blocks alone. Least traffic: their tokens and the weight read once, their
 latents read (with a step) and written once. Against separate operators it saves the normalised tokens (written and
-read), the velocity and its copies in another layout. Not yet timed on hardware.
+read), the velocity and its copies in another layout. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
   statistics merge means and centred sums of chunks: squares minus the square of the sum would cancel.
 * **Velocities are transposed** before the update: neighbouring tokens are neighbours in the store, features are not.
 
-Not yet timed on hardware. What the compiler made of it: ``python -m bench compile --cases project_step``.
+Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases project_step``.
 """
 
 from __future__ import annotations

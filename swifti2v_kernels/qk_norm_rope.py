@@ -20,7 +20,7 @@ written there, so that attention reads all three from one buffer. Angles are flo
 tabled per axis, never as a full [L, D]; the norm is float32 and rounded once, the rotation float32 and rounded once.
 
 Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its float32
-products and strided copies, moves 35. FLOPs: about 10 an element. Not yet timed on hardware.
+products and strided copies, moves 35. FLOPs: about 10 an element. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ In float32, rounded once. Where one program of ``causal_conv3d`` owns all channe
 costs nothing but the store; this operator is for all else: many channels, and convolutions by cuDNN.
 
 Least traffic: each element read and written once; eager PyTorch (``F.normalize``, two products, SiLU, float32 copies)
-moves 20 times an element of 16 bits. FLOPs: about 8 an element. Not yet timed on hardware.
+moves 20 times an element of 16 bits. FLOPs: about 8 an element. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result i
 All in one dtype: float16, bfloat16 or float32 (float64: torch); sums as in ``causal_conv3d``, which see for ``padding``
 (here in pixels of the upsampled frame), for the norm and for why any cut of a frame gives the same pixels.
 
-FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read. Not yet timed on
-hardware.
+FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read. Timed on an
+NVIDIA H200 only.
 """
 
 from __future__ import annotations

@@ -104,13 +104,19 @@ def block(selection: Selection, documents: Mapping[Path, Mapping[str, Any]], rea
     path, section = _newest(selection, documents)
     environment, git = documents[path]["environment"], documents[path]["environment"]["git"] or {}
     table = next((table for table in section["tables"] if table["name"] == selection.table), None)
-    text = format_verdicts(section["verdicts"]) if table is None else format_table(_selected(selection, table))
+    if table is None:
+        rows, text = section["verdicts"], format_verdicts(section["verdicts"])
+    else:
+        table = _selected(selection, table)
+        rows, text = table["rows"], format_table(table)
     link = Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
     commit = f"commit {git['commit'][:9]}" if git.get("commit") else "no commit"
     changed = ", with uncommitted changes" if git.get("dirty") else ""
     cut = "" if section["status"] == "complete" else f" The run is incomplete ({section['status']})."
     source = f"From [{path.name}]({link}), {environment['date'][:10]}, {commit}{changed}."
-    return f"\n{text}\n\n{measured_on(environment)} {source}{cut}\n"
+    # What is counted, predicted or compiled needs no machine.
+    ran = any(row["basis"] in ("measured", "extrapolated") for row in rows)
+    return f"\n{text}\n\n{f'{measured_on(environment)} ' if ran else ''}{source}{cut}\n"
 
 
 def _newest(selection: Selection, documents: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, Mapping[str, Any]]:
