@@ -87,10 +87,17 @@ def test_history_in_another_layout_and_results_in_given_memory() -> None:
     assert all(torch.equal(buffer.isnan(), b) for buffer, b in zip(buffers, before, strict=True))
 
 
+def whole_numbers(*tensors: Tensor) -> list[Tensor]:
+    """The same layouts with small whole numbers: their sums are exact in float32, whatever their order.
+
+    The interpreter leaves the order to NumPy; that a cut does not change it is proved on hardware (test_gpu_conv.py).
+    """
+    return [x.copy_(torch.randint(-4, 5, x.shape)) for x in tensors]
+
+
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 4), (2, 3)], ids=str)
-def test_any_cut_in_time_gives_the_same_bits(pieces: tuple[int, ...]) -> None:
-    clip = torch.randn(1, 5, 4, 5, 16)
-    weight, bias = weights(16, 16, (3, 3, 3), torch.float32)
+def test_any_cut_in_time_gives_the_same_numbers(pieces: tuple[int, ...]) -> None:
+    clip, weight, bias = whole_numbers(torch.empty(1, 5, 4, 5, 16), *weights(16, 16, (3, 3, 3), torch.float32))
     whole, start, parts = causal_conv3d(clip, weight, bias), 0, []
     for n in pieces:
         past = clip[:, max(start - 2, 0) : start] if start else None
@@ -99,11 +106,11 @@ def test_any_cut_in_time_gives_the_same_bits(pieces: tuple[int, ...]) -> None:
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
-def test_any_cut_in_space_gives_the_same_bits() -> None:
+def test_any_cut_in_space_gives_the_same_numbers() -> None:
     """A tile reads its halo where it lies in the whole frame, and pads at the frame's borders only."""
     height, width = 9, 11
-    frame = torch.randn(1, 1, height, width, 24)
-    weight, bias = weights(16, 24, (1, 3, 3), torch.float32)
+    frame = torch.empty(1, 1, height, width, 24)
+    frame, weight, bias = whole_numbers(frame, *weights(16, 24, (1, 3, 3), torch.float32))
     phases = fold_upsample_weight(weight[:, :, 0])
     whole, big = causal_conv3d(frame, weight, bias), upsample_conv2d(frame, phases, bias)
     for y0, y1 in ((0, 4), (4, 5), (5, height)):

@@ -1,4 +1,4 @@
-"""The whole VAE on its kernels: against diffusers, and bit for bit the same in tiles."""
+"""The whole VAE on its kernels: against diffusers, and the same in tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from model import VAEPlan, load_vae
 from swifti2v_kernels.common.conv_loop import ConvConfig
 from tests.test_vae import VERSIONS, saved_diffusers_vae, statistics
-from tests.tolerances import KERNEL_PARITY, relative_error
+from tests.tolerances import KERNEL_PARITY, PARITY, relative_error
 
 THREE = {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "num_res_blocks": 1}
 SMALL = {
@@ -41,5 +41,6 @@ def test_the_kernels_equal_diffusers(version: str, tmp_path: Path) -> None:
     whole = ours.decode(latents)
     assert relative_error(whole, decoded) < KERNEL_PARITY
     assert relative_error(ours.encode(video), encoded) < KERNEL_PARITY
-    # A pixel is summed in the same order wherever it lies in a tile, so tiles do not even change the rounding.
-    assert torch.equal(ours.decode(latents, VAEPlan(1, 2, frames=2)), whole)
+    # On hardware bit for bit (tests/test_gpu_vae.py); here the order of a row's sums is that of NumPy's matrix product,
+    # which for some CPUs depends on where in the block the row lies.
+    assert relative_error(ours.decode(latents, VAEPlan(1, 2, frames=2)), whole) < PARITY
