@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swifti2v_kernels.attention_arguments import Source
@@ -41,9 +42,12 @@ def choose_kernel(
 
 
 def torch_takes(*views: Tensor) -> bool:
-    """Whether torch's attention can be trusted with these views: 16-byte aligned, strides multiples of 16 bytes."""
+    """Whether torch's attention can be trusted with these views: 16-byte aligned, strides multiples of 16 bytes.
+
+    Of fake tensors, which have no address, what lies before the view in its storage is what is known.
+    """
     return all(
-        x.data_ptr() % 16 == 0
+        (x.storage_offset() * x.itemsize if is_fake(x) else x.data_ptr()) % 16 == 0
         and all(s * x.itemsize % 16 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
         for x in views
     )

@@ -153,3 +153,21 @@ def test_the_choice_is_this_card_s() -> None:
     assert choice.implementation == ("hopper" if hopper else "portable")
     dense = explain(segment_attention, q, [(k, v)]).implementation
     assert dense in ("sdpa-cudnn", "sdpa-flash", "hopper", "portable")
+
+
+@pytest.mark.parametrize(("shift", "longer"), [(1, 0), (4, 0), (0, 4), (1, 4), (8, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_views_that_are_not_aligned(dtype: torch.dtype, shift: int, longer: int) -> None:
+    """Of q, k and v in turn and of all: views that begin so many elements into a buffer, and whose tokens lie so many
+    further apart than they are long. The public function is right wherever torch's attention, cuDNN's above all, could
+    have taken the call; it may take the last, which is aligned."""
+    for moved in ("q", "k", "v", "qkv"):
+        views = []
+        for name in "qkv":
+            offset, token = (shift, 384 + longer) if name in moved else (0, 384)
+            buffer = torch.full((2 * 300 * token + offset,), float("nan"), device="cuda", dtype=dtype)
+            views.append(buffer.as_strided((2, 300, 3, 128), (300 * token, token, 128, 1), offset).normal_(0.1, 0.8))
+        q, k, v = views
+        if (shift, longer) != (8, 0):
+            assert not explain(segment_attention, q, [(k, v)]).implementation.startswith("sdpa")
+        check(segment_attention(q, [(k, v)]), cat_attention(q, [(k, v)])[0])

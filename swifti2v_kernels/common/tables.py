@@ -3,12 +3,12 @@
 An entry of ``configs/attention.json``:
 
     {"capability": 90, "card": "...", "dtype": "bfloat16", "head_dim": 128, "tokens": 70400,
-     "seconds": {"swifti2v": ..., "sdpa-cudnn": ...}, "environment": {...}}
+     "seconds": {"swifti2v": ..., "sdpa-cudnn": ...}, "provenance": {...}}
 
 and of ``configs/conv3d.json``, whose pixels are those of all frames:
 
     {"capability": 90, "card": "...", "dtype": "bfloat16", "kernel": [3, 3, 3], "channels": [96, 96],
-     "pixels": 7208960, "seconds": {"swifti2v": ..., "cudnn": ...}, "environment": {...}}
+     "pixels": 7208960, "seconds": {"swifti2v": ..., "cudnn": ...}, "provenance": {...}}
 """
 
 from __future__ import annotations
