@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from bench.comparison import compare_documents, format_comparison
 from bench.files import write_text
-from bench.record import dumps, make_folder
+from bench.record import dumps, make_folder, spread_warning
 from bench.result_file import ROOT, read_result
 from model.errors import InputError
 
@@ -39,7 +38,8 @@ def compare_with_base(name: str, args: argparse.Namespace) -> None:
                 # Base first and last alike, so that a drift does not favour either.
                 for which in ("base", "here") if i % 2 == 0 else ("here", "base"):
                     out = folder / f"{which}-{i + 1}"
-                    print(f"{which} ({commit[:9] if which == 'base' else 'this tree'}), run {i + 1} of {ROUNDS}")
+                    if not args.json:
+                        print(f"{which} ({commit[:9] if which == 'base' else 'this tree'}), run {i + 1} of {ROUNDS}")
                     _run(args.argv, tree if which == "base" else ROOT, out)
                     files[which].append(out / "result.json")
         finally:
@@ -51,18 +51,20 @@ def compare_with_base(name: str, args: argparse.Namespace) -> None:
     comparison = compare_documents(documents, labels)
     text = format_comparison(comparison)
     write_text(folder / "comparison.md", text + "\n")
-    print(json.dumps(comparison, indent=1) if args.json else f"\n{text}\n\nresults in {folder}")
+    print(dumps(comparison) if args.json else f"\n{text}\n\nresults in {folder}\n", end="")
 
 
 def resolve(revision: str) -> str:
     """The commit of a revision.
 
     Raises:
-        InputError: there is none, or this is no git checkout.
+        InputError: there is none, or this is no git checkout, or there is no git.
     """
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"base: cannot run git: {error.strerror}") from error
     if done.returncode:
         raise InputError(f"base: {revision!r} is no revision of this git checkout")
     return done.stdout.strip()
@@ -86,20 +88,27 @@ def _merge_row(row: dict[str, Any], others: list[dict[str, Any]], metrics: dict[
     if row["status"] != "ok" or not others:
         return
     for metric in metrics:
-        values = [r[metric] for r in (row, *others) if isinstance(r.get(metric), (int, float))]
-        if not values:
+        known = [r for r in (row, *others) if isinstance(r.get(metric), (int, float))]
+        if not known:
             continue
+        middle = statistics.median(r[metric] for r in known)
+        if metric == "seconds":  # the warning was the first run's own, and its count
+            row["runs"] = sum(r.get("runs") or 1 for r in known)
+            row.pop("warning", None)
         if metrics[metric]["unit"] == "s":
             for pick, end in ((min, "low"), (max, "high")):
-                row[f"{metric}_{end}"] = pick(
-                    r.get(f"{metric}_{end}") or r[metric] for r in (row, *others) if metric in r
-                )
-        row[metric] = statistics.median(values)
+                row[f"{metric}_{end}"] = pick(r.get(f"{metric}_{end}") or r[metric] for r in known)
+        row[metric] = middle
+    warning = spread_warning(row)
+    if warning:
+        row["warning"] = warning
 
 
 def _run(argv: list[str], tree: Path, out: Path) -> None:
     arguments = without_run_options(argv)
-    command = [sys.executable, "-m", "bench", *arguments, "--out", str(out)]
+    # Files are meant as seen from here, not from the other tree.
+    given = [str(Path(a).resolve()) if "/" in a and Path(a).exists() else a for a in arguments]
+    command = [sys.executable, "-m", "bench", *given, "--out", str(out)]
     done = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-5:])

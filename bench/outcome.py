@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from triton.errors import TritonError
+
 from model.measure import is_out_of_memory
 
 #: Of a row. ``wrong``: its check failed, so it was not timed. ``not reached``: time ran out before.
@@ -13,6 +15,10 @@ BASES = ("measured", "extrapolated", "predicted", "counted", "compiled", "report
 
 class Unavailable(Exception):
     """An implementation that cannot take this call, or is not installed."""
+
+
+#: What an attempt may end with so that the others go on; Triton's compiler and launcher have errors of their own.
+FAILURES = (Unavailable, RuntimeError, MemoryError, TritonError)
 
 
 def failure(error: BaseException) -> dict[str, str]:

@@ -60,4 +60,4 @@ def dumps_table(table: Mapping[str, Any]) -> str:
 
 
 def _key(entry: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in sorted(entry.items()) if name not in _FINDINGS})
+    return json.dumps({name: value for name, value in entry.items() if name not in _FINDINGS}, sort_keys=True)

@@ -94,8 +94,9 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
             benchmark.measure(args, Session(args, device, folder, section, record.data["environment"]))
             section.data["machine"]["after"] = machine_state(device)
     except InputError:
-        # Bad input is found before anything is measured: then no folder is left behind.
-        if not existed and not record.data["sections"][benchmark.name]["tables"]:
+        # Bad input is found before anything is measured: then no folder is left behind, unless more is in it.
+        alone = [*folder.iterdir()] == [record.path]
+        if not existed and alone and not record.data["sections"][benchmark.name]["tables"]:
             record.path.unlink()
             folder.rmdir()
         raise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.attention.providers import Provider, Shape, inputs, own_kernel
-from bench.outcome import Unavailable, failure
+from bench.outcome import FAILURES, failure
 from bench.record import Table
 from bench.timing import Timer, peak_of
 from model.errors import require
@@ -54,7 +54,7 @@ def measure(
         call = functools.partial(provider.call, q, sources)
         try:
             row |= _checked(provider, call, rows_checked, expected, device)
-        except (Unavailable, RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             row |= failure(error)
             _release(device)
         rows[provider.name] = row
@@ -94,7 +94,7 @@ def _timed(right: dict[str, Any], timer: Timer, rows: dict[str, Any]) -> dict[st
         try:
             found |= timer({name: call})
             rows[name]["note"] = "timed alone: all together do not fit"
-        except (RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             rows[name] |= failure(error)
     return found
 

@@ -41,6 +41,8 @@ def run_parts(
         say: prints a line.
     """
     failed = []
+    for part in PARTS:
+        _recover(folder / part.name)
     found = {part.name: _section(folder / part.name) for part in PARTS}
     for part in PARTS:
         # Also of parts that this call does not ask for: the file holds all that the folder does.
@@ -78,11 +80,25 @@ def run_parts(
 
 def _set_aside(place: Path) -> Path:
     """A copy of what an earlier attempt has left; in its place what a new one goes on from, but no result."""
-    earlier = place.with_name(f"{place.name}-earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    shutil.copytree(place, earlier)
+    earlier, half = _aside(place), place.with_name(f".{place.name}")
+    for former in (earlier, half):
+        shutil.rmtree(former, ignore_errors=True)
+    shutil.copytree(place, half)
+    half.rename(earlier)  # whole, or not there
     (place / RESULT).unlink()
     return earlier
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f"{place.name}-earlier")
+
+
+def _recover(place: Path) -> None:
+    """What a campaign has set aside that was killed before it could compare."""
+    earlier = _aside(place)
+    known = _section(earlier)
+    if known is not None:
+        _better(place, _section(place) or {"status": "failed", "tables": []}, earlier, known)
 
 
 def _finished(part: Part, place: Path, outcome: str | None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         InputError: an option does not fit, there is no card, or in a dry run a part failed.
     """
     parts = chosen(args.parts)
-    if args.minutes <= 0:
+    if not args.minutes > 0:
         raise InputError(f"minutes: expected more than 0, got {args.minutes}")
     device = pick_device("cpu" if args.dry_run else "auto")
     if device.type != "cuda" and not args.dry_run:

@@ -66,7 +66,7 @@ def _select(args: argparse.Namespace) -> tuple[list[int], list[int]]:
     if not cases:
         names = ", ".join(case.name for case in all_cases())
         raise InputError(f"cases: no case contains {wanted!r}; the cases are {names}")
-    return targets, cases
+    return list(dict.fromkeys(targets)), cases
 
 
 BENCHMARK = Benchmark(

@@ -19,6 +19,8 @@ from model.errors import InputError
 BY_MODEL = "by bench/cost"
 STAGES = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
           "decode": "decode_seconds"}  # fmt: skip
+#: Options of clips in two stages only.
+STAGED = ("stage1_steps", "blocks", "left", "right", "mode")
 
 EXAMPLES = """\
 examples:
@@ -77,7 +79,7 @@ def _gpus(text: str | None) -> list[str]:
         if len(same) != 1:
             raise InputError(f"gpus: expected some of {', '.join(GPUS)}, got {name.strip()!r}")
         found += same
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _configurations(args: argparse.Namespace) -> dict[str, Configuration]:
@@ -94,6 +96,10 @@ def _configurations(args: argparse.Namespace) -> dict[str, Configuration]:
             raise InputError(f"preset: expected one with {', '.join(sorted(changes))}")
         return headline()
     if args.preset == "end-to-end":
+        given = [name for name in STAGED if getattr(args, name) is not None]
+        if given:
+            names = ", ".join(name.replace("_", "-") for name in given)
+            raise InputError(f"preset: end-to-end is one stage in one window, without {names}")
         return {"14B end to end": baseline(**changes)}
     return {args.preset: Configuration.for_preset(args.preset, **changes)}
 
@@ -129,7 +135,7 @@ def _predictions(session: Session, chosen: dict[str, Configuration], gpus: list[
             row = {"configuration": name, "gpu": gpu, "profile": profile, "total_seconds": found.seconds}
             row |= {STAGES[stage]: seconds for stage, seconds in found.by_stage.items()}
             row |= {"peak_bytes": found.peak_bytes, "basis": "predicted", "basis_note": BY_MODEL}
-            if not all(part.fits for part in found.parts):
+            if not all(part.fits or part.streamed for part in found.parts):
                 row["warning"] = "does not fit this card; predicted as if it did"
             elif any(part.streamed for part in found.parts):
                 row["note"] = "weights streamed from host memory"

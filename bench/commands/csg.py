@@ -90,6 +90,8 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
 
 
 def _extrapolate(args: argparse.Namespace, session: Session) -> None:
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"minutes: expected more than 0, got {args.minutes}")
     start, names = time.monotonic(), [args.models.split(","), args.sizes.split(",")]
     num_frames = _one_length(args.frames)
     found = setups(*names, num_frames, args.steps)

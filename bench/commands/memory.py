@@ -19,6 +19,7 @@ from model.config import PRESETS, get_preset
 from model.csg import MODES
 from model.errors import InputError
 from model.measure import format_bytes, parse_bytes
+from model.pipeline import check_frames, check_size, size_multiple
 from swifti2v_kernels.common.target import TARGETS
 
 CLIP_METRICS = (
@@ -71,8 +72,12 @@ def run(args: argparse.Namespace, session: Session) -> None:
     num_frames = args.frames or 25
     steps = args.steps or (4 if num_frames >= 81 else 1)
     limits: list[int | None] = [parse_bytes(text) for text in args.limit.split(",")] if args.limit else [None]
+    limits = list(dict.fromkeys(limits))
     if counted and limits == [None]:
         limits = [24 * 10**9]
+    # Of any limit: then there is nothing to report, and no plan to look for.
+    check_size(width, height, size_multiple(preset.vae, preset.stage_two))
+    check_frames(num_frames, preset.vae.temporal_stride)
     dtype = torch.bfloat16 if counted else pick_dtype("auto", device)
     setup = ClipSetup(
         name, width, height, num_frames, steps, steps, args.blocks, args.mode, dtype, capability=args.capability,
@@ -97,7 +102,8 @@ def run(args: argparse.Namespace, session: Session) -> None:
             if len(limits) == 1 and not args.limit:
                 raise
             found = None
-            tables["clips"].add(_key(chosen) | {"status": "failed", "reason": str(error).splitlines()[0]})
+            row = _key(chosen) | {"status": "failed", "reason": str(error).splitlines()[0]}
+            tables["clips"].add(row | ({"basis": "counted"} if counted else {}))
         if found is not None:
             runs.append(found)
             _report(session, found, tables, counted)
@@ -139,8 +145,9 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
     key, peak = _key(run.setup), run.course.peak()
     stages = stage_rows(run)
     if counted and run.setup.limit is not None and peak > run.setup.limit:
-        over = next(found["stage"] for found in stages if found["peak_bytes"] > run.setup.limit)
-        run.status, run.reason = "out of memory", f"in {over}: {format_bytes(peak)} counted"
+        over = next(found for found in stages if found["peak_bytes"] > run.setup.limit)
+        run.status = "out of memory"
+        run.reason = f"in {over['stage']}: {format_bytes(over['peak_bytes'])} counted"
     basis: dict[str, Any] = {"basis": "counted"} if counted else {}
     status: dict[str, Any] = {"status": run.status} | ({"reason": run.reason} if run.reason else {})
     row = key | basis | status | {"peak_bytes": peak, "limit_bytes": run.setup.limit, "note": run.plans}
@@ -158,7 +165,7 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
     )  # fmt: skip
     if run.setup.limit is not None:
         # What libraries take beside the allocator is in the reserve that plans leave.
-        met = run.status == "ok" and peak <= run.setup.limit
+        met = None if run.interrupted else run.status == "ok" and peak <= run.setup.limit
         verdict = {"what": "peak over the limit", "shape": key["limit"], "value": peak / run.setup.limit, "unit": "x"}
         verdicts = [*session.section.data["verdicts"], verdict | {"wanted": 1.0, "met": met} | basis]
         session.section.verdicts(verdicts)

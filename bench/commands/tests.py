@@ -9,7 +9,7 @@ from bench.campaign.hardware_tests import collect, run_tests
 from bench.registry import Benchmark
 from bench.session import Session
 from model.command import positive
-from model.errors import require
+from model.errors import InputError, require
 
 EXAMPLES = """\
 examples:
@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Runs them; without CUDA counts them."""
-    names = [name for name in collect() if args.tests in name]
+    known = collect()
+    names = [name for name in known if args.tests in name]
+    if not names:
+        raise InputError(f"tests: none of {len(known)} hardware tests contains {args.tests!r}")
     if not session.cuda:
         session.section.note(f"{len(names)} tests need a GPU (pytest -m gpu); there is none here.")
         return

@@ -106,8 +106,7 @@ def _search(args: argparse.Namespace, session: Session, found: list[Target], mos
         write_entries({"tuned": entries})
         session.section.note(f"{len(entries)} entries written to swifti2v_kernels/configs/tuned.json")
     elif entries:
-        command = f"python -m bench tune --from {session.folder}/result.json"
-        session.section.note(f"{len(entries)} entries; {command} writes them")
+        session.section.note(f"{len(entries)} entries; python -m bench tune --from this file writes them")
 
 
 def _row(target: Target) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
 from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, segments
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.record import Section, Table
 from bench.timing import Timer, time_one
 from model.clip import release
@@ -182,7 +182,7 @@ class Measurement:
             row |= {"tokens": found.tokens, "basis": "extrapolated", "basis_note": note}
             self.clips.add(row | {f"{part}_seconds": share * total for part, share in found.shares.items()})
         if self.device.type == "cuda" and found.shares:
-            self._flash_two(setup, found)
+            self._guard(self.clips, key | {"method": FLASH_2}, functools.partial(self._flash_two, setup, found))
 
     def _flash_two(self, setup: Setup, found: WindowTime) -> None:
         """The baseline with torch's FlashAttention-2, timed on a part of the queries at the full number of keys."""
@@ -221,9 +221,9 @@ class Measurement:
                 self.ablations.add(row | {"basis": "extrapolated", "basis_note": note})
 
             self._attempt(self.ablations, key, measure)
-        first = next((row for row in self.ablations.rows if row["status"] == "ok"), None)
+        first = self.ablations.rows[0]
         for row in self.ablations.rows:
-            if first is not None and row["status"] == "ok":
+            if first["status"] == row["status"] == "ok":
                 row["ratio"] = row["stage_two_seconds"] / first["stage_two_seconds"]
         self.ablations.save()
         del clock
@@ -308,9 +308,13 @@ class Measurement:
         if self.late:
             table.add(key | {"status": "not reached", "reason": "the time given was over"})
             return
+        self._guard(table, key, measure)
+
+    def _guard(self, table: Table, key: dict[str, Any], measure: Callable[[], None]) -> None:
+        """The same of what is begun already, however late it is."""
         try:
             measure()
-        except (InputError, RuntimeError, MemoryError) as error:
+        except (InputError, *FAILURES) as error:
             if not any(all(row[name] == value for name, value in key.items()) for row in table.rows):
                 table.add(key | failure(error))
         finally:

@@ -78,7 +78,7 @@ MODELS = tuple(_models())
 
 
 def setups(models: Sequence[str], sizes: Sequence[str], num_frames: int, steps: int) -> list[Setup]:
-    """All models at all sizes.
+    """All models at all sizes, each once however often it is named.
 
     Raises:
         InputError: a name that there is not.
@@ -88,7 +88,11 @@ def setups(models: Sequence[str], sizes: Sequence[str], num_frames: int, steps: 
         if wrong:
             raise InputError(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
     found = _models()
-    return [Setup(model, size, *SIZES[size], num_frames, *found[model], steps) for size in sizes for model in models]
+    return [
+        Setup(model, size, *SIZES[size], num_frames, *found[model], steps)
+        for size in dict.fromkeys(sizes)
+        for model in dict.fromkeys(models)
+    ]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bench.dit.ops import Op, relative_error
 from bench.dit.providers import Provider
 from bench.dit.shapes import Shape
 from bench.dit.split import split_seconds
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.timing import Timer, peak_of
 
 #: Relative L2 error against float64 above which an operator is wrong: bf16 rounds a few times, with 2**-9 each.
@@ -60,7 +60,7 @@ def measure_op(
     try:
         tokens = op.rows(shape, device)
         expected = op.exact(op.make(shape, device, dtype), tokens)
-    except (RuntimeError, MemoryError) as error:
+    except FAILURES as error:
         _all_failed(error, rows.values(), report)
         return
     for provider in found:
@@ -101,7 +101,7 @@ def measure_block(
         inputs = block_inputs(shape, device, dtype, timesteps)
         tokens = torch.linspace(0, shape.tokens - 1, min(BLOCK_CHECKED, shape.tokens), device=device).long()
         expected = exact_rows(inputs, tokens)
-    except (RuntimeError, MemoryError) as error:
+    except FAILURES as error:
         _all_failed(error, rows.values(), report)
         return
     for provider in found:

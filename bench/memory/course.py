@@ -55,21 +55,22 @@ class Course:
         """What was alive at the peak, by label: (label, bytes, how many), the largest first; the rest as one line."""
         alive: dict[int, Event] = {}
         live, top, best = self.base, self.base, {}
+        before = kept = self.base
         for event in self.events:
             live += event.size
             if event.size >= 0:
                 alive[event.key] = event
-            else:
-                alive.pop(event.key, None)
+            elif alive.pop(event.key, None) is None:
+                before += event.size
             if live > top:
-                top, best = live, dict(alive)
+                top, best, kept = live, dict(alive), before
         held: Counter[str] = Counter()
         count: Counter[str] = Counter()
         for event in best.values():
             held[event.label] += event.size
             count[event.label] += 1
-        if self.base:
-            held["before the run"], count["before the run"] = self.base, 1
+        if kept:
+            held["before the run"], count["before the run"] = kept, 1
         ranked = [(label, size, count[label]) for label, size in held.most_common()]
         rest = ranked[most:]
         if rest:

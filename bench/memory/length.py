@@ -8,7 +8,7 @@ import torch
 
 from bench.cost import dit as dit_cost
 from bench.csg.window import WindowClock
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.record import Table
 from model.config import Preset
 from model.csg import SegmentPlan, Window, plan_for
@@ -51,7 +51,7 @@ def measure_lengths(
                 del clock
                 row |= {"peak_bytes": found.peak_bytes, "tokens": found.tokens, "basis": "extrapolated"}
                 row["basis_note"] = found.note
-            except (RuntimeError, MemoryError) as error:
+            except FAILURES as error:
                 row |= failure(error)
             table.add(row)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +30,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 WEIGHTS = ("weight", "phases")
 #: Arguments that are float32 by contract, whatever the others are.
 FLOAT32 = ("mask", "rope", "window")
+#: What gives memory that nobody has written.
+_UNWRITTEN: dict[Any, tuple[str, ...]] = {
+    torch: ("empty", "empty_like", "empty_strided"),
+    Tensor: ("new_empty", "new_empty_strided"),
+}
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
@@ -120,13 +125,16 @@ def _coarsest(inputs: Any) -> torch.dtype:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Floating-point tensors that are allocated in the body hold NaN until they are written."""
-    stock_empty, stock_new = torch.empty, Tensor.new_empty
 
-    def nan(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() and not x.requires_grad else x
+    def filled(new: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            x = new(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() and not x.requires_grad else x
 
-    with (
-        patch.object(torch, "empty", lambda *args, **kwargs: nan(stock_empty(*args, **kwargs))),
-        patch.object(Tensor, "new_empty", lambda self, *args, **kwargs: nan(stock_new(self, *args, **kwargs))),
-    ):
+        return call
+
+    with ExitStack() as stack:
+        for where, names in _UNWRITTEN.items():
+            for name in names:
+                stack.enter_context(patch.object(where, name, filled(getattr(where, name))))
         yield

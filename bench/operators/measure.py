@@ -13,7 +13,7 @@ import torch
 
 from bench.operators.check import check_case, fill
 from bench.operators.discover import all_cases, operator_name
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.record import Table
 from bench.static.compile_only import quiet_exit
 from bench.timing import Ceilings, Timer, peak_of, time_one
@@ -106,7 +106,7 @@ def measure_cases(
         else:
             try:
                 row |= _timed(case, device, timer, ceilings)
-            except (RuntimeError, MemoryError) as error:
+            except FAILURES as error:
                 row |= failure(error)
         release(device)
         table.add(row)

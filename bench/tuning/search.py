@@ -20,7 +20,7 @@ import torch
 from bench.operators.check import check_case
 from bench.operators.discover import all_cases
 from bench.operators.measure import real_call
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.static.bounds import occupancy, predict
 from bench.static.compile_only import compiled_for, quiet_exit
 from bench.static.cubin import analyse
@@ -105,12 +105,16 @@ class Journal:
         self.path = path
         self.known: dict[str, float | None] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:  # the last line of a run that was cut off
                     continue
                 self.known[entry["what"]] = entry["seconds"]
+            if text and not text.endswith("\n"):
+                with path.open("a") as file:
+                    file.write("\n")
 
     def key(self, target: Target, forced: dict[str, Any]) -> str:
         """One measurement's name."""
@@ -176,7 +180,11 @@ class Search:
             if compiled.obstacle is not None:
                 self.journal.add(target, forced, None)
                 continue
-            seconds = self._seconds(target, forced)
+            try:
+                seconds = self._seconds(target, forced)
+            except FAILURES:  # it has cost the device: never again
+                self.journal.add(target, forced, None)
+                raise
             say(f"{target.name}: {forced}")
             self.journal.add(target, forced, seconds)
         measured = {json.dumps(c): self.journal.known.get(self.journal.key(target, c)) for c in candidates}
@@ -196,7 +204,9 @@ class Search:
             try:
                 with real_call(case, self.device) as call, force_config(target.kernel, **forced):
                     total += self.quick({"": call})[""].median
-            except (RuntimeError, MemoryError):
+            except FAILURES:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()  # a device that is lost says so again: then nothing more can be learnt
                 return None
             finally:
                 release(self.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.dit.ops import relative_error
-from bench.outcome import failure
+from bench.outcome import FAILURES, failure
 from bench.timing import Timer, without_tf32
 from bench.vae.shapes import Shape
 from model.vae import WHOLE
@@ -197,7 +197,7 @@ def measure_layer(
         for name, timing in timer(calls_of).items():
             tflops = layer.flops / timing.median / 1e12
             rows[name] |= {**timing.row(), "tflops": tflops, "fraction_of_matmul": tflops / matmul, "status": "ok"}
-    except (RuntimeError, MemoryError) as error:
+    except FAILURES as error:
         return _all(rows, failure(error))
     return list(rows.values())
 

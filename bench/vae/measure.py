@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.dit.ops import relative_error
-from bench.outcome import Unavailable, failure
+from bench.outcome import FAILURES, Unavailable, failure
 from bench.plot import plot_differences
 from bench.timing import limited, summary, without_tf32
 from bench.vae.providers import PROVIDERS, Provider, Runner, diffusers_runner, own_runner
@@ -116,7 +116,7 @@ def measure(
                     row |= {"seconds": run.cold, "runs": 1}
                     runs[provider.name] = run
             # InputError: no plan keeps to the limit.
-            except (Unavailable, InputError, RuntimeError, MemoryError) as error:
+            except (InputError, *FAILURES) as error:
                 row |= failure(error)
             runner = run = None
             release(device)
@@ -163,7 +163,7 @@ def reference(shape: Shape, part: str, device: torch.device) -> tuple[Tensor | N
                 return load().exact(clip).float().cpu(), name
         except Unavailable as reason:
             reasons.append(f"{name}: {reason}")
-        except (RuntimeError, MemoryError) as error:
+        except FAILURES as error:
             reasons.append(f"{name}: {failure(error)['reason']}")
         finally:
             release(device)
