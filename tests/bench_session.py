@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,17 @@ def new_table(folder: Path, identity: tuple[str, ...], metrics: tuple[str, ...])
     """A table on disk."""
     with session(folder) as found:
         return found.section.table("rows", "rows", identity=identity, metrics=metrics)
+
+
+@contextmanager
+def old_garbage_left() -> Iterator[None]:
+    """What is there already is not gone through whenever a model is let go, which takes longer than toy sizes do."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def read_section(folder: Path) -> dict[str, Any]:

@@ -170,6 +170,14 @@ def test_layers_are_those_of_the_model() -> None:
     assert {layer.operator for layer in layers} == {"causal_conv3d", "upsample_conv2d", "frames_out"}
 
 
+def test_layers_are_told_apart_by_their_names() -> None:
+    """A table tells its rows apart by them: what two layers differ in must be in the name."""
+    for shapes in (SHAPES, [shape.reduced() for shape in SHAPES]):
+        layers = [layer for layer, _, _ in unique_layers(shapes, PARTS)]
+        assert len(layers) > 50
+        assert len({str(layer) for layer in layers}) == len(set(layers)) == len(layers)
+
+
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 def test_layers_can_be_called(version: str) -> None:
     """Every layer of a small VAE: results of the recorded size, and as large as inputs."""

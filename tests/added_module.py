@@ -1,0 +1,27 @@
+"""A module put beside those of a package for the time of a test: what is found by being written must find it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+
+@contextmanager
+def added_module(package: ModuleType, folder: Path, text: str, found: Callable[[], object]) -> Iterator[None]:
+    """``extra.py`` with this text in the package's path; ``found`` is the cached search that must not remember it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "extra.py").write_text(text)
+    importlib.invalidate_caches()
+    found.cache_clear()  # type: ignore[attr-defined]
+    try:
+        with patch.object(package, "__path__", [*package.__path__, str(folder)]):
+            yield
+    finally:
+        found.cache_clear()  # type: ignore[attr-defined]
+        sys.modules.pop(f"{package.__name__}.extra", None)
+        package.__dict__.pop("extra", None)

@@ -1,0 +1,159 @@
+"""``python -m bench memory`` without a GPU: counted within limits, run on the CPU, interrupted, and bad input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.memory import clip
+from bench.result_file import read_result
+from bench.session import RESULT
+from model.measure import format_bytes
+from tests.bench_session import old_garbage_left, read_section, rows_of
+
+SMALL = ["memory", "--preset", "tiny", "--size", "64x48", "--frames", "9", "--device", "cpu"]
+STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage() -> Iterator[None]:
+    with old_garbage_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Within a limit that is enough, one that plans keep and the DiT does not, and one for which there is no plan."""
+    folder = tmp_path_factory.mktemp("memory")
+    assert main([*SMALL, "--limit", "4MB,2.5MB,4000kB,100kB", "--quick", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
+    (section,) = read_result(counted / RESULT)["sections"].values()
+    assert section["status"] == "complete"
+    assert [table["name"] for table in section["tables"]] == ["clips", "stages", "holders", "length"]
+    assert all(table["rows"] for table in section["tables"])
+    bases = {table["name"]: {row["basis"] for row in table["rows"]} for table in section["tables"][1:]}
+    assert bases == {"stages": {"counted"}, "holders": {"counted"}, "length": {"predicted"}}
+    for name in ("timeline.png", "length.png"):
+        assert (counted / name).read_bytes().startswith(b"\x89PNG")
+    assert "out of memory: in Stage I" in (counted / "table.md").read_text()
+
+
+def test_a_limit_is_kept_exceeded_or_without_a_plan_and_one_named_twice_is_one(counted: Path) -> None:
+    enough, exceeded, without = rows_of(counted, "clips")
+    assert (enough["limit"], enough["status"], enough["basis"]) == ("0.004 GB", "ok", "counted")
+    assert enough["peak_bytes"] <= enough["limit_bytes"] == 4_000_000
+    assert enough["frames_made"] == 9
+    assert enough["note"].startswith("VAE: reference")
+    assert exceeded["status"] == "out of memory"
+    assert exceeded["peak_bytes"] > 2_500_000
+    assert (without["limit"], without["status"], without["basis"]) == ("0.0001 GB", "failed", "counted")
+    assert re.fullmatch(r"limit: 0\.1 MiB is too little to decode 32x32; the smallest .*", without["reason"])
+    assert "peak_bytes" not in without
+    found = read_section(counted)["verdicts"]
+    assert [(v["shape"], v["met"], v["basis"]) for v in found] == [
+        ("0.004 GB", True, "counted"), ("0.0025 GB", False, "counted"),
+    ]  # fmt: skip
+    assert [v["value"] for v in found] == [row["peak_bytes"] / row["limit_bytes"] for row in (enough, exceeded)]
+
+
+def test_the_stage_that_exceeds_the_limit_first_is_named_with_its_own_peak(counted: Path) -> None:
+    exceeded = rows_of(counted, "clips")[1]
+    stages = {row["stage"]: row["peak_bytes"] for row in rows_of(counted, "stages") if row["limit"] == "0.0025 GB"}
+    assert set(stages) == STAGES
+    assert stages["load"] < 2_500_000 < stages["Stage I"]
+    assert exceeded["reason"] == f"in Stage I: {format_bytes(stages['Stage I'])} counted"
+
+
+def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -> None:
+    clips = {row["limit"]: row["peak_bytes"] for row in rows_of(counted, "clips") if "peak_bytes" in row}
+    timelines = read_section(counted)["timelines"]
+    assert len(clips) == len(timelines) == 2
+    for (limit, peak), timeline in zip(clips.items(), timelines, strict=True):
+        stages, held = ([r for r in rows_of(counted, name) if r["limit"] == limit] for name in ("stages", "holders"))
+        assert max(row["peak_bytes"] for row in stages) == peak
+        assert sum(row["held_bytes"] for row in held) == peak
+        assert sum(row["share"] for row in held) == pytest.approx(1)
+        assert max(live for _, live in timeline["points"]) == peak
+        assert (timeline["basis"], timeline["limit"]) == ("counted", 1e9 * float(limit.split()[0]))
+        assert {label for _, label in timeline["marks"]} == STAGES - {"Stage II"} | {"Stage II 1"}
+
+
+def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    assert main([*SMALL, "--measure", "--file", "--no-lengths", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["status"], row["basis"], row["limit"], row["steps"]) == ("ok", "measured", "none", 1)
+    stages = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds")
+    assert 0 < sum(row[stage] for stage in stages) < row["total_seconds"]
+    assert all(row[stage] > 0 for stage in stages)
+    assert {row["stage"]: row["seconds"] for row in rows_of(tmp_path, "stages")}["decode"] == row["decode_seconds"]
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert [(frame.width, frame.height) for frame in frames] == [(64, 48)] * row["frames_made"] == [(64, 48)] * 9
+    assert read_section(tmp_path)["verdicts"] == []
+    assert "length" not in read_section(tmp_path)["tables"]
+
+
+def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of two limits the second is not begun."""
+
+    def make_frames(*given: Any) -> Iterator[torch.Tensor]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(clip, "make_frames", make_frames)
+    assert main([*SMALL, "--limit", "1GB,2GB", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert read_result(tmp_path / RESULT)
+    section = read_section(tmp_path)
+    assert (section["status"], len(section["timelines"])) == ("interrupted", 1)
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["limit"], row["status"], row["reason"]) == ("1 GB", "failed", "interrupted")
+    assert row["peak_bytes"] == max(found["peak_bytes"] for found in rows_of(tmp_path, "stages"))
+    assert {found["stage"] for found in rows_of(tmp_path, "stages")} == {"load", "Stage I", "reference"}
+    assert section["verdicts"][0]["met"] is None
+
+
+def test_without_a_limit_a_card_of_24_gb_is_counted_for(tmp_path: Path) -> None:
+    assert main([*SMALL, "--no-lengths", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["limit"], row["limit_bytes"], row["basis"], row["status"]) == ("24 GB", 24e9, "counted", "ok")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--capability", "77"], "capability: expected one of 80, "),
+        (["--limit", "foo"], "memory: expected a size such as 4GB, 4GiB or 500MB, got 'foo'"),
+        (["--limit", "4GB,"], "memory: expected a size such as 4GB, 4GiB or 500MB, got ''"),
+        (["--size", "100x100"], "size: width and height must be multiples of 16, got 100x100; nearest: 96x96"),
+        (["--size", "100x100", "--limit", "4GB,8GB"], "size: width and height must be multiples of 16, got 100x100"),
+        (["--size", "large"], "size: expected WIDTHxHEIGHT such as 2560x1408, got 'large'"),
+        (["--frames", "6"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
+        (["--frames", "6", "--limit", "4GB,8GB"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
+        (["--frames", "0"], "argument --frames: expected at least 1, got 0"),
+        (["--preset", "small"], "preset: unknown 'small'; choose one of tiny, "),
+        (["--mode", "both"], "argument --mode: invalid choice: 'both'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["memory", "--device", "cpu", *options, "--out", str(tmp_path / "new")])
+    except SystemExit as error:  # argparse's own errors
+        code = error.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
