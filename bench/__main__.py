@@ -8,6 +8,7 @@ import sys
 from bench.registry import add_parser, benchmarks
 from bench.session import run_benchmark
 from model.command import CommandParser, run_command
+from swifti2v_kernels.common.target import interpreting
 
 EXAMPLES = """\
 examples:
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         argv.insert(0, "csg")
     args = parser.parse_args(argv)
     args.argv = argv
+    if interpreting():
+        from bench import interpreter
+
+        interpreter.install()
     return run_command(lambda: run_benchmark(benchmarks()[args.command], args))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.campaign.hardware_tests import HARDWARE
 from bench.static.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
 from model.weights import random_weights
@@ -50,7 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run where there is one, and say so where there is none."""
+    """Tests marked ``gpu`` run where there is one, and say so where there is none.
+
+    Raises:
+        UsageError: one is in a file that the campaign does not look into.
+    """
+    for item in items:
+        if item.get_closest_marker("gpu") and not item.path.match(HARDWARE):
+            raise pytest.UsageError(f"{item.nodeid}: marked gpu, so it belongs into a file {HARDWARE}")
     if torch.cuda.is_available():
         return
     for item in items:

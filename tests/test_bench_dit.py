@@ -362,10 +362,3 @@ def test_our_torch_paths_are_not_measured_as_kernels(capsys, monkeypatch) -> Non
     monkeypatch.setenv("SWIFTI2V_BACKEND", "torch")
     assert main(["dit", "--device", "cpu"]) == 2
     assert "SWIFTI2V_BACKEND: expected auto or triton" in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_it_runs_on_the_gpu(tmp_path) -> None:
-    assert main(["dit", "--quick", "--milliseconds", "20", "--out", str(tmp_path)]) == 0
-    for table in ("operators", "layer"):
-        assert {row["status"] for row in rows_of(tmp_path, table) if row["ours"]} == {"ok"}

@@ -13,6 +13,6 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/interpreter needs TRITON_INTERPRET=1 in the environment")
 
-from tests.interpreter import repairs
+from bench import interpreter
 
-repairs.install()
+interpreter.install()

@@ -1,12 +1,14 @@
-"""Repairs of Triton's interpreter (3.6 to 3.9), so that bfloat16 kernels can be tested in it.
+"""Repairs of Triton's interpreter (3.6 to 3.9), for benchmarks and tests that run kernels in it.
 
 The stock interpreter keeps bfloat16 and float8 values as raw integers. It multiplies these in ``tl.dot``, truncates
 where the hardware rounds to nearest even, and adds bits where an operator meets two bfloat16 tensors. Here those
-operations go through float32, with torch's conversions. Triton 3.6 under numpy 2.4 further needs ``__index__``.
+operations go through float32, with torch's conversions. Triton 3.6 cannot use a tensor as the end of a loop where NumPy
+no longer takes an array of one element for a number (from 2.4 on a warning or an error, by its version).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +42,9 @@ def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
     return x.to(target).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
 
 
+@functools.cache
 def install() -> None:
-    """Replaces the faulty operations; call once, before the first launch."""
+    """Replaces the faulty operations, once; call before the first launch."""
     builder = interpreter.InterpreterBuilder
     stock_cast: Callable[..., Any] = builder.cast_impl
     stock_binary: Callable[..., Any] = builder.binary_op
