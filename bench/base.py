@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.comparison import compare_documents, format_comparison
+from bench.comparison import compare_documents
+from bench.comparison_text import format_comparison
 from bench.files import write_text
 from bench.record import dumps, make_folder, spread_warning
 from bench.result_file import ROOT, read_result

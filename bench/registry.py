@@ -11,7 +11,7 @@ A new benchmark is one small file there:
 
 ``measure`` gets a :class:`bench.session.Session`: the device, the results folder and the section to fill. Options that
 all of these have (``--device``, ``--out``, ``--json``, ``--quick``, ``--base``) come by themselves. A command that
-measures nothing gives ``run`` instead.
+measures nothing itself gives ``run`` instead, and has ``--json`` and ``--quick``.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def add_parser(commands: Any, benchmark: Benchmark) -> None:
         allow_abbrev=False,  # --base finds itself on the command line
     )
     benchmark.add_arguments(parser)
+    group = parser.add_argument_group("as in all benchmarks")
+    group.add_argument("--quick", action="store_true", help=benchmark.quick)
+    group.add_argument("--json", action="store_true", help="print JSON instead")
     if benchmark.measure is not None:
-        group = parser.add_argument_group("as in all benchmarks")
         group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-        group.add_argument("--quick", action="store_true", help=benchmark.quick)
-        group.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
         group.add_argument(
             "--out", type=Path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
         )

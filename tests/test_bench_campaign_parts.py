@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from bench.attention.providers import QUICK_SHAPES as QUICK_ATTENTION
 from bench.attention.providers import providers
 from bench.campaign import hardware_tests, lost_device, run
 from bench.campaign.hardware_tests import RETRIES, read_junit, run_tests
-from bench.campaign.parts import PARTS, WINDOW, Part, chosen
+from bench.campaign.parts import PARTS, QUICK, WINDOW, Part, chosen
 from bench.commands import campaign
 from bench.csg.setups import setups
 from bench.dit.block import BLOCK_PROVIDERS
@@ -162,6 +163,21 @@ def test_a_campaign_leaves_a_valid_file_its_tables_and_a_copy_under_card_date_an
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.index("## attention\n\n**rows of it**") < text.index("## dit\n\n**rows of it**")
     assert f"copied to {card / H200_FILE}" in capsys.readouterr().out
+
+
+def test_quick_is_the_kernels_alone_and_json_is_the_file(
+    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_run", fake_run("well"))
+    assert main(["campaign", "--quick", "--json", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "out" / RESULT).read_text()
+    assert list(json.loads(printed.out)["sections"]) == list(QUICK) == ["operators", "attention", "dit"]
+    assert "results in" in printed.err
+    assert main(["campaign", "--quick", "--parts", "csg", "--out", str(tmp_path / "other")]) == 0
+    assert list(read_result(tmp_path / "other" / RESULT)["sections"]) == ["csg"]
+    # In the four minutes that it has by default there is room for all three.
+    assert sum(part.seconds for part in chosen(",".join(QUICK))) <= 4 * 60
 
 
 def test_a_campaign_that_is_interrupted_by_hand_is_written_and_copied_too(

@@ -16,10 +16,11 @@ from bench.comparison import (
     WITHOUT_SPREAD,
     compare_documents,
     count_verdicts,
-    format_comparison,
     labels_of,
+    only_changes,
     threshold,
 )
+from bench.comparison_text import format_comparison
 from bench.record import Record, dumps
 from bench.result_file import read_result
 from model.errors import InputError
@@ -241,6 +242,30 @@ def test_labels_are_told_apart_by_as_much_of_the_path_as_is_needed(tmp_path):
     assert labels_of(["r/x.json", "r/y.json"], [found, found]) == [f"{label} (x.json)", f"{label} (y.json)"]
     paths = ["one/result.json", "two/result.json", "x.json"]
     assert labels_of(paths, [found] * 3) == [f"{label} ({name})" for name in paths]
+
+
+def test_quick_shows_what_is_better_worse_or_failed_and_counts_all(tmp_path, capsys):
+    """The second is slower in one figure of four; in each file one row has failed."""
+    rows = [{"shape": "a", **timed(1.0), "peak_bytes": 10}, {"shape": "b", **timed(1.0)}, {"shape": "c", **timed(1.0)}]
+    rows[1]["tflops"] = 5.0
+    failed = {"shape": "c", "status": "out of memory", "reason": "of 80 GB"}
+    slower = [rows[0] | timed(2.0), rows[1], failed]
+    names = ("a", "b")
+    first, other = (document(tmp_path / n, found) for n, found in zip(names, (rows, slower), strict=True))
+    full = compare_documents([first, other], names)
+    (table,) = only_changes(full)["tables"]
+    assert [(row["key"]["shape"], list(row["values"])) for row in table["rows"]] == [("a", ["seconds"]), ("c", [])]
+    assert [len(row["values"]) for row in full["tables"][0]["rows"]] == [2, 2, 0]  # is left as it was
+    files = [str(tmp_path / name / "result.json") for name in names]
+    assert main(["compare", *files, "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"] == json.loads(dumps([table]))
+    assert main(["compare", *files, "--quick"]) == 0
+    text = capsys.readouterr().out
+    assert "2.000 WORSE" in text
+    assert "same |" not in text
+    assert "B against A: 0 figures better, 1 worse, 3 the same within their spread" in text
+    assert main(["compare", files[0], files[0], "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"] == []
 
 
 def test_the_command_prints_writes_and_gives_json(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,8 +64,9 @@ REFUSED = [
     (["report", "--readme", "none.md"], "readme: none.md cannot be read: No such file or directory"),
     (
         ["report", "--readme", "none.md", "--out", "page.html"],
-        "readme: takes the results in the repository and writes no page; leave FILE and --out out",
+        "readme: takes all results in the repository and writes no page; leave FILE, --out and --quick out",
     ),
+    (["report", "--readme", "none.md", "--quick"], "readme: takes all results in the repository"),
     (["compare"], "the following arguments are required: FILE"),
     (["compare", "a.json", "b.json"], "a.json: cannot be read: No such file or directory"),
 ]
@@ -168,3 +170,8 @@ def test_targets_that_are_named_twice_are_compiled_once() -> None:
     targets, cases = compile_command._select(args)
     assert targets == [90, 89]
     assert len(cases) == len(set(cases)) >= 1
+
+
+def test_hardware_tests_without_pytest(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    assert refused("tests") == "pytest is not installed; run: pip install -e '.[test]'"

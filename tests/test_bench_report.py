@@ -367,6 +367,25 @@ def test_the_command_writes_the_page_whole_and_prints_where(one, tmp_path, capsy
     assert "x.json" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_quick_takes_the_newest_file_of_each_card_and_json_names_them(tmp_path, capsys):
+    """Newest by the date in the file, whatever it is called."""
+    files = {name: sample(tmp_path / f"{name}.json") for name in ("new", "old", "other")}
+    for name, change in (("old", {"date": "2025-01-01T00:00:00+00:00"}), ("other", {"device": "NVIDIA L40S"})):
+        found = json.loads(files[name].read_text())
+        found["environment"] |= change
+        files[name].write_text(dumps(found))
+    out = tmp_path / "page.html"
+    arguments = ["report", *map(str, files.values()), "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["page"], [entry["file"] for entry in found["files"]]) == (str(out), list(map(str, files.values())))
+    assert set(found["files"][0]["sections"]) == set(read_result(files["new"])["sections"])
+    assert main([*arguments, "--quick"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["file"] for entry in found["files"]] == [str(files["new"]), str(files["other"])]
+    assert "old.json" not in out.read_text()
+
+
 def test_the_command_says_what_is_wrong_and_writes_nothing(one, tmp_path, capsys, monkeypatch):
     cut, out = tmp_path / "cut.json", tmp_path / "page.html"
     cut.write_text(one.read_text()[:3000])

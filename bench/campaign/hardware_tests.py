@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from bench.record import Table
 from bench.result_file import ROOT
+from model.errors import require
 
 #: New processes for what is left of a share, at most.
 RETRIES = 4
@@ -24,8 +25,10 @@ def collect() -> list[str]:
     """The names of all hardware tests. Their files import no package beyond those that a campaign needs.
 
     Raises:
+        InputError: there is no pytest.
         RuntimeError: pytest cannot collect them.
     """
+    require("pytest", "test")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob(HARDWARE))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -101,6 +101,9 @@ PARTS = (
     ),
 )  # fmt: skip
 
+#: What ``--quick`` leaves of them.
+QUICK = ("operators", "attention", "dit")
+
 
 def chosen(text: str | None) -> list[Part]:
     """Parts by name, in the campaign's order; all without a text.

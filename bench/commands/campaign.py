@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 import time
 from pathlib import Path
 
-from bench.campaign.parts import PARTS, chosen
+from bench.campaign.parts import PARTS, QUICK, chosen
 from bench.campaign.run import run_parts, save_result
 from bench.environment import capture
 from bench.files import write_text
 from bench.markdown import format_section
-from bench.record import Record, make_folder
+from bench.record import Record, dumps, make_folder
 from bench.registry import Benchmark
 from bench.result_file import SHIPPED
 from bench.session import RESULT, default_folder
@@ -22,6 +24,7 @@ EXAMPLES = f"""\
 examples:
   python -m bench campaign                      all parts, at most nine minutes on an H200-class card
   python -m bench campaign --save               and a copy to bench/results/<gpu>/<date>-<commit>.json
+  python -m bench campaign --quick              the kernels alone: right or wrong, and how fast
   python -m bench campaign --parts operators,attention --minutes 2
   python -m bench campaign --out out/campaign   again with the same --out runs only what is missing
   python -m bench campaign --dry-run            every part at toy size on a CPU, to see that it works
@@ -34,7 +37,7 @@ parts, in order of value:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of its own."""
     parser.add_argument("--parts", metavar="NAME,...", help="only these (default all)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together (default %(default)s)")
+    parser.add_argument("--minutes", type=float, help="for all parts together (default 9, with --quick 4)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default out/campaign-DATE-TIME)")
     parser.add_argument("--save", action="store_true", help="copy the result to bench/results")
@@ -46,9 +49,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: an option does not fit, there is no card, or in a dry run a part failed.
     """
-    parts = chosen(args.parts)
-    if not args.minutes > 0:
-        raise InputError(f"minutes: expected more than 0, got {args.minutes}")
+    parts = chosen(",".join(QUICK) if args.quick and args.parts is None else args.parts)
+    minutes = (4.0 if args.quick else 9.0) if args.minutes is None else args.minutes
+    if not minutes > 0:
+        raise InputError(f"minutes: expected more than 0, got {minutes}")
     device = pick_device("cpu" if args.dry_run else "auto")
     if device.type != "cuda" and not args.dry_run:
         raise InputError("campaign: expected a CUDA device; --dry-run runs every part at toy size on a CPU")
@@ -59,23 +63,24 @@ def run(args: argparse.Namespace) -> None:
     make_folder(folder)
     record = Record(folder / RESULT, capture(device))
     # A dry run is no measurement: it takes as long as it takes.
-    deadline = start + 60 * (60 if args.dry_run else args.minutes)
+    deadline = start + 60 * (60 if args.dry_run else minutes)
     failed: list[str] = []
+    say = functools.partial(print, flush=True, file=sys.stderr if args.json else sys.stdout)
     try:
-        failed = run_parts(
-            parts, record, folder, dry=args.dry_run, deadline=deadline, say=lambda x: print(x, flush=True)
-        )
+        failed = run_parts(parts, record, folder, dry=args.dry_run, deadline=deadline, say=say)
     finally:
         texts = [f"## {name}\n\n{format_section(section)}" for name, section in record.data["sections"].items()]
         write_text(folder / "table.md", "\n\n".join(texts) + "\n")
-        print(f"{time.monotonic() - start:.0f} s; results in {folder.resolve()}")
+        say(f"{time.monotonic() - start:.0f} s; results in {folder.resolve()}")
         if args.save:
-            print(f"copied to {save_result(record, SHIPPED)}")
+            say(f"copied to {save_result(record, SHIPPED)}")
+        if args.json:
+            print(dumps(record.data), end="")
     if failed:
         message = f"failed: {', '.join(failed)}; see {folder}/NAME/log.txt"
         if args.dry_run:
             raise InputError(message)
-        print(message)
+        say(message)
 
 
 BENCHMARK = Benchmark(
@@ -86,4 +91,5 @@ BENCHMARK = Benchmark(
     add_arguments=add_arguments,
     run=run,
     order=50,
+    quick=f"only the parts {', '.join(QUICK)}, unless --parts names others",
 )

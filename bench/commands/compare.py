@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench.comparison import compare_documents, format_comparison, labels_of
+from bench.comparison import compare_documents, labels_of, only_changes
+from bench.comparison_text import format_comparison
 from bench.files import write_text
 from bench.record import dumps, make_folder
 from bench.registry import Benchmark
@@ -17,6 +18,7 @@ EXAMPLES = """\
 examples:
   python -m bench compare bench/results/nvidia-h200/A.json bench/results/nvidia-h200/B.json
   python -m bench compare before/result.json after/result.json --section attention
+  python -m bench compare A.json B.json --quick       what has changed alone
   python -m bench compare *.json --json --out comparison.json
 
 The first file is what the others are compared with. A figure is better or worse only where it differs by more than the
@@ -28,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of its own."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, at least two")
     parser.add_argument("--section", metavar="NAME", help="only this section")
-    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
 
 
@@ -42,7 +43,10 @@ def run(args: argparse.Namespace) -> None:
             there = dict.fromkeys(name for path in args.files for name in read_result(path)["sections"])
             raise InputError(f"section: {args.section!r} is in none of the files; there are {', '.join(there)}")
     comparison = compare_documents(documents, labels)
-    text = dumps(comparison) if args.json else f"{format_comparison(comparison)}\n"
+    if args.json:
+        text = dumps(only_changes(comparison) if args.quick else comparison)
+    else:
+        text = f"{format_comparison(comparison, changes=args.quick)}\n"
     if args.out is None:
         print(text, end="")
         return
@@ -66,4 +70,5 @@ BENCHMARK = Benchmark(
     add_arguments=add_arguments,
     run=run,
     order=61,
+    quick="only what is better, worse or failed",
 )

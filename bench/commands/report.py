@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench.comparison import labels_of
 from bench.files import write_text
-from bench.record import make_folder
+from bench.record import dumps, make_folder
 from bench.registry import Benchmark
 from bench.report.page import build_page
 from bench.report.readme import generate
@@ -17,6 +18,7 @@ PAGE = Path("out/report.html")
 EXAMPLES = """\
 examples:
   python -m bench report                              the results in the repository, as out/report.html
+  python -m bench report --quick                      the newest file of each card alone
   python -m bench report out/csg-*/result.json --out csg.html
   python -m bench report --readme README.md           its tables, from the results in the repository
   python -m bench report --readme README.md --check   exit with 2 if they are not up to date
@@ -42,22 +44,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the page, or a README's tables."""
     if args.readme is not None:
-        if args.files or args.out is not None:
-            raise InputError("readme: takes the results in the repository and writes no page; leave FILE and --out out")
-        _readme(args.readme, args.check)
+        if args.files or args.out is not None or args.quick:
+            raise InputError(
+                "readme: takes all results in the repository and writes no page; leave FILE, --out and --quick out"
+            )
+        _readme(args.readme, args.check, args.json)
         return
     if args.check:
         raise InputError("check: expected --readme FILE beside it")
     paths = args.files or shipped_results()
     if not paths:
         raise InputError(f"files: there are no results in {SHIPPED}; name some")
-    page, out = build_page(paths, [read_result(path) for path in paths]), args.out or PAGE
+    results, out = {path: read_result(path) for path in paths}, args.out or PAGE
+    if args.quick:
+        in_time = sorted(results.items(), key=lambda item: item[1]["environment"]["date"])
+        newest = {document["environment"]["device"]: path for path, document in in_time}
+        results = {path: document for path, document in results.items() if path in newest.values()}
+    paths, documents = list(results), list(results.values())
     make_folder(out.parent)
-    _write(out, page)
-    print(out.resolve())
+    _write(out, build_page(paths, documents))
+    if not args.json:
+        print(out.resolve())
+        return
+    files = [
+        {"file": str(path), "label": label, "sections": list(document["sections"])}
+        for path, label, document in zip(paths, labels_of(paths, documents), documents, strict=True)
+    ]
+    print(dumps({"page": str(out.resolve()), "files": files}), end="")
 
 
-def _readme(path: Path, check: bool) -> None:
+def _readme(path: Path, check: bool, as_json: bool) -> None:
     try:
         before = path.read_text()
     except OSError as error:
@@ -74,7 +90,10 @@ def _readme(path: Path, check: bool) -> None:
             )
     elif after != before:
         _write(path, after)
-    print(f"{path} {'is up to date' if after == before else 'written'}")
+    if as_json:
+        print(dumps({"readme": str(path), "changed": after != before}), end="")
+    else:
+        print(f"{path} {'is up to date' if after == before else 'written'}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -92,4 +111,5 @@ BENCHMARK = Benchmark(
     add_arguments=add_arguments,
     run=run,
     order=60,
+    quick="only the newest file of each card",
 )

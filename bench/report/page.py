@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.comparison import compare_documents, count_verdicts, labels_of, letter, summary, unmatched_lines
+from bench.comparison import compare_documents, count_verdicts, labels_of, letter
+from bench.comparison_text import summary, unmatched_lines
 from bench.report.figures import bar_charts, roofline_chart, timeline_charts
 from bench.report.markup import Markup, tag
 from bench.report.overview import TITLE, Document, files_block, page_header, paper_block, verdicts_block

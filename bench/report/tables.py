@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.comparison import WORDS, comparison_note, letter
+from bench.comparison import letter
+from bench.comparison_text import WORDS, comparison_note
 from bench.markdown import columns_of
 from bench.metrics import column_label, format_value, time_scale
 from bench.report.markup import Markup, tag
