@@ -36,15 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swifti2v_kernels.adaln_arguments import check_outputs, prepare
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
-from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.cost import Cost, Work
-from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from swifti2v_kernels.common.dispatch import Choice, explained_by
 from swifti2v_kernels.common.target import on_device
-
-NORMS = ("layer", "rms")
-#: A row is held in registers.
-MAX_CHANNELS = 8192
 
 
 def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
@@ -116,7 +112,7 @@ def _adaln_op(
     y_out: Tensor | None,
 ) -> None:
     parameters = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map}
-    _check_outputs(x_out, y_out, x, update, parameters)
+    check_outputs(x_out, y_out, x, update, parameters)
     if x.numel():
         from swifti2v_kernels.adaln_kernel import LAYER, RMS, launch_adaln
 
@@ -131,7 +127,7 @@ def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, 
 
 
 def _choose(*, backend: str, inplace: bool, **arguments: Any) -> Choice:
-    chosen, reason = _prepare(backend=backend, **arguments)
+    chosen, reason = prepare(backend=backend, **arguments)
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
@@ -182,11 +178,11 @@ def norm_modulate(
     if inplace and out is not None:
         raise ValueError("out: expected None with inplace, which writes to x")
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = _prepare(x=x, out=out, backend=backend, **arguments)
+    chosen, _ = prepare(x=x, out=out, backend=backend, **arguments)
     target = x if inplace else out
     if chosen == "torch":
         if not torch.compiler.is_compiling():
-            _check_outputs(None, target, x, None, arguments)
+            check_outputs(None, target, x, None, arguments)
         return _into(target, norm_modulate_reference(x, eps=eps, **arguments))
     target = _like(x) if target is None else target
     _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, target)
@@ -225,10 +221,10 @@ def gated_residual(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    chosen, _ = _prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
+    chosen, _ = prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
     if chosen == "torch":
         if inplace and not torch.compiler.is_compiling():
-            _check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
+            check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
         return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
     target = x if inplace else _like(x)
     _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None)
@@ -276,10 +272,10 @@ def gated_residual_norm_modulate(
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = _prepare(x=x, update=update, gate=gate, out=out, backend=backend, **arguments)
+    chosen, _ = prepare(x=x, update=update, gate=gate, out=out, backend=backend, **arguments)
     if chosen == "torch":
         if not torch.compiler.is_compiling():
-            _check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
+            check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
         x_new = gated_residual_reference(x, update, gate, block_map)
         y = norm_modulate_reference(x_new, eps=eps, **arguments)
         return _into(x if inplace else None, x_new), _into(out, y)
@@ -294,97 +290,6 @@ def _like(x: Tensor) -> Tensor:
 
 def _into(target: Tensor | None, result: Tensor) -> Tensor:
     return result if target is None else target.copy_(result)
-
-
-def _check_outputs(
-    x_out: Tensor | None, y_out: Tensor | None, x: Tensor, update: Tensor | None, parameters: Mapping[str, Any]
-) -> None:
-    """A program reads all of its row of x and update before it writes, but others read the parameters meanwhile."""
-    parameters = {name: p for name, p in parameters.items() if isinstance(p, Tensor)}
-    targets = {"x": x_out, "out": y_out}
-    if x_out is None and y_out is not None and same_view(y_out, x):
-        targets = {"x": y_out}
-    check_targets(targets, {"x": x, "update": update, **parameters}, ("x", "update"))
-
-
-def _prepare(
-    *,
-    x: Tensor,
-    backend: str,
-    update: Tensor | None = None,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    block_map: Tensor | None = None,
-    norm: str = "layer",
-    eps: float = 0.0,
-    out: Tensor | None = None,
-) -> tuple[str, str]:
-    """Checks a call and says which backend takes it, and why."""
-    _check_tokens("x", x, None)
-    if update is not None:
-        _check_tokens("update", update, x)
-    if out is not None:
-        _check_tokens("out", out, x)
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected {' or '.join(NORMS)}, got {norm!r}")
-    if (shift is None) != (scale is None):
-        raise ValueError("shift, scale: expected both or neither")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and not isinstance(parameter, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(parameter).__name__}")
-        if parameter is not None and (parameter.shape != x.shape[2:] or not parameter.is_contiguous()):
-            raise ValueError(f"{name}: expected [{x.shape[2]}], contiguous, got {list(parameter.shape)}")
-    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
-    _check_modulations(modulations, block_map, x)
-    tensors = [t for t in (x, update, gate, shift, scale, weight, bias, out) if t is not None]
-    return pick_backend(backend, _obstacle(tensors))
-
-
-def _check_tokens(name: str, x: Tensor, like: Tensor | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if like is None and x.ndim != 3:
-        raise ValueError(f"{name}: expected [B, L, C], got shape {tuple(x.shape)}")
-    if like is not None and x.shape != like.shape:
-        raise ValueError(f"{name}: expected {tuple(like.shape)} as x, got {tuple(x.shape)}")
-    if like is not None and (x.dtype != like.dtype or x.device != like.device):
-        raise ValueError(f"{name}: expected {like.dtype} on {like.device} as x, got {x.dtype} on {x.device}")
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(2)}")
-
-
-def _check_modulations(modulations: Mapping[str, Tensor], block_map: Tensor | None, x: Tensor) -> None:
-    batch, length, width = x.shape
-    wanted: tuple[int | str, ...] = (batch, "R", width)
-    for name, m in modulations.items():
-        if not isinstance(m, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(m).__name__}")
-        fits = m.ndim == 3 and m.shape[1] > 0 and all(w in (n, "R") for w, n in zip(wanted, m.shape, strict=True))
-        if not fits or m.device != x.device:
-            shape = ", ".join(map(str, wanted))
-            raise ValueError(f"{name}: expected [{shape}] on {x.device}, got {list(m.shape)} on {m.device}")
-        wanted = tuple(m.shape)
-        if width > 1 and m.stride(2) != 1:
-            raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {m.stride(2)}")
-    name, rows = next(((name, m.shape[1]) for name, m in modulations.items()), ("", 1))
-    if block_map is not None:
-        if not modulations:
-            raise ValueError("block_map: expected None, since there is no gate, shift or scale to choose from")
-        check_index("block_map", block_map, None, 0, rows - 1, x.device)
-        name, rows = "block_map", block_map.shape[0]
-    if length % rows:
-        raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
-
-
-def _obstacle(tensors: list[Tensor]) -> str | None:
-    if (reason := kernel_obstacle(tensors)) is not None:
-        return reason
-    if tensors[0].shape[2] > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {tensors[0].shape[2]}"
-    return None
 
 
 def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, itemsize: int = 2) -> Cost:
