@@ -147,26 +147,6 @@ def test_without_cuda_it_says_what_it_would_run_and_checks(capfd, tmp_path) -> N
     assert all(row["error"] < row["limit"] for row in checked)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "nothing"], "no shape contains 'nothing'"),
-        (["--device", "cuda"], "torch sees no GPU"),
-        (["--update-table"], "expected a CUDA device"),
-        (["--milliseconds", "0"], "--milliseconds: expected at least 1, got 0"),
-    ],
-)
-def test_bad_input(arguments: list[str], message: str, capsys, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    try:
-        code = main(["attention", *arguments, "--out", str(tmp_path / "new")])
-    except SystemExit as error:  # argparse's own errors
-        code = error.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_reduced_shapes_are_small_and_keep_their_structure() -> None:
     for shape in SHAPES:
         small = shape.reduced(150)

@@ -204,28 +204,6 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
     assert read_result(tmp_path / "out" / RESULT)["sections"]["dit"]["reason"] == "exit code 1: error: cannot begin"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "campaign: expected a CUDA device; --dry-run runs every part at toy size on a CPU"),
-        (["--save", "--dry-run"], "save: expected a run on a card, not a dry run"),
-        (["--minutes", "0"], "minutes: expected more than 0, got 0.0"),
-        (["--minutes", "-1", "--dry-run"], "minutes: expected more than 0, got -1.0"),
-        (["--minutes", "nan", "--dry-run"], "minutes: expected more than 0, got nan"),
-        (["--parts", "csg,speed"], "parts: expected some of operators, attention, dit, vae, csg, clip, memory, "),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_no_folder(
-    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["campaign", *options, "--out", str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "new").exists()
-
-
 # The hardware tests
 
 

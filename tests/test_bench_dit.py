@@ -338,26 +338,6 @@ def test_without_cuda_it_counts_and_checks(capfd, tmp_path) -> None:
     assert ours["other_bytes"] < 0.2 * eager["other_bytes"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "nothing"], "no shape contains 'nothing'"),
-        (["--ops", "nothing"], "no operator contains 'nothing'; the operators are norm_modulate, gated_residual,"),
-        (["--part", "nothing"], "invalid choice: 'nothing'"),
-        (["--device", "cuda"], "torch sees no GPU"),
-        (["--milliseconds", "0"], "--milliseconds: expected at least 1, got 0"),
-    ],
-)
-def test_bad_input(arguments: list[str], message: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    try:
-        code = main(["dit", *arguments])
-    except SystemExit as error:  # argparse's own errors
-        code = error.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_our_torch_paths_are_not_measured_as_kernels(capsys, monkeypatch) -> None:
     monkeypatch.setenv("SWIFTI2V_BACKEND", "torch")
     assert main(["dit", "--device", "cpu"]) == 2

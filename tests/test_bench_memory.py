@@ -123,7 +123,7 @@ def entry(action: str, address: int, size: int, time_us: int, *places: tuple[str
 
 def test_the_allocators_history_becomes_a_course() -> None:
     """A block is free when that is completed, not when it is requested; one from before was never taken."""
-    model, torch_ = ("/root/model/vae.py", "run"), ("/lib/torch/nn/functional.py", "pad")
+    model, torch_ = ("/somewhere/model/vae.py", "run"), ("/lib/torch/nn/functional.py", "pad")
     trace = [
         entry("segment_alloc", 0, 4096, 5_000_000),
         entry("alloc", 1, 512, 5_000_000, torch_, model),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -88,7 +89,6 @@ def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -
 
 
 def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
     assert main([*SMALL, "--measure", "--file", "--no-lengths", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")
     assert (row["status"], row["basis"], row["limit"], row["steps"]) == ("ok", "measured", "none", 1)
@@ -127,33 +127,3 @@ def test_without_a_limit_a_card_of_24_gb_is_counted_for(tmp_path: Path) -> None:
     assert main([*SMALL, "--no-lengths", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")
     assert (row["limit"], row["limit_bytes"], row["basis"], row["status"]) == ("24 GB", 24e9, "counted", "ok")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--capability", "77"], "capability: expected one of 80, "),
-        (["--limit", "foo"], "memory: expected a size such as 4GB, 4GiB or 500MB, got 'foo'"),
-        (["--limit", "4GB,"], "memory: expected a size such as 4GB, 4GiB or 500MB, got ''"),
-        (["--size", "100x100"], "size: width and height must be multiples of 16, got 100x100; nearest: 96x96"),
-        (["--size", "100x100", "--limit", "4GB,8GB"], "size: width and height must be multiples of 16, got 100x100"),
-        (["--size", "large"], "size: expected WIDTHxHEIGHT such as 2560x1408, got 'large'"),
-        (["--frames", "6"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
-        (["--frames", "6", "--limit", "4GB,8GB"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
-        (["--frames", "0"], "argument --frames: expected at least 1, got 0"),
-        (["--preset", "small"], "preset: unknown 'small'; choose one of tiny, "),
-        (["--mode", "both"], "argument --mode: invalid choice: 'both'"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_no_folder(
-    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        code = main(["memory", "--device", "cpu", *options, "--out", str(tmp_path / "new")])
-    except SystemExit as error:  # argparse's own errors
-        code = error.code
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "new").exists()

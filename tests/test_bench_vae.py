@@ -333,26 +333,6 @@ def test_what_there_is_so_far_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(section["tables"]["clips"]["rows"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "8K"], "shapes: none contains '8K'; they are 2.1, 360P, 81 frames; 2.1, 360P, 161 frames"),
-        (["--limit", "much"], "memory: expected a size such as 4GB"),
-        (["--update-table"], "update-table: expected a CUDA device"),
-        (["--repeats", "0"], "--repeats"),
-    ],
-)
-def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available() and "CUDA" in message:
-        arguments = [*arguments, "--device", "cpu"]
-    try:
-        code = main(["vae", *arguments])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_moving_picture_is_the_same_whatever_its_length() -> None:
     long, short = clip_for(SHAPE, "encode", 3, CPU), clip_for(SHAPE, "encode", 2, CPU)
     assert torch.equal(long[:, :, :5], short)
