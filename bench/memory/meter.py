@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -21,7 +22,7 @@ from model.vae_plan import CountedHost
 HISTORY = 1_000_000
 
 
-class Meter(Watcher):
+class Meter(Watcher, ABC):
     """Times the stages and follows memory; ``course`` is complete after :meth:`watch`."""
 
     def __init__(self, device: torch.device):
@@ -37,10 +38,9 @@ class Meter(Watcher):
         """Something begins."""
         self.course.marks.append((self.now(), label))
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
+    @abstractmethod
+    def watch(self) -> AbstractContextManager[None]:
         """Around the run."""
-        raise NotImplementedError
 
     @contextmanager
     def _within(self, label: str) -> Iterator[None]:

@@ -57,15 +57,12 @@ def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator
         with ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool:
             futures = {pool.submit(check_number, task, str(device)): task for task in tasks}
             for future in as_completed(futures):
-                task = futures[future]
-                try:
-                    row = future.result()
-                except Exception:  # the pool is broken: what was under way is tried again in single processes
-                    continue
-                done.add(task)
-                yield row
+                # Its process may have ended, or lost its device, by another case's fault: then it is tried again.
+                if future.exception() is None:
+                    done.add(futures[future])
+                    yield future.result()
         if not done:
-            # Each of what is left ends its process; one at a time says which.
+            # Each of what is left fails; one at a time says which and why.
             for task in tasks:
                 with ProcessPoolExecutor(1, context, initializer=quiet_exit) as pool:
                     try:
