@@ -19,8 +19,9 @@ from swifti2v_kernels.embed_window import embed_window
 from swifti2v_kernels.frames_out import frames_out
 from swifti2v_kernels.linear_gelu import linear_gelu
 from swifti2v_kernels.project_step import project_step
-from swifti2v_kernels.qk_norm_rope import Rope3D, norm_rope, qk_norm_rope, rope_3d
+from swifti2v_kernels.qk_norm_rope import norm_rope, qk_norm_rope
 from swifti2v_kernels.rms_norm_silu import rms_norm_silu
+from swifti2v_kernels.rope import Rope3D, rope_3d, rope_from_tokens
 from swifti2v_kernels.upsample_conv2d import fold_upsample_weight, upsample_conv2d
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm_silu",
     "rope_3d",
+    "rope_from_tokens",
     "segment_attention",
     "upsample_conv2d",
 ]

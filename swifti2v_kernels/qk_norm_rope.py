@@ -17,7 +17,7 @@ is rotated as in the whole clip.
 
 q and k are usually slices of a fused projection's output [B, L, 3*H*D]: they are read there and, with ``inplace``,
 written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
-tabled per axis, never as a full [L, D]; the norm is float32 and rounded once, the rotation float32 and rounded once.
+tabled per axis (from other models also per token); the norm is float32 and rounded once, the rotation too.
 
 Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its float32
 products and strided copies, moves 35. FLOPs: about 10 an element. Timed on an NVIDIA H200 only.
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,63 +38,11 @@ from swifti2v_kernels.common.checks import check_targets
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
 from swifti2v_kernels.common.target import on_device
+from swifti2v_kernels.rope import Rope3D, rope_3d, rope_from_tokens
 
 LAYOUTS = ("interleaved", "half")
 #: A token is held in registers.
 MAX_CHANNELS = 16384
-
-
-class Rope3D(NamedTuple):
-    """Cosines and sines per axis, each ``[positions, pairs, 2]`` in float32; made by :func:`rope_3d`."""
-
-    t: Tensor
-    h: Tensor
-    w: Tensor
-
-
-def rope_3d(
-    block_index: Sequence[int] | Tensor,
-    height: int,
-    width: int,
-    head_dim: int,
-    *,
-    axis_dims: tuple[int, int, int] | None = None,
-    theta: float = 10000.0,
-    device: torch.device | str | None = None,
-) -> Rope3D:
-    """Rotary tables for blocks of ``height x width`` tokens at the given indices of the clip.
-
-    Args:
-        block_index: index in the clip of every block of the window, in window order.
-        height, width: token rows and columns of a block.
-        head_dim: channels of one head (even).
-        axis_dims: channels of the axes (t, h, w), even, with sum ``head_dim``; default as in Wan. HunyuanVideo has
-            (16, 56, 56).
-        theta: base of the frequencies.
-        device: where the tables live; default CPU.
-
-    Raises:
-        ValueError: ``head_dim`` is odd or smaller than 6, or ``axis_dims`` does not fit it.
-
-    Example:
-        >>> [tuple(table.shape) for table in rope_3d([0, 9, 10], 8, 16, 128)]
-        [(3, 22, 2), (8, 21, 2), (16, 21, 2)]
-
-    Source: Wan (``rope_apply``; diffusers ``WanRotaryPosEmbed``).
-    """
-    if head_dim % 2 or head_dim < 6:
-        raise ValueError(f"head_dim: expected an even number of at least 6, got {head_dim}")
-    spatial = 2 * (head_dim // 6)
-    dims = (head_dim - 2 * spatial, spatial, spatial) if axis_dims is None else tuple(axis_dims)
-    if len(dims) != 3 or sum(dims) != head_dim or any(d % 2 or d < 0 for d in dims):
-        raise ValueError(f"axis_dims: expected three even numbers with sum {head_dim}, got {axis_dims}")
-    index = torch.as_tensor(block_index, dtype=torch.float64)
-    tables = []
-    for position, channels in zip((index, torch.arange(height), torch.arange(width)), dims, strict=True):
-        frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angle = torch.outer(position.to("cpu", torch.float64), frequency)
-        tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, torch.float32))
-    return Rope3D(*tables)
 
 
 def norm_rope_reference(
@@ -225,7 +173,8 @@ def qk_norm_rope(
         q, k: outputs of the projections, ``[B, L, H * D]``. Without ``rope`` their lengths may differ.
         q_weight, k_weight: norm weights, both ``[H * D]`` (the mean is over all heads, Wan) or both ``[D]`` (over each
             head).
-        rope: tables of :func:`rope_3d` with ``L = blocks * height * width``, or None (cross-attention).
+        rope: tables of :func:`rope_3d` with ``L = blocks * height * width`` or of :func:`rope_from_tokens`, or None
+            (cross-attention).
         num_heads: ``H``.
         eps: added to the mean square.
         layout: of the pairs, ``interleaved`` (Wan, HunyuanVideo, LTX-Video) or ``half`` (Cosmos, most language models).
@@ -396,6 +345,9 @@ def _inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) -> Ca
         qkv = new(batch, math.prod(grid), 3 * width, dtype=dtype, device=device)
         weight = new(head_dim if per_head else width, dtype=dtype, device=device)
         rope = rope_3d(range(grid[0]), *grid[1:], head_dim, device=device) if rotate else None
+        if options.get("per_token", False):
+            angle = new(math.prod(grid), head_dim // 2, device=device)
+            rope = rope_from_tokens(angle, angle)
         keywords = {"inplace": True, "layout": options.get("layout", "interleaved"), "backend": "triton"}
         return (qkv[..., :width], qkv[..., width : 2 * width], weight, weight, rope, heads), keywords
 
@@ -431,5 +383,8 @@ CASES = [
         "12x128 no rope": _inputs(12, 128, torch.bfloat16, rotate=False),
         "24x128 per head, half": _inputs(24, 128, torch.bfloat16, per_head=True, layout="half"),
         "4x24 fp16": _inputs(4, 24, torch.float16),
+        "24x128 per head and token": _inputs(24, 128, torch.bfloat16, per_head=True, per_token=True),
+        # LTX-Video turns its 32 heads of 64 channels by angles of their own: as one head.
+        "1x2048 per token": _inputs(1, 2048, torch.bfloat16, per_token=True),
     }.items()
 ]

@@ -114,16 +114,21 @@ def norm_rope_fwd_kernel(
             # The norm's result is rounded before it is rotated, as PyTorch code that stores it would.
             first, second = first.to(Q.dtype.element_ty).to(tl.float32), second.to(Q.dtype.element_ty).to(tl.float32)
             place = start + i
-            i_t = place // (height * width)
-            place -= i_t * (height * width)
-            i_h = place // width
-            i_w = place - i_h * width
-            cos, sin = _turn(
-                T_TABLE + 2 * i_t * PAIRS_T,
-                H_TABLE + 2 * (i_h * PAIRS_H - PAIRS_T),
-                W_TABLE + 2 * (i_w * PAIRS_W - PAIRS_T - PAIRS_H),
-                o_p, m_p, PAIRS_T, PAIRS_H,
-            )  # fmt: skip
+            if PAIRS_T == HEAD_DIM // 2:  # a table per token
+                row = T_TABLE + 2 * (place.to(tl.int64) * PAIRS_T + o_p)
+                cos = tl.load(row, mask=m_p, other=0.0)[None, :]
+                sin = tl.load(row + 1, mask=m_p, other=0.0)[None, :]
+            else:
+                i_t = place // (height * width)
+                place -= i_t * (height * width)
+                i_h = place // width
+                i_w = place - i_h * width
+                cos, sin = _turn(
+                    T_TABLE + 2 * i_t * PAIRS_T,
+                    H_TABLE + 2 * (i_h * PAIRS_H - PAIRS_T),
+                    W_TABLE + 2 * (i_w * PAIRS_W - PAIRS_T - PAIRS_H),
+                    o_p, m_p, PAIRS_T, PAIRS_H,
+                )  # fmt: skip
             first, second = first * cos - second * sin, first * sin + second * cos
         _store_pairs(out_ptr + token * out_sl, first, second, o_h, o_p, m_h, m_p, HEADS, HEAD_DIM, INTERLEAVED)
 

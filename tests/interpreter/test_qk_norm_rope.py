@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swifti2v_kernels import Rope3D, explain, norm_rope, qk_norm_rope, rope_3d
+from swifti2v_kernels import Rope3D, explain, norm_rope, qk_norm_rope, rope_3d, rope_from_tokens
 from swifti2v_kernels.qk_norm_rope import norm_rope_reference
 from tests.tolerances import OPERATOR, relative_error
 
@@ -75,6 +75,25 @@ def test_parts_of_a_window_are_rotated_where_they_stand(layout: str, width: int)
         assert torch.equal(part, whole[:, start:stop])
         reference = norm_rope(q[:, start:stop], weight, rope, 4, start=start, layout=layout, backend="torch")
         assert relative_error(part, reference) < OPERATOR["float32"]
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_angles_per_token_are_those_of_the_axes(heads: int, layout: str) -> None:
+    """The tables of a window, written out per token as other models give them; one head: pairs of the whole width."""
+    _, (q, k, _) = fused(4, 24, torch.float32)
+    weights, head_dim = torch.rand(2, 96), 96 // heads
+    axes = rope_3d(BLOCKS, HEIGHT, WIDTH, head_dim)
+    place = torch.cartesian_prod(*(torch.arange(n) for n in (len(BLOCKS), HEIGHT, WIDTH)))
+    table = torch.cat([axis[place[:, i]] for i, axis in enumerate(axes)], dim=1)
+    tokens = rope_from_tokens(*table.unbind(-1))
+    expected = qk_norm_rope(q, k, *weights, axes, heads, layout=layout)
+    for backend in ("triton", "torch"):
+        results = qk_norm_rope(q, k, *weights, tokens, heads, layout=layout, backend=backend)
+        for actual, same in zip(results, expected, strict=True):
+            assert relative_error(actual, same) < OPERATOR["float32"]
+    part = norm_rope(q[:, 5:9], weights[0], tokens, heads, start=5, layout=layout)
+    assert relative_error(part, expected[0][:, 5:9]) < OPERATOR["float32"]
 
 
 def test_weights_in_float32_under_half_inputs() -> None:
