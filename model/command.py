@@ -13,7 +13,7 @@ import torch
 
 from model.components import Components
 from model.config import PRESETS
-from model.csg import SegmentPlan
+from model.csg import SegmentPlan, plan_segments
 from model.errors import InputError
 from model.measure import is_out_of_memory
 
@@ -134,8 +134,12 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
 
 
 def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
-    """The plan of the segment options."""
-    return SegmentPlan(num_blocks, args.blocks, args.left, args.right, args.anchor)
+    """The plan of the segment options.
+
+    Raises:
+        InputError: they make none.
+    """
+    return plan_segments(num_blocks, args.blocks, args.left, args.right, args.anchor)
 
 
 def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:

@@ -15,12 +15,15 @@ Ours, where the paper is silent: conditioning blocks carry timestep 0 and noisy 
 ``[latents | mask | reference]`` with mask 1 on conditioning blocks (the layout of Wan I2V, so its checkpoints can start
 it); rotary positions are the blocks' true indices in the clip; no block is in a window twice, so the first segment has
 no left neighbour besides the anchor; the last segment is short if M does not divide.
+
+The plan, its windows and their noise are the library's (``swifti2v_kernels.SegmentPlan``), which also samples with DiTs
+of other makes (``swifti2v_kernels.sample_segments``). Here is the sampler for this project's own, which never holds a
+window's channels, keeps the keys and values of the causal mode, and replays its steps as CUDA graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,7 +31,19 @@ from model.config import MASK_CHANNELS, DiTConfig
 from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.errors import InputError
-from model.scheduler import block_noise
+from swifti2v_kernels import SegmentPlan, Window, block_noise
+
+__all__ = [
+    "MODES",
+    "STAGE",
+    "SegmentPlan",
+    "StepCallback",
+    "Window",
+    "check_channels",
+    "plan_for",
+    "plan_segments",
+    "sample_latents",
+]
 
 #: ``end_to_end``: one window of all blocks. ``bidirectional``: conditioning and noisy blocks of a window attend to each
 #: other. ``causal``: conditioning blocks see conditioning blocks only, so their keys and values are made
@@ -41,71 +56,22 @@ STAGE = 2
 StepCallback = Callable[[int, int, int, int], None]
 
 
-@dataclass(frozen=True)
-class Window:
-    """The blocks of one segment's window, by index in the clip."""
-
-    conditioning: tuple[int, ...]
-    noisy: tuple[int, ...]
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """All blocks in window order: conditioning first."""
-        return self.conditioning + self.noisy
-
-
-@dataclass(frozen=True)
-class SegmentPlan:
-    """How a clip of ``num_blocks`` blocks is cut into segments.
-
-    Args:
-        num_blocks: latent frames of the clip, the anchor included.
-        blocks_per_segment: M, the noisy blocks of a segment.
-        neighbours_left, neighbours_right: conditioning blocks before and behind the noisy ones.
-        anchor: whether the input image's block is in every window; False is the paper's ablation, in which it is only
-            the neighbour of the first segment.
+def plan_segments(
+    num_blocks: int,
+    blocks_per_segment: int = 3,
+    neighbours_left: int = 1,
+    neighbours_right: int = 0,
+    anchor: bool = True,
+) -> SegmentPlan:
+    """A :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
 
     Raises:
-        InputError: fewer than 2 blocks, no block a segment, or a negative number of neighbours.
+        InputError: they make none.
     """
-
-    num_blocks: int
-    blocks_per_segment: int = 3
-    neighbours_left: int = 1
-    neighbours_right: int = 0
-    anchor: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_blocks", 2),
-            ("blocks_per_segment", 1),
-            ("neighbours_left", 0),
-            ("neighbours_right", 0),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-
-    @classmethod
-    def end_to_end(cls, num_blocks: int) -> SegmentPlan:
-        """One segment of all blocks but the anchor."""
-        return cls(num_blocks, max(num_blocks - 1, 1), 0, 0)
-
-    def __len__(self) -> int:
-        """Number of segments."""
-        return -(-(self.num_blocks - 1) // self.blocks_per_segment)
-
-    def __iter__(self) -> Iterator[Window]:
-        """The windows in the order in which they are generated."""
-        for start in range(1, self.num_blocks, self.blocks_per_segment):
-            stop = min(start + self.blocks_per_segment, self.num_blocks)
-            left = range(max(start - self.neighbours_left, int(self.anchor)), start)
-            right = range(stop, min(stop + self.neighbours_right, self.num_blocks))
-            yield Window(((0,) if self.anchor else ()) + (*left, *right), tuple(range(start, stop)))
-
-    @property
-    def max_window_blocks(self) -> int:
-        """Bound on the blocks of any window, independent of the clip's length."""
-        return self.anchor + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
+    try:
+        return SegmentPlan(num_blocks, blocks_per_segment, neighbours_left, neighbours_right, anchor)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:

@@ -1,4 +1,4 @@
-"""Flow matching with few Euler steps, and noise that belongs to its block.
+"""Flow matching with few Euler steps, and noise that belongs to its block (``swifti2v_kernels.block_noise``).
 
     x_sigma = (1 - sigma) * x_0 + sigma * noise,   v = noise - x_0,   timestep = 1000 * sigma
     shift:  sigma' = s * sigma / (1 + (s - 1) * sigma)
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from model.errors import InputError
+from swifti2v_kernels import block_noise
+
+__all__ = ["NUM_TRAIN_TIMESTEPS", "block_noise", "flow_sigmas"]
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -32,17 +31,3 @@ def flow_sigmas(num_steps: int, shift: float) -> list[float]:
         raise InputError(f"shift: expected a positive finite number, got {shift}")
     levels = [1 - i / num_steps for i in range(num_steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in levels] + [0.0]
-
-
-def block_noise(seed: int, stage: int, blocks: range | tuple[int, ...], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise ``[1, C, len(blocks), h, w]`` on the CPU, each block from a generator of its own.
-
-    A block's noise depends on ``seed``, ``stage`` (1 or 2), its index in the clip and its ``shape`` ``(C, h, w)`` only:
-    not on the segmentation, on the other blocks or on the device.
-    """
-    drawn = []
-    for block in blocks:
-        state = np.random.SeedSequence((seed, stage, block)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator("cpu").manual_seed(int(state) >> 1)
-        drawn.append(torch.randn(shape, generator=generator))
-    return torch.stack(drawn, dim=1).unsqueeze(0)

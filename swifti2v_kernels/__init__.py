@@ -15,6 +15,8 @@ from swifti2v_kernels.attention_merge import merge_attention
 from swifti2v_kernels.causal_conv3d import causal_conv3d
 from swifti2v_kernels.common.dispatch import Choice, explain
 from swifti2v_kernels.common.target import pretend_gpu
+from swifti2v_kernels.csg import SegmentPlan, Window, assemble_window, block_noise
+from swifti2v_kernels.csg_sampler import WindowModel, sample_segments
 from swifti2v_kernels.embed_window import embed_window
 from swifti2v_kernels.frames_out import frames_out
 from swifti2v_kernels.linear_gelu import linear_gelu
@@ -30,7 +32,12 @@ __all__ = [
     "BlockWindow",
     "Choice",
     "Rope3D",
+    "SegmentPlan",
+    "Window",
+    "WindowModel",
     "__version__",
+    "assemble_window",
+    "block_noise",
     "causal_conv3d",
     "embed_window",
     "explain",
@@ -48,6 +55,7 @@ __all__ = [
     "rms_norm_silu",
     "rope_3d",
     "rope_from_tokens",
+    "sample_segments",
     "segment_attention",
     "upsample_conv2d",
 ]

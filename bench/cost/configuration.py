@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import DiTConfig, VAEConfig, get_preset
-from model.csg import SegmentPlan, check_channels, plan_for
+from model.csg import SegmentPlan, check_channels, plan_for, plan_segments
 from model.errors import InputError
 from model.pipeline import check_frames, check_size, size_multiple, stage_one_size
 
@@ -100,7 +100,7 @@ class Configuration:
     def plan(self) -> SegmentPlan:
         """The segments."""
         blocks = check_frames(self.num_frames, self.vae.temporal_stride)
-        segments = SegmentPlan(blocks, self.blocks_per_segment, self.neighbours_left, self.neighbours_right)
+        segments = plan_segments(blocks, self.blocks_per_segment, self.neighbours_left, self.neighbours_right)
         return plan_for(self.mode, segments)
 
     @property

@@ -22,7 +22,7 @@ from bench.timing import limited
 from model.clip import ClipJob, make_condition, make_frames, release
 from model.components import Components
 from model.config import DiTConfig, VAEConfig, get_preset
-from model.csg import SegmentPlan, plan_for
+from model.csg import plan_for, plan_segments
 from model.dit import WanDiT
 from model.encoders import empty_text
 from model.measure import is_out_of_memory
@@ -175,7 +175,7 @@ def _job(setup: ClipSetup, components: Components, device: torch.device, card: C
     size = setup.width, setup.height
     check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
     num_blocks = check_frames(setup.num_frames, components.vae_config.temporal_stride)
-    plan = plan_for(setup.mode, SegmentPlan(num_blocks, setup.blocks))
+    plan = plan_for(setup.mode, plan_segments(num_blocks, setup.blocks))
     low_size = stage_one_size(*size, size_multiple(components.stage_one_vae_config, components.stage_one_config))
     plans = plan_components(
         components, size, low_size, window_blocks=max(len(window.blocks) for window in plan),

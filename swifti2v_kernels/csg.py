@@ -1,0 +1,160 @@
+"""Conditional Segment-wise Generation for any video DiT: the plan, its windows, their noise and their assembly.
+
+A *block* is one latent frame. Block 0 (the *anchor*) is the input image and is given; the others are generated M at a
+time. Segment s generates the *noisy* blocks ``a_s .. a_s + M - 1``; its window is
+
+    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [neighbours behind the segment] + [noisy blocks]
+
+so the tokens of a window are bounded by ``(1 + N_left + N_right + M)`` blocks whatever the clip's length. Given blocks
+are read by index from one sequence, the *reference*: the input image and, behind it, a rough version of the clip (a
+motion reference). When a segment is done its blocks are written back there: a left neighbour is a generated block, a
+right neighbour is still the rough one. Source: SwiftI2V, arXiv 2605.06356.
+
+Each piece is usable alone; :func:`swifti2v_kernels.sample_segments` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """The blocks of one segment's window, by index in the clip."""
+
+    conditioning: tuple[int, ...]
+    noisy: tuple[int, ...]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """All blocks in window order: conditioning first."""
+        return self.conditioning + self.noisy
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How a clip of ``num_blocks`` blocks is cut into segments.
+
+    Args:
+        num_blocks: latent frames of the clip, the anchor included.
+        blocks_per_segment: M, the noisy blocks of a segment.
+        neighbours_left, neighbours_right: conditioning blocks before and behind the noisy ones.
+        anchor: whether the input image's block is in every window; False is the paper's ablation, in which it is only
+            the neighbour of the first segment.
+
+    Raises:
+        ValueError: fewer than 2 blocks, no block a segment, or a negative number of neighbours.
+
+    Example:
+        >>> [window.blocks for window in SegmentPlan(6)]
+        [(0, 1, 2, 3), (0, 3, 4, 5)]
+    """
+
+    num_blocks: int
+    blocks_per_segment: int = 3
+    neighbours_left: int = 1
+    neighbours_right: int = 0
+    anchor: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_blocks", 2),
+            ("blocks_per_segment", 1),
+            ("neighbours_left", 0),
+            ("neighbours_right", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    @classmethod
+    def end_to_end(cls, num_blocks: int) -> SegmentPlan:
+        """One segment of all blocks but the anchor."""
+        return cls(num_blocks, max(num_blocks - 1, 1), 0, 0)
+
+    def __len__(self) -> int:
+        """Number of segments."""
+        return -(-(self.num_blocks - 1) // self.blocks_per_segment)
+
+    def __iter__(self) -> Iterator[Window]:
+        """The windows in the order in which they are generated."""
+        for start in range(1, self.num_blocks, self.blocks_per_segment):
+            stop = min(start + self.blocks_per_segment, self.num_blocks)
+            left = range(max(start - self.neighbours_left, int(self.anchor)), start)
+            right = range(stop, min(stop + self.neighbours_right, self.num_blocks))
+            yield Window(((0,) if self.anchor else ()) + (*left, *right), tuple(range(start, stop)))
+
+    @property
+    def max_window_blocks(self) -> int:
+        """Bound on the blocks of any window, independent of the clip's length."""
+        return self.anchor + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
+
+
+def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise ``[1, C, len(blocks), h, w]`` float32 on the CPU, each block from a generator of its own.
+
+    A block's noise depends on ``seed``, ``stage`` (1 or 2), its index in the clip and its ``shape`` ``(C, h, w)`` only:
+    not on the segmentation, on the other blocks or on the device.
+    """
+    drawn = []
+    for block in blocks:
+        state = np.random.SeedSequence((seed, stage, block)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator("cpu").manual_seed(int(state) >> 1)
+        drawn.append(torch.randn(shape, generator=generator))
+    return torch.stack(drawn, dim=1).unsqueeze(0)
+
+
+def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_channels: int | None = None) -> Tensor:
+    """The blocks of a window as one tensor, as most DiTs take them.
+
+    (:func:`swifti2v_kernels.embed_window` makes a window's tokens without this tensor, for a DiT whose patch embedding
+    is at hand.)
+
+    Args:
+        reference: the whole clip ``[B, z, N, h, w]``: conditioning blocks, and with ``mask_channels`` the reference of
+            every block, are read from it by index.
+        latents: the noisy blocks ``[B, z, m, h, w]``, in the order of ``window.noisy``.
+        window: which blocks.
+        mask_channels: None: the latents alone. A number n: the channels are ``[latents | n of mask | reference]``, with
+            mask 1 on conditioning blocks and 0 on noisy ones. Wan I2V has n = 4, which makes 36 of 16 channels; 0
+            leaves the mask out.
+
+    Returns:
+        ``[B, z or 2z + n, W, h, w]``, contiguous, dtype and device of ``latents``; block ``i`` is ``window.blocks[i]``.
+
+    Raises:
+        ValueError: the two do not fit each other or the window, or ``mask_channels`` is negative.
+
+    Example:
+        >>> window = Window((0, 3), (4, 5))
+        >>> assemble_window(torch.zeros(1, 16, 9, 4, 6), torch.zeros(1, 16, 2, 4, 6), window, mask_channels=4).shape
+        torch.Size([1, 36, 4, 4, 6])
+    """
+    if reference.ndim != 5:
+        raise ValueError(f"reference: expected [B, z, N, h, w], got {tuple(reference.shape)}")
+    batch, z, num_blocks, *size = reference.shape
+    expected = (batch, z, len(window.noisy), *size)
+    if latents.shape != expected:
+        raise ValueError(f"latents: expected {expected} for this reference and window, got {tuple(latents.shape)}")
+    if latents.device != reference.device:
+        raise ValueError(f"latents: expected the reference's device {reference.device}, got {latents.device}")
+    if not all(0 <= block < num_blocks for block in window.blocks):
+        raise ValueError(f"window: expected blocks in 0..{num_blocks - 1}, got {window.blocks}")
+    if mask_channels is not None and mask_channels < 0:
+        raise ValueError(f"mask_channels: expected None or at least 0, got {mask_channels}")
+    num_given = len(window.conditioning)
+    channels = z if mask_channels is None else 2 * z + mask_channels
+    out = latents.new_empty(batch, channels, len(window.blocks), *size)
+    out[:, :z, num_given:] = latents
+    for place, block in enumerate(window.conditioning):
+        out[:, :z, place] = reference[:, :, block]
+    if mask_channels is not None:
+        out[:, z : z + mask_channels, :num_given] = 1
+        out[:, z : z + mask_channels, num_given:] = 0
+        for place, block in enumerate(window.blocks):
+            out[:, z + mask_channels :, place] = reference[:, :, block]
+    return out
