@@ -2,8 +2,8 @@
 
 Reading order: ``config`` (what is built), ``dit``, ``tiling`` and ``vae`` (with ``vae_layers``, ``vae_decoder``,
 ``vae_encoder``), ``vae_plan`` (which tiles fit), ``csg`` (the windows and their sampler), ``pipeline`` (the two
-stages), ``generate`` (the command). ``weights`` loads checkpoints, ``encoders`` text and image embeddings, ``media``
-photographs and video files.
+stages), ``generate`` (the command). ``weights`` loads checkpoints, ``lora`` merges LoRAs into them and ``inspect`` says
+what a file is; ``encoders`` makes text and image embeddings, ``media`` reads photographs and writes video files.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from model.config import DiTConfig, VAEConfig
 from model.csg import SegmentPlan, sample_latents
 from model.dit import WanDiT
 from model.errors import InputError
+from model.lora import LoRA, apply_loras, merge_loras
 from model.tiling import VAEPlan
 from model.vae import WanVAE
 from model.weights import load_dit, load_vae
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DiTConfig",
     "InputError",
+    "LoRA",
     "SegmentPlan",
     "VAEConfig",
     "VAEPlan",
     "WanDiT",
     "WanVAE",
+    "apply_loras",
     "load_dit",
     "load_vae",
+    "merge_loras",
     "plan_vae",
     "sample_latents",
 ]

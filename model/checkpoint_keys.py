@@ -3,7 +3,8 @@
 The modules here carry diffusers' names, so a diffusers checkpoint needs no map. Original checkpoints (also as
 repackaged for ComfyUI, with a prefix) are renamed by the tables below. Mind that the original's ``norm3`` is the norm
 before cross-attention, which is ``norm2`` in diffusers. What a shape cannot tell (heads, epsilon, latent statistics)
-comes from the original's ``config.json`` or from the published models.
+comes from the original's ``config.json`` or from the published models. LoRA files use the same names, and a third
+spelling of them, with underscores for dots.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from model.errors import InputError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "model.", "vae.")
+#: Prefixes of the parts in files that hold a whole pipeline, as ComfyUI saves its checkpoints.
+PARTS = {
+    "DiT": ("model.diffusion_model.",),
+    "VAE": ("first_stage_model.", "vae."),
+    "text encoder": ("text_encoders.", "cond_stage_model.", "conditioner."),
+    "image encoder": ("clip_vision.",),
+}
 
 _DIT_RULES = [
     (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
@@ -61,15 +69,68 @@ _VAE_RULES = [
 ]
 
 
+_ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
+_ORIGINAL_BLOCK = (
+    *(f"self_attn.{name}" for name in _ATTENTION),
+    *(f"cross_attn.{name}" for name in (*_ATTENTION, "k_img", "v_img", "norm_k_img")),
+    "norm3",
+    "ffn.0",
+    "ffn.2",
+)
+_ORIGINAL_MODULES = (
+    "patch_embedding",
+    *(f"{name}_embedding.{i}" for name in ("text", "time") for i in (0, 2)),
+    "time_projection.1",
+    *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)),
+    "head.head",
+    *(f"blocks.0.{name}" for name in _ORIGINAL_BLOCK),
+)
+_BARE_PARAMETERS = ("blocks.0.modulation", "head.modulation", "img_emb.emb_pos")
+
+
 def _apply(rules: list[tuple[str, str]], key: str) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def strip_prefix(keys: Iterable[str]) -> dict[str, str]:
-    """``{key without the prefix that all of them share: key}`` for the prefixes that repackagers add."""
+def dit_name(key: str) -> str:
+    """This project's name for one DiT parameter under either naming."""
+    return _apply(_DIT_RULES, key)
+
+
+_MODULES = {dit_name(f"{name}.weight").removesuffix(".weight") for name in _ORIGINAL_MODULES}
+_PARAMETERS = {f"{name}.{kind}" for name in _MODULES for kind in ("weight", "bias")} | {
+    dit_name(name) for name in _BARE_PARAMETERS
+}
+_WITHOUT_DOTS = {name.replace(".", "_"): name for name in (*_MODULES, *_ORIGINAL_MODULES)}
+
+
+def is_dit_parameter(name: str) -> bool:
+    """Whether some Wan DiT has a parameter of this name (of this project)."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.0.", name) in _PARAMETERS
+
+
+def dotted(module: str) -> str:
+    """A DiT module's name with its dots, of which kohya's LoRA files make underscores; unchanged if it is not one."""
+    block = re.match(r"blocks_(\d+)_", module)
+    if block is None:
+        return _WITHOUT_DOTS.get(module, module)
+    name = _WITHOUT_DOTS.get(f"blocks_0_{module[block.end() :]}")
+    return module if name is None else name.replace("blocks.0.", f"blocks.{block[1]}.")
+
+
+def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
+    """``{key without prefix: key}`` for the prefixes that repackagers add to all keys.
+
+    Of a file that holds several parts of a pipeline, without those of the parts that are not ``part`` (a key of
+    :data:`PARTS`); keys that belong to none stay as they are.
+    """
     keys = list(keys)
+    parts = {key: name for key in keys for name, prefixes in PARTS.items() if key.startswith(prefixes)}
+    if part in parts.values() and len(set(parts.values())) > 1:
+        prefix = next(prefix for prefix in PARTS[part] if any(key.startswith(prefix) for key in keys))
+        return {key.removeprefix(prefix): key for key in keys if parts.get(key, part) == part}
     for prefix in _PREFIXES:
         if keys and all(key.startswith(prefix) for key in keys):
             return {key[len(prefix) :]: key for key in keys}
@@ -84,7 +145,7 @@ def is_original(keys: Iterable[str]) -> bool:
 
 def dit_key_map(keys: Iterable[str]) -> Callable[[str], str]:
     """A function from a checkpoint's DiT keys to this project's names."""
-    return (lambda key: _apply(_DIT_RULES, key)) if is_original(keys) else (lambda key: key)
+    return dit_name if is_original(keys) else (lambda key: key)
 
 
 def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:

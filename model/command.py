@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,10 @@ from model.components import Components
 from model.config import PRESETS
 from model.csg import SegmentPlan, plan_segments
 from model.errors import InputError
+from model.lora import LoRA
 from model.measure import is_out_of_memory
+
+LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -142,8 +145,59 @@ def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
     return plan_segments(num_blocks, args.blocks, args.left, args.right, args.anchor)
 
 
-def build_components(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Components:
-    """From ``--weights``, or else random ones of ``--preset`` (default tiny)."""
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name LoRAs, each as often as there are some."""
+    group = parser.add_argument_group(
+        "LoRAs", "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated"
+    )
+    for option, part in LORA_OPTIONS.items():
+        group.add_argument(
+            f"--{option}",
+            dest=f"{part}_loras",
+            action="append",
+            default=[],
+            metavar="FILE[:STRENGTH]",
+            help=f"for {part} of --weights",
+        )
+
+
+def parse_lora(text: str, expert: int = 1) -> LoRA:
+    """``"few_step.safetensors:0.8"`` -> ``LoRA("few_step.safetensors", 0.8)``; without a number the strength is 1.
+
+    Raises:
+        InputError: what follows the colon is no finite number.
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return LoRA(Path(text), expert=expert)
+    try:
+        return LoRA(Path(path), float(strength), expert)
+    except ValueError as error:
+        raise InputError(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}") from error
+
+
+def chosen_loras(args: argparse.Namespace) -> dict[str, list[LoRA]]:
+    """The LoRAs of the options, by part of the weights.
+
+    Raises:
+        InputError: one is not understood, or there are no ``--weights`` that it could go to.
+    """
+    chosen = {
+        part: [parse_lora(text, 2 if part == "stage1_low_noise" else 1) for text in getattr(args, f"{part}_loras")]
+        for part in LORA_OPTIONS.values()
+    }
+    if args.weights is None and any(chosen.values()):
+        raise InputError("lora: expected --weights too, since random weights are nothing that a LoRA was made for")
+    return chosen
+
+
+def build_components(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Mapping[str, Sequence[LoRA]] | None = None,
+) -> Components:
+    """From ``--weights``, with ``loras`` by part, or else random ones of ``--preset`` (default tiny)."""
     if args.weights is not None:
-        return Components.from_directory(args.weights, dtype, device)
+        return Components.from_directory(args.weights, dtype, device, loras)
     return Components.from_preset(args.preset or "tiny", args.seed, dtype, device)

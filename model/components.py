@@ -5,7 +5,7 @@ Each part is built when it is asked for, so that a caller can let go of Stage I 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from model.config import MASK_CHANNELS, DiTConfig, VAEConfig, get_preset
 from model.dit import WanDiT
 from model.encoders import encode_image
 from model.errors import InputError
+from model.lora import LoRA
 from model.vae import WanVAE
 from model.weights import inspect_dit, inspect_vae, load_dit, load_vae, random_weights
 
@@ -29,7 +30,11 @@ DIR/stage1_vae         Stage I's VAE, where it is another one
 DIR/text_encoder, DIR/tokenizer                UMT5, for --prompt
 DIR/image_encoder, DIR/image_processor         CLIP, for DiTs with an image embedding
 Each of the first five is a diffusers directory, or a .safetensors or .pth file (stage1.safetensors, ...)
-with the key names of diffusers or of the Wan repositories."""
+with the key names of diffusers or of the Wan repositories, also in float8 as ComfyUI ships them;
+python -m model.inspect says what a file is and whether it loads."""
+
+#: The parts of :data:`LAYOUT` that LoRAs can be given for.
+LORA_PARTS = ("stage1", "stage1_low_noise", "stage2")
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,19 @@ class Components:
         )
 
     @classmethod
-    def from_directory(cls, path: Path, dtype: torch.dtype, device: torch.device) -> Components:
+    def from_directory(
+        cls,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        loras: Mapping[str, Sequence[LoRA]] | None = None,
+    ) -> Components:
         """Checkpoints laid out as in :data:`LAYOUT`; all of them are checked here, none is read yet.
 
+        ``loras`` are merged into the DiTs as these are read, by part (:data:`LORA_PARTS`).
+
         Raises:
-            InputError: a part is missing or does not fit.
+            InputError: a part is missing or does not fit, or a LoRA does not fit its part.
         """
         if not path.is_dir():
             raise InputError(f"weights: {path} {'is not a directory' if path.exists() else 'does not exist'}")
@@ -102,17 +115,24 @@ class Components:
         if missing:
             raise InputError(f"weights: {path} lacks {', '.join(missing)}; --help shows the layout")
         low_noise, vae_one = found["stage1_low_noise"], found["stage1_vae"]
-        stage_one_config = inspect_dit(found["stage1"])
-        if low_noise is not None and inspect_dit(low_noise) != stage_one_config:
+        chosen = {part: tuple((loras or {}).get(part, ())) for part in LORA_PARTS}
+        if chosen["stage1_low_noise"] and low_noise is None:
+            raise InputError(f"lora: {path} has no stage1_low_noise for {chosen['stage1_low_noise'][0].path}")
+
+        def load(part: str) -> WanDiT:
+            return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part])
+
+        stage_one_config = inspect_dit(found["stage1"], chosen["stage1"])
+        if low_noise is not None and inspect_dit(low_noise, chosen["stage1_low_noise"]) != stage_one_config:
             raise InputError(f"weights: {low_noise} must have the configuration of {found['stage1']}")
         return cls(
             stage_one_config=stage_one_config,
-            stage_two_config=inspect_dit(found["stage2"]),
+            stage_two_config=inspect_dit(found["stage2"], chosen["stage2"]),
             vae_config=inspect_vae(found["vae"]),
             stage_one_vae_config=inspect_vae(vae_one or found["vae"]),
-            stage_one=lambda: load_dit(found["stage1"], dtype=dtype, device=device),
-            low_noise=None if low_noise is None else lambda: load_dit(low_noise, dtype=dtype, device=device),
-            stage_two=lambda: load_dit(found["stage2"], dtype=dtype, device=device),
+            stage_one=lambda: load("stage1"),
+            low_noise=None if low_noise is None else lambda: load("stage1_low_noise"),
+            stage_two=lambda: load("stage2"),
             # Encoding stays in float32; see load_vae.
             vae=lambda: load_vae(found["vae"], decode_dtype=dtype, device=device),
             stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),

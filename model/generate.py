@@ -15,8 +15,10 @@ from torch import Tensor
 from model.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.command import (
     CommandParser,
+    add_lora_options,
     add_model_options,
     build_components,
+    chosen_loras,
     parse_size,
     pick_device,
     pick_dtype,
@@ -47,6 +49,9 @@ examples:
       the tiny preset with random weights: shows the path, not quality; runs on a CPU
   python -m model.generate photo.jpg --out clip.mp4 --weights DIR --prompt "waves roll in" --size 2560x1408
       checkpoints, laid out as below
+  python -m model.generate photo.jpg --out clip.mp4 --weights DIR --stage1-lora few_step.safetensors \\
+      --stage1-lora style.safetensors:0.6
+      the same with LoRAs on Stage I, at strengths 1 and 0.6
   python -m model.generate photo.jpg --out clip.mp4 --mode end_to_end --frames 33
       the same models in one window of all blocks, for comparison
 
@@ -79,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
     )
     add_model_options(parser)
+    add_lora_options(parser)
     return parser
 
 
@@ -146,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
     defaults = get_preset(args.preset or ("tiny" if args.weights is None else "1.3b"))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    components = build_components(args, device, dtype)
+    loras = chosen_loras(args)
+    components = build_components(args, device, dtype, loras)
     multiple = size_multiple(components.vae_config, components.stage_two_config)
     if args.size is None:
         width, height = area_size(photo.size, defaults.width * defaults.height, multiple)
@@ -193,6 +200,9 @@ def run(args: argparse.Namespace) -> None:
     if components.weights is None:
         print("random weights: this clip shows the path, not quality (give --weights for a real one)")
     print(f"text: {text_note}")
+    for part, given in loras.items():
+        for lora in given:
+            print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
     print(
         f"{width}x{height}, {num_frames} frames = {num_blocks} blocks; Stage I at {low_size[0]}x{low_size[1]};"
         f" Stage II {args.mode}: {len(plan)} segments, windows of at most"

@@ -1,15 +1,13 @@
 """Loading checkpoints: diffusers directories and files of the Wan repositories, and seeded random weights.
 
-Tensors are read one by one into a model that holds no memory yet, so the peak is the model itself. Files are
-safetensors, or pickles read with ``weights_only=True``; nothing is ever unpickled into code.
+Tensors are read one by one into a model that holds no memory yet, so the peak is the model itself; float8 weights are
+multiplied by their scales and LoRAs are merged in the same pass, each in float32 and rounded once. What a file may be
+is in ``model/weight_files.py``, scales in ``model/scaled_weights.py``, names in ``model/checkpoint_keys.py``.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +17,12 @@ from torch import Tensor
 from model.checkpoint_keys import dit_key_map, infer_dit_config, infer_vae_config, strip_prefix, vae_key_map
 from model.config import DiTConfig, VAEConfig
 from model.dit import FLOAT32_PARAMETERS, WanDiT
-from model.errors import InputError, require
+from model.errors import InputError
+from model.lora import LoRA, LoRASet
+from model.scaled_weights import plain_weights
 from model.vae import WanVAE
+from model.weight_files import open_weights
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Tensors that published checkpoints carry and no forward pass uses (diffusers ignores them too).
 _UNUSED = ("norm_added_q",)
 
@@ -35,35 +35,48 @@ def load_dit(
     config: DiTConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    loras: Sequence[LoRA] = (),
 ) -> WanDiT:
     """Loads a Wan DiT (any variant of :class:`WanDiT`).
 
     Args:
         path: a diffusers directory (``config.json`` and one or several safetensors shards, or a pipeline directory
-            with a ``transformer`` folder), or a file or directory of the Wan repositories (original key names).
+            with a ``transformer`` folder), or a file, directory or index of shards with the key names of the Wan
+            repositories; float8 with or without scales, as ComfyUI ships it, and its files of a whole pipeline too.
         config: overrides what is read from ``config.json`` or inferred from the tensors.
         dtype: of the large products; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
         device: where the weights go.
+        loras: merged into each tensor as it is read, at the checkpoint's precision: rounded to ``dtype`` once.
 
     Returns:
         The model in evaluation mode, without gradients.
 
     Raises:
-        InputError: nothing loadable there, or tensors are missing, surplus or misshapen (all of them named).
+        InputError: nothing loadable there, or tensors are missing, surplus or misshapen (all of them named); a
+            quantisation that is not read here; or a LoRA that does not fit (:class:`~model.lora.LoRAMismatch`).
     """
     checkpoint, config = _open_dit(Path(path), config)
-    return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device)
+    return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
 
 
-def inspect_dit(path: str | Path) -> DiTConfig:
+def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
     """The configuration of the checkpoint that :func:`load_dit` would load, checked without reading its tensors.
 
     Raises:
         InputError: as :func:`load_dit`.
     """
     checkpoint, config = _open_dit(Path(path), None)
-    checkpoint.check(WanDiT, config)
+    checkpoint.check(WanDiT, config, loras)
     return config
+
+
+def dit_config(path: str | Path) -> DiTConfig:
+    """The configuration of a checkpoint, whether or not its tensors are all there and readable.
+
+    Raises:
+        InputError: it cannot be told.
+    """
+    return _open_dit(Path(path), None)[1]
 
 
 def load_vae(
@@ -97,7 +110,7 @@ def inspect_vae(path: str | Path) -> VAEConfig:
 
 
 def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
-    checkpoint = _Checkpoint(_part_of_pipeline(path, ("transformer",)), "WanTransformer3DModel", dit_key_map)
+    checkpoint = _Checkpoint(_part_of_pipeline(path, ("transformer",)), "DiT", "WanTransformer3DModel", dit_key_map)
     if config is None and checkpoint.is_diffusers:
         config = DiTConfig.from_diffusers(checkpoint.config)
     return checkpoint, config or infer_dit_config(checkpoint.shapes, checkpoint.config)
@@ -105,7 +118,7 @@ def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTCon
 
 def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
     path = _part_of_pipeline(path, ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"))
-    checkpoint = _Checkpoint(path, "AutoencoderKLWan", vae_key_map)
+    checkpoint = _Checkpoint(path, "VAE", "AutoencoderKLWan", vae_key_map)
     if config is None and checkpoint.is_diffusers:
         config = VAEConfig.from_diffusers(checkpoint.config)
     return checkpoint, config or infer_vae_config(checkpoint.shapes)
@@ -158,37 +171,45 @@ def _part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
 class _Checkpoint:
     """The tensors of a directory or file under this project's names, read when they are asked for."""
 
-    def __init__(self, path: Path, class_name: str, key_map: Callable[[Any], Callable[[str], str]]):
-        if not path.exists():
-            raise InputError(f"weights: {path} does not exist")
-        self.path = path
-        self.config = _read_config(path)
+    def __init__(self, path: Path, part: str, class_name: str, key_map: Callable[[Any], Callable[[str], str]]):
+        files = open_weights(path)
+        self.path, self.config = path, files.config
         given = self.config.get("_class_name")
         self.is_diffusers = given == class_name
         if given in {"WanTransformer3DModel", "AutoencoderKLWan"} - {class_name}:
             raise InputError(f"weights: {path} holds a {given}, not a {class_name}")
-        readers: dict[str, Callable[[], Tensor]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in _weight_files(path):
-            for key, (shape, reader) in _open(file).items():
-                readers[key], shapes[key] = reader, shape
-        stripped = strip_prefix(readers)
+        plain = plain_weights(files)
+        self._problem = plain.problem
+        stripped = strip_prefix(plain.tensors, part)
         rename = key_map(stripped)
-        names = {rename(short): key for short, key in stripped.items() if not any(part in short for part in _UNUSED)}
-        self.shapes = {name: shapes[key] for name, key in names.items()}
-        self._readers = {name: readers[key] for name, key in names.items()}
-        self._keys = names
+        self._keys = {
+            rename(short): key for short, key in stripped.items() if not any(unused in short for unused in _UNUSED)
+        }
+        self._tensors = {name: plain.tensors[key] for name, key in self._keys.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def load(
-        self, kind: type[Model], config: Any, dtype_of: Callable[[str], torch.dtype], device: torch.device | str
+        self,
+        kind: type[Model],
+        config: Any,
+        dtype_of: Callable[[str], torch.dtype],
+        device: torch.device | str,
+        loras: Sequence[LoRA] = (),
     ) -> Model:
         """Builds the model and gives it the tensors, or says everything that does not fit."""
-        model = self.check(kind, config)
-        names = model.state_dict().keys()
-        return _assign(model, {name: self._readers[name]().to(device, dtype_of(name)) for name in names})
+        model, chosen = self.check(kind, config, loras)
+        state = {}
+        for name in model.state_dict():
+            if name in chosen:
+                state[name] = chosen.add_to(name, self._tensors[name].wide(device)).to(dtype_of(name))
+            else:
+                state[name] = self._tensors[name].load(dtype_of(name), device)
+        return _assign(model, state)
 
-    def check(self, kind: type[Model], config: Any) -> Model:
-        """The model without memory, if every tensor of it is there with the right shape and no other."""
+    def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
+        """The model without memory, if every tensor of it is there with the right shape and no other, and its LoRAs."""
+        if self._problem is not None:
+            raise InputError(f"weights: {self.path} is {self._problem}")
         with torch.device("meta"):
             model = kind(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -202,71 +223,4 @@ class _Checkpoint:
         if problems:
             listed = "; ".join(problems)
             raise InputError(f"weights: {self.path} does not fit {kind.__name__}: {len(problems)} tensors: {listed}")
-        return model
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"weights: {file} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"weights: {file} holds {type(config).__name__}, expected an object")
-    return config
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that together hold one model: a sharded index, one file, or all shards of one set."""
-    if path.is_file():
-        return [path]
-    # The plain name comes first: a directory may hold it beside a variant such as "...fp16.safetensors".
-    indices = sorted(path.glob("*.index.json"), key=lambda file: (file.name.count("."), file.name))
-    plain = [path / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
-    for file in plain:
-        if file.exists():
-            return [file]
-    if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"weights: {indices[0]} is not a readable index of shards: {error}") from error
-        missing = [name for name in names if not (path / name).exists()]
-        if missing:
-            raise InputError(f"weights: {path} lacks the shards {', '.join(missing)}")
-        return [path / name for name in names]
-    found = sorted(path.glob("*.safetensors")) or sorted(f for f in path.iterdir() if f.suffix in _PICKLES)
-    if not found:
-        raise InputError(f"weights: no safetensors or {', '.join(_PICKLES)} file in {path}")
-    if len(found) > 1 and not all("-of-" in file.name for file in found):
-        raise InputError(f"weights: {path} holds several candidates, name one: {', '.join(f.name for f in found)}")
-    return found
-
-
-def _open(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
-    """``{key: (shape, function that reads the tensor)}`` of one file."""
-    if file.suffix == ".safetensors":
-        safetensors = require("safetensors", "generate")
-        try:
-            handle = safetensors.safe_open(file, framework="pt")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"weights: {file} is not a readable safetensors file: {error}") from error
-        return {
-            key: (tuple(handle.get_slice(key).get_shape()), lambda key=key: handle.get_tensor(key))
-            for key in handle.keys()  # noqa: SIM118 (not a mapping)
-        }
-    if file.suffix not in _PICKLES:
-        raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join(_PICKLES)}")
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"weights: {file} cannot be loaded with weights_only=True: {reason}") from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
-            tensors = tensors[wrapper]
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise InputError(f"weights: {file} does not hold a plain dictionary of tensors")
-    return {key: (tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
+        return model, LoRASet(loras, expected)

@@ -1,4 +1,5 @@
-"""Names of tensors in the Wan repositories' own checkpoints, for a state under this project's (diffusers') names.
+"""Names of tensors in the Wan repositories' own checkpoints, for a state under this project's (diffusers') names; and
+their weights in float8, as ComfyUI ships them.
 
 Written from the published modules, independently of ``model/checkpoint_keys.py``; where diffusers has a converter of
 its own, the tests hold these names against it.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 _DIT = [
@@ -66,6 +68,35 @@ def original_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(here, there)
         renamed[name] = tensor
     return renamed
+
+
+def original_module(module: str) -> str:
+    """The original name of a DiT module such as ``blocks.0.attn1.to_q``."""
+    (name,) = original_dit({f"{module}.weight": torch.empty(0)})
+    return name.removesuffix(".weight")
+
+
+def float8_with_scales(
+    state: Mapping[str, Tensor],
+    *,
+    scale_name: str = "scale_weight",
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    by_row: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The layers' matrices in float8, the largest number of each (or of each row) at the end of the range.
+
+    Returns the tensors of the file and what they stand for, in float32.
+    """
+    stored, meant = {}, {}
+    for name, tensor in state.items():
+        stored[name] = meant[name] = tensor
+        if tensor.ndim == 2 and "blocks." in name:
+            largest = tensor.abs().amax(dim=1, keepdim=True) if by_row else tensor.abs().amax()
+            scale = largest / torch.finfo(dtype).max
+            stored[name] = (tensor / scale).to(dtype)
+            stored[name.removesuffix("weight") + scale_name] = scale
+            meant[name] = stored[name].float() * scale
+    return stored, meant
 
 
 def original_vae(state: Mapping[str, Tensor], num_res_blocks: int, residual: bool) -> dict[str, Tensor]:

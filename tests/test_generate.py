@@ -11,12 +11,15 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from model.generate import main
+from model.command import chosen_loras
+from model.components import Components
+from model.generate import build_parser, main
 from tests.test_dit import saved_diffusers_dit
 from tests.test_encoders import save_text_encoder
 from tests.test_vae import VERSIONS, saved_diffusers_vae
+from tests.tolerances import PARITY, relative_error
 
 ROOT = Path(__file__).parent.parent
 VAE_21 = {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1}
@@ -96,6 +99,73 @@ def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(p
     assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
     assert video(tmp_path / "clip.mp4") == (5, (64, 96))
     assert "embeddings from" in capsys.readouterr().out
+
+
+def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
+    """Factors of rank 2 for one layer of the tests' DiTs, and their product."""
+    down, up = torch.randn(2, 48), torch.randn(48, 2)
+    save_file({f"{expert}{module}.lora_A.weight": down, f"{expert}{module}.lora_B.weight": up}, path)
+    return up @ down
+
+
+def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path, capsys):
+    """At their strengths; the second expert takes its own tensors of a file for both."""
+    weights, file, both = tmp_path / "weights", tmp_path / "lora.safetensors", tmp_path / "both.safetensors"
+    save_weights(weights)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=12, out_channels=4)
+    save_lora(tmp_path / "first.safetensors", expert="transformer.")
+    second = save_lora(tmp_path / "second.safetensors", "blocks.1.attn2.to_v", "transformer_2.")
+    save_file(load_file(tmp_path / "first.safetensors") | load_file(tmp_path / "second.safetensors"), both)
+    product = save_lora(file)
+    loras = ["--stage1-lora", f"{file}:0.5", "--stage1-lora", f"{file}:-2", "--stage2-lora", str(file)]
+    loras += ["--stage1-low-noise-lora", f"{both}:1e-1"]
+    args = build_parser().parse_args(["photo", "--out", "clip.mp4", "--weights", str(weights), *loras])
+    chosen, machine = chosen_loras(args), (torch.float32, torch.device("cpu"))
+    plain, merged = (Components.from_directory(weights, *machine, given) for given in (None, chosen))
+    for part, name, addition in (
+        ("stage_one", "blocks.0.attn1.to_q.weight", -1.5 * product),
+        ("stage_two", "blocks.0.attn1.to_q.weight", product),
+        ("low_noise", "blocks.1.attn2.to_v.weight", 0.1 * second),
+    ):
+        before, after = (getattr(components, part)().state_dict() for components in (plain, merged))
+        assert relative_error(after[name], before.pop(name) + addition) < PARITY
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    options = [str(photo), "--weights", str(weights), "--size", "48x80", "--frames", "5", "--steps", "1", "--out"]
+    assert main([*options, str(tmp_path / "plain.mp4")]) == 0
+    capsys.readouterr()
+    assert main([*options, str(tmp_path / "merged.mp4"), *loras]) == 0
+    printed = capsys.readouterr().out
+    for part in (f"{file} at strength 0.5 on stage1\n", f"{both} at strength 0.1 on stage1_low_noise\n"):
+        assert f"LoRA: {part}" in printed
+    assert (tmp_path / "plain.mp4").read_bytes() != (tmp_path / "merged.mp4").read_bytes()
+
+
+def test_loras_that_do_not_fit_end_the_command_before_anything_runs(photo, tmp_path, capsys):
+    weights, out = tmp_path / "weights", tmp_path / "clip.mp4"
+    save_weights(weights)
+    save_lora(tmp_path / "good.safetensors")
+    names = [f"blocks.0.{i}.lora_{kind}.weight" for i in range(11) for kind in "AB"]
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "bad.safetensors")
+
+    def refused(message, *options, given=("--weights", str(weights))):
+        assert main([str(photo), "--out", str(out), *given, *options]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {message}")
+        assert printed.count("\n") == 1
+        return printed
+
+    good, bad = (f"{tmp_path / name}.safetensors" for name in ("good", "bad"))
+    printed = refused("lora: 22 keys do not fit the model: bad.safetensors: blocks.0.0.lora_B", "--stage1-lora", bad)
+    assert printed.count("(no parameter of a Wan DiT)") == 20
+    assert printed.endswith("; and 2 more\n")
+    refused("lora: 22 keys do not fit the model", "--stage1-lora", good, "--stage2-lora", f"{bad}:0.3")
+    refused("lora: nowhere.safetensors does not exist", "--stage2-lora", "nowhere.safetensors:1")
+    refused(f"lora: {weights} has no stage1_low_noise for {good}", "--stage1-low-noise-lora", good)
+    for strength in ("strong", "nan", "inf", ""):
+        text = f"{good}:{strength}"
+        refused(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}", "--stage1-lora", text)
+    refused("lora: expected --weights too", "--stage1-lora", good, given=())
+    assert not out.exists()
 
 
 def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, capsys):
@@ -218,5 +288,11 @@ def test_help_shows_examples_presets_and_the_layout_of_weights(capsys):
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for part in ("examples:", "python -m model.generate photo.jpg", "14b-1.3b", "DIR/stage1_low_noise"):
+    for part in (
+        "examples:",
+        "python -m model.generate photo.jpg",
+        "14b-1.3b",
+        "DIR/stage1_low_noise",
+        "--stage2-lora FILE[:STRENGTH]",
+    ):
         assert part in printed

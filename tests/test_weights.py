@@ -1,4 +1,4 @@
-"""Loading: diffusers directories, original files of the DiT and both VAEs, shards, pickles, and what is wrong."""
+"""Loading: diffusers directories, original files of the DiT and the VAEs, float8, shards, pickles, what is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model import DiTConfig, InputError, VAEConfig, WanDiT, WanVAE, load_dit, lo
 from model.config import PRESETS
 from model.weights import inspect_dit, inspect_vae, random_weights
 from tests.conftest import TINY_DIT
-from tests.original_names import original_dit, original_vae
+from tests.original_names import float8_with_scales, original_dit, original_vae
 from tests.test_dit import saved_diffusers_dit
 from tests.test_vae import saved_diffusers_vae
 
@@ -60,9 +60,140 @@ def test_original_dit_directory_with_shards_and_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "num_heads": 2, "eps": 1e-6}))
     assert load_dit(tmp_path).config == TINY_DIT
     assert same_state(load_dit(tmp_path), model)
+    index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    assert same_state(load_dit(index_file), model)
+    save_file(original, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match="in more than one file"):
+        load_dit(tmp_path)
     (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="lacks the shards diffusion_pytorch_model-00002-of-00002"):
         load_dit(tmp_path)
+
+
+def json_tensor(value):
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("by_row", [False, True], ids=["scale a tensor", "scale a row"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("generation", ["scale_weight", "weight_scale", "header"])
+def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_row, prefix, tmp_path):
+    """ComfyUI's files of all three generations: a marker, a tensor of JSON a layer, the header's metadata."""
+    model = random_weights(WanDiT, CLIP_DIT, 0)
+    scale_name = "scale_weight" if generation == "scale_weight" else "weight_scale"
+    options = {"scale_name": scale_name, "dtype": dtype, "by_row": by_row}
+    stored, meant = float8_with_scales(original_dit(model.state_dict()), **options)
+    metadata, layers = {}, [name.removesuffix(f".{scale_name}") for name in stored if name.endswith(scale_name)]
+    name = str(dtype).removeprefix("torch.")
+    file = {prefix + name: tensor for name, tensor in stored.items()}
+    if generation == "scale_weight":
+        file[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=dtype)
+        file |= {f"{prefix}{layer}.scale_input": torch.tensor(0.5) for layer in layers}
+    elif generation == "weight_scale":
+        file |= {f"{prefix}{layer}.comfy_quant": json_tensor({"format": name}) for layer in layers}
+        file |= {f"{prefix}{layer}.input_scale": torch.tensor(0.5) for layer in layers}
+    else:
+        entries = {f"{prefix}{layer}": {"format": name} for layer in layers}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": entries})
+    save_file(file, tmp_path / "wan.safetensors", metadata=metadata)
+    assert inspect_dit(tmp_path / "wan.safetensors") == CLIP_DIT
+    loaded, half = (load_dit(tmp_path / "wan.safetensors", dtype=kind) for kind in (torch.float32, torch.bfloat16))
+    assert len(layers) == 24
+    assert original_dit(loaded.state_dict()).keys() == meant.keys()
+    for name, tensor in original_dit(loaded.state_dict()).items():
+        assert torch.equal(tensor, meant[name]), name
+    for name, tensor in original_dit(half.state_dict()).items():
+        assert torch.equal(tensor, meant[name].to(tensor.dtype)), name
+
+
+def test_plain_float8_and_scales_of_one_that_mean_nothing(tmp_path):
+    """Files cast to float8 as they are, biases too; and a layer kept in 16 bits with a scale that others fill in."""
+    state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    save_file(cast, tmp_path / "plain.safetensors")
+    loaded = original_dit(load_dit(tmp_path / "plain.safetensors", config=TINY_DIT).state_dict())
+    assert all(torch.equal(tensor, cast[name].float()) for name, tensor in loaded.items())
+    kept = {name: tensor.bfloat16() for name, tensor in state.items()}
+    kept["blocks.0.ffn.0.scale_weight"] = torch.ones(1)
+    kept["scaled_fp8"] = torch.zeros(0)
+    save_file(kept, tmp_path / "kept.safetensors")
+    loaded = original_dit(load_dit(tmp_path / "kept.safetensors", config=TINY_DIT).state_dict())
+    assert all(torch.equal(tensor, kept[name].float()) for name, tensor in loaded.items())
+
+
+def test_float8_shards_have_their_scales_in_any_file(tmp_path):
+    stored, meant = float8_with_scales(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    names = sorted(stored)
+    for i in range(2):
+        save_file({name: stored[name] for name in names[i::2]}, tmp_path / f"wan-0000{i + 1}-of-00002.safetensors")
+    loaded = load_dit(tmp_path, config=TINY_DIT).state_dict()
+    assert all(torch.equal(tensor, meant[name]) for name, tensor in loaded.items())
+
+
+NVFP4 = {"blocks.0.ffn.0.comfy_quant": json_tensor({"format": "nvfp4"})}
+BITSANDBYTES = {"blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}
+FLOAT8 = {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "named"),
+    [
+        (NVFP4, {}, "nvfp4 in blocks.0.ffn.0;"),
+        ({"blocks.0.ffn.0.weight_scale_2": torch.ones(())}, {}, "nvfp4 in blocks.0.ffn.0;"),
+        ({}, {"layers": {"blocks.1.ffn.2": {"format": "mxfp8"}}}, "mxfp8 in blocks.1.ffn.2;"),
+        ({"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.int8)}, {}, "int8 in blocks.0.ffn.0;"),
+        (BITSANDBYTES, {}, "bitsandbytes nf4 in blocks.0.ffn.0;"),
+        (
+            {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(2, 2)},
+            {},
+            r"float8_e4m3fn with float32 scales of shape \[2, 2\] in blocks.0.ffn.0;",
+        ),
+        (
+            {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(64, 2, dtype=torch.uint8)},
+            {},
+            r"float8_e4m3fn with uint8 scales of shape \[64, 2\]",
+        ),
+    ],
+)
+def test_other_quantisations_are_named(tensors, metadata, named, tmp_path):
+    state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    header = {"_quantization_metadata": json.dumps(metadata)} if metadata else {}
+    save_file({**state, **tensors}, tmp_path / "wan.safetensors", metadata=header)
+    with pytest.raises(InputError, match=rf"wan.safetensors is quantised as {named}.* expected floats, or float8"):
+        load_dit(tmp_path / "wan.safetensors", config=TINY_DIT)
+
+
+def test_quantisations_of_other_programs_are_named(tmp_path):
+    saved_diffusers_dit(tmp_path / "dit")
+    file = tmp_path / "dit" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(InputError, match=r"torchao \(quantization_config of config.json\)"):
+        load_dit(tmp_path / "dit")
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"wan.gguf is GGUF, whose quantised blocks are not read here"):
+        load_dit(tmp_path / "wan.gguf")
+    state = random_weights(WanDiT, TINY_DIT, 0).state_dict()
+    save_file(state, tmp_path / "wan.safetensors", metadata={"_quantization_metadata": "{"})
+    with pytest.raises(InputError, match=r"how its layers are quantised is not readable"):
+        load_dit(tmp_path / "wan.safetensors", config=TINY_DIT)
+
+
+def test_each_part_of_a_whole_pipeline_in_one_file_loads_from_it(tmp_path):
+    """The layout of ComfyUI's checkpoints; what belongs to no part is surplus, not passed over."""
+    dit, vae = random_weights(WanDiT, CLIP_DIT, 0), random_weights(WanVAE, VAE_21, 1)
+    original = {f"model.diffusion_model.{name}": tensor for name, tensor in original_dit(dit.state_dict()).items()}
+    names = original_vae(vae.state_dict(), VAE_21.num_res_blocks, VAE_21.residual)
+    original |= {f"first_stage_model.{name}": tensor.contiguous() for name, tensor in names.items()}
+    original["text_encoders.umt5xxl.shared.weight"] = torch.zeros(7, 4)
+    save_file(original, tmp_path / "all.safetensors")
+    assert same_state(load_dit(tmp_path / "all.safetensors"), dit)
+    assert same_state(load_vae(tmp_path / "all.safetensors"), vae)
+    save_file({**original, "surplus": torch.zeros(1)}, tmp_path / "more.safetensors")
+    for load in (load_dit, load_vae):
+        with pytest.raises(InputError, match="1 tensors: surplus surplus"):
+            load(tmp_path / "more.safetensors")
 
 
 @pytest.mark.parametrize("config", [VAE_21, VAE_22], ids=["2.1", "2.2"])

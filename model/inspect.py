@@ -1,0 +1,298 @@
+"""``python -m model.inspect FILE_OR_DIR``: what a checkpoint is, and whether it loads here.
+
+Only headers are read, never the tensors' data, except for the few bytes in which a file describes itself: formats of
+quantised layers, alphas of LoRAs. (A pickle of the old kind, not zipped, must be read whole.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint_keys import PARTS, is_original, strip_prefix
+from model.command import CommandParser, run_command
+from model.dit import WanDiT
+from model.errors import InputError
+from model.lora import misfits
+from model.lora_files import LoRAFile, open_lora
+from model.measure import format_bytes
+from model.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
+from model.scaled_weights import PlainWeights, plain_weights
+from model.weight_files import PICKLES, WeightFiles, open_weights, weight_files
+from model.weights import dit_config, inspect_dit, inspect_vae
+
+EXAMPLES = """\
+examples:
+  python -m model.inspect wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors
+      one file: what it is, how it is written, whether it loads
+  python -m model.inspect few_step_lora.safetensors --for DIR/stage1
+      a LoRA, and whether it fits that DiT; if not, which keys do not
+  python -m model.inspect DIR --json
+      every checkpoint in a directory, for programs
+
+exit code: 0 it loads (all of them do), 1 known but does not load, 2 unreadable or unknown
+"""
+_PIPELINE = (
+    *("stage1", "stage1_low_noise", "stage2", "vae", "stage1_vae", "text_encoder", "image_encoder"),
+    *("transformer", "transformer_2"),
+)
+_COMFYUI = ("model.diffusion_model.", "first_stage_model.")
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of one checkpoint; ``problem`` says why it does not load."""
+
+    path: str
+    kind: str = "unknown"
+    description: str = ""
+    #: The configuration of a model; ranks and targets of a LoRA.
+    details: dict[str, Any] = field(default_factory=dict)
+    layout: tuple[str, ...] = ()
+    files: int = 0
+    tensors: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    bytes: int = 0
+    loads: bool = False
+    loaded_by: str | None = None
+    problem: str | None = None
+    exit_code: int = 2
+
+    def __str__(self) -> str:
+        """A few aligned lines."""
+        dtypes = ", ".join(f"{count:,} {name}" for name, count in self.dtypes.items())
+        loads = f"yes, by {self.loaded_by}" if self.loads else f"NO: {self.problem}"
+        rows = {
+            "what": f"{self.kind}{', ' if self.description else ''}{self.description}",
+            "layout": "; ".join(self.layout),
+            "tensors": dtypes,
+            "size": f"{self.parameters:,} parameters, {format_bytes(self.bytes)}" if self.tensors else "",
+            "loads": loads,
+        }
+        return "\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)])
+
+
+def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1) -> Report:
+    """Reports on one checkpoint; what is wrong with it is in the report.
+
+    Args:
+        path: a file, or a directory that holds one checkpoint.
+        dit: for a LoRA: the DiT that it is to fit.
+        expert: for a LoRA of both experts of Wan2.2 A14B: whose tensors, 1 or 2.
+
+    Raises:
+        InputError: ``dit`` is given and does not load, or ``path`` is no LoRA.
+    """
+    try:
+        files = open_weights(path)
+        plain = plain_weights(files)
+    except InputError as error:
+        return Report(str(path), problem=str(error))
+    keys = strip_prefix(plain.tensors)
+    kind = recognise(keys, files.config)
+    if dit is not None and (kind is None or kind.part != "LoRA"):
+        raise InputError(f"for: expected a LoRA to hold against a DiT, got {path}: {kind.name if kind else 'unknown'}")
+    facts = {
+        "path": str(path),
+        "files": len(files.files),
+        "tensors": len(files.tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in files.tensors.values()).most_common()),
+        "parameters": sum(tensor.stored.numel for tensor in plain.tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in files.tensors.values()),
+        "layout": tuple(_layout(files, plain, keys, kind)),
+    }
+    if kind is None:
+        example = next(iter(keys), "nothing")
+        return Report(**facts, problem=f"unknown: its tensors are named like {example}")
+    if kind.part == "LoRA":
+        return _report_lora(path, facts, dit, expert)
+    return _report_model(path, kind, files, plain, facts)
+
+
+def _report_model(path: Path, kind: Kind, files: WeightFiles, plain: PlainWeights, facts: Mapping[str, Any]) -> Report:
+    description, details, problem = "", {}, kind.lacks
+    if problem is None and kind.part not in ("DiT", "VAE"):
+        problem = plain.problem
+    loaded_by = {
+        "DiT": "load_dit",
+        "VAE": "load_vae",
+        "text encoder": "encode_prompt, as text_encoder of a weights directory",
+        "image encoder": "encode_image, as image_encoder of a weights directory",
+    }.get(kind.part or "")
+    if problem is None:
+        try:
+            if kind.part == "DiT":
+                config = dit_config(path)
+                description, details = describe_dit(config), asdict(config)
+                inspect_dit(path)
+            elif kind.part == "VAE":
+                config = inspect_vae(path)
+                description, details = describe_vae(config), asdict(config)
+            else:
+                description = check_encoder(plain.shapes, files.config)
+        except InputError as error:
+            problem = _shortened(str(error))
+            if path.is_file() and "-of-" in path.name:
+                problem = "one shard of several; name their directory or .index.json"
+    loads = problem is None
+    return Report(
+        **facts,
+        kind=kind.name,
+        description=description,
+        details=details,
+        loads=loads,
+        loaded_by=loaded_by if loads else None,
+        problem=problem,
+        exit_code=0 if loads else 1,
+    )
+
+
+def _report_lora(path: Path, facts: Mapping[str, Any], dit: Path | None, expert: int) -> Report:
+    shapes = None if dit is None else _shapes(dit)
+    facts = {**facts, "kind": "LoRA", "exit_code": 1}
+    try:
+        file = open_lora(path, expert)
+    except InputError as error:
+        return Report(**facts, problem=str(error))
+    misfit = list(file.unmatched) if shapes is None else misfits(file, shapes)
+    facts["details"] = _lora_details(file)
+    facts["description"] = _describe_lora(facts["details"])
+    facts["layout"] = (file.naming, *facts["layout"])
+    if misfit:
+        more = f"; and {len(misfit) - _LISTED} more" if len(misfit) > _LISTED else ""
+        problem = f"{len(misfit)} keys do not fit {dit or 'any Wan DiT'}: {'; '.join(misfit[:_LISTED])}{more}"
+        return Report(**facts, problem=problem)
+    facts["exit_code"] = 0
+    fits = "" if dit is None else f"; it fits {dit}"
+    return Report(**facts, loads=True, loaded_by=f"load_dit(loras=...), merge_loras and apply_loras{fits}")
+
+
+def _shapes(dit: Path) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = WanDiT(inspect_dit(dit))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _lora_details(file: LoRAFile) -> dict[str, Any]:
+    """Ranks, targets, and the width that they are for."""
+    everything = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
+    return {
+        "ranks": dict(sorted(file.ranks.items())),
+        "differences": sum(delta.rank is None for _, delta in everything),
+        "targets": dict(sorted(Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in file.deltas).items())),
+        "widths": sorted(
+            {
+                delta.factors[0].shape[0]
+                for name, delta in everything
+                if delta.rank and re.search(r"attn[12]\.to_", name)
+            }
+        ),
+        "left_out": file.left_out,
+    }
+
+
+def _describe_lora(details: Mapping[str, Any]) -> str:
+    targets = (
+        name.removesuffix(".weight") + (f" x{count}" if count > 1 else "") for name, count in details["targets"].items()
+    )
+    parts = [
+        ", ".join(f"rank {rank} x{count}" for rank, count in details["ranks"].items()),
+        f"{details['differences']} whole differences" if details["differences"] else "",
+        f"for width {', '.join(map(str, details['widths']))}" if details["widths"] else "",
+        f"{details['left_out']} tensors of the other expert left out" if details["left_out"] else "",
+        f"on {', '.join(targets)}",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], kind: Kind | None) -> list[str]:
+    """How the checkpoint is written: names, prefix, precision, files."""
+    naming = []
+    if kind is not None and kind.part in ("DiT", "VAE"):
+        naming.append("names of the Wan repositories" if is_original(keys) else "names of diffusers")
+    if files.config.get("_class_name"):
+        naming.append(f"config.json of {files.config['_class_name']}")
+    prefix = {full.removesuffix(short) for short, full in keys.items()} - {""}
+    others = [name for name, known in PARTS.items() if any(key.startswith(known) for key in plain.tensors)]
+    if len(keys) < len(plain.tensors):
+        naming.append(f"a whole pipeline in one file: {', '.join(others)}")
+    naming += [f"prefix {name}{' (as ComfyUI)' if name in _COMFYUI else ''}" for name in sorted(prefix)]
+    if plain.formats:
+        counts = ", ".join(f"{count} x {name}" for name, count in plain.formats.items())
+        naming.append(f"{'quantised' if plain.problem else 'float8 with scales'}: {counts}")
+    elif any(tensor.stored.dtype.startswith("float8") for tensor in plain.tensors.values()):
+        naming.append("float8 without scales")
+    return [*naming, f"sharded in {len(files.files)} files" if len(files.files) > 1 else "one file"]
+
+
+def _shortened(problem: str) -> str:
+    """A list of tensors cut to the first 20."""
+    parts = problem.split("; ")
+    more = len(parts) - _LISTED
+    return "; ".join(parts[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoints of a directory: its own, those of a pipeline's parts, and single files; or the path itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    parts = [path / name for name in _PIPELINE if (path / name).is_dir()]
+    singles = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
+    try:
+        own = weight_files(path)
+    except InputError:
+        if not parts and not singles:
+            raise
+        return [*singles, *parts]
+    return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m model.inspect``."""
+    parser = CommandParser(
+        prog="python -m model.inspect",
+        description="Says what a checkpoint or a LoRA is, how it is written, and whether it loads here.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, metavar="FILE_OR_DIR", help="a checkpoint, a LoRA, or a directory of them")
+    parser.add_argument("--for", dest="dit", type=Path, metavar="DIT", help="the DiT that a LoRA is to fit")
+    parser.add_argument(
+        "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code, the largest of all checkpoints."""
+    args = build_parser().parse_args(argv)
+    codes = []
+
+    def run() -> None:
+        reports = [inspect_checkpoint(path, args.dit, args.expert) for path in checkpoints_in(args.path)]
+        if args.json:
+            print(json.dumps({"path": str(args.path), "checkpoints": [asdict(report) for report in reports]}, indent=2))
+        else:
+            print("\n\n".join(map(str, reports)))
+        codes.extend(report.exit_code for report in reports)
+
+    return run_command(run) or max(codes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
