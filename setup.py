@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__init__.py").read_text())[1]
@@ -17,6 +17,7 @@ TEST = [
     "accelerate>=1",
     "diffusers>=0.35",
     "hypothesis>=6",
+    "peft>=0.17",
     "pytest>=8",
     "pytest-benchmark>=4",
     "ruff>=0.9",
@@ -33,7 +34,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The wheel is the operator library alone; model and bench run from a checkout.
-    packages=["swifti2v_kernels", "swifti2v_kernels.common"],
+    packages=find_packages(include=["swifti2v_kernels", "swifti2v_kernels.*"]),
     package_data={"swifti2v_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["einops>=0.7", "numpy>=1.26", "torch>=2.6", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={

@@ -1,7 +1,8 @@
 """Operators for high-resolution video diffusion: transformers and autoencoders.
 
 Every operator is a plain function on tensors: no model code, no global state, and nothing imported beyond torch,
-triton, einops and numpy. The model in this repository and any other call the same functions.
+triton, einops and numpy. The model in this repository and any other call the same functions. :func:`sample_segments` is
+CSG for any of them; ``swifti2v_kernels.integrations`` puts the operators into diffusers, ComfyUI and the Wan code.
 
 Every operator has a PyTorch path, which runs anywhere and is the reference that its kernel must meet, and all but
 ``linear_gelu``, which is torch's own, have Triton kernels (on an NVIDIA H200 checked and timed, on other cards not yet

@@ -13,6 +13,7 @@ from bench.campaign.hardware_tests import HARDWARE
 from bench.static.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
 from model.weights import random_weights
+from tests import compatibility
 
 TINY_DIT = DiTConfig(
     num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
@@ -25,7 +26,8 @@ TINY_VAE = VAEConfig(
     latents_mean=(0.1, -0.2, 0.3, 0.0),
     latents_std=(1, 2, 3, 1),
 )
-
+#: What the tests of this session speak for.
+COMPATIBILITY = pytest.StashKey[set[compatibility.Pair]]()
 
 quiet_exit()
 
@@ -44,18 +46,26 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return collection_path.name in ("interpreter", "sanitizer", "launcher")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One option of this project's own."""
+    parser.addoption("--compatibility", action="store_true", help="write what passes to docs/compatibility.md")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Benchmarks are timed where they are asked for."""
+    """Benchmarks are timed, and the table of compatibility is written, where they are asked for."""
+    if config.getoption("--compatibility"):
+        config.pluginmanager.register(compatibility.Recorder())
     if "benchmark" not in (config.option.markexpr or "") and hasattr(config.option, "benchmark_disable"):
         config.option.benchmark_disable = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` run where there is one, and say so where there is none.
 
     Raises:
         UsageError: one is in a file that the campaign does not look into.
     """
+    config.stash[COMPATIBILITY] = {pair for item in items for pair in compatibility.pairs(item)}
     for item in items:
         if item.get_closest_marker("gpu") and not item.path.match(HARDWARE):
             raise pytest.UsageError(f"{item.nodeid}: marked gpu, so it belongs into a file {HARDWARE}")

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "triton", "einops", "numpy"}
 
 
+#: Hosts that an integration imports when it is used.
+HOSTS = {"diffusers", "comfy", "folder_paths", "wan"}
+
+
 def imports(folder: str, everywhere: bool = True) -> set[str]:
     """Top-level packages that the Python files of a folder import."""
     found = set()
@@ -32,7 +36,8 @@ def imports(folder: str, everywhere: bool = True) -> set[str]:
 
 
 def test_data_flows_one_way():
-    assert imports("swifti2v_kernels") <= ALLOWED | {"swifti2v_kernels"}
+    assert imports("swifti2v_kernels", everywhere=False) <= ALLOWED | {"swifti2v_kernels"}
+    assert imports("swifti2v_kernels") <= ALLOWED | {"swifti2v_kernels"} | HOSTS
     assert "bench" not in imports("model")
     assert imports("model", everywhere=False) <= ALLOWED | {"model", "swifti2v_kernels"}
     # pytest: of the plugin for hardware tests, which pytest alone loads.
@@ -78,10 +83,12 @@ def test_every_public_name_is_documented():
         "attention_merge",
         "causal_conv3d",
         "common.dispatch",
+        "csg",
         "embed_window",
         "frames_out",
         "project_step",
         "rms_norm_silu",
+        "rope",
         "upsample_conv2d",
     ],
 )
@@ -105,11 +112,14 @@ def test_metadata_of_the_package(tmp_path):
     assert set(re.findall(r"^([a-z]+)", required, re.M)) == ALLOWED
     assert {"generate", "text", "bench", "test", "all"} <= set(named)
     sources = (info / "SOURCES.txt").read_text()
-    for file in ("py.typed", "common/target.py", "configs/attention.json", "configs/conv3d.json"):
+    for file in (
+        *("py.typed", "common/target.py", "configs/attention.json", "configs/conv3d.json"),
+        *("integrations/wan.py", "integrations/diffusers/wan.py", "integrations/comfyui/nodes.py"),
+    ):
         assert f"swifti2v_kernels/{file}" in sources
 
 
-@pytest.mark.parametrize("command", ["model.generate", "model.vae_plan", "bench"])
+@pytest.mark.parametrize("command", ["model.generate", "model.inspect", "model.vae_plan", "bench"])
 def test_commands_start_without_a_warning(command):
     arguments = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)

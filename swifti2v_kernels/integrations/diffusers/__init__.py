@@ -1,0 +1,103 @@
+"""diffusers' video models on our operators: two lines, and the same pictures.
+
+    from swifti2v_kernels.integrations.diffusers import accelerate
+    accelerate(pipe)
+
+Attention processors are replaced through diffusers' own interface; the adaptive norms and residuals of a block, for
+which there is none, by the block's ``forward``, beneath whatever hooks it has. Weights are never copied or converted:
+projections are called as modules, so LoRA layers, offloading and quantised layers keep working. Known are Wan (2.1,
+2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan
+transformer a model that is sampled segment by segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from swifti2v_kernels.integrations.diffusers.csg import DiffusersWanWindow
+from swifti2v_kernels.integrations.patching import HostChanged, Recipe, Report, patch_models, restore_module
+
+__all__ = ["DiffusersWanWindow", "HostChanged", "Report", "accelerate", "restore"]
+
+
+def accelerate(
+    pipe_or_module: Any,
+    attention: bool = True,
+    norms: bool = True,
+    vae: bool = True,
+    dry_run: bool = False,
+) -> Report:
+    """Replaces what is known in a diffusers pipeline or model by our operators, and prints what it did.
+
+    Args:
+        pipe_or_module: a ``DiffusionPipeline``, or one of its models. A model that was accelerated before is restored
+            first, so the last call decides.
+        attention: attention processors: norm and rotation of queries and keys fused, text and video read as two
+            sources instead of being concatenated.
+        norms: adaptive norms, gates and residuals of the blocks.
+        vae: convolutions, norms and upsampling of the Wan VAE.
+        dry_run: only report what would be replaced.
+
+    Returns:
+        What was replaced, and what was not and why; its ``restore()`` undoes it.
+
+    Raises:
+        TypeError: neither a pipeline nor a module.
+        HostChanged: this version of diffusers differs from what a replacement was written for, in an attribute that the
+            message names. Nothing is changed then.
+
+    Offloading, LoRA and ``torch.compile`` may come before or after (a model that is compiled already is compiled anew at
+    its next call). Inputs that need gradients take the differentiable PyTorch path of the operators.
+    """
+    import diffusers
+
+    from swifti2v_kernels.integrations.diffusers import cogvideox, hunyuan_video, ltx_video, mochi, wan
+    from swifti2v_kernels.integrations.wan_vae import RECIPES as WAN_VAE
+
+    recipes: Sequence[Recipe] = (
+        *(recipe for model in (wan, hunyuan_video, ltx_video, cogvideox, mochi) for recipe in model.RECIPES),
+        *WAN_VAE,
+    )
+    version = f"diffusers {diffusers.__version__}"
+    wanted = {"attention": attention, "norms": norms, "vae": vae}
+    report = Report(f"swifti2v_kernels in {type(pipe_or_module).__name__} ({version})", dry_run)
+    patch_models(report, _models(pipe_or_module), recipes, wanted, version)
+    print(report)
+    return report
+
+
+def restore(pipe_or_module: Any) -> Report:
+    """Undoes :func:`accelerate`: afterwards a model computes with diffusers' own code, bit for bit as before.
+
+    Args:
+        pipe_or_module: what was accelerated, or a part of it that was accelerated by itself.
+
+    Returns:
+        A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
+
+    Raises:
+        TypeError: neither a pipeline nor a module.
+    """
+    report = Report(f"restored {type(pipe_or_module).__name__}")
+    for _, root in _models(pipe_or_module):
+        report.left += restore_module(root).left
+    return report
+
+
+def _models(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(pipe_or_module, nn.Module):
+        # What torch.compile(model) returns wraps the model.
+        module = getattr(pipe_or_module, "_orig_mod", pipe_or_module)
+        yield type(module).__name__, module
+        return
+    components = getattr(pipe_or_module, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            f"pipe_or_module: expected a diffusers pipeline or a torch module, got {type(pipe_or_module).__name__}"
+        )
+    for name, part in components.items():
+        if isinstance(part, nn.Module):
+            yield name, getattr(part, "_orig_mod", part)

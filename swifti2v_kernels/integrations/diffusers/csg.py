@@ -1,0 +1,204 @@
+"""Conditional Segment-wise Generation with the Wan transformer of diffusers.
+
+The transformer is used as it is: called publicly, with LoRAs, other attention processors, offloading hooks and
+compilation in place. One thing is added, for the time of a call alone: a forward hook on its module ``rope``, which
+puts the rotary positions of a window's frames where they belong in the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels.csg import Window
+from swifti2v_kernels.integrations.patching import HostChanged
+
+#: Of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
+_TEXT_TOKENS = 512
+#: What Wan calls the noisiest timestep.
+_TIMESTEPS = 1000
+#: What is read of the transformer, dotted.
+_NEEDS = (
+    "config.in_channels",
+    "config.out_channels",
+    "config.patch_size",
+    "config.image_dim",
+    "config.added_kv_proj_dim",
+    "config.rope_max_seq_len",
+    "dtype",
+    "rope.attention_head_dim",
+    "rope.register_forward_hook",
+)
+
+
+class DiffusersWanWindow:
+    """A diffusers ``WanTransformer3DModel`` as a :class:`swifti2v_kernels.WindowModel`.
+
+    Every block gets its own timestep on the path of Wan2.2 TI2V, a timestep per token, which the weights of all Wan
+    versions take. It costs memory: the modulation is ``[B, tokens, 6, C]``, in float32 while a layer runs. For a window
+    of 70,400 tokens and C = 1536 that is 2.6 GB.
+
+    Of Wan2.2 A14B's two experts each is a model of its own: ``lambda latents, sigma, window: (high if sigma >= 0.9 else
+    low)(latents, sigma, window)``. A transformer may be compiled, by blocks (``compile_repeated_blocks()``) or as a
+    whole, which breaks the graph at ``rope`` (so not with ``fullgraph=True``). It serves one call at a time: another
+    thread would find the positions of the first.
+
+    Args:
+        transformer: on the device of the latents it will be called with.
+        text: embeddings ``[1 or B, L, text_dim]``; with a CLIP branch L is 512.
+        image: CLIP tokens for a transformer that has an image embedding, as its pipeline makes them, for as many batch
+            entries as ``text``; else None.
+        attention_kwargs: passed on, such as ``{"scale": 0.5}`` for a LoRA.
+
+    Raises:
+        HostChanged: the transformer lacks something that is read of it; the message names it.
+        ValueError: text or image do not fit the transformer, or its patch spans several latent frames.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        text: Tensor,
+        image: Tensor | None = None,
+        *,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        for need in _NEEDS:
+            _check_attribute(transformer, need)
+        config: Any = transformer.config
+        if config.patch_size[0] != 1:
+            raise ValueError(f"transformer: expected a patch of one latent frame, got {tuple(config.patch_size)}")
+        if text.ndim != 3 or (config.added_kv_proj_dim is not None and text.shape[1] != _TEXT_TOKENS):
+            length = "L" if config.added_kv_proj_dim is None else _TEXT_TOKENS
+            raise ValueError(f"text: expected [B, {length}, text_dim], got {tuple(text.shape)}")
+        if (image is None) != (config.image_dim is None):
+            raise ValueError(
+                "image: expected None, since the transformer has no image embedding"
+                if config.image_dim is None
+                else f"image: expected CLIP tokens [B, L, {config.image_dim}], got None"
+            )
+        self.transformer, self.text, self.image, self.attention_kwargs = transformer, text, image, attention_kwargs
+        self._positions = _Positions(transformer.rope, config.patch_size)
+
+    @property
+    def mask_channels(self) -> int | None:
+        """For :func:`swifti2v_kernels.sample_segments`: 4 for Wan I2V (36 channels of 16), None for latents alone.
+
+        Raises:
+            ValueError: the transformer's input is neither.
+        """
+        config: Any = self.transformer.config
+        z = config.out_channels or config.in_channels
+        if config.in_channels == z:
+            return None
+        rest = config.in_channels - 2 * z
+        if rest < 0:
+            raise ValueError(
+                f"transformer: expected in_channels of {z} (latents) or at least {2 * z} (latents, mask, reference),"
+                f" got {config.in_channels}"
+            )
+        return rest
+
+    def __call__(self, latents: Tensor, sigma: float, window: Window, /) -> Tensor:
+        """The velocity ``[B, z, W, h, w]`` of a window.
+
+        Raises:
+            ValueError: the latents or the window do not fit the transformer.
+            HostChanged: the transformer did not call its module ``rope``, or what that returned is not known.
+        """
+        config: Any = self.transformer.config
+        if latents.ndim != 5 or latents.shape[1:3] != (config.in_channels, len(window.blocks)):
+            raise ValueError(
+                f"latents: expected [B, {config.in_channels}, {len(window.blocks)}, h, w], got {tuple(latents.shape)}"
+                " (mask_channels of sample_segments decides the channels)"
+            )
+        if max(window.blocks) >= config.rope_max_seq_len:
+            raise ValueError(
+                f"window: expected blocks below {config.rope_max_seq_len}, the positions that the transformer knows"
+                f" (rope_max_seq_len), got {window.blocks}"
+            )
+        batch, _, _, height, width = latents.shape
+        if self.text.shape[0] not in (1, batch):
+            raise ValueError(f"text: expected a batch of 1 or {batch}, got {self.text.shape[0]}")
+        tokens = (height // config.patch_size[1]) * (width // config.patch_size[2])
+        per_block = [0.0] * len(window.conditioning) + [_TIMESTEPS * sigma] * len(window.noisy)
+        timestep = torch.tensor(per_block, device=latents.device).repeat_interleave(tokens).expand(batch, -1)
+        text, image = (self._context(x, latents) for x in (self.text, self.image))
+        with self._positions(window.blocks):
+            return self.transformer(
+                hidden_states=latents.to(self.transformer.dtype),
+                timestep=timestep,
+                encoder_hidden_states=text,
+                encoder_hidden_states_image=image,
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0]
+
+    def _context(self, x: Tensor | None, latents: Tensor) -> Tensor | None:
+        if x is None:
+            return None
+        return x.to(latents.device, self.transformer.dtype).repeat(latents.shape[0] // self.text.shape[0], 1, 1)
+
+
+class _Positions:
+    """While it is entered, a module ``rope`` returns the tables of frames at ``blocks`` instead of 0, 1, 2, ..."""
+
+    def __init__(self, rope: nn.Module, patch: Sequence[int]) -> None:
+        self.rope, self.patch = rope, tuple(patch)
+        self.blocks: tuple[int, ...] = ()
+        self.hooked = False
+        # Left out of a compiled graph, which would otherwise hold the positions and be traced anew for every window.
+        # One object for all calls, by which such a graph knows it again.
+        self._hook = torch.compiler.disable(self._replace)
+
+    @contextmanager
+    def __call__(self, blocks: tuple[int, ...]) -> Iterator[None]:
+        self.blocks, self.hooked = blocks, False
+        handle = self.rope.register_forward_hook(self._hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not self.hooked:
+            raise HostChanged(
+                "transformer: its module rope was not called, so the window's blocks had no true positions; if it is"
+                " compiled as a whole, compile its blocks instead (compile_repeated_blocks)"
+            )
+
+    def _replace(self, module: Any, inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        self.hooked = True
+        if not isinstance(output, tuple):
+            raise HostChanged(f"transformer: expected rope to return a tuple, got {type(output).__name__}")
+        # One token a frame, up to the last: the module's own rows for time, wherever its tables are kept.
+        frames = module.forward(output[0].new_empty(1, 1, max(self.blocks) + 1, *self.patch[1:]))
+        # Rows and columns have 2 * (D // 6) channels each, time the rest.
+        t_dim = module.attention_head_dim - 4 * (module.attention_head_dim // 6)
+        return tuple(_in_place_of_time(x, y, self.blocks, t_dim) for x, y in zip(output, frames, strict=True))
+
+
+def _in_place_of_time(table: Tensor, frames: Tensor, blocks: Sequence[int], t_dim: int) -> Tensor:
+    """``table`` ``[1, tokens, 1, D]`` with the rows of ``blocks`` in its first ``t_dim`` columns."""
+    num_blocks = len(blocks)
+    if table.ndim != 4 or table.shape[1] % num_blocks or frames.shape != (1, max(blocks) + 1, *table.shape[2:]):
+        raise HostChanged(
+            f"transformer: expected rope to return tables [1, tokens, 1, D], got {tuple(table.shape)}"
+            f" and {tuple(frames.shape)}"
+        )
+    by_frame = table.unflatten(1, (num_blocks, -1)).clone()
+    by_frame[..., :t_dim] = frames[:, list(blocks), None, :, :t_dim]
+    return by_frame.flatten(1, 2)
+
+
+def _check_attribute(transformer: Any, need: str) -> None:
+    owner = transformer
+    for part in need.split("."):
+        if not hasattr(owner, part):
+            raise HostChanged(
+                f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
+                f" adapter was written for: it has no attribute {need!r}"
+            )
+        owner = getattr(owner, part)

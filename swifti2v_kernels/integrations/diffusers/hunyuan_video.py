@@ -1,0 +1,248 @@
+"""HunyuanVideo in diffusers (text, latent-concatenated and token-replaced images, FramePack): joint attention, norms.
+
+Video and text stay two streams: their queries, keys and values are views of their own to ``segment_attention``, and the
+single-stream blocks no longer concatenate them at every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
+from swifti2v_kernels.integrations.diffusers.parts import (
+    Processor,
+    backend_is_free,
+    like,
+    norm_rotate_pair,
+    prefix_lengths,
+    token_rope,
+    token_rows,
+)
+from swifti2v_kernels.integrations.patching import Recipe
+
+
+class HunyuanVideoProcessor(Processor):
+    """Joint attention of video and text: projections of their own (dual blocks) or in common (single blocks)."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As diffusers' ``HunyuanVideoAttnProcessor2_0``; of masks, the model's own over keys ``[B, 1, 1, L]``."""
+        x, text = hidden_states, encoder_hidden_states
+        known_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1))
+        if self.declines or text is None or not known_mask:
+            return self.original(attn, x, text, attention_mask, image_rotary_emb)
+        heads = attn.heads
+        q, k = norm_rotate_pair(
+            attn.to_q(x), attn.to_k(x), attn.norm_q, attn.norm_k, heads, token_rope(image_rotary_emb)
+        )
+        v = attn.to_v(x).unflatten(2, (heads, -1))
+        if attn.add_q_proj is None:
+            text_q, text_k, text_v = attn.to_q(text), attn.to_k(text), attn.to_v(text)
+            norms = attn.norm_q, attn.norm_k
+        else:
+            text_q, text_k, text_v = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+            norms = attn.norm_added_q, attn.norm_added_k
+        text_q, text_k = norm_rotate_pair(text_q, text_k, *norms, heads, None)
+        lengths = None if attention_mask is None else prefix_lengths(attention_mask[:, 0, 0, x.shape[1] :])
+        out, text_out = segment_attention(
+            [q, text_q],
+            [(k, v), (text_k, text_v.unflatten(2, (heads, -1)))],
+            valid_lengths=None if lengths is None else [None, lengths],
+        )
+        out, text_out = out.flatten(2), text_out.flatten(2)
+        if getattr(attn, "to_out", None) is not None:
+            out = attn.to_out[1](attn.to_out[0](out))
+        if getattr(attn, "to_add_out", None) is not None:
+            text_out = attn.to_add_out(text_out)
+        return out, text_out
+
+
+class _Modulation:
+    """The ``parts`` of an adaptive norm's projection, ``[B, R, C]`` each, and which row a block of tokens takes.
+
+    With a token-replaced image the first frame's tokens have the modulation of timestep 0 (row 0), the others row 1.
+    """
+
+    def __init__(self, norm: nn.Module, parts: int, temb: Tensor, replace_emb: Tensor | None = None, frames: int = 1):
+        rows = norm.linear(norm.silu(temb)).unsqueeze(1)
+        self.block_map: Tensor | None = None
+        if replace_emb is not None:
+            rows = torch.stack((norm.linear(norm.silu(replace_emb)), rows[:, 0]), dim=1)
+            self.block_map = torch.arange(frames, device=temb.device).clamp(max=1).to(torch.int32)
+        self.shift, self.scale, self.gate, *self.mlp = rows.chunk(parts, dim=2)
+
+
+def _dual_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: tuple[Tensor, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    return _dual(self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, None, None)
+
+
+def _dual_block_token_replace(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: tuple[Tensor, Tensor] | None = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _dual(
+        self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
+    )
+
+
+def _dual(
+    self: Any,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None,
+    rotary_emb: tuple[Tensor, Tensor] | None,
+    replace_emb: Tensor | None,
+    num_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    inplace = not torch.is_grad_enabled()
+    x, text = token_rows(x), token_rows(text)
+    frames = 1 if num_tokens is None else x.shape[1] // num_tokens
+    streams = [
+        (x, _Modulation(self.norm1, 6, temb, replace_emb, frames), self.norm1, self.norm2, self.ff),
+        (text, _Modulation(self.norm1_context, 6, temb), self.norm1_context, self.norm2_context, self.ff_context),
+    ]
+    normed = [
+        norm_modulate(s, m.shift, m.scale, block_map=m.block_map, eps=first.norm.eps) for s, m, first, _, _ in streams
+    ]
+    updates = self.attn(
+        hidden_states=normed[0],
+        encoder_hidden_states=normed[1],
+        attention_mask=attention_mask,
+        image_rotary_emb=rotary_emb,
+    )
+    results = []
+    for (stream, m, _, second, feed_forward), update in zip(streams, updates, strict=True):
+        shift, scale, gate = m.mlp
+        stream, y = gated_residual_norm_modulate(
+            stream, like(update, stream), m.gate, shift, scale, block_map=m.block_map, eps=second.eps
+        )
+        update = like(feed_forward(y), stream)
+        results.append(gated_residual(stream, update, gate, block_map=m.block_map, inplace=inplace))
+    return results[0], results[1]
+
+
+def _single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    return _single(self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, None, None)
+
+
+def _single_block_token_replace(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _single(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        temb,
+        attention_mask,
+        image_rotary_emb,
+        token_replace_emb,
+        num_tokens,
+    )
+
+
+def _single(
+    self: Any,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None,
+    rotary_emb: tuple[Tensor, Tensor] | None,
+    replace_emb: Tensor | None,
+    num_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    x, text = token_rows(x), token_rows(text)
+    frames = 1 if num_tokens is None else x.shape[1] // num_tokens
+    streams = [(x, _Modulation(self.norm, 3, temb, replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
+    normed = [norm_modulate(s, m.shift, m.scale, block_map=m.block_map, eps=self.norm.norm.eps) for s, m in streams]
+    updates = self.attn(
+        hidden_states=normed[0],
+        encoder_hidden_states=normed[1],
+        attention_mask=attention_mask,
+        image_rotary_emb=rotary_emb,
+    )
+    results = []
+    for (stream, m), y, update in zip(streams, normed, updates, strict=True):
+        wide = torch.cat((update, self.act_mlp(self.proj_mlp(y))), dim=2)
+        results.append(gated_residual(stream, like(self.proj_out(wide), stream), m.gate, block_map=m.block_map))
+    return results[0], results[1]
+
+
+def _plain_norm(block: nn.Module) -> str | None:
+    norm = block.norm1 if hasattr(block, "norm1") else block.norm
+    if getattr(norm, "emb", None) is not None:
+        return "its first norm embeds the timestep itself"
+    return None
+
+
+_BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
+_DUAL = (
+    *(f"{norm}.{part}" for norm in ("norm1", "norm1_context") for part in ("linear", "silu", "norm.eps")),
+    *("attn", "norm2.eps", "norm2_context.eps", "ff", "ff_context"),
+)
+_SINGLE = ("norm.linear", "norm.silu", "norm.norm.eps", "attn", "act_mlp", "proj_mlp", "proj_out")
+_STREAMS = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
+_REPLACED = ("token_replace_emb", "num_tokens")
+
+RECIPES = (
+    Recipe(
+        "HunyuanVideoAttnProcessor2_0",
+        "attention",
+        "qk_norm_rope, segment_attention over video and text",
+        ("to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "add_q_proj"),
+        ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
+        processor=HunyuanVideoProcessor,
+        fits=backend_is_free,
+    ),
+    *(
+        Recipe(
+            f"HunyuanVideo{kind}TransformerBlock", "norms", _BY, needs, parameters, forward=forward, fits=_plain_norm
+        )
+        for kind, needs, parameters, forward in (
+            ("", _DUAL, (*_STREAMS, "freqs_cis"), _dual_block),
+            ("TokenReplace", _DUAL, (*_STREAMS, "freqs_cis", *_REPLACED), _dual_block_token_replace),
+            ("Single", _SINGLE, (*_STREAMS, "image_rotary_emb"), _single_block),
+            ("TokenReplaceSingle", _SINGLE, (*_STREAMS, "image_rotary_emb", *_REPLACED), _single_block_token_replace),
+        )
+    ),
+)

@@ -1,0 +1,134 @@
+"""LTX-Video in diffusers: attention and the adaptive RMS norms of its blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels import (
+    gated_residual,
+    gated_residual_norm_modulate,
+    norm_modulate,
+    norm_rope,
+    rope_from_tokens,
+    segment_attention,
+)
+from swifti2v_kernels.integrations.diffusers.parts import (
+    Processor,
+    backend_is_free,
+    like,
+    norm_rotate_pair,
+    prefix_lengths,
+    rms_parameters,
+    rotate,
+    token_rows,
+)
+from swifti2v_kernels.integrations.patching import Recipe
+
+
+class LTXVideoProcessor(Processor):
+    """Self-attention, and cross-attention to padded text."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As diffusers' ``LTXVideoAttnProcessor``; of masks, text padding as the model makes it (0 and -10000)."""
+        known_mask = attention_mask is None or (attention_mask.ndim == 3 and attention_mask.shape[1] == 1)
+        if self.declines or not known_mask:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        if image_rotary_emb is None:
+            q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, None)
+        else:
+            q, k = (
+                _norm_rotate_width(x, norm, attn.heads, image_rotary_emb)
+                for x, norm in ((q, attn.norm_q), (k, attn.norm_k))
+            )
+        lengths = None if attention_mask is None else _text_lengths(attention_mask)
+        out = segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))], valid_lengths=[lengths])
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def _text_lengths(bias: Tensor) -> Tensor:
+    """From the bias ``[B, 1, L]``; an entry without any text attends to all of its padding, as a bias alone would."""
+    keeps = bias[:, 0] > -1.0
+    lengths = prefix_lengths(keeps)
+    torch._assert_async(
+        ((bias == 0) | (bias <= -1e4)).all(), "attention_mask: expected a bias of 0 or -10000; restore() takes any mask"
+    )
+    return torch.where(lengths == 0, keeps.shape[1], lengths)
+
+
+def _norm_rotate_width(x: Tensor, norm: nn.Module, heads: int, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+    """Norm over the width and angles of the whole width, which is one head to the operator; tables per batch entry."""
+    cos, sin = (table[..., 0::2] for table in rotary_emb)  # [B, L, C / 2]
+    parameters = rms_parameters(norm, x)
+    if parameters is None or torch.is_grad_enabled():
+        y = rotate(norm(x).unsqueeze(2), torch.stack((cos, sin), dim=-1))
+    else:
+        for i in range(x.shape[0]):
+            rope = rope_from_tokens(cos[i % cos.shape[0]], sin[i % sin.shape[0]])
+            norm_rope(x[i : i + 1], parameters[0], rope, 1, eps=parameters[1], inplace=True)
+        y = x
+    return y.view(*x.shape[:2], heads, -1)
+
+
+def _block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    x = token_rows(hidden_states)
+    table = self.scale_shift_table
+    values = table[None, None].to(temb.device) + temb.reshape(x.shape[0], temb.shape[1], table.shape[0], -1)
+    shift, scale, gate, c_shift, c_scale, c_gate = values.unbind(dim=2)
+    y = norm_modulate(x, shift, scale, norm="rms", eps=self.norm1.eps)
+    update = self.attn1(hidden_states=y, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
+    x = gated_residual(x, like(update, x), gate)
+    update = self.attn2(
+        x, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=None, attention_mask=encoder_attention_mask
+    )
+    inplace = not torch.is_grad_enabled()
+    x, y = gated_residual_norm_modulate(
+        x, like(update, x), None, c_shift, c_scale, norm="rms", eps=self.norm2.eps, inplace=inplace
+    )
+    return gated_residual(x, like(self.ff(y), x), c_gate, inplace=inplace)
+
+
+def _plain_norms(block: nn.Module) -> str | None:
+    if block.norm1.weight is not None or block.norm2.weight is not None:
+        return "its norms have weights of their own"
+    return None
+
+
+RECIPES = (
+    Recipe(
+        "LTXVideoAttnProcessor",
+        "attention",
+        "qk_norm_rope, segment_attention",
+        ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads"),
+        ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
+        processor=LTXVideoProcessor,
+        fits=backend_is_free,
+    ),
+    Recipe(
+        "LTXVideoTransformerBlock",
+        "norms",
+        "norm_modulate, gated_residual_norm_modulate, gated_residual",
+        ("norm1.eps", "norm1.weight", "attn1", "norm2.eps", "norm2.weight", "attn2", "ff", "scale_shift_table"),
+        ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
+        forward=_block,
+        fits=_plain_norms,
+    ),
+)

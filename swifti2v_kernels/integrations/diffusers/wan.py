@@ -1,0 +1,142 @@
+"""Wan 2.1 and 2.2, VACE and Animate in diffusers: attention and the adaptive norms of its blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
+from swifti2v_kernels.integrations.diffusers.parts import (
+    Processor,
+    backend_is_free,
+    like,
+    norm_rotate,
+    norm_rotate_pair,
+    residual_layer_norm,
+    token_rope,
+    token_rows,
+)
+from swifti2v_kernels.integrations.patching import Recipe
+
+#: Tokens of the text; what is before them in the context are image tokens. A constant in diffusers too.
+TEXT_TOKENS = 512
+
+
+class WanProcessor(Processor):
+    """Self-attention, and cross-attention to text and image tokens."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As diffusers' ``WanAttnProcessor``."""
+        if self.declines or attention_mask is not None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        image = None
+        if attn.add_k_proj is not None and encoder_hidden_states is not None:
+            image, encoder_hidden_states = encoder_hidden_states.tensor_split(
+                [encoder_hidden_states.shape[1] - TEXT_TOKENS], dim=1
+            )
+        q, k, v = _projections(attn, hidden_states, encoder_hidden_states)
+        q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, token_rope(rotary_emb))
+        out = segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))])
+        if image is not None:
+            k, v = attn.to_added_kv(image).chunk(2, dim=-1) if attn.fused_projections else _added(attn, image)
+            k = norm_rotate(k, attn.norm_added_k, attn.heads, None)
+            out = out + segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))])
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def _added(attn: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    return attn.add_k_proj(image), attn.add_v_proj(image)
+
+
+def _projections(attn: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if not attn.fused_projections:
+        context = x if context is None else context
+        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    if not attn.is_cross_attention:
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        return q, k, v
+    k, v = attn.to_kv(x if context is None else context).chunk(2, dim=-1)
+    return attn.to_q(x), k, v
+
+
+def _block(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    """Both kinds of block from the first norm to the last residual: ``[B, L, C]`` to ``[B, L, C]``."""
+    table = self.scale_shift_table.to(temb.device)
+    if temb.ndim == 4:  # a timestep per token: [B, L, 6, C]
+        shift, scale, gate, c_shift, c_scale, c_gate = (table.unsqueeze(0) + temb.float()).unbind(2)
+    else:
+        shift, scale, gate, c_shift, c_scale, c_gate = (table + temb.float()).unsqueeze(2).unbind(1)
+    x = token_rows(x)
+    y = norm_modulate(x, shift, scale, eps=self.norm1.eps)
+    update = self.attn1(y, None, None, rotary_emb)
+    if isinstance(self.norm2, nn.LayerNorm):
+        x, y = residual_layer_norm(x, update, gate, self.norm2, None, None)
+    else:
+        x = y = gated_residual(x, like(update, x), gate)
+    # The block's input may be needed by the caller; what it has become is ours to overwrite, but for its norm's input.
+    inplace = not torch.is_grad_enabled()
+    update = like(self.attn2(y, context, None, None), x)
+    x, y = gated_residual_norm_modulate(x, update, None, c_shift, c_scale, eps=self.norm3.eps, inplace=inplace)
+    return gated_residual(x, like(self.ffn(y), x), c_gate, inplace=inplace)
+
+
+def _wan_block(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+) -> Tensor:
+    return _block(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+
+def _vace_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    control_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+) -> tuple[Tensor | None, Tensor]:
+    if self.proj_in is not None:
+        control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
+    control_hidden_states = _block(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
+    return None if self.proj_out is None else self.proj_out(control_hidden_states), control_hidden_states
+
+
+_ATTENTION = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "add_k_proj", "fused_projections")
+_BLOCK = ("norm1.eps", "attn1", "norm2", "attn2", "norm3.eps", "ffn", "scale_shift_table")
+_BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
+
+RECIPES = (
+    Recipe(
+        "WanAttnProcessor",
+        "attention",
+        "qk_norm_rope, segment_attention",
+        _ATTENTION,
+        ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
+        processor=WanProcessor,
+        fits=backend_is_free,
+    ),
+    Recipe(
+        "WanTransformerBlock",
+        "norms",
+        _BY,
+        _BLOCK,
+        ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb"),
+        forward=_wan_block,
+    ),
+    Recipe(
+        "WanVACETransformerBlock",
+        "norms",
+        _BY,
+        (*_BLOCK, "proj_in", "proj_out"),
+        ("hidden_states", "encoder_hidden_states", "control_hidden_states", "temb", "rotary_emb"),
+        forward=_vace_block,
+    ),
+)
