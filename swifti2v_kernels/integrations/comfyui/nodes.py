@@ -1,0 +1,59 @@
+"""The nodes, by ComfyUI's conventions: class attributes describe them, and it calls the method named ``FUNCTION``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swifti2v_kernels.integrations.comfyui.attention import accelerate_attention
+from swifti2v_kernels.integrations.comfyui.vae import accelerate_vae
+
+_ENABLED = ("BOOLEAN", {"default": True, "tooltip": "Off: the input is passed on as it is."})
+
+
+class SwiftI2VAttention:
+    """``MODEL`` to ``MODEL``."""
+
+    DESCRIPTION = (
+        "Attention of the model on the SwiftI2V kernels. Calls that they cannot serve (masks, other head sizes) go"
+        " where they went before, to an attention node before this one or to ComfyUI's own; the log counts both."
+    )
+    CATEGORY = "SwiftI2V"
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The model with its attention on the kernels; the input itself is not changed.",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's description of the inputs."""
+        tooltip = "A Wan model, or any other that uses ComfyUI's optimized attention."
+        return {"required": {"model": ("MODEL", {"tooltip": tooltip}), "enabled": _ENABLED}}
+
+    def patch(self, model: Any, enabled: bool) -> tuple[Any]:
+        """The model for the output."""
+        return (accelerate_attention(model)[0] if enabled else model,)
+
+
+class SwiftI2VVAE:
+    """``VAE`` to ``VAE``."""
+
+    DESCRIPTION = (
+        "Convolutions, norms and upsampling of a Wan VAE (2.1 or 2.2) on the SwiftI2V kernels. Any other VAE is passed"
+        " on as it is, and named in the log."
+    )
+    CATEGORY = "SwiftI2V"
+    RETURN_TYPES = ("VAE",)
+    OUTPUT_TOOLTIPS = ("The VAE on the kernels; it shares its weights with the input, which is not changed.",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's description of the inputs."""
+        return {"required": {"vae": ("VAE", {"tooltip": "A Wan VAE, version 2.1 or 2.2."}), "enabled": _ENABLED}}
+
+    def patch(self, vae: Any, enabled: bool) -> tuple[Any]:
+        """The VAE for the output."""
+        return (accelerate_vae(vae)[0] if enabled else vae,)
+
+
+NODE_CLASS_MAPPINGS = {"SwiftI2VAttention": SwiftI2VAttention, "SwiftI2VVAE": SwiftI2VVAE}
+NODE_DISPLAY_NAME_MAPPINGS = {"SwiftI2VAttention": "SwiftI2V attention", "SwiftI2VVAE": "SwiftI2V VAE"}

@@ -1,0 +1,223 @@
+"""Any model's attention on our kernels: calls of torch's own attention are routed, none of its names is replaced.
+
+    with replace_sdpa(model) as calls:
+        model(x)
+    print(calls)
+
+Within the block, ``torch.nn.functional.scaled_dot_product_attention`` of this thread passes through a
+``TorchFunctionMode``. It sees the call whatever name the caller imported it under, nests, and ends with the block.
+A call that the kernels can serve goes to :func:`swifti2v_kernels.segment_attention`; every other one goes to torch as
+it came, and its reason is counted. Masks are such a reason: whether one is a mere padding cannot be known without
+reading it, which would stop the GPU.
+
+Not seen: calls in other threads, and those inside functions that a mode sees as a whole
+(``torch.nn.MultiheadAttention``, ``torch.jit`` code, compiled C++). ``torch.compile`` takes the mode as part of the
+state that it guards: a compiled model is compiled once more inside the block, counts at every run, and has its own
+graph back behind it. Dynamo breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True``
+may refuse there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from swifti2v_kernels.attention import segment_attention
+from swifti2v_kernels.common.dispatch import BACKENDS, explain
+
+
+@dataclass
+class AttentionCalls:
+    """Calls of a host's attention: ``implementations`` counts those that were served by what served them, and
+    ``not_served`` the others by reason; these went where they would have gone anyway."""
+
+    implementations: Counter[str] = field(default_factory=Counter)
+    not_served: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def served(self) -> int:
+        """How many calls our operator served."""
+        return self.implementations.total()
+
+    def __str__(self) -> str:
+        rows = [(n, f"served by {name}") for name, n in self.implementations.most_common()]
+        rows += [(n, f"not served: {reason}") for reason, n in self.not_served.most_common()]
+        return "\n".join(["attention calls", *(f"{n:8d}  {text}" for n, text in rows or [(0, "none seen")])])
+
+
+@contextmanager
+def replace_sdpa(module: nn.Module | None = None, *, backend: str = "auto") -> Iterator[AttentionCalls]:
+    """Routes torch's attention to our kernels within the block.
+
+    Args:
+        module: only calls while its ``forward`` runs; default all calls of this thread.
+        backend: of :func:`swifti2v_kernels.segment_attention`. ``auto`` serves what the kernels take; ``triton`` also
+            raises where they cannot take a call that fits the operator; ``torch`` serves with the operator's reference.
+
+    Yields:
+        The counts, which grow while the block runs.
+
+    Raises:
+        TypeError: ``module`` is not a module.
+        ValueError: an unknown backend.
+
+    Example:
+        >>> q = torch.randn(1, 2, 5, 64)
+        >>> with replace_sdpa(backend="torch") as calls:
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> calls.served
+        1
+    """
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module or None, got {type(module).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    routing = _Routing(AttentionCalls(), backend, everywhere=module is None)
+    hooks = []
+    if module is not None:
+        # First and always, so that every beginning is seen and every end, an exception's too.
+        hooks.append(module.register_forward_pre_hook(routing.begin, prepend=True))
+        hooks.append(module.register_forward_hook(routing.end, always_call=True))
+    try:
+        with routing:
+            yield routing.calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    calls: AttentionCalls,
+    *,
+    scale: float | None = None,
+    valid_lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | None:
+    """Attention ``[B, L, H, D]`` by our operator, or None if it cannot serve the call; counted either way.
+
+    Args:
+        q, k, v: ``[B, L, H, D]``, of any kind that a host may have.
+        calls: where it is counted.
+        scale, valid_lengths, backend: as of :func:`swifti2v_kernels.segment_attention`, for the one source.
+    """
+    reason = _misfit(q, k, v, scale)
+    if reason is None:
+        call: dict[str, Any] = {"scale": scale, "valid_lengths": [valid_lengths], "backend": backend}
+        choice = explain(segment_attention, q, [(k, v)], **call)
+        if choice.backend == "triton" or backend == "torch":
+            calls.implementations[choice.implementation] += 1
+            return segment_attention(q, [(k, v)], **call)
+        reason = choice.reason
+    calls.not_served[reason] += 1
+    return None
+
+
+class _Routing(TorchFunctionMode):
+    """A mode is a thread's own, hooks are not: a forward in another thread must not open this one."""
+
+    def __init__(self, calls: AttentionCalls, backend: str, everywhere: bool) -> None:
+        super().__init__()
+        self.calls, self.backend = calls, backend
+        #: Forwards of the module that run now, nested; one that never ends stands for everywhere.
+        self.depth = 1 if everywhere else 0
+        self.thread = _thread()
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook."""
+        if _thread() == self.thread:
+            self.depth += 1
+
+    def end(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forward hook."""
+        if _thread() == self.thread:
+            self.depth -= 1
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not self.depth:
+            return func(*args, **kwargs)
+        out = _sdpa(self.calls, self.backend, *args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+
+# Constant for a trace; another thread has another stack of modes, so it does not take the same graph.
+@torch.compiler.assume_constant_result
+def _thread() -> int:
+    return threading.get_ident()
+
+
+def _sdpa(
+    calls: AttentionCalls,
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """torch's signature; ``[B, H, L, D]``."""
+    for asked, reason in (
+        (attn_mask is not None, "attn_mask is given"),
+        (is_causal, "is_causal"),
+        (dropout_p > 0, "dropout_p is not 0"),
+        (enable_gqa and query.shape[-3] != key.shape[-3], "enable_gqa: fewer heads of keys than of queries"),
+    ):
+        if asked:
+            calls.not_served[reason] += 1
+            return None
+    q, k, v = (_autocast(x) for x in (query, key, value))
+    if not q.ndim == k.ndim == v.ndim == 4:
+        calls.not_served["not [B, H, L, D]"] += 1
+        return None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = attend(q, k, v, calls, scale=scale, backend=backend)
+    return None if out is None else out.transpose(1, 2)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What torch's attention would be given: autocast comes after the mode."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
+    """Why a call is not one of the operator's; torch's attention takes more kinds."""
+    if any(type(x) not in (Tensor, nn.Parameter) for x in (q, k, v)):
+        return "a subclass of Tensor"
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
+        return "q, k and v differ in dtype or device"
+    if not q.is_floating_point():
+        return f"dtype {q.dtype}"
+    if any((x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]) for x in (k, v)) or k.shape[1] != v.shape[1]:
+        return "q, k and v differ in batch, heads or head_dim"
+    if k.shape[1] == 0 or q.shape[3] == 0:
+        return "no keys or no channels"
+    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in (q, k, v)):
+        return "channels that are not contiguous"
+    if scale is not None and not 0 < scale < float("inf"):
+        return "scale is not positive"
+    return None
