@@ -49,8 +49,8 @@ def accelerate(
         HostChanged: this version of diffusers differs from what a replacement was written for, in an attribute that the
             message names. Nothing is changed then.
 
-    Offloading, LoRA and ``torch.compile`` may come before or after (a model that is compiled already is compiled anew at
-    its next call). Inputs that need gradients take the differentiable PyTorch path of the operators.
+    Offloading, LoRA and ``torch.compile`` may come before or after; a model that is compiled already is compiled anew
+    at its next call. Inputs that need gradients take the differentiable PyTorch path of the operators.
     """
     import diffusers
 
