@@ -136,7 +136,7 @@ def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
     assert {row["status"] for row in measured(op)} == {"out of memory"}
     assert {row["reason"] for row in measured(op)} == {"the inputs alone do not fit"}
     monkeypatch.setattr(dit_measure, "block_inputs", lambda *args: hungry(None))
-    assert [row["reason"] for row in layers(*BLOCK_PROVIDERS)] == ["the inputs alone do not fit"] * 4
+    assert [row["reason"] for row in layers(*BLOCK_PROVIDERS)] == ["the inputs alone do not fit"] * len(BLOCK_PROVIDERS)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -165,7 +165,7 @@ def test_layers_compute_the_same(timesteps: str, monkeypatch) -> None:
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, dit_measure.BLOCK_TOLERANCE)):
         rows: list[dict[str, Any]] = []
         measure_block(SMALL, timesteps, BLOCK_PROVIDERS, dtype, MACHINE, rows.append)
-        assert [row["status"] for row in rows] == ["ok"] * 4
+        assert [row["status"] for row in rows] == ["ok"] * len(BLOCK_PROVIDERS)
         assert max(row["error"] for row in rows) < limit
 
 
@@ -213,7 +213,7 @@ def test_a_run_leaves_tables_json_and_plots(tmp_path, monkeypatch) -> None:
     assert section["status"] == "complete"
     assert section["ceilings"]["copy_bytes_per_second"] == 2 * 64 / 0.5
     rows = [row for table in section["tables"].values() for row in table["rows"]]
-    assert len(rows) == 5 + 4 + 4
+    assert len(rows) == 5 + 4 + len(BLOCK_PROVIDERS)
     assert {row["status"] for row in rows if row["provider"] != "liger"} == {"ok"}
     text = format_section(found.section.data)
     assert "liger-kernel is not installed" in text
@@ -252,7 +252,7 @@ def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
         assert counts[0] == counts[1]
     assert eager_bytes(NORM, SMALL) == pytest.approx(36 * SMALL.tokens * SMALL.config.dim, rel=0.2)
     rows = block_rows(SHAPES[:1], with_compiled=False)
-    assert len(rows) == 8
+    assert len(rows) == 2 * len(BLOCK_PROVIDERS)
     peaks = {(row["provider"], row["timesteps"]): row.get("streams") for row in rows}
     # The stream before and after attention, the norm, and the hidden layer before and after GELU.
     assert peaks["diffusers, eager", "one"] > 3 + 2 * 8960 / 1536

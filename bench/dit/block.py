@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from bench.outcome import Unavailable
 from model.dit import FLOAT32_PARAMETERS, DiTBlock
 from model.workspace import Workspace, plan_parts
 from swifti2v_kernels import Rope3D, norm_modulate, rope_3d
+from swifti2v_kernels.integrations.diffusers import accelerate
 
 TIMESTEPS = ("one", "per block")
 
@@ -167,13 +169,14 @@ class OwnLayer:
 class DiffusersLayer:
     """diffusers' ``WanTransformerBlock``, eager or compiled, on the same weights.
 
-    Its attention is torch's, which chooses among its own; with ``cudnn`` cuDNN's goes first.
+    Its attention is torch's, which chooses among its own; with ``cudnn`` cuDNN's goes first. ``accelerated``: as users
+    have it after ``swifti2v_kernels.integrations.diffusers.accelerate``.
 
     Raises:
         Unavailable: diffusers is not installed.
     """
 
-    def __init__(self, compiled: bool, inputs: BlockInputs, cudnn: bool = False):
+    def __init__(self, compiled: bool, inputs: BlockInputs, cudnn: bool = False, accelerated: bool = False):
         try:
             module = importlib.import_module("diffusers.models.transformers.transformer_wan")
         except ImportError as error:
@@ -185,6 +188,9 @@ class DiffusersLayer:
             )
         layer.load_state_dict(inputs.layer.state_dict(), assign=True)
         self.layer = layer.requires_grad_(False)
+        if accelerated:
+            with redirect_stdout(io.StringIO()):  # its report
+                accelerate(layer)
         self.call = layer
         if compiled:
             torch.compiler.reset()  # otherwise the limit of recompilations counts over all sizes
@@ -217,11 +223,13 @@ class DiffusersLayer:
 
 @dataclass(frozen=True)
 class BlockProvider:
-    """An implementation of the layer."""
+    """An implementation of the layer; ``kernels``: with our operators in it, ``ours``: the model's own layer."""
 
     name: str
     prepare: Callable[[BlockInputs], Runner]
     ours: bool = False
+    kernels: bool = False
+    compiled: bool = False
 
 
 def _cudnn_first() -> AbstractContextManager[None]:
@@ -230,11 +238,19 @@ def _cudnn_first() -> AbstractContextManager[None]:
 
 
 COMPILED = "diffusers, torch.compile"
+ACCELERATED = "diffusers, accelerate()"
 BLOCK_PROVIDERS = (
-    BlockProvider("swifti2v", OwnLayer, ours=True),
+    BlockProvider("swifti2v", OwnLayer, ours=True, kernels=True),
     BlockProvider("diffusers, eager", functools.partial(DiffusersLayer, False)),
-    BlockProvider(COMPILED, functools.partial(DiffusersLayer, True)),
-    BlockProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True)),
+    BlockProvider(COMPILED, functools.partial(DiffusersLayer, True), compiled=True),
+    BlockProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True), compiled=True),
+    BlockProvider(ACCELERATED, functools.partial(DiffusersLayer, False, accelerated=True), kernels=True),
+    BlockProvider(
+        f"{ACCELERATED}, torch.compile",
+        functools.partial(DiffusersLayer, True, accelerated=True),
+        kernels=True,
+        compiled=True,
+    ),
 )
 
 

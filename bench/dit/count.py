@@ -127,7 +127,7 @@ def op_rows(ops: Iterable[Op], shapes: Iterable[Shape]) -> list[dict[str, Any]]:
 def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, Any]]:
     """Peak of activations of one layer in bf16, and its traffic, by implementation, counted.
 
-    Not available where that cannot be had: of ours without Triton's interpreter, of diffusers' where it is not
+    Not available where that cannot be had: with our kernels without Triton's interpreter, of diffusers' where it is not
     installed, of compiled code unless ``with_compiled``.
     """
     rows = []
@@ -142,7 +142,7 @@ def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, A
                 if provider.name == COMPILED and with_compiled:
                     streams = compiled_peak(proportions(shape), timesteps)
                     peak = None if streams is None else round(streams * stream)
-                elif not provider.name.startswith(COMPILED) and (interpreting() or not provider.ours):
+                elif not provider.compiled and (interpreting() or not provider.kernels):
                     with suppress(Unavailable):  # diffusers is not installed: not counted
                         peak, traffic = count_layer(provider.prepare, shape, timesteps, META)
                 if peak is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from swifti2v_kernels import gated_residual, segment_attention
 from swifti2v_kernels.integrations.diffusers.parts import (
     Processor,
+    in_parts,
     layer_norm_modulate,
     like,
     norm_rotate,
@@ -41,7 +42,9 @@ class CogVideoXProcessor(Processor):
             key_rope = None if attn.is_cross_attention else rope
             k = norm_rotate(attn.to_k(stream), attn.norm_k, attn.heads, key_rope)
             sources.append((k, attn.to_v(stream).unflatten(2, (attn.heads, -1))))
-        text, video = (attn.to_out[1](attn.to_out[0](out.flatten(2))) for out in segment_attention(queries, sources))
+        outs = segment_attention(queries, sources)
+        del queries, sources, k  # not needed while the results are projected
+        text, video = (attn.to_out[1](attn.to_out[0](out.flatten(2))) for out in outs)
         return video, text
 
 
@@ -69,7 +72,8 @@ def _block(
     results = []
     for stream, update, (_, _, gate), (shift, scale, gate_ff) in zip(streams, updates, first, second, strict=True):
         stream, y = residual_layer_norm(stream, update, gate, self.norm2.norm, shift, scale)
-        results.append(gated_residual(stream, like(self.ff(y), stream), gate_ff, inplace=inplace))
+        update = like(in_parts(self.ff, y, modules=[self.ff]), stream)
+        results.append(gated_residual(stream, update, gate_ff, inplace=inplace))
     return results[0], results[1]
 
 

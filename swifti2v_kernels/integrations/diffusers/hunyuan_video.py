@@ -15,6 +15,7 @@ from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_
 from swifti2v_kernels.integrations.diffusers.parts import (
     Processor,
     backend_is_free,
+    in_parts,
     like,
     norm_rotate_pair,
     prefix_lengths,
@@ -58,6 +59,7 @@ class HunyuanVideoProcessor(Processor):
             [(k, v), (text_k, text_v.unflatten(2, (heads, -1)))],
             valid_lengths=None if lengths is None else [None, lengths],
         )
+        del q, k, v  # not needed while the results are projected
         out, text_out = out.flatten(2), text_out.flatten(2)
         if getattr(attn, "to_out", None) is not None:
             out = attn.to_out[1](attn.to_out[0](out))
@@ -141,7 +143,7 @@ def _dual(
         stream, y = gated_residual_norm_modulate(
             stream, like(update, stream), m.gate, shift, scale, block_map=m.block_map, eps=second.eps
         )
-        update = like(feed_forward(y), stream)
+        update = like(in_parts(feed_forward, y, modules=[feed_forward]), stream)
         results.append(gated_residual(stream, update, gate, block_map=m.block_map, inplace=inplace))
     return results[0], results[1]
 
@@ -192,6 +194,10 @@ def _single(
     num_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     x, text = token_rows(x), token_rows(text)
+
+    def mlp(y: Tensor, update: Tensor) -> Tensor:
+        return self.proj_out(torch.cat((update, self.act_mlp(self.proj_mlp(y))), dim=2))
+
     frames = 1 if num_tokens is None else x.shape[1] // num_tokens
     streams = [(x, _Modulation(self.norm, 3, temb, replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
     normed = [norm_modulate(s, m.shift, m.scale, block_map=m.block_map, eps=self.norm.norm.eps) for s, m in streams]
@@ -203,8 +209,8 @@ def _single(
     )
     results = []
     for (stream, m), y, update in zip(streams, normed, updates, strict=True):
-        wide = torch.cat((update, self.act_mlp(self.proj_mlp(y))), dim=2)
-        results.append(gated_residual(stream, like(self.proj_out(wide), stream), m.gate, block_map=m.block_map))
+        update = in_parts(mlp, y, update, modules=[self.proj_mlp, self.act_mlp, self.proj_out])
+        results.append(gated_residual(stream, like(update, stream), m.gate, block_map=m.block_map))
     return results[0], results[1]
 
 

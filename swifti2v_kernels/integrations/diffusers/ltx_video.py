@@ -18,7 +18,9 @@ from swifti2v_kernels import (
 from swifti2v_kernels.integrations.diffusers.parts import (
     Processor,
     backend_is_free,
+    in_parts,
     like,
+    modulation_rows,
     norm_rotate_pair,
     prefix_lengths,
     rms_parameters,
@@ -54,6 +56,7 @@ class LTXVideoProcessor(Processor):
             )
         lengths = None if attention_mask is None else _text_lengths(attention_mask)
         out = segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))], valid_lengths=[lengths])
+        del q, k, v  # not needed while the result is projected
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -90,20 +93,18 @@ def _block(
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
     x = token_rows(hidden_states)
-    table = self.scale_shift_table
-    values = table[None, None].to(temb.device) + temb.reshape(x.shape[0], temb.shape[1], table.shape[0], -1)
-    shift, scale, gate, c_shift, c_scale, c_gate = values.unbind(dim=2)
-    y = norm_modulate(x, shift, scale, norm="rms", eps=self.norm1.eps)
+    row = modulation_rows(self.scale_shift_table, temb.unflatten(2, (self.scale_shift_table.shape[0], -1)))
+    y = norm_modulate(x, row(0), row(1), norm="rms", eps=self.norm1.eps)
     update = self.attn1(hidden_states=y, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
-    x = gated_residual(x, like(update, x), gate)
+    x = gated_residual(x, like(update, x), row(2))
     update = self.attn2(
         x, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=None, attention_mask=encoder_attention_mask
     )
     inplace = not torch.is_grad_enabled()
     x, y = gated_residual_norm_modulate(
-        x, like(update, x), None, c_shift, c_scale, norm="rms", eps=self.norm2.eps, inplace=inplace
+        x, like(update, x), None, row(3), row(4), norm="rms", eps=self.norm2.eps, inplace=inplace
     )
-    return gated_residual(x, like(self.ff(y), x), c_gate, inplace=inplace)
+    return gated_residual(x, like(in_parts(self.ff, y, modules=[self.ff]), x), row(5), inplace=inplace)
 
 
 def _plain_norms(block: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
 from swifti2v_kernels.integrations.diffusers.parts import (
     Processor,
+    in_parts,
     like,
     norm_rotate,
     norm_rotate_pair,
@@ -50,6 +51,7 @@ class MochiProcessor(Processor):
             (text_k, attn.add_v_proj(text).unflatten(2, (heads, -1))),
         ]
         out, text_out = segment_attention([q, text_q], sources, valid_lengths=[None, lengths])
+        del q, k, sources  # not needed while the results are projected
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
         # What diffusers pads with before the projection.
         text_out = text_out.flatten(2) * attention_mask.to(text_out.dtype).unsqueeze(2)
@@ -107,7 +109,8 @@ class _Stream:
         x, y = gated_residual_norm_modulate(
             x, update, self.gate, self.shift, self.scale_mlp, norm="rms", eps=norms[1].eps
         )
-        update = norm_modulate(like(feed_forward(y), x), norm="rms", eps=norms[2].eps, inplace=inplace)
+        update = in_parts(feed_forward, y, modules=[feed_forward])
+        update = norm_modulate(like(update, x), norm="rms", eps=norms[2].eps, inplace=inplace)
         return gated_residual(x, update, self.gate_mlp, inplace=inplace)
 
 

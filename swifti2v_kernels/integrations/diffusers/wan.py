@@ -11,7 +11,9 @@ from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_
 from swifti2v_kernels.integrations.diffusers.parts import (
     Processor,
     backend_is_free,
+    in_parts,
     like,
+    modulation_rows,
     norm_rotate,
     norm_rotate_pair,
     residual_layer_norm,
@@ -50,6 +52,7 @@ class WanProcessor(Processor):
             k, v = attn.to_added_kv(image).chunk(2, dim=-1) if attn.fused_projections else _added(attn, image)
             k = norm_rotate(k, attn.norm_added_k, attn.heads, None)
             out = out + segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))])
+        del q, k, v  # not needed while the result is projected
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -70,23 +73,20 @@ def _projections(attn: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Te
 
 def _block(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
     """Both kinds of block from the first norm to the last residual: ``[B, L, C]`` to ``[B, L, C]``."""
-    table = self.scale_shift_table.to(temb.device)
-    if temb.ndim == 4:  # a timestep per token: [B, L, 6, C]
-        shift, scale, gate, c_shift, c_scale, c_gate = (table.unsqueeze(0) + temb.float()).unbind(2)
-    else:
-        shift, scale, gate, c_shift, c_scale, c_gate = (table + temb.float()).unsqueeze(2).unbind(1)
+    # A timestep per token: [B, L, 6, C].
+    row = modulation_rows(self.scale_shift_table[0], temb if temb.ndim == 4 else temb.unsqueeze(1))
     x = token_rows(x)
-    y = norm_modulate(x, shift, scale, eps=self.norm1.eps)
+    y = norm_modulate(x, row(0), row(1), eps=self.norm1.eps)
     update = self.attn1(y, None, None, rotary_emb)
     if isinstance(self.norm2, nn.LayerNorm):
-        x, y = residual_layer_norm(x, update, gate, self.norm2, None, None)
+        x, y = residual_layer_norm(x, update, row(2), self.norm2, None, None)
     else:
-        x = y = gated_residual(x, like(update, x), gate)
+        x = y = gated_residual(x, like(update, x), row(2))
     # The block's input may be needed by the caller; what it has become is ours to overwrite, but for its norm's input.
     inplace = not torch.is_grad_enabled()
     update = like(self.attn2(y, context, None, None), x)
-    x, y = gated_residual_norm_modulate(x, update, None, c_shift, c_scale, eps=self.norm3.eps, inplace=inplace)
-    return gated_residual(x, like(self.ffn(y), x), c_gate, inplace=inplace)
+    x, y = gated_residual_norm_modulate(x, update, None, row(3), row(4), eps=self.norm3.eps, inplace=inplace)
+    return gated_residual(x, like(in_parts(self.ffn, y, modules=[self.ffn]), x), row(5), inplace=inplace)
 
 
 def _wan_block(
