@@ -21,7 +21,7 @@ from swifti2v_kernels.integrations.diffusers import (
     restore,
     wan,
 )
-from swifti2v_kernels.integrations.diffusers.parts import Processor
+from swifti2v_kernels.integrations.diffusers.attention import Processor
 from tests.diffusers_models import HEAD_DIM, MODELS, build, needs_group_offload, run
 from tests.tolerances import PARITY, relative_error
 
@@ -109,11 +109,10 @@ def test_gradients_are_those_of_diffusers(name: str) -> None:
         module(**inputs, return_dict=False)[0].square().mean().backward()
         gradients.append({key: p.grad for key, p in module.named_parameters() if p.grad is not None})
     scale = max(g.norm() for g in gradients[0].values())
-    assert gradients[1].keys() <= gradients[0].keys()
+    # The same parameters have one, or training in parallel would stop.
+    assert gradients[1].keys() == gradients[0].keys()
     for key, gradient in gradients[0].items():
-        # Upstream has a gradient of zeros for text queries whose results nobody uses; here there is none.
-        actual = gradients[1].get(key, torch.zeros(()))
-        assert (gradient - actual).norm() < PARITY * scale, key
+        assert (gradient - gradients[1][key]).norm() < PARITY * scale, key
 
 
 @pytest.mark.compatibility("model offload")
@@ -314,7 +313,7 @@ def test_changed_internals_are_named_and_nothing_is_patched(host: str, monkeypat
     name = next(n for n, model in MODELS.items() if any(kind(m) == host for m in model.make(HEAD_DIM[n]).modules()))
     module, inputs, expected = make(name)
     target = [m for m in module.modules() if kind(m) == host][-1]
-    for need in recipe.needs:
+    for need in recipe.needs(target) if callable(recipe.needs) else recipe.needs:
         *path, last = need.split(".")
         owner = target.get_submodule(".".join(path))
         if last in owner.__dict__ or last in {**owner._modules, **owner._parameters}:
@@ -334,6 +333,7 @@ def test_changed_internals_are_named_and_nothing_is_patched(host: str, monkeypat
     def more(self, *args, new_option, **kwargs):  # type: ignore[no-untyped-def]
         return original(self, *args, **kwargs)
 
+    more.__module__ = original.__module__  # the host's own code, in another version
     monkeypatch.setattr(cls, method, more)
     with pytest.raises(HostChanged, match=f"no parameter '{recipe.parameters[0]}'"):
         accelerate(module)

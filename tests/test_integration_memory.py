@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from swifti2v_kernels.integrations.diffusers import accelerate, parts
+from swifti2v_kernels.integrations.diffusers import accelerate, norms
 from tests.diffusers_models import HEAD_DIM, MODELS, build, run
 from tests.tolerances import PARITY, relative_error
 
@@ -15,7 +15,7 @@ from tests.tolerances import PARITY, relative_error
 @pytest.mark.parametrize("name", MODELS)
 def test_feed_forwards_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 7 tokens: the last one is shorter, and batch entries are parts of their own."""
-    monkeypatch.setattr(parts, "PART_TOKENS", 7)
+    monkeypatch.setattr(norms, "PART_TOKENS", 7)
     model = MODELS[name]
     module = build(model, HEAD_DIM[name])
     inputs = model.inputs(module)
@@ -34,7 +34,7 @@ def test_feed_forwards_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_hooks_on_a_feed_forward_see_it_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_TOKENS", 7)
+    monkeypatch.setattr(norms, "PART_TOKENS", 7)
     model = MODELS["Wan 2.1 text-to-video"]
     module = build(model, 24)
     inputs = model.inputs(module)
@@ -50,7 +50,7 @@ def test_modulation_is_summed_as_in_diffusers() -> None:
     """float32 sums of a 16-bit timestep embedding and a table of either precision."""
     temb = torch.randn(2, 5, 6, 24).bfloat16()
     for table in (torch.randn(6, 24), torch.randn(6, 24).bfloat16()):
-        row = parts.modulation_rows(table, temb)
+        row = norms.modulation_rows(table, temb)
         expected = table.float() + temb.float()
         for i in range(6):
             assert row(i).dtype == torch.float32

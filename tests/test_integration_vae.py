@@ -243,6 +243,16 @@ def test_hooks_of_torch_on_a_convolution_still_run(vae):
     assert_same(coded(vae, video), expected)
 
 
+@pytest.mark.parametrize("kind", ["SiLU", "Dropout", "ZeroPad2d", "WanUpsample", "Conv2d", "WanRMS_norm"])
+def test_hooks_on_what_a_layer_holds_run(vae, kind):
+    video = clip(vae)
+    hooks = [m.register_forward_hook(lambda _, args, out: 1.1 * out) for m in vae.modules() if type(m).__name__ == kind]
+    assert hooks
+    expected = coded(vae, video)
+    patch(vae)
+    assert_same(coded(vae, video), expected)
+
+
 def test_a_forward_that_somebody_else_has_replaced_is_called(vae):
     """Left and named for itself, and not read past by the block around it."""
     video, conv = clip(vae), vae.decoder.up_blocks[0].resnets[0].conv1

@@ -8,6 +8,7 @@ own ``forward`` stood, so hooks may come before or after it and may go again.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from swifti2v_kernels.integrations.hooks import foreign_forward, forward_slots, own_forward
 
 #: Attribute of a patched root module that holds what was done to it.
 _RECORD = "_swifti2v_patches"
@@ -32,22 +35,24 @@ class Recipe:
         host: class name of the module, or of its attention processor if ``processor`` is given.
         feature: ``attention``, ``norms`` or ``vae``.
         by: what replaces it, for the report.
-        needs: attributes of the module that the replacement reads, dotted.
+        needs: attributes of the module that the replacement reads, dotted; or a function of the module that gives them.
         parameters: names of the parameters of the host's ``forward`` (or of the processor's ``__call__``); None:
             ``fits`` looks at them.
         forward: ``forward(module, ...)`` that replaces the module's own.
         processor: makes an attention processor from the present one.
         fits: says why one particular module cannot be replaced, or None.
+        package: the host's package; a class or a ``forward`` of the same name from elsewhere is left and named.
     """
 
     host: str
     feature: str
     by: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
     parameters: tuple[str, ...] | None
     forward: Callable[..., Any] | None = None
     processor: Callable[[Any], Any] | None = None
     fits: Callable[[Any], str | None] = lambda module: None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class Patch:
         if self.recipe.processor is not None:
             _set_processor(self.module, self.replacement)
             return
-        holder, attribute = _own_forward(self.module) or (self.module, "forward")
+        slot = own_forward(self.module)
+        if slot is None and foreign_forward(self.module) is not None:
+            raise RuntimeError(f"{self.name}: its forward was replaced while patches were applied")
+        holder, attribute = slot or (self.module, "forward")
         setattr(holder, attribute, self.replacement)
 
     def undo(self) -> bool:
@@ -73,9 +81,12 @@ class Patch:
         if self.recipe.processor is not None:
             if self.module.processor is not self.replacement:
                 return False
+            hand_back = getattr(self.replacement, "hand_back", None)
+            if hand_back is not None:
+                hand_back()
             _set_processor(self.module, self.original)
             return True
-        for holder, attribute in _forward_slots(self.module):
+        for holder, attribute in forward_slots(self.module):
             if getattr(holder, attribute) is self.replacement:
                 if holder is self.module and attribute == "forward":
                     del self.module.forward
@@ -148,18 +159,24 @@ def plan_patches(
     patches: list[Patch] = []
     left: list[Line] = []
     for name, module in root.named_modules():
+        path = f"{component}.{name}" if name else component
         for kind in _kinds(module):
             recipe = by_host.get(kind)
-            path = f"{component}.{name}" if name else component
+            if recipe is None and kind == type(module).__name__:
+                if any(base.__name__ in by_host for base in type(module).__mro__):
+                    left.append(Line(path, kind, 1, "not known"))
+                continue
             if recipe is None:
-                if kind != type(module).__name__:  # a processor
-                    left.append(Line(path, kind, 1, "no replacement for this attention processor"))
+                left.append(Line(path, kind, 1, "no replacement for this attention processor"))
                 continue
             if not wanted[recipe.feature]:
                 left.append(Line(path, kind, 1, f"{recipe.feature}=False"))
                 continue
+            if (elsewhere := _defined_elsewhere(module, recipe)) is not None:
+                left.append(Line(path, kind, 1, elsewhere))
+                continue
             _check_host(path, module, recipe, host_version)
-            reason = recipe.fits(module) or (None if recipe.processor else _foreign_forward(module))
+            reason = recipe.fits(module) or (None if recipe.processor else foreign_forward(module))
             if reason is not None:
                 left.append(Line(path, kind, 1, reason))
             else:
@@ -183,7 +200,17 @@ def apply_patches(root: nn.Module, patches: Sequence[Patch]) -> None:
             patch.undo()
         raise
     if patches:
-        root.__dict__[_RECORD] = list(patches)
+        root.__dict__[_RECORD] = _Record(patches)
+
+
+class _Record(list[Patch]):
+    """What was done to a module: goes with a copy of it, not into a pickle, where its functions would be missing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
+        return _Record(copy.deepcopy(patch, memo) for patch in self)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an accelerated module cannot be pickled: restore() it first, or save its state_dict()")
 
 
 def patch_models(
@@ -207,7 +234,12 @@ def patch_models(
         HostChanged: from :func:`plan_patches` or ``look``, before anything is touched.
     """
     plans: list[tuple[nn.Module, list[Patch]]] = []
+    names: dict[nn.Module, str] = {}
     for name, root in models:
+        if root in names:
+            report.left.append(Line(name, type(root).__name__, 0, f"the same model as {names[root]}"))
+            continue
+        names[root] = name
         if is_patched(root):
             if report.dry_run:
                 report.left.append(Line(name, type(root).__name__, 0, "accelerated already"))
@@ -233,23 +265,25 @@ def patch_models(
 
 
 def restore_module(root: nn.Module) -> Report:
-    """Undoes :func:`apply_patches`; its report names what others have replaced since and is therefore left."""
+    """Undoes :func:`apply_patches`, in ``root`` and in modules within it.
+
+    Its report names what is not where it was put: others have replaced it, or a chain of hooks hides it. That is
+    remembered, so that it can be tried again.
+    """
     report = Report("restored")
-    for patch in reversed(root.__dict__.pop(_RECORD, [])):
-        if not patch.undo():
-            report.left.append(Line(patch.name, patch.recipe.host, 1, "replaced by others since; left as it is"))
+    for module in root.modules():
+        kept = [patch for patch in reversed(module.__dict__.pop(_RECORD, [])) if not patch.undo()]
+        if kept:
+            module.__dict__[_RECORD] = _Record(reversed(kept))
+        report.left += [
+            Line(p.name, p.recipe.host, 1, "replaced or wrapped by others since; left as it is") for p in kept
+        ]
     return report
 
 
 def is_patched(root: nn.Module) -> bool:
-    """Whether patches of this module are remembered."""
-    return _RECORD in root.__dict__
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether the host has hooks on ``module``: its parameters may then be elsewhere until it is called."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or bool(registry is not None and registry.hooks)
+    """Whether patches of this module, or of one within it, are remembered."""
+    return any(_RECORD in module.__dict__ for module in root.modules())
 
 
 def _kinds(module: nn.Module) -> Iterator[str]:
@@ -267,6 +301,18 @@ def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
     return Patch(path, module, recipe, original, MethodType(recipe.forward, module))
 
 
+def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
+    """A class of the host's name, or a ``forward`` put into the host's class, that is not the host's own code."""
+    if recipe.package is None:
+        return None
+    owner: type = type(module.processor) if recipe.processor else type(module)
+    function = owner.__call__ if recipe.processor else owner.forward
+    for where in (owner.__module__, inspect.unwrap(function).__module__):
+        if where.split(".")[0] != recipe.package:
+            return f"not the code of {recipe.package}: it comes from {where}"
+    return None
+
+
 def _check_host(path: str, module: nn.Module, recipe: Recipe, host_version: str) -> None:
     def changed(what: str) -> HostChanged:
         return HostChanged(
@@ -274,7 +320,7 @@ def _check_host(path: str, module: nn.Module, recipe: Recipe, host_version: str)
             " nothing was changed"
         )
 
-    for need in recipe.needs:
+    for need in recipe.needs(module) if callable(recipe.needs) else recipe.needs:
         owner: Any = module
         for part in need.split("."):
             if not hasattr(owner, part):
@@ -291,33 +337,6 @@ def _check_host(path: str, module: nn.Module, recipe: Recipe, host_version: str)
         raise changed(f"no parameter {missing[0]!r} in its {where}")
     if surplus:
         raise changed(f"a parameter {surplus[0]!r} in its {where} that is not known")
-
-
-def _forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where callables of the chain around ``forward`` are kept, from the outside in."""
-    if "forward" in module.__dict__:
-        yield module, "forward"
-    if "_old_forward" in module.__dict__:  # accelerate's hooks
-        yield module, "_old_forward"
-    registry = getattr(module, "_diffusers_hook", None)
-    for reference in reversed(registry._fn_refs if registry is not None else []):
-        yield reference, "original_forward" if reference.original_forward is not None else "forward"
-
-
-def _own_forward(module: nn.Module) -> tuple[Any, str] | None:
-    """The slot that holds the class's own forward, the innermost of the chain; None if there is no such slot."""
-    for holder, attribute in _forward_slots(module):
-        value = getattr(holder, attribute)
-        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward:
-            return holder, attribute
-    return None
-
-
-def _foreign_forward(module: nn.Module) -> str | None:
-    """Why the chain around ``forward`` cannot be entered: something else stands where the class's own should."""
-    if _own_forward(module) is None and next(_forward_slots(module), None) is not None:
-        return "its forward has been replaced already"
-    return None
 
 
 def _set_processor(module: nn.Module, processor: Any) -> None:

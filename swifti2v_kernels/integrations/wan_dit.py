@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v_kernels.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
-from swifti2v_kernels.integrations.patching import hooked
+from swifti2v_kernels.integrations.hooks import hooked
 from swifti2v_kernels.integrations.sdpa import AttentionCalls, attend
 from swifti2v_kernels.qk_norm_rope import norm_rope, qk_norm_rope
 from swifti2v_kernels.rope import Rope3D
@@ -215,6 +215,8 @@ def block_forward(
 
     The residual stream has the dtype that the host's sums have from the first one on, float32 beside a float32 ``e``.
     """
+    if hooked(module.norm1) or hooked(module.norm2):
+        return type(module).forward(module, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
     table = module.modulation if e.ndim == 3 else module.modulation.unsqueeze(0)
     table = (table + e).unsqueeze(2) if e.ndim == 3 else table + e
     shift, scale, gate, c_shift, c_scale, c_gate = table.unbind(1 if e.ndim == 3 else 2)

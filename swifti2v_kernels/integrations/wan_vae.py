@@ -38,7 +38,7 @@ from swifti2v_kernels.integrations.wan_vae_layers import (
     time_padding,
     to_frames,
 )
-from swifti2v_kernels.integrations.wan_vae_weights import cast, nearby, readable, without_autocast
+from swifti2v_kernels.integrations.wan_vae_weights import cast, nearby, readable, watched, without_autocast
 
 Index = MutableSequence[int] | None
 Reason = Callable[[nn.Module], str | None]
@@ -64,7 +64,7 @@ def _diffusers_block_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
 ) -> Tensor:
     """``WanResidualBlock``."""
-    y = _run_block(x, _diffusers_block(module), module.dropout, feat_cache, feat_idx)
+    y = _run_block(module, x, _diffusers_block(module), module.dropout, feat_cache, feat_idx)
     return _host(module, x, feat_cache, feat_idx) if y is None else y
 
 
@@ -72,14 +72,16 @@ def _original_block_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
 ) -> Tensor:
     """``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
-    y = _run_block(x, _original_block(module), module.residual[5], feat_cache, feat_idx)
+    y = _run_block(module, x, _original_block(module), module.residual[5], feat_cache, feat_idx)
     return _host(module, x, feat_cache, feat_idx, final) if y is None else y
 
 
-def _run_block(x: Tensor, block: Block, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | None:
+def _run_block(
+    module: nn.Module, x: Tensor, block: Block, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index
+) -> Tensor | None:
     parts = [part for part in block if part is not None]
     convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
-    if (dropout.training and dropout.p) or not _are_convolutions(convs) or not readable(x, *parts):
+    if (dropout.training and dropout.p) or not _are_convolutions(convs) or not readable(x, *parts) or watched(module):
         return None
     frames = cast(x)
     with without_autocast(x):
@@ -116,7 +118,7 @@ def _original_resample_forward(
 def _run_resample(x: Tensor, module: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | None:
     parts = Resampling(module.mode, module.resample[1], getattr(module, "time_conv", None))
     convs = (parts.conv,) if parts.time_conv is None else (parts.conv, parts.time_conv)
-    if not _are_convolutions(convs) or not readable(x, module.resample, *convs):
+    if not _are_convolutions(convs) or not readable(x, *convs) or watched(module):
         return None
     frames = cast(x)
     with without_autocast(x):

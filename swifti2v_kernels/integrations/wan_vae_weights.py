@@ -19,12 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels.integrations.patching import hooked
+from swifti2v_kernels.integrations.hooks import hooked
 
 
 def readable(x: Tensor, *modules: nn.Module) -> bool:
     """Whether the parameters of all ``modules`` may be read without calling them, for an operator on ``x``."""
     return all(not _is_wrapped(module) and nearby(x, module) for module in modules)
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether something happens when a module within ``layer`` is called: its activation, say, which we do not call."""
+    return any(_is_wrapped(module) for module in layer.modules() if module is not layer)
 
 
 def nearby(x: Tensor, module: nn.Module) -> bool:
@@ -87,7 +92,7 @@ def channels_last(weight: Tensor) -> Tensor:
 
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether something happens when ``module`` is called that reading its weights would miss."""
-    if hooked(module) or module._forward_hooks or module._forward_pre_hooks:
+    if hooked(module):
         return True
     forward = module.__dict__.get("forward")
     if forward is None:

@@ -4,7 +4,7 @@
     accelerate(pipe)
 
 Attention processors are replaced through diffusers' own interface; the adaptive norms and residuals of a block, for
-which there is none, by the block's ``forward``, beneath whatever hooks it has. Weights are never copied or converted:
+which there is none, by the block's ``forward``, beneath whatever hooks it has. Of weights nothing is kept:
 projections are called as modules, so LoRA layers, offloading and quantised layers keep working. Known are Wan (2.1,
 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan
 transformer a model that is sampled segment by segment.
@@ -12,13 +12,14 @@ transformer a model that is sampled segment by segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from swifti2v_kernels.integrations.diffusers.csg import DiffusersWanWindow
-from swifti2v_kernels.integrations.patching import HostChanged, Recipe, Report, patch_models, restore_module
+from swifti2v_kernels.integrations.patching import HostChanged, Report, patch_models, restore_module
 
 __all__ = ["DiffusersWanWindow", "HostChanged", "Report", "accelerate", "restore"]
 
@@ -57,10 +58,8 @@ def accelerate(
     from swifti2v_kernels.integrations.diffusers import cogvideox, hunyuan_video, ltx_video, mochi, wan
     from swifti2v_kernels.integrations.wan_vae import RECIPES as WAN_VAE
 
-    recipes: Sequence[Recipe] = (
-        *(recipe for model in (wan, hunyuan_video, ltx_video, cogvideox, mochi) for recipe in model.RECIPES),
-        *WAN_VAE,
-    )
+    families = (wan.RECIPES, hunyuan_video.RECIPES, ltx_video.RECIPES, cogvideox.RECIPES, mochi.RECIPES, WAN_VAE)
+    recipes = [replace(recipe, package="diffusers") for family in families for recipe in family]
     version = f"diffusers {diffusers.__version__}"
     wanted = {"attention": attention, "norms": norms, "vae": vae}
     report = Report(f"swifti2v_kernels in {type(pipe_or_module).__name__} ({version})", dry_run)

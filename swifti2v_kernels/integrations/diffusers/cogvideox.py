@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from swifti2v_kernels import gated_residual, segment_attention
-from swifti2v_kernels.integrations.diffusers.parts import (
-    Processor,
-    in_parts,
-    layer_norm_modulate,
-    like,
-    norm_rotate,
-    residual_layer_norm,
-    token_rope,
-    token_rows,
-)
+from swifti2v_kernels.integrations.diffusers.attention import Processor, may_overwrite, norm_rotate, token_rope
+from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, modulated_norm, residual_norm, token_rows
+from swifti2v_kernels.integrations.hooks import watched
 from swifti2v_kernels.integrations.patching import Recipe
 
 
@@ -33,14 +25,15 @@ class CogVideoXProcessor(Processor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As diffusers' ``CogVideoXAttnProcessor2_0``."""
-        if self.declines or attention_mask is not None:
+        shared = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, *attn.to_out
+        if self.declines(attn, *shared) or attention_mask is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         queries, sources = [], []
         for stream, rope in ((encoder_hidden_states, None), (hidden_states, token_rope(image_rotary_emb))):
-            queries.append(norm_rotate(attn.to_q(stream), attn.norm_q, attn.heads, rope))
+            queries.append(norm_rotate(attn.to_q(stream), attn.norm_q, attn.heads, rope, inplace=False))
             # Upstream turns the keys of self-attention only.
             key_rope = None if attn.is_cross_attention else rope
-            k = norm_rotate(attn.to_k(stream), attn.norm_k, attn.heads, key_rope)
+            k = norm_rotate(attn.to_k(stream), attn.norm_k, attn.heads, key_rope, inplace=False)
             sources.append((k, attn.to_v(stream).unflatten(2, (attn.heads, -1))))
         outs = segment_attention(queries, sources)
         del queries, sources, k  # not needed while the results are projected
@@ -56,11 +49,13 @@ def _block(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    inplace = not torch.is_grad_enabled()
+    if watched(self, self.attn1):  # and would see one stream, not both
+        arguments = hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
+        return type(self).forward(self, *arguments)
     streams = token_rows(hidden_states), token_rows(encoder_hidden_states)
     first, second = _modulations(self.norm1, temb), _modulations(self.norm2, temb)
     normed = [
-        layer_norm_modulate(stream, self.norm1.norm, shift, scale)
+        modulated_norm(stream, self.norm1.norm, shift, scale)
         for stream, (shift, scale, _) in zip(streams, first, strict=True)
     ]
     updates = self.attn1(
@@ -71,9 +66,9 @@ def _block(
     )
     results = []
     for stream, update, (_, _, gate), (shift, scale, gate_ff) in zip(streams, updates, first, second, strict=True):
-        stream, y = residual_layer_norm(stream, update, gate, self.norm2.norm, shift, scale)
+        stream, y = residual_norm(stream, update, gate, self.norm2.norm, shift, scale)
         update = like(in_parts(self.ff, y, modules=[self.ff]), stream)
-        results.append(gated_residual(stream, update, gate_ff, inplace=inplace))
+        results.append(gated_residual(stream, update, gate_ff, inplace=may_overwrite(self.norm2.norm)))
     return results[0], results[1]
 
 
@@ -97,7 +92,7 @@ RECIPES = (
         "norms",
         "norm_modulate, gated_residual_norm_modulate, gated_residual",
         (
-            *(f"{norm}.{part}" for norm in ("norm1", "norm2") for part in ("linear", "silu", "norm.weight")),
+            *(f"{norm}.{part}" for norm in ("norm1", "norm2") for part in ("linear", "silu", "norm")),
             *("attn1", "ff"),
         ),
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "attention_kwargs"),

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
-from swifti2v_kernels.integrations.diffusers.parts import (
+from swifti2v_kernels import gated_residual, segment_attention
+from swifti2v_kernels.integrations.diffusers.attention import (
     Processor,
     backend_is_free,
-    in_parts,
-    like,
+    may_overwrite,
     norm_rotate_pair,
     prefix_lengths,
     token_rope,
-    token_rows,
 )
+from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, modulated_norm, residual_norm, token_rows
+from swifti2v_kernels.integrations.hooks import only_moves, watched
 from swifti2v_kernels.integrations.patching import Recipe
 
 
@@ -39,11 +39,12 @@ class HunyuanVideoProcessor(Processor):
         """As diffusers' ``HunyuanVideoAttnProcessor2_0``; of masks, the model's own over keys ``[B, 1, 1, L]``."""
         x, text = hidden_states, encoder_hidden_states
         known_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1))
-        if self.declines or text is None or not known_mask:
+        shared = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k) if attn.add_q_proj is None else ()
+        if self.declines(attn, *shared) or text is None or not known_mask:
             return self.original(attn, x, text, attention_mask, image_rotary_emb)
-        heads = attn.heads
+        heads, inplace = attn.heads, may_overwrite(attn.to_q, attn.to_k, attn.add_q_proj, attn.add_k_proj)
         q, k = norm_rotate_pair(
-            attn.to_q(x), attn.to_k(x), attn.norm_q, attn.norm_k, heads, token_rope(image_rotary_emb)
+            attn.to_q(x), attn.to_k(x), attn.norm_q, attn.norm_k, heads, token_rope(image_rotary_emb), inplace
         )
         v = attn.to_v(x).unflatten(2, (heads, -1))
         if attn.add_q_proj is None:
@@ -52,7 +53,7 @@ class HunyuanVideoProcessor(Processor):
         else:
             text_q, text_k, text_v = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             norms = attn.norm_added_q, attn.norm_added_k
-        text_q, text_k = norm_rotate_pair(text_q, text_k, *norms, heads, None)
+        text_q, text_k = norm_rotate_pair(text_q, text_k, *norms, heads, None, inplace)
         lengths = None if attention_mask is None else prefix_lengths(attention_mask[:, 0, 0, x.shape[1] :])
         out, text_out = segment_attention(
             [q, text_q],
@@ -93,6 +94,8 @@ def _dual_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
+        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis)
     return _dual(self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, None, None)
 
 
@@ -106,9 +109,10 @@ def _dual_block_token_replace(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _dual(
-        self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
-    )
+    arguments = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
+    if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
+        return type(self).forward(self, *arguments)
+    return _dual(self, *arguments)
 
 
 def _dual(
@@ -121,16 +125,13 @@ def _dual(
     replace_emb: Tensor | None,
     num_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
-    inplace = not torch.is_grad_enabled()
     x, text = token_rows(x), token_rows(text)
     frames = 1 if num_tokens is None else x.shape[1] // num_tokens
     streams = [
         (x, _Modulation(self.norm1, 6, temb, replace_emb, frames), self.norm1, self.norm2, self.ff),
         (text, _Modulation(self.norm1_context, 6, temb), self.norm1_context, self.norm2_context, self.ff_context),
     ]
-    normed = [
-        norm_modulate(s, m.shift, m.scale, block_map=m.block_map, eps=first.norm.eps) for s, m, first, _, _ in streams
-    ]
+    normed = [modulated_norm(s, first.norm, m.shift, m.scale, m.block_map) for s, m, first, _, _ in streams]
     updates = self.attn(
         hidden_states=normed[0],
         encoder_hidden_states=normed[1],
@@ -140,10 +141,9 @@ def _dual(
     results = []
     for (stream, m, _, second, feed_forward), update in zip(streams, updates, strict=True):
         shift, scale, gate = m.mlp
-        stream, y = gated_residual_norm_modulate(
-            stream, like(update, stream), m.gate, shift, scale, block_map=m.block_map, eps=second.eps
-        )
+        stream, y = residual_norm(stream, update, m.gate, second, shift, scale, m.block_map)
         update = like(in_parts(feed_forward, y, modules=[feed_forward]), stream)
+        inplace = may_overwrite(second)
         results.append(gated_residual(stream, update, gate, block_map=m.block_map, inplace=inplace))
     return results[0], results[1]
 
@@ -158,7 +158,10 @@ def _single_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _single(self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, None, None)
+    arguments = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+    if watched(self, self.attn):  # and would see one stream, not both
+        return type(self).forward(self, *arguments)
+    return _single(self, *arguments, None, None)
 
 
 def _single_block_token_replace(
@@ -171,16 +174,10 @@ def _single_block_token_replace(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _single(
-        self,
-        hidden_states,
-        encoder_hidden_states,
-        temb,
-        attention_mask,
-        image_rotary_emb,
-        token_replace_emb,
-        num_tokens,
-    )
+    arguments = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+    if watched(self, self.attn):
+        return type(self).forward(self, *arguments, token_replace_emb, num_tokens)
+    return _single(self, *arguments, token_replace_emb, num_tokens)
 
 
 def _single(
@@ -200,7 +197,7 @@ def _single(
 
     frames = 1 if num_tokens is None else x.shape[1] // num_tokens
     streams = [(x, _Modulation(self.norm, 3, temb, replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
-    normed = [norm_modulate(s, m.shift, m.scale, block_map=m.block_map, eps=self.norm.norm.eps) for s, m in streams]
+    normed = [modulated_norm(s, self.norm.norm, m.shift, m.scale, m.block_map) for s, m in streams]
     updates = self.attn(
         hidden_states=normed[0],
         encoder_hidden_states=normed[1],
@@ -209,7 +206,7 @@ def _single(
     )
     results = []
     for (stream, m), y, update in zip(streams, normed, updates, strict=True):
-        update = in_parts(mlp, y, update, modules=[self.proj_mlp, self.act_mlp, self.proj_out])
+        update = in_parts(mlp, y, update, modules=[self.attn, self.proj_mlp, self.act_mlp, self.proj_out])
         results.append(gated_residual(stream, like(update, stream), m.gate, block_map=m.block_map))
     return results[0], results[1]
 
@@ -221,12 +218,19 @@ def _plain_norm(block: nn.Module) -> str | None:
     return None
 
 
+def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
+    """Of a dual block, also what the text goes through."""
+    needs = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "add_q_proj")
+    dual = getattr(attn, "add_q_proj", None) is not None
+    return (*needs, "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out") if dual else needs
+
+
 _BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
 _DUAL = (
-    *(f"{norm}.{part}" for norm in ("norm1", "norm1_context") for part in ("linear", "silu", "norm.eps")),
-    *("attn", "norm2.eps", "norm2_context.eps", "ff", "ff_context"),
+    *(f"{norm}.{part}" for norm in ("norm1", "norm1_context") for part in ("linear", "silu", "norm")),
+    *("attn", "norm2", "norm2_context", "ff", "ff_context"),
 )
-_SINGLE = ("norm.linear", "norm.silu", "norm.norm.eps", "attn", "act_mlp", "proj_mlp", "proj_out")
+_SINGLE = ("norm.linear", "norm.silu", "norm.norm", "attn", "act_mlp", "proj_mlp", "proj_out")
 _STREAMS = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
 _REPLACED = ("token_replace_emb", "num_tokens")
 
@@ -235,7 +239,7 @@ RECIPES = (
         "HunyuanVideoAttnProcessor2_0",
         "attention",
         "qk_norm_rope, segment_attention over video and text",
-        ("to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "add_q_proj"),
+        _attention_needs,
         ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
         processor=HunyuanVideoProcessor,
         fits=backend_is_free,

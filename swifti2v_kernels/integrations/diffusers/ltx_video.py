@@ -7,24 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import (
-    gated_residual,
-    gated_residual_norm_modulate,
-    norm_modulate,
-    norm_rope,
-    rope_from_tokens,
-    segment_attention,
-)
-from swifti2v_kernels.integrations.diffusers.parts import (
+from swifti2v_kernels import gated_residual, norm_rope, rope_from_tokens, segment_attention
+from swifti2v_kernels.integrations.diffusers.attention import (
     Processor,
     backend_is_free,
-    in_parts,
-    like,
-    modulation_rows,
+    may_overwrite,
     norm_rotate_pair,
     prefix_lengths,
     rms_parameters,
     rotate,
+)
+from swifti2v_kernels.integrations.diffusers.norms import (
+    in_parts,
+    like,
+    modulated_norm,
+    modulation_rows,
+    residual_norm,
     token_rows,
 )
 from swifti2v_kernels.integrations.patching import Recipe
@@ -43,15 +41,16 @@ class LTXVideoProcessor(Processor):
     ) -> Tensor:
         """As diffusers' ``LTXVideoAttnProcessor``; of masks, text padding as the model makes it (0 and -10000)."""
         known_mask = attention_mask is None or (attention_mask.ndim == 3 and attention_mask.shape[1] == 1)
-        if self.declines or not known_mask:
+        if self.declines(attn) or not known_mask:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        inplace = may_overwrite(attn.to_q, attn.to_k)
         if image_rotary_emb is None:
-            q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, None)
+            q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, None, inplace)
         else:
             q, k = (
-                _norm_rotate_width(x, norm, attn.heads, image_rotary_emb)
+                _norm_rotate_width(x, norm, attn.heads, image_rotary_emb, inplace)
                 for x, norm in ((q, attn.norm_q), (k, attn.norm_k))
             )
         lengths = None if attention_mask is None else _text_lengths(attention_mask)
@@ -70,17 +69,19 @@ def _text_lengths(bias: Tensor) -> Tensor:
     return torch.where(lengths == 0, keeps.shape[1], lengths)
 
 
-def _norm_rotate_width(x: Tensor, norm: nn.Module, heads: int, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+def _norm_rotate_width(
+    x: Tensor, norm: nn.Module, heads: int, rotary_emb: tuple[Tensor, Tensor], inplace: bool
+) -> Tensor:
     """Norm over the width and angles of the whole width, which is one head to the operator; tables per batch entry."""
     cos, sin = (table[..., 0::2] for table in rotary_emb)  # [B, L, C / 2]
     parameters = rms_parameters(norm, x)
     if parameters is None or torch.is_grad_enabled():
         y = rotate(norm(x).unsqueeze(2), torch.stack((cos, sin), dim=-1))
     else:
+        y = x if inplace else x.clone()
         for i in range(x.shape[0]):
             rope = rope_from_tokens(cos[i % cos.shape[0]], sin[i % sin.shape[0]])
-            norm_rope(x[i : i + 1], parameters[0], rope, 1, eps=parameters[1], inplace=True)
-        y = x
+            norm_rope(y[i : i + 1], parameters[0], rope, 1, eps=parameters[1], inplace=True)
     return y.view(*x.shape[:2], heads, -1)
 
 
@@ -94,23 +95,15 @@ def _block(
 ) -> Tensor:
     x = token_rows(hidden_states)
     row = modulation_rows(self.scale_shift_table, temb.unflatten(2, (self.scale_shift_table.shape[0], -1)))
-    y = norm_modulate(x, row(0), row(1), norm="rms", eps=self.norm1.eps)
+    y = modulated_norm(x, self.norm1, row(0), row(1))
     update = self.attn1(hidden_states=y, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
     x = gated_residual(x, like(update, x), row(2))
     update = self.attn2(
         x, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=None, attention_mask=encoder_attention_mask
     )
-    inplace = not torch.is_grad_enabled()
-    x, y = gated_residual_norm_modulate(
-        x, like(update, x), None, row(3), row(4), norm="rms", eps=self.norm2.eps, inplace=inplace
-    )
-    return gated_residual(x, like(in_parts(self.ff, y, modules=[self.ff]), x), row(5), inplace=inplace)
-
-
-def _plain_norms(block: nn.Module) -> str | None:
-    if block.norm1.weight is not None or block.norm2.weight is not None:
-        return "its norms have weights of their own"
-    return None
+    x, y = residual_norm(x, update, None, self.norm2, row(3), row(4), inplace=may_overwrite(self.attn2))
+    update = like(in_parts(self.ff, y, modules=[self.ff]), x)
+    return gated_residual(x, update, row(5), inplace=may_overwrite(self.norm2))
 
 
 RECIPES = (
@@ -127,9 +120,8 @@ RECIPES = (
         "LTXVideoTransformerBlock",
         "norms",
         "norm_modulate, gated_residual_norm_modulate, gated_residual",
-        ("norm1.eps", "norm1.weight", "attn1", "norm2.eps", "norm2.weight", "attn2", "ff", "scale_shift_table"),
+        ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table"),
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
         forward=_block,
-        fits=_plain_norms,
     ),
 )

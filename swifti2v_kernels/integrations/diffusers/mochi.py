@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
-from swifti2v_kernels.integrations.diffusers.parts import (
+from swifti2v_kernels.integrations.diffusers.attention import (
     Processor,
-    in_parts,
-    like,
+    may_overwrite,
     norm_rotate,
     norm_rotate_pair,
     prefix_lengths,
-    token_rows,
 )
+from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, token_rows
+from swifti2v_kernels.integrations.hooks import only_moves
 from swifti2v_kernels.integrations.patching import Recipe
 
 
@@ -36,14 +36,17 @@ class MochiProcessor(Processor):
     ) -> tuple[Tensor, Tensor]:
         """As diffusers' ``MochiAttnProcessor2_0``; the mask ``[B, L]`` is padded behind the text."""
         x, text, heads = hidden_states, encoder_hidden_states, attn.heads
-        if self.declines:
+        # In training, the text queries of the last block, whose results nobody uses, get gradients of zeros upstream:
+        # without any, wrappers for data-parallel training stop.
+        if self.declines(attn) or (torch.is_grad_enabled() and not hasattr(attn, "to_add_out")):
             return self.original(attn, x, text, attention_mask, image_rotary_emb)
-        q = norm_rotate(attn.to_q(x), attn.norm_q, heads, None)
-        k = norm_rotate(attn.to_k(x), attn.norm_k, heads, None)
+        inplace = may_overwrite(attn.to_q, attn.to_k, attn.add_q_proj, attn.add_k_proj)
+        q = norm_rotate(attn.to_q(x), attn.norm_q, heads, None, inplace)
+        k = norm_rotate(attn.to_k(x), attn.norm_k, heads, None, inplace)
         if image_rotary_emb is not None:
             q, k = (_rotate_heads(y, *image_rotary_emb) for y in (q, k))
         text_q, text_k = norm_rotate_pair(
-            attn.add_q_proj(text), attn.add_k_proj(text), attn.norm_added_q, attn.norm_added_k, heads, None
+            attn.add_q_proj(text), attn.add_k_proj(text), attn.norm_added_q, attn.norm_added_k, heads, None, inplace
         )
         lengths = prefix_lengths(attention_mask)
         sources = [
@@ -72,6 +75,12 @@ def _block(
     encoder_attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    called = (".linear", ".linear_1", ".silu")
+    if any(
+        not only_moves(m) for name, m in self.named_modules() if name.startswith("norm") and not name.endswith(called)
+    ):
+        arguments = hidden_states, encoder_hidden_states, temb, encoder_attention_mask, image_rotary_emb
+        return type(self).forward(self, *arguments)
     hidden_states, encoder_hidden_states = token_rows(hidden_states), token_rows(encoder_hidden_states)
     video = _Stream(self.norm1, temb)
     text = None if self.context_pre_only else _Stream(self.norm1_context, temb)
@@ -104,14 +113,21 @@ class _Stream:
         return norm_modulate(x, self.shift, self.scale, norm="rms", eps=self.eps)
 
     def rest(self, x: Tensor, update: Tensor, norms: tuple[Any, Any, Any], feed_forward: nn.Module) -> Tensor:
-        inplace = not torch.is_grad_enabled()
-        update = norm_modulate(like(update, x), norm="rms", eps=norms[0].eps, inplace=inplace)
+        # What modules return may be kept by who watches or caches them, so only sums of our own are overwritten.
+        update = norm_modulate(like(update, x), norm="rms", eps=norms[0].eps)
         x, y = gated_residual_norm_modulate(
             x, update, self.gate, self.shift, self.scale_mlp, norm="rms", eps=norms[1].eps
         )
         update = in_parts(feed_forward, y, modules=[feed_forward])
-        update = norm_modulate(like(update, x), norm="rms", eps=norms[2].eps, inplace=inplace)
-        return gated_residual(x, update, self.gate_mlp, inplace=inplace)
+        update = norm_modulate(like(update, x), norm="rms", eps=norms[2].eps)
+        return gated_residual(x, update, self.gate_mlp, inplace=not torch.is_grad_enabled())
+
+
+def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
+    """In all but the last block the text comes out again."""
+    needs = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "context_pre_only")
+    needs += ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+    return needs if getattr(attn, "context_pre_only", True) else (*needs, "to_add_out")
 
 
 RECIPES = (
@@ -119,10 +135,7 @@ RECIPES = (
         "MochiAttnProcessor2_0",
         "attention",
         "segment_attention over video and text, norm_rope (rotation, an angle per head: PyTorch)",
-        (
-            *("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads"),
-            *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"),
-        ),
+        _attention_needs,
         ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
         processor=MochiProcessor,
     ),

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
-from swifti2v_kernels.integrations.diffusers.parts import (
+from swifti2v_kernels import gated_residual, segment_attention
+from swifti2v_kernels.integrations.diffusers.attention import (
     Processor,
     backend_is_free,
-    in_parts,
-    like,
-    modulation_rows,
+    may_overwrite,
     norm_rotate,
     norm_rotate_pair,
-    residual_layer_norm,
     token_rope,
+)
+from swifti2v_kernels.integrations.diffusers.norms import (
+    in_parts,
+    like,
+    modulated_norm,
+    modulation_rows,
+    residual_norm,
     token_rows,
 )
 from swifti2v_kernels.integrations.patching import Recipe
@@ -38,7 +41,7 @@ class WanProcessor(Processor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As diffusers' ``WanAttnProcessor``."""
-        if self.declines or attention_mask is not None:
+        if self.declines(attn) or attention_mask is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         image = None
         if attn.add_k_proj is not None and encoder_hidden_states is not None:
@@ -46,11 +49,12 @@ class WanProcessor(Processor):
                 [encoder_hidden_states.shape[1] - TEXT_TOKENS], dim=1
             )
         q, k, v = _projections(attn, hidden_states, encoder_hidden_states)
-        q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, token_rope(rotary_emb))
+        inplace = may_overwrite(*(getattr(attn, name, None) for name in ("to_q", "to_k", "to_qkv", "to_kv")))
+        q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, token_rope(rotary_emb), inplace)
         out = segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))])
         if image is not None:
             k, v = attn.to_added_kv(image).chunk(2, dim=-1) if attn.fused_projections else _added(attn, image)
-            k = norm_rotate(k, attn.norm_added_k, attn.heads, None)
+            k = norm_rotate(k, attn.norm_added_k, attn.heads, None, inplace=False)
             out = out + segment_attention(q, [(k, v.unflatten(2, (attn.heads, -1)))])
         del q, k, v  # not needed while the result is projected
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
@@ -76,17 +80,18 @@ def _block(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any)
     # A timestep per token: [B, L, 6, C].
     row = modulation_rows(self.scale_shift_table[0], temb if temb.ndim == 4 else temb.unsqueeze(1))
     x = token_rows(x)
-    y = norm_modulate(x, row(0), row(1), eps=self.norm1.eps)
+    y = modulated_norm(x, self.norm1, row(0), row(1), wide=True)
     update = self.attn1(y, None, None, rotary_emb)
-    if isinstance(self.norm2, nn.LayerNorm):
-        x, y = residual_layer_norm(x, update, row(2), self.norm2, None, None)
-    else:
+    if isinstance(self.norm2, nn.Identity):
         x = y = gated_residual(x, like(update, x), row(2))
-    # The block's input may be needed by the caller; what it has become is ours to overwrite, but for its norm's input.
-    inplace = not torch.is_grad_enabled()
-    update = like(self.attn2(y, context, None, None), x)
-    x, y = gated_residual_norm_modulate(x, update, None, row(3), row(4), eps=self.norm3.eps, inplace=inplace)
-    return gated_residual(x, like(in_parts(self.ffn, y, modules=[self.ffn]), x), row(5), inplace=inplace)
+    else:
+        x, y = residual_norm(x, update, row(2), self.norm2, wide=True)
+    update = self.attn2(y, context, None, None)
+    # The block's input may be needed by the caller, and what has been handed to a module by who watches that module.
+    inplace = may_overwrite(self.norm2, self.attn2)
+    x, y = residual_norm(x, update, None, self.norm3, row(3), row(4), wide=True, inplace=inplace)
+    update = like(in_parts(self.ffn, y, modules=[self.ffn]), x)
+    return gated_residual(x, update, row(5), inplace=may_overwrite(self.norm3))
 
 
 def _wan_block(
@@ -110,7 +115,7 @@ def _vace_block(
 
 
 _ATTENTION = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "add_k_proj", "fused_projections")
-_BLOCK = ("norm1.eps", "attn1", "norm2", "attn2", "norm3.eps", "ffn", "scale_shift_table")
+_BLOCK = ("norm1", "attn1", "norm2", "attn2", "norm3", "ffn", "scale_shift_table")
 _BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
 
 RECIPES = (

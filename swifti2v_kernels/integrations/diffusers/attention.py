@@ -1,0 +1,150 @@
+"""Attention processors of all diffusers models on our operators: what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
+from swifti2v_kernels.integrations.hooks import hook_kinds, hooked, hooked_inside, only_moves
+
+
+class Processor:
+    """An attention processor in place of diffusers' own, which it keeps for what it does not take.
+
+    The class attributes are diffusers' protocol: ``set_attention_backend`` and ``enable_parallelism`` write them. Where
+    somebody has chosen a backend or context parallelism, diffusers' own processor computes.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def declines(self, attn: nn.Module, *shared: nn.Module | None) -> bool:
+        """Whether diffusers' own processor is to be called instead.
+
+        Args:
+            attn: the attention module.
+            shared: modules that diffusers calls once for all tokens and we for each stream: whatever hooks on them do
+                to the tokens, they must see all of them.
+        """
+        self.hand_back()
+        if self._attention_backend is not None or self._parallel_config is not None or chosen_backend() is not None:
+            return True
+        # Skips attention by catching the call of torch's that is in diffusers' own processor.
+        if "AttentionProcessorSkipHook" in hook_kinds(attn):
+            return True
+        return any(not only_moves(module) for module in shared if module is not None)
+
+    def hand_back(self) -> None:
+        """Gives the original what was chosen since, for when it computes."""
+        for name in ("_attention_backend", "_parallel_config"):
+            if hasattr(self.original, name):
+                setattr(self.original, name, getattr(self, name))
+
+
+def chosen_backend() -> str | None:
+    """The attention backend that is active for the whole process, if it is not the usual one: by
+    ``attention_backend(...)``, ``set_attention_backend`` or an environment variable."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    return None if active == AttentionBackendName.NATIVE else str(getattr(active, "value", active))
+
+
+def backend_is_free(attn: nn.Module) -> str | None:
+    """Why an attention module is left alone: a backend or context parallelism was chosen for it before."""
+    backend = getattr(attn.processor, "_attention_backend", None)
+    if backend is not None:
+        return f"the attention backend {getattr(backend, 'value', backend)} was chosen for it"
+    if getattr(attn.processor, "_parallel_config", None) is not None:
+        return "context parallelism is enabled for it"
+    active = chosen_backend()
+    return None if active is None else f"the attention backend {active} is active"
+
+
+def may_overwrite(*producers: nn.Module | None) -> bool:
+    """Whether outputs of these modules are ours to overwrite: nobody can have kept them, and no gradient needs them."""
+    return not torch.is_grad_enabled() and not hooked_inside(*producers)
+
+
+def token_rope(rotary_emb: tuple[Tensor, Tensor] | None) -> Rope3D | None:
+    """From diffusers' (cos, sin), each ``[L, D]`` or ``[1, L, 1, D]`` with every value twice."""
+    if rotary_emb is None:
+        return None
+    cos, sin = (table.reshape(-1, table.shape[-1])[:, 0::2] for table in rotary_emb)
+    return rope_from_tokens(cos, sin)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """``x [B, L, H, D]`` turned by ``table [L, pairs, 2]`` or ``[B, L, pairs, 2]``, in float32, by PyTorch."""
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rms_parameters(norm: nn.Module | None, x: Tensor) -> tuple[Tensor, float] | None:
+    """Weight and epsilon of an RMSNorm that the fused operator can take over for ``x``, else None.
+
+    A module with hooks is called, since its weight may be on another device until then.
+    """
+    if norm is None or type(norm).__name__ not in ("RMSNorm", "MochiRMSNorm") or hooked(norm):
+        return None
+    weight = norm.weight
+    if weight is None or getattr(norm, "bias", None) is not None or weight.device != x.device:
+        return None
+    return weight, torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+
+
+def norm_rotate_pair(
+    q: Tensor,
+    k: Tensor,
+    norm_q: nn.Module | None,
+    norm_k: nn.Module | None,
+    heads: int,
+    rope: Rope3D | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one projection, ``[B, L, H*D]`` each, normed and rotated: ``[B, L, H, D]``, by one launch.
+
+    ``inplace``: where the projections' outputs are (:func:`may_overwrite`).
+    """
+    first, second = rms_parameters(norm_q, q), rms_parameters(norm_k, k)
+    same = first is not None and second is not None and q.shape[2] == k.shape[2] and first[1] == second[1]
+    if first is None or second is None or not same or first[0].dtype != second[0].dtype:
+        return norm_rotate(q, norm_q, heads, rope, inplace), norm_rotate(k, norm_k, heads, rope, inplace)
+    return qk_norm_rope(q, k, first[0], second[0], rope, heads, eps=first[1], inplace=inplace)
+
+
+def norm_rotate(x: Tensor, norm: nn.Module | None, heads: int, rope: Rope3D | None, inplace: bool) -> Tensor:
+    """One projection's output, ``[B, L, H*D]``, normed (over the width or per head) and rotated: ``[B, L, H, D]``."""
+    parameters = rms_parameters(norm, x)
+    if parameters is not None:
+        weight, eps = parameters
+        return norm_rope(x, weight, rope, heads, eps=eps, inplace=inplace)
+    weight = getattr(norm, "weight", None)
+    over_width = weight is not None and weight.shape[-1] == x.shape[2] and heads > 1
+    if norm is None:
+        y = x.unflatten(2, (heads, -1))
+    else:
+        y = norm(x).unflatten(2, (heads, -1)) if over_width else norm(x.unflatten(2, (heads, -1)))
+    return y if rope is None else rotate(y, rope.t)
+
+
+def prefix_lengths(mask: Tensor) -> Tensor:
+    """How many text tokens of each entry count, int32 ``[B]``, from a mask ``[B, L]``, true where they do.
+
+    The mask must be padded behind the text, as those of the text encoders are; anything else stops with this message
+    (on a GPU, where reading the mask would stop the stream, by an assertion on the device).
+    """
+    mask = mask.to(torch.bool)
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    expected = torch.arange(mask.shape[1], device=mask.device) < lengths.unsqueeze(1)
+    torch._assert_async(
+        (mask == expected).all(), "attention_mask: expected text padded behind its tokens; restore() takes any mask"
+    )
+    return lengths
