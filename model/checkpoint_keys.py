@@ -13,10 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from model.config import VAE_LATENT_STATISTICS, DiTConfig, VAEConfig
+from model.config import VAE_LATENT_STATISTICS, DiTConfig, VAEConfig, check_count
 from model.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+#: Number of a stage in a key; longer ones number nothing, and Python refuses to make integers of the longest.
+_INDEX = r"\d{1,4}"
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "model.", "vae.")
 #: Prefixes of the parts in files that hold a whole pipeline, as ComfyUI saves its checkpoints.
@@ -158,11 +161,14 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
     }
     nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in keys)
     # In the flat numbering of version 2.1 a decoder stage is its residual blocks and one resampler.
-    flat = sorted(int(name.split(".")[2]) for name in resamplers if name.startswith("decoder.")) if not nested else []
+    stages = [re.fullmatch(rf"decoder\.upsamples\.({_INDEX})", name) for name in resamplers] if not nested else []
+    flat = sorted(int(stage[1]) for stage in stages if stage)
     per_stage = flat[0] + 1 if flat else 1
 
     def rename(key: str) -> str:
-        name = re.match(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)(?:\.(?:down|up)samples\.(\d+))?\.", key)
+        name = re.match(
+            rf"(encoder\.downsamples|decoder\.upsamples)\.({_INDEX})(?:\.(?:down|up)samples\.({_INDEX}))?\.", key
+        )
         if name is None:
             return _apply(_VAE_RULES, key)
         side, stage, rest = name[1].split(".")[0], int(name[2]), key[name.end() :]
@@ -182,31 +188,43 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    return 1 + max((int(m[1]) for m in (re.match(pattern, key) for key in shapes) if m), default=-1)
+    """How many different numbers keys have; one far too high for the others is then surplus, and asks for no model."""
+    return len({m[1] for m in (re.match(pattern, key) for key in shapes) if m})
+
+
+def _sizes(shapes: Shapes, key: str, dims: int, part: str) -> tuple[int, ...]:
+    """The shape of a tensor that decides, which has ``dims`` dimensions."""
+    shape = shapes.get(key)
+    if shape is None:
+        raise InputError(f"not a Wan {part} checkpoint: tensor {key!r} is missing")
+    if len(shape) != dims or 0 in shape:
+        raise InputError(
+            f"not a Wan {part} checkpoint: tensor {key!r} has the shape {list(shape)}, expected {dims} sizes above 0"
+        )
+    return shape
 
 
 def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTConfig:
     """The configuration of a DiT from its tensors' shapes (this project's names) and the original ``config.json``.
 
     Raises:
-        InputError: a tensor that decides is missing, or the number of heads cannot be known.
+        InputError: a tensor that decides is missing or has another number of dimensions, the configuration holds no
+            sensible values, or the number of heads cannot be known.
     """
-    try:
-        dim, in_channels, *patch = shapes["patch_embedding.weight"]
-        head_out = shapes["proj_out.weight"][0]
-        text_dim = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
-        freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
-        ffn_dim = shapes["blocks.0.ffn.net.0.proj.weight"][0]
-    except KeyError as error:
-        raise InputError(f"not a Wan DiT checkpoint: tensor {error} is missing") from error
+    dim, in_channels, *patch = _sizes(shapes, "patch_embedding.weight", 5, "DiT")
+    head_out = _sizes(shapes, "proj_out.weight", 2, "DiT")[0]
+    text_dim = _sizes(shapes, "condition_embedder.text_embedder.linear_1.weight", 2, "DiT")[1]
+    freq_dim = _sizes(shapes, "condition_embedder.time_embedder.linear_1.weight", 2, "DiT")[1]
+    ffn_dim = _sizes(shapes, "blocks.0.ffn.net.0.proj.weight", 2, "DiT")[0]
     heads = original_config.get("num_heads", dim // 128 if dim % 128 == 0 else None)
     if heads is None:
         raise InputError(
             f"the number of heads cannot be read from the tensors (width {dim} is not a multiple of Wan's 128);"
             " put a config.json beside the file or pass config="
         )
-    position = shapes.get("condition_embedder.image_embedder.pos_embed")
-    image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
+    if dim % check_count("num_heads", heads):
+        raise InputError(f"num_heads: expected a divisor of the width {dim}, got {heads}")
+    position, image_norm = (f"condition_embedder.image_embedder.{name}" for name in ("pos_embed", "norm1.weight"))
     return DiTConfig(
         num_heads=heads,
         head_dim=dim // heads,
@@ -219,9 +237,9 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
         patch_size=tuple(patch),
         cross_attn_norm="blocks.0.norm2.weight" in shapes,
         eps=original_config.get("eps", 1e-6),
-        image_dim=image_norm[0] if image_norm else None,
+        image_dim=_sizes(shapes, image_norm, 1, "DiT")[0] if image_norm in shapes else None,
         added_kv="blocks.0.attn2.add_k_proj.weight" in shapes,
-        pos_embed_seq_len=position[1] if position else None,
+        pos_embed_seq_len=_sizes(shapes, position, 3, "DiT")[1] if position in shapes else None,
     )
 
 
@@ -229,14 +247,12 @@ def infer_vae_config(shapes: Shapes) -> VAEConfig:
     """The configuration of a VAE from its tensors' shapes (this project's names).
 
     Raises:
-        InputError: a tensor that decides is missing, or the latent statistics of this z_dim are not published.
+        InputError: a tensor that decides is missing or has another number of dimensions, or the latent statistics of
+            this z_dim are not published.
     """
-    try:
-        base_dim, pixel_channels = shapes["encoder.conv_in.weight"][:2]
-        z_dim = shapes["post_quant_conv.weight"][0]
-        decoder_last = shapes["decoder.conv_out.weight"][1]
-    except KeyError as error:
-        raise InputError(f"not a Wan VAE checkpoint: tensor {error} is missing") from error
+    base_dim, pixel_channels = _sizes(shapes, "encoder.conv_in.weight", 5, "VAE")[:2]
+    z_dim = _sizes(shapes, "post_quant_conv.weight", 5, "VAE")[0]
+    decoder_last = _sizes(shapes, "decoder.conv_out.weight", 5, "VAE")[1]
     if z_dim not in VAE_LATENT_STATISTICS:
         raise InputError(
             f"latents_mean and latents_std are known for z_dim 16 and 48, not for {z_dim};"
@@ -245,16 +261,18 @@ def infer_vae_config(shapes: Shapes) -> VAEConfig:
     residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes
     num_blocks = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
     if residual:
-        widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(num_blocks)]
+        firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(num_blocks)]
         num_res_blocks = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
         temporal = [f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in shapes for i in range(num_blocks - 1)]
     else:
         down = [i for i in range(num_blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
         num_res_blocks = down[0] if down else num_blocks
-        starts = range(0, num_blocks, num_res_blocks + 1)
-        widths = [shapes[f"encoder.down_blocks.{i}.conv1.weight"][0] for i in starts]
+        # Without any block the first is asked for all the same, and missed.
+        starts = range(0, max(num_blocks, 1), num_res_blocks + 1)
+        firsts = [f"encoder.down_blocks.{i}.conv1.weight" for i in starts]
         temporal = [f"encoder.down_blocks.{i}.time_conv.weight" in shapes for i in down]
-    dim_mult = tuple(width // base_dim for width in widths)
+    widths = [_sizes(shapes, first, 5, "VAE")[0] for first in firsts]
+    dim_mult = tuple(check_count("dim_mult", width // base_dim) for width in widths)
     mean, std = VAE_LATENT_STATISTICS[z_dim]
     return VAEConfig(
         base_dim=base_dim,

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from model.errors import InputError
 
 MASK_CHANNELS = 4
+
+
+def check_count(name: str, value: Any) -> int:
+    """``value`` if it is an integer of at least 1.
+
+    Raises:
+        InputError: it is not; the message names ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value
+
+
+def _check_list(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{name}: expected a list, got {value!r}")
+    return tuple(value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _check_above_zero(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if value <= 0:
+        raise InputError(f"{name}: expected a number above 0, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: expected true or false, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +74,21 @@ class DiTConfig:
         return self.num_heads * self.head_dim
 
     def __post_init__(self) -> None:
+        for name in (
+            *("num_heads", "head_dim", "num_layers", "ffn_dim"),
+            *("in_channels", "out_channels", "text_dim", "freq_dim"),
+        ):
+            check_count(name, getattr(self, name))
+        for name in ("image_dim", "pos_embed_seq_len"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("cross_attn_norm", "added_kv"):
+            _check_flag(name, getattr(self, name))
+        _check_above_zero("eps", self.eps)
+        if len(_check_list("patch_size", self.patch_size)) != 3:
+            raise InputError(f"patch_size: expected 3 integers, got {self.patch_size}")
+        for size in self.patch_size:
+            check_count("patch_size", size)
         if self.patch_size[0] != 1:
             raise InputError(f"patch_size: a temporal patch of 1 is supported, got {self.patch_size}")
         if self.added_kv and self.image_dim is None:
@@ -47,8 +96,13 @@ class DiTConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> DiTConfig:
-        """From the ``config.json`` of a diffusers ``WanTransformer3DModel``."""
-        heads, head_dim = config.get("num_attention_heads", 40), config.get("attention_head_dim", 128)
+        """From the ``config.json`` of a diffusers ``WanTransformer3DModel``.
+
+        Raises:
+            InputError: a value is of the wrong kind, or means something that is not built here.
+        """
+        heads = check_count("num_attention_heads", config.get("num_attention_heads", 40))
+        head_dim = check_count("attention_head_dim", config.get("attention_head_dim", 128))
         added = config.get("added_kv_proj_dim")
         if added is not None and added != heads * head_dim:
             raise InputError(f"added_kv_proj_dim: expected the model width {heads * head_dim}, got {added}")
@@ -62,7 +116,7 @@ class DiTConfig:
             out_channels=config.get("out_channels", 16) or in_channels,
             text_dim=config.get("text_dim", 4096),
             freq_dim=config.get("freq_dim", 256),
-            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
+            patch_size=_check_list("patch_size", config.get("patch_size", (1, 2, 2))),
             cross_attn_norm=config.get("cross_attn_norm", True),
             eps=config.get("eps", 1e-6),
             image_dim=config.get("image_dim"),
@@ -115,9 +169,21 @@ class VAEConfig:
     latents_std: tuple[float, ...] = VAE_LATENT_STATISTICS[16][1]
 
     def __post_init__(self) -> None:
-        for name in ("latents_mean", "latents_std"):
-            if len(getattr(self, name)) != self.z_dim:
-                raise InputError(f"{name}: expected {self.z_dim} numbers (z_dim), got {len(getattr(self, name))}")
+        for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size", "pixel_channels"):
+            check_count(name, getattr(self, name))
+        if not _check_list("dim_mult", self.dim_mult):
+            raise InputError("dim_mult: expected at least one stage, got none")
+        for factor in self.dim_mult:
+            check_count("dim_mult", factor)
+        _check_flag("is_residual", self.residual)
+        for flag in _check_list("temperal_downsample", self.temporal_downsample):
+            _check_flag("temperal_downsample", flag)
+        for name, check in (("latents_mean", _check_number), ("latents_std", _check_above_zero)):
+            numbers = _check_list(name, getattr(self, name))
+            if len(numbers) != self.z_dim:
+                raise InputError(f"{name}: expected {self.z_dim} numbers (z_dim), got {len(numbers)}")
+            for number in numbers:
+                check(name, number)
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise InputError(
                 f"temperal_downsample: expected {len(self.dim_mult) - 1} entries for {len(self.dim_mult)} stages,"
@@ -136,10 +202,14 @@ class VAEConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> VAEConfig:
-        """From the ``config.json`` of a diffusers ``AutoencoderKLWan``."""
+        """From the ``config.json`` of a diffusers ``AutoencoderKLWan``.
+
+        Raises:
+            InputError: as :meth:`DiTConfig.from_diffusers`.
+        """
         if config.get("attn_scales"):
             raise InputError(f"attn_scales: only [] is supported, got {config['attn_scales']}")
-        patch_size = config.get("patch_size") or 1
+        patch_size = check_count("patch_size", config.get("patch_size") or 1)
         folded, given = 3 * patch_size**2, config.get("in_channels", 3)
         if given != folded or config.get("out_channels", 3) != folded:
             raise InputError(
@@ -151,14 +221,16 @@ class VAEConfig:
             base_dim=base_dim,
             decoder_base_dim=config.get("decoder_base_dim") or base_dim,
             z_dim=config.get("z_dim", 16),
-            dim_mult=tuple(config.get("dim_mult", (1, 2, 4, 4))),
+            dim_mult=_check_list("dim_mult", config.get("dim_mult", (1, 2, 4, 4))),
             num_res_blocks=config.get("num_res_blocks", 2),
-            temporal_downsample=tuple(config.get("temperal_downsample", (False, True, True))),
+            temporal_downsample=_check_list(
+                "temperal_downsample", config.get("temperal_downsample", (False, True, True))
+            ),
             residual=config.get("is_residual", False),
             patch_size=patch_size,
             pixel_channels=folded,
-            latents_mean=tuple(config.get("latents_mean", VAE_LATENT_STATISTICS[16][0])),
-            latents_std=tuple(config.get("latents_std", VAE_LATENT_STATISTICS[16][1])),
+            latents_mean=_check_list("latents_mean", config.get("latents_mean", VAE_LATENT_STATISTICS[16][0])),
+            latents_std=_check_list("latents_std", config.get("latents_std", VAE_LATENT_STATISTICS[16][1])),
         )
 
 

@@ -26,7 +26,7 @@ from model.lora_files import LoRAFile, open_lora
 from model.measure import format_bytes
 from model.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
 from model.scaled_weights import PlainWeights, plain_weights
-from model.weight_files import PICKLES, WeightFiles, open_weights, weight_files
+from model.weight_files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
 from model.weights import dit_config, inspect_dit, inspect_vae
 
 EXAMPLES = """\
@@ -248,6 +248,11 @@ def checkpoints_in(path: Path) -> list[Path]:
     Raises:
         InputError: there is none.
     """
+    with looking_at(path):
+        return _checkpoints_in(path)
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     parts = [path / name for name in _PIPELINE if (path / name).is_dir()]
@@ -257,8 +262,26 @@ def checkpoints_in(path: Path) -> list[Path]:
     except InputError:
         if not parts and not singles:
             raise
-        return [*singles, *parts]
+        # With an index it is one checkpoint, and what is wrong with it is the first thing to say.
+        whole = [path] if any(path.glob("*.index.json")) else []
+        return [*whole, *singles, *parts]
     return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
+
+
+def _reports(path: Path, dit: Path | None, expert: int) -> list[Report]:
+    """One for each checkpoint. What is none to hold against ``dit`` has a report where it is one of several."""
+    paths = checkpoints_in(path)
+    if dit is not None:
+        inspect_dit(dit)
+    reports = []
+    for checkpoint in paths:
+        try:
+            reports.append(inspect_checkpoint(checkpoint, dit, expert))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            reports.append(Report(str(checkpoint), problem=str(error)))
+    return reports
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -274,7 +297,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object instead of text, with an error if there is nothing to tell"
+    )
     return parser
 
 
@@ -284,7 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     codes = []
 
     def run() -> None:
-        reports = [inspect_checkpoint(path, args.dit, args.expert) for path in checkpoints_in(args.path)]
+        try:
+            reports = _reports(args.path, args.dit, args.expert)
+        except InputError as error:
+            if args.json:
+                print(json.dumps({"path": str(args.path), "error": str(error)}, indent=2))
+            raise
         if args.json:
             print(json.dumps({"path": str(args.path), "checkpoints": [asdict(report) for report in reports]}, indent=2))
         else:

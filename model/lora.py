@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakKeyDictionary, ref
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from model.dit import WanDiT
 from model.errors import InputError
-from model.lora_files import Delta, LoRAFile, open_lora
+from model.lora_files import LARGEST_SCALE, Delta, LoRAFile, open_lora
 
 _LISTED = 20
 #: Models with LoRAs that can still be taken off.
@@ -36,7 +37,7 @@ class LoRA:
         expert: 1 or 2: for which expert of Wan2.2 A14B, where the file holds tensors for both.
 
     Raises:
-        InputError: the strength is no finite number, or there is no such expert.
+        InputError: the strength is no finite number that float32 can hold, or there is no such expert.
     """
 
     path: str | Path
@@ -66,7 +67,7 @@ class LoRASet:
 
     Raises:
         LoRAMismatch: some key of some file matches no parameter, or has another shape.
-        InputError: a file cannot be read, or is another kind of adapter.
+        InputError: a file cannot be read, is another kind of adapter, or has a scale that float32 cannot hold.
     """
 
     def __init__(self, loras: Sequence[LoRA], shapes: Mapping[str, tuple[int, ...]]):
@@ -80,6 +81,23 @@ class LoRASet:
                 self._deltas.setdefault(name, []).extend((i, delta) for delta in deltas)
         if problems:
             raise LoRAMismatch(problems)
+        self.check_strengths([lora.strength for lora in self.loras])
+
+    def check_strengths(self, strengths: Sequence[float]) -> None:
+        """Whether these strengths, one for each LoRA, can be multiplied by the scales in the files.
+
+        Raises:
+            InputError: a strength is no finite number, or a product is one that float32 cannot hold.
+        """
+        for strength in strengths:
+            _check_strength(strength)
+        for deltas in self._deltas.values():
+            for i, delta in deltas:
+                if abs(strengths[i] * delta.scale) > LARGEST_SCALE:
+                    raise InputError(
+                        f"lora: {self.loras[i].path}: strength {strengths[i]} times the scale {delta.scale:g} of"
+                        f" {delta.keys[0]} is more than float32 can hold"
+                    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,7 +176,7 @@ class AppliedLoRAs:
         self._strengths = tuple(lora.strength for lora in loras.loras)
         _APPLIED[dit] = ref(self)
         try:
-            self._write()
+            self._write(self._strengths)
         except BaseException:
             self.remove()
             raise
@@ -171,16 +189,29 @@ class AppliedLoRAs:
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Merges again, from the weights as they were, with other strengths: one for each LoRA.
 
+        If that fails half-way, the former strengths are merged again; if their files cannot be read any more either,
+        the LoRAs are taken off. Either way the weights are those of one state.
+
         Raises:
-            InputError: not as many numbers, one is not finite, or the LoRAs have been removed.
+            InputError: not as many numbers, one is not finite or beyond float32, or the LoRAs have been removed.
         """
         self._check_on()
         if len(strengths) != len(self._strengths):
             raise InputError(f"strengths: expected {len(self._strengths)}, one for each LoRA, got {len(strengths)}")
-        for strength in strengths:
-            _check_strength(strength)
+        self._loras.check_strengths(strengths)
+        try:
+            self._write(strengths)
+        except BaseException:
+            self._restore()
+            raise
         self._strengths = tuple(strengths)
-        self._write()
+
+    def _restore(self) -> None:
+        try:
+            self._write(self._strengths)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Puts the former weights back, bit for bit.
@@ -213,12 +244,12 @@ class AppliedLoRAs:
         if not self._is_on():
             raise InputError("loras: these have been removed from the model")
 
-    def _write(self) -> None:
+    def _write(self, strengths: Sequence[float]) -> None:
         with torch.no_grad():
             for name, parameter in self.dit.named_parameters():
                 if name in self._kept:
                     total = _wide(self._kept[name].to(parameter.device))
-                    parameter.copy_(self._loras.add_to(name, total, self._strengths))
+                    parameter.copy_(self._loras.add_to(name, total, strengths))
 
 
 def _shapes(dit: WanDiT) -> dict[str, tuple[int, ...]]:
@@ -238,5 +269,10 @@ def _check_free(dit: WanDiT) -> None:
 
 
 def _check_strength(strength: float) -> None:
-    if not math.isfinite(strength):
+    if isinstance(strength, bool) or not isinstance(strength, Real):
+        raise InputError(f"strength: expected a number, got {strength!r}")
+    # NaN is not smaller than anything.
+    if not abs(strength) < math.inf:
         raise InputError(f"strength: expected a finite number, got {strength}")
+    if abs(strength) > LARGEST_SCALE:
+        raise InputError(f"strength: expected a number that float32 can hold, got {strength}")

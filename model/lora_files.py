@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.checkpoint_keys import dit_name, dotted, is_dit_parameter
 from model.errors import InputError
-from model.weight_files import StoredTensor, open_weights, read_json
+from model.weight_files import FLOATS, StoredTensor, looking_at, open_weights, read_json
 
 _PREFIXES = (
     "base_model.model.",
@@ -67,6 +68,9 @@ _REFUSED = {
 _SECOND_EXPERT = re.compile(r"(base_model\.model\.)?transformer_2\.")
 _FIRST_EXPERT = re.compile(r"(base_model\.model\.)?transformer\.")
 _METADATA = "lora_adapter_metadata"
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
+#: Scales are factors of products in float32, which must be able to hold them.
+LARGEST_SCALE = torch.finfo(torch.float32).max
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
 
@@ -86,6 +90,14 @@ class Delta:
         """Inner width of the product; None where there is none."""
         return self.factors[1].shape[0] if len(self.factors) == 2 else None
 
+    @property
+    def has_product(self) -> bool:
+        """Whether two factors have the same inner width; True for a tensor alone."""
+        if len(self.factors) == 1:
+            return True
+        up, down = self.factors
+        return up.numel == up.shape[0] * down.shape[0]
+
     def misfits(self, shape: tuple[int, ...]) -> list[str]:
         """The keys that cannot be added to a parameter of this shape, with their shapes; none if they can."""
         if len(self.factors) == 1:
@@ -94,8 +106,8 @@ class Delta:
             up, down = self.factors
             fits = (
                 len(shape) > 1
-                and min(len(up.shape), len(down.shape)) > 1
-                and (up.shape[0], up.numel) == (shape[0], shape[0] * down.shape[0])
+                and self.has_product
+                and up.shape[0] == shape[0]
                 and down.numel == down.shape[0] * math.prod(shape[1:])
             )
         if fits:
@@ -152,7 +164,8 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
     Raises:
         InputError: no LoRA there, none for this expert, or another kind of adapter (named).
     """
-    path = _file(path)
+    with looking_at(path):
+        path = _file(path)
     files = open_weights(path)
     for mark, kind in _REFUSED.items():
         found = [key for key in files.tensors if mark in key]
@@ -173,10 +186,13 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
     deltas: dict[str, list[Delta]] = defaultdict(list)
     for module, parts in modules.items():
         for name, delta in _module_deltas(path, module, parts, config, unmatched):
-            if is_dit_parameter(name):
-                deltas[name].append(delta)
-            else:
+            if not is_dit_parameter(name):
                 unmatched += [f"{key} (no parameter of a Wan DiT)" for key in delta.keys]
+            elif not delta.has_product:
+                shapes = " and ".join(str(list(factor.shape)) for factor in delta.factors)
+                unmatched += [f"{key} (factors of {shapes} have no product)" for key in delta.keys[:2]]
+            else:
+                deltas[name].append(delta)
     return LoRAFile(path, _naming(taken), dict(deltas), tuple(unmatched), len(left_out))
 
 
@@ -200,12 +216,12 @@ class _AdapterConfig:
             self._numbers = {name: _number_or_none(values.get(name)) for name in ("r", "lora_alpha")}
             self._patterns = {
                 name: [
-                    (re.compile(rf"(.*\.)?({pattern})$"), float(value))
+                    (re.compile(rf"(.*\.)?({pattern})$"), _finite(value))
                     for pattern, value in (values.get(name) or {}).items()
                 ]
                 for name in ("rank_pattern", "alpha_pattern")
             }
-        except (TypeError, ValueError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
             raise InputError(f"lora: {path}: {source} is not understood: {error}") from error
 
     @classmethod
@@ -216,7 +232,7 @@ class _AdapterConfig:
         try:
             values = json.loads(metadata[_METADATA])
             named = {key.removeprefix(f"{expert}."): entry for key, entry in values.items()}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"lora: {path}: its {_METADATA} is not readable JSON: {error}") from error
         return cls(path, _METADATA, named)
 
@@ -284,14 +300,17 @@ def _without_prefixes(key: str) -> str:
 def _module_deltas(
     path: Path, module: str, parts: dict[str, _Part], config: _AdapterConfig, unmatched: list[str]
 ) -> list[tuple[str, Delta]]:
-    """What the tensors of one module add to its parameters; those that lack their counterpart go to ``unmatched``."""
+    """What the tensors of one module add to its parameters; those that can add nothing go to ``unmatched``."""
     found = []
+    parts = _sound(parts, unmatched)
     weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
     if {"up", "down"} <= parts.keys():
         up, down = parts.pop("up"), parts.pop("down")
         alpha = parts.pop("alpha", None)
-        rank = max(1, down.tensor.shape[0]) if down.tensor.shape else 1
+        rank = down.tensor.shape[0]
         scale = config.scale(module, rank) if alpha is None else _number(path, alpha) / rank
+        if abs(scale) > LARGEST_SCALE:
+            raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
         keys = (up.key, down.key) if alpha is None else (up.key, down.key, alpha.key)
         found.append((weight, Delta(keys, (up.tensor, down.tensor), scale)))
         if "up_bias" in parts:
@@ -308,14 +327,52 @@ def _module_deltas(
     return found
 
 
+def _sound(parts: dict[str, _Part], unmatched: list[str]) -> dict[str, _Part]:
+    """The parts without factors and differences that fit no parameter whatever; these go to ``unmatched``.
+
+    The counterpart of such a factor goes with it, and so do their alpha and bias.
+    """
+    bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part.tensor)) is not None}
+    unmatched += [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
+    lost = set(bad)
+    if lost & {"up", "down"} and {"up", "down"} <= parts.keys():
+        lost |= {"up", "down", "up_bias", "alpha"}
+    return {name: part for name, part in parts.items() if name not in lost}
+
+
+def _unsound(name: str, tensor: StoredTensor) -> str | None:
+    """Why a tensor cannot be this part of any LoRA, or None."""
+    if name == "alpha":
+        return None
+    if tensor.dtype not in FLOATS:
+        return f"{tensor.dtype}, expected floats"
+    least = 2 if name in ("up", "down") else 1
+    if len(tensor.shape) < least or 0 in tensor.shape:
+        return f"shape {list(tensor.shape)}, expected at least {least} {'sizes' if least > 1 else 'size'} above 0"
+    return None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value}")
+    return number
+
+
 def _number_or_none(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
 
 
 def _number(path: Path, part: _Part) -> float:
-    if part.tensor.numel != 1:
-        raise InputError(f"lora: {path}: {part.key}: expected one number, got {list(part.tensor.shape)}")
-    return part.tensor.read().item()
+    tensor = part.tensor
+    if tensor.numel != 1:
+        raise InputError(f"lora: {path}: {part.key}: expected one number, got {list(tensor.shape)}")
+    if tensor.dtype not in (*FLOATS, *_INTEGERS):
+        raise InputError(f"lora: {path}: {part.key}: expected a number, got {tensor.dtype}")
+    try:
+        return _finite(tensor.read().item())
+    except ValueError as error:
+        raise InputError(f"lora: {path}: {part.key}: {error}") from error
 
 
 def _naming(keys: Iterable[str]) -> str:

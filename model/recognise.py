@@ -146,8 +146,10 @@ def check_encoder(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, An
     wanted = config.get("num_layers") if "d_model" in config else config.get("num_hidden_layers")
     width = config.get("d_model", config.get("hidden_size"))
     layers = {match[1] for key in shapes if (match := re.search(r"encoder\.(?:block|layers)\.(\d+)\.", key))}
-    widths = {shape[0] for key, shape in shapes.items() if key.endswith(("final_layer_norm.weight", "class_embedding"))}
-    if len(layers) != wanted or widths != {width}:
+    norms = [shape for key, shape in shapes.items() if key.endswith(("final_layer_norm.weight", "class_embedding"))]
+    widths = {shape[0] for shape in norms if shape}
+    # A list, since what config.json says may be anything.
+    if len(layers) != wanted or list(widths) != [width]:
         raise InputError(
             f"weights: config.json says {wanted} layers of width {width}, the tensors are {len(layers)} layers of width"
             f" {', '.join(map(str, sorted(widths))) or 'unknown'}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.weight_files import StoredTensor, WeightFiles
+from model.weight_files import FLOATS, StoredTensor, WeightFiles
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
@@ -28,7 +28,6 @@ _MARKER = "scaled_fp8"
 _METADATA = "_quantization_metadata"
 #: Formats whose weight is ``float8 * scale``, by the names that files give them.
 _READ_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e5m2_rowwise")
-_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 #: Companions of a weight that give away how it was quantised, where no format is written down.
 _COMPANIONS = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
@@ -40,10 +39,14 @@ _COMPANIONS = {
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """A tensor of a checkpoint and, where it has one, the scale that it is to be multiplied by."""
+    """A tensor of a checkpoint and, where it has one, the scale that it is to be multiplied by.
+
+    ``scale_name`` says in errors which scale that is: its file and key.
+    """
 
     stored: StoredTensor
     scale: StoredTensor | None = None
+    scale_name: str = "scale"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,14 +54,21 @@ class ScaledTensor:
         return self.stored.shape
 
     def wide(self, device: torch.device | str) -> Tensor:
-        """A contiguous copy on the device, in float32 (float64 stays), the scale multiplied in."""
+        """A contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.
+
+        Raises:
+            InputError: the scale is not finite.
+        """
         raw = self.stored.read().to(device)
         kind = torch.promote_types(raw.dtype, torch.float32) if raw.itemsize > 1 else torch.float32
         wide = raw.to(kind, copy=True, memory_format=torch.contiguous_format)
         if self.scale is None:
             return wide
-        scale = self.scale.read().to(device, wide.dtype)
-        return wide.mul_(scale if scale.numel() == 1 else scale.view(-1, *[1] * (wide.ndim - 1)))
+        scale = self.scale.read().to(wide.dtype)
+        if not torch.isfinite(scale).all():
+            raise InputError(f"weights: {self.scale_name}: expected finite numbers, got NaN or infinity")
+        scale = scale.to(device)
+        return wide.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (wide.ndim - 1)))
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """In ``dtype`` on the device, rounded once."""
@@ -113,7 +123,8 @@ def plain_weights(files: WeightFiles) -> PlainWeights:
             problems.setdefault(problem, []).append(layer)
         if problem is not None or scale is not None or given is not None:
             counts[problem or f"{stored.dtype}, {_kind(scale)}"] += 1
-        plain[key] = ScaledTensor(stored, scale if problem is None else None)
+        name = f"{files.path}: {scales[key]}" if key in scales else "no scale"
+        plain[key] = ScaledTensor(stored, scale if problem is None else None, name)
     by_config = files.config.get("quantization_config")
     if by_config and not problems:
         name = by_config.get("quant_method", "unnamed") if isinstance(by_config, dict) else by_config
@@ -134,10 +145,12 @@ def _named_formats(files: WeightFiles) -> dict[str, str]:
             layers.update(json.loads(files.metadata[_METADATA])["layers"])
         for key, stored in files.tensors.items():
             if key.endswith(_FORMAT):
+                if stored.dtype != "uint8":
+                    raise ValueError(f"{key} is {stored.dtype}, expected uint8")
                 text = bytes(stored.read().to(torch.uint8).flatten().tolist())
                 layers[key.removesuffix(_FORMAT)] = json.loads(text)
         return {layer: str(entry["format"]) for layer, entry in layers.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"weights: {files.path}: how its layers are quantised is not readable: {error}") from error
 
 
@@ -157,16 +170,16 @@ def _problem(
     for suffix, name in _COMPANIONS.items():
         if key + suffix in tensors or layer + suffix in tensors:
             return name
-    if stored.dtype not in _FLOATS:
+    if stored.dtype not in FLOATS:
         return stored.dtype
-    if scale is not None and (scale.dtype not in _FLOATS or not _is_by_row(stored.shape, scale.shape)):
+    if scale is not None and (scale.dtype not in FLOATS or not _is_by_row(stored.shape, scale.shape)):
         return f"{stored.dtype} with {scale.dtype} scales of shape {list(scale.shape)}"
     return None
 
 
 def _is_by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     """Whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
-    return all(size == 1 for size in scale) or (scale[0] == weight[0] and all(size == 1 for size in scale[1:]))
+    return all(size == 1 for size in scale) or (scale[:1] == weight[:1] and all(size == 1 for size in scale[1:]))
 
 
 def _kind(scale: StoredTensor | None) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from model.errors import InputError, require
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: dtypes, as torch has them, of which weights and factors may be.
+FLOATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 _INDEX = ".index.json"
 _DTYPES = {
     "BF16": "bfloat16",
@@ -66,16 +68,26 @@ class WeightFiles:
     config: dict[str, Any]
 
 
+@contextmanager
+def looking_at(path: Path) -> Iterator[None]:
+    """Turns what the system says against looking at a path (no permission, too long a name) into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"weights: {path} cannot be read: {error}") from error
+
+
 def open_weights(path: Path) -> WeightFiles:
     """Opens a file, a sharded index or a directory.
 
     Raises:
         InputError: nothing readable there, shards are missing, or a key is in two of them.
     """
-    if not path.exists():
-        raise InputError(f"weights: {path} does not exist")
-    config = read_json(path if path.is_dir() else path.parent, "config.json")
     files = tuple(weight_files(path))
+    config = read_json(path if path.is_dir() else path.parent, "config.json")
+    name = config.get("_class_name")
+    if not isinstance(name, (str, type(None))):
+        raise InputError(f"weights: config.json of {path}: _class_name: expected a string, got {name!r}")
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -95,11 +107,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         InputError: the file is not JSON, or holds no object.
     """
     file = folder / name
-    if not file.exists():
-        return {}
     try:
+        if not file.exists():
+            return {}
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"weights: {file} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"weights: {file} holds {type(config).__name__}, expected an object")
@@ -110,10 +122,19 @@ def weight_files(path: Path) -> list[Path]:
     """The files that together hold one model: those of a sharded index, one file, or all shards of one set.
 
     Raises:
-        InputError: there is none, or more than one candidate; or shards are missing.
+        InputError: there is none, or more than one candidate; or shards are missing or not named inside its folder.
     """
-    if path.is_file():
-        return _shards(path) if path.name.endswith(_INDEX) else [path]
+    with looking_at(path):
+        if not path.exists():
+            raise InputError(f"weights: {path} does not exist")
+        if path.is_file():
+            return _shards(path) if path.name.endswith(_INDEX) else [path]
+        if not path.is_dir():
+            raise InputError(f"weights: {path} is neither a file nor a directory")
+        return _files_of_directory(path)
+
+
+def _files_of_directory(path: Path) -> list[Path]:
     # The plain name comes first: a directory may hold it beside a variant such as "...fp16.safetensors".
     plain = [path / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
     for file in plain:
@@ -133,12 +154,27 @@ def weight_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"weights: {index} is not a readable index of shards: {error}") from error
-    missing = [name for name in names if not (index.parent / name).exists()]
+    if not names:
+        raise InputError(f"weights: {index} names no shards")
+    outside = [name for name in names if not _is_inside(name)]
+    if outside:
+        listed = ", ".join(map(repr, outside))
+        raise InputError(f"weights: {index} names {listed}; expected names of files in its own folder")
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise InputError(f"weights: {index.parent} lacks the shards {', '.join(missing)}")
     return [index.parent / name for name in names]
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether this names something below the folder that it is looked up in, on any system."""
+    if not isinstance(name, str) or not name:
+        return False
+    # Windows' rules know both slashes and drives.
+    parts = PureWindowsPath(name)
+    return not parts.anchor and ".." not in parts.parts
 
 
 def _open(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -181,14 +217,19 @@ def _dtype_name(name: str) -> str:
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # What a file that is no pickle does to the unpickler depends on its bytes: KeyError, IndexError, struct.error,
+        # UnicodeDecodeError and others were seen. Nothing but the reading of this file happens in here.
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise InputError(f"weights: {file} cannot be loaded with weights_only=True: {reason}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise InputError(f"weights: {file} does not hold a plain dictionary of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu
+        for key, tensor in tensors.items()
+    ):
+        raise InputError(f"weights: {file} does not hold a plain dictionary of names and dense tensors")
     return {
         key: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda tensor=tensor: tensor)
         for key, tensor in tensors.items()

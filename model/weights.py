@@ -7,7 +7,8 @@ is in ``model/weight_files.py``, scales in ``model/scaled_weights.py``, names in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from model.errors import InputError
 from model.lora import LoRA, LoRASet
 from model.scaled_weights import plain_weights
 from model.vae import WanVAE
-from model.weight_files import open_weights
+from model.weight_files import FLOATS, looking_at, open_weights
 
 # Tensors that published checkpoints carry and no forward pass uses (diffusers ignores them too).
 _UNUSED = ("norm_added_q",)
@@ -111,17 +112,32 @@ def inspect_vae(path: str | Path) -> VAEConfig:
 
 def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
     checkpoint = _Checkpoint(_part_of_pipeline(path, ("transformer",)), "DiT", "WanTransformer3DModel", dit_key_map)
-    if config is None and checkpoint.is_diffusers:
-        config = DiTConfig.from_diffusers(checkpoint.config)
-    return checkpoint, config or infer_dit_config(checkpoint.shapes, checkpoint.config)
+    if config is not None:
+        return checkpoint, config
+    with _named(checkpoint.path):
+        if checkpoint.is_diffusers:
+            return checkpoint, DiTConfig.from_diffusers(checkpoint.config)
+        return checkpoint, infer_dit_config(checkpoint.shapes, checkpoint.config)
 
 
 def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
     path = _part_of_pipeline(path, ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"))
     checkpoint = _Checkpoint(path, "VAE", "AutoencoderKLWan", vae_key_map)
-    if config is None and checkpoint.is_diffusers:
-        config = VAEConfig.from_diffusers(checkpoint.config)
-    return checkpoint, config or infer_vae_config(checkpoint.shapes)
+    if config is not None:
+        return checkpoint, config
+    with _named(checkpoint.path):
+        if checkpoint.is_diffusers:
+            return checkpoint, VAEConfig.from_diffusers(checkpoint.config)
+        return checkpoint, infer_vae_config(checkpoint.shapes)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the checkpoint's name before what is wrong with its configuration."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"weights: {path}: {error}") from error
 
 
 def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -163,9 +179,10 @@ def _assign(model: Model, state: dict[str, Tensor]) -> Model:
 
 def _part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
     """The part inside a pipeline directory, or the path itself."""
-    if path.is_dir() and not (path / "config.json").exists():
-        return next((path / part for part in parts if (path / part).exists()), path)
-    return path
+    with looking_at(path):
+        if path.is_dir() and not (path / "config.json").exists():
+            return next((path / part for part in parts if (path / part).exists()), path)
+        return path
 
 
 class _Checkpoint:
@@ -182,9 +199,14 @@ class _Checkpoint:
         self._problem = plain.problem
         stripped = strip_prefix(plain.tensors, part)
         rename = key_map(stripped)
-        self._keys = {
-            rename(short): key for short, key in stripped.items() if not any(unused in short for unused in _UNUSED)
-        }
+        self._keys: dict[str, str] = {}
+        for short, key in stripped.items():
+            if any(unused in short for unused in _UNUSED):
+                continue
+            name = rename(short)
+            if name in self._keys:
+                raise InputError(f"weights: {path} holds {name} twice, as {self._keys[name]} and as {key}")
+            self._keys[name] = key
         self._tensors = {name: plain.tensors[key] for name, key in self._keys.items()}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
@@ -210,8 +232,7 @@ class _Checkpoint:
         """The model without memory, if every tensor of it is there with the right shape and no other, and its LoRAs."""
         if self._problem is not None:
             raise InputError(f"weights: {self.path} is {self._problem}")
-        with torch.device("meta"):
-            model = kind(config)
+        model = self._build(kind, config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in self.shapes]
         problems += [f"surplus {self._keys[name]}" for name in self.shapes if name not in expected]
@@ -220,7 +241,28 @@ class _Checkpoint:
             for name, shape in expected.items()
             if name in self.shapes and self.shapes[name] != shape
         ]
+        problems += [
+            f"{self._keys[name]} is {self._tensors[name].stored.dtype}, expected floats"
+            for name in expected
+            if name in self.shapes and self._tensors[name].stored.dtype not in FLOATS
+        ]
         if problems:
             listed = "; ".join(problems)
             raise InputError(f"weights: {self.path} does not fit {kind.__name__}: {len(problems)} tensors: {listed}")
         return model, LoRASet(loras, expected)
+
+    def _build(self, kind: type[Model], config: Any) -> Model:
+        """The model without memory."""
+        layers = config.num_layers if kind is WanDiT else len(config.dim_mult) * config.num_res_blocks
+        # A layer has tensors. A number far beyond theirs would be built for hours before they are missed.
+        if layers > len(self.shapes):
+            raise InputError(
+                f"weights: {self.path} does not fit {kind.__name__}: its configuration has {layers} layers, and it"
+                f" holds {len(self.shapes)} tensors"
+            )
+        try:
+            with torch.device("meta"):
+                return kind(config)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            # Without memory nothing can be too large but a size itself, for which torch has these three.
+            raise InputError(f"weights: {self.path}: sizes beyond what torch can count: {config}") from error
