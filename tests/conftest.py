@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -105,3 +106,20 @@ def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.jpg"
     image.save(path)
     return path
+
+
+@pytest.fixture
+def inspected(capsys):
+    """Runs the command twice, as text and as JSON; returns the exit code and what the JSON says."""
+
+    def run(path, *options):
+        from model.inspect import main
+
+        code = main([str(path), *map(str, options)])
+        capsys.readouterr()
+        assert main([str(path), *map(str, options), "--json"]) == code
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") <= 1
+        return code, json.loads(printed.out, parse_constant=pytest.fail)
+
+    return run

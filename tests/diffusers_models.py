@@ -115,22 +115,19 @@ def _animate_inputs(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hunyuan(head_dim: int, **options: Any) -> nn.Module:
-    axes = {12: (4, 4, 4), 64: (8, 28, 28)}[head_dim]
-    return diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=8 if options.get("image_condition_type") == "latent_concat" else 4,
+def _hunyuan(head_dim: int, cls: str = "HunyuanVideoTransformer3DModel", **options: Any) -> nn.Module:
+    config = {"in_channels": 4, "num_layers": 1, "num_single_layers": 2} | options
+    return getattr(diffusers, cls)(
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=head_dim,
-        num_layers=1,
-        num_single_layers=2,
         num_refiner_layers=1,
         patch_size=2,
         patch_size_t=1,
         text_embed_dim=16,
         pooled_projection_dim=8,
-        rope_axes_dim=axes,
-        **options,
+        rope_axes_dim={12: (4, 4, 4), 64: (8, 28, 28)}[head_dim],
+        **config,
     )
 
 
@@ -146,20 +143,9 @@ def _hunyuan_inputs(module: nn.Module) -> dict[str, Any]:
 
 
 def _framepack(head_dim: int) -> nn.Module:
-    axes = {12: (4, 4, 4), 64: (8, 28, 28)}[head_dim]
-    return diffusers.HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=axes,
+    return _hunyuan(
+        head_dim,
+        "HunyuanVideoFramepackTransformer3DModel",
         has_image_proj=True,
         image_proj_dim=16,
         has_clean_x_embedder=True,
@@ -287,7 +273,7 @@ MODELS = {
         Model("HunyuanVideo", _hunyuan, _hunyuan_inputs),
         Model(
             "HunyuanVideo image-to-video (latent_concat)",
-            lambda d: _hunyuan(d, image_condition_type="latent_concat"),
+            lambda d: _hunyuan(d, in_channels=8, image_condition_type="latent_concat"),
             _hunyuan_inputs,
         ),
         Model(

@@ -80,9 +80,8 @@ def token_rope(rotary_emb: tuple[Tensor, Tensor] | None) -> Rope3D | None:
     return rope_from_tokens(cos, sin)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """``x [B, L, H, D]`` turned by ``table [L, pairs, 2]`` or ``[B, L, pairs, 2]``, in float32, by PyTorch."""
-    cos, sin = table.unsqueeze(-3).unbind(-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x [B, L, H, D]`` turned by ``cos`` and ``sin``, which broadcast to ``[B, L, H, D / 2]``: PyTorch, float32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -132,7 +131,7 @@ def norm_rotate(x: Tensor, norm: nn.Module | None, heads: int, rope: Rope3D | No
         y = x.unflatten(2, (heads, -1))
     else:
         y = norm(x).unflatten(2, (heads, -1)) if over_width else norm(x.unflatten(2, (heads, -1)))
-    return y if rope is None else rotate(y, rope.t)
+    return y if rope is None else rotate(y, *rope.t.unsqueeze(1).unbind(-1))
 
 
 def prefix_lengths(mask: Tensor) -> Tensor:

@@ -91,24 +91,10 @@ def _dual_block(
     temb: Tensor,
     attention_mask: Tensor | None = None,
     freqs_cis: tuple[Tensor, Tensor] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
-        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis)
-    return _dual(self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, None, None)
-
-
-def _dual_block_token_replace(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None = None,
-    freqs_cis: tuple[Tensor, Tensor] | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Both kinds: those without a replaced image are given the last two as well, and make no use of them."""
     arguments = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
     if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
         return type(self).forward(self, *arguments)
@@ -126,7 +112,7 @@ def _dual(
     num_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     x, text = token_rows(x), token_rows(text)
-    frames = 1 if num_tokens is None else x.shape[1] // num_tokens
+    frames = 1 if replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
     streams = [
         (x, _Modulation(self.norm1, 6, temb, replace_emb, frames), self.norm1, self.norm2, self.ff),
         (text, _Modulation(self.norm1_context, 6, temb), self.norm1_context, self.norm2_context, self.ff_context),
@@ -155,29 +141,17 @@ def _single_block(
     temb: Tensor,
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    arguments = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
-    if watched(self, self.attn):  # and would see one stream, not both
-        return type(self).forward(self, *arguments)
-    return _single(self, *arguments, None, None)
-
-
-def _single_block_token_replace(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    arguments = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
-    if watched(self, self.attn):
-        return type(self).forward(self, *arguments, token_replace_emb, num_tokens)
-    return _single(self, *arguments, token_replace_emb, num_tokens)
+    """Both kinds, as of the dual blocks."""
+    arguments = (
+        *(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb),
+        *(token_replace_emb, num_tokens),
+    )
+    if watched(self, self.attn):  # and would see one stream, not both
+        return type(self).forward(self, *arguments)
+    return _single(self, *arguments)
 
 
 def _single(
@@ -195,7 +169,7 @@ def _single(
     def mlp(y: Tensor, update: Tensor) -> Tensor:
         return self.proj_out(torch.cat((update, self.act_mlp(self.proj_mlp(y))), dim=2))
 
-    frames = 1 if num_tokens is None else x.shape[1] // num_tokens
+    frames = 1 if replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
     streams = [(x, _Modulation(self.norm, 3, temb, replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
     normed = [modulated_norm(s, self.norm.norm, m.shift, m.scale, m.block_map) for s, m in streams]
     updates = self.attn(
@@ -250,9 +224,9 @@ RECIPES = (
         )
         for kind, needs, parameters, forward in (
             ("", _DUAL, (*_STREAMS, "freqs_cis"), _dual_block),
-            ("TokenReplace", _DUAL, (*_STREAMS, "freqs_cis", *_REPLACED), _dual_block_token_replace),
+            ("TokenReplace", _DUAL, (*_STREAMS, "freqs_cis", *_REPLACED), _dual_block),
             ("Single", _SINGLE, (*_STREAMS, "image_rotary_emb"), _single_block),
-            ("TokenReplaceSingle", _SINGLE, (*_STREAMS, "image_rotary_emb", *_REPLACED), _single_block_token_replace),
+            ("TokenReplaceSingle", _SINGLE, (*_STREAMS, "image_rotary_emb", *_REPLACED), _single_block),
         )
     ),
 )

@@ -76,7 +76,7 @@ def _norm_rotate_width(
     cos, sin = (table[..., 0::2] for table in rotary_emb)  # [B, L, C / 2]
     parameters = rms_parameters(norm, x)
     if parameters is None or torch.is_grad_enabled():
-        y = rotate(norm(x).unsqueeze(2), torch.stack((cos, sin), dim=-1))
+        y = rotate(norm(x).unsqueeze(2), cos.unsqueeze(2), sin.unsqueeze(2))
     else:
         y = x if inplace else x.clone()
         for i in range(x.shape[0]):

@@ -14,6 +14,7 @@ from swifti2v_kernels.integrations.diffusers.attention import (
     norm_rotate,
     norm_rotate_pair,
     prefix_lengths,
+    rotate,
 )
 from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, token_rows
 from swifti2v_kernels.integrations.hooks import only_moves
@@ -44,7 +45,7 @@ class MochiProcessor(Processor):
         q = norm_rotate(attn.to_q(x), attn.norm_q, heads, None, inplace)
         k = norm_rotate(attn.to_k(x), attn.norm_k, heads, None, inplace)
         if image_rotary_emb is not None:
-            q, k = (_rotate_heads(y, *image_rotary_emb) for y in (q, k))
+            q, k = (rotate(y, *image_rotary_emb) for y in (q, k))  # tables [L, H, D / 2]
         text_q, text_k = norm_rotate_pair(
             attn.add_q_proj(text), attn.add_k_proj(text), attn.norm_added_q, attn.norm_added_k, heads, None, inplace
         )
@@ -59,12 +60,6 @@ class MochiProcessor(Processor):
         # What diffusers pads with before the projection.
         text_out = text_out.flatten(2) * attention_mask.to(text_out.dtype).unsqueeze(2)
         return out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
-
-
-def _rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, L, H, D]`` by tables ``[L, H, D / 2]``, in float32."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _block(
