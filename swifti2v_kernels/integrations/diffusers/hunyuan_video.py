@@ -98,23 +98,10 @@ def _dual_block(
     arguments = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
     if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
         return type(self).forward(self, *arguments)
-    return _dual(self, *arguments)
-
-
-def _dual(
-    self: Any,
-    x: Tensor,
-    text: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None,
-    rotary_emb: tuple[Tensor, Tensor] | None,
-    replace_emb: Tensor | None,
-    num_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
-    x, text = token_rows(x), token_rows(text)
-    frames = 1 if replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
+    x, text = token_rows(hidden_states), token_rows(encoder_hidden_states)
+    frames = 1 if token_replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
     streams = [
-        (x, _Modulation(self.norm1, 6, temb, replace_emb, frames), self.norm1, self.norm2, self.ff),
+        (x, _Modulation(self.norm1, 6, temb, token_replace_emb, frames), self.norm1, self.norm2, self.ff),
         (text, _Modulation(self.norm1_context, 6, temb), self.norm1_context, self.norm2_context, self.ff_context),
     ]
     normed = [modulated_norm(s, first.norm, m.shift, m.scale, m.block_map) for s, m, first, _, _ in streams]
@@ -122,7 +109,7 @@ def _dual(
         hidden_states=normed[0],
         encoder_hidden_states=normed[1],
         attention_mask=attention_mask,
-        image_rotary_emb=rotary_emb,
+        image_rotary_emb=freqs_cis,
     )
     results = []
     for (stream, m, _, second, feed_forward), update in zip(streams, updates, strict=True):
@@ -151,32 +138,19 @@ def _single_block(
     )
     if watched(self, self.attn):  # and would see one stream, not both
         return type(self).forward(self, *arguments)
-    return _single(self, *arguments)
-
-
-def _single(
-    self: Any,
-    x: Tensor,
-    text: Tensor,
-    temb: Tensor,
-    attention_mask: Tensor | None,
-    rotary_emb: tuple[Tensor, Tensor] | None,
-    replace_emb: Tensor | None,
-    num_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
-    x, text = token_rows(x), token_rows(text)
+    x, text = token_rows(hidden_states), token_rows(encoder_hidden_states)
 
     def mlp(y: Tensor, update: Tensor) -> Tensor:
         return self.proj_out(torch.cat((update, self.act_mlp(self.proj_mlp(y))), dim=2))
 
-    frames = 1 if replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
-    streams = [(x, _Modulation(self.norm, 3, temb, replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
+    frames = 1 if token_replace_emb is None or num_tokens is None else x.shape[1] // num_tokens
+    streams = [(x, _Modulation(self.norm, 3, temb, token_replace_emb, frames)), (text, _Modulation(self.norm, 3, temb))]
     normed = [modulated_norm(s, self.norm.norm, m.shift, m.scale, m.block_map) for s, m in streams]
     updates = self.attn(
         hidden_states=normed[0],
         encoder_hidden_states=normed[1],
         attention_mask=attention_mask,
-        image_rotary_emb=rotary_emb,
+        image_rotary_emb=image_rotary_emb,
     )
     results = []
     for (stream, m), y, update in zip(streams, normed, updates, strict=True):
