@@ -214,7 +214,9 @@ def test_lora_before_and_after(name: str, first: str) -> None:
     module.disable_adapters()
     assert relative_error(run(module, inputs), plain) < PARITY
     restore(module)
-    assert torch.equal(run(module, inputs), plain)
+    # Bit for bit what the host computes in the same state: its layers with an adapter that is off are not its own ones.
+    other.disable_adapters()
+    assert torch.equal(run(module, inputs), run(other, inputs))
 
 
 @pytest.mark.compatibility("torch.compile")
