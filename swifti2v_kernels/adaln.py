@@ -20,16 +20,20 @@ numbers instead of 6 * 14,080 * T * C.
 Statistics, modulation and sums are float32 (float64 for float64 input). x' is rounded once to its dtype and the norm
 reads the rounded value, as PyTorch code that stores it would; y is rounded once.
 
+With ``quantize``, y is float8_e4m3fn or int8 with one float32 scale a token (:mod:`swifti2v_kernels.common.quantized`),
+rounded once too: from the float32 row in registers, never through x's dtype. A product of 8-bit numbers can take it as
+it is; a pass of its own would read and write all of y once more. float8 needs compute capability 8.9.
+
 Why fused: a DiT block adds three updates to its residual stream, each followed by a norm. Separately, an update moves
 3 tensors (x and update read, x' written) and a norm 2 (x' read, y written); together they move 4 instead of 5, and
 eager PyTorch in 16 bits, which stores every float32 intermediate, 33. Least traffic, in elements of B * L * C:
-norm_modulate 1 read and 1 written (eager 18 in all), gated_residual 2 and 1 (15), the fused form 2 and 2 (33). FLOPs:
-about 8 an element. Timed on an NVIDIA H200 only.
+norm_modulate 1 read and 1 written (eager 18 in all), gated_residual 2 and 1 (15), the fused form 2 and 2 (33); a
+quantised y is half of a written one in 16 bits. FLOPs: about 8 an element, 5 more to quantise it. Timed on an NVIDIA
+H200 only; quantised not yet timed on hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swifti2v_kernels.adaln_arguments import check_outputs, prepare
-from swifti2v_kernels.common.case import Arguments, Case, RealSize
-from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.cost import Cost
 from swifti2v_kernels.common.dispatch import Choice, explained_by
+from swifti2v_kernels.common.quantized import QuantizedRows, new_rows, quantized_reference, written
 from swifti2v_kernels.common.target import on_device
 
 
@@ -61,8 +65,9 @@ def norm_modulate_reference(
     block_map: Tensor | None,
     norm: str,
     eps: float,
-) -> Tensor:
-    """``y`` above, differentiable."""
+    quantize: torch.dtype | None = None,
+) -> Tensor | QuantizedRows:
+    """``y`` above, differentiable unless quantised."""
     y, width = _wide(x), x.shape[2:]
     weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
     if norm == "layer":
@@ -73,7 +78,7 @@ def norm_modulate_reference(
     if shift is not None and scale is not None:
         shift, scale = _rows(shift, block_map), _rows(scale, block_map)
         y = (y.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
-    return y.to(x.dtype)
+    return y.to(x.dtype) if quantize is None else quantized_reference(y, quantize)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -91,10 +96,11 @@ def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
 
 @torch.library.custom_op(
     "swifti2v::adaln",
-    mutates_args=("x_out", "y_out"),
+    mutates_args=("x_out", "y_out", "y_scales"),
     schema=(
         "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
-        " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out) -> ()"
+        " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out,"
+        " Tensor(c!)? y_scales=None) -> ()"
     ),
 )
 def _adaln_op(
@@ -110,19 +116,21 @@ def _adaln_op(
     eps: float,
     x_out: Tensor | None,
     y_out: Tensor | None,
+    y_scales: Tensor | None = None,
 ) -> None:
     parameters = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map}
-    check_outputs(x_out, y_out, x, update, parameters)
+    y = y_out if y_out is None or y_scales is None else QuantizedRows(y_out, y_scales)
+    check_outputs(x_out, y, x, update, parameters)
     if x.numel():
         from swifti2v_kernels.adaln_kernel import LAYER, RMS, launch_adaln
 
         kind = {"": 0, "layer": LAYER, "rms": RMS}[norm]
         with on_device(x.device):
-            launch_adaln(x, update, gate, shift, scale, weight, bias, block_map, kind, eps, x_out, y_out)
+            launch_adaln(x, update, gate, shift, scale, weight, bias, block_map, kind, eps, x_out, y_out, y_scales)
 
 
 @_adaln_op.register_fake
-def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out):  # type: ignore[no-untyped-def]
+def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out, y_scales=None):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -142,10 +150,11 @@ def norm_modulate(
     bias: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
-    out: Tensor | None = None,
+    quantize: torch.dtype | None = None,
+    out: Tensor | QuantizedRows | None = None,
     inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | QuantizedRows:
     """``(norm(x) * weight + bias) * (1 + scale) + shift`` with ``shift`` and ``scale`` chosen per block.
 
     Args:
@@ -157,12 +166,15 @@ def norm_modulate(
         weight, bias: affine parameters ``[C]`` of the norm.
         norm: ``layer`` or ``rms``.
         eps: added to the variance (or mean square).
-        out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input.
-        inplace: overwrite ``x``; the same as ``out=x``.
+        quantize: ``torch.float8_e4m3fn`` or ``torch.int8``: the result is :class:`QuantizedRows` with a scale a token.
+        out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input. With ``quantize``
+            :class:`QuantizedRows` that overlap no input.
+        inplace: overwrite ``x``; the same as ``out=x``. Not with ``quantize``.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``[B, L, C]`` in the dtype of ``x`` (``out`` or ``x`` where these were to be written).
+        ``[B, L, C]`` in the dtype of ``x`` (``out`` or ``x`` where these were to be written). With ``quantize`` values
+        ``[B, L, C]`` in that dtype and float32 scales ``[B, L]``, without gradients.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
@@ -177,15 +189,17 @@ def norm_modulate(
     """
     if inplace and out is not None:
         raise ValueError("out: expected None with inplace, which writes to x")
+    if inplace and quantize is not None:
+        raise ValueError("inplace: expected False with quantize, whose result is not of x's dtype")
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = prepare(x=x, out=out, backend=backend, **arguments)
+    chosen, _ = prepare(x=x, out=out, quantize=quantize, backend=backend, **arguments)
     target = x if inplace else out
     if chosen == "torch":
         if not torch.compiler.is_compiling():
             check_outputs(None, target, x, None, arguments)
-        return _into(target, norm_modulate_reference(x, eps=eps, **arguments))
-    target = _like(x) if target is None else target
-    _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, target)
+        return _into(target, norm_modulate_reference(x, eps=eps, quantize=quantize, **arguments))
+    target = _new(x, quantize) if target is None else target
+    _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, *_tensors(target))
     return target
 
 
@@ -226,7 +240,7 @@ def gated_residual(
         if inplace and not torch.compiler.is_compiling():
             check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
         return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
-    target = x if inplace else _like(x)
+    target = x if inplace else _new(x)
     _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None)
     return target
 
@@ -244,22 +258,25 @@ def gated_residual_norm_modulate(
     bias: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
-    out: Tensor | None = None,
+    quantize: torch.dtype | None = None,
+    out: Tensor | QuantizedRows | None = None,
     inplace: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | QuantizedRows]:
     """:func:`gated_residual`, then :func:`norm_modulate` of its result, in one pass over memory.
 
     Args:
         x, update: tokens ``[B, L, C]``, of one dtype.
         gate: ``[B, R, C]``; None for a plain sum.
-        shift, scale, block_map, weight, bias, norm, eps: as for :func:`norm_modulate`.
-        out: where to write ``y``: ``update`` itself, or memory that overlaps no input.
+        shift, scale, block_map, weight, bias, norm, eps, quantize: as for :func:`norm_modulate`.
+        out: where to write ``y``: ``update`` itself, or memory that overlaps no input. With ``quantize``
+            :class:`QuantizedRows` that overlap no input.
         inplace: overwrite ``x`` with ``x'``.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
-        ``(x', y)``, both ``[B, L, C]`` in the dtype of ``x``.
+        ``(x', y)``, both ``[B, L, C]`` in the dtype of ``x``; with ``quantize`` y is :class:`QuantizedRows`, without
+        gradients.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
@@ -272,93 +289,44 @@ def gated_residual_norm_modulate(
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = prepare(x=x, update=update, gate=gate, out=out, backend=backend, **arguments)
+    chosen, _ = prepare(x=x, update=update, gate=gate, out=out, quantize=quantize, backend=backend, **arguments)
     if chosen == "torch":
         if not torch.compiler.is_compiling():
             check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
         x_new = gated_residual_reference(x, update, gate, block_map)
-        y = norm_modulate_reference(x_new, eps=eps, **arguments)
+        y = norm_modulate_reference(x_new, eps=eps, quantize=quantize, **arguments)
         return _into(x if inplace else None, x_new), _into(out, y)
-    x_out, y_out = x if inplace else _like(x), _like(x) if out is None else out
-    _adaln_op(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out)
+    x_out, y_out = x if inplace else _new(x), _new(x, quantize) if out is None else out
+    _adaln_op(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, *_tensors(y_out))
     return x_out, y_out
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _new(x: Tensor, quantize: torch.dtype | None = None) -> Any:
+    return x.new_empty(x.shape) if quantize is None else new_rows(x, quantize)
 
 
-def _into(target: Tensor | None, result: Tensor) -> Tensor:
+def _tensors(y: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
+    return tuple(y) if isinstance(y, QuantizedRows) else (y,)
+
+
+def _into(target: Any, result: Any) -> Any:
+    if isinstance(result, QuantizedRows):
+        return written(target, result)
     return result if target is None else target.copy_(result)
 
 
-def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, itemsize: int = 2) -> Cost:
-    """Least cost of one call with or without an update to add and a norm; the modulation is negligible."""
+def cost(
+    batch: int,
+    length: int,
+    channels: int,
+    *,
+    update: bool,
+    norm: bool,
+    quantize: bool = False,
+    itemsize: int = 2,
+) -> Cost:
+    """Least cost of one call with or without an update to add, a norm and its rounding to 8 bits; the modulation and
+    the scales are negligible."""
     elements = batch * length * channels
-    return Cost(
-        (2 * update + 8 * norm) * elements, (1 + update) * elements * itemsize, (update + norm) * elements * itemsize
-    )
-
-
-def _inputs(channels: int, dtype: torch.dtype, form: str, blocks: int = 4, length: int = 64, new=torch.ones):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> Arguments:
-        # The model's own layouts: rows of a larger buffer, and one of six entries of a modulation table.
-        x, update = new(2, 1, length, channels, dtype=dtype, device=device)
-        table = new(1, 2, 6, channels, device=device)
-        rows = {"block_map": torch.zeros(blocks, dtype=torch.int32, device=device), "backend": "triton"}
-        shift, scale, gate = table.unbind(2)[:3]
-        if form == "norm_modulate":
-            return (x, shift, scale), rows
-        if form == "gated_residual":
-            return (x, update, gate), {**rows, "inplace": True}
-        if form == "gated_residual_norm_modulate":
-            return (x, update, gate, shift, scale), {**rows, "inplace": True}
-        affine = new(2, channels, device=device)
-        return (x, update, gate), {**rows, "weight": affine[0], "bias": affine[1], "inplace": True}
-
-    return make
-
-
-def _work(rows: int) -> Callable[[Mapping[str, Any]], Work]:
-    """One token of 16 bits; ``rows`` of x, update, x' and y are read or written."""
-    return lambda constants: Work(0, rows * 2 * constants["C"])
-
-
-#: By width: the window or clip that it is timed at, its blocks, and its tokens.
-_REAL = {
-    1536: ("CSG window 2560x1408, 1.3B", 5, 70_400),
-    3072: ("CSG window 2560x1408, 5B", 5, 17_600),
-    5120: ("Stage I 640x352, 14B", 21, 18_480),
-}
-
-
-def _real(channels: int, dtype: torch.dtype, form: str) -> RealSize | None:
-    if channels not in _REAL:
-        return None
-    shape, blocks, length = _REAL[channels]
-    least = cost(1, length, channels, update=form != "norm_modulate", norm=form != "gated_residual")
-    return RealSize(shape, _inputs(channels, dtype, form, blocks, length, torch.empty), least)
-
-
-CASES = [
-    Case(
-        f"{operator.__name__} {label} {c} {str(t).removeprefix('torch.')}",
-        operator,
-        _inputs(c, t, form),
-        _work(rows),
-        _real(c, t, form),
-    )
-    for operator, label, form, rows, sizes in (
-        (norm_modulate, "C", "norm_modulate", 2, ((1536, torch.bfloat16),)),
-        (gated_residual, "C", "gated_residual", 3, ((5120, torch.bfloat16),)),
-        (gated_residual_norm_modulate, "affine C", "affine", 4, ((1536, torch.bfloat16),)),
-        (
-            gated_residual_norm_modulate,
-            "C",
-            "gated_residual_norm_modulate",
-            4,
-            ((1536, torch.bfloat16), (3072, torch.bfloat16), (5120, torch.bfloat16), (96, torch.float16)),
-        ),
-    )
-    for c, t in sizes
-]
+    out = update * itemsize + norm * (1 if quantize else itemsize)
+    return Cost((2 * update + 8 * norm + 5 * quantize) * elements, (1 + update) * elements * itemsize, out * elements)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.dispatch import kernel_obstacle, pick_backend
+from swifti2v_kernels.common.quantized import QuantizedRows, check_dtype, check_out, rounding_obstacle
 
 NORMS = ("layer", "rms")
 #: A row is held in registers.
@@ -16,10 +18,18 @@ MAX_CHANNELS = 8192
 
 
 def check_outputs(
-    x_out: Tensor | None, y_out: Tensor | None, x: Tensor, update: Tensor | None, parameters: Mapping[str, Any]
+    x_out: Tensor | None,
+    y_out: Tensor | QuantizedRows | None,
+    x: Tensor,
+    update: Tensor | None,
+    parameters: Mapping[str, Any],
 ) -> None:
     """A program reads all of its row of x and update before it writes, but others read the parameters meanwhile."""
     parameters = {name: p for name, p in parameters.items() if isinstance(p, Tensor)}
+    if isinstance(y_out, QuantizedRows):
+        # Of another dtype than x and update, so they are never the whole of one.
+        check_targets(y_out.parts("out"), {"x": x, "update": update, **parameters}, ())
+        y_out = None
     targets = {"x": x_out, "out": y_out}
     if x_out is None and y_out is not None and same_view(y_out, x):
         targets = {"x": y_out}
@@ -39,13 +49,20 @@ def prepare(
     block_map: Tensor | None = None,
     norm: str = "layer",
     eps: float = 0.0,
-    out: Tensor | None = None,
+    out: Tensor | QuantizedRows | None = None,
+    quantize: torch.dtype | None = None,
 ) -> tuple[str, str]:
     """Checks a call and says which backend takes it, and why."""
     _check_tokens("x", x, None)
     if update is not None:
         _check_tokens("update", update, x)
-    if out is not None:
+    if quantize is not None:
+        check_dtype("quantize", quantize)
+        if x.shape[2] == 0:
+            raise ValueError(f"x: expected at least one channel to quantize, got {list(x.shape)}")
+    if out is not None and quantize is not None:
+        check_out("out", out, x, quantize)
+    elif out is not None:
         _check_tokens("out", out, x)
     if norm not in NORMS:
         raise ValueError(f"norm: expected {' or '.join(NORMS)}, got {norm!r}")
@@ -58,8 +75,8 @@ def prepare(
             raise ValueError(f"{name}: expected [{x.shape[2]}], contiguous, got {list(parameter.shape)}")
     modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
     _check_modulations(modulations, block_map, x)
-    tensors = [t for t in (x, update, gate, shift, scale, weight, bias, out) if t is not None]
-    return pick_backend(backend, _obstacle(tensors))
+    tensors = [t for t in (x, update, gate, shift, scale, weight, bias, out) if isinstance(t, Tensor)]
+    return pick_backend(backend, _obstacle(tensors, quantize))
 
 
 def _check_tokens(name: str, x: Tensor, like: Tensor | None) -> None:
@@ -98,9 +115,9 @@ def _check_modulations(modulations: Mapping[str, Tensor], block_map: Tensor | No
         raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
 
 
-def _obstacle(tensors: list[Tensor]) -> str | None:
+def _obstacle(tensors: list[Tensor], quantize: torch.dtype | None) -> str | None:
     if (reason := kernel_obstacle(tensors)) is not None:
         return reason
     if tensors[0].shape[2] > MAX_CHANNELS:
         return f"kernels exist for up to {MAX_CHANNELS} channels, got {tensors[0].shape[2]}"
-    return None
+    return None if quantize is None else rounding_obstacle(quantize, tensors[0].device)

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from swifti2v_kernels.common.configs import configured
+from swifti2v_kernels.common.quantized import LARGEST
+from swifti2v_kernels.common.row_rounding import channels_of_8_bits, magnitude, rounded, row_scale
 from swifti2v_kernels.common.target import capability_of
 
 LAYER, RMS = 1, 2
@@ -51,11 +53,13 @@ def adaln_fwd_kernel(
     GATE, SHIFT, SCALE,  # [B, R, C] or None
     WEIGHT, BIAS,  # [C] or None
     MAP,  # [num_blocks] int32 or None: the modulation row of every block
-    X_OUT, Y_OUT,  # [B, L, C] or None
+    X_OUT, Y_OUT,  # [B, L, C] or None; Y_OUT in 8 bits with Y_SCALES
+    Y_SCALES,  # [B, L] or None
     x_sb, x_sl, update_sb, update_sl, gate_sb, gate_sr, shift_sb, shift_sr, scale_sb, scale_sr,
     x_out_sb, x_out_sl, y_out_sb, y_out_sl,
-    num_blocks, block_len, num_rows, eps,
+    num_blocks, block_len, num_rows, eps, y_scales_sb, y_scales_sl,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """The formulas of ``adaln.py`` for BLOCK_M tokens of one block, so that their modulation is the same rows."""
     i_m, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -84,9 +88,9 @@ def adaln_fwd_kernel(
             if GATE is not None:
                 update *= gate
             x += update
-            rounded = x.to(X_OUT.dtype.element_ty)
-            tl.store(X_OUT + b * x_out_sb + token * x_out_sl + o_c, rounded, mask=m_c)
-            x = rounded.to(tl.float32)
+            x_new = x.to(X_OUT.dtype.element_ty)
+            tl.store(X_OUT + b * x_out_sb + token * x_out_sl + o_c, x_new, mask=m_c)
+            x = x_new.to(tl.float32)
         if NORM != 0:
             if NORM == 1:
                 x = tl.where(m_c, x - tl.sum(x, 0) / C, 0.0)
@@ -97,7 +101,22 @@ def adaln_fwd_kernel(
                 y += bias
             if SHIFT is not None:
                 y = y * scale + shift
-            tl.store(Y_OUT + b * y_out_sb + token * y_out_sl + o_c, y.to(Y_OUT.dtype.element_ty), mask=m_c)
+            if Y_SCALES is not None:
+                y_scale = row_scale(tl.max(magnitude(y), 0), LARGEST)
+                tl.store(Y_SCALES + b * y_scales_sb + token * y_scales_sl, y_scale)
+                y = rounded(y, y_scale, Y_OUT.dtype.element_ty)
+                tl.store(Y_OUT + b * y_out_sb + token * y_out_sl + channels_of_8_bits(BLOCK_C), y, mask=m_c)
+            else:
+                tl.store(Y_OUT + b * y_out_sb + token * y_out_sl + o_c, y.to(Y_OUT.dtype.element_ty), mask=m_c)
+
+
+def register_limit(channels: int, num_warps: int) -> dict[str, int]:
+    """The launch option for a quantised row of up to 24 channels a thread, of which a program loads 8 at a time.
+
+    Left alone, the compiler takes 160 registers a thread for it, with which one program of 8 warps fits on an SM; it
+    needs no more than 128, with which two do. From 32 channels on it would spill.
+    """
+    return {"maxnreg": 128} if triton.cdiv(channels, 8 * 32 * num_warps) <= 3 else {}
 
 
 def launch_adaln(
@@ -113,10 +132,11 @@ def launch_adaln(
     eps: float,
     x_out: Tensor | None,
     y_out: Tensor | None,
+    y_scales: Tensor | None = None,
 ) -> None:
     """Writes ``x_out`` (with an update) and ``y_out`` (with a norm); arguments are checked by the caller.
 
-    ``norm`` is 0 for none, :data:`LAYER` or :data:`RMS`.
+    With ``y_scales`` [B, L], ``y_out`` is in 8 bits. ``norm`` is 0 for none, :data:`LAYER` or :data:`RMS`.
     """
     batch, length, channels = x.shape
     rows = next((m.shape[1] for m in (gate, shift) if m is not None), 1)
@@ -124,16 +144,22 @@ def launch_adaln(
     block_len = length // num_blocks
     block_c = triton.next_power_of_2(channels)
     key = {"block_c": block_c, "itemsize": x.element_size(), "update": int(update is not None), "norm": norm}
+    if y_scales is not None:
+        # A class of its own: the entries of the others are of a kernel with a reduction less.
+        key["quantize"] = 1
     config = configured("adaln", capability_of(x.device), AdalnConfig.heuristic(block_c), **key)
+    largest, limit = None, {}
+    if y_out is not None and y_scales is not None:
+        largest, limit = LARGEST[y_out.dtype], register_limit(channels, config.num_warps)
 
     def strides(tensor: Tensor | None) -> tuple[int, int]:
         return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
     adaln_fwd_kernel[(num_blocks * triton.cdiv(block_len, config.block_m), batch)](
-        x, update, gate, shift, scale, weight, bias, block_map, x_out, y_out,
+        x, update, gate, shift, scale, weight, bias, block_map, x_out, y_out, y_scales,
         *strides(x), *strides(update), *strides(gate), *strides(shift), *strides(scale), *strides(x_out),
         *strides(y_out),
-        num_blocks, block_len, rows, eps,
-        C=channels, BLOCK_C=block_c, BLOCK_M=config.block_m, NORM=norm,
-        num_warps=config.num_warps, enable_fp_fusion=True,
+        num_blocks, block_len, rows, eps, *strides(y_scales),
+        C=channels, BLOCK_C=block_c, BLOCK_M=config.block_m, NORM=norm, LARGEST=largest,
+        num_warps=config.num_warps, enable_fp_fusion=True, **limit,
     )  # fmt: skip

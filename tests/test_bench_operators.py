@@ -21,12 +21,13 @@ from triton.runtime.errors import OutOfResources
 import swifti2v_kernels
 from bench.__main__ import main
 from bench.operators import measure
-from bench.operators.check import TOLERANCE, check_case, poisoned, randomised
+from bench.operators.check import TOLERANCE, check_case, leaves, numbers, poisoned, randomised
 from bench.operators.discover import all_cases, cases_of, operator_name
 from bench.operators.measure import CHECK_IDENTITY, CHECK_METRICS, IDENTITY, METRICS, check_cases, measure_cases
 from bench.timing import Ceilings, Timing
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.quantized import QuantizedRows
 from tests.added_module import added_module
 from tests.bench_session import BAR, CPU, new_table, read_section, rows_of, timer
 
@@ -107,14 +108,14 @@ def test_a_new_operator_is_found_by_being_written(tmp_path: Path) -> None:
 # Checks
 
 
-def by_torch(case: Case, spoil: Callable[[list[Tensor]], None] = lambda results: None) -> Case:
+def by_torch(case: Case, spoil: Callable[[list[Any]], None] = lambda results: None) -> Case:
     """The case with its PyTorch path in place of its kernels; ``spoil`` changes what this returns."""
 
     @functools.wraps(case.operator)
     def operator(*args: Any, backend: str = "auto", **options: Any) -> Any:
         result = case.operator(*args, **options, backend="torch")
         if backend != "torch":
-            spoil([x for x in tree_flatten(result)[0] if isinstance(x, Tensor)])
+            spoil(leaves(result))
         return result
 
     return replace(case, operator=operator)
@@ -124,20 +125,22 @@ def by_torch(case: Case, spoil: Callable[[list[Tensor]], None] = lambda results:
 def test_every_operator_passes_by_torch_and_not_with_a_wrong_result(case: Case) -> None:
     """One case of each. Each of its results in turn is wrong by 3 %, and the error says so. Weights are scaled so that
     results are about as large as inputs."""
-    results: list[Tensor] = []
+    results: list[Any] = []
     row = check_case(by_torch(case, results.extend), CPU)
     assert row["status"] == "ok", row
     assert row["error"] < row["limit"]
     assert results
-    assert all(0.03 < x.float().std() < (128 if x.dtype == torch.uint8 else 3) for x in results)
+    for x, wide in zip(results, numbers(results), strict=True):
+        assert 0.03 < wide.std() < (128 if isinstance(x, Tensor) and x.dtype == torch.uint8 else 3)
     for number in range(len(results)):
         row = check_case(by_torch(case, functools.partial(spoilt, number)), CPU)
         assert row["status"] == "wrong", row
         assert row["error"] == pytest.approx(0.03, rel=0.3)
 
 
-def spoilt(number: int, results: list[Tensor]) -> None:
-    results[number].copy_(1.03 * results[number].double())
+def spoilt(number: int, results: list[Any]) -> None:
+    x = results[number].scales if isinstance(results[number], QuantizedRows) else results[number]
+    x.copy_(1.03 * x.double())
 
 
 def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_inputs_are_random_the_same_every_time_and_keep_their_layout(case: Case)
         assert (x.dtype, x.stride(), x.shape) == (plain.dtype, plain.stride(), plain.shape)
         if x.is_floating_point() and x.numel() > 100:
             assert 0 < x.float().std() < 1
-            assert torch.isfinite(x).all()
+            assert torch.isfinite(x.float()).all()
     assert any(x.is_floating_point() and x.numel() > 100 for x in leaves[0])
 
 

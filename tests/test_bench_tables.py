@@ -75,10 +75,10 @@ def test_every_kernel_with_a_space_is_a_target() -> None:
 
 def test_a_new_operator_is_a_target_by_being_written(tmp_path: Path) -> None:
     with added_module(swifti2v_kernels, tmp_path / "more", EXTRA, all_cases):
-        (found,) = targets(90, "scaled")
+        (found,) = targets(90, "scaled width")
     assert (found.kernel, found.key, found.heuristic, found.capability) == ("scaled", {"width": 8}, OWN, 90)
     assert [one.name for one in found.cases] == [case(1).name]
-    assert targets(90, "scaled") == []
+    assert targets(90, "scaled width") == []
 
 
 def test_a_case_counts_for_the_kernel_that_it_launches_first(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_small_call_looks_up_what_its_real_size_looks_up(capability: int) -> N
     """Targets are read from small calls; their entries must be those of real ones."""
     keys = 0
     for one in all_cases():
-        if one.real is None:
+        if one.real is None or one.least_capability > capability:
             continue
         seen_by = []
         for inputs in (one.inputs, one.real.inputs):

@@ -154,7 +154,7 @@ def test_every_operator_of_the_library_has_cases() -> None:
     """Found by being there: what has a kernel and no case would be in no report."""
     import swifti2v_kernels
 
-    plain = {"BlockWindow", "Choice", "Rope3D", "__version__", "explain", "pretend_gpu", "rope_3d"}
+    plain = {"BlockWindow", "Choice", "QuantizedRows", "Rope3D", "__version__", "explain", "pretend_gpu", "rope_3d"}
     plain |= {"fold_upsample_weight", "linear_gelu", "norm_rope"}  # torch's, or half of another operator
     plain |= {"SegmentPlan", "Window", "WindowModel", "assemble_window", "block_noise", "sample_segments"}
     plain |= {"rope_from_tokens"}

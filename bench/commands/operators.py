@@ -12,7 +12,7 @@ from bench.registry import Benchmark
 from bench.session import Session
 from model.command import positive
 from model.errors import InputError, require
-from swifti2v_kernels.common.target import interpreting
+from swifti2v_kernels.common.target import capability_of, interpreting
 
 EXAMPLES = """\
 examples:
@@ -46,6 +46,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if not session.cuda and not interpreting():
         run_interpreted(session, "every case against float64, bfloat16 as float32,")
         return
+    if session.cuda:
+        capability = capability_of(session.device)
+        cases = [case for case in cases if capability is None or case.least_capability <= capability]
     timed = [] if args.check or not session.cuda else [case for case in cases if case.real is not None]
     total = len(cases) + len(timed)
     with require("tqdm", "bench").tqdm(total=total, unit="case", dynamic_ncols=True, disable=None) as bar:

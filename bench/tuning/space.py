@@ -52,7 +52,7 @@ def targets(capability: int, text: str = "") -> list[Target]:
     """All targets of a capability whose name contains ``text``, those with the most work first."""
     found: dict[str, list[tuple[Any, Case]]] = {}
     for case in all_cases():
-        if case.real is None:
+        if case.real is None or case.least_capability > capability:
             continue
         # Only a launch knows its class.
         with compiled_for(capability, compile=False), seen_configs() as seen:

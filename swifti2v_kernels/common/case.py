@@ -36,6 +36,8 @@ class Case:
     #: From a compiled kernel's constants.
     work: Callable[[Mapping[str, Any]], Work]
     real: RealSize | None = None
+    #: Of the GPUs that have this kernel at all: float8 needs 89. On older ones the call takes the PyTorch path.
+    least_capability: int = 80
 
     def run(self, device: torch.device) -> Any:
         """The call itself."""

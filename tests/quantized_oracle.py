@@ -1,0 +1,43 @@
+"""8-bit rows without the library: every code's value, and the nearest one by comparing with all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+def codes(dtype: torch.dtype) -> Tensor:
+    """All finite values that rows are rounded to, ascending, in float64; -0 and int8's -128 are not among them."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    values = values[values.isfinite() & (values.abs() <= LARGEST[dtype])]
+    return values.unique()
+
+
+def true_scales(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of rows [..., C], in float64."""
+    return x.double().abs().amax(-1) / LARGEST[dtype]
+
+
+def excess(values: Tensor, scales: Tensor, x: Tensor) -> float:
+    """How much farther the values are from ``x / scales`` than the nearest codes, at most, relative to what they are.
+
+    0 for perfect rounding; float32's last bit is 1e-7.
+    """
+    quotient = x.double() / scales.double().unsqueeze(-1)
+    table = codes(values.dtype).to(x.device)
+    after = torch.searchsorted(table, quotient.contiguous()).clamp(1, len(table) - 1)
+    nearest = torch.minimum((table[after] - quotient).abs(), (table[after - 1] - quotient).abs())
+    distance = (values.double() - quotient).abs()
+    return ((distance - nearest) / quotient.abs().clamp_min(1.0)).max().item()
+
+
+def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A row of scale 1 with every number in the middle between two codes, and what they round to: the even codes."""
+    table = codes(dtype)
+    low, high = table[:-1], table[1:]
+    # int8: even numbers; float8: those whose pattern ends in 0.
+    even = low % 2 == 0 if dtype == torch.int8 else low.to(dtype).view(torch.uint8) % 2 == 0
+    middle = torch.cat([(low + high) / 2, table[-1:]])
+    return middle.float().unsqueeze(0), torch.cat([torch.where(even, low, high), table[-1:]]).unsqueeze(0)
