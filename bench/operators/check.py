@@ -22,6 +22,7 @@ from bench.dit.ops import relative_error
 from bench.operators.discover import operator_name
 from bench.outcome import failure
 from swifti2v_kernels.common.case import Case
+from swifti2v_kernels.common.quantized import QuantizedRows, quantized_reference
 from swifti2v_kernels.common.target import interpreting
 
 #: Relative L2 error against float64 above which a result is wrong: the coarsest dtype among the inputs is rounded a few
@@ -29,7 +30,9 @@ from swifti2v_kernels.common.target import interpreting
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 WEIGHTS = ("weight", "phases")
 #: Arguments that are float32 by contract, whatever the others are.
-FLOAT32 = ("mask", "rope", "window")
+FLOAT32 = ("mask", "rope", "scales", "window")
+#: The least limit of results in 8 bits: a number in the middle between two values goes to either, by its last bit.
+EIGHT_BITS_LIMIT = 1e-3
 #: What gives memory that nobody has written.
 _UNWRITTEN: dict[Any, tuple[str, ...]] = {
     torch: ("empty", "empty_like", "empty_strided"),
@@ -44,10 +47,12 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
         args, kwargs = randomised(case, device)
         coarse = _coarsest((args, kwargs))
         row["limit"] = TOLERANCE[coarse]
-        expected = _results(case, *_double(case, args, kwargs))
+        expected = _result(case, *_double(case, args, kwargs))
+        if any(isinstance(x, QuantizedRows) for x in leaves(expected)):
+            row["limit"] = max(row["limit"], EIGHT_BITS_LIMIT)
         with poisoned():
-            found = _results(case, args, kwargs)
-        error = relative_error([x.double() for x in found], expected)
+            found = _result(case, args, kwargs)
+        error = relative_error(numbers(found), numbers(expected))
     except Exception as error:  # compilers and launchers raise errors of their own kinds: all of them are findings
         return row | failure(error)
     row["error"] = error if math.isfinite(error) else None
@@ -71,8 +76,17 @@ def fill(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Numbers of usual size into all floating-point inputs, weights scaled by their fan-in."""
     bound = inspect.signature(case.operator).bind(*args, **kwargs)
     for name, value in bound.arguments.items():
-        for x in (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            if name in WEIGHTS and x.ndim > 1:
+        if isinstance(value, QuantizedRows):
+            _fill_rows(value, *((0, value.values.shape[-1] ** -0.5) if name in WEIGHTS else (0.1, 0.8)))
+            continue
+        for x in (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)):
+            if x.dtype == torch.int8:
+                x.random_(-127, 128)
+            elif not x.is_floating_point():
+                continue  # indices
+            elif x.itemsize == 1:
+                x.copy_(torch.empty_like(x, dtype=torch.float32).normal_(0.1, 0.8))
+            elif name in WEIGHTS and x.ndim > 1:
                 outputs = x.shape[1] if name == "phases" else x.shape[0]
                 fan_in = x.numel() // (outputs * (x.shape[0] if name == "phases" else 1))
                 x.normal_(0, fan_in**-0.5)
@@ -82,6 +96,13 @@ def fill(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x.uniform_(-1, 1)
             else:
                 x.normal_(0.1, 0.8)
+
+
+def _fill_rows(rows: QuantizedRows, mean: float, deviation: float) -> None:
+    """Numbers of usual size, quantised: random codes would be of any size."""
+    wide = torch.empty(rows.values.shape, device=rows.values.device).normal_(mean, deviation)
+    for x, made in zip(rows, quantized_reference(wide, rows.values.dtype), strict=True):
+        x.copy_(made)
 
 
 def _interpretable(x: Tensor) -> Tensor:
@@ -98,7 +119,7 @@ def _double(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
     def copy(x: Tensor) -> Tensor:
         if id(x) not in copies:
-            wide = x.double() if x.is_floating_point() else x.clone()
+            wide = x.double() if x.is_floating_point() and x.itemsize > 1 else x.clone()
             if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
                 wide = wide.contiguous(memory_format=torch.channels_last_3d)
             copies[id(x)] = wide.clone(memory_format=torch.preserve_format) if wide is x else wide
@@ -111,15 +132,30 @@ def _double(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return bound.args, bound.kwargs | {"backend": "torch"}
 
 
-def _results(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _result(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch.no_grad():
-        result = case.operator(*args, **kwargs)
-    return [x.double() for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+        return case.operator(*args, **kwargs)
+
+
+def leaves(result: Any) -> list[Tensor | QuantizedRows]:
+    """What an operator returns, one by one."""
+    flat, _ = tree_flatten(result, is_leaf=lambda x: isinstance(x, QuantizedRows))
+    return [x for x in flat if isinstance(x, (Tensor, QuantizedRows))]
+
+
+def numbers(result: Any) -> list[Tensor]:
+    """The same in float64: of quantised rows, what they stand for."""
+    return [
+        x.values.double() * x.scales.double().unsqueeze(-1) if isinstance(x, QuantizedRows) else x.double()
+        for x in leaves(result)
+    ]
 
 
 def _coarsest(inputs: Any) -> torch.dtype:
-    dtypes = {x.dtype for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dtype in TOLERANCE}
-    return max(dtypes, key=lambda dtype: TOLERANCE[dtype])
+    """Of the inputs, and of the result where the call names it."""
+    flat = tree_flatten(inputs)[0]
+    dtypes = {x.dtype if isinstance(x, Tensor) else x for x in flat if isinstance(x, (Tensor, torch.dtype))}
+    return max(dtypes & TOLERANCE.keys(), key=lambda dtype: TOLERANCE[dtype])
 
 
 @contextmanager

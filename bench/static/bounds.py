@@ -51,6 +51,14 @@ _UNITS = {
     "shared": {"SHFL": 4, "LDSM": 16, "LDS": 8, "STS": 8, "STSM": 8},
 }
 _L2_BYTES_PER_CYCLE = 64
+#: Kinds of operands of 8 bits, as tensor-core opcodes begin for them, and their rate over that of bf16 with float32
+#: sums. Sources: vendor data sheets and architecture whitepapers.
+EIGHT_BITS = {
+    "float8": (("QGMMA", "QMMA", "UTCQMMA"), {89: 2, 90: 2, 100: 2, 120: 2}),
+    "int8": (("IGMMA", "IMMA", "UTCIMMA"), {80: 2, 86: 4, 89: 4, 90: 2, 100: 2, 120: 4}),
+}
+#: Tensor-core instructions of one warp alone.
+_BY_WARP = {"HMMA", "QMMA", "IMMA"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,12 @@ class Bound:
     limit: str
     fraction: float
     cycles: Mapping[str, float]
+    #: Of the tensor cores for these operands, over that for bf16.
+    rate: int = 1
 
     def tflops(self, target: Target) -> float:
         """The bound as TFLOP/s on the target's card; 0 for kernels without products."""
-        return self.fraction * target.bf16_tflops if "tensor" in self.cycles else 0.0
+        return self.fraction * self.rate * target.bf16_tflops if "tensor" in self.cycles else 0.0
 
 
 def occupancy(analysis: Analysis, shared_bytes: int, warps: int, target: Target) -> int:
@@ -94,10 +104,11 @@ def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: T
 
 
 def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Target) -> Bound:
-    parts = max(warps // 4, 1) if "HMMA" in loop.mix else work.groups
+    parts = max(warps // 4, 1) if _BY_WARP & loop.mix.keys() else work.groups
     groups = programs * parts
     share = warps / parts / 4
-    tensor = work.fma / parts / target.bf16_fma
+    rate = _rate(loop.mix, target)
+    tensor = work.fma / parts / (rate * target.bf16_fma)
     units = {unit: time * share for unit, time in _unit_times(loop.mix, target).items()}
     units["issue"] = loop.instructions * share
     alone = max(loop.stalls, *units.values())
@@ -106,7 +117,14 @@ def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Target) -> 
     cycles["memory"] = programs * work.loaded / _L2_BYTES_PER_CYCLE
     cycles["latency"] = (tensor / 2 if loop.overlapped else tensor) + alone
     limit = max(cycles, key=lambda name: (cycles[name], name == "tensor"))
-    return Bound(limit, cycles["tensor"] / cycles[limit], cycles)
+    return Bound(limit, cycles["tensor"] / cycles[limit], cycles, rate)
+
+
+def _rate(mix: Mapping[str, int], target: Target) -> int:
+    """Of the products in a loop; where it mixes kinds of operands, as if all were bf16."""
+    if any(name in mix for name in target.mma_opcodes):
+        return 1
+    return next((rates[target.capability] for names, rates in EIGHT_BITS.values() if mix.keys() & set(names)), 1)
 
 
 def _unit_times(mix: Mapping[str, int], target: Target) -> dict[str, float]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.operators.discover import all_cases
-from bench.static.bounds import occupancy, predict
+from bench.static.bounds import EIGHT_BITS, occupancy, predict
 from bench.static.compile_only import CompiledKernel, compiled_for, quiet_exit
 from bench.static.cubin import TENSOR_OPCODES, analyse
-from model.errors import require
+from model.errors import InputError, require
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import TARGETS, Target
 
@@ -55,6 +55,8 @@ class Row:
     bound_tflops: float | None = None
     seconds: float = 0.0
     computes_products: bool = False
+    #: Key of ``EIGHT_BITS`` for products of 8 bits; others are of 16.
+    operands: str = ""
 
     def faults(self) -> list[str]:
         """What ``--check`` objects to."""
@@ -65,17 +67,23 @@ class Row:
             faults.append(f"spills: {self.spill_loads} loads, {self.spill_stores} stores")
         if self.shared_bytes > self.shared_limit:
             faults.append(f"shared memory: {self.shared_bytes} of {self.shared_limit} bytes")
-        if self.computes_products and not set(self.mma.split("+")) & set(TARGETS[self.capability].mma_opcodes):
-            faults.append(
-                f"tensor cores: expected {' or '.join(TARGETS[self.capability].mma_opcodes)}, got {self.mma or 'none'}"
-            )
+        wanted = EIGHT_BITS[self.operands][0] if self.operands else TARGETS[self.capability].mma_opcodes
+        if self.computes_products and not set(self.mma.split("+")) & set(wanted):
+            faults.append(f"tensor cores: expected {' or '.join(wanted)}, got {self.mma or 'none'}")
         return faults
 
 
 def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
-    """Rows in the order of targets and cases; progress on stderr."""
+    """Rows in the order of targets and cases, of cases that the targets have a kernel for; progress on stderr.
+
+    Raises:
+        InputError: no target has a kernel for any of the cases.
+    """
     tqdm = require("tqdm", "generate").tqdm
-    tasks = [(target, case) for target in targets for case in cases]
+    tasks = [(target, case) for target in targets for case in cases if CASES[case].least_capability <= target]
+    if not tasks:
+        least = min(CASES[case].least_capability for case in cases)
+        raise InputError(f"targets: expected one of {least} or newer for these cases, got {max(targets)}")
     results: dict[tuple[int, int], list[Row]] = {}
     context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
     with (
@@ -121,10 +129,12 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
         "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
         loop.instructions if loop else 0, loop.mix if loop else None,
         bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
-        kernel.seconds, work.fma > 0,
+        kernel.seconds, work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
     )  # fmt: skip
 
 
+#: Pointers of 8 bits, as Triton writes them.
+_OPERANDS = {"*fp8e4nv": "float8", "*i8": "int8"}
 _TILES = ("BLOCK_M", "BLOCK_N", "TAIL_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
 
 
