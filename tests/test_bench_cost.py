@@ -12,12 +12,12 @@ import pytest
 from bench.__main__ import build_parser, main
 from bench.commands import cost
 from bench.cost.calibration import calibration
-from bench.cost.gpus import GPUS
 from bench.cost.paper import REPORTED, baseline, consistent, ratios
-from bench.cost.pipeline import Configuration, parts, predict
-from bench.cost.profiles import PROFILES, get_profile
 from bench.result_file import read_result
 from bench.session import RESULT
+from model.cost.gpus import GPUS
+from model.cost.pipeline import Configuration, parts, predict
+from model.cost.profiles import PROFILES, get_profile
 from tests.bench_session import read_section, rows_of
 
 CARDS = ("H800", "H200")
@@ -57,7 +57,7 @@ def test_tables_are_valid_and_nothing_in_them_is_said_to_be_measured(one: Path, 
             for row in table["rows"]:
                 basis = "counted" if table["name"] == "parts" else "predicted"
                 assert (row["status"], row["basis"]) == ("ok", basis)
-                assert basis == "counted" or row["basis_note"] == "by bench/cost"
+                assert basis == "counted" or row["basis_note"] == "by model/cost"
                 assert basis == "predicted" or not any(name.endswith("seconds") for name in row)
 
 

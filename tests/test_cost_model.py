@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cost import dit, vae
 from bench.cost.calibration import latent_frame
-from bench.cost.pipeline import Configuration, parts
-from bench.cost.work import Work
 from bench.vae.layers import all_kernels
 from model.config import PRESETS, DiTConfig, VAEConfig
+from model.cost import dit, vae
+from model.cost.pipeline import Configuration, parts
+from model.cost.work import Work
 from model.csg import SegmentPlan, sample_latents
 from model.denoise import Denoiser
 from model.dit import WanDiT
-from model.pipeline import make_motion, make_reference
+from model.pipeline import make_motion, make_reference, motion_condition
 from model.scheduler import flow_sigmas
 from model.tensor_memory import TensorMemory
 from model.vae import WanVAE
@@ -291,7 +291,13 @@ def test_the_parts_have_the_operations_of_the_pipelines_own_functions(preset: st
     stages = {}
     with Counted() as counted:
         picture = torch.empty(1, 3, 1, *c.motion_size[::-1], device=META)
-        motion = make_motion(first, encoders, picture, text, num_blocks=5, sigmas=flow_sigmas(2, 5.0), seed=0)
+        motion = make_motion(
+            lambda: first,
+            motion_condition(encoders, first.config, picture, 5),
+            text,
+            sigmas=flow_sigmas(2, 5.0),
+            seed=0,
+        )
         stages["Stage I"] = counted.total
         picture = torch.empty(1, 3, 1, *size, device=META)
         reference = make_reference(motion, encoders, encoders, picture)

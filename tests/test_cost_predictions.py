@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from bench.cost import dit, tables, vae
+from bench.cost import tables
 from bench.cost.calibration import calibration, latent_frame
-from bench.cost.gpus import GPUS, get_gpu
 from bench.cost.paper import REPORTED, baseline, consistent, ratios, two_stage
-from bench.cost.pipeline import Configuration, Part, parts, predict
-from bench.cost.profiles import PROFILES, Curve, get_profile, seconds
-from bench.cost.work import Product, Traffic, Work
 from model.config import PRESETS, VAEConfig
+from model.cost import dit, vae
+from model.cost.gpus import GPUS, get_gpu
+from model.cost.pipeline import Configuration, Part, parts, predict
+from model.cost.profiles import PROFILES, Curve, get_profile, seconds
+from model.cost.work import Product, Traffic, Work
 from model.errors import InputError
 from model.vae_plan import plan_vae
+from swifti2v_kernels.common.conv_checks import MAX_OWNED_CHANNELS
 from swifti2v_kernels.common.target import TARGETS
 
 _1B = PRESETS["1.3b"].stage_two
@@ -136,12 +139,28 @@ def test_rates_say_where_they_were_measured_and_where_they_are_assumed() -> None
 
 
 def test_cards_have_the_peaks_that_the_library_knows() -> None:
-    by_capability = {gpu.capability: gpu for gpu in GPUS.values() if gpu.name != "L40S"}
-    assert len(by_capability) == 5
-    for capability, gpu in by_capability.items():
+    capabilities = {gpu.capability for gpu in GPUS.values()}
+    assert len(capabilities) == 5
+    for capability in capabilities:
         target = TARGETS[capability]
+        gpu = GPUS[target.card.removesuffix(" SXM")]
+        assert gpu.capability == capability
         assert gpu.bf16 == pytest.approx(target.bf16_tflops, rel=0.01)
-        assert GPUS[target.card.removesuffix(" SXM")].bandwidth == pytest.approx(target.bandwidth_tb_s, rel=0.01)
+        assert gpu.bandwidth == pytest.approx(target.bandwidth_tb_s, rel=0.01)
+
+
+def test_smaller_cards_of_one_architecture_have_less_of_everything() -> None:
+    """And the ratio of 8-bit to 16-bit products that all of it have."""
+    cards = [GPUS[f"RTX {model}"] for model in (4060, 4070, 4080, 4090)]
+    for smaller, larger in pairwise(cards):
+        for name in ("bf16", "fp8", "bandwidth", "memory"):
+            assert getattr(smaller, name) < getattr(larger, name)
+        assert smaller.host <= larger.host
+    assert all(card.fp8 / card.bf16 == pytest.approx(2, rel=0.01) for card in cards)
+
+
+def test_the_cost_model_knows_which_convolutions_norm_what_they_store() -> None:
+    assert vae.MAX_OWNED_CHANNELS == MAX_OWNED_CHANNELS
 
 
 def test_weights_that_do_not_fit_are_streamed_and_what_cannot_fit_is_said() -> None:

@@ -13,10 +13,10 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.cost.configuration import Configuration
 from bench.memory.clip import ClipSetup, run_clip
 from model import InputError, SegmentPlan, WanDiT, load_dit, sample_latents, workspace
 from model.command import run_command, segment_plan
+from model.cost.configuration import Configuration
 from model.csg import MODES, STAGE, check_channels, plan_for
 from model.scheduler import block_noise, flow_sigmas
 from model.weights import random_weights

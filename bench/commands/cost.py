@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from bench.cost.gpus import GPUS
 from bench.cost.paper import REPORTED, baseline, consistent, ratios
-from bench.cost.pipeline import Configuration, parts, predict
-from bench.cost.profiles import PROFILES, get_profile
 from bench.cost.tables import calibration_rows, consistent_rows, headline
 from bench.registry import Benchmark
 from bench.session import Session
 from model.command import not_negative, parse_size, positive
 from model.config import PRESETS
+from model.cost.gpus import GPUS
+from model.cost.pipeline import Configuration, parts, predict
+from model.cost.profiles import PROFILES, get_profile
 from model.csg import MODES
 from model.errors import InputError
 
-BY_MODEL = "by bench/cost"
+BY_MODEL = "by model/cost"
 STAGES = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
           "decode": "decode_seconds"}  # fmt: skip
 #: Options of clips in two stages only.

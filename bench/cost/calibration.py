@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bench.cost import dit, vae
-from bench.cost.gpus import get_gpu
 from bench.cost.paper import baseline
-from bench.cost.pipeline import Configuration, predict
-from bench.cost.profiles import get_profile, seconds
-from bench.cost.work import Work
 from model.config import PRESETS, DiTConfig, VAEConfig
+from model.cost import dit, vae
+from model.cost.gpus import get_gpu
+from model.cost.pipeline import Configuration, predict
+from model.cost.profiles import get_profile, seconds
+from model.cost.work import Work
 
 _REFERENCE, _FLASH_3, _OWN = "reference", "reference, FlashAttention-3", "swifti2v"
 _T2V_1B = DiTConfig()

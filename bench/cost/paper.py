@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from bench.cost.gpus import get_gpu
-from bench.cost.pipeline import Configuration, parts, predict
-from bench.cost.profiles import get_profile
 from model.config import PRESETS
+from model.cost.gpus import get_gpu
+from model.cost.pipeline import Configuration, parts, predict
+from model.cost.profiles import get_profile
 from model.errors import InputError
 
 #: Predicted with these, since the paper's code is neither known nor this project's.

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.cost.calibration import calibration
-from bench.cost.gpus import GPUS
 from bench.cost.paper import Consistent, Ratio, baseline
-from bench.cost.pipeline import Configuration, parts, predict
-from bench.cost.profiles import PROFILES, get_profile
 from model.config import PRESETS
+from model.cost.gpus import GPUS
+from model.cost.pipeline import Configuration, parts, predict
+from model.cost.profiles import PROFILES, get_profile
 
 Row = dict[str, Any]
 

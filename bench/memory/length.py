@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from bench.cost import dit as dit_cost
 from bench.csg.window import WindowClock
 from bench.outcome import FAILURES, failure
 from bench.record import Table
 from model.config import Preset
+from model.cost import dit as dit_cost
 from model.csg import SegmentPlan, Window, plan_for
 
 MODES = ("end_to_end", "bidirectional")
@@ -31,7 +31,7 @@ def predicted_rows(preset: Preset, size: tuple[int, int], lengths: tuple[int, ..
             )  # fmt: skip
             tokens = len(window.blocks) * dit_cost.tokens_per_block(preset.stage_two, latent_size)
             row = {"frames": num_frames, "mode": mode, "basis_of_peak": "predicted", "basis": "predicted"}
-            row |= {"basis_note": "by bench/cost", "peak_bytes": found.total, "tokens": tokens}
+            row |= {"basis_note": "by model/cost", "peak_bytes": found.total, "tokens": tokens}
             rows.append(row)
     return rows
 

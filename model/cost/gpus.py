@@ -2,7 +2,7 @@
 
 Peaks are dense (without sparsity) and of bf16 products that are summed in float32, which GeForce cards run at half
 rate. ``host`` is what a copy from pinned memory reaches over the card's PCI Express bus: 50 GB/s of the 63 of version
-5.0 with 16 lanes, 25 of the 31.5 of version 4.0.
+5.0 with 16 lanes, 25 of the 31.5 of version 4.0, and half of that with 8 lanes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,14 @@ GPUS: Mapping[str, GPU] = {
         GPU("H800", "hopper", 90, 989.4, 1978.9, 3.35, 80, 50, "NVIDIA H800 data sheet, SXM5: H100 but for NVLink"),
         GPU("H200", "hopper", 90, 989.4, 1978.9, 4.80, 141, 50, "NVIDIA H200 data sheet, SXM5"),
         GPU("A100", "ampere", 80, 312.0, 0.0, 2.039, 80, 25, "NVIDIA A100 80GB data sheet, SXM4"),
-        GPU(
-            "RTX 4090", "ada-geforce", 89, 165.2, 330.3, 1.008, 24, 25, "NVIDIA Ada GPU architecture whitepaper, AD102"
+        *(
+            GPU(f"RTX {model}", "ada-geforce", 89, bf16, 2 * bf16, bandwidth, memory, host, source)
+            for model, bf16, bandwidth, memory, host, source in (
+                (4060, 30.2, 0.272, 8, 12.5, "NVIDIA GeForce RTX 4060 specifications, AD107, 8 lanes"),
+                (4070, 58.3, 0.504, 12, 25, "NVIDIA GeForce RTX 4070 specifications, AD104"),
+                (4080, 97.5, 0.717, 16, 25, "NVIDIA Ada GPU architecture whitepaper, AD103"),
+                (4090, 165.2, 1.008, 24, 25, "NVIDIA Ada GPU architecture whitepaper, AD102"),
+            )
         ),
         GPU(
             "RTX 5090",

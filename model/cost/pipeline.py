@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.cost import dit, vae
-from bench.cost.configuration import DTYPES, Configuration
-from bench.cost.gpus import GPU
-from bench.cost.profiles import NARROW, WIDE, Profile, seconds
-from bench.cost.work import Product, Traffic, Work, total
 from model.config import DiTConfig, VAEConfig
+from model.cost import dit, vae
+from model.cost.configuration import DTYPES, Configuration
+from model.cost.gpus import GPU
+from model.cost.profiles import NARROW, WIDE, Profile, seconds
+from model.cost.windows import whole_step, window_passes, windows_memory
+from model.cost.work import Product, Traffic, Work, total
 from model.errors import InputError
 from model.pipeline_plan import USABLE
 from model.tiling import VAEPlan
@@ -58,7 +59,7 @@ class Part:
 
     @property
     def flops(self) -> Mapping[str, int]:
-        """Operations by kind (``bench.cost.work.KINDS``), halos of tiles included."""
+        """Operations by kind (``model.cost.work.KINDS``), halos of tiles included."""
         return self.work.flops
 
     @property
@@ -106,26 +107,18 @@ class Prediction:
 
 def whole_work(configuration: Configuration, config: DiTConfig, latent_size: tuple[int, int], steps: int) -> Work:
     """All blocks of the clip in one window, as ``model.pipeline.make_motion`` denoises them, without guidance."""
-    blocks, itemsize = configuration.plan.num_blocks, configuration.dtype.itemsize
-    tokens = dit.tokens_per_block(config, latent_size)
-    # A DiT without mask channels is given its first block.
-    targets = blocks - (config.in_channels == config.out_channels)
-    step = dit.forward(config, blocks * tokens, targets=targets * tokens, itemsize=itemsize)
+    itemsize = configuration.dtype.itemsize
+    step = whole_step(config, configuration.plan.num_blocks, latent_size, itemsize)
     return dit.context(config, itemsize=itemsize) + dit.modulation(config, steps + 1, itemsize) + steps * step
 
 
 def segments_work(configuration: Configuration, latent_size: tuple[int, int]) -> Work:
     """All windows and steps of Stage II, as ``model.csg.sample_latents`` takes them, without guidance."""
-    config, itemsize = configuration.stage_two, configuration.dtype.itemsize
-    tokens, steps = dit.tokens_per_block(config, latent_size), configuration.steps
+    config, itemsize, steps = configuration.stage_two, configuration.dtype.itemsize, configuration.steps
     works = [dit.context(config, itemsize=itemsize), dit.modulation(config, steps + 1, itemsize)]
     for window in configuration.plan:
-        given, noisy = len(window.conditioning) * tokens, len(window.noisy) * tokens
-        if configuration.mode == "causal":
-            works.append(dit.forward(config, given, targets=0, itemsize=itemsize))
-            works.append(steps * dit.forward(config, noisy, remembered=given, itemsize=itemsize))
-        else:
-            works.append(steps * dit.forward(config, given + noisy, targets=noisy, itemsize=itemsize))
+        once, step = window_passes(config, window, configuration.mode, latent_size, itemsize)
+        works += [*([] if once is None else [once]), steps * step]
     return total(works)
 
 
@@ -187,21 +180,14 @@ class _Planner:
 
     def _stage_two_memory(self, latent_size: tuple[int, int]) -> dit.DiTMemory:
         c = self.configuration
-        given, noisy = (
-            max(map(len, blocks)) for blocks in zip(*((w.conditioning, w.noisy) for w in c.plan), strict=True)
-        )
-        window, remembered = max(len(w.blocks) for w in c.plan), 0
-        if c.mode == "causal":
-            window, remembered = max(given, noisy), given * (1 + c.guidance)
-        return dit.memory(
+        return windows_memory(
             c.stage_two,
+            c.plan,
+            c.mode,
             latent_size,
-            window_blocks=window,
-            denoised_blocks=c.plan.num_blocks if c.stage_one is None else noisy,
-            num_blocks=c.plan.num_blocks,
             steps=c.steps,
             dtype=c.dtype,
-            remembered_blocks=remembered,
+            denoised_blocks=c.plan.num_blocks if c.stage_one is None else None,
             contexts=1 + c.guidance,
         )
 
@@ -267,8 +253,9 @@ class _Planner:
             work, note = planned.redundancy * work, f"{planned.plan.rows} x {planned.plan.columns} exact tiles"
             note += f", {planned.redundancy:.2f} times the work of whole frames"
         if planned.plan.park:
-            # The states of all tiles are together those of the whole frame: fetched and parked once a piece.
-            copied = (2 * pieces - 1) * peak_of(planned.request, VAEPlan()).state
+            # The states of all tiles are together those of the whole frame: fetched and parked once a piece, unless one
+            # piece is all there is.
+            copied = (2 * pieces - 1) * peak_of(planned.request, VAEPlan()).state if pieces > 1 else 0
             note += f", {copied / 1e9:.0f} GB copied to host memory and back"
         peak = taken + planned.peak.total
         return Part(name, stage, work, dtype.itemsize, peak, host_bytes=copied, note=note), planned

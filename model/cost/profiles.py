@@ -6,7 +6,7 @@ A fraction depends on an extent (:class:`Curve`). Nothing overlaps: kernels of o
 runs on the tensor cores as TF32, at half the rate of bf16 on every card of the table, and moves twice the bytes.
 
 ``reference``: eager PyTorch with FlashAttention-2. On Hopper, A100 and RTX 4090 attention, linear layers and bandwidth
-were fitted, together with :data:`bench.cost.dit.EAGER_BYTES`, to the times that the Wan2.1 and Wan2.2 repositories
+were fitted, together with :data:`model.cost.dit.EAGER_BYTES`, to the times that the Wan2.1 and Wan2.2 repositories
 publish; convolutions on Hopper to diffusers' decoder, measured on an NVIDIA H200 (2026-11-26, torch 2.11).
 
 ``reference, FlashAttention-3``: the same with FlashAttention-3, which exists for Hopper only; fitted to the times that
@@ -37,8 +37,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench.cost.gpus import GPU
-from bench.cost.work import UNFOLDED, Work
+from model.cost.gpus import GPU
+from model.cost.work import UNFOLDED, Work
 from model.errors import InputError
 
 
@@ -160,7 +160,7 @@ _SWIFTI2V = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Code of one kind. ``form`` is the field of :class:`bench.cost.work.Traffic` that it moves between products."""
+    """Code of one kind. ``form`` is the field of :class:`model.cost.work.Traffic` that it moves between products."""
 
     name: str
     form: str

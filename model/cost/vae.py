@@ -5,7 +5,7 @@ a frame and in front of a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T 
 between. What deserves a word:
 
 * Nearest upsampling is folded into the 3x3 convolution behind it, as the kernels of this project do it: 4 of 36 taps
-  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`bench.cost.work.UNFOLDED` times
+  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`model.cost.work.UNFOLDED` times
   as many.
 * A temporal up- or downsampling passes the clip's first frame as it is.
 * Attention, in the middle, is one head over the n pixels of a latent frame: ``4 n^2 C``, and ``8 n C^2`` for its
@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from bench.cost.work import Product, Traffic, Work
 from model.config import VAEConfig
+from model.cost.work import Product, Traffic, Work
 from model.errors import InputError
 from model.pipeline import check_frames
-from swifti2v_kernels.common.conv_checks import MAX_OWNED_CHANNELS
 
+#: Channels up to which a convolution's store also norms: ``swifti2v_kernels``' own number.
+MAX_OWNED_CHANNELS = 192
 #: Bytes that eager code moves between products in 16 bits, for every element that a causal convolution reads: casts of
 #: the norm, SiLU, concatenation of history, padding, copies into the layout of cuDNN.
 EAGER_CONVOLUTION = 58.0

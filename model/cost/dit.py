@@ -22,8 +22,8 @@ from math import prod
 
 import torch
 
-from bench.cost.work import Product, Traffic, Work
 from model.config import MASK_CHANNELS, DiTConfig
+from model.cost.work import Product, Traffic, Work
 from model.dit import WanDiT
 from model.encoders import TEXT_LENGTH
 from model.errors import InputError
@@ -31,7 +31,7 @@ from model.weights import dit_parameter_dtype
 from model.workspace import Workspace
 
 #: Bytes that eager code moves between products, for each token, channel and layer in 16 bits. Fitted, together with the
-#: rates of the profile ``reference``, to published times (``calibration.py``): 240 rows of the stream.
+#: rates of the profile ``reference``, to published times (``bench/cost/calibration.py``): 240 rows of the stream.
 EAGER_BYTES = 480.0
 #: Tokens of one image embedded by CLIP.
 IMAGE_TOKENS = 257
@@ -168,6 +168,7 @@ def memory(
     remembered_blocks: int = 0,
     contexts: int = 1,
     text_tokens: int = TEXT_LENGTH,
+    eight_bits: torch.dtype | None = None,
 ) -> DiTMemory:
     """Peak of denoising windows of one clip, part by part; the activations by the model's own planner.
 
@@ -182,9 +183,10 @@ def memory(
         remembered_blocks: blocks whose keys and values are kept (the causal mode).
         contexts: sets of text keys and values: 2 with guidance.
         text_tokens: of one.
+        eight_bits: of what is quantised before a product; None where products are in ``dtype``.
     """
     block_len = tokens_per_block(config, latent_size)
-    workspace = Workspace.plan(config, 1, window_blocks, block_len, dtype=dtype, device="meta")
+    workspace = Workspace.plan(config, 1, window_blocks, block_len, dtype=dtype, device="meta", eight_bits=eight_bits)
     pairs = 2 * config.num_layers * config.dim * dtype.itemsize
     latents = config.out_channels * latent_size[0] * latent_size[1] * STORE_ITEMSIZE
     return DiTMemory(
