@@ -102,7 +102,9 @@ class Denoiser:
         workspace: Workspace | None = None,
     ) -> None:
         self.dit, self.latents, self.reference = dit, latents, reference
-        self.graphs = StepGraphs(latents.device, cuda_graph)
+        # A captured step would wait for its copies where it begins, and not where it needs them.
+        streams = dit.stream is not None and dit.stream.copies
+        self.graphs = StepGraphs(latents.device, cuda_graph and not streams)
         self.context = dit.context(text, image)
         # Row 0 is timestep 0, that of given blocks; row i + 1 that of step i.
         timesteps = [0.0, *(NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1])]
@@ -111,7 +113,13 @@ class Denoiser:
         (height, width), patch = latents.shape[3:], dit.config.patch_size
         self._grid = height // patch[1], width // patch[2]
         self.workspace = workspace or Workspace.plan(
-            dit.config, 1, max_blocks, self._grid[0] * self._grid[1], dtype=dit.dtype, device=latents.device
+            dit.config,
+            1,
+            max_blocks,
+            self._grid[0] * self._grid[1],
+            dtype=dit.dtype,
+            device=latents.device,
+            eight_bits=dit.eight_bits,
         )
         self._kinds: dict[Hashable, _Kind] = {}
         self._key: Hashable = None

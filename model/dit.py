@@ -23,30 +23,37 @@ of operations and roundings are its own too (Wan2.1 and Wan2.2; see ``model/weig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.config import DiTConfig
-from model.dit_layers import Attention, ConditionEmbedder, FeedForward, KeyValue, linear_into
-from model.workspace import Part, Workspace, plan_parts
+from model.dit_block import DiTBlock, written_to
+from model.dit_layers import ConditionEmbedder, KeyValue
+from model.workspace import Workspace, plan_parts
 from swifti2v_kernels import (
     Rope3D,
     embed_window,
-    gated_residual,
-    gated_residual_norm_modulate,
-    linear_gelu,
     norm_modulate,
     project_step,
     rope_3d,
 )
 
+if TYPE_CHECKING:
+    from model.block_stream import BlockStream
+
 #: Parts of parameter names that stay in float32 whatever the model's dtype (as in diffusers): the timestep MLP, the
 #: modulation tables and the norms' own weights are small, and rounding them costs accuracy.
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
+
+def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the DiT parameter ``name`` is kept when the model is loaded in ``dtype``."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and any(part in name for part in FLOAT32_PARAMETERS) else dtype
 
 
 class Context(NamedTuple):
@@ -85,102 +92,6 @@ class WindowTensors:
     targets: tuple[int, ...]
 
 
-class DiTBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward of one layer."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        dim, heads, eps = config.dim, config.num_heads, config.eps
-        self.eps = eps
-        self.attn1 = Attention(dim, heads, eps)
-        self.attn2 = Attention(dim, heads, eps, config.added_kv)
-        self.norm2 = nn.LayerNorm(dim, eps=eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(dim, config.ffn_dim, dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        n: Tensor,
-        kept: KeyValue,
-        memory: KeyValue | None,
-        context: Sequence[KeyValue],
-        rope: Rope3D,
-        modulation: Tensor,
-        following: Tensor | None,
-        block_map: Tensor,
-        parts: Sequence[Part],
-        workspace: Workspace,
-    ) -> None:
-        """The given parts of a window through the layer, in place.
-
-        Args:
-            x: the window's residual stream ``[B, L, C]``; updated in its parts.
-            n: its norm for this layer, ``[B, L, C]``; overwritten in its parts with that for the next.
-            kept: where all tokens' keys and values go, ``[B, L, C]``.
-            memory: further keys and values ``[B, L', H, D]`` that self-attention reads.
-            context: keys and values of cross-attention, each with a softmax of its own.
-            rope: tables of the window.
-            modulation: ``[B, R, 6, C]``; ``following``: the next layer's, or None after the last.
-            block_map: row of the modulation for each block.
-            parts: tokens to compute (the keys and values are those of all).
-            workspace: buffers ``a``, ``b`` and ``hidden``.
-        """
-        own = self.attn1.keys_values(n, rope, *kept)
-        for part in parts:
-            batch = slice(part.batch, part.batch + 1)
-            sources, groups = (
-                [(k[batch], v[batch]) for k, v in pairs]
-                for pairs in ([own] if memory is None else [memory, own], context)
-            )
-            self.part(
-                *(y[batch, part.start : part.stop] for y in (x, n)),
-                sources,
-                [[pair] for pair in groups],
-                rope,
-                part.start,
-                modulation[batch],
-                None if following is None else following[batch],
-                block_map[part.first : part.last],
-                workspace,
-            )
-
-    def part(
-        self,
-        x: Tensor,
-        n: Tensor,
-        sources: Sequence[KeyValue],
-        context: Sequence[Sequence[KeyValue]],
-        rope: Rope3D,
-        start: int,
-        modulation: Tensor,
-        following: Tensor | None,
-        block_map: Tensor,
-        workspace: Workspace,
-    ) -> None:
-        """The tokens ``[1, m, C]`` from the window's ``start`` on; the stream crosses memory at three updates only."""
-        _, _, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
-        rows = {"block_map": block_map, "eps": self.eps}
-        update = self.attn1.attend(n, [sources], rope, start, workspace)
-        query = workspace.take("b", *x.shape)
-        if self.norm2 is None:
-            query.copy_(gated_residual(x, update, gate, block_map=block_map, inplace=True))
-        else:
-            affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
-            gated_residual_norm_modulate(x, update, gate, **affine, **rows, out=query, inplace=True)
-        update = self.attn2.attend(query, context, None, 0, workspace)
-        y = workspace.take("b", *x.shape)
-        gated_residual_norm_modulate(x, update, None, ff_shift, ff_scale, **rows, out=y, inplace=True)
-        up, down = self.ffn.net[0].proj, self.ffn.net[2]
-        hidden = linear_gelu(y, up.weight, up.bias, out=workspace.take("hidden", *x.shape[:2], up.out_features))
-        update = linear_into(down, hidden, workspace.take("a", *x.shape))
-        if following is None:
-            gated_residual(x, update, ff_gate, block_map=block_map, inplace=True)
-        else:
-            shift, scale = following[:, :, 0], following[:, :, 1]
-            gated_residual_norm_modulate(x, update, ff_gate, shift, scale, **rows, out=n, inplace=True)
-
-
 class WanDiT(nn.Module):
     """Wan DiT: Wan2.1 1.3B/14B (T2V, I2V), Wan2.2 A14B experts, TI2V-5B, and Stage II of SwiftI2V."""
 
@@ -193,6 +104,10 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        #: What brings the blocks' weights, and the dtype of their products' inputs if that is an 8-bit one; see
+        #: ``model/placed.py``. None: they are where the module is, and plain.
+        self.stream: BlockStream | None = None
+        self.eight_bits: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,6 +118,10 @@ class WanDiT(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.patch_embedding.weight.device
+
+    def walk(self) -> Iterator[DiTBlock]:
+        """The blocks in order, each with its weights on the device until the next one is asked for."""
+        return iter(self.blocks) if self.stream is None else self.stream.walk()
 
     def context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """Keys and values of all layers' cross-attention, which depend on text and image only: once for a clip.
@@ -227,10 +146,12 @@ class WanDiT(nn.Module):
             elif image.shape[0] != text.shape[0]:
                 given = f"{image.shape[0]} for {text.shape[0]} of text"
                 raise ValueError(f"image: expected as many batch entries as text, got {given}")
-        texts = [block.attn2.context(text) for block in self.blocks]
-        return Context(
-            texts, None if image is None else [block.attn2.context(image, added=True) for block in self.blocks]
-        )
+        texts, images = [], []
+        for block in self.walk():
+            texts.append(block.attn2.context(text))
+            if image is not None:
+                images.append(block.attn2.context(image, added=True))
+        return Context(texts, images or None)
 
     def modulate(self, timestep: Tensor) -> Modulation:
         """The modulation of every layer for timesteps ``[B, R]`` (0..1000): once a clip, whose timesteps are few."""
@@ -244,7 +165,13 @@ class WanDiT(nn.Module):
         """A workspace for :meth:`run` on ``window`` and on all with blocks of the same size and no more of them."""
         batch, num_blocks = window.latents.shape[0], window.latent_index.shape[0]
         return Workspace.plan(
-            self.config, batch, num_blocks, self._block_len(window), dtype=self.dtype, device=window.latents.device
+            self.config,
+            batch,
+            num_blocks,
+            self._block_len(window),
+            dtype=self.dtype,
+            device=window.latents.device,
+            eight_bits=self.eight_bits,
         )
 
     def run(
@@ -280,7 +207,7 @@ class WanDiT(nn.Module):
         config, batch = self.config, window.latents.shape[0]
         num_blocks, block_len = window.latent_index.shape[0], self._block_len(window)
         shape = batch, num_blocks * block_len, config.dim
-        x, n = workspace.take("x", *shape), workspace.take("n", *shape)
+        x, n = workspace.take("x", *shape), workspace.normed("n", *shape)
         embed_window(
             window.latents,
             self.patch_embedding.weight,
@@ -292,10 +219,10 @@ class WanDiT(nn.Module):
             out=x,
         )
         rows = window.modulation_index
-        norm_modulate(x, *modulation.layers[0, :, :, :2].unbind(2), block_map=rows, eps=config.eps, out=n)
+        norm_modulate(x, *modulation.layers[0, :, :, :2].unbind(2), block_map=rows, eps=config.eps, **written_to(n))
         parts = plan_parts(batch, block_len, range(num_blocks))
         wanted = plan_parts(batch, block_len, window.targets)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.walk()):
             last = i + 1 == config.num_layers
             block(
                 x,

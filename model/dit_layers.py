@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from model.config import DiTConfig
 from model.workspace import Workspace
-from swifti2v_kernels import Rope3D, norm_rope, segment_attention
+from swifti2v_kernels import (
+    QuantizedRows,
+    Rope3D,
+    linear_gelu,
+    norm_rope,
+    quantize_rows,
+    scaled_linear,
+    segment_attention,
+)
 
 KeyValue = tuple[Tensor, Tensor]
+#: Tokens [B, L, C], in the model's dtype or, where products are in 8 bits, quantised.
+Tokens = Tensor | QuantizedRows
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -22,8 +32,47 @@ def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return y.to(x.dtype)
 
 
-def linear_into(layer: nn.Linear, x: Tensor, out: Tensor) -> Tensor:
-    """``layer(x)`` written to ``out``; x is [1, m, C] with contiguous rows."""
+class ScaledLinear(nn.Module):
+    """A linear layer whose products are in 8 bits: weights with a scale a row, inputs with one a token."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor):
+        super().__init__()
+        self.weight, self.scales, self.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, scales, bias))
+
+    def forward(self, x: Tokens) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of the bias."""
+        return self.into(quantize_rows(x, self.weight.dtype) if isinstance(x, Tensor) else x, None)
+
+    def into(self, x: QuantizedRows, out: Tensor | None, activation: str | None = None) -> Tensor:
+        """The same, written to ``out``."""
+        weight = QuantizedRows(self.weight, self.scales)
+        return scaled_linear(x, weight, self.bias, activation=activation, dtype=self.bias.dtype, out=out)
+
+
+Linear = nn.Linear | ScaledLinear
+
+
+def part_of(tokens: Tokens, batch: slice, start: int, stop: int) -> Tokens:
+    """A part of the tokens: a view."""
+    if isinstance(tokens, QuantizedRows):
+        return QuantizedRows(*(t[batch, start:stop] for t in tokens))
+    return tokens[batch, start:stop]
+
+
+def linear_into(
+    layer: Linear, x: Tokens, out: Tensor, workspace: Workspace | None = None, activation: str | None = None
+) -> Tensor:
+    """``layer(x)`` written to ``out``; x is [1, m, C] with contiguous rows.
+
+    ``activation`` is None or ``gelu_tanh``. What is not quantised and has to be goes through the workspace's ``rows``.
+    """
+    if isinstance(layer, ScaledLinear):
+        if isinstance(x, Tensor):
+            room = None if workspace is None else workspace.take_rows("rows", *x.shape)
+            x = quantize_rows(x, layer.weight.dtype, out=room)
+        return layer.into(x, out, activation)
+    if activation is not None:
+        return linear_gelu(x, layer.weight, layer.bias, out=out)
     torch.addmm(layer.bias, x[0], layer.weight.t(), out=out[0])
     return out
 
@@ -41,11 +90,12 @@ class Attention(nn.Module):
             self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(2))
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
-    def keys_values(self, n: Tensor, rope: Rope3D, k: Tensor, v: Tensor) -> KeyValue:
+    def keys_values(self, n: Tokens, rope: Rope3D, k: Tensor, v: Tensor) -> KeyValue:
         """Of the normed tokens [B, L, C], written to ``k`` and ``v`` [B, L, C]; returns views [B, L, H, D] of these."""
-        for b in range(n.shape[0]):
-            linear_into(self.to_k, n[b : b + 1], k[b : b + 1])
-            linear_into(self.to_v, n[b : b + 1], v[b : b + 1])
+        for b in range(k.shape[0]):
+            rows = part_of(n, slice(b, b + 1), 0, k.shape[1])
+            linear_into(self.to_k, rows, k[b : b + 1])
+            linear_into(self.to_v, rows, v[b : b + 1])
         k = norm_rope(k, self.norm_k.weight, rope, self.num_heads, eps=self.eps, inplace=True)
         return k, v.unflatten(2, (self.num_heads, -1))
 
@@ -58,7 +108,7 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        n: Tensor,
+        n: Tokens,
         groups: Sequence[Sequence[KeyValue]],
         rope: Rope3D | None,
         start: int,
@@ -69,14 +119,14 @@ class Attention(nn.Module):
         The groups' softmaxes are separate and their results added (Wan's image branch). Returns the projected result
         in the workspace's buffer ``a``; uses ``b``, and ``hidden`` with two groups.
         """
-        shape = n.shape
-        q = linear_into(self.to_q, n, workspace.take("a", *shape))
+        shape = n.values.shape if isinstance(n, QuantizedRows) else n.shape
+        q = linear_into(self.to_q, n, workspace.take("a", *shape), workspace)
         q = norm_rope(q, self.norm_q.weight, rope, self.num_heads, start=start, eps=self.eps, inplace=True)
         out = workspace.take("b", *q.shape)
         segment_attention(q, groups[0], out=out)
         for sources in groups[1:]:
             out += segment_attention(q, sources, out=workspace.take("hidden", *q.shape))
-        return linear_into(self.to_out[0], out.flatten(2), workspace.take("a", *shape))
+        return linear_into(self.to_out[0], out.flatten(2), workspace.take("a", *shape), workspace)
 
 
 class _Projection(nn.Module):

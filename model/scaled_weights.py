@@ -21,6 +21,9 @@ from torch import Tensor
 from model.errors import InputError
 from model.weight_files import FLOATS, StoredTensor, WeightFiles
 
+#: dtypes of matrices that can be kept as they are stored (:mod:`model.placement`).
+EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e5m2")
+
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 _FORMAT = ".comfy_quant"
@@ -69,6 +72,21 @@ class ScaledTensor:
             raise InputError(f"weights: {self.scale_name}: expected finite numbers, got NaN or infinity")
         scale = scale.to(device)
         return wide.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (wide.ndim - 1)))
+
+    def eight_bits(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """The float8 values of a matrix as they are stored, and one float32 scale a row, on the device.
+
+        Raises:
+            InputError: the scale is not finite.
+        """
+        rows = self.shape[0]
+        if self.scale is None:
+            scales = torch.ones(rows)
+        else:
+            scales = self.scale.read().float().flatten().expand(rows).contiguous()
+        if not torch.isfinite(scales).all():
+            raise InputError(f"weights: {self.scale_name}: expected finite numbers, got NaN or infinity")
+        return self.stored.read().to(device), scales.to(device)
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """In ``dtype`` on the device, rounded once."""

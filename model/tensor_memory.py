@@ -15,6 +15,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_elsewhere = False
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """What operators return in the body is not counted, now or later: it stands for memory that is not the device's."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, True
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
 
 class TensorMemory(TorchDispatchMode):
     """``with TensorMemory(tensors) as memory: ...; memory.peak`` is the peak of bytes alive in the body.
@@ -27,7 +40,6 @@ class TensorMemory(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._paused = False
         self._sizes: dict[int, int] = {}
         for tensor in tensors:
             self._follow(tensor.untyped_storage())
@@ -39,23 +51,17 @@ class TensorMemory(TorchDispatchMode):
                 self._follow(leaf.untyped_storage())
         return result
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What the body's operators return is not counted, now or later: it stands for memory elsewhere."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if storage.device.type not in ("cpu", "meta") or key in self._sizes:
             return
-        self._sizes[key] = 0 if self._paused else storage.nbytes()
+        self._sizes[key] = self._counted(storage)
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key)
+
+    def _counted(self, storage: torch.UntypedStorage) -> int:
+        return 0 if _elsewhere else storage.nbytes()
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,15 +18,23 @@ from torch import Tensor
 
 from model.checkpoint_keys import dit_key_map, infer_dit_config, infer_vae_config, strip_prefix, vae_key_map
 from model.config import DiTConfig, VAEConfig
-from model.dit import FLOAT32_PARAMETERS, WanDiT
+from model.dit import WanDiT, dit_parameter_dtype
 from model.errors import InputError
 from model.lora import LoRA, LoRASet
-from model.scaled_weights import plain_weights
+from model.placed import place
+from model.placement import Placement
+from model.scaled_weights import EIGHT_BIT_FLOATS, plain_weights
+from model.tensor_memory import elsewhere
 from model.vae import WanVAE
 from model.weight_files import FLOATS, looking_at, open_weights
+from swifti2v_kernels import quantize_rows
 
 # Tensors that published checkpoints carry and no forward pass uses (diffusers ignores them too).
 _UNUSED = ("norm_added_q",)
+
+#: Names, inside the directory of a whole pipeline, of its DiT and its VAE.
+DIT_PARTS = ("transformer",)
+VAE_PARTS = ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 
 Model = TypeVar("Model", WanDiT, WanVAE)
 
@@ -37,6 +46,7 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     loras: Sequence[LoRA] = (),
+    placement: Placement | None = None,
 ) -> WanDiT:
     """Loads a Wan DiT (any variant of :class:`WanDiT`).
 
@@ -48,6 +58,8 @@ def load_dit(
         dtype: of the large products; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
         device: where the weights go.
         loras: merged into each tensor as it is read, at the checkpoint's precision: rounded to ``dtype`` once.
+        placement: where the weights of its blocks live while it runs, and in how many bits
+            (:class:`model.placement.Placement`); None: on the device, in ``dtype``.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -57,7 +69,22 @@ def load_dit(
             quantisation that is not read here; or a LoRA that does not fit (:class:`~model.lora.LoRAMismatch`).
     """
     checkpoint, config = _open_dit(Path(path), config)
-    return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
+    if placement is None:
+        return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
+    model, chosen = checkpoint.check(WanDiT, config, loras)
+    stored = checkpoint.in_eight_bits(chosen)
+    return place(model, placement, _CheckpointTensors(checkpoint, chosen), dtype=dtype, device=device, stored=stored)
+
+
+def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
+    """``{name: dtype}`` of a DiT checkpoint's matrices in 8 bits that no LoRA changes, without reading them.
+
+    Raises:
+        InputError: as :func:`load_dit`.
+    """
+    checkpoint, config = _open_dit(Path(path), None)
+    _, chosen = checkpoint.check(WanDiT, config, loras)
+    return checkpoint.in_eight_bits(chosen)
 
 
 def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
@@ -111,7 +138,7 @@ def inspect_vae(path: str | Path) -> VAEConfig:
 
 
 def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
-    checkpoint = _Checkpoint(_part_of_pipeline(path, ("transformer",)), "DiT", "WanTransformer3DModel", dit_key_map)
+    checkpoint = _Checkpoint(part_of_pipeline(path, DIT_PARTS), "DiT", "WanTransformer3DModel", dit_key_map)
     if config is not None:
         return checkpoint, config
     with _named(checkpoint.path):
@@ -121,7 +148,7 @@ def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTCon
 
 
 def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
-    path = _part_of_pipeline(path, ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"))
+    path = part_of_pipeline(path, VAE_PARTS)
     checkpoint = _Checkpoint(path, "VAE", "AutoencoderKLWan", vae_key_map)
     if config is not None:
         return checkpoint, config
@@ -140,34 +167,50 @@ def _named(path: Path) -> Iterator[None]:
         raise InputError(f"weights: {path}: {error}") from error
 
 
-def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the DiT parameter ``name`` is kept when the model is loaded in ``dtype``."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and any(part in name for part in FLOAT32_PARAMETERS) else dtype
-
-
 def random_weights(
-    kind: type[Model], config: Any, seed: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    kind: type[Model],
+    config: Any,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    placement: Placement | None = None,
 ) -> Model:
     """A model with seeded random weights of the usual magnitude: for tests, and for timing at real sizes.
 
     Matrices and kernels are normal with variance 1 / fan_in, norms are 1, biases 0. The numbers depend on the kind of
-    device, since they are drawn where they are used.
+    device, since they are drawn where they are used, and not on the placement (of a DiT's blocks).
     """
-    with torch.device("meta"):
+    with torch.device("meta"), elsewhere():
         model = kind(config)
-    generator = torch.Generator(device).manual_seed(seed % 2**63)
-    state = {}
-    for name, parameter in model.state_dict().items():
-        target = dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype
-        if name.endswith(("gamma", "norm.weight")) or parameter.ndim == 1:
+    tensors = _RandomTensors({name: tuple(p.shape) for name, p in model.state_dict().items()}, seed, device)
+    if placement is not None:
+        return place(model, placement, tensors, dtype=dtype, device=device)
+    kept = {name: dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype for name in tensors.shapes}
+    return _assign(model, {name: tensors.plain(name, kind, device) for name, kind in kept.items()})
+
+
+class _RandomTensors:
+    """Each tensor drawn from a seed of its own, so that they can be asked for in any order and again."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, device: torch.device | str) -> None:
+        self.shapes, self._device = shapes, torch.device(device)
+        self._seeds = {name: (seed + i * 0x9E3779B97F4A7C15) % 2**63 for i, name in enumerate(shapes)}
+
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        shape = self.shapes[name]
+        if name.endswith(("gamma", "norm.weight")) or len(shape) == 1:
             fill = torch.zeros if name.endswith("bias") else torch.ones
-            state[name] = fill(parameter.shape, dtype=target, device=device)
-        else:
-            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
-            normal = torch.empty(parameter.shape, dtype=target, device=device)
-            state[name] = normal.normal_(0, fan_in**-0.5, generator=generator)
-    return _assign(model, state)
+            return fill(shape, dtype=dtype, device=device)
+        fan_in = shape[-1] if len(shape) == 3 else prod(shape[1:])
+        normal = torch.empty(shape, device=self._device)
+        if self._device.type != "meta":
+            generator = torch.Generator(self._device).manual_seed(self._seeds[name])
+            normal.normal_(0, fan_in**-0.5, generator=generator)
+        return normal.to(device, dtype)
+
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        return quantize_rows(self.plain(name, torch.float32, device), kind)
 
 
 def _assign(model: Model, state: dict[str, Tensor]) -> Model:
@@ -177,7 +220,7 @@ def _assign(model: Model, state: dict[str, Tensor]) -> Model:
     return model.requires_grad_(False).eval()
 
 
-def _part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
+def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
     """The part inside a pipeline directory, or the path itself."""
     with looking_at(path):
         if path.is_dir() and not (path / "config.json").exists():
@@ -220,13 +263,32 @@ class _Checkpoint:
     ) -> Model:
         """Builds the model and gives it the tensors, or says everything that does not fit."""
         model, chosen = self.check(kind, config, loras)
-        state = {}
-        for name in model.state_dict():
-            if name in chosen:
-                state[name] = chosen.add_to(name, self._tensors[name].wide(device)).to(dtype_of(name))
-            else:
-                state[name] = self._tensors[name].load(dtype_of(name), device)
+        state = {name: self.plain(name, chosen, dtype_of(name), device) for name in model.state_dict()}
         return _assign(model, state)
+
+    def in_eight_bits(self, chosen: LoRASet) -> dict[str, str]:
+        """Dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
+        return {
+            name: tensor.stored.dtype
+            for name, tensor in self._tensors.items()
+            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BIT_FLOATS and name not in chosen
+        }
+
+    def plain(self, name: str, chosen: LoRASet, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A tensor with its LoRAs, rounded once."""
+        if name in chosen:
+            return chosen.add_to(name, self._tensors[name].wide(device)).to(dtype)
+        return self._tensors[name].load(dtype, device)
+
+    def eight_bits(
+        self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """A matrix in 8 bits: as it is stored, where it is so, and else quantised."""
+        tensor = self._tensors[name]
+        if name not in chosen and str(kind).removeprefix("torch.") == tensor.stored.dtype:
+            return tensor.eight_bits(device)
+        wide = tensor.wide(device)
+        return quantize_rows(chosen.add_to(name, wide) if name in chosen else wide, kind)
 
     def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
         """The model without memory, if every tensor of it is there with the right shape and no other, and its LoRAs."""
@@ -261,8 +323,21 @@ class _Checkpoint:
                 f" holds {len(self.shapes)} tensors"
             )
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), elsewhere():
                 return kind(config)
         except (RuntimeError, OverflowError, TypeError) as error:
             # Without memory nothing can be too large but a size itself, for which torch has these three.
             raise InputError(f"weights: {self.path}: sizes beyond what torch can count: {config}") from error
+
+
+class _CheckpointTensors:
+    """A checkpoint's tensors with LoRAs, as :func:`model.placed.place` asks for them."""
+
+    def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet) -> None:
+        self._checkpoint, self._chosen = checkpoint, chosen
+
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        return self._checkpoint.plain(name, self._chosen, dtype, device)
+
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        return self._checkpoint.eight_bits(name, self._chosen, kind, device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import DiTConfig
+from swifti2v_kernels import QuantizedRows
 
 #: Tokens of a part, at most: 22 tiles of 128 rows, a fifth of a block at 2560x1408. So many rows still fill a GPU with
 #: matrix products (264 tiles of 128 x 128 for 1,536 channels, two for each of the 132 multiprocessors of an H200; not
@@ -68,6 +69,8 @@ class Workspace:
     """Named buffers, each as large as its largest use; :meth:`take` shapes one for a use."""
 
     buffers: dict[str, Tensor] = field(repr=False)
+    #: Of what is quantised before a product; None where products are in the model's dtype.
+    eight_bits: torch.dtype | None = None
 
     @classmethod
     def plan(
@@ -80,14 +83,25 @@ class Workspace:
         dtype: torch.dtype,
         device: torch.device | str,
         max_tokens: int = MAX_PART_TOKENS,
+        eight_bits: torch.dtype | None = None,
     ) -> Workspace:
-        """For windows of up to ``num_blocks`` blocks of ``block_len`` tokens."""
+        """For windows of up to ``num_blocks`` blocks of ``block_len`` tokens.
+
+        With ``eight_bits`` the normed stream is kept quantised to that dtype, and ``rows`` is a part's input of a
+        product.
+        """
         tokens = batch * num_blocks * block_len
         parts = plan_parts(1, block_len, range(num_blocks), max_tokens)
         part = max(part.stop - part.start for part in parts)
         sizes = dict.fromkeys(("x", "n", "k", "v"), tokens * config.dim)
         sizes |= {"a": part * config.dim, "b": part * config.dim, "hidden": part * max(config.ffn_dim, config.dim)}
-        return cls({name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
+        kinds = dict.fromkeys(sizes, dtype)
+        if eight_bits is not None:
+            sizes |= {"n.scales": tokens, "rows": sizes["hidden"], "rows.scales": part}
+            kinds |= {"n": eight_bits, "rows": eight_bits} | dict.fromkeys(("n.scales", "rows.scales"), torch.float32)
+        return cls(
+            {name: torch.empty(size, dtype=kinds[name], device=device) for name, size in sizes.items()}, eight_bits
+        )
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The first elements of a buffer as a contiguous tensor of ``shape``.
@@ -101,6 +115,17 @@ class Workspace:
                 f"workspace: {name} holds {held:,} elements and {list(shape)} are needed; plan a larger one"
             )
         return self.buffers[name][: prod(shape)].view(shape)
+
+    def take_rows(self, name: str, *shape: int) -> QuantizedRows:
+        """A quantised buffer: values of ``shape`` and a scale for each of their rows."""
+        return QuantizedRows(self.take(name, *shape), self.take(f"{name}.scales", *shape[:-1]))
+
+    def normed(self, name: str, *shape: int) -> Tensor | QuantizedRows:
+        """Where a norm is written that only products read: quantised, if these are in 8 bits; in ``rows`` then, or
+        ``n`` for ``n``."""
+        if self.eight_bits is None:
+            return self.take(name, *shape)
+        return self.take_rows(name if name == "n" else "rows", *shape)
 
     @property
     def nbytes(self) -> int:
