@@ -36,11 +36,15 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape, the name of its dtype as torch has it, and a function that reads it."""
+    """A tensor in a file: its shape, the name of its dtype as torch has it, and functions that read it.
+
+    ``read_rows`` reads from one index of the first dimension up to another, and nothing else of the file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor]
 
     @property
     def numel(self) -> int:
@@ -201,7 +205,10 @@ def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
     for key in handle.keys():  # noqa: SIM118 (not a mapping)
         header = handle.get_slice(key)
         tensors[key] = StoredTensor(
-            tuple(header.get_shape()), _dtype_name(header.get_dtype()), lambda key=key: handle.get_tensor(key)
+            tuple(header.get_shape()),
+            _dtype_name(header.get_dtype()),
+            lambda key=key: handle.get_tensor(key),
+            lambda start, stop, header=header: header[start:stop],
         )
     return tensors, handle.metadata() or {}
 
@@ -231,6 +238,11 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     ):
         raise InputError(f"weights: {file} does not hold a plain dictionary of names and dense tensors")
     return {
-        key: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda tensor=tensor: tensor)
+        key: StoredTensor(
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            lambda tensor=tensor: tensor,
+            lambda start, stop, tensor=tensor: tensor[start:stop],
+        )
         for key, tensor in tensors.items()
     }
