@@ -14,9 +14,10 @@ import torch
 from model.components import Components
 from model.config import PRESETS
 from model.csg import SegmentPlan, plan_segments
-from model.errors import InputError
+from model.errors import InputError, NoMemoryError
 from model.lora import LoRA
-from model.measure import is_out_of_memory
+from model.measure import is_out_of_memory, parse_bytes
+from model.placement import PRODUCTS, STORAGES
 
 LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
 
@@ -39,6 +40,9 @@ def run_command(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NoMemoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,6 +138,91 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
         action="store_false",
         help="launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
     )
+
+
+def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto") -> None:
+    """The options of the memory planner (``model/memory_plan.py``); ``vram``: the default of ``--vram``."""
+    group = parser.add_argument_group(
+        "memory", "weights, tiles and formats are chosen so that a run fits; see model.plan"
+    )
+    group.add_argument(
+        "--vram", metavar="SIZE", default=vram, help="of the card, such as 12GB; auto: what the GPU has (default auto)"
+    )
+    group.add_argument(
+        "--ram", metavar="SIZE", default="auto", help="of the machine; none: no limit (default auto: what there is)"
+    )
+    group.add_argument(
+        "--storage",
+        choices=("auto", *STORAGES),
+        default="auto",
+        help="of block weights: plain; file: 8 bits where the file has them so; float8 or int8, which change numbers"
+        " (default auto: plain or file)",
+    )
+    group.add_argument(
+        "--products",
+        choices=PRODUCTS,
+        default="plain",
+        help="8bit: block products in 8 bits, which changes numbers (default plain)",
+    )
+
+
+def parse_memory(name: str, text: str) -> int:
+    """A size in bytes that the option ``name`` was given.
+
+    Raises:
+        InputError: another form; the message names the option.
+    """
+    try:
+        return parse_bytes(text)
+    except InputError as error:
+        raise InputError(f"{name}: expected a size such as 12GB, 12GiB or 500MB, got {text!r}") from error
+
+
+def parse_ram(text: str) -> int | None:
+    """``--ram``: ``auto`` is :func:`machine_memory`, ``none`` no limit.
+
+    Raises:
+        InputError: another form.
+    """
+    if text == "none":
+        return None
+    return machine_memory() if text == "auto" else parse_memory("ram", text)
+
+
+def machine_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of this machine's memory, or less where the process's control group has less; None: it cannot be told.
+
+    Args:
+        root: of the file system that ``proc`` and ``sys`` are read from.
+    """
+    sizes = []
+    for line in _lines(root / "proc/meminfo"):
+        if match := re.match(r"MemTotal:\s+(\d+) kB", line):
+            sizes.append(1024 * int(match[1]))
+    groups = root / "sys/fs/cgroup"
+    for line in _lines(root / "proc/self/cgroup"):
+        number, names, path = line.split(":", 2)
+        if number == "0":  # version 2: a limit of any group above it holds too
+            own = groups / path.lstrip("/")
+            inside = [own, *own.parents][: len(Path(path.lstrip("/")).parts) + 1]
+            files = [folder / "memory.max" for folder in inside]
+        elif "memory" in names.split(","):
+            files = [
+                groups / "memory" / path.lstrip("/") / "memory.limit_in_bytes",
+                groups / "memory/memory.limit_in_bytes",
+            ]
+        else:
+            continue
+        sizes += [int(text) for file in files for text in _lines(file) if text.isdecimal()]
+    return min(sizes, default=None)
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file of the kernel's; none where it does not exist or may not be read."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:

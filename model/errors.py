@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input: the message names what was given and what is allowed. Commands print it and exit with code 2."""
 
 
+class NoMemoryError(Exception):
+    """Memory did not suffice, and the message says what held it. Commands print it and exit with code 1."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Imports an optional package, or says which pip command installs it.
 

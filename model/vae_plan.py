@@ -25,7 +25,7 @@ from model.config import PRESETS, VAEConfig
 from model.errors import InputError
 from model.host import Host
 from model.measure import format_bytes, parse_bytes
-from model.tensor_memory import TensorMemory
+from model.tensor_memory import TensorMemory, elsewhere
 from model.tiling import Region, VAEPlan
 from model.vae import WanVAE
 from model.vae_layers import State
@@ -221,12 +221,11 @@ def _some(plan: VAEPlan, cores: Sequence[Region]) -> VAEPlan:
 class CountedHost(Host):
     """Host memory of a run on ``meta`` tensors: what is there does not count."""
 
-    def __init__(self, memory: TensorMemory, enabled: bool):
+    def __init__(self, enabled: bool):
         super().__init__(META, enabled)
-        self.memory = memory
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with self.memory.paused() if self.enabled else nullcontext():
+        with elsewhere() if self.enabled else nullcontext():
             return torch.empty(tuple(shape), dtype=dtype, device=META)
 
     def fetch(self, x: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
         """The peak with these tiles alone, and what is remembered after it."""
         with _gpu(request), TensorMemory(weights) as memory:
             held, state = memory.live, 0
-            for _ in _run(vae, settled, _some(plan, cores), CountedHost(memory, plan.park)):
+            for _ in _run(vae, settled, _some(plan, cores), CountedHost(plan.park)):
                 state = memory.live - held
         return memory.peak, state
 

@@ -12,8 +12,8 @@ import torch
 from bench.__main__ import build_parser, main
 from bench.commands import compile as compile_command
 from bench.commands import tests as tests_command
-from bench.cost.gpus import GPUS
 from bench.registry import Benchmark, benchmarks
+from model.cost.gpus import GPUS
 from tests.result_samples import sample
 
 ALL = list(benchmarks().values())
@@ -25,6 +25,10 @@ MEMORY = "memory: expected a size such as 4GB, 4GiB or 500MB, got '4 apples'"
 REFUSED = [
     (["attention", "--shapes", "8K"], "shapes: no shape contains '8K'; the shapes are CSG window"),
     (["attention", "--update-table"], "update-table: expected a CUDA device, since the table holds measurements"),
+    (
+        ["precision", "--forms", "int4"],
+        "forms: expected some of bfloat16, int8, float8, int8-products, float8-products, got 'int4'",
+    ),
     (["attention", "--milliseconds", "0"], "argument --milliseconds: expected at least 1, got 0"),
     (["dit", "--shapes", "8K"], "shapes: no shape contains '8K'; the shapes are CSG window"),
     (["dit", "--quick", "--shapes", "2560x1408"], "shapes: no shape contains '2560x1408'; the shapes are CSG wind"),
@@ -69,7 +73,7 @@ REFUSED = [
     ),
     (["report", "--readme", "none.md", "--quick"], "readme: takes all results in the repository"),
     (["cost", "--gpus", "H300"], f"gpus: expected some of {', '.join(GPUS)}, got 'H300'"),
-    (["cost", "--gpus", "H200,RTX"], f"gpus: expected some of {', '.join(GPUS)}, got 'RTX'"),  # there are two
+    (["cost", "--gpus", "H200,RTX"], f"gpus: expected some of {', '.join(GPUS)}, got 'RTX'"),  # there are several
     (["cost", "--gpus", "H200,"], f"gpus: expected some of {', '.join(GPUS)}, got ''"),
     (["cost", "--preset", "3b"], "preset: unknown '3b'; choose one of tiny, "),
     (["cost", "--steps", "8", "--size", "64x48"], "preset: expected one with height, steps, width"),
