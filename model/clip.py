@@ -8,19 +8,19 @@ is needed. ``model.generate`` and the benchmarks run this and differ in what the
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from model.components import Components
 from model.csg import SegmentPlan, sample_latents
+from model.dit import WanDiT
 from model.host import Host
-from model.pipeline import decode_frames, make_motion, make_reference
+from model.pipeline import decode_frames, make_motion, make_reference, motion_condition, release
 from model.pipeline_plan import PipelinePlans
 from model.vae import WanVAE
 
@@ -48,6 +48,8 @@ class ClipJob:
     seed: int = 0
     mode: str = "bidirectional"
     cuda_graph: bool = True
+    #: Whether the VAEs leave the device while Stage I's DiT is on it.
+    vae_waits: bool = False
     #: Where the VAE keeps what waits; None: as its plans say.
     host: Callable[[bool], Host] | None = None
 
@@ -60,7 +62,7 @@ class Watcher:
     """Is told where a clip is; this one does nothing. Others time stages, draw progress, or watch memory."""
 
     def stage(self, name: str) -> AbstractContextManager[object]:
-        """Around a stage: ``load``, ``Stage I``, ``reference``."""
+        """Around a stage: ``load``, ``Stage I``, ``reference``, ``file``."""
         return nullcontext()
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -79,37 +81,36 @@ class Condition:
     reference: Tensor
 
 
-def make_condition(components: Components, job: ClipJob, watcher: Watcher | None = None) -> Condition:
-    """Stage I and the hybrid reference; afterwards the VAE has a decoder only, and Stage I's DiT is gone."""
+def make_condition(
+    components: Components,
+    job: ClipJob,
+    watcher: Watcher | None = None,
+    *,
+    motion: Tensor | None = None,
+    on_motion: Callable[[Tensor], None] | None = None,
+) -> Condition:
+    """Stage I and the hybrid reference; afterwards the VAE has a decoder only, and Stage I's DiT is gone.
+
+    Args:
+        components: the models.
+        job: what is made.
+        watcher: is told where this is.
+        motion: Stage I's result, if an earlier run has made it.
+        on_motion: is given it otherwise.
+    """
     watcher = watcher or Watcher()
     device, plans = job.text.device, job.vae_plans
     with watcher.stage("load"):
         vae = components.vae()
         vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
-        dit = components.stage_one()
-        low_noise = None if components.low_noise is None else components.low_noise()
-    num_blocks = job.plan.num_blocks
-    with watcher.stage("Stage I"):
-        motion = make_motion(
-            dit,
-            vae_one,
-            job.low_picture.to(device),
-            job.text,
-            job.image_one,
-            num_blocks=num_blocks,
-            sigmas=job.sigmas_one,
-            seed=job.seed,
-            low_noise_dit=low_noise,
-            cuda_graph=job.cuda_graph,
-            on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
-            vae_plan=plans.condition.plan,
-        )
-    del dit, low_noise
-    release(device)
+    if motion is None:
+        motion = _make_motion(components, job, {vae, vae_one}, vae_one, watcher)
+        if on_motion is not None:
+            on_motion(motion)
     with watcher.stage("reference"):
         vae.to_dtypes(encode=plans.encode_dtype)
         reference = make_reference(
-            motion,
+            motion.to(device),
             vae_one,
             vae,
             job.picture.to(device),
@@ -124,40 +125,113 @@ def make_condition(components: Components, job: ClipJob, watcher: Watcher | None
     return Condition(vae, reference)
 
 
+def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_one: WanVAE, watcher: Watcher) -> Tensor:
+    """Stage I. Its condition is encoded before its DiT arrives, for which the VAEs make room if they must."""
+    device = job.text.device
+
+    def loading(load: Callable[[], WanDiT]) -> Callable[[], WanDiT]:
+        def loaded() -> WanDiT:
+            with watcher.stage("load"):
+                return load()
+
+        return loaded
+
+    with watcher.stage("Stage I"):
+        condition = motion_condition(
+            vae_one,
+            components.stage_one_config,
+            job.low_picture.to(device),
+            job.plan.num_blocks,
+            job.vae_plans.condition.plan,
+        )
+        host = job.waiting(True) or Host(device, True)
+        parameters = [p for vae in vaes for p in vae.parameters()] if job.vae_waits else []
+        for p in parameters:
+            p.data = host.park(p.data)
+        release(device)
+        motion = make_motion(
+            loading(components.stage_one),
+            condition,
+            job.text,
+            job.image_one,
+            sigmas=job.sigmas_one,
+            seed=job.seed,
+            low_noise_dit=None if components.low_noise is None else loading(components.low_noise),
+            cuda_graph=job.cuda_graph,
+            on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
+        )
+        for p in parameters:
+            p.data = host.fetch(p.data)
+        for vae in vaes:
+            vae.order_weights()
+    return motion
+
+
+def resumed_condition(components: Components, reference: Tensor, watcher: Watcher | None = None) -> Condition:
+    """That of an earlier run, whose ``reference`` is on the device."""
+    with (watcher or Watcher()).stage("load"):
+        vae = components.vae()
+        vae.drop_encoder()
+    release(reference.device)
+    return Condition(vae, reference)
+
+
 def make_frames(
-    components: Components, job: ClipJob, condition: Condition, watcher: Watcher | None = None
+    components: Components,
+    job: ClipJob,
+    condition: Condition,
+    watcher: Watcher | None = None,
+    *,
+    done: Sequence[Tensor] = (),
+    on_segment: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Frames ``[F, H, W, 3]`` uint8 on the device: of the anchor block, and of every segment as soon as it is done."""
+    """Frames ``[F, H, W, 3]`` uint8 on the device: of the anchor block, and of every segment as soon as it is done.
+
+    Args:
+        components: the models.
+        job: what is made.
+        condition: of :func:`make_condition`.
+        watcher: is told where this is.
+        done: blocks ``[1, z, m, h, w]`` of the first segments, of an earlier run; they are decoded again, since what
+            the decoder remembers of them is not kept.
+        on_segment: is given the number of every other segment, from 1, and its blocks, before they are decoded.
+    """
     watcher = watcher or Watcher()
-    with watcher.stage("load"):
-        dit = components.stage_two()
-    steps = len(job.sigmas_two) - 1
+    steps, windows = len(job.sigmas_two) - 1, list(job.plan)
+    reference = condition.reference
+    earlier = [blocks.to(reference) for blocks in done]
+    for window, blocks in zip(windows, earlier, strict=False):
+        reference[:, :, list(window.noisy)] = blocks
 
     def on_step(segment: int, segments: int, step: int, of: int) -> None:
-        done = (segment - 1) * steps + step
-        watcher.step("Stage II", done, segments * steps, f"segment {segment}/{segments} step {step}/{of}")
+        made = (segment - 1) * steps + step
+        watcher.step("Stage II", made, segments * steps, f"segment {segment}/{segments} step {step}/{of}")
 
-    segments = sample_latents(
-        dit,
-        condition.reference,
-        job.text,
-        job.image_two,
-        plan=job.plan,
-        sigmas=job.sigmas_two,
-        seed=job.seed,
-        mode=job.mode,
-        cuda_graph=job.cuda_graph,
-        on_step=on_step,
-    )
-    made = watcher.iterate("Stage II", segments)
-    anchor = condition.reference[:, :, :1]
+    def segments() -> Iterator[Tensor]:
+        if len(earlier) == len(windows):
+            return
+        with watcher.stage("load"):
+            dit = components.stage_two()
+        sampled = sample_latents(
+            dit,
+            reference,
+            job.text,
+            job.image_two,
+            plan=job.plan,
+            sigmas=job.sigmas_two,
+            seed=job.seed,
+            mode=job.mode,
+            cuda_graph=job.cuda_graph,
+            on_step=on_step,
+            done=len(earlier),
+        )
+        for number, blocks in enumerate(watcher.iterate("Stage II", sampled), start=len(earlier) + 1):
+            if on_segment is not None:
+                on_segment(number, blocks)
+            yield blocks
+
     plan = job.vae_plans.decode.plan
-    frames = decode_frames(condition.vae, anchor, made, plan=plan, host=job.waiting(plan.park))
+    frames = decode_frames(
+        condition.vae, reference[:, :, :1], chain(earlier, segments()), plan=plan, host=job.waiting(plan.park)
+    )
     yield from watcher.iterate("decode", frames)
-
-
-def release(device: torch.device) -> None:
-    """Gives the memory of a model that is no longer referenced back, before the next one arrives."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

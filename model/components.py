@@ -5,8 +5,9 @@ Each part is built when it is asked for, so that a caller can let go of Stage I 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from model.dit import WanDiT
 from model.encoders import encode_image
 from model.errors import InputError
 from model.lora import LoRA
+from model.placement import Placement
 from model.vae import WanVAE
-from model.weights import inspect_dit, inspect_vae, load_dit, load_vae, random_weights
+from model.weights import eight_bit_tensors, inspect_dit, inspect_vae, load_dit, load_vae, random_weights
 
 LAYOUT = """\
 DIR/stage1             Stage I's DiT            DIR/stage2           Stage II's DiT
@@ -42,22 +44,37 @@ class Components:
     """Configurations of all parts, known at once, and functions that build them.
 
     ``weights`` is the directory they come from, or None for random ones. ``low_noise`` is Wan2.2 A14B's second expert.
+    ``stored`` has, by part (:data:`LORA_PARTS`), the dtypes by name of matrices that its file holds in 8 bits and that
+    no LoRA changes.
     """
 
     stage_one_config: DiTConfig
     stage_two_config: DiTConfig
     vae_config: VAEConfig
     stage_one_vae_config: VAEConfig
-    stage_one: Callable[[], WanDiT]
-    low_noise: Callable[[], WanDiT] | None
-    stage_two: Callable[[], WanDiT]
+    #: Those of DiTs take a :class:`~model.placement.Placement`, or nothing: all on the device.
+    stage_one: Callable[..., WanDiT]
+    low_noise: Callable[..., WanDiT] | None
+    stage_two: Callable[..., WanDiT]
     vae: Callable[[], WanVAE]
     stage_one_vae: Callable[[], WanVAE] | None
     weights: Path | None
+    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    #: Where each part of :data:`LAYOUT` that has weights of its own was found.
+    parts: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_pair("stage1", self.stage_one_config, self.stage_one_vae_config.z_dim)
         _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
+
+    def placed(self, stage_one: Placement, stage_two: Placement) -> Components:
+        """The same with the blocks of both stages' DiTs where these say; of two experts of Stage I both."""
+        return replace(
+            self,
+            stage_one=functools.partial(self.stage_one, stage_one),
+            low_noise=None if self.low_noise is None else functools.partial(self.low_noise, stage_one),
+            stage_two=functools.partial(self.stage_two, stage_two),
+        )
 
     def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
         """CLIP tokens of a PIL image for ``"stage1"`` or ``"stage2"`` if its DiT reads them, else None.
@@ -85,9 +102,9 @@ class Components:
             stage_two_config=preset.stage_two,
             vae_config=preset.vae,
             stage_one_vae_config=preset.vae,
-            stage_one=lambda: random_weights(WanDiT, preset.stage_one, seed, **options),
+            stage_one=lambda at=None: random_weights(WanDiT, preset.stage_one, seed, **options, placement=at),
             low_noise=None,
-            stage_two=lambda: random_weights(WanDiT, preset.stage_two, seed + 1, **options),
+            stage_two=lambda at=None: random_weights(WanDiT, preset.stage_two, seed + 1, **options, placement=at),
             vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device).to_dtypes(decode=dtype),
             stage_one_vae=None,
             weights=None,
@@ -119,8 +136,8 @@ class Components:
         if chosen["stage1_low_noise"] and low_noise is None:
             raise InputError(f"lora: {path} has no stage1_low_noise for {chosen['stage1_low_noise'][0].path}")
 
-        def load(part: str) -> WanDiT:
-            return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part])
+        def load(part: str, at: Placement | None = None) -> WanDiT:
+            return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part], placement=at)
 
         stage_one_config = inspect_dit(found["stage1"], chosen["stage1"])
         if low_noise is not None and inspect_dit(low_noise, chosen["stage1_low_noise"]) != stage_one_config:
@@ -130,13 +147,17 @@ class Components:
             stage_two_config=inspect_dit(found["stage2"], chosen["stage2"]),
             vae_config=inspect_vae(found["vae"]),
             stage_one_vae_config=inspect_vae(vae_one or found["vae"]),
-            stage_one=lambda: load("stage1"),
-            low_noise=None if low_noise is None else lambda: load("stage1_low_noise"),
-            stage_two=lambda: load("stage2"),
+            stage_one=functools.partial(load, "stage1"),
+            low_noise=None if low_noise is None else functools.partial(load, "stage1_low_noise"),
+            stage_two=functools.partial(load, "stage2"),
             # Encoding stays in float32; see load_vae.
             vae=lambda: load_vae(found["vae"], decode_dtype=dtype, device=device),
             stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),
             weights=path,
+            parts={part: place for part, place in found.items() if place is not None},
+            stored={
+                part: eight_bit_tensors(found[part], chosen[part]) for part in LORA_PARTS if found[part] is not None
+            },
         )
 
 

@@ -110,6 +110,7 @@ def sample_latents(
     mode: str = "bidirectional",
     on_step: StepCallback | None = None,
     cuda_graph: bool = True,
+    done: int = 0,
 ) -> Iterator[Tensor]:
     """Generates all blocks after the anchor, segment by segment, and yields each segment as soon as it is done.
 
@@ -125,9 +126,10 @@ def sample_latents(
         mode: one of :data:`MODES`.
         on_step: called after every step.
         cuda_graph: on CUDA, capture the step of every kind of window and replay it; a warning says so where that fails.
+        done: segments whose blocks are in ``reference`` already, of an earlier run: it begins behind them.
 
     Yields:
-        Blocks ``[1, z, m, h, w]``, in order, every block after the anchor exactly once.
+        Blocks ``[1, z, m, h, w]``, in order, every block after the anchor and the ``done`` segments exactly once.
 
     Raises:
         InputError: the mode is unknown, the reference does not have the plan's number of blocks, or the DiT does not
@@ -137,7 +139,9 @@ def sample_latents(
     if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
         raise InputError(f"reference: expected [1, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
     check_channels(dit.config, reference.shape[1])
-    return _segments(dit, reference, (text, image), plan, sigmas, seed, mode, on_step, cuda_graph)
+    if not 0 <= done <= len(plan):
+        raise InputError(f"done: expected 0..{len(plan)} segments, got {done}")
+    return _segments(dit, reference, (text, image), plan, sigmas, seed, mode, on_step, cuda_graph, done)
 
 
 def _segments(
@@ -150,6 +154,7 @@ def _segments(
     mode: str,
     on_step: StepCallback | None,
     cuda_graph: bool,
+    done: int,
 ) -> Iterator[Tensor]:
     _, z, _, height, width = reference.shape
     windows = list(plan)
@@ -166,7 +171,7 @@ def _segments(
         max_blocks=max(len(blocks) for window in passes for blocks in window),
         cuda_graph=cuda_graph,
     )
-    for segment, window in enumerate(windows, start=1):
+    for segment, window in enumerate(windows[done:], start=done + 1):
         num_given, num_noisy = len(window.conditioning), len(window.noisy)
         x = latents[:, :, :num_noisy]
         x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))

@@ -6,42 +6,27 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.clip import ClipJob, Item, Watcher, make_condition, make_frames
-from model.command import (
-    CommandParser,
-    add_lora_options,
-    add_model_options,
-    build_components,
-    chosen_loras,
-    parse_size,
-    pick_device,
-    pick_dtype,
-    positive,
-    run_command,
-    segment_plan,
-)
+from model.clip import ClipJob, Item, Watcher
+from model.clip_request import ClipRequest, resumed_arguments
+from model.command import CommandParser, add_lora_options, add_memory_options, add_model_options, positive, run_command
 from model.components import LAYOUT, Components
-from model.config import PRESETS, get_preset
-from model.csg import MODES, plan_for
+from model.config import PRESETS
+from model.csg import MODES
 from model.encoders import empty_text, encode_prompt, load_text_embedding
 from model.errors import InputError, require
 from model.measure import StageTimer, format_bytes, peak_memory
 from model.media import VideoWriter, check_video_path, fit_image, open_image
-from model.pipeline import (
-    area_size,
-    check_frames,
-    check_size,
-    size_multiple,
-    stage_one_size,
-)
-from model.pipeline_plan import plan_components
-from model.scheduler import flow_sigmas
+from model.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from model.pipeline import release
+from model.resumable import ClipWork, make_clip
+from model.run_state import RunState
 
 EXAMPLES = f"""\
 examples:
@@ -54,6 +39,10 @@ examples:
       the same with LoRAs on Stage I, at strengths 1 and 0.6
   python -m model.generate photo.jpg --out clip.mp4 --mode end_to_end --frames 33
       the same models in one window of all blocks, for comparison
+  python -m model.generate photo.jpg --out clip.mp4 --weights DIR --vram 12GB
+      planned for 12 GB of the card's memory (python -m model.plan shows plans without running)
+  python -m model.generate --resume clip.run
+      goes on with a run that was interrupted, killed or out of memory
 
 presets:
 {chr(10).join(f"  {name:<12}{preset.description}" for name, preset in PRESETS.items())}
@@ -71,8 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("photo", metavar="PHOTO", help="the first frame: any image that Pillow reads")
-    parser.add_argument("--out", required=True, metavar="FILE.mp4", help="the video to write")
+    parser.add_argument(
+        "photo", metavar="PHOTO", nargs="?", type=Path, help="the first frame: any image that Pillow reads"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.mp4", help="the video to write")
     parser.add_argument("--prompt", default="", help="what should happen; needs a text encoder in --weights")
     parser.add_argument(
         "--text-embeddings", type=Path, metavar="FILE", help="precomputed, one safetensors tensor [L, D]"
@@ -84,7 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
     )
     add_model_options(parser)
+    add_memory_options(parser)
     add_lora_options(parser)
+    group = parser.add_argument_group(
+        "a run that goes on", "what is made is kept in a folder until the video is complete"
+    )
+    group.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR; PHOTO and --out are its own"
+    )
+    group.add_argument("--state", type=Path, metavar="DIR", help="the folder (default: FILE.run beside FILE.mp4)")
+    group.add_argument("--keep-state", action="store_true", help="leave the folder when the video is complete")
+    group.add_argument("--restart", action="store_true", help="begin anew where the folder holds an unfinished run")
     return parser
 
 
@@ -126,8 +127,9 @@ class Progress(Watcher):
             yield
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Times the making of each item."""
-        return self.timer.iterate(name, items)
+        """Times the making of each item, under their bar."""
+        with self.bar(name) if name in self._totals else nullcontext():
+            yield from self.timer.iterate(name, items)
 
     @contextmanager
     def bar(self, name: str) -> Iterator[None]:
@@ -137,96 +139,164 @@ class Progress(Watcher):
             yield
 
     def step(self, name: str, done: int, total: int, where: str) -> None:
-        """Advances the bar."""
+        """Advances the bar; steps of an earlier run count as done."""
         self._bar.set_postfix_str(f"{where}, peak {format_bytes(peak_memory(self._device)[0])}", refresh=False)
-        self._bar.update()
+        self._bar.update(done - self._bar.n)
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: checks everything first, then Stage I, the reference, Stage II and the file."""
+    """The command: checks everything first, then Stage I, the reference, Stage II and the file, from where it is."""
     started = time.perf_counter()
-    out = check_video_path(args.out)
-    photo = open_image(args.photo)
     require("av", "generate")
     require("tqdm", "generate")
-    defaults = get_preset(args.preset or ("tiny" if args.weights is None else "1.3b"))
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    loras = chosen_loras(args)
-    components = build_components(args, device, dtype, loras)
-    multiple = size_multiple(components.vae_config, components.stage_two_config)
-    if args.size is None:
-        width, height = area_size(photo.size, defaults.width * defaults.height, multiple)
+    if args.resume is not None:
+        with RunState.open(args.resume) as state:
+            resumed_arguments(args, state.job["arguments"], build_parser().parse_args([]))
+            _run(args, state, started)
+        return
+    if args.photo is None or args.out is None:
+        raise InputError("PHOTO and --out FILE.mp4 are needed, or --resume DIR")
+    _run(args, None, started)
+
+
+def _run(args: argparse.Namespace, state: RunState | None, started: float) -> None:
+    """With the state of an earlier run, or None."""
+    out = check_video_path(args.out)
+    photo = open_image(args.photo) if state is None or args.photo.is_file() else None
+    request = ClipRequest.resolve(args, None if photo is None else photo.size)
+    memory = request.memory()
+    plan = plan_memory(memory)
+    inputs = None if state is None else state.load("inputs")
+    if inputs is None and photo is None:
+        raise InputError(f"resume: the run has no inputs yet, and its photograph {args.photo} is gone")
+    progress = Progress(
+        request.device,
+        {
+            "Stage I": len(request.sigmas_one) - 1,
+            "reference": request.plan.num_blocks,
+            "Stage II": len(request.plan) * (len(request.sigmas_two) - 1),
+        },
+    )
+    if inputs is None:
+        inputs, note = _inputs(args, request, photo, plan, progress)
+        print(f"text: {note}")
+    description = request.description(
+        plan, photo=None if state is None or photo is not None else state.job["inputs"]["photo"]
+    )
+    if state is None:
+        with _begun(args, description) as state:
+            state.save("inputs", inputs)
+            _make(args, request, plan, memory, inputs, state, out, progress)
     else:
-        width, height = parse_size(args.size)
-    check_size(width, height, multiple)
-    num_frames = defaults.num_frames if args.frames is None else args.frames
-    num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
-    plan = plan_for(args.mode, segment_plan(args, num_blocks))
-    sigmas_one, sigmas_two = flow_sigmas(args.stage1_steps, args.shift), flow_sigmas(args.steps, args.shift)
-    low_size = stage_one_size(
-        width, height, size_multiple(components.stage_one_vae_config, components.stage_one_config)
-    )
-    vae_plans = plan_components(
-        components,
-        (width, height),
-        low_size,
-        window_blocks=max(len(window.blocks) for window in plan),
-        blocks_per_segment=args.blocks,
-        memory=args.vae_memory,
-        dtype=dtype,
-        device=device,
-    )
-    totals = {"Stage I": args.stage1_steps, "reference": num_blocks, "Stage II": len(plan) * args.steps}
-    progress = Progress(device, totals)
-    timer = progress.timer
-
-    with timer.stage("text and image"):
-        text, text_note = text_embedding(args, components, device)
-        job = ClipJob(
-            fit_image(photo, (width, height)),
-            fit_image(photo, (width, height), low_size),
-            text.to(device),
-            plan,
-            sigmas_one,
-            sigmas_two,
-            vae_plans,
-            components.clip_tokens("stage1", photo, device),
-            components.clip_tokens("stage2", photo, device),
-            args.seed,
-            args.mode,
-            args.cuda_graph,
-        )
-    if components.weights is None:
-        print("random weights: this clip shows the path, not quality (give --weights for a real one)")
-    print(f"text: {text_note}")
-    for part, given in loras.items():
-        for lora in given:
-            print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
-    print(
-        f"{width}x{height}, {num_frames} frames = {num_blocks} blocks; Stage I at {low_size[0]}x{low_size[1]};"
-        f" Stage II {args.mode}: {len(plan)} segments, windows of at most"
-        f" {max(len(window.blocks) for window in plan)} blocks; {device.type}, {str(dtype).removeprefix('torch.')}"
-    )
-    print(vae_plans)
-
-    condition = make_condition(components, job, progress)
-    fps = args.fps or defaults.fps
-    writer = VideoWriter(out, width, height, fps)
-    with progress.bar("Stage II"):
-        try:
-            with writer, timer.stage("file"):
-                for frames in make_frames(components, job, condition, progress):
-                    writer.write(frames)
-        except BaseException:
-            if writer.num_frames:
-                print(f"\nstopped after {writer.num_frames} frames; they are kept in {writer.partial_path}")
-            raise
-    peak, what = peak_memory(device)
-    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timer.seconds.items())
+        _go_on(state, description)
+        _make(args, request, plan, memory, inputs, state, out, progress)
+    peak, what = peak_memory(request.device)
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.timer.seconds.items())
     print(f"time: {time.perf_counter() - started:.1f} s ({spent})")
     print(f"peak memory: {format_bytes(peak)} ({what})")
-    print(f"wrote {out}: {width}x{height}, {writer.num_frames} frames at {fps} a second")
+
+
+def _begun(args: argparse.Namespace, description: dict[str, Any]) -> RunState:
+    """The state of a new run."""
+    folder = args.state or args.out.with_suffix(".run")
+    if folder.is_dir() and (folder / "job.json").exists():
+        if not args.restart:
+            raise InputError(
+                f"state: {folder} holds an unfinished run; --resume {folder} goes on with it, --restart begins anew"
+            )
+        with RunState.open(folder) as old:
+            old.remove()
+    return RunState.create(folder, description)
+
+
+def _go_on(state: RunState, description: dict[str, Any]) -> None:
+    """Says what is not as it was.
+
+    Raises:
+        InputError: it would be another video.
+    """
+    changes = state.changes(description)
+    if changes.forbidding:
+        raise InputError(f"resume: not what {state.folder} was begun with: {'; '.join(changes.forbidding)}")
+    if changes.inexact:
+        print("the rest of the video will not be the same bit for bit as without the interruption, since it is made")
+        print("from the same state by another machine, plan or software:")
+        print("\n".join(f"  {change}" for change in changes.inexact))
+
+
+def _inputs(
+    args: argparse.Namespace, request: ClipRequest, photo: Any, plan: MemoryPlan, progress: Progress
+) -> tuple[dict[str, Tensor], str]:
+    """Everything that is made of the photograph and the prompt, on the CPU, and where the text comes from."""
+    components, device = request.components, request.device
+    with progress.timer.stage("text and image"):
+        text, note = text_embedding(args, components, device if plan.text_on_device else torch.device("cpu"))
+        release(device)
+        inputs = {
+            "picture": fit_image(photo, request.size),
+            "low_picture": fit_image(photo, request.size, request.motion_size),
+            "text": text,
+        }
+        for name, stage in (("image_one", "stage1"), ("image_two", "stage2")):
+            tokens = components.clip_tokens(stage, photo, device)
+            if tokens is not None:
+                inputs[name] = tokens
+        release(device)
+    return {name: tensor.cpu() for name, tensor in inputs.items()}, note
+
+
+def _make(
+    args: argparse.Namespace,
+    request: ClipRequest,
+    plan: MemoryPlan,
+    memory: MemoryRequest,
+    inputs: dict[str, Tensor],
+    state: RunState,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """What is still to be made, and the file."""
+    device = request.device
+    job = ClipJob(
+        inputs["picture"],
+        inputs["low_picture"],
+        inputs["text"].to(device),
+        request.plan,
+        request.sigmas_one,
+        request.sigmas_two,
+        plan.vae_plans,
+        *(inputs[name].to(device) if name in inputs else None for name in ("image_one", "image_two")),
+        seed=args.seed,
+        mode=args.mode,
+        cuda_graph=args.cuda_graph,
+    )
+    if request.components.weights is None:
+        print("random weights: this clip shows the path, not quality (give --weights for a real one)")
+    for part, given in request.loras.items():
+        for lora in given:
+            print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
+    (width, height), low = request.size, request.motion_size
+    print(
+        f"{width}x{height}, {request.num_frames} frames = {request.plan.num_blocks} blocks;"
+        f" Stage I at {low[0]}x{low[1]};"
+        f" Stage II {args.mode}: {len(request.plan)} segments, windows of at most {request.window_blocks} blocks;"
+        f" {device.type}, {str(request.dtype).removeprefix('torch.')}"
+    )
+    print(plan)
+    writer = VideoWriter(out, width, height, request.fps, pieces=state.folder)
+    for problem in writer.damaged:
+        print(problem)
+    try:
+        with writer:
+            work = ClipWork(job, request.components, state, writer, progress)
+            make_clip(work, plan, lambda vram: plan_memory(replace(memory, vram=vram)))
+    except BaseException:
+        kept = f"; {writer.num_frames} frames are kept in {writer.partial_path}" if writer.num_frames else ""
+        print(f"\nstopped{kept}; --resume {state.folder} goes on")
+        raise
+    print(f"wrote {out}: {width}x{height}, {writer.num_frames} frames at {request.fps} a second")
+    if not args.keep_state:
+        state.remove()
 
 
 def main(argv: list[str] | None = None) -> int:

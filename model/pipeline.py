@@ -1,6 +1,6 @@
 """The two stages of SwiftI2V, each a function, and what joins them.
 
-    image -> Stage I (360P, few steps) -> z_low                                     make_motion
+    image -> encode -> Stage I (360P, few steps) -> z_low                           motion_condition, make_motion
     z_low -> decode -> upsample -> frame 0 := image -> encode -> z_ref              make_reference
     z_ref -> Stage II, segment by segment                                           model.csg.sample_latents
     anchor and segments -> decode -> frames, as soon as each segment is done        decode_frames
@@ -11,6 +11,7 @@ much for the memory, a plan of ``model/vae_plan.py`` cuts it into tiles.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
@@ -31,6 +32,13 @@ from model.vae import WHOLE, WanVAE
 STAGE = 1
 # Stage I works at 360P: its shorter side has at most this many pixels, and at most half of the target's.
 STAGE_ONE_SHORT_SIDE = 352
+
+
+def release(device: torch.device) -> None:
+    """Gives the memory of a model that is no longer referenced back, before the next one arrives."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def nearest_multiple(size: int, multiple: int) -> int:
@@ -74,78 +82,100 @@ def stage_one_size(width: int, height: int, multiple: int) -> tuple[int, int]:
     return nearest_multiple(round(width * scale), multiple), nearest_multiple(round(height * scale), multiple)
 
 
-def make_motion(
-    dit: WanDiT,
-    vae: WanVAE,
-    picture: Tensor,
-    text: Tensor,
-    image: Tensor | None = None,
-    *,
-    num_blocks: int,
-    sigmas: Sequence[float],
-    seed: int,
-    low_noise_dit: WanDiT | None = None,
-    boundary: float = 0.9,
-    on_step: Callable[[int, int], None] | None = None,
-    cuda_graph: bool = True,
-    vae_plan: VAEPlan = WHOLE,
-) -> Tensor:
-    """Stage I: the motion reference at low resolution, all blocks in one window.
+def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks: int, plan: VAEPlan = WHOLE) -> Tensor:
+    """What Stage I is conditioned on.
 
     A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
-    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's
-    latent at timestep 0.
+    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep
+    0.
 
     Args:
-        dit: the Stage I model (of Wan2.2 A14B, the high-noise expert).
+        vae: of Stage I.
+        config: of its DiT.
         picture: the input image at Stage I's size, ``[1, 3, 1, H, W]`` in -1..1.
-        text, image: text embedding and CLIP tokens as the DiT takes them.
         num_blocks: latent frames.
-        sigmas: noise levels from 1 to 0.
-        seed: of the noise, which is drawn per block.
-        low_noise_dit: Wan2.2 A14B's second expert, used below ``boundary``.
-        on_step: called after every step with (step, number of steps).
-        cuda_graph: as for :func:`model.csg.sample_latents`.
-        vae_plan: how the condition is encoded.
+        plan: how they are encoded.
 
     Returns:
         ``[1, z, num_blocks, h, w]`` float32.
     """
-    z, stride = vae.config.z_dim, vae.config.temporal_stride
-    check_channels(dit.config, z)
-    if low_noise_dit is not None and low_noise_dit.config.in_channels != dit.config.in_channels:
-        given = low_noise_dit.config.in_channels, dit.config.in_channels
-        raise InputError(f"low_noise_dit: both experts must take the same channels, got {given[0]} and {given[1]}")
-    replaces_first = dit.config.in_channels == z
-    if replaces_first:
-        condition = vae.encode(picture, vae_plan).float().expand(-1, -1, num_blocks, -1, -1)
-    else:
-        grey = picture.new_zeros(1, 3, stride, *picture.shape[3:])
-        clip = chain([picture], [grey] * (num_blocks - 1))
-        condition = torch.cat(list(vae.encode_stream(clip, vae_plan)), dim=2).float()
+    check_channels(config, vae.config.z_dim)
+    if config.in_channels == vae.config.z_dim:
+        return vae.encode(picture, plan).float().expand(-1, -1, num_blocks, -1, -1)
+    grey = picture.new_zeros(1, 3, vae.config.temporal_stride, *picture.shape[3:])
+    clip = chain([picture], [grey] * (num_blocks - 1))
+    return torch.cat(list(vae.encode_stream(clip, plan)), dim=2).float()
+
+
+def make_motion(
+    dit: Callable[[], WanDiT],
+    condition: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    sigmas: Sequence[float],
+    seed: int,
+    low_noise_dit: Callable[[], WanDiT] | None = None,
+    boundary: float = 0.9,
+    on_step: Callable[[int, int], None] | None = None,
+    cuda_graph: bool = True,
+) -> Tensor:
+    """Stage I: the motion reference at low resolution, all blocks in one window.
+
+    Args:
+        dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert). It is let go when its steps are done.
+        condition: of :func:`motion_condition`.
+        text, image: text embedding and CLIP tokens as the DiT takes them.
+        sigmas: noise levels from 1 to 0.
+        seed: of the noise, which is drawn per block.
+        low_noise_dit: makes Wan2.2 A14B's second expert, used below ``boundary``, when the first one is gone.
+        on_step: called after every step with (step, number of steps).
+        cuda_graph: as for :func:`model.csg.sample_latents`.
+
+    Returns:
+        ``[1, z, num_blocks, h, w]`` float32.
+
+    Raises:
+        InputError: a model does not take latents of that many channels, or the two take different ones.
+    """
+    z, num_blocks = condition.shape[1:3]
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
-    shared = {
-        "latents": x,
-        "reference": condition,
-        "sigmas": sigmas,
-        "max_blocks": num_blocks,
-        "cuda_graph": cuda_graph,
-    }
-    high = low = Denoiser(dit, text, image, **shared)
+    steps = range(len(sigmas) - 1)
+    experts = [(dit, steps)]
     if low_noise_dit is not None:
-        same = (low_noise_dit.config, low_noise_dit.dtype) == (dit.config, dit.dtype)
-        low = Denoiser(low_noise_dit, text, image, workspace=high.workspace if same else None, **shared)
-    for denoiser in dict.fromkeys((high, low)):
+        high = [i for i in steps if sigmas[i] >= boundary]
+        experts = [(dit, steps[: len(high)]), (low_noise_dit, steps[len(high) :])]
+    in_channels: int | None = None
+    for load, own_steps in experts:
+        if not own_steps:
+            continue
+        model = load()
+        check_channels(model.config, z)
+        given, in_channels = model.config.in_channels, in_channels or model.config.in_channels
+        if given != in_channels:
+            raise InputError(f"low_noise_dit: both experts must take the same channels, got {given} and {in_channels}")
+        denoiser = Denoiser(
+            model,
+            text,
+            image,
+            latents=x,
+            reference=condition,
+            sigmas=sigmas,
+            max_blocks=num_blocks,
+            cuda_graph=cuda_graph,
+        )
         slots = list(range(num_blocks))
-        if replaces_first:
+        if in_channels == z:
             denoiser.open(slots, [-1, *slots[1:]], [0.0] * num_blocks)
         else:
             denoiser.open(slots, slots, [1.0] + [0.0] * (num_blocks - 1))
-    for step in range(len(sigmas) - 1):
-        (high if sigmas[step] >= boundary else low).step(step)
-        if on_step is not None:
-            on_step(step + 1, len(sigmas) - 1)
-    if replaces_first:
+        for step in own_steps:
+            denoiser.step(step)
+            if on_step is not None:
+                on_step(step + 1, len(steps))
+        del model, denoiser
+        release(x.device)
+    if in_channels == z:
         x[:, :, 0] = condition[:, :, 0]
     return x
 
@@ -218,7 +248,9 @@ def make_reference(
             start += low.shape[2]
         return whole
 
-    return torch.cat([block.float() for block in vae.encode_stream(frames(), plan, host=host)], dim=2)
+    # A list has an end, behind which tiles have nothing to remember.
+    given = list(frames()) if plan.park else frames()
+    return torch.cat([block.float() for block in vae.encode_stream(given, plan, host=host)], dim=2)
 
 
 def decode_frames(

@@ -17,7 +17,7 @@ from model.components import Components
 from model.config import PRESETS, VAEConfig
 from model.csg import SegmentPlan, plan_for, sample_latents
 from model.encoders import empty_text
-from model.pipeline import decode_frames, make_motion, make_reference
+from model.pipeline import decode_frames, make_motion, make_reference, motion_condition
 from model.pipeline_plan import USABLE, Card, PipelinePlans, plan_pipeline
 from model.scheduler import flow_sigmas
 from model.tiling import VAEPlan
@@ -77,11 +77,9 @@ def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
     """Reference and frames by the pipeline's functions, called here."""
     vae = parts.vae()
     low_vae = vae if parts.stage_one_vae is None else parts.stage_one_vae()
-    low_noise = None if parts.low_noise is None else parts.low_noise()
-    motion = make_motion(
-        parts.stage_one(), low_vae, given.low_picture, given.text, num_blocks=BLOCKS, sigmas=given.sigmas_one,
-        seed=given.seed, low_noise_dit=low_noise,
-    )  # fmt: skip
+    start = motion_condition(low_vae, parts.stage_one_config, given.low_picture, BLOCKS)
+    options = {"sigmas": given.sigmas_one, "seed": given.seed, "low_noise_dit": parts.low_noise}
+    motion = make_motion(parts.stage_one, start, given.text, **options)
     hosts = [None if given.host is None else given.host(True) for _ in range(2)]
     plan = given.vae_plans.reference.plan
     reference = make_reference(motion, low_vae, vae, given.picture, plan=plan, host=hosts[0])
@@ -216,7 +214,7 @@ def test_a_watcher_is_told_every_stage_and_step_in_order() -> None:
     condition = make_condition(components(), given, watcher)
     assert watcher.told == [
         "load", "end of load",
-        "Stage I", "Stage I 1/2: step 1/2", "Stage I 2/2: step 2/2", "end of Stage I",
+        "Stage I", "load", "end of load", "Stage I 1/2: step 1/2", "Stage I 2/2: step 2/2", "end of Stage I",
         "reference", *(f"reference {n}/{BLOCKS}: block {n}/{BLOCKS}" for n in range(1, BLOCKS + 1)),
         "end of reference",
     ]  # fmt: skip
@@ -229,7 +227,7 @@ def test_a_watcher_is_told_every_stage_and_step_in_order() -> None:
 
     # The image's frame first, before anything is generated; then each segment's as soon as it is there.
     assert watcher.told == [
-        "load", "end of load", ("decode", 0),
+        ("decode", 0), "load", "end of load",
         *steps(0), ("Stage II", 0), ("decode", 1), ("decode", 2), ("decode", 3),
         *steps(1), ("Stage II", 1), ("decode", 4),
     ]  # fmt: skip
@@ -241,7 +239,8 @@ def test_watching_changes_nothing(plain: tuple[Tensor, Tensor]) -> None:
 
 
 def test_models_are_there_only_while_they_are_needed() -> None:
-    """Stage I's DiT and its second expert are gone before the reference is made, its VAE and the encoder after it."""
+    """Stage I's DiT is gone before its second expert arrives, both before the reference is made, its VAE and the
+    encoder after it."""
     alive: dict[str, weakref.ref[Any]] = {}
 
     def kept(name: str, make: Any) -> Any:
@@ -253,12 +252,16 @@ def test_models_are_there_only_while_they_are_needed() -> None:
         return build
 
     class Census(Watcher):
-        found: dict[str, set[str]] = {}  # noqa: RUF012
+        found: list[tuple[str, set[str]]] = []  # noqa: RUF012
 
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
-            self.found.setdefault(name, {known for known, model in alive.items() if model() is not None})
+            self.found.append((name, {known for known, model in alive.items() if model() is not None}))
             yield
+
+        def step(self, name: str, done: int, total: int, where: str) -> None:
+            if name == "Stage I":
+                self.found.append((where, {known for known, model in alive.items() if model() is not None}))
 
     parts = components()
     parts = replace(
@@ -266,10 +269,13 @@ def test_models_are_there_only_while_they_are_needed() -> None:
         vae=kept("VAE", parts.vae), stage_one_vae=kept("VAE of Stage I", other_vae),
     )  # fmt: skip
     census = Census()
-    condition = make_condition(parts, job(), census)
-    assert census.found == {
-        "load": set(), "Stage I": {"DiT", "expert", "VAE", "VAE of Stage I"}, "reference": {"VAE", "VAE of Stage I"},
-    }  # fmt: skip
+    # Two steps at or above the boundary of 0.9, and one below.
+    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), census)
+    vaes = {"VAE", "VAE of Stage I"}
+    assert census.found == [
+        ("load", set()), ("Stage I", vaes), ("load", vaes), ("step 1/3", vaes | {"DiT"}), ("step 2/3", vaes | {"DiT"}),
+        ("load", vaes), ("step 3/3", vaes | {"expert"}), ("reference", vaes),
+    ]  # fmt: skip
     assert {name for name, model in alive.items() if model() is not None} == {"VAE"}
     assert condition.vae.encoder is None
 

@@ -254,7 +254,7 @@ def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo,
 
     monkeypatch.setattr("model.clip.make_motion", failing)
     assert main(command) == 1
-    assert "error: out of memory; try a smaller --size or fewer --frames" in capsys.readouterr().err
+    assert "error: out of memory in Stage I ([enforce fail] DefaultCPUAllocator: can't" in capsys.readouterr().err
 
     def broken(*args, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

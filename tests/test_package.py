@@ -48,7 +48,7 @@ def test_model_uses_only_public_names_of_the_library():
     """``bench`` also reads the operators' own files (cases, costs, launchers), but nothing private."""
     import swifti2v_kernels
 
-    for file in [*(ROOT / "model").glob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+    for file in [*(ROOT / "model").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("swifti2v_kernels"):
                 names = {alias.name for alias in node.names}
@@ -119,7 +119,7 @@ def test_metadata_of_the_package(tmp_path):
         assert f"swifti2v_kernels/{file}" in sources
 
 
-@pytest.mark.parametrize("command", ["model.generate", "model.inspect", "model.vae_plan", "bench"])
+@pytest.mark.parametrize("command", ["model.generate", "model.inspect", "model.plan", "model.vae_plan", "bench"])
 def test_commands_start_without_a_warning(command):
     arguments = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)

@@ -15,6 +15,7 @@ from model.pipeline import (
     decode_frames,
     make_motion,
     make_reference,
+    motion_condition,
     size_multiple,
     stage_one_size,
 )
@@ -56,7 +57,8 @@ def test_stage_one_conditions_as_wan_image_to_video(tiny_vae):
     """Against the documented recipe: encode [image, grey frames], mask 1 on block 0, concatenate, Euler."""
     dit = random_weights(WanDiT, TINY_DIT, 1)
     sigmas = flow_sigmas(3, 5.0)
-    motion = make_motion(dit, tiny_vae, PICTURE, TEXT, num_blocks=3, sigmas=sigmas, seed=4)
+    start = motion_condition(tiny_vae, dit.config, PICTURE, 3)
+    motion = make_motion(lambda: dit, start, TEXT, sigmas=sigmas, seed=4)
     condition = tiny_vae.encode(torch.cat((PICTURE, torch.zeros(1, 3, 8, 32, 48)), dim=2))
     mask = torch.zeros(1, 4, 3, 4, 6)
     mask[:, :, 0] = 1
@@ -71,7 +73,8 @@ def test_stage_one_conditions_as_ti2v_where_there_are_no_extra_channels(tiny_vae
     """Block 0 is the image at timestep 0 in every step and in the result."""
     dit = random_weights(WanDiT, replace(TINY_DIT, in_channels=4), 1)
     sigmas = flow_sigmas(2, 5.0)
-    motion = make_motion(dit, tiny_vae, PICTURE, TEXT, num_blocks=3, sigmas=sigmas, seed=4)
+    start = motion_condition(tiny_vae, dit.config, PICTURE, 3)
+    motion = make_motion(lambda: dit, start, TEXT, sigmas=sigmas, seed=4)
     image = tiny_vae.encode(PICTURE)
     x = block_noise(4, 1, range(3), (4, 4, 6))
     for i in range(2):
@@ -88,18 +91,20 @@ def test_the_low_noise_expert_takes_over_below_the_boundary(tiny_vae):
     for name, expert in zip(("high", "low"), experts, strict=True):
         run = expert.run
         expert.run = lambda *a, name=name, run=run, **k: used.append(name) or run(*a, **k)
-    options = {"num_blocks": 2, "sigmas": flow_sigmas(4, 5.0), "seed": 4}
-    make_motion(experts[0], tiny_vae, PICTURE, TEXT, low_noise_dit=experts[1], **options)
+    start = motion_condition(tiny_vae, TINY_DIT, PICTURE, 2)
+    options = {"sigmas": flow_sigmas(4, 5.0), "seed": 4}
+    make_motion(lambda: experts[0], start, TEXT, low_noise_dit=lambda: experts[1], **options)
     assert used == ["high", "high", "low", "low"]  # 1000 and 937.5 above 900; 833.3 and 625 below
 
 
 def test_experts_of_different_kinds_are_refused_and_those_of_different_sizes_are_not(tiny_vae):
     dit, other = (random_weights(WanDiT, replace(TINY_DIT, **c), 1) for c in ({}, {"in_channels": 4}))
-    options = {"num_blocks": 2, "sigmas": flow_sigmas(4, 5.0), "seed": 4}
+    start = motion_condition(tiny_vae, dit.config, PICTURE, 2)
+    options = {"sigmas": flow_sigmas(4, 5.0), "seed": 4}
     with pytest.raises(InputError, match="low_noise_dit: both experts must take the same channels, got 4 and 12"):
-        make_motion(dit, tiny_vae, PICTURE, TEXT, low_noise_dit=other, **options)
+        make_motion(lambda: dit, start, TEXT, low_noise_dit=lambda: other, **options)
     wider = random_weights(WanDiT, replace(TINY_DIT, ffn_dim=4 * TINY_DIT.ffn_dim), 1)
-    assert torch.isfinite(make_motion(dit, tiny_vae, PICTURE, TEXT, low_noise_dit=wider, **options)).all()
+    assert torch.isfinite(make_motion(lambda: dit, start, TEXT, low_noise_dit=lambda: wider, **options)).all()
 
 
 def test_decoded_frames_stream_and_equal_the_whole_decode(tiny_vae):

@@ -1,0 +1,225 @@
+"""What a command asks for, resolved: models, sizes, segments, noise levels, and what tells one run from another."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.command import (
+    LORA_OPTIONS,
+    build_components,
+    chosen_loras,
+    parse_memory,
+    parse_ram,
+    parse_size,
+    pick_device,
+    pick_dtype,
+    segment_plan,
+)
+from model.components import Components
+from model.config import get_preset
+from model.csg import SegmentPlan, plan_for
+from model.errors import InputError
+from model.fingerprint import fingerprint, fingerprint_file, fingerprint_random
+from model.lora import LoRA
+from model.memory_plan import MemoryPlan
+from model.memory_report import describe_placement
+from model.memory_request import MemoryRequest
+from model.pipeline import area_size, check_frames, check_size, size_multiple, stage_one_size
+from model.pipeline_plan import Card
+from model.plan import chosen_gpu, request_for
+from model.run_state import device_name
+from model.scheduler import flow_sigmas
+from model.weights import DIT_PARTS, VAE_PARTS, part_of_pipeline
+
+#: Options that say how a machine does it, not what is made: a resumed run may be given others.
+MACHINE_OPTIONS = ("device", "vram", "ram", "vae_memory", "cuda_graph")
+#: Options that are about the state of a run.
+RUN_OPTIONS = ("resume", "state", "keep_state", "restart")
+_PATHS = ("photo", "out", "weights", "text_embeddings")
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """Of one command; ``arguments`` are its options with every default resolved and every path absolute."""
+
+    arguments: dict[str, Any]
+    components: Components
+    device: torch.device
+    dtype: torch.dtype
+    loras: Mapping[str, list[LoRA]]
+    size: tuple[int, int]
+    motion_size: tuple[int, int]
+    num_frames: int
+    fps: int
+    plan: SegmentPlan
+    sigmas_one: list[float]
+    sigmas_two: list[float]
+
+    @classmethod
+    def resolve(cls, args: argparse.Namespace, photo_size: tuple[int, int] | None) -> ClipRequest:
+        """Checks all that can be checked before anything runs.
+
+        Args:
+            args: of ``model.generate``.
+            photo_size: (width, height), for the default size.
+
+        Raises:
+            InputError: something does not fit.
+        """
+        defaults = get_preset(args.preset or ("tiny" if args.weights is None else "1.3b"))
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        loras = chosen_loras(args)
+        components = build_components(args, device, dtype, loras)
+        multiple = size_multiple(components.vae_config, components.stage_two_config)
+        if args.size is not None:
+            size = parse_size(args.size)
+        elif photo_size is not None:
+            size = area_size(photo_size, defaults.width * defaults.height, multiple)
+        else:
+            raise InputError("size: expected WIDTHxHEIGHT where there is no photograph")
+        check_size(*size, multiple)
+        num_frames = defaults.num_frames if args.frames is None else args.frames
+        num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
+        motion_multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
+        fps = args.fps or defaults.fps
+        resolved = vars(args) | {"size": f"{size[0]}x{size[1]}", "frames": num_frames, "fps": fps}
+        return cls(
+            arguments=_absolute(resolved),
+            components=components,
+            device=device,
+            dtype=dtype,
+            loras=loras,
+            size=size,
+            motion_size=stage_one_size(*size, motion_multiple),
+            num_frames=num_frames,
+            fps=fps,
+            plan=plan_for(args.mode, segment_plan(args, num_blocks)),
+            sigmas_one=flow_sigmas(args.stage1_steps, args.shift),
+            sigmas_two=flow_sigmas(args.steps, args.shift),
+        )
+
+    @property
+    def window_blocks(self) -> int:
+        """Latent frames of the largest window."""
+        return max(len(window.blocks) for window in self.plan)
+
+    def memory(self) -> MemoryRequest:
+        """What its memory is planned for: the options ``--vram``, ``--ram``, ``--vae-memory`` and the machine."""
+        given = self.arguments
+        card = Card.of(self.device)
+        vram = None if card is None else card.memory
+        if given["vram"] != "auto":
+            vram = parse_memory("vram", given["vram"])
+        weights = self.components.weights
+        return request_for(
+            self.components,
+            size=self.size,
+            num_frames=self.num_frames,
+            plan=self.plan,
+            gpu=chosen_gpu(None, vram or 0),
+            text_encoder=given["text_embeddings"] is None
+            and weights is not None
+            and (weights / "text_encoder").is_dir(),
+            mode=given["mode"],
+            steps=given["steps"],
+            stage_one_steps=given["stage1_steps"],
+            dtype=self.dtype,
+            vram=vram,
+            ram=parse_ram(given["ram"]),
+            capability=None if card is None else card.capability,
+            storage=given["storage"],
+            products=given["products"],
+            vae_limit=None if given["vae_memory"] == "auto" else parse_memory("vae-memory", given["vae_memory"]),
+        )
+
+    def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
+        """The job of this request, as :class:`model.run_state.RunState` keeps it.
+
+        Args:
+            memory: the plan by which it runs.
+            photo: fingerprint of the photograph, if it is not there to be read any more.
+        """
+        given = self.arguments
+        weights = {"preset": fingerprint_random(given["preset"] or "tiny", given["seed"])}
+        if self.components.weights is not None:
+            weights = {
+                part: fingerprint(part_of_pipeline(path, VAE_PARTS if part.endswith("vae") else DIT_PARTS))
+                for part, path in self.components.parts.items()
+            }
+        text = given["text_embeddings"]
+        stages = {"stage1": memory.stage_one, "stage2": memory.stage_two}
+        return {
+            "inputs": {
+                "photo": photo or fingerprint_file(given["photo"], "image"),
+                "prompt": given["prompt"],
+                "text_embeddings": None if text is None else fingerprint_file(text, "text-embeddings"),
+                "weights": weights,
+                "loras": {
+                    part: [[fingerprint_file(lora.path, "lora"), lora.strength, lora.expert] for lora in chosen]
+                    for part, chosen in self.loras.items()
+                },
+            },
+            "request": {
+                "size": list(self.size),
+                "frames": self.num_frames,
+                "fps": self.fps,
+                "mode": given["mode"],
+                "windows": [[list(window.conditioning), list(window.noisy)] for window in self.plan],
+                "stage1_sigmas": self.sigmas_one,
+                "stage2_sigmas": self.sigmas_two,
+                "seed": given["seed"],
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "products": given["products"],
+            },
+            "machine": {
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                "cuda_graph": given["cuda_graph"],
+                "plan": {part: describe_placement(stage.config, stage.placement) for part, stage in stages.items()},
+                "vae": str(memory.vae_plans),
+            },
+            "arguments": given,
+        }
+
+
+def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
+    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about the machine.
+
+    Raises:
+        InputError: another option was given, which would be another run.
+    """
+    own = (*MACHINE_OPTIONS, *RUN_OPTIONS)
+    given = [name for name, value in vars(args).items() if name not in own and value != getattr(defaults, name)]
+    if given:
+        named = ", ".join("PHOTO" if name == "photo" else f"--{name.replace('_', '-')}" for name in given)
+        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in MACHINE_OPTIONS if name != "cuda_graph")
+        raise InputError(f"resume: the run has its options; got {named} too. Only the machine's may be new: {allowed}")
+    for name, value in stored.items():
+        asked = name in MACHINE_OPTIONS and getattr(args, name) != getattr(defaults, name)
+        if name not in RUN_OPTIONS and not asked:
+            setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
+
+
+def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text that means the same from any folder."""
+    found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
+    for name in _PATHS:
+        if found[name] is not None:
+            found[name] = str(Path(found[name]).absolute())
+    for part in LORA_OPTIONS.values():
+        found[f"{part}_loras"] = [_absolute_lora(text) for text in found[f"{part}_loras"]]
+    return found
+
+
+def _absolute_lora(text: str) -> str:
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return str(Path(text).absolute())
+    return f"{Path(path).absolute()}:{strength}"

@@ -1,0 +1,302 @@
+"""A run goes on from wherever it was ended: the same file, byte for byte, and never an unreadable one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from model.generate import main
+from model.media import VideoWriter
+from model.resumable import MOST_PLANS
+from model.run_state import RunState
+
+ROOT = Path(__file__).parent.parent
+#: Three segments of three, three and two blocks: 33 frames in four pieces.
+OPTIONS = ["--frames", "33", "--size", "96x64", "--steps", "1", "--stage1-steps", "1", "--seed", "3"]
+SEGMENTS = 3
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, photo_file: Path) -> str:
+    """The hash of the film of a run that nobody disturbs, which leaves nothing but the film."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS]) == 0
+    assert [path.name for path in folder.iterdir()] == ["clip.mp4"]
+    return digest(folder / "clip.mp4")
+
+
+@pytest.fixture(scope="module")
+def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.effect_mandelbrot((96, 64), (-3, -2.5, 2, 2.5), 50).convert("RGB").save(path)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def frames_of(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+class EndedError(Exception):
+    """What ends a run in these tests."""
+
+
+def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The call, but after it was made so often the run ends."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result = call(*args, **kwargs)
+        calls += 1
+        if calls == number:
+            raise EndedError
+        return result
+
+    return counted
+
+
+MOMENTS = [
+    ("inputs saved", RunState, "save", 1),
+    ("Stage I saved", RunState, "save", 2),
+    ("reference saved", RunState, "save", 3),
+    *((f"segment {n} saved", RunState, "save_segment", n) for n in range(1, SEGMENTS + 1)),
+    *((f"piece {n} written", VideoWriter, "end_piece", n + 1) for n in range(SEGMENTS + 1)),
+]
+
+
+@pytest.mark.parametrize(("owner", "method", "number"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
+def test_a_run_that_ends_goes_on_and_writes_the_same_file(
+    owner: type, method: str, number: int, whole: str, photo_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """At every moment at which something has just been kept."""
+    out = tmp_path / "clip.mp4"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, ended_after(getattr(owner, method), number))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    assert not out.exists()
+    if owner is VideoWriter:
+        assert frames_of(tmp_path / "clip.partial.mp4") == [1, 13, 25, 33][number - 1]
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "clip.run")]) == 0
+    printed = capsys.readouterr().out
+    assert digest(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    if method == "save_segment":
+        assert f"{number} of {SEGMENTS} segments are there already" in printed
+    assert "bit for bit" not in printed  # nothing about the machine has changed
+
+
+@pytest.mark.parametrize("killed", range(2))
+def test_a_run_that_is_killed_goes_on(killed: int, whole: str, photo_file: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment, as often as it takes until the run is through: what there is stays readable."""
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    draw = random.Random(killed)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    kills = 0
+    while not out.exists():
+        begun = (state / "job.json").exists()
+        given = ["--resume", str(state)] if begun else [str(photo_file), "--out", str(out), *OPTIONS]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "model.generate", *given], env=environment, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if kills < 2:
+            # From when the state appears on, most of the work is a second or two.
+            deadline = time.monotonic() + 60
+            while process.poll() is None and not (state / "job.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), told
+        partial = tmp_path / "clip.partial.mp4"
+        if partial.exists():
+            assert frames_of(partial) in (1, 13, 25, 33)
+    assert digest(out) == whole
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
+    number: int, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 3))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    file = state / f"segment-000{number}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert main(["--resume", str(state), "--keep-state"]) == 0
+    printed = capsys.readouterr()
+    assert f"segment-000{number}.safetensors is damaged (sha256 differs)" in printed.out
+    there = f"{number - 1} of {SEGMENTS} segments are there already"
+    assert (there if number > 1 else "damaged") in printed.out
+    assert ("segments are there already" in printed.out) == (number > 1)
+    assert digest(out) == whole
+    # Complete, and kept: nothing is made again.
+    assert main(["--resume", str(state)]) == 0
+    assert "segment" not in capsys.readouterr().err
+    assert digest(out) == whole
+    assert not state.exists()
+
+
+def test_a_damaged_reference_or_film_is_made_again(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 3))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    (state / "piece-0001.mp4").write_bytes(b"no film")
+    (state / "condition.safetensors").write_bytes(b"no tensors")
+    photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
+    capsys.readouterr()
+    try:
+        assert main(["--resume", str(state)]) == 0
+    finally:
+        photo_file.rename(photo_file.with_name("photo.png"))
+    printed = capsys.readouterr()
+    for part in ("piece-0001.mp4 is damaged", "condition.safetensors is damaged"):
+        assert part in printed.out
+    assert "Stage I:" not in printed.err  # its latents were there
+    assert digest(out) == whole
+
+
+def test_what_would_be_another_run_is_refused(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    command = [str(photo_file), "--out", str(out), *OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
+        with pytest.raises(EndedError):
+            main(command)
+
+    def refused(*options: str) -> str:
+        capsys.readouterr()
+        assert main(list(options)) == 2
+        return capsys.readouterr().err
+
+    assert "resume: the run has its options; got --seed too" in refused("--resume", str(state), "--seed", "4")
+    assert "got PHOTO, --out too" in refused(str(photo_file), "--resume", str(state), "--out", str(out))
+    assert f"state: {state} holds an unfinished run; --resume {state} goes on" in refused(*command)
+    assert "run: nowhere does not exist" in refused("--resume", "nowhere")
+    assert "PHOTO and --out FILE.mp4 are needed, or --resume DIR" in refused("--out", str(out))
+    before = photo_file.read_bytes()
+    photo_file.write_bytes(before + b" ")
+    try:
+        assert "resume: not what" in refused("--resume", str(state))
+    finally:
+        photo_file.write_bytes(before)
+    # Begun anew on demand.
+    assert main([*command, "--restart"]) == 0
+    assert not state.exists()
+
+
+def test_another_machine_goes_on_and_says_what_that_means(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    monkeypatch.setattr("model.clip_request.device_name", lambda device: "another card")
+    capsys.readouterr()
+    assert main(["--resume", str(state)]) == 0
+    printed = capsys.readouterr().out
+    assert "will not be the same bit for bit" in printed
+    assert "now 'another card'" in printed or "now another card" in printed or 'now "another card"' in printed
+    assert frames_of(out) == 33
+
+
+# Out of memory
+
+
+def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Fails so often before it works."""
+    left = times
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+        return call(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "stage"),
+    [
+        ("model.clip.make_motion", "Stage I"),
+        ("model.clip.make_reference", "reference"),
+        ("model.clip.sample_latents", "decode"),
+    ],
+)
+def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
+    place: str, stage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The stage is named with what held the memory, and what was finished before is not made again."""
+    module, _, name = place.rpartition(".")
+    call = getattr(sys.modules[module], name)
+    monkeypatch.setattr(place, short_of_memory(call, 1))
+    out = tmp_path / "clip.mp4"
+    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
+    printed = capsys.readouterr()
+    assert f"out of memory in {stage} (CUDA out of memory. Tried to allocate 2.00 GiB.)" in printed.out
+    assert "predicted for" in printed.out
+    assert f"planned anew, 1 of at most {MOST_PLANS - 1} times" in printed.out
+    if stage != "Stage I":
+        assert printed.err.count("Stage I: 100%") <= 2  # a bar is drawn twice at its end
+    assert frames_of(out) == 33
+
+
+def test_it_never_loops(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of plans is bounded, and what was made is kept."""
+    tried = []
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("model.clip.sample_latents", never)
+    assert main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS]) == 1
+    printed = capsys.readouterr()
+    assert 1 <= len(tried) <= MOST_PLANS
+    assert "\nerror: out of memory in decode (CUDA out of memory.)" in printed.err
+    assert f"--resume {tmp_path / 'clip.run'} goes on" in printed.out
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "clip.run")]) == 0
+    assert frames_of(tmp_path / "clip.mp4") == 33
