@@ -45,6 +45,8 @@ METRICS: dict[str, Metric] = {
     "bytes_per_second": Metric("GB/s", "B/s", "higher"),
     "fraction_of_copy": Metric("of copy", "fraction", "higher"),
     "error": Metric("error", "error"),
+    "largest_error": Metric("largest error", "error"),
+    "error_ratio": Metric("x bf16", "ratio", "lower"),
     "limit": Metric("allowed", "error"),
     "peak_bytes": Metric("peak memory", "bytes", "lower"),
     "peak_bytes_predicted": Metric("peak, predicted", "bytes"),

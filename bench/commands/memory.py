@@ -14,18 +14,25 @@ from bench.memory.plot import plot_lengths, plot_timelines
 from bench.record import Table
 from bench.registry import Benchmark
 from bench.session import Session
-from model.command import parse_size, pick_dtype, positive
+from model.command import parse_ram, parse_size, pick_dtype, positive
 from model.config import PRESETS, get_preset
 from model.csg import MODES
 from model.errors import InputError
 from model.measure import format_bytes, parse_bytes
+from model.memory_plan import MemoryPlan
+from model.memory_report import describe_placement
+from model.memory_request import STORAGE_CHOICES
 from model.pipeline import check_frames, check_size, size_multiple
+from model.placement import PRODUCTS
 from swifti2v_kernels.common.target import TARGETS
 
 CLIP_METRICS = (
-    "peak_bytes", "reserved_bytes", "process_bytes", "limit_bytes", "total_seconds", "stage_one_seconds",
+    "peak_bytes", "peak_bytes_predicted", "predicted_seconds", "reserved_bytes", "process_bytes", "limit_bytes",
+    "total_seconds", "stage_one_seconds",
     "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds", "energy_joules",
 )  # fmt: skip
+#: How near a predicted peak has to be.
+NEAR = 0.05
 #: The anchor and two segments of three latent frames: all kinds of windows.
 WARM_FRAMES = 25
 SECONDS = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
@@ -35,6 +42,7 @@ EXAMPLES = """\
 examples:
   python -m bench memory                              this card; without CUDA counted for a card of 24 GB
   python -m bench memory --limit 24GB,16GB,12GB       a large card stands in for small ones (capacity, not speed)
+  python -m bench memory --preset 14b-1.3b --limit 24GB,16GB,12GB,8GB       a Stage I of 14B on cards of four classes
   python -m bench memory --preset 14b-1.3b --frames 81 --file       the whole clip, written to a file
   python -m bench memory --preset 5b --size 1280x704 --limit 8GB
   python -m bench memory --device cpu --measure --preset tiny --size 256x144     tensors of a small run on a CPU
@@ -56,6 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", action="store_true", help="write the clip, and time that (needs PyAV)")
     parser.add_argument("--no-lengths", dest="lengths", action="store_false", help="without the table against length")
     parser.add_argument("--measure", action="store_true", help="on a CPU: run it there instead of counting")
+    parser.add_argument(
+        "--ram",
+        metavar="SIZE",
+        default="auto",
+        help="of the machine, for the plan (default: what it has; counted: none)",
+    )
+    parser.add_argument("--storage", choices=STORAGE_CHOICES, default="auto", help="of block weights (default auto)")
+    parser.add_argument("--products", choices=PRODUCTS, default="plain", help="of block matrices (default plain)")
     known = ", ".join(map(str, TARGETS))
     parser.add_argument("--capability", type=int, default=90, help=f"of the card to count for: {known} (default 90)")
 
@@ -81,7 +97,8 @@ def run(args: argparse.Namespace, session: Session) -> None:
     dtype = torch.bfloat16 if counted else pick_dtype("auto", device)
     setup = ClipSetup(
         name, width, height, num_frames, steps, steps, args.blocks, args.mode, dtype, capability=args.capability,
-        out=session.folder / "clip.mp4" if args.file and not counted else None,
+        ram=None if counted and args.ram == "auto" else parse_ram(args.ram), storage=args.storage,
+        products=args.products, out=session.folder / "clip.mp4" if args.file and not counted else None,
     )  # fmt: skip
     if counted:
         session.say("no CUDA device: nothing runs. Bytes are counted on tensors without memory, at the real size")
@@ -150,7 +167,9 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
         run.reason = f"in {over['stage']}: {format_bytes(over['peak_bytes'])} counted"
     basis: dict[str, Any] = {"basis": "counted"} if counted else {}
     status: dict[str, Any] = {"status": run.status} | ({"reason": run.reason} if run.reason else {})
-    row = key | basis | status | {"peak_bytes": peak, "limit_bytes": run.setup.limit, "note": run.plans}
+    row = key | basis | status | {"peak_bytes": peak, "limit_bytes": run.setup.limit}
+    if run.plan is not None:
+        row |= {"peak_bytes_predicted": run.plan.peak, "predicted_seconds": run.plan.seconds, "note": _told(run.plan)}
     row |= {"total_seconds": run.total_seconds, "reserved_bytes": run.reserved, "process_bytes": run.process}
     row |= {"energy_joules": run.energy, "steps": run.setup.steps, "frames_made": run.frames}
     tables["clips"].add(row | {field: run.seconds.get(stage) for stage, field in SECONDS.items()})
@@ -168,7 +187,18 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
         met = None if run.interrupted else run.status == "ok" and peak <= run.setup.limit
         verdict = {"what": "peak over the limit", "shape": key["limit"], "value": peak / run.setup.limit, "unit": "x"}
         verdicts = [*session.section.data["verdicts"], verdict | {"wanted": 1.0, "met": met} | basis]
+        if run.plan is not None and run.status == "ok" and not run.interrupted:
+            ratio = peak / run.plan.peak
+            near = {"what": "peak over the predicted one", "shape": key["limit"], "value": ratio, "unit": "x"}
+            verdicts.append(near | {"wanted": 1.0, "met": abs(ratio - 1) <= NEAR} | basis)
         session.section.verdicts(verdicts)
+
+
+def _told(plan: MemoryPlan) -> str:
+    """What was decided, and whose seconds are predicted."""
+    stages = ((name, stage) for name, stage in (("Stage I", plan.stage_one), ("Stage II", plan.stage_two)))
+    placed = "; ".join(f"{name}: {describe_placement(stage.config, stage.placement)}" for name, stage in stages)
+    return f"{placed}; {plan.vae_plans}; seconds predicted for {plan.request.gpu.name}"
 
 
 def _lengths(args: argparse.Namespace, session: Session, name: str, size: tuple[int, int], dtype: torch.dtype) -> None:

@@ -19,19 +19,19 @@ from bench.memory.course import Course
 from bench.memory.meter import CountingMeter, Meter, make_meter
 from bench.outcome import failure
 from bench.timing import limited
-from model.clip import ClipJob, make_condition, make_frames, release
+from model.clip import ClipJob, make_condition, make_frames
 from model.components import Components
-from model.config import DiTConfig, VAEConfig, get_preset
-from model.csg import plan_for, plan_segments
-from model.dit import WanDiT
+from model.config import get_preset
+from model.csg import plan_segments
 from model.encoders import empty_text
 from model.measure import is_out_of_memory
 from model.media import VideoWriter
-from model.pipeline import check_frames, check_size, size_multiple, stage_one_size
-from model.pipeline_plan import Card, plan_components
+from model.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from model.pipeline import check_frames, release
+from model.pipeline_plan import Card
+from model.plan import chosen_gpu, request_for
+from model.resumable import as_planned
 from model.scheduler import flow_sigmas
-from model.vae import WanVAE
-from model.weights import dit_parameter_dtype
 from swifti2v_kernels import pretend_gpu
 
 META = torch.device("meta")
@@ -51,6 +51,9 @@ class ClipSetup:
     mode: str = "bidirectional"
     dtype: torch.dtype = torch.bfloat16
     limit: int | None = None
+    ram: int | None = None
+    storage: str = "auto"
+    products: str = "plain"
     capability: int = 90
     seed: int = 0
     out: Path | None = None
@@ -75,7 +78,7 @@ class ClipRun:
     reserved: int | None = None
     process: int | None = None
     energy: float | None = None
-    plans: str = ""
+    plan: MemoryPlan | None = None
     interrupted: bool = False
 
 
@@ -90,17 +93,16 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
         InputError: a size does not fit, or no plan does.
     """
     meter = make_meter(device)
-    components = _components(setup, device, meter)
+    components = Components.from_preset(setup.preset, setup.seed, setup.dtype, device)
     run = ClipRun(setup, meter.course)
-    card = Card(setup.capability, setup.limit) if setup.limit is not None and device.type != "cpu" else None
     release(device)
     with limited(device, setup.limit), _as_gpu(setup, device):
         energy, start = energy_joules(device), time.perf_counter()
         try:
-            job = _job(setup, components, device, card, meter)
-            run.plans = str(job.vae_plans)
+            run.plan = plan = plan_memory(_request(setup, components, device))
+            placed, job = as_planned(components, _job(setup, components, device, plan, meter), plan)
             with meter.watch(), torch.no_grad():
-                run.frames = _make(setup, components, job, meter)
+                run.frames = _make(setup, placed, job, meter)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -136,55 +138,28 @@ def _make(setup: ClipSetup, components: Components, job: ClipJob, meter: Meter) 
         return writer.num_frames
 
 
-def _components(setup: ClipSetup, device: torch.device, meter: Meter) -> Components:
-    if not isinstance(meter, CountingMeter) or device.type != "meta":
-        return Components.from_preset(setup.preset, setup.seed, setup.dtype, device)
-    preset = get_preset(setup.preset)
-    return Components(
-        stage_one_config=preset.stage_one,
-        stage_two_config=preset.stage_two,
-        vae_config=preset.vae,
-        stage_one_vae_config=preset.vae,
-        stage_one=lambda: _meta_dit(preset.stage_one, setup.dtype, meter),
-        low_noise=None,
-        stage_two=lambda: _meta_dit(preset.stage_two, setup.dtype, meter),
-        vae=lambda: _meta_vae(preset.vae, setup.dtype),
-        stage_one_vae=None,
-        weights=None,
-    )
-
-
-def _meta_dit(config: DiTConfig, dtype: torch.dtype, meter: CountingMeter) -> WanDiT:
-    """In the dtypes that loading gives, which makes each weight once and in its own."""
-    with META, meter.memory.paused():
-        model = WanDiT(config)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        fresh = torch.empty(parameter.shape, dtype=dit_parameter_dtype(name, dtype), device=META)
-        module._parameters[leaf] = torch.nn.Parameter(fresh, requires_grad=False)
-    return model
-
-
-def _meta_vae(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
-    with META:
-        return WanVAE(config).requires_grad_(False).to_dtypes(decode=dtype).order_weights()
-
-
-def _job(setup: ClipSetup, components: Components, device: torch.device, card: Card | None, meter: Meter) -> ClipJob:
-    size = setup.width, setup.height
-    check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
+def _request(setup: ClipSetup, components: Components, device: torch.device) -> MemoryRequest:
+    """For the limit, else for the card that runs it; a CPU has no limit of its own."""
+    card = Card.of(device)
+    memory = setup.limit or (None if card is None else card.memory)
+    capability = setup.capability if device.type == "meta" else None if card is None else card.capability
+    gpu = chosen_gpu(None, memory or 0)
     num_blocks = check_frames(setup.num_frames, components.vae_config.temporal_stride)
-    plan = plan_for(setup.mode, plan_segments(num_blocks, setup.blocks))
-    low_size = stage_one_size(*size, size_multiple(components.stage_one_vae_config, components.stage_one_config))
-    plans = plan_components(
-        components, size, low_size, window_blocks=max(len(window.blocks) for window in plan),
-        blocks_per_segment=setup.blocks, memory="auto", dtype=setup.dtype, device=device, card=card,
+    return request_for(
+        components, size=(setup.width, setup.height), num_frames=setup.num_frames,
+        plan=plan_segments(num_blocks, setup.blocks), mode=setup.mode, gpu=gpu,
+        capability=capability, vram=memory, ram=setup.ram, dtype=setup.dtype,
+        steps=setup.steps, stage_one_steps=setup.stage_one_steps, storage=setup.storage, products=setup.products,
     )  # fmt: skip
+
+
+def _job(setup: ClipSetup, components: Components, device: torch.device, plan: MemoryPlan, meter: Meter) -> ClipJob:
+    request = plan.request
     host = meter.host if isinstance(meter, CountingMeter) and device.type == "meta" else None
     return ClipJob(
-        _picture(*size), _picture(*low_size), empty_text(components.stage_two_config.text_dim).to(device),
-        plan, flow_sigmas(setup.stage_one_steps, 5.0), flow_sigmas(setup.steps, 5.0), plans,
+        _picture(*request.size), _picture(*request.motion_size),
+        empty_text(components.stage_two_config.text_dim).to(device), request.plan,
+        flow_sigmas(setup.stage_one_steps, 5.0), flow_sigmas(setup.steps, 5.0), plan.vae_plans,
         seed=setup.seed, mode=setup.mode, host=host,
     )  # fmt: skip
 

@@ -103,13 +103,17 @@ def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
     return events
 
 
+#: Where weights are given their memory.
+LOADERS = ("/model/weights.py", "/model/placed.py", "/model/scaled_weights.py")
+
+
 def label_of(frames: Iterable[Any]) -> str:
     """Who allocated: the innermost place in this project, as ``model/vae_layers.py remember``."""
     for frame in frames:
         name, function = (frame["filename"], frame["name"]) if isinstance(frame, dict) else frame
-        for room in ("/model/", "/swifti2v_kernels/", "/bench/memory/clip"):
+        if name.endswith(LOADERS):
+            return "weights"
+        for room in ("/model/", "/swifti2v_kernels/"):
             if room in name:
-                return (
-                    "weights" if room.startswith("/bench") else f"{room.strip('/')}/{name.split(room)[-1]} {function}"
-                )
+                return f"{room.strip('/')}/{name.split(room)[-1]} {function}"
     return "elsewhere"

@@ -119,7 +119,7 @@ class CountingMeter(Meter):
 
     def host(self, park: bool) -> Host:
         """Host memory for tensors without memory, which does not count."""
-        return CountedHost(self.memory, park)
+        return CountedHost(park)
 
 
 class _Logged(TensorMemory):
@@ -133,7 +133,7 @@ class _Logged(TensorMemory):
         key, before = storage._cdata, self.live
         if storage.device.type != self._kind or key in self._sizes:
             return
-        self._sizes[key] = 0 if self._paused else storage.nbytes()
+        self._sizes[key] = self._counted(storage)
         self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
         if self.live != before:
