@@ -37,6 +37,9 @@ class CopyEngine(Protocol):
     def release(self, slot: int) -> None:
         """Work queued until now is the last that reads the slot."""
 
+    def settle(self, slot: int) -> None:
+        """What was asked for and nobody has waited for is done or given up, for the host."""
+
 
 class DirectCopies:
     """Where there is one kind of memory and one order of work: a copy is done when it is asked for."""
@@ -58,6 +61,9 @@ class DirectCopies:
     def release(self, slot: int) -> None:
         """Nothing waits."""
 
+    def settle(self, slot: int) -> None:
+        """Nothing is under way."""
+
 
 class StreamCopies:
     """Copies on a CUDA stream of their own; files are read by a thread, into ``staging`` in pinned memory first."""
@@ -77,8 +83,8 @@ class StreamCopies:
 
     def fetch(self, slot: int, source: Source) -> None:
         """Queues the copy, behind the reading of its file if it has one."""
+        self.settle(slot)
         if isinstance(source, Tensor):
-            self._reads[slot] = None
             self._copy(slot, source)
         elif self._reader is None:
             raise ValueError("source: expected a tensor, since there are no staging buffers to read into")
@@ -87,10 +93,16 @@ class StreamCopies:
 
     def wait(self, slot: int) -> None:
         """The host waits for the reading of a file, the stream for the copy."""
-        reading = self._reads[slot]
+        reading, self._reads[slot] = self._reads[slot], None
         if reading is not None:
             reading.result()
         torch.cuda.current_stream(self.slots[slot].device).wait_event(self._ready[slot])
+
+    def settle(self, slot: int) -> None:
+        """Waits for a reading that nobody has waited for, whatever becomes of it: it would write into the slot."""
+        reading, self._reads[slot] = self._reads[slot], None
+        if reading is not None and not reading.cancel():
+            reading.exception()
 
     def release(self, slot: int) -> None:
         """Marks the present end of the stream."""
@@ -136,8 +148,20 @@ class BlockStream:
 
     @property
     def copies(self) -> bool:
-        """Whether blocks come from somewhere else in every pass."""
-        return len(self._sources) > SLOTS
+        """Whether blocks come from somewhere else."""
+        return bool(self._sources)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all parameters are the model's own, and stay what they are."""
+        return not self._sources and not self._unpack
+
+    def settle(self) -> None:
+        """Ends what is under way for a pass that does not come, so that the model can be let go."""
+        if self._engine is not None:
+            for slot in range(min(SLOTS, len(self._sources))):
+                self._engine.settle(slot)
+                self._held[slot] = None
 
     def walk(self) -> Iterator[nn.Module]:
         """The blocks in order, each usable until the next one is asked for."""
@@ -164,8 +188,9 @@ class BlockStream:
     def _bring(self, place: int) -> None:
         slot = place % SLOTS
         if self._engine is not None and self._held[slot] != place:
-            self._held[slot] = place
+            self._held[slot] = None
             self._engine.fetch(slot, self._sources[place])
+            self._held[slot] = place
 
     def _await(self, place: int) -> None:
         self._bring(place)

@@ -144,8 +144,10 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
             job.plan.num_blocks,
             job.vae_plans.condition.plan,
         )
-        host = job.waiting(True) or Host(device, True)
-        parameters = [p for vae in vaes for p in vae.parameters()] if job.vae_waits else []
+        host, parameters = Host(device, False), []
+        if job.vae_waits:
+            host = job.waiting(True) or Host(device, True)
+            parameters = [p for vae in vaes for p in vae.parameters()]
         for p in parameters:
             p.data = host.park(p.data)
         release(device)
@@ -162,8 +164,9 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
         )
         for p in parameters:
             p.data = host.fetch(p.data)
-        for vae in vaes:
-            vae.order_weights()
+        if job.vae_waits:
+            for vae in vaes:
+                vae.order_weights()
     return motion
 
 
@@ -229,6 +232,8 @@ def make_frames(
             if on_segment is not None:
                 on_segment(number, blocks)
             yield blocks
+        if dit.stream is not None:
+            dit.stream.settle()
 
     plan = job.vae_plans.decode.plan
     frames = decode_frames(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from model.memory_plan import MemoryPlan
 from model.memory_report import describe_placement
 from model.memory_request import MemoryRequest
 from model.pipeline import area_size, check_frames, check_size, size_multiple, stage_one_size
-from model.pipeline_plan import Card
+from model.pipeline_plan import USABLE, Card
 from model.plan import chosen_gpu, request_for
 from model.run_state import device_name
 from model.scheduler import flow_sigmas
@@ -114,7 +115,8 @@ class ClipRequest:
         """What its memory is planned for: the options ``--vram``, ``--ram``, ``--vae-memory`` and the machine."""
         given = self.arguments
         card = Card.of(self.device)
-        vram = None if card is None else card.memory
+        # What others hold of the card is not there to be planned with.
+        vram = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
         if given["vram"] != "auto":
             vram = parse_memory("vram", given["vram"])
         weights = self.components.weights
@@ -147,7 +149,9 @@ class ClipRequest:
             photo: fingerprint of the photograph, if it is not there to be read any more.
         """
         given = self.arguments
-        weights = {"preset": fingerprint_random(given["preset"] or "tiny", given["seed"])}
+        weights = {
+            "preset": f"{fingerprint_random(given['preset'] or 'tiny', given['seed'])}, drawn on {self.device.type}"
+        }
         if self.components.weights is not None:
             weights = {
                 part: fingerprint(part_of_pipeline(path, VAE_PARTS if part.endswith("vae") else DIT_PARTS))
@@ -181,9 +185,12 @@ class ClipRequest:
             "machine": {
                 "device": device_name(self.device),
                 "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                "libraries": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+                "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+                "backend": os.environ.get("SWIFTI2V_BACKEND", "auto"),
                 "cuda_graph": given["cuda_graph"],
                 "plan": {part: describe_placement(stage.config, stage.placement) for part, stage in stages.items()},
-                "vae": str(memory.vae_plans),
+                "vae": memory.to_json()["vae"],
             },
             "arguments": given,
         }

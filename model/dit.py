@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,27 @@ class WanDiT(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.patch_embedding.weight.device
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether its parameters are its weights: not where blocks are streamed, unpacked, or multiplied in 8 bits."""
+        return self.eight_bits is None and (self.stream is None or self.stream.fixed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WanDiT:
+        # What ``to()`` and its kin do would cut the parameters off the memory that weights come to.
+        if not self.owns_weights:
+            raise RuntimeError("WanDiT: a model with streamed or 8-bit blocks cannot be moved or cast; load it anew")
+        return super()._apply(fn, recurse)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module.
+
+        Raises:
+            RuntimeError: blocks are streamed or in 8 bits, so that parameters hold now one block and then another.
+        """
+        if not self.owns_weights:
+            raise RuntimeError("WanDiT: a model with streamed or 8-bit blocks has no state of its own; save its source")
+        return super().state_dict(*args, **kwargs)
 
     def walk(self) -> Iterator[DiTBlock]:
         """The blocks in order, each with its weights on the device until the next one is asked for."""

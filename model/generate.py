@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from model.command import CommandParser, add_lora_options, add_memory_options, a
 from model.components import LAYOUT, Components
 from model.config import PRESETS
 from model.csg import MODES
-from model.encoders import empty_text, encode_prompt, load_text_embedding
+from model.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
 from model.errors import InputError, require
-from model.measure import StageTimer, format_bytes, peak_memory
+from model.measure import StageTimer, format_bytes, full_memory, peak_memory
 from model.media import VideoWriter, check_video_path, fit_image, open_image
-from model.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from model.memory_plan import MemoryPlan, plan_memory
 from model.pipeline import release
 from model.resumable import ClipWork, make_clip
 from model.run_state import RunState
@@ -89,8 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def text_embedding(args: argparse.Namespace, components: Components, device: torch.device) -> tuple[Tensor, str]:
-    """The text ``[1, 512, D]`` for both stages, and a sentence that says where it comes from."""
+def text_embedding(
+    args: argparse.Namespace, components: Components, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, str]:
+    """The text ``[1, 512, D]`` for both stages, and a sentence that says where it comes from.
+
+    An encoder runs on ``device`` in ``dtype``.
+    """
     dims = {components.stage_one_config.text_dim, components.stage_two_config.text_dim}
     if len(dims) > 1:
         raise InputError(f"weights: both stages must read the same text width, got {sorted(dims)}")
@@ -98,7 +102,6 @@ def text_embedding(args: argparse.Namespace, components: Components, device: tor
     if args.text_embeddings is not None:
         return load_text_embedding(args.text_embeddings, text_dim), f"embeddings from {args.text_embeddings}"
     if components.weights is not None and (components.weights / "text_encoder").is_dir():
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         text = encode_prompt(args.prompt, components.weights, dtype=dtype, device=device)
         if text.shape[2] != text_dim:
             raise InputError(f"weights: the text encoder gives {text.shape[2]} channels, the DiTs read {text_dim}")
@@ -164,8 +167,7 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
     out = check_video_path(args.out)
     photo = open_image(args.photo) if state is None or args.photo.is_file() else None
     request = ClipRequest.resolve(args, None if photo is None else photo.size)
-    memory = request.memory()
-    plan = plan_memory(memory)
+    plan = plan_memory(request.memory())
     inputs = None if state is None else state.load("inputs")
     if inputs is None and photo is None:
         raise InputError(f"resume: the run has no inputs yet, and its photograph {args.photo} is gone")
@@ -186,10 +188,10 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
     if state is None:
         with _begun(args, description) as state:
             state.save("inputs", inputs)
-            _make(args, request, plan, memory, inputs, state, out, progress)
+            _make(args, request, plan, inputs, state, out, progress)
     else:
         _go_on(state, description)
-        _make(args, request, plan, memory, inputs, state, out, progress)
+        _make(args, request, plan, inputs, state, out, progress)
     peak, what = peak_memory(request.device)
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.timer.seconds.items())
     print(f"time: {time.perf_counter() - started:.1f} s ({spent})")
@@ -230,7 +232,17 @@ def _inputs(
     """Everything that is made of the photograph and the prompt, on the CPU, and where the text comes from."""
     components, device = request.components, request.device
     with progress.timer.stage("text and image"):
-        text, note = text_embedding(args, components, device if plan.text_on_device else torch.device("cpu"))
+        try:
+            place = device if plan.text_on_device else torch.device("cpu")
+            text, note = text_embedding(args, components, place, encoder_dtype(device))
+        except RuntimeError as error:
+            if place.type == "cpu" or full_memory(error) != "device":
+                raise
+            text = None
+        if text is None:
+            release(device)
+            print("the text encoder ran out of the card's memory; it runs on the CPU")
+            text, note = text_embedding(args, components, torch.device("cpu"), encoder_dtype(device))
         release(device)
         inputs = {
             "picture": fit_image(photo, request.size),
@@ -249,7 +261,6 @@ def _make(
     args: argparse.Namespace,
     request: ClipRequest,
     plan: MemoryPlan,
-    memory: MemoryRequest,
     inputs: dict[str, Tensor],
     state: RunState,
     out: Path,
@@ -289,7 +300,7 @@ def _make(
     try:
         with writer:
             work = ClipWork(job, request.components, state, writer, progress)
-            make_clip(work, plan, lambda vram: plan_memory(replace(memory, vram=vram)))
+            make_clip(work, plan)
     except BaseException:
         kept = f"; {writer.num_frames} frames are kept in {writer.partial_path}" if writer.num_frames else ""
         print(f"\nstopped{kept}; --resume {state.folder} goes on")

@@ -1,11 +1,18 @@
-"""Where the VAE keeps what waits: on the device, or in pinned host memory and back."""
+"""Host memory: pinned, of exactly the size that is asked for, and what waits in it while the device is needed."""
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
+
+PAGE = 4096
 
 
 class Host:
@@ -17,12 +24,15 @@ class Host:
     def __init__(self, device: torch.device, enabled: bool):
         self.device = device
         self.enabled = enabled and device.type != "cpu"
+        self._pool = PinnedPool(device) if self.enabled and device.type == "cuda" else None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for what is assembled while tiles come and go."""
         if not self.enabled:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        if self._pool is None:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return self._pool.take(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def near(self, target: Tensor) -> Tensor:
         """Memory on the device for what belongs into ``target``: itself where nothing is moved."""
@@ -38,3 +48,73 @@ class Host:
     def fetch(self, x: Tensor) -> Tensor:
         """What was parked, or a part of it, on the device again."""
         return x.to(self.device, non_blocking=True) if self.enabled else x
+
+
+class PinnedPool:
+    """Pinned buffers that are given out again when the tensors in them are gone.
+
+    Everything that reads or writes them is on one stream, so a buffer's next use is behind its last.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+
+    def take(self, size: int) -> Tensor:
+        """``size`` bytes, uint8; they come back by themselves."""
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        free = self._free[size]
+        flat = free.pop() if free else pinned_bytes(size, self._device)
+        # The tensor that is given out holds the lease, and the end of the lease gives the buffer back.
+        lease = flat.numpy().view(_Lease)
+        weakref.finalize(lease, _give_back, weakref.ref(self), flat).atexit = False
+        return torch.from_numpy(lease)
+
+
+def _give_back(pool: weakref.ref[PinnedPool], flat: Tensor) -> None:
+    alive = pool()
+    if alive is not None:
+        alive._free[flat.numel()].append(flat)
+
+
+class _Lease(np.ndarray):
+    """A view that can be watched."""
+
+
+def pinned_bytes(size: int, device: torch.device) -> Tensor:
+    """``size`` bytes of host memory, uint8, that a GPU copies from and to without a stop.
+
+    torch's own pinned memory is rounded up to a power of two (706 MB to 1 GiB) and never given back; this is registered
+    as it is, in whole pages that it shares with nothing. Where registering fails, the memory is an ordinary one, and a
+    warning says that copies are slower.
+    """
+    whole = -(-size // PAGE) * PAGE
+    base = torch.empty(whole + PAGE, dtype=torch.uint8)
+    start = -base.data_ptr() % PAGE
+    flat = base[start : start + size]
+    if not size:
+        return flat
+    code = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), whole, 0))
+    if code != 0:
+        _clear_error(device)
+        message = f"{size:,} bytes of host memory could not be pinned (CUDA error {code}); copies from them are slower"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return flat
+    weakref.finalize(base.untyped_storage(), _unpin, flat.data_ptr(), device).atexit = False
+    return flat
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    # A copy may still read it.
+    torch.cuda.synchronize(device)
+    if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+        _clear_error(device)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Takes back the error that a failed call has left, which the next launch, whatever it is, would report."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        return  # this was that launch

@@ -263,6 +263,8 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _check_free(dit: WanDiT) -> None:
+    if not dit.owns_weights:
+        raise InputError("loras: this model's blocks are streamed or in 8 bits; give load_dit the LoRAs instead")
     applied = _APPLIED.get(dit)
     if applied is not None and applied() is not None:
         raise InputError("loras: some are applied to this model already; remove() them first, or give all in one call")

@@ -84,11 +84,28 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, whole process"
 
 
+#: What libraries say when a card's memory does not suffice, beside torch's own error.
+_DEVICE_IS_FULL = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "[CUDA]: out of memory",
+)
+
+
+def full_memory(error: BaseException) -> str | None:
+    """``device`` or ``host``: whose lack of memory an exception is; None: it is something else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    # The CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return "host"
+    return "device" if isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_IS_FULL) else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a lack of memory; the CPU allocator raises a plain RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    """Whether an exception is a lack of memory, of the device or of the host."""
+    return full_memory(error) is not None
 
 
 def format_bytes(count: float) -> str:

@@ -33,7 +33,7 @@ from model.stage_choice import StageChoice, StageChoices
 from model.stream_time import FILE_RATE
 from model.vae_choice import VAEUse
 
-__all__ = ["DiTRequest", "MemoryPlan", "MemoryRequest", "plan_memory", "smallest_plan"]
+__all__ = ["DiTRequest", "MemoryPlan", "MemoryRequest", "find_plan", "plan_memory", "smallest_plan"]
 
 
 def plan_memory(request: MemoryRequest) -> MemoryPlan:
@@ -48,10 +48,15 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     Raises:
         InputError: no plan fits. The message says what limits, what the smallest plan is, and what would help.
     """
-    plan = _best(Search(request), request.usable)
+    plan = find_plan(request)
     if plan is None:
         raise InputError(_refusal(request))
     return plan
+
+
+def find_plan(request: MemoryRequest) -> MemoryPlan | None:
+    """As :func:`plan_memory`; None where no plan fits, without looking for what would."""
+    return _best(Search(request), request.usable)
 
 
 def smallest_plan(request: MemoryRequest) -> MemoryPlan | None:
@@ -65,8 +70,9 @@ def smallest_plan(request: MemoryRequest) -> MemoryPlan | None:
 def _best(search: Search, limit: int | None) -> MemoryPlan | None:
     """The fastest plan within ``limit`` bytes on the device."""
     room = math.inf if limit is None else limit
-    condition, one, clip = search.best_condition(room), search.best_motion(room), search.best_clip(room)
-    reference = search.best_reference(room)
+    of = search.request.room
+    condition, one = search.best_condition(of(room, "condition")), search.best_motion(of(room, "Stage I"))
+    reference, clip = search.best_reference(of(room, "reference")), search.best_clip(of(room, "Stage II", "decode"))
     if condition is None or one is None or reference is None or clip is None or search.text_host > search.host:
         return None
     text = search.text_fits(room)
@@ -142,7 +148,8 @@ def _notes(search: Search, one: StageChoice, reference: ReferenceChoice, two: St
     if reference.encode.planned.request.dtype != torch.float32:
         yield "the reference is encoded in bfloat16, since float32 does not fit"
     if any(choice.placed.read for choice in stages.values()):
-        yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s"
+        yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s, and to hold what blocks are kept in"
+        yield "what the CPU does to blocks of files in every pass (converting, quantising, LoRAs) is not predicted"
     if request.products == "8bit":
         yield "8-bit products are assumed to reach the share of their peak that 16-bit ones reach"
     if request.text_encoder_bytes and not text:

@@ -145,7 +145,7 @@ def _text(plan: MemoryPlan) -> str:
         f"memory plan: {width}x{height}, {request.num_frames} frames, Stage I at {low_width}x{low_height}",
         f"  predicted peak         {gigabytes(plan.peak)}{card}, in {plan.limiting.name}",
         f"  predicted host memory  {gigabytes(plan.host_peak)}{host}",
-        f"  predicted time         {plan.seconds:.1f} s, predicted for {request.gpu.name}; {NOT_PREDICTED}",
+        f"  predicted time         {_time(plan)}",
         f"  Stage I   {describe_placement(plan.stage_one.config, plan.stage_one.placement)}",
         f"  Stage II  {describe_placement(plan.stage_two.config, plan.stage_two.placement)}",
         f"  {_without_limits(plan.vae_plans)}",
@@ -154,7 +154,7 @@ def _text(plan: MemoryPlan) -> str:
         lines.append(f"  text encoder on the {'device' if plan.text_on_device else 'CPU'}")
     lines.append(f"  {'phase':<10}{'device':>9}{'host':>9}{'seconds':>9}  what limits it (all predicted)")
     for phase in plan.phases:
-        seconds = "-" if phase.seconds is None else f"{phase.seconds:.1f}"
+        seconds = "-" if phase.seconds is None or request.capability is None else f"{phase.seconds:.1f}"
         sizes = f"{gigabytes(phase.device):>9}{gigabytes(phase.host):>9}"
         lines.append(f"  {phase.name:<10}{sizes}{seconds:>9}  {phase.limit}")
     return "\n".join([*lines, *(f"  note: {note}" for note in plan.notes)])
@@ -163,6 +163,12 @@ def _text(plan: MemoryPlan) -> str:
 def _without_limits(plans: PipelinePlans) -> PipelinePlans:
     """Which then say nothing of their peaks; the table has these."""
     return PipelinePlans(*(replace(planned, limit=None) for planned in vars(plans).values()))
+
+
+def _time(plan: MemoryPlan) -> str:
+    if plan.request.capability is None:
+        return "none: seconds are predicted for GPUs"
+    return f"{plan.seconds:.1f} s, predicted for {plan.request.gpu.name}; {NOT_PREDICTED}"
 
 
 def _data(plan: MemoryPlan) -> dict[str, Any]:

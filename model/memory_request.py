@@ -17,6 +17,8 @@ from model.placement import NO_TENSORS, PRODUCTS, STORAGES
 
 #: ``auto``: what the checkpoint has; see :func:`model.memory_plan.plan_memory`.
 STORAGE_CHOICES = ("auto", *STORAGES)
+#: Compute capability, as two digits, from which on cards multiply float8.
+FLOAT8_PRODUCTS = 89
 #: Share of a machine's memory that is planned with: the rest is the system's and other programs'.
 HOST_USABLE = 0.9
 
@@ -53,6 +55,7 @@ class MemoryRequest:
         from_files: whether the DiTs come from checkpoints, of which blocks can be read in every pass.
         text_encoder_bytes: of its weights; 0: the run has none.
         vae_limit: bytes for the VAE alone; None: no limit of its own.
+        less: bytes that single phases may take at most, by name, where these have run out of memory.
 
     Raises:
         InputError: a value does not fit; the message names it.
@@ -80,6 +83,7 @@ class MemoryRequest:
     from_files: bool = False
     text_encoder_bytes: int = 0
     vae_limit: int | None = None
+    less: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in (("storage", STORAGE_CHOICES), ("products", PRODUCTS), ("mode", MODES)):
@@ -95,6 +99,12 @@ class MemoryRequest:
             raise InputError(f"text_encoder_bytes: expected at least 0, got {self.text_encoder_bytes}")
         if self.products == "8bit" and self.storage in ("plain", "file"):
             raise InputError(f"products: 8bit goes with storage auto, float8 or int8, got {self.storage}")
+        too_old = self.capability is not None and self.capability < FLOAT8_PRODUCTS
+        if self.products == "8bit" and self.storage == "float8" and too_old:
+            raise InputError(
+                f"products: 8bit of float8 needs compute capability {FLOAT8_PRODUCTS / 10}, this card has"
+                f" {(self.capability or 0) / 10}; --storage int8 runs here"
+            )
         check_size(*self.size, size_multiple(self.vae, self.stage_two.config))
         check_size(*self.motion_size, size_multiple(self.stage_one_vae, self.stage_one.config))
         blocks = check_frames(self.num_frames, self.vae.temporal_stride)
@@ -108,6 +118,10 @@ class MemoryRequest:
     def stage_one_vae(self) -> VAEConfig:
         """The VAE of Stage I."""
         return self.motion_vae or self.vae
+
+    def room(self, limit: float, *phases: str) -> float:
+        """Bytes of the device that phases may take which have to do with the same choice."""
+        return min(limit, *(self.less.get(phase, limit) for phase in phases))
 
     @property
     def usable(self) -> int | None:

@@ -173,6 +173,8 @@ def make_motion(
             denoiser.step(step)
             if on_step is not None:
                 on_step(step + 1, len(steps))
+        if model.stream is not None:
+            model.stream.settle()
         del model, denoiser
         release(x.device)
     if in_channels == z:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from model.block_stream import BlockStream, CopyEngine, DirectCopies, Source, StreamCopies
 from model.dit import WanDiT, dit_parameter_dtype
 from model.dit_layers import ScaledLinear
+from model.host import pinned_bytes
 from model.placement import NO_TENSORS, SCALE, SLOTS, TABLE, BlockLayout, Placement, block_layout
 from model.tensor_memory import elsewhere
 from swifti2v_kernels import dequantize_rows
@@ -95,7 +94,9 @@ def _source(fill: Callable[..., None], layout: BlockLayout, home: str, device: t
     if home == "file":
         return lambda target: fill(target, target.device)
     with elsewhere():
-        flat = pinned_bytes(layout.nbytes) if device.type == "cuda" else _bytes(layout.nbytes, torch.device("cpu"))
+        flat = (
+            pinned_bytes(layout.nbytes, device) if device.type == "cuda" else _bytes(layout.nbytes, torch.device("cpu"))
+        )
         # Where there is a GPU, 8-bit forms are computed there.
         fill(flat, device)
     return flat
@@ -105,7 +106,7 @@ def _engine(slots: list[Tensor], from_files: list[BlockLayout], device: torch.de
     if device.type != "cuda":
         return DirectCopies(slots)
     size = max((layout.nbytes for layout in from_files), default=0)
-    return StreamCopies(slots, [pinned_bytes(size) for _ in slots] if from_files else [])
+    return StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if from_files else [])
 
 
 def _fill(layout: BlockLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
@@ -151,28 +152,3 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _set_module(parent: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(parent.get_submodule(owner), leaf, module)
-
-
-def pinned_bytes(size: int) -> Tensor:
-    """``size`` bytes of host memory that a GPU copies from without a stop.
-
-    torch's own pinned memory is rounded up to a power of two (706 MB to 1 GiB); this is registered as it is. Where
-    registering fails, the memory is an ordinary one, and a warning says that copies are slower.
-    """
-    flat = torch.empty(size, dtype=torch.uint8)
-    if not size:
-        return flat
-    runtime = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(flat.data_ptr(), size, 0))
-    if code != 0:
-        message = f"{size:,} bytes of host memory could not be pinned (CUDA error {code}); copies from them are slower"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return flat
-    weakref.finalize(flat.untyped_storage(), _unpin, flat.data_ptr()).atexit = False
-    return flat
-
-
-def _unpin(address: int) -> None:
-    # A copy may still read it.
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)

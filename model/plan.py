@@ -103,7 +103,8 @@ def request_for(
         plan=plan,
         gpu=gpu,
         from_files=components.weights is not None if from_files is None else from_files,
-        text_encoder_bytes=TEXT_ENCODER_BYTES if text_encoder else 0,
+        # On a machine without a GPU it runs in float32 (model/encoders.py).
+        text_encoder_bytes=text_encoder * TEXT_ENCODER_BYTES * (2 if options.get("capability", 90) is None else 1),
         **options,
     )
 
@@ -261,10 +262,10 @@ def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
                 (
                     gigabytes(limit),
                     plan.request.gpu.name,
-                    _blocks(plan.stage_one),
-                    _blocks(plan.stage_two),
-                    _tiles(plan, "reference"),
-                    _tiles(plan, "decode"),
+                    blocks_told(plan.stage_one),
+                    blocks_told(plan.stage_two),
+                    tiles_told(plan, "reference"),
+                    tiles_told(plan, "decode"),
                     gigabytes(plan.peak),
                     gigabytes(plan.host_peak),
                     f"{plan.seconds:.0f}",
@@ -284,13 +285,15 @@ def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
     ]
 
 
-def _blocks(stage: StagePlan) -> str:
+def blocks_told(stage: StagePlan) -> str:
+    """``24+16 plain``: blocks on the device, from pinned host memory and from files, and how they are written."""
     homes = stage.placement.homes(stage.config.num_layers)
     counts = "+".join(str(homes.count(home)) for home in ("device", "host", "file"))
     return f"{counts.removesuffix('+0+0').removesuffix('+0')} {stage.placement.storage}"
 
 
-def _tiles(plan: MemoryPlan, place: str) -> str:
+def tiles_told(plan: MemoryPlan, place: str) -> str:
+    """``2x2* float32``: rows and columns of the tiles of a place of the VAE, * where states wait in host memory."""
     planned = getattr(plan.vae_plans, place)
     dtype = str(planned.request.dtype).removeprefix("torch.")
     return f"{planned.plan.rows}x{planned.plan.columns}{'*' * planned.plan.park} {dtype}"

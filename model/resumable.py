@@ -23,12 +23,13 @@ import torch
 from model.clip import ClipJob, Condition, Item, Watcher, make_condition, make_frames, resumed_condition
 from model.components import Components
 from model.csg import SegmentPlan
-from model.errors import InputError, NoMemoryError
-from model.measure import format_bytes, is_out_of_memory
+from model.errors import NoMemoryError
+from model.measure import format_bytes, full_memory
 from model.media import VideoWriter
-from model.memory_plan import MemoryPlan
+from model.memory_plan import MemoryPlan, MemoryRequest, find_plan
+from model.memory_report import Phase
+from model.memory_request import HOST_USABLE
 from model.pipeline import release
-from model.pipeline_plan import USABLE
 from model.run_state import RunState
 
 #: Times that a run is planned anew with less memory after it ran out of it, and what each time is left of its peak.
@@ -59,13 +60,21 @@ class ClipWork:
     say: Callable[[str], None] = print
 
 
-def make_clip(work: ClipWork, plan: MemoryPlan, replan: Callable[[int], MemoryPlan]) -> MemoryPlan:
+@dataclass(frozen=True)
+class _Shortage:
+    """What memory did not suffice for: ``memory`` is ``device`` or ``host``, ``phase`` that of the plan."""
+
+    memory: str
+    phase: Phase
+    told: str
+
+
+def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
     """Makes what is not there yet, and writes the film. Where memory does not suffice it is planned anew with less.
 
     Args:
         work: what is done, with any plans of the VAE.
         plan: of the memory.
-        replan: a plan for a card of so many bytes.
 
     Returns:
         The plan that it was finished by.
@@ -74,33 +83,45 @@ def make_clip(work: ClipWork, plan: MemoryPlan, replan: Callable[[int], MemoryPl
         NoMemoryError: with the last plan too, or no smaller one exists. What was made stays in the state.
     """
     for attempt in range(1, MOST_PLANS + 1):
-        problem = _attempt(work, plan)
-        if problem is None:
+        shortage = _attempt(work, plan)
+        if shortage is None:
             return plan
         # Out of the exception's reach, which would hold what was on the device.
         release(work.job.text.device)
         if attempt == MOST_PLANS:
-            raise NoMemoryError(f"{problem}\n  and {MOST_PLANS} plans were tried")
-        try:
-            plan = replan(int(SHRINK * plan.peak / USABLE))
-        except InputError as error:
-            refusal = str(error).splitlines()[0].removesuffix(" The smallest plan:")
-            raise NoMemoryError(f"{problem}\n  and there is no smaller plan: {refusal}") from None
-        work.say(f"{problem}\nplanned anew, {attempt} of at most {MOST_PLANS - 1} times; it goes on:\n{plan}")
+            raise NoMemoryError(f"{shortage.told}\n  and {MOST_PLANS} plans were tried")
+        smaller = find_plan(_with_less(plan, shortage))
+        if smaller is None:
+            raise NoMemoryError(
+                f"{shortage.told}\n  and there is no smaller plan (python -m model.plan shows the smallest)"
+            )
+        plan = smaller
+        work.say(f"{shortage.told}\nplanned anew, {attempt} of at most {MOST_PLANS - 1} times; it goes on:\n{plan}")
         work.writer.drop_begun()
     raise AssertionError("every attempt returns or raises")
 
 
-def _attempt(work: ClipWork, plan: MemoryPlan) -> str | None:
+def _with_less(plan: MemoryPlan, shortage: _Shortage) -> MemoryRequest:
+    """A request whose plan takes less in the phase that had too little."""
+    if shortage.memory == "host":
+        return replace(plan.request, ram=int(SHRINK * plan.host_peak / HOST_USABLE))
+    name = shortage.phase.name
+    # Stage II and the decoder beside it are one choice, and the decoder's is the higher peak.
+    taken = plan.phase("decode").device if name == "Stage II" else shortage.phase.device
+    return replace(plan.request, less={**plan.request.less, name: int(SHRINK * taken)})
+
+
+def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:
     """None, or what memory did not suffice for."""
     watcher = _Stages(work.watcher)
     components, job = as_planned(work.components, work.job, plan)
     try:
         _continue(replace(work, components=components, job=job, watcher=watcher))
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        memory = full_memory(error)
+        if memory is None:
             raise
-        return _explain(error, plan, watcher.innermost, work.job.text.device)
+        return _explain(error, memory, plan, watcher.innermost, work.job.text.device)
     return None
 
 
@@ -186,7 +207,7 @@ class _Stages(Watcher):
         self._inner.step(name, done, total, where)
 
 
-def _explain(error: BaseException, plan: MemoryPlan, stage: str, device: torch.device) -> str:
+def _explain(error: BaseException, memory: str, plan: MemoryPlan, stage: str, device: torch.device) -> _Shortage:
     """What held the memory: by the allocator, and by the plan."""
     what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lines = [f"out of memory in {stage} ({what})"]
@@ -197,8 +218,9 @@ def _explain(error: BaseException, plan: MemoryPlan, stage: str, device: torch.d
             f" {format_bytes(torch.cuda.memory_reserved(device))} reserved; {format_bytes(free)} of"
             f" {format_bytes(total)} are free on the card"
         )
-    names = {phase.name for phase in plan.phases}
-    phase = plan.phase(stage) if stage in names else plan.limiting
+    phase = plan.phase(stage) if stage in {phase.name for phase in plan.phases} else plan.limiting
     held = ", ".join(f"{name} {format_bytes(size)}" for name, size in phase.held.items() if size)
     lines.append(f"  predicted for {phase.name}: {format_bytes(phase.device)} ({held})")
-    return "\n".join(lines)
+    if memory == "host":
+        lines.append(f"  predicted of the machine's memory: {format_bytes(phase.host)}")
+    return _Shortage(memory, phase, "\n".join(lines))

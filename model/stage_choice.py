@@ -12,7 +12,7 @@ from model.cost import dit as dit_cost
 from model.cost.windows import whole_step, window_passes, windows_memory
 from model.cost.work import Work
 from model.encoders import TEXT_LENGTH
-from model.memory_request import DiTRequest, MemoryRequest
+from model.memory_request import FLOAT8_PRODUCTS, DiTRequest, MemoryRequest
 from model.placement import SLOTS, BlockLayout, PlacedBytes, Placement, block_layout, placed_bytes
 from model.stage_time import StageTime, stage_time
 
@@ -62,7 +62,7 @@ class StageChoices:
         if r.storage != "auto":
             return (r.storage,)
         if r.products == "8bit":
-            return ("float8" if r.gpu.fp8 else "int8",)
+            return ("float8" if r.capability is None or r.capability >= FLOAT8_PRODUCTS else "int8",)
         lossless = "file" if any(dit.stored for dit in self.dits) else "plain"
         # What can be read in every pass always fits the host memory.
         return (lossless,) if r.from_files else (lossless, "float8")

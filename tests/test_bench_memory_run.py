@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,8 @@ def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: P
         assert row["peak_bytes"] <= row["limit_bytes"] == limit
         assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.05)
         assert row["frames_made"] == 9
-        assert "VAE: reference" in row["note"]
-        assert "seconds predicted for RTX 4060" in row["note"]
+        assert (row["card"], row["stage1"]) == ("RTX 4060", "2 plain")
+        assert row["reference_tiles"] == "1x1 float32"
     assert tight["peak_bytes"] < enough["peak_bytes"]
     assert (without["limit"], without["status"], without["basis"]) == ("0.0001 GB", "failed", "counted")
     assert without["reason"].startswith("vram: ")

@@ -149,7 +149,7 @@ def test_blocks_that_fill_the_slots_are_copied_once() -> None:
             dit(*inputs())
     assert [told for told in engine.told if told[0] == "fetch"] == [("fetch", 0), ("fetch", 1)]
     assert dit.stream is not None
-    assert not dit.stream.copies
+    assert dit.stream.copies
 
 
 @pytest.mark.parametrize("where", [0, 2, 3])
@@ -188,6 +188,17 @@ def test_a_file_that_cannot_be_read_ends_the_pass_and_can_be_tried_again() -> No
             dit(*inputs())
         failing = False
         assert torch.equal(dit(*inputs()), expected(*inputs()))
+
+
+def test_a_model_that_is_settled_can_go_on() -> None:
+    """What was under way for the next pass is asked for again."""
+    dit, expected = model(Placement(resident=0, pinned=3)), model(None)
+    with_engine(dit, WorstCopies)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(dit(*inputs()), expected(*inputs()))
+            assert dit.stream is not None
+            dit.stream.settle()
 
 
 class SlowCopies(DirectCopies):

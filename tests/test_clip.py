@@ -179,7 +179,8 @@ def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Te
 
     reference, frames = whole(components(), job(vae_plans=plans(PARKED), host=host))
     assert [park for park, _ in asked] == [True, True]
-    assert all(memory.parked > 0 for _, memory in asked)
+    # The reference comes in one piece, behind which nothing has to be remembered.
+    assert [memory.parked > 0 for _, memory in asked] == [False, True]
     expected, expected_frames = plain
     assert relative_error(reference, expected) < PARITY
     # Rounding may move a number over the boundary between two bytes.

@@ -261,7 +261,7 @@ def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo,
 
     monkeypatch.setattr("model.clip.make_motion", broken)
     with pytest.raises(RuntimeError, match="mat1"):
-        main(command)
+        main([*command, "--restart"])
 
 
 def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):

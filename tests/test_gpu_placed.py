@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import DiTConfig, WanDiT
+from model import DiTConfig, SegmentPlan, WanDiT, sample_latents
 from model.dit import WindowTensors
-from model.placed import pinned_bytes
+from model.host import PinnedPool, pinned_bytes
 from model.placement import Placement, placed_bytes
 from model.weights import load_dit, random_weights
 from tests.tolerances import BFLOAT16_MODEL, relative_error
@@ -97,15 +97,57 @@ def test_the_device_holds_what_was_promised(where: dict, storage: str) -> None:
 
 
 def test_pinned_memory_has_the_size_that_was_asked_for_and_is_let_go() -> None:
-    flat = pinned_bytes(3_000_001)
+    flat = pinned_bytes(3_000_001, CUDA)
     assert flat.is_pinned()
-    assert flat.untyped_storage().nbytes() == 3_000_001
+    assert flat.numel() == 3_000_001
+    assert flat.untyped_storage().nbytes() < 3_000_001 + 2 * 4096
     flat.fill_(7)
     there = torch.empty_like(flat, device=CUDA)
     there.copy_(flat, non_blocking=True)
     del flat
     gc.collect()
     assert int(there.sum()) == 7 * 3_000_001
+
+
+def test_memory_that_cannot_be_pinned_is_an_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second registration of the same pages fails, and what runs next does not hear of it."""
+    first = pinned_bytes(100_000, CUDA)
+    assert int(torch.cuda.cudart().cudaHostRegister(first.data_ptr(), 4096, 0)) != 0
+    with pytest.raises(RuntimeError):
+        torch.zeros(1, device=CUDA)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: first._base)
+    with pytest.warns(RuntimeWarning, match="100,000 bytes of host memory could not be pinned"):
+        pinned_bytes(100_000, CUDA)
+    monkeypatch.undo()
+    assert int(torch.zeros(1, device=CUDA)) == 0
+
+
+def test_pinned_buffers_are_given_out_again() -> None:
+    pool = PinnedPool(CUDA)
+    one = pool.take(10_000).view(torch.bfloat16)
+    address = one.data_ptr()
+    assert one.is_pinned()
+    assert pool.take(10_000).data_ptr() != address
+    del one
+    gc.collect()
+    assert pool.take(10_000).is_pinned()
+
+
+@pytest.mark.parametrize(
+    "placement", [Placement(storage="float8"), Placement(storage="int8", products="8bit")], ids=str
+)
+def test_steps_with_8_bit_weights_are_replayed_as_graphs(placement: Placement) -> None:
+    """Unpacking is part of the captured step."""
+    found = []
+    for cuda_graph in (False, True):
+        latents, _, text = inputs()
+        clip = latents[:, :16].float().clone()
+        plan = SegmentPlan(3, 1)
+        with torch.no_grad():
+            list(sample_latents(model(placement), clip, text, plan=plan, sigmas=[1.0, 0.7, 0.4, 0.0], seed=1,
+                                cuda_graph=cuda_graph))  # fmt: skip
+        found.append(clip)
+    assert torch.equal(*found)
 
 
 def test_a_model_may_be_let_go_while_its_next_blocks_are_on_their_way() -> None:

@@ -30,12 +30,13 @@ from model.csg import plan_segments
 from model.dit import WanDiT, dit_parameter_dtype
 from model.encoders import empty_text
 from model.errors import InputError
-from model.memory_plan import MemoryPlan, plan_memory, smallest_plan
+from model.memory_plan import MemoryPlan, find_plan, plan_memory, smallest_plan
 from model.memory_request import HOST_USABLE, DiTRequest, MemoryRequest
 from model.memory_search import PROCESS_BYTES, Search
 from model.pipeline import size_multiple, stage_one_size
 from model.pipeline_plan import USABLE
 from model.placement import ALIGNMENT, Placement
+from model.resumable import _Shortage, _with_less
 from model.scheduler import flow_sigmas
 from model.tiling import VAEPlan
 from model.vae_plan import CountedHost
@@ -148,7 +149,9 @@ def test_tiles_are_tried_from_the_fastest_on() -> None:
             uses = [place.use(VAEPlan(r, c, 4, None if park else 1, park)) for r, c in ((1, 2), (2, 2), (2, 4), (4, 4))]
             spent = [use.seconds for use in uses]
             assert spent == sorted(set(spent))
-            assert all((use.copy_seconds > 0) == (use.host > 0) == park for use in uses)
+            assert all((use.host > 0) == park for use in uses)
+            # The reference comes in one piece, behind which nothing has to be remembered.
+            assert all((use.copy_seconds > 0) == (park and place.pieces > 1) for use in uses)
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4060", "RTX 4090", "H200"])
@@ -459,3 +462,17 @@ def test_bad_requests_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refused:
         replace(request("1.3b"), **changes)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("phase", ["condition", "Stage I", "reference", "Stage II", "decode"])
+def test_a_phase_that_ran_out_of_memory_is_planned_with_less_and_the_others_as_before(phase: str) -> None:
+    """By the steps of ``model.resumable``: every time smaller, whatever the other phases take."""
+    plan = planned("14b-1.3b", 16)
+    for _ in range(2):
+        smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), "")))
+        assert smaller is not None
+        assert smaller.phase(phase).device < plan.phase(phase).device
+        together = {"Stage II", "decode"} if phase in ("Stage II", "decode") else {phase}
+        for before, after in zip(plan.phases, smaller.phases, strict=True):
+            assert before.name in together or before.device == after.device
+        plan = smaller

@@ -20,10 +20,10 @@ from model.csg import MODES
 from model.errors import InputError
 from model.measure import format_bytes, parse_bytes
 from model.memory_plan import MemoryPlan
-from model.memory_report import describe_placement
 from model.memory_request import STORAGE_CHOICES
 from model.pipeline import check_frames, check_size, size_multiple
 from model.placement import PRODUCTS
+from model.plan import blocks_told, tiles_told
 from swifti2v_kernels.common.target import TARGETS
 
 CLIP_METRICS = (
@@ -31,6 +31,8 @@ CLIP_METRICS = (
     "total_seconds", "stage_one_seconds",
     "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds", "energy_joules",
 )  # fmt: skip
+#: What the plan has decided.
+PLANNED = ("card", "stage1", "stage2", "reference_tiles", "decode_tiles")
 #: How near a predicted peak has to be.
 NEAR = 0.05
 #: The anchor and two segments of three latent frames: all kinds of windows.
@@ -134,10 +136,14 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 def _tables(session: Session, setup: ClipSetup) -> dict[str, Table]:
     section, identity = session.section, ("preset", "size", "frames", "limit")
-    note = "Device time by stage; peak: the allocator's, or of counted tensors. Weights are random."
+    note = (
+        "Device time by stage; peak: the allocator's, or of counted tensors. Weights are random. Stage 1 and 2: blocks"
+        " on the device + from pinned host memory, and how they are written; tiles: rows x columns, * where states wait"
+        " in host memory. Seconds are predicted for the card named."
+    )
     clips = section.table(
         "clips", "a whole clip", identity=identity, metrics=CLIP_METRICS,
-        columns=(*identity, *(name for name in CLIP_METRICS if name != "limit_bytes")), note=note,
+        columns=(*identity, *PLANNED, *(name for name in CLIP_METRICS if name != "limit_bytes")), note=note,
     )  # fmt: skip
     stages = section.table(
         "stages", "peak by stage", identity=(*identity, "stage"), metrics=("peak_bytes", "seconds"),
@@ -169,7 +175,7 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
     status: dict[str, Any] = {"status": run.status} | ({"reason": run.reason} if run.reason else {})
     row = key | basis | status | {"peak_bytes": peak, "limit_bytes": run.setup.limit}
     if run.plan is not None:
-        row |= {"peak_bytes_predicted": run.plan.peak, "predicted_seconds": run.plan.seconds, "note": _told(run.plan)}
+        row |= {"peak_bytes_predicted": run.plan.peak, "predicted_seconds": run.plan.seconds, **_told(run.plan)}
     row |= {"total_seconds": run.total_seconds, "reserved_bytes": run.reserved, "process_bytes": run.process}
     row |= {"energy_joules": run.energy, "steps": run.setup.steps, "frames_made": run.frames}
     tables["clips"].add(row | {field: run.seconds.get(stage) for stage, field in SECONDS.items()})
@@ -194,11 +200,12 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
         session.section.verdicts(verdicts)
 
 
-def _told(plan: MemoryPlan) -> str:
+def _told(plan: MemoryPlan) -> dict[str, str]:
     """What was decided, and whose seconds are predicted."""
-    stages = ((name, stage) for name, stage in (("Stage I", plan.stage_one), ("Stage II", plan.stage_two)))
-    placed = "; ".join(f"{name}: {describe_placement(stage.config, stage.placement)}" for name, stage in stages)
-    return f"{placed}; {plan.vae_plans}; seconds predicted for {plan.request.gpu.name}"
+    return {
+        "card": plan.request.gpu.name, "stage1": blocks_told(plan.stage_one), "stage2": blocks_told(plan.stage_two),
+        "reference_tiles": tiles_told(plan, "reference"), "decode_tiles": tiles_told(plan, "decode"),
+    }  # fmt: skip
 
 
 def _lengths(args: argparse.Namespace, session: Session, name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
