@@ -90,7 +90,7 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
         release(work.job.text.device)
         if attempt == MOST_PLANS:
             raise NoMemoryError(f"{shortage.told}\n  and {MOST_PLANS} plans were tried")
-        smaller = find_plan(_with_less(plan, shortage))
+        smaller = next((p for p in map(find_plan, _with_less(plan, shortage)) if p is not None), None)
         if smaller is None:
             raise NoMemoryError(
                 f"{shortage.told}\n  and there is no smaller plan (python -m model.plan shows the smallest)"
@@ -101,14 +101,15 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
     raise AssertionError("every attempt returns or raises")
 
 
-def _with_less(plan: MemoryPlan, shortage: _Shortage) -> MemoryRequest:
-    """A request whose plan takes less in the phase that had too little."""
+def _with_less(plan: MemoryPlan, shortage: _Shortage) -> list[MemoryRequest]:
+    """Requests whose plans take less where there was too little, the first to be tried first."""
     if shortage.memory == "host":
-        return replace(plan.request, ram=int(SHRINK * plan.host_peak / HOST_USABLE))
-    name = shortage.phase.name
-    # Stage II and the decoder beside it are one choice, and the decoder's is the higher peak.
-    taken = plan.phase("decode").device if name == "Stage II" else shortage.phase.device
-    return replace(plan.request, less={**plan.request.less, name: int(SHRINK * taken)})
+        return [replace(plan.request, ram=int(SHRINK * plan.host_peak / HOST_USABLE))]
+    name, taken = shortage.phase.name, [shortage.phase.device]
+    if name == "Stage II":
+        # One choice with the decoder beside it, for which as much may be too little.
+        taken.append(plan.phase("decode").device)
+    return [replace(plan.request, less={**plan.request.less, name: int(SHRINK * size)}) for size in taken]
 
 
 def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:

@@ -319,8 +319,10 @@ def test_8_bit_products_have_a_smaller_workspace_and_take_less_time() -> None:
     assert "unpacked block" not in plan.phase("Stage I").held
     assert plan.stage_one.step.compute < plain.stage_one.step.compute
     assert any("8-bit products are assumed" in note for note in plan.notes)
-    old = plan_memory(request("1.3b", 80, products="8bit", gpu=GPUS["A100"]))
+    old = plan_memory(request("1.3b", 80, products="8bit", gpu=GPUS["A100"], capability=80))
     assert old.stage_one.placement.storage == "int8"
+    with pytest.raises(InputError, match="products: 8bit of float8 needs compute capability 8.9, this card has 8.0"):
+        request("1.3b", 80, products="8bit", storage="float8", capability=80)
 
 
 def test_another_vae_for_stage_one_is_there_too() -> None:
@@ -468,8 +470,8 @@ def test_bad_requests_are_named(changes: dict[str, Any], message: str) -> None:
 def test_a_phase_that_ran_out_of_memory_is_planned_with_less_and_the_others_as_before(phase: str) -> None:
     """By the steps of ``model.resumable``: every time smaller, whatever the other phases take."""
     plan = planned("14b-1.3b", 16)
-    for _ in range(2):
-        smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), "")))
+    for _ in range(1 if phase == "Stage II" else 2):
+        smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), ""))[0])
         assert smaller is not None
         assert smaller.phase(phase).device < plan.phase(phase).device
         together = {"Stage II", "decode"} if phase in ("Stage II", "decode") else {phase}
