@@ -321,7 +321,7 @@ def test_8_bit_products_have_a_smaller_workspace_and_take_less_time() -> None:
     assert any("8-bit products are assumed" in note for note in plan.notes)
     old = plan_memory(request("1.3b", 80, products="8bit", gpu=GPUS["A100"], capability=80))
     assert old.stage_one.placement.storage == "int8"
-    with pytest.raises(InputError, match="products: 8bit of float8 needs compute capability 8.9, this card has 8.0"):
+    with pytest.raises(InputError, match=r"products: 8bit of float8 needs compute capability 8\.9, this card has 8\.0"):
         request("1.3b", 80, products="8bit", storage="float8", capability=80)
 
 
