@@ -2,8 +2,11 @@
 
 Reading order: ``config`` (what is built), ``dit``, ``tiling`` and ``vae`` (with ``vae_layers``, ``vae_decoder``,
 ``vae_encoder``), ``vae_plan`` (which tiles fit), ``csg`` (the windows and their sampler), ``pipeline`` (the two
-stages), ``generate`` (the command). ``weights`` loads checkpoints, ``lora`` merges LoRAs into them and ``inspect`` says
-what a file is; ``encoders`` makes text and image embeddings, ``media`` reads photographs and writes video files.
+stages), ``generate`` (the command). ``placement``, ``placed`` and ``block_stream`` put a DiT's blocks on the device, in
+host memory or in files; ``memory_plan`` (with ``memory_search``, ``stage_choice``, ``vae_choice`` and the cost model in
+``cost``) decides where, and ``plan`` is its command. ``run_state`` and ``resumable`` keep a run. ``weights`` loads
+checkpoints, ``lora`` merges LoRAs into them and ``inspect`` says what a file is; ``encoders`` makes text and image
+embeddings, ``media`` reads photographs and writes video files.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from model.csg import SegmentPlan, sample_latents
 from model.dit import WanDiT
 from model.errors import InputError
 from model.lora import LoRA, apply_loras, merge_loras
+from model.placement import Placement
 from model.tiling import VAEPlan
 from model.vae import WanVAE
 from model.weights import load_dit, load_vae
@@ -24,6 +28,7 @@ __all__ = [
     "DiTConfig",
     "InputError",
     "LoRA",
+    "Placement",
     "SegmentPlan",
     "VAEConfig",
     "VAEPlan",

@@ -40,6 +40,10 @@ from model.weights import DIT_PARTS, VAE_PARTS, part_of_pipeline
 
 #: Options that say how a machine does it, not what is made: a resumed run may be given others.
 MACHINE_OPTIONS = ("device", "vram", "ram", "vae_memory", "cuda_graph")
+#: Options that say where things are. What they are is told by fingerprints, so that a run can go on elsewhere.
+PLACES = (
+    "photo", "out", "weights", "text_embeddings", "stage1_loras", "stage1_low_noise_loras", "stage2_loras",
+)  # fmt: skip
 #: Options that are about the state of a run.
 RUN_OPTIONS = ("resume", "state", "keep_state", "restart")
 _PATHS = ("photo", "out", "weights", "text_embeddings")
@@ -197,19 +201,25 @@ class ClipRequest:
 
 
 def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
-    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about the machine.
+    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about machine and places.
 
     Raises:
         InputError: another option was given, which would be another run.
     """
-    own = (*MACHINE_OPTIONS, *RUN_OPTIONS)
-    given = [name for name, value in vars(args).items() if name not in own and value != getattr(defaults, name)]
+    own = (*MACHINE_OPTIONS, *PLACES)
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name not in (*own, *RUN_OPTIONS) and value != getattr(defaults, name)
+    ]
     if given:
-        named = ", ".join("PHOTO" if name == "photo" else f"--{name.replace('_', '-')}" for name in given)
-        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in MACHINE_OPTIONS if name != "cuda_graph")
-        raise InputError(f"resume: the run has its options; got {named} too. Only the machine's may be new: {allowed}")
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
+            " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
+        )
     for name, value in stored.items():
-        asked = name in MACHINE_OPTIONS and getattr(args, name) != getattr(defaults, name)
+        asked = name in own and getattr(args, name) != getattr(defaults, name)
         if name not in RUN_OPTIONS and not asked:
             setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +33,8 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and returns its exit code: 0, 2 for bad input, 1 for lack of memory, 130 if interrupted.
+    """Runs a command's body and returns its exit code: 0, 2 for bad input, 1 for lack of memory or of room on the disk,
+    130 if interrupted.
 
     Any other exception is a defect of this project or of the machine and keeps its traceback.
     """
@@ -48,10 +51,23 @@ def run_command(command: Callable[[], None]) -> int:
             raise
         print(f"error: out of memory; try a smaller --size or fewer --frames ({error})", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read the output has gone. Nothing more can be said, also not when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        print(f"error: disk: {error.strerror}: {error.filename or 'a file'}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+#: What a disk says that has no room, or no leave, for more.
+_DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
 
 def parse_size(text: str) -> tuple[int, int]:

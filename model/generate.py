@@ -153,12 +153,17 @@ def run(args: argparse.Namespace) -> None:
     require("av", "generate")
     require("tqdm", "generate")
     if args.resume is not None:
+        if args.restart or args.state is not None:
+            raise InputError("resume: not together with --restart or --state; a run goes on in its own folder")
         with RunState.open(args.resume) as state:
             resumed_arguments(args, state.job["arguments"], build_parser().parse_args([]))
             _run(args, state, started)
         return
     if args.photo is None or args.out is None:
         raise InputError("PHOTO and --out FILE.mp4 are needed, or --resume DIR")
+    folder = state_folder(args)
+    if not args.restart and RunState.holds(folder):
+        raise InputError(f"state: {folder} holds a run; --resume {folder} goes on with it, --restart begins anew")
     _run(args, None, started)
 
 
@@ -170,7 +175,9 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
     plan = plan_memory(request.memory())
     inputs = None if state is None else state.load("inputs")
     if inputs is None and photo is None:
-        raise InputError(f"resume: the run has no inputs yet, and its photograph {args.photo} is gone")
+        problems = "".join(f"{problem}; " for problem in ([] if state is None else state.damaged))
+        raise InputError(f"resume: {problems}the photograph {args.photo}, of which they are made, is not there")
+    again = state is not None and inputs is None
     progress = Progress(
         request.device,
         {
@@ -191,6 +198,8 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
             _make(args, request, plan, inputs, state, out, progress)
     else:
         _go_on(state, description)
+        if again:
+            state.restore("inputs", inputs)
         _make(args, request, plan, inputs, state, out, progress)
     peak, what = peak_memory(request.device)
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.timer.seconds.items())
@@ -198,16 +207,16 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
     print(f"peak memory: {format_bytes(peak)} ({what})")
 
 
+def state_folder(args: argparse.Namespace) -> Path:
+    """Where the state of a new run goes."""
+    return args.state or args.out.with_suffix(".run")
+
+
 def _begun(args: argparse.Namespace, description: dict[str, Any]) -> RunState:
     """The state of a new run."""
-    folder = args.state or args.out.with_suffix(".run")
-    if folder.is_dir() and (folder / "job.json").exists():
-        if not args.restart:
-            raise InputError(
-                f"state: {folder} holds an unfinished run; --resume {folder} goes on with it, --restart begins anew"
-            )
-        with RunState.open(folder) as old:
-            old.remove()
+    folder = state_folder(args)
+    if args.restart and folder.is_dir():
+        RunState.discard(folder)
     return RunState.create(folder, description)
 
 
@@ -302,7 +311,8 @@ def _make(
             work = ClipWork(job, request.components, state, writer, progress)
             make_clip(work, plan)
     except BaseException:
-        kept = f"; {writer.num_frames} frames are kept in {writer.partial_path}" if writer.num_frames else ""
+        frames = writer.film_frames
+        kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
         print(f"\nstopped{kept}; --resume {state.folder} goes on")
         raise
     print(f"wrote {out}: {width}x{height}, {writer.num_frames} frames at {request.fps} a second")

@@ -97,6 +97,7 @@ class VideoWriter:
             them. By default they are in a hidden folder beside ``path`` until the film is made.
 
     Attributes:
+        film_frames: frames of the film that this writer has made so far, at :attr:`partial_path` or ``path``.
         num_pieces, num_frames: finished pieces, and frames of these and of the one begun. A new writer counts those
             that it found in ``pieces``, from the first on, up to one that is missing, damaged or encoded otherwise.
         damaged: what is wrong with that one, in a sentence; empty if nothing is. Entering the writer renames it to
@@ -116,6 +117,7 @@ class VideoWriter:
         self.pieces = temporary_name(self.path.with_suffix(".pieces")) if pieces is None else Path(pieces)
         self._encoder: _Encoder | None = None
         self._entered = self._joined = False
+        self.film_frames = 0
         self.damaged: list[str] = []
         self._bad: int | None = None
         self._lengths = [] if self._own else self._found()
@@ -214,6 +216,7 @@ class VideoWriter:
         with replacing(self.partial_path) as temporary:
             _join(self._av, [*map(str, finished), *map(io.BytesIO, further)], temporary, self._settings[2])
         self._joined = True
+        self.film_frames = self.num_frames
 
     def _found(self) -> list[int]:
         """Numbers of frames of the good pieces; tells of the first that is not."""

@@ -12,8 +12,8 @@ A clip is made in phases, one after the other. In each the device holds only thi
 
 Every phase that has a choice has candidates with predicted seconds and bytes, which come from shapes alone. Of those
 that fit the fastest is taken; of equals the one with most blocks on the device, then with the fewest tiles. The order
-does not depend on the limit, so that with a higher one a plan is never slower, nor its peak lower: what is taken then
-and was not before did not fit before.
+does not depend on the limit, so that with a higher one a plan's peak is never lower, nor is it slower, but for storage
+``auto``, which prefers weights as they are to faster ones in 8 bits: what is taken then did not fit before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 
 from model.errors import InputError
-from model.memory_report import MemoryPlan, Phase, StagePlan, gigabytes
+from model.memory_report import MemoryPlan, Phase, StagePlan, enough_gigabytes, gigabytes
 from model.memory_request import HOST_USABLE, DiTRequest, MemoryRequest
 from model.memory_search import PROCESS_BYTES, TEXT_WORK_BYTES, ReferenceChoice, Search, vae_held, vae_idle
 from model.pipeline_plan import USABLE, PipelinePlans
@@ -190,11 +190,11 @@ def _too_little(
             helps.append("--weights, whose blocks can be read from files in every pass")
         if request.storage in ("plain", "file"):
             helps.append("--storage auto or float8")
-        if request.text_encoder_bytes:
-            helps.append("--text-embeddings instead of a text encoder")
     where = smallest.limiting if name == "vram" else max(smallest.phases, key=lambda phase: phase.host)
+    if where.name == "text":
+        helps = ["--text-embeddings in place of a text encoder (for model.plan: --no-text-encoder)"]
     return (
         f"{name}: {gigabytes(given or 0)} are too little, since {share:.0%} of it are planned with and the smallest"
-        f" plan takes {gigabytes(needed)} in {where.name}; {gigabytes(needed / share)} would do."
+        f" plan takes {gigabytes(needed)} in {where.name}; {enough_gigabytes(needed / share)} would do."
         f" What helps: {', '.join(helps)}. The smallest plan:\n{smallest}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -112,6 +113,12 @@ def gigabytes(count: float) -> str:
     if 0 < count < 1e8:
         return f"{count / 1e6:.1f} MB"
     return f"{count / 1e9:.1f} GB" if count >= 1e10 else f"{count / 1e9:.2f} GB"
+
+
+def enough_gigabytes(count: float) -> str:
+    """:func:`gigabytes`, rounded up: a size that does when it is given."""
+    unit = 1e5 if count < 1e8 else 1e8 if count >= 1e10 else 1e7
+    return gigabytes(math.ceil(count / unit) * unit)
 
 
 def describe_placement(config: DiTConfig, placement: Placement) -> str:

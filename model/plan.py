@@ -37,6 +37,7 @@ from model.memory_request import DiTRequest, MemoryRequest
 from model.pipeline import check_frames, check_size, size_multiple, stage_one_size
 from model.pipeline_plan import Card
 from model.placement import NO_TENSORS
+from model.weight_files import open_weights
 
 DEFAULT_PRESET = "14b-1.3b"
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
@@ -103,10 +104,19 @@ def request_for(
         plan=plan,
         gpu=gpu,
         from_files=components.weights is not None if from_files is None else from_files,
-        # On a machine without a GPU it runs in float32 (model/encoders.py).
-        text_encoder_bytes=text_encoder * TEXT_ENCODER_BYTES * (2 if options.get("capability", 90) is None else 1),
+        text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,
         **options,
     )
+
+
+def _encoder_bytes(components: Components, capability: int | None) -> int:
+    """Of the text encoder that there is, or of UMT5-XXL's; without a GPU it runs in float32 (model/encoders.py)."""
+    itemsize, folder = 2 if capability else 4, None
+    if components.weights is not None and (components.weights / "text_encoder").is_dir():
+        folder = components.weights / "text_encoder"
+    if folder is None:
+        return TEXT_ENCODER_BYTES // 2 * itemsize
+    return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
 
 
 def gpu_named(name: str) -> GPU | None:

@@ -33,8 +33,8 @@ from torch import Tensor
 
 import swifti2v_kernels
 from model.durable import TEMPORARY, rename, replacing, sync_folder
-from model.errors import InputError, require
-from model.fingerprint import add_tensors
+from model.errors import InputError
+from model.state_files import DamagedError, read_tensors, write_tensors
 
 try:
     import fcntl
@@ -48,7 +48,7 @@ INEXACT = ("software", "machine")
 #: Sections that are kept for the reader and not compared: how the command was given, for example.
 UNCOMPARED = ("arguments",)
 _BEFORE = ("inputs", "motion", "condition")
-_JOB, _LOCK = "job.json", "lock"
+_JOB, _LOCK, _FINISHED = "job.json", "lock", "finished"
 _TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-(\d{{4,}})")
 _KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-\d{{4,}}\.mp4)(\.damaged)?")
 
@@ -104,6 +104,9 @@ class RunState:
         except OSError as error:
             raise InputError(f"run: {folder} cannot be written: {error}") from error
         try:
+            if (folder / _FINISHED).exists():
+                # Of a run that was being removed.
+                _discard(folder)
             found = sorted(path.name for path in folder.iterdir() if _is_known(path.name))
             if found:
                 raise InputError(
@@ -130,6 +133,8 @@ class RunState:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"run: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+        if (folder / _FINISHED).exists():
+            raise InputError(f"run: {folder} is finished, and its video complete; what is left there can be deleted")
         if not (folder / _JOB).is_file():
             raise InputError(f"run: {folder} has no {_JOB}: no run was begun there")
         try:
@@ -181,15 +186,15 @@ class RunState:
             path.unlink()
         if behind:
             sync_folder(self.folder)
-        # Copies: safetensors does not write tensors that share memory.
-        host = {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in tensors.items()
-        }
-        data = require("safetensors.torch", "generate").save(host, metadata={"sha256": _digest(host)})
-        # Not by its save_file, which writes to another temporary name, one that nobody would clean up.
-        with replacing(place) as temporary:
-            temporary.write_bytes(data)
+        write_tensors(place, tensors, _job_digest(self.job))
+
+    def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """:meth:`save` of what was there before, made again: nothing is dropped.
+
+        Raises:
+            ValueError: as :meth:`save`.
+        """
+        write_tensors(self._place(name), tensors, _job_digest(self.job))
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
         """:meth:`save` for the blocks of a segment, counted from 1, as :meth:`finished_segments` reads them."""
@@ -207,8 +212,8 @@ class RunState:
         if not place.exists():
             return None
         try:
-            return _read(place)
-        except _DamagedError as error:
+            return read_tensors(place, _job_digest(self.job))
+        except DamagedError as error:
             rename(place, place.with_name(f"{place.name}.damaged"))
             self.damaged.append(f"{place.name} is damaged ({error}){_consequence(name)}")
             return None
@@ -226,17 +231,38 @@ class RunState:
         return segments, self.damaged[told:]
 
     def remove(self) -> None:
-        """Deletes the run's files and closes it; the folder goes too unless it holds anything else."""
-        _remove_temporaries(self.folder)
-        for path in sorted(self.folder.iterdir()):
-            if _is_known(path.name) and path.name != _JOB:
-                path.unlink()
-        # Last, so that what a crash leaves can still be opened and removed.
-        (self.folder / _JOB).unlink()
-        (self.folder / _LOCK).unlink(missing_ok=True)
+        """Deletes the run's files and closes it; the folder goes too unless it holds anything else.
+
+        First of all the run is marked as finished, so that one whose removal is broken off is not taken for another.
+        """
+        with replacing(self.folder / _FINISHED) as temporary:
+            temporary.write_text("what is left here can be deleted\n", encoding="utf-8")
+        _discard(self.folder)
         self.close()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    @staticmethod
+    def holds(folder: str | Path) -> bool:
+        """Whether there are files of a run, but for one that is finished and was being removed."""
+        folder = Path(folder)
+        if not folder.is_dir() or (folder / _FINISHED).exists():
+            return False
+        return any(_is_known(path.name) for path in folder.iterdir())
+
+    @classmethod
+    def discard(cls, folder: str | Path) -> None:
+        """Deletes a run's files, whatever state they are in, so that another can begin there.
+
+        Raises:
+            InputError: another process works on it, or it cannot be deleted.
+        """
+        folder = Path(folder)
+        try:
+            with _locked(folder):
+                _discard(folder)
+        except OSError as error:
+            raise InputError(f"run: {folder} cannot be written: {error}") from error
 
     def _place(self, name: str) -> Path:
         _rank(name)
@@ -274,8 +300,14 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
-class _DamagedError(Exception):
-    """What is wrong with a file."""
+def _discard(folder: Path) -> None:
+    _remove_temporaries(folder)
+    for path in sorted(folder.iterdir()):
+        if _is_known(path.name) and path.name != _FINISHED:
+            path.unlink()
+    # Last: until then it says what the rest is.
+    for name in (_LOCK, _FINISHED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _rank(name: str) -> int:
@@ -288,35 +320,11 @@ def _rank(name: str) -> int:
 
 def _is_known(name: str) -> bool:
     """Whether a file is part of a run."""
-    return name == _JOB or _KNOWN.fullmatch(name) is not None
+    return name in (_JOB, _FINISHED) or _KNOWN.fullmatch(name) is not None
 
 
 def _consequence(name: str) -> str:
     return f"; starting from segment {_rank(name)}" if name.startswith("segment-") else "; it has to be made again"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        add_tensors(digest, key, str(tensor.dtype), tuple(tensor.shape), [tensor])
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    safe_open = require("safetensors", "generate").safe_open
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("sha256")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        # What a damaged header does depends on its bytes, and safetensors' own error is no OSError or ValueError.
-        # Nothing but the reading of this file happens in here.
-        raise _DamagedError(f"not readable: {error}") from error
-    if recorded is None:
-        raise _DamagedError("it has no sha256")
-    if recorded != _digest(tensors):
-        raise _DamagedError("sha256 differs")
-    return tensors
 
 
 def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:

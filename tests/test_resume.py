@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -205,8 +206,9 @@ def test_what_would_be_another_run_is_refused(
         return capsys.readouterr().err
 
     assert "resume: the run has its options; got --seed too" in refused("--resume", str(state), "--seed", "4")
-    assert "got PHOTO, --out too" in refused(str(photo_file), "--resume", str(state), "--out", str(out))
-    assert f"state: {state} holds an unfinished run; --resume {state} goes on" in refused(*command)
+    assert "got --mode, --steps too" in refused("--resume", str(state), "--steps", "3", "--mode", "causal")
+    assert "resume: not together with --restart or --state" in refused("--resume", str(state), "--restart")
+    assert f"state: {state} holds a run; --resume {state} goes on with it, --restart begins anew" in refused(*command)
     assert "run: nowhere does not exist" in refused("--resume", "nowhere")
     assert "PHOTO and --out FILE.mp4 are needed, or --resume DIR" in refused("--out", str(out))
     before = photo_file.read_bytes()
@@ -218,6 +220,97 @@ def test_what_would_be_another_run_is_refused(
     # Begun anew on demand.
     assert main([*command, "--restart"]) == 0
     assert not state.exists()
+
+
+def test_a_run_goes_on_where_everything_lies_elsewhere(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths may be new; what is there is told by fingerprints."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 2))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS])
+    state = (tmp_path / "clip.run").rename(tmp_path / "moved run")
+    photo = tmp_path / "another name.png"
+    photo.write_bytes(photo_file.read_bytes())
+    assert main([str(photo), "--resume", str(state), "--out", str(tmp_path / "new" / "film.mp4")]) == 0
+    assert digest(tmp_path / "new" / "film.mp4") == whole
+
+
+def test_a_removal_that_is_broken_off_leaves_no_run(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The film is there, what is left is said to be of a finished run, and another run may begin in the folder."""
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        remove = RunState.remove
+
+        def broken_off(self: RunState) -> None:
+            patch.setattr(Path, "unlink", ended_after(Path.unlink, 3))
+            remove(self)
+
+        patch.setattr(RunState, "remove", broken_off)
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    assert digest(out) == whole
+    capsys.readouterr()
+    assert main(["--resume", str(state)]) == 2
+    assert f"run: {state} is finished, and its video complete" in capsys.readouterr().err
+    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "gone"])
+def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
+    damage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    command = [str(photo_file), "--out", str(out), *OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
+        with pytest.raises(EndedError):
+            main(command)
+    (state / "job.json").unlink()
+    if damage == "empty":
+        (state / "job.json").write_text("")
+    assert main(command) == 2
+    assert "--restart begins anew" in capsys.readouterr().err
+    assert main([*command, "--restart"]) == 0
+    assert digest(out) == whole
+
+
+def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 2))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    (state / "inputs.safetensors").write_bytes(b"")
+    assert main(["--resume", str(state), "--keep-state"]) == 0
+    assert "2 of 3 segments are there already" in capsys.readouterr().out
+    assert (state / "inputs.safetensors").stat().st_size > 1000
+    assert digest(out) == whole
+
+
+def test_a_disk_without_room_ends_the_run_in_one_line_and_it_goes_on_later(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "piece-0001.mp4")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.media._sealed", full)
+        assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("error: disk: No space left on device: piece-0001.mp4\n")
+    assert f"--resume {state} goes on" in printed.out
+    assert main(["--resume", str(state)]) == 0
+    assert digest(out) == whole
 
 
 def test_another_machine_goes_on_and_says_what_that_means(
