@@ -75,6 +75,14 @@ def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
     return counted
 
 
+def ended_behind_segment(number: int, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends as soon as that segment is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
+        with pytest.raises(EndedError):
+            main([str(photo), "--out", str(out), *OPTIONS])
+
+
 MOMENTS = [
     ("inputs saved", RunState, "save", 1),
     ("Stage I saved", RunState, "save", 2),
@@ -144,10 +152,7 @@ def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 3))
-        with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(out), *OPTIONS])
+    ended_behind_segment(3, photo_file, out, monkeypatch)
     file = state / f"segment-000{number}.safetensors"
     data = bytearray(file.read_bytes())
     data[-7] ^= 1
@@ -171,10 +176,7 @@ def test_a_damaged_reference_or_film_is_made_again(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 3))
-        with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(out), *OPTIONS])
+    ended_behind_segment(3, photo_file, out, monkeypatch)
     (state / "piece-0001.mp4").write_bytes(b"no film")
     (state / "condition.safetensors").write_bytes(b"no tensors")
     photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
@@ -195,10 +197,7 @@ def test_what_would_be_another_run_is_refused(
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
-        with pytest.raises(EndedError):
-            main(command)
+    ended_behind_segment(1, photo_file, out, monkeypatch)
 
     def refused(*options: str) -> str:
         capsys.readouterr()
@@ -226,10 +225,7 @@ def test_a_run_goes_on_where_everything_lies_elsewhere(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paths may be new; what is there is told by fingerprints."""
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 2))
-        with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS])
+    ended_behind_segment(2, photo_file, tmp_path / "clip.mp4", monkeypatch)
     state = (tmp_path / "clip.run").rename(tmp_path / "moved run")
     photo = tmp_path / "another name.png"
     photo.write_bytes(photo_file.read_bytes())
@@ -267,10 +263,7 @@ def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
 ) -> None:  # fmt: skip
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
-        with pytest.raises(EndedError):
-            main(command)
+    ended_behind_segment(1, photo_file, out, monkeypatch)
     (state / "job.json").unlink()
     if damage == "empty":
         (state / "job.json").write_text("")
@@ -284,10 +277,7 @@ def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 2))
-        with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(out), *OPTIONS])
+    ended_behind_segment(2, photo_file, out, monkeypatch)
     (state / "inputs.safetensors").write_bytes(b"")
     assert main(["--resume", str(state), "--keep-state"]) == 0
     assert "2 of 3 segments are there already" in capsys.readouterr().out
@@ -317,10 +307,7 @@ def test_another_machine_goes_on_and_says_what_that_means(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, 1))
-        with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(out), *OPTIONS])
+    ended_behind_segment(1, photo_file, out, monkeypatch)
     monkeypatch.setattr("model.clip_request.device_name", lambda device: "another card")
     capsys.readouterr()
     assert main(["--resume", str(state)]) == 0
