@@ -31,6 +31,7 @@ from model.dit import WanDiT, dit_parameter_dtype
 from model.encoders import empty_text
 from model.errors import InputError
 from model.memory_plan import MemoryPlan, find_plan, plan_memory, smallest_plan
+from model.memory_report import enough_gigabytes
 from model.memory_request import HOST_USABLE, DiTRequest, MemoryRequest
 from model.memory_search import PROCESS_BYTES, Search
 from model.pipeline import size_multiple, stage_one_size
@@ -247,7 +248,9 @@ def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
         plan_memory(wanted)
     said = str(refused.value)
     assert said.startswith("ram: 8.00 GB are too little, since 90% of it are planned with and the smallest plan takes ")
-    assert "--text-embeddings" in said
+    assert "--text-embeddings" not in said  # it is not the encoder that takes most
+    with pytest.raises(InputError, match="--text-embeddings in place of a text encoder"):
+        plan_memory(request("1.3b", 80, ram=8 * GB, text_encoder_bytes=TEXT))
     assert "memory plan: 2560x1408, 81 frames" in said
     enough = float(said.split(" GB would do")[0].rsplit(" ", 1)[1])
     assert plan_memory(replace(wanted, ram=round((enough + 0.05) * GB))).host_peak <= HOST_USABLE * (enough + 0.05) * GB
@@ -262,7 +265,7 @@ def test_too_small_a_card_is_refused_with_the_smallest_plan() -> None:
     least = smallest_plan(request("14b-1.3b"))
     assert first.startswith("vram: 2.00 GB are too little")
     assert f"{least.peak / GB:.2f} GB in {least.limiting.name}" in first
-    assert f"{least.peak / USABLE / GB:.2f} GB would do" in first
+    assert f"{enough_gigabytes(least.peak / USABLE)} would do" in first
     assert "a smaller --size, fewer --frames" in first
     assert f"predicted peak         {least.peak / GB:.2f} GB" in "\n".join(plan)
 
