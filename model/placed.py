@@ -72,7 +72,7 @@ def place(
             sources[i] = _source(fill, layout, home, device)
         _bind(block, layout, flat, unpacked, placement)
         if layout.unpacked:
-            unpack[i] = functools.partial(_unpack, layout, flat, unpacked)
+            unpack[i] = functools.partial(_unpack, _packed(layout, flat, unpacked))
     engine = _engine(slots, [layouts[i] for i in moving if homes[i] == "file"], device) if moving else None
     model.eight_bits = placement.product_dtype
     model.stream = BlockStream(list(model.blocks), sources, unpack, engine)
@@ -137,11 +137,15 @@ def _bind(block: nn.Module, layout: BlockLayout, flat: Tensor, unpacked: Tensor,
             _set(block, name, view)
 
 
-def _unpack(layout: BlockLayout, flat: Tensor, unpacked: Tensor) -> None:
+def _packed(layout: BlockLayout, flat: Tensor, unpacked: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Values, scales, and where they are unpacked to, of every matrix in 8 bits: views."""
     views = {entry.name: entry.view(flat) for entry in layout.stored}
-    for entry in layout.unpacked:
-        target = entry.view(unpacked)
-        dequantize_rows(views[entry.name], views[entry.name + SCALE], dtype=entry.dtype, out=target)
+    return [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
+
+
+def _unpack(matrices: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for values, scales, target in matrices:
+        dequantize_rows(values, scales, dtype=target.dtype, out=target)
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -23,7 +23,6 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -34,6 +33,7 @@ from torch import Tensor
 import swifti2v_kernels
 from model.durable import TEMPORARY, rename, replacing, sync_folder
 from model.errors import InputError
+from model.job_changes import Changes, changes_between
 from model.state_files import DamagedError, read_tensors, write_tensors
 
 try:
@@ -43,26 +43,10 @@ except ModuleNotFoundError:  # Windows
 
 #: Version of the layout of the folder and its files.
 SCHEMA = 1
-#: Sections of a job in which a difference means that the rest of the run has other bits, not that it is another run.
-INEXACT = ("software", "machine")
-#: Sections that are kept for the reader and not compared: how the command was given, for example.
-UNCOMPARED = ("arguments",)
 _BEFORE = ("inputs", "motion", "condition")
 _JOB, _LOCK, _FINISHED = "job.json", "lock", "finished"
 _TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-(\d{{4,}})")
 _KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-\d{{4,}}\.mp4)(\.damaged)?")
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Differences between a stored job and another, a sentence each: ``request.seed: 7 in the stored run, now 8``.
-
-    With one of ``forbidding`` the run cannot go on as this job. With one of ``inexact`` it can, and what is still to
-    come is not the same bit for bit as it would have been.
-    """
-
-    forbidding: tuple[str, ...]
-    inexact: tuple[str, ...]
 
 
 class RunState:
@@ -90,9 +74,8 @@ class RunState:
 
         Args:
             folder: made if it is not there; may hold other files, but no run.
-            job: everything that defines the run, as JSON has it, in sections (dictionaries). A difference in a section
-                of :data:`INEXACT` does not forbid going on, one in :data:`UNCOMPARED` does not matter, and one in any
-                other forbids it. ``software`` is added here.
+            job: everything that defines the run, as JSON has it, in sections (dictionaries); which of them may differ
+                when it goes on is said in ``model/job_changes.py``. ``software`` is added here.
 
         Raises:
             InputError: there is a run already, another process works there, or the folder cannot be written.
@@ -163,12 +146,7 @@ class RunState:
 
     def changes(self, job: Mapping[str, Any]) -> Changes:
         """What is different in ``job``, given as to :meth:`create`, and in the software that runs now."""
-        now = _as_json({**job, "software": software()})
-        found: dict[bool, list[str]] = {True: [], False: []}
-        for section in sorted(self.job.keys() | now.keys()):
-            if section not in UNCOMPARED:
-                found[section in INEXACT] += _differences(section, self.job.get(section, {}), now.get(section, {}))
-        return Changes(tuple(found[False]), tuple(found[True]))
+        return changes_between(self.job, _as_json({**job, "software": software()}))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors, on any device, and drops the files that were made from what this name held before.
@@ -348,32 +326,6 @@ def _read_job(path: Path) -> dict[str, Any]:
     if not isinstance(stored["job"], dict) or stored["sha256"] != _job_digest(stored["job"]):
         raise InputError(f"run: {path} is damaged or was edited (sha256 differs)")
     return stored["job"]
-
-
-def _differences(where: str, stored: Any, now: Any) -> list[str]:
-    if isinstance(stored, dict) and isinstance(now, dict):
-        lines = []
-        for key in sorted(stored.keys() | now.keys()):
-            name = f"{where}.{key}"
-            if key not in now:
-                lines.append(f"{name}: {_shown(stored[key])} in the stored run, not given now")
-            elif key not in stored:
-                lines.append(f"{name}: not in the stored run, now {_shown(now[key])}")
-            else:
-                lines += _differences(name, stored[key], now[key])
-        return lines
-    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
-        pairs = enumerate(zip(stored, now, strict=True))
-        return [line for index, pair in pairs for line in _differences(f"{where}[{index}]", *pair)]
-    # JSON tells 1 from 1.0 and from true, Python's == does not.
-    if json.dumps(stored) == json.dumps(now):
-        return []
-    return [f"{where}: {_shown(stored)} in the stored run, now {_shown(now)}"]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _remove_temporaries(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import run_state
+from model import job_changes, run_state
 from model.errors import InputError
 from model.fingerprint import fingerprint, fingerprint_file, fingerprint_random
 from model.run_state import RunState, device_name, segment_name, software
@@ -66,7 +66,7 @@ def test_a_job_comes_back_with_the_software_that_runs_it(tmp_path, state):
     state.close()
     with RunState.open(tmp_path / "run") as opened:
         assert opened.job == {**json.loads(json.dumps(JOB)), "software": software()}
-        assert opened.changes(JOB) == run_state.Changes((), ())
+        assert opened.changes(JOB) == job_changes.Changes((), ())
     assert software()["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert names(tmp_path / "run") == ["job.json", "lock"]
 
