@@ -201,8 +201,8 @@ def test_a_model_that_is_settled_can_go_on() -> None:
 
 
 class SlowCopies(DirectCopies):
-    """Copies by threads, each so slow that it ends only when a block has begun its work after the copy was asked for:
-    all but the first of each slot, which no work can hide. Whoever waits for a copy instead of working waits in vain."""
+    """Copies by threads, each so slow that it ends only when a block has begun its work after the copy was asked for,
+    but for the first of each slot, which no work can hide. Who waits for a copy instead of working waits in vain."""
 
     def __init__(self, slots: list[Tensor]) -> None:
         super().__init__(slots)
@@ -234,8 +234,9 @@ class SlowCopies(DirectCopies):
 
 
 def test_slow_copies_run_while_blocks_do() -> None:
-    """Every copy of a pass but the first two is under way while another block works, and the result is right."""
-    dit, expected = model(Placement(resident=0)), model(None)
+    """Every copy but the first two is under way while another block works, and the result is right. Of an even number
+    of blocks: the last of an odd one has the first one's slot."""
+    dit, expected = model(Placement(resident=1)), model(None)
     stream = dit.stream
     assert stream is not None
     engine = SlowCopies(stream._engine.slots)  # type: ignore[union-attr]
