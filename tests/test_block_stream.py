@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ class SlowCopies(DirectCopies):
             worked.set()
 
         def copy() -> None:
-            self.in_vain += not worked.wait(timeout=20)
+            self.in_vain += not worked.wait(timeout=5)
             DirectCopies.fetch(self, slot, source)
 
         self.threads[slot] = threading.Thread(target=copy)
@@ -243,12 +244,12 @@ def test_slow_copies_run_while_blocks_do() -> None:
     stream._engine, stream._held = engine, [None] * SLOTS
     begun = 0
 
-    def announced(forward: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: object, **kwargs: object) -> None:
+    def announced(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: object, **kwargs: object) -> Any:
             nonlocal begun
             begun += 1
             engine.work_begins()
-            forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
         return run
 
