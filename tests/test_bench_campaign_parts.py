@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +31,7 @@ from bench.dit.shapes import SHAPES as DIT_SHAPES
 from bench.operators.discover import all_cases
 from bench.record import Record
 from bench.registry import matches
-from bench.result_file import read_result
+from bench.result_file import ROOT, read_result
 from bench.session import RESULT
 from bench.vae.providers import PROVIDERS as VAE_PROVIDERS
 from bench.vae.shapes import QUICK_SHAPES as QUICK_VAE
@@ -205,6 +208,23 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
 
 
 # The hardware tests
+
+
+def test_the_hardware_tests_import_no_package_that_a_rented_machine_lacks() -> None:
+    """What the README lists for a campaign is all that their files need in order to be collected."""
+    text = (ROOT / "README.md").read_text().split("needs a plain checkout, not installed, and `")[1]
+    # matplotlib brings pillow along.
+    there = {*text.split("`")[0].split(), "pillow"}
+    extras = {re.split(r"[^\w-]", line)[0] for line in requires("swifti2v") or () if "extra ==" in line}
+    absent = {name.replace("-", "_") for name in extras - there}
+    assert {"safetensors", "diffusers", "av"} <= absent
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)})); import pytest; sys.exit(pytest.main())"
+    files = sorted(str(path) for path in (ROOT / "tests").glob(hardware_tests.HARDWARE))
+    command = [sys.executable, "-c", blocked, "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
 
 
 def test_what_pytest_reports_becomes_rows(tmp_path: Path) -> None:
