@@ -111,9 +111,7 @@ def _best(search: Search, limit: int | None) -> MemoryPlan | None:
 
 
 def _stage(choices: StageChoices, choice: StageChoice) -> StagePlan:
-    time = choice.time
-    seconds = (time.compute, time.copy, time.read, time.exposed, time.step)
-    return StagePlan(choices.config, choice.placement, choice.placed, *seconds)
+    return StagePlan(choices.config, choice.placement, choice.placed, choice.time)
 
 
 def _text_phase(search: Search, on_device: bool) -> Iterator[Phase]:

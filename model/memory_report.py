@@ -11,7 +11,7 @@ from model.config import DiTConfig
 from model.memory_request import HOST_USABLE, MemoryRequest
 from model.pipeline_plan import USABLE, PipelinePlans
 from model.placement import PlacedBytes, Placement
-from model.stream_time import PassTime
+from model.stage_time import StageTime
 
 #: Of :meth:`MemoryPlan.to_json`.
 SCHEMA_VERSION = 1
@@ -40,22 +40,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage's DiT: where its blocks are, what that takes, and seconds of the stage: of its work, of copies over the
-    bus and reading files, and of what these are longer. ``step`` is its longest pass over the blocks."""
+    """A stage's DiT: where its blocks are, what that takes, and the seconds of all its passes."""
 
     config: DiTConfig
     placement: Placement
     placed: PlacedBytes
-    compute_seconds: float
-    copy_seconds: float
-    read_seconds: float
-    exposed_seconds: float
-    step: PassTime
-
-    @property
-    def seconds(self) -> float:
-        """Of the stage."""
-        return self.compute_seconds + self.exposed_seconds
+    time: StageTime
 
 
 @dataclass(frozen=True)
@@ -223,12 +213,12 @@ def _data(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _stage_data(stage: StagePlan) -> dict[str, Any]:
-    seconds = ("compute_seconds", "copy_seconds", "read_seconds", "exposed_seconds", "seconds")
-    homes = stage.placement.homes(stage.config.num_layers)
+    time, homes = stage.time, stage.placement.homes(stage.config.num_layers)
     return {
         "placement": asdict(stage.placement),
         "blocks": {home: homes.count(home) for home in ("device", "host", "file")},
         "bytes": asdict(stage.placed) | {"device": stage.placed.device, "host": stage.placed.host},
-        "step": asdict(stage.step) | {"total": stage.step.total},
-        **{name: getattr(stage, name) for name in seconds},
+        "step": asdict(time.step) | {"total": time.step.total},
+        **{f"{name}_seconds": getattr(time, name) for name in ("compute", "copy", "read", "exposed")},
+        "seconds": time.total,
     }

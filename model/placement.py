@@ -33,7 +33,6 @@ PRODUCTS = ("plain", "8bit")
 SLOTS = 2
 #: Every tensor in a buffer begins at a multiple of this.
 ALIGNMENT = 256
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 SCALE = ".scale"
 #: Of a block, but not of its buffer: all blocks' are read at once when a clip begins.
 TABLE = "scale_shift_table"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swifti2v_kernels.common.checks import check_index, check_targets, same_view
 from swifti2v_kernels.common.dispatch import kernel_obstacle, pick_backend
-from swifti2v_kernels.common.quantized import QuantizedRows, check_dtype, check_out, rounding_obstacle
+from swifti2v_kernels.common.quantized import QuantizedRows, check_dtype, check_out, float8_obstacle
 
 NORMS = ("layer", "rms")
 #: A row is held in registers.
@@ -120,4 +120,4 @@ def _obstacle(tensors: list[Tensor], quantize: torch.dtype | None) -> str | None
         return reason
     if tensors[0].shape[2] > MAX_CHANNELS:
         return f"kernels exist for up to {MAX_CHANNELS} channels, got {tensors[0].shape[2]}"
-    return None if quantize is None else rounding_obstacle(quantize, tensors[0].device)
+    return None if quantize is None else float8_obstacle("round to", quantize, tensors[0].device)

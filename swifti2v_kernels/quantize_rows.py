@@ -37,9 +37,9 @@ from swifti2v_kernels.common.quantized import (
     check_dtype,
     check_out,
     check_rows,
+    float8_obstacle,
     new_rows,
     quantized_reference,
-    rounding_obstacle,
     written,
 )
 from swifti2v_kernels.common.target import on_device
@@ -137,7 +137,7 @@ def _obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
         return reason
     if x.shape[-1] > MAX_CHANNELS:
         return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    return rounding_obstacle(dtype, x.device)
+    return float8_obstacle("round to", dtype, x.device)
 
 
 def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:

@@ -39,10 +39,11 @@ from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.checks import check_parameter, check_targets
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.dispatch import KERNEL_DTYPES, Choice, explained_by, kernel_obstacle, pick_backend
-from swifti2v_kernels.common.quantized import FLOAT8_CAPABILITY, LARGEST, QuantizedRows, check_rows
+from swifti2v_kernels.common.quantized import FLOAT8_CAPABILITY, LARGEST, QuantizedRows, check_rows, float8_obstacle
 from swifti2v_kernels.common.target import capability_of, on_device
 
 ACTIVATIONS = (None, "gelu_tanh")
+_SCALES = (torch.float32, torch.float64)
 #: Channels and columns are multiples of this, and so are the strides of rows: loads of 16 bytes.
 ALIGNMENT = 16
 #: Up to here offsets within a tile fit into 32 bits.
@@ -107,10 +108,9 @@ def _flops(values, scales, weight, weight_scales, bias, gelu, out, *args, **kwar
 
 def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
-    chosen, reason = _backend(backend, **arguments)
-    if chosen == "torch":
-        return Choice(chosen, _by_torch(**arguments), reason)
-    return Choice(chosen, "fused product", reason)
+    x, weight, bias, dtype = (arguments[name] for name in ("x", "weight", "bias", "dtype"))
+    chosen, reason = pick_backend(backend, _obstacle(x, weight, bias))
+    return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused product", reason)
 
 
 @explained_by(_choose)
@@ -151,17 +151,15 @@ def scaled_linear(
 
     Source: dynamic quantisation by token of activations and by output of weights (arXiv 2208.07339, 2209.05433).
     """
-    arguments: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "activation": activation, "dtype": dtype}
-    arguments["out"] = out
-    _check(**arguments)
-    chosen, _ = _backend(backend, **arguments)
+    _check(x, weight, bias, activation, dtype, out)
+    chosen, _ = pick_backend(backend, _obstacle(x, weight, bias))
     if chosen == "triton":
         out = x.values.new_empty((*x.values.shape[:-1], weight.values.shape[0]), dtype=dtype) if out is None else out
         _scaled_linear_op(*x, *weight, bias, activation is not None, out)
         return out
     if out is not None and not torch.compiler.is_compiling():
         _check_out(x, weight, bias, out)
-    implementation = _by_torch(**arguments)
+    implementation = _by_torch(x, weight, bias, dtype)
     if implementation == "reference":
         y = scaled_linear_reference(x, weight, bias, activation, dtype)
         return y if out is None else out.copy_(y)
@@ -187,30 +185,23 @@ def _flat(x: QuantizedRows) -> QuantizedRows:
     return QuantizedRows(x.values.view(-1, x.values.shape[-1]), x.scales.view(-1))
 
 
-def _backend(
-    requested: str,
-    x: QuantizedRows,
-    weight: QuantizedRows,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> tuple[str, str]:
+def _obstacle(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> str | None:
     columns, depth = weight.values.shape
     stride = _row_stride(x.values)
-    obstacle = kernel_obstacle((x.scales, weight.scales, bias))
-    if obstacle is None and x.values.dtype != torch.int8:
-        obstacle = _float8_obstacle(x.values.device)
-    if obstacle is None and (columns % ALIGNMENT or depth % ALIGNMENT or stride % ALIGNMENT):
-        obstacle = (
+    if (reason := kernel_obstacle((x.scales, weight.scales, bias))) is not None:
+        return reason
+    if (reason := float8_obstacle("multiply", x.values.dtype, x.values.device)) is not None:
+        return reason
+    if columns % ALIGNMENT or depth % ALIGNMENT or stride % ALIGNMENT:
+        return (
             f"the kernel takes multiples of {ALIGNMENT} channels, columns and elements from row to row,"
             f" got {depth}, {columns} and {stride}"
         )
-    if obstacle is None and max(columns, depth, stride) > MAX_STRIDE:
-        obstacle = f"the kernel takes up to {MAX_STRIDE} columns and elements from row to row, got {columns}, {stride}"
-    if obstacle is None and x.values.dtype == torch.int8 and depth > MAX_INT8_CHANNELS:
-        obstacle = f"sums of int32 hold up to {MAX_INT8_CHANNELS} channels of int8, got {depth}"
-    return pick_backend(requested, obstacle)
+    if max(columns, depth, stride) > MAX_STRIDE:
+        return f"the kernel takes up to {MAX_STRIDE} columns and elements from row to row, got {columns}, {stride}"
+    if x.values.dtype == torch.int8 and depth > MAX_INT8_CHANNELS:
+        return f"sums of int32 hold up to {MAX_INT8_CHANNELS} channels of int8, got {depth}"
+    return None
 
 
 def _row_stride(values: Tensor) -> int:
@@ -219,30 +210,14 @@ def _row_stride(values: Tensor) -> int:
     return strides[-1] if strides else values.shape[-1]
 
 
-# Constant for a device: under torch.compile they are read once, at trace time.
-@torch.compiler.assume_constant_result
-def _float8_obstacle(device: torch.device) -> str | None:
-    """Why no kernel of this library multiplies float8 on ``device``, which has kernels; None if they do."""
-    capability = capability_of(device)
-    if capability is None or capability >= FLOAT8_CAPABILITY:
-        return None
-    return f"products of float8 need compute capability 8.9 or newer, this device has {capability / 10:.1f}"
-
-
+# Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def _scales_by_rows(device: torch.device) -> bool:
     """Whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
     return device.type == "cuda" and torch.version.hip is None and capability_of(device) == 90
 
 
-def _by_torch(
-    x: QuantizedRows,
-    weight: QuantizedRows,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> str:
+def _by_torch(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> str:
     """Which of torch's products computes the call."""
     columns, depth = weight.values.shape
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x.scales, weight.scales, bias)):
@@ -300,9 +275,6 @@ def _check(
                 f"out: expected {list(wanted)} {dtype} on {device}, contiguous,"
                 f" got {list(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
             )
-
-
-_SCALES = (torch.float32, torch.float64)
 
 
 def _check_out(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, out: Tensor) -> None:
@@ -364,7 +336,7 @@ CASES = [
         inputs,
         _work,
         _real(inputs, columns),
-        89 if kind == torch.float8_e4m3fn else 80,
+        FLOAT8_CAPABILITY if kind == torch.float8_e4m3fn else 80,
     )
     for kind in (torch.float8_e4m3fn, torch.int8)
     for inputs, columns in (

@@ -186,7 +186,8 @@ def test_explain_says_what_computes_it_and_why() -> None:
             if capability >= 89:
                 assert choice.implementation == "fused product"
             else:
-                reason = f"products of float8 need compute capability 8.9 or newer, this device has {capability / 10}"
+                older = "exist for compute capability 8.9 and newer, this device has"
+                reason = f"kernels that multiply float8 {older} {capability / 10}"
                 assert (choice.implementation, choice.reason) == ("reference", reason)
             assert explain(scaled_linear, float8, weight, backend="torch").reason == "backend is 'torch'"
     with pretend_gpu(90):
@@ -217,7 +218,7 @@ def test_torch_has_products_of_its_own(capability: int, monkeypatch: pytest.Monk
     def chosen(kind: torch.dtype, dtype: torch.dtype = torch.bfloat16, bias: Tensor | None = None, **sizes: int) -> str:
         x, weight, _ = layer(kind, **sizes)
         rows = [QuantizedRows(*map(_OnCuda, part)) for part in (x, weight)]
-        return _by_torch(*rows, bias, None, dtype, None)
+        return _by_torch(*rows, bias, dtype)
 
     float8, int8 = KINDS
     assert chosen(float8) == ("torch._scaled_mm" if capability == 90 else "reference")
@@ -250,7 +251,7 @@ def test_torchs_products_are_asked_for_the_formula(
     """That of int8 exists on the CPU; that of float8 takes scales a row there in the newest torch only, so that what it
     is documented to do stands in for it."""
     monkeypatch.setattr(torch.ops.aten._scaled_mm, "out", scaled_mm)
-    monkeypatch.setattr(importlib.import_module("swifti2v_kernels.scaled_linear"), "_by_torch", lambda **given: own)
+    monkeypatch.setattr(importlib.import_module("swifti2v_kernels.scaled_linear"), "_by_torch", lambda *given: own)
     x, weight, bias = layer(kind, 36)
     bias = None if bias_dtype is None else bias.to(bias_dtype)
     out = torch.full((2, 18, 32), float("nan"), dtype=torch.bfloat16)

@@ -127,9 +127,10 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
 
 # Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
-def rounding_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel of this library rounds to ``dtype`` on ``device``, which has kernels; None if they do."""
+def float8_obstacle(does: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel that ``does`` something with rows of ``dtype`` (``multiply``, ``round to``) exists for ``device``,
+    which has kernels; None if one does."""
     capability = capability_of(device)
     if dtype == torch.int8 or capability is None or capability >= FLOAT8_CAPABILITY:
         return None
-    return f"kernels that round to float8 exist for compute capability 8.9 and newer, this device has {capability / 10}"
+    return f"kernels that {does} float8 exist for compute capability 8.9 and newer, this device has {capability / 10}"
