@@ -147,6 +147,13 @@ def chosen_gpu(name: str | None, memory: int) -> GPU:
     return gpu_of_class(memory)
 
 
+def device_options(device: torch.device) -> dict[str, Any]:
+    """Of a request for what a device has: the card, and whose seconds are predicted. A CPU has no limit."""
+    card = Card.of(device)
+    memory, capability = (None, None) if card is None else (card.memory, card.capability)
+    return {"vram": memory, "capability": capability, "gpu": chosen_gpu(None, memory or 0)}
+
+
 def vram_limits(text: str | None) -> list[int]:
     """Bytes of ``--vram``: sizes with commas between; ``auto`` or None is what the CUDA device has.
 

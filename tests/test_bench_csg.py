@@ -12,17 +12,20 @@ import torch
 from bench.csg import vae_time, window
 from bench.csg.extrapolated import END_TO_END, FLASH_2, TWO_STAGE, short, verdicts
 from bench.csg.setups import MODELS, SIZES, Setup, setups, variants
-from bench.csg.vae_time import VAEClock, extrapolated, file_seconds, segments
+from bench.csg.vae_time import VAEClock, extrapolated, file_seconds, plan_vaes, segments
 from bench.csg.window import WindowClock, WindowTime, plan_seconds, shortened
 from bench.vae.shapes import SIZES as VAE_SIZES
+from model import plan
 from model.csg import SegmentPlan, Window
 from model.denoise import Denoiser
 from model.dit import WanDiT
 from model.encoders import empty_text
 from model.errors import InputError
 from model.pipeline import make_reference
+from model.pipeline_plan import Card, PipelinePlans
 from model.scheduler import flow_sigmas
 from model.tensor_memory import TensorMemory
+from model.tiling import VAEPlan
 from model.weights import random_weights
 from tests.bench_session import CPU
 from tests.operation_clock import OperationClock
@@ -178,11 +181,11 @@ def test_segments_are_the_anchor_and_then_those_of_the_papers_plan(num_blocks: i
 
 def test_reference_and_decode_from_few_latent_frames_are_those_of_the_clip(clock: OperationClock) -> None:
     setup = replace(SMALL, num_frames=49)  # 13 latent frames, of which 4 and 7 are run
-    stride, (rows, columns) = setup.vae.spatial_stride, setup.latent_size
+    rows, columns = setup.latent_size
     with clock, torch.no_grad():
-        found = VAEClock(setup, CPU, torch.float32)
+        found = VAEClock(setup, plan_vaes(setup, CPU, torch.float32), CPU)
         scaled, peak = found.reference()
-        motion = torch.randn(1, 16, 13, found.low_size[1] // stride, found.low_size[0] // stride)
+        motion = torch.randn(1, 16, 13, *found.plans.motion.request.latent_size)
         picture = torch.zeros(1, 3, 1, setup.height, setup.width)
         start = clock.seconds()
         make_reference(motion, found.vae, found.vae, picture)
@@ -197,8 +200,24 @@ def test_reference_and_decode_from_few_latent_frames_are_those_of_the_clip(clock
     assert found.vae.encoder is None  # the pipeline has none either while it decodes
 
 
+def test_the_vae_works_as_it_does_beside_both_stages_on_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untiled on a large card, whatever the model; on a small one in tiles, of which a larger model leaves more."""
+
+    def planned(memory: int) -> list[PipelinePlans]:
+        monkeypatch.setattr(plan.Card, "of", lambda device: Card(90, memory))
+        found = setups(["1.3b", "14b"], ["2K"], 81, 4)
+        return [plan_vaes(setup, torch.device("cuda"), torch.bfloat16) for setup in found]
+
+    large, same = planned(141 * 10**9)
+    assert large == same
+    assert {place.plan for place in vars(large).values()} == {VAEPlan()}
+    small, large_model = planned(24 * 10**9)
+    assert small.encode_dtype == torch.float32
+    assert large_model.decode.peak.total < small.decode.peak.total < large.decode.peak.total
+
+
 def test_short_runs_are_repeated_and_long_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = VAEClock(SMALL, CPU, torch.float32)
+    found = VAEClock(SMALL, plan_vaes(SMALL, CPU, torch.float32), CPU)
     for marks, least in (([0.0, 1.0, 5.0, 5.5], 0.5), ([0.0, 2.5], 2.5)):
         times = iter(marks)
         monkeypatch.setattr(vae_time.time, "perf_counter", lambda times=times: next(times))

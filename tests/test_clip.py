@@ -14,11 +14,13 @@ from torch import Tensor
 
 from model.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.components import Components
-from model.config import PRESETS, VAEConfig
+from model.config import PRESETS
+from model.cost.gpus import GPUS
 from model.csg import SegmentPlan, plan_for, sample_latents
 from model.encoders import empty_text
+from model.memory_plan import DiTRequest, MemoryRequest, plan_memory
 from model.pipeline import decode_frames, make_motion, make_reference, motion_condition
-from model.pipeline_plan import USABLE, Card, PipelinePlans, plan_pipeline
+from model.pipeline_plan import PipelinePlans
 from model.scheduler import flow_sigmas
 from model.tiling import VAEPlan
 from model.vae import WanVAE
@@ -29,11 +31,7 @@ from tests.test_vae_tiles import OtherMemory
 from tests.tolerances import PARITY, relative_error
 
 SIZE, LOW, BLOCKS = (48, 32), (32, 16), 5
-VAE = PRESETS["tiny"].vae
-#: Two stages, for plans of which more are tried.
-SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
 PARKED = VAEPlan(1, 2, chunk=None, park=True)
-GB = 10**9
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,9 +50,16 @@ def components(preset: str = "tiny", **changes: Any) -> Components:
     return replace(Components.from_preset(preset, 0, torch.float32, CPU), **changes)
 
 
-def plans(plan: VAEPlan | None = None) -> PipelinePlans:
+def plans(
+    plan: VAEPlan | None = None, preset: str = "tiny", size: tuple[int, int] = SIZE, low: tuple[int, int] = LOW
+) -> PipelinePlans:
     """Everything untiled, or the target's places by this plan."""
-    found = plan_pipeline(VAE, VAE, SIZE, LOW, decode_dtype=torch.float32, device=CPU, limit=None)
+    chosen = PRESETS[preset]
+    request = MemoryRequest(
+        DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, size, low, 4 * BLOCKS - 3,
+        SegmentPlan(BLOCKS), GPUS["H200"], dtype=torch.float32, capability=None,
+    )  # fmt: skip
+    found = plan_memory(request).vae_plans
     if plan is None:
         return found
     reference, decode = (PlannedVAE(plan, place.request, None) for place in (found.reference, found.decode))
@@ -126,7 +131,7 @@ def low_noise_expert() -> Any:
 
 
 def other_vae() -> WanVAE:
-    return random_weights(WanVAE, VAE, 6)
+    return random_weights(WanVAE, PRESETS["tiny"].vae, 6)
 
 
 # What is made
@@ -159,9 +164,7 @@ def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain
 
 
 def test_a_preset_whose_stage_one_is_conditioned_otherwise_runs_too() -> None:
-    config = PRESETS["tiny-vae22"]
-    sizes = (64, 64), (32, 32)
-    found = plan_pipeline(config.vae, config.vae, *sizes, decode_dtype=torch.float32, device=CPU, limit=None)
+    found = plans(None, "tiny-vae22", (64, 64), (32, 32))
     given = replace(job(vae_plans=found), picture=picture(64, 64), low_picture=picture(32, 32))
     condition = make_condition(components("tiny-vae22"), given)
     assert condition.reference.shape == (1, 48, BLOCKS, 4, 4)
@@ -279,35 +282,3 @@ def test_models_are_there_only_while_they_are_needed() -> None:
     ]  # fmt: skip
     assert {name for name, model in alive.items() if model() is not None} == {"VAE"}
     assert condition.vae.encoder is None
-
-
-# Plans for a card that is not here
-
-
-def test_a_cpu_is_no_card_and_has_no_limit() -> None:
-    assert Card.of(CPU) is None
-    found = plan_pipeline(SHORT, SHORT, (64, 32), (16, 8), decode_dtype=torch.float32, device=CPU, limit=None)
-    assert {place.limit for place in vars(found).values()} == {None}
-    assert {place.request.capability for place in vars(found).values()} == {None}
-
-
-def test_plans_for_another_card_keep_to_what_can_be_used_of_it_and_leave_room_for_stage_two() -> None:
-    def planned(memory: int, limit: int | None = None) -> PipelinePlans:
-        return plan_pipeline(
-            SHORT, SHORT, (64, 32), (16, 8), decode_dtype=torch.bfloat16, device=CPU, limit=limit,
-            stage_two_bytes=2_000_000, card=Card(89, memory),
-        )  # fmt: skip
-
-    large = planned(GB)
-    assert {place.request.capability for place in vars(large).values()} == {89}
-    assert {place.plan for place in vars(large).values()} == {VAEPlan()}
-    assert large.decode.limit == int(USABLE * GB) - 2_000_000
-    needed = large.decode.peak.total
-    small = planned(int((needed + 2_000_000 - 1) / USABLE))
-    assert small.decode.peak.total <= small.decode.limit < needed
-    assert small.decode.plan != VAEPlan()
-    # A limit that is given counts for the VAE alone, whatever the card has.
-    given = planned(GB, limit=needed - 1)
-    assert given.decode.limit == needed - 1
-    assert given.decode.peak.total < needed
-    assert planned(10, limit=needed).decode.plan == VAEPlan()

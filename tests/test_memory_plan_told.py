@@ -7,15 +7,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 
 from model.errors import InputError
-from model.memory_plan import find_plan, plan_memory, smallest_plan
+from model.memory_plan import MemoryPlan, find_plan, plan_memory, smallest_plan
 from model.memory_report import enough_gigabytes
 from model.memory_request import HOST_USABLE
 from model.pipeline_plan import USABLE
 from model.placement import Placement
 from model.resumable import _Shortage, _with_less
+from model.tiling import VAEPlan
 from tests.memory_requests import GB, TEXT, planned, request
 
 
@@ -55,6 +57,22 @@ def test_a_limit_of_the_vae_alone() -> None:
     assert planned("1.3b", 24).vae_plans.decode.peak.total > limit
     with pytest.raises(InputError, match=r"^vae-memory: 0\.50 GB are too little"):
         plan_memory(request("1.3b", 24, vae_limit=GB // 2))
+
+
+def test_halves_of_the_vae_that_work_beside_each_other_share_its_limit() -> None:
+    """On a CPU, where nothing waits elsewhere: the reference is encoded beside the motion's decoder."""
+
+    def taken(plan: MemoryPlan) -> int:
+        return sum(size for name, size in plan.phase("reference").held.items() if name not in ("other weights", "clip"))
+
+    free = plan_memory(request("tiny", capability=None))
+    assert {used.plan for used in vars(free.vae_plans).values()} == {VAEPlan()}
+    limit = taken(free) - 1
+    assert limit > free.vae_plans.reference.peak.total
+    tight = plan_memory(request("tiny", capability=None, vae_limit=limit))
+    assert taken(tight) <= limit
+    assert tight.vae_plans.reference.plan != VAEPlan()
+    assert tight.vae_plans.encode_dtype == torch.float32
 
 
 SCHEMA: dict[str, Any] = {

@@ -20,7 +20,17 @@ from model.csg import plan_segments
 from model.errors import InputError
 from model.memory_plan import MemoryPlan, MemoryRequest, plan_memory
 from model.pipeline_plan import Card
-from model.plan import TEXT_ENCODER_BYTES, build_parser, chosen_gpu, gpu_named, gpu_of_class, main, planner, request_for
+from model.plan import (
+    TEXT_ENCODER_BYTES,
+    build_parser,
+    chosen_gpu,
+    device_options,
+    gpu_named,
+    gpu_of_class,
+    main,
+    planner,
+    request_for,
+)
 
 GB = 10**9
 SMALL = ("--preset", "1.3b", "--size", "256x128", "--frames", "17", "--ram", "64GB")
@@ -134,6 +144,14 @@ def test_components_say_what_is_in_8_bits_and_in_files() -> None:
     assert found.text_encoder_bytes == TEXT_ENCODER_BYTES
     plain = request_for(base, **options)
     assert (plain.low_noise, plain.motion_vae, plain.from_files, plain.text_encoder_bytes) == (None, None, False, 0)
+
+
+def test_a_device_is_planned_for_as_the_card_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a CPU, which has no limit, as none."""
+    cpu = device_options(torch.device("cpu"))
+    assert (cpu["vram"], cpu["capability"]) == (None, None)
+    monkeypatch.setattr(plan.Card, "of", lambda device: Card(89, 24 * GB))
+    assert device_options(torch.device("cuda")) == {"vram": 24 * GB, "capability": 89, "gpu": GPUS["RTX 4090"]}
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.dit.count import peak_of_events
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
-from model.components import Components
 from model.config import PRESETS
 from model.measure import format_bytes, parse_bytes
-from model.pipeline_plan import plan_components, plan_pipeline, stage_two_memory
 from model.tensor_memory import TensorMemory
 from model.vae_plan import PlannedVAE, Request, main, predict
 from model.weights import random_weights
@@ -186,47 +184,6 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="memory: expected a size such as 4GB"):
         parse_bytes(text)
-
-
-def test_the_pipeline_s_plans_share_a_limit() -> None:
-    """On a CPU: the reference is encoded beside the motion's decoder, so both must fit together."""
-    config = SHORT
-    sizes = {"size": (64, 32), "motion_size": (16, 8)}
-    unlimited = plan_pipeline(config, config, **sizes, decode_dtype=torch.float32, device=CPU, limit=None)
-    assert {p.plan for p in vars(unlimited).values()} == {VAEPlan()}
-    assert str(unlimited) == "VAE: reference float32, untiled; decode float32, untiled"
-    limit = unlimited.reference.peak.total + unlimited.motion.peak.total - 1
-    plans = plan_pipeline(config, config, **sizes, decode_dtype=torch.float32, device=CPU, limit=limit)
-    assert plans.reference.peak.total + plans.motion.peak.total <= limit
-    assert plans.reference.plan != VAEPlan()
-    assert plans.encode_dtype == torch.float32
-    assert "predicted" in str(plans)
-    with pytest.raises(InputError, match="the smallest plan needs"):
-        plan_pipeline(config, config, **sizes, decode_dtype=torch.float32, device=CPU, limit=10**6)
-
-
-def test_a_card_leaves_room_for_stage_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 24 GB card: float32 fits only in tiles, and in bfloat16 where even these do not."""
-    preset = PRESETS["1.3b"]
-    cuda = torch.device("cuda")
-    card = type("Properties", (), {"total_memory": 24 * GB})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    components = Components.from_preset("1.3b", 0, torch.bfloat16, CPU)
-    plans = plan_components(
-        components, (2560, 1408), (640, 352), window_blocks=5, blocks_per_segment=3, memory="auto",
-        dtype=torch.bfloat16, device=cuda,
-    )  # fmt: skip
-    stage_two = stage_two_memory(preset.stage_two, torch.bfloat16, 5 * 14080)
-    assert 4 * GB < stage_two < 6 * GB
-    assert plans.decode.peak.total + stage_two < 24 * GB
-    assert plans.reference.peak.total < 24 * GB
-    assert plans.encode_dtype == torch.float32
-    tight = plan_pipeline(
-        preset.vae, preset.vae, (2560, 1408), (640, 352), decode_dtype=torch.bfloat16, device=cuda, limit=2 * GB
-    )
-    assert tight.encode_dtype == torch.bfloat16
-    assert "reference bfloat16, 4 x 4 exact tiles, what waits in host memory" in str(tight)
 
 
 def test_plans_are_plain_data() -> None:

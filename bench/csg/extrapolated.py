@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
-from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, segments
+from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, plan_vaes, segments
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
 from bench.outcome import FAILURES, failure
 from bench.record import Section, Table
@@ -159,10 +159,11 @@ class Measurement:
         )
 
     def _around(self, setup: Setup) -> tuple[dict[str, tuple[float, int | None]], float | None, str]:
-        """Reference and decode, and the file; the same for all models with the same VAE and Stage I size."""
-        key = (setup.vae, setup.size, setup.num_frames)
+        """Reference and decode, and the file; the same for all models whose VAE works in the same way."""
+        plans = plan_vaes(setup, self.device, self.dtype)
+        key = (setup.size, setup.num_frames, plans)
         if key not in self._known:
-            clock = VAEClock(setup, self.device, self.dtype)
+            clock = VAEClock(setup, plans, self.device)
             found = {"reference": clock.reference(), "decode": clock.decode()}
             note = clock.note
             del clock
@@ -267,7 +268,7 @@ class Measurement:
         return extrapolated, run(), f"{times[0][1].note}, 1 of {setup.steps} steps"
 
     def _whole_decode(self, setup: Setup) -> tuple[float, float, str]:
-        clock = VAEClock(setup, self.device, self.dtype)
+        clock = VAEClock(setup, plan_vaes(setup, self.device, self.dtype), self.device)
         extrapolated, _ = clock.decode()
         rows, columns = setup.latent_size
         latents = torch.randn(1, setup.vae.z_dim, setup.num_blocks, rows, columns, device=self.device)

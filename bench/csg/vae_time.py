@@ -12,9 +12,12 @@ import torch
 
 from bench.csg.setups import Setup
 from model.clip import release
+from model.csg import SegmentPlan
 from model.media import VideoWriter
+from model.memory_plan import DiTRequest, MemoryRequest, plan_memory
 from model.pipeline import make_reference, size_multiple, stage_one_size
-from model.pipeline_plan import PipelinePlans, plan_pipeline, stage_two_memory
+from model.pipeline_plan import PipelinePlans
+from model.plan import device_options
 from model.vae import WanVAE
 from model.weights import random_weights
 
@@ -26,35 +29,38 @@ FRAMES = (4, 12)
 LONG = 2.0
 
 
+def plan_vaes(setup: Setup, device: torch.device, dtype: torch.dtype) -> PipelinePlans:
+    """How ``model.generate`` would use the VAE for the setup's two stages on this device, decoding in ``dtype``."""
+    size = setup.width, setup.height
+    request = MemoryRequest(
+        stage_one=DiTRequest(setup.stage_one), stage_two=DiTRequest(setup.dit), vae=setup.vae, size=size,
+        motion_size=stage_one_size(*size, size_multiple(setup.vae, setup.stage_one)), num_frames=setup.num_frames,
+        plan=SegmentPlan(setup.num_blocks), steps=setup.steps, dtype=dtype, **device_options(device),
+    )  # fmt: skip
+    return plan_memory(request).vae_plans
+
+
 class VAEClock:
     """Times the reference and the decode of one setup.
 
     Args:
         setup: sizes and VAE.
+        plans: of :func:`plan_vaes`.
         device: where.
-        dtype: of the decoder; encoded is in float32 where that fits, as ``model.generate`` does.
     """
 
-    def __init__(self, setup: Setup, device: torch.device, dtype: torch.dtype):
-        self.setup, self.device = setup, device
-        multiple = size_multiple(setup.vae, setup.stage_one)
-        self.low_size = stage_one_size(setup.width, setup.height, multiple)
-        self.plans: PipelinePlans = plan_pipeline(
-            setup.vae, setup.vae, (setup.width, setup.height), self.low_size,
-            decode_dtype=dtype, device=device, limit=None,
-            stage_two_bytes=stage_two_memory(setup.dit, dtype, 5 * setup.tokens_per_block),
-        )  # fmt: skip
-        self.vae = random_weights(WanVAE, setup.vae, 0, device=device).to_dtypes(decode=dtype)
-        self.vae.to_dtypes(encode=self.plans.encode_dtype)
+    def __init__(self, setup: Setup, plans: PipelinePlans, device: torch.device):
+        self.setup, self.plans, self.device = setup, plans, device
+        self.vae = random_weights(WanVAE, setup.vae, 0, device=device).to_dtypes(decode=plans.decode.request.dtype)
+        self.vae.to_dtypes(encode=plans.encode_dtype)
 
     def reference(self) -> tuple[float, int | None]:
         """Seconds to make the reference of the whole clip, and its peak."""
-        width, height = self.low_size
-        stride, z = self.setup.vae.spatial_stride, self.setup.vae.z_dim
+        z, (rows, columns) = self.setup.vae.z_dim, self.plans.motion.request.latent_size
         picture = torch.zeros(1, 3, 1, self.setup.height, self.setup.width, device=self.device)
 
         def run(blocks: int) -> None:
-            motion = torch.randn(1, z, blocks, height // stride, width // stride, device=self.device)
+            motion = torch.randn(1, z, blocks, rows, columns, device=self.device)
             plans = {"plan": self.plans.reference.plan, "motion_plan": self.plans.motion.plan}
             make_reference(motion, self.vae, self.vae, picture, **plans)
 

@@ -26,7 +26,7 @@ from bench.outcome import failure
 from bench.plot import LABELS
 from bench.record import Table
 from model.clip import ClipJob, Condition, Item, Watcher, make_condition
-from model.command import build_components, parse_size, pick_dtype, segment_plan
+from model.command import build_components, parse_memory, parse_size, pick_dtype, segment_plan
 from model.config import get_preset
 from model.csg import SegmentPlan, plan_for, sample_latents
 from model.dit import WanDiT
@@ -34,8 +34,11 @@ from model.encoders import empty_text
 from model.errors import InputError
 from model.measure import StageTimer, is_out_of_memory
 from model.media import VideoWriter, fit_image, open_image
+from model.memory_plan import MemoryPlan, plan_memory
+from model.memory_report import describe_placement
 from model.pipeline import check_frames, check_size, decode_frames, size_multiple, stage_one_size
-from model.pipeline_plan import plan_components
+from model.plan import device_options, request_for
+from model.resumable import as_planned
 from model.scheduler import flow_sigmas
 from model.tensor_memory import TensorMemory
 
@@ -84,17 +87,20 @@ class WholePasses:
         self.sigmas = flow_sigmas(args.steps, args.shift)
         multiple = size_multiple(self.components.stage_one_vae_config, self.components.stage_one_config)
         self.low_size = stage_one_size(self.width, self.height, multiple)
-        self.vae_plans = plan_components(
-            self.components,
-            (self.width, self.height),
-            self.low_size,
-            window_blocks=self._num_blocks(max(self.lengths)),
-            blocks_per_segment=args.blocks,
-            memory=args.vae_memory,
-            dtype=self.dtype,
-            device=device,
-        )
+        self.memory = self._plan_memory()
         self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats)) + len(self.modes)
+
+    def _plan_memory(self) -> MemoryPlan:
+        """One for all passes: for the longest clip, in the mode that has the largest window."""
+        args, plan = self.args, self.plan(max(self.lengths))
+        mode = max(self.modes, key=lambda mode: max(len(window.blocks) for window in plan_for(mode, plan)))
+        request = request_for(
+            self.components, size=(self.width, self.height), num_frames=max(self.lengths), plan=plan, mode=mode,
+            steps=args.steps, stage_one_steps=args.stage1_steps, dtype=self.dtype,
+            vae_limit=None if args.vae_memory == "auto" else parse_memory("vae-memory", args.vae_memory),
+            **device_options(self.device),
+        )  # fmt: skip
+        return plan_memory(request)
 
     def plan(self, num_frames: int) -> SegmentPlan:
         """The segments of a clip."""
@@ -115,6 +121,7 @@ class WholePasses:
     def settings(self) -> dict[str, Any]:
         """What was chosen, for the file."""
         patch = self.components.stage_two_config.patch_size
+        two = self.memory.stage_two
         stride, weights = self.components.vae_config.spatial_stride, self.components.weights
         return {
             "model": f"{self.args.preset} preset, random weights" if weights is None else weights.name,
@@ -132,6 +139,7 @@ class WholePasses:
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.args.seed,
             "cuda_graph": self.args.cuda_graph,
+            "stage_two_weights": describe_placement(two.config, two.placement),
             "repeats": self.repeats,
             "memory": "allocator peak" if self.device.type == "cuda" else "live tensor bytes, weights included",
         }
@@ -201,12 +209,13 @@ class WholePasses:
             self.plan(num_frames),
             flow_sigmas(args.stage1_steps, args.shift),
             self.sigmas,
-            self.vae_plans,
+            self.memory.vae_plans,
             components.clip_tokens("stage1", self.photo, self.device),
             components.clip_tokens("stage2", self.photo, self.device),
             args.seed,
             cuda_graph=args.cuda_graph,
         )
+        components, job = as_planned(components, job, self.memory)
         condition = make_condition(components, job, watcher)
         job = replace(job, text=empty_text(components.stage_two_config.text_dim).to(self.device))
         seconds = watcher.timer.seconds
@@ -230,7 +239,7 @@ class WholePasses:
         timer = StageTimer(self.device)
         with VideoWriter(path, self.width, self.height, self.fps) as writer, timer.stage("file"):
             segments = latents[:, :, 1:].split(self.args.blocks, dim=2)
-            plan = self.vae_plans.decode.plan
+            plan = self.memory.vae_plans.decode.plan
             for frames in timer.iterate("decode", decode_frames(condition.vae, latents[:, :, :1], segments, plan=plan)):
                 writer.write(frames)
         row["decode_seconds"], row["file_seconds"] = timer.seconds["decode"], timer.seconds["file"]
@@ -286,6 +295,8 @@ class _StageTwo:
 
     def drop(self) -> None:
         """Frees the model, before clips are decoded."""
+        if self.dit is not None and self.dit.stream is not None:
+            self.dit.stream.settle()
         self.dit, self.resident = None, []
 
     def _sample(self, mode: str) -> Tensor:
