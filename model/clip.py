@@ -232,8 +232,7 @@ def make_frames(
             if on_segment is not None:
                 on_segment(number, blocks)
             yield blocks
-        if dit.stream is not None:
-            dit.stream.settle()
+        dit.settle()
 
     plan = job.vae_plans.decode.plan
     frames = decode_frames(

@@ -144,6 +144,11 @@ class WanDiT(nn.Module):
         """The blocks in order, each with its weights on the device until the next one is asked for."""
         return iter(self.blocks) if self.stream is None else self.stream.walk()
 
+    def settle(self) -> None:
+        """After the last pass: ends copies for a pass that does not come, so that the model can be let go."""
+        if self.stream is not None:
+            self.stream.settle()
+
     def context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """Keys and values of all layers' cross-attention, which depend on text and image only: once for a clip.
 

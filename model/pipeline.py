@@ -173,8 +173,7 @@ def make_motion(
             denoiser.step(step)
             if on_step is not None:
                 on_step(step + 1, len(steps))
-        if model.stream is not None:
-            model.stream.settle()
+        model.settle()
         del model, denoiser
         release(x.device)
     if in_channels == z:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import av
 import pytest
@@ -13,6 +14,7 @@ from bench.csg import whole
 from bench.plot import LABELS
 from model.csg import MODES
 from model.measure import StageTimer
+from model.placement import Placement
 from model.tensor_memory import TensorMemory
 from tests.bench_session import read_section, rows_of
 
@@ -106,6 +108,28 @@ def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypat
     assert all(row["status"] == "ok" and row["stage_two_seconds"] > 0 for row in rows)
     assert all(row["warning"].startswith("decode: out of memory: CUDA out of memory") for row in rows)
     assert capsys.readouterr().out.count("decode: out of memory") == len(rows)
+
+
+def test_where_the_card_has_too_little_all_modes_stream_the_same_blocks(tmp_path, monkeypatch):
+    """By one plan, which the settings tell; the clips are those of resident weights."""
+    plan_memory, asked = whole.plan_memory, []
+
+    def small(request):
+        plan, asked[:] = plan_memory(request), [request]
+        return replace(plan, stage_two=replace(plan.stage_two, placement=Placement(resident=0)))
+
+    options = ["--frames", "9", "--size", "64x48", "--repeats", "1", "--out"]
+    assert main([*options, str(tmp_path / "resident")]) == 0
+    monkeypatch.setattr(whole, "plan_memory", small)
+    assert main([*options, str(tmp_path / "streamed")]) == 0
+    assert (asked[0].mode, asked[0].num_frames) == ("end_to_end", 9)  # the largest window
+    told = [read_section(tmp_path / name)["settings"]["stage_two_weights"] for name in ("resident", "streamed")]
+    assert told[0] == "all 2 blocks on the device; as they are"
+    assert told[1] == "0 of 2 blocks on the device, 2 from pinned host memory; as they are"
+    resident, streamed = (rows_of(tmp_path / name, "whole") for name in ("resident", "streamed"))
+    assert [row["difference"] for row in streamed] == [row["difference"] for row in resident]
+    for name in FILES[:3]:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "resident" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

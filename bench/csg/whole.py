@@ -295,8 +295,8 @@ class _StageTwo:
 
     def drop(self) -> None:
         """Frees the model, before clips are decoded."""
-        if self.dit is not None and self.dit.stream is not None:
-            self.dit.stream.settle()
+        if self.dit is not None:
+            self.dit.settle()
         self.dit, self.resident = None, []
 
     def _sample(self, mode: str) -> Tensor:
