@@ -15,7 +15,6 @@ from model.command import (
     LORA_OPTIONS,
     build_components,
     chosen_loras,
-    parse_memory,
     parse_ram,
     parse_size,
     pick_device,
@@ -28,6 +27,7 @@ from model.csg import SegmentPlan, plan_for
 from model.errors import InputError
 from model.fingerprint import fingerprint, fingerprint_file, fingerprint_random
 from model.lora import LoRA
+from model.measure import parse_bytes
 from model.memory_plan import MemoryPlan
 from model.memory_report import describe_placement
 from model.memory_request import MemoryRequest
@@ -122,7 +122,7 @@ class ClipRequest:
         # What others hold of the card is not there to be planned with.
         vram = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
         if given["vram"] != "auto":
-            vram = parse_memory("vram", given["vram"])
+            vram = parse_bytes("vram", given["vram"])
         weights = self.components.weights
         return request_for(
             self.components,
@@ -142,7 +142,7 @@ class ClipRequest:
             capability=None if card is None else card.capability,
             storage=given["storage"],
             products=given["products"],
-            vae_limit=None if given["vae_memory"] == "auto" else parse_memory("vae-memory", given["vae_memory"]),
+            vae_limit=None if given["vae_memory"] == "auto" else parse_bytes("vae-memory", given["vae_memory"]),
         )
 
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:

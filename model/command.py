@@ -182,18 +182,6 @@ def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto
     )
 
 
-def parse_memory(name: str, text: str) -> int:
-    """A size in bytes that the option ``name`` was given.
-
-    Raises:
-        InputError: another form; the message names the option.
-    """
-    try:
-        return parse_bytes(text)
-    except InputError as error:
-        raise InputError(f"{name}: expected a size such as 12GB, 12GiB or 500MB, got {text!r}") from error
-
-
 def parse_ram(text: str) -> int | None:
     """``--ram``: ``auto`` is :func:`machine_memory`, ``none`` no limit.
 
@@ -202,7 +190,7 @@ def parse_ram(text: str) -> int | None:
     """
     if text == "none":
         return None
-    return machine_memory() if text == "auto" else parse_memory("ram", text)
+    return machine_memory() if text == "auto" else parse_bytes("ram", text)
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:

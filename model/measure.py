@@ -113,13 +113,13 @@ def format_bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(name: str, text: str) -> int:
     """``"4GB"`` (4 * 10**9), ``"4GiB"`` (4 * 2**30), ``"500MB"`` or a number of bytes.
 
     Raises:
-        InputError: another form.
+        InputError: another form; the message begins with ``name``, the option that was given it.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
-        raise InputError(f"memory: expected a size such as 4GB, 4GiB or 500MB, got {text!r}")
+        raise InputError(f"{name}: expected a size such as 12GB, 12GiB or 500MB, got {text!r}")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))

@@ -19,7 +19,6 @@ from model.command import (
     add_model_options,
     build_components,
     chosen_loras,
-    parse_memory,
     parse_ram,
     parse_size,
     pick_dtype,
@@ -31,6 +30,7 @@ from model.config import get_preset
 from model.cost.gpus import GPU, GPUS, get_gpu
 from model.csg import MODES, SegmentPlan
 from model.errors import InputError
+from model.measure import parse_bytes
 from model.memory_plan import plan_memory
 from model.memory_report import NOT_PREDICTED, MemoryPlan, StagePlan, gigabytes
 from model.memory_request import DiTRequest, MemoryRequest
@@ -163,7 +163,7 @@ def vram_limits(text: str | None) -> list[int]:
     found = []
     for part in (text or "auto").split(","):
         if part.strip() != "auto":
-            found.append(parse_memory("vram", part.strip()))
+            found.append(parse_bytes("vram", part.strip()))
             continue
         card = Card.of(torch.device("cuda")) if torch.cuda.is_available() else None
         if card is None:
@@ -215,7 +215,7 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
         "mode": args.mode, "steps": args.steps, "stage_one_steps": args.stage1_steps, "dtype": dtype, "ram": ram,
         "storage": args.storage, "products": args.products, "text_encoder": text,
         "from_files": True if args.from_files else None,
-        "vae_limit": None if args.vae_memory == "auto" else parse_memory("vae-memory", args.vae_memory),
+        "vae_limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
     }  # fmt: skip
 
     def request(vram: int) -> MemoryRequest:

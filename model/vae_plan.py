@@ -390,7 +390,7 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     width, height = parse_size(args.size)
     config = VERSIONS[args.version]
-    limit = None if args.limit is None else parse_bytes(args.limit)
+    limit = None if args.limit is None else parse_bytes("limit", args.limit)
     if (args.frames - 1) % config.temporal_stride:
         raise InputError(f"frames: expected 1 + {config.temporal_stride}n, got {args.frames}")
     piece = args.piece or 1 + (args.frames - 1) // config.temporal_stride

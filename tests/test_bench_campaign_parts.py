@@ -101,7 +101,7 @@ def test_what_parts_choose_by_name_is_there() -> None:
             get_preset(found.preset or "1.3b")
             check_frames(found.frames or 25)
             check_size(*parse_size(found.size or "2560x1408"), 16)
-            assert all(parse_bytes(text) for text in (found.limit or "1GB").split(","))
+            assert all(parse_bytes("limit", text) for text in (found.limit or "1GB").split(","))
 
 
 def test_the_parts_before_the_whole_clip_are_within_nine_minutes_even_if_each_takes_all_its_time() -> None:

@@ -20,7 +20,7 @@ ALL = list(benchmarks().values())
 MEASURING = [benchmark for benchmark in ALL if benchmark.measure is not None]
 #: What a command must be given besides.
 NEEDED = {"compare": ["a.json", "b.json"]}
-MEMORY = "memory: expected a size such as 4GB, 4GiB or 500MB, got '4 apples'"
+MEMORY = "{}: expected a size such as 12GB, 12GiB or 500MB, got '4 apples'"
 
 REFUSED = [
     (["attention", "--shapes", "8K"], "shapes: no shape contains '8K'; the shapes are CSG window"),
@@ -37,7 +37,7 @@ REFUSED = [
     (["dit", "--timesteps", "two"], "argument --timesteps: invalid choice: 'two'"),
     (["vae", "--shapes", "8K"], "shapes: none contains '8K'; they are 2.1, 360P, 81 frames; "),
     (["vae", "--only", "theirs"], "only: none contains 'theirs'; they are swifti2v; swifti2v, tiles; diffusers"),
-    (["vae", "--limit", "4 apples"], MEMORY),
+    (["vae", "--limit", "4 apples"], MEMORY.format("limit")),
     (["vae", "--update-table"], "update-table: expected a CUDA device, since the table holds measurements"),
     (["vae", "--repeats", "0"], "argument --repeats: expected at least 1, got 0"),
     (["vae", "--directions", "up"], "argument --directions: invalid choice: 'up'"),
@@ -51,7 +51,7 @@ REFUSED = [
     (["csg", "--whole", "--extrapolate"], "whole, extrapolate: expected one of them"),
     (["csg", "--weights", "none"], "weights: none does not exist"),
     (["csg", "--preset", "3b"], "preset: unknown '3b'; choose one of tiny, "),
-    (["csg", "--vae-memory", "4 apples"], MEMORY),
+    (["csg", "--vae-memory", "4 apples"], MEMORY.format("vae-memory")),
     (["csg", "--shift", "-1"], "shift: expected a positive finite number, got -1.0"),
     (["csg", "--repeats", "0"], "argument --repeats: expected at least 1, got 0"),
     (["csg", "--extrapolate", "--models", "3b"], "models: expected some of 1.3b, 5b, 14b, got 3b"),
@@ -87,8 +87,8 @@ REFUSED = [
         "preset: end-to-end is one stage in one window, without stage1-steps, mode",
     ),
     (["memory", "--capability", "77"], "capability: expected one of 80, "),
-    (["memory", "--limit", "foo"], "memory: expected a size such as 4GB, 4GiB or 500MB, got 'foo'"),
-    (["memory", "--limit", "4GB,"], "memory: expected a size such as 4GB, 4GiB or 500MB, got ''"),
+    (["memory", "--limit", "foo"], "limit: expected a size such as 12GB, 12GiB or 500MB, got 'foo'"),
+    (["memory", "--limit", "4GB,"], "limit: expected a size such as 12GB, 12GiB or 500MB, got ''"),
     (["memory", "--size", "100x100"], "size: width and height must be multiples of 16, got 100x100; nearest: 96x96"),
     (
         ["memory", "--size", "100x100", "--limit", "4GB,8GB"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model import plan
-from model.command import machine_memory, parse_memory, parse_ram
+from model.command import machine_memory, parse_ram
 from model.components import Components
 from model.config import PRESETS
 from model.cost.gpus import GPUS
@@ -264,6 +264,6 @@ def test_memory_is_the_machines_or_its_control_groups(
 def test_a_machine_that_does_not_tell_has_no_limit(tmp_path: Path) -> None:
     assert machine_memory(tmp_path) is None
     assert parse_ram("none") is None
-    assert parse_ram("3GB") == parse_memory("ram", "3GB") == 3 * GB
+    assert parse_ram("3GB") == 3 * GB
     with pytest.raises(InputError, match=r"^ram: expected a size"):
         parse_ram("3 apples")

@@ -177,13 +177,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "size"), [("4GB", 4 * GB), ("4 GiB", 2**32), ("500mb", 5 * 10**8), ("1.5k", 1500), ("77", 77)]
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_bytes("limit", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "four", "4GG", "0", "-1GB", "4ib"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="memory: expected a size such as 4GB"):
-        parse_bytes(text)
+    with pytest.raises(InputError, match="limit: expected a size such as 12GB"):
+        parse_bytes("limit", text)
 
 
 def test_plans_are_plain_data() -> None:

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
     width, height = parse_size(args.size) if args.size else (preset.width, preset.height)
     num_frames = args.frames or 25
     steps = args.steps or (4 if num_frames >= 81 else 1)
-    limits: list[int | None] = [parse_bytes(text) for text in args.limit.split(",")] if args.limit else [None]
+    limits: list[int | None] = [parse_bytes("limit", text) for text in args.limit.split(",")] if args.limit else [None]
     limits = list(dict.fromkeys(limits))
     if counted and limits == [None]:
         limits = [24 * 10**9]

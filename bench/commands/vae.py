@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
     providers = [provider for provider in PROVIDERS if matches(args.only, provider.name)]
     if not providers:
         raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(p.name for p in PROVIDERS)}")
-    limit = parse_bytes(args.limit)
+    limit = parse_bytes("limit", args.limit)
     parts = [part for part in PARTS if args.part in (part, "all")]
     repeats = 1 if args.quick else args.repeats
     if not session.cuda:

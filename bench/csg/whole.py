@@ -26,13 +26,13 @@ from bench.outcome import failure
 from bench.plot import LABELS
 from bench.record import Table
 from model.clip import ClipJob, Condition, Item, Watcher, make_condition
-from model.command import build_components, parse_memory, parse_size, pick_dtype, segment_plan
+from model.command import build_components, parse_size, pick_dtype, segment_plan
 from model.config import get_preset
 from model.csg import SegmentPlan, plan_for, sample_latents
 from model.dit import WanDiT
 from model.encoders import empty_text
 from model.errors import InputError
-from model.measure import StageTimer, is_out_of_memory
+from model.measure import StageTimer, is_out_of_memory, parse_bytes
 from model.media import VideoWriter, fit_image, open_image
 from model.memory_plan import MemoryPlan, plan_memory
 from model.memory_report import describe_placement
@@ -97,7 +97,7 @@ class WholePasses:
         request = request_for(
             self.components, size=(self.width, self.height), num_frames=max(self.lengths), plan=plan, mode=mode,
             steps=args.steps, stage_one_steps=args.stage1_steps, dtype=self.dtype,
-            vae_limit=None if args.vae_memory == "auto" else parse_memory("vae-memory", args.vae_memory),
+            vae_limit=None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
             **device_options(self.device),
         )  # fmt: skip
         return plan_memory(request)
