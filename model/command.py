@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +42,8 @@ def run_command(command: Callable[[], None]) -> int:
     Any other exception is a defect of this project or of the machine and keeps its traceback.
     """
     try:
-        command()
+        with no_interruption_lost():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +68,33 @@ def run_command(command: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def no_interruption_lost() -> Iterator[None]:
+    """Raises an interruption once more that met a finalizer.
+
+    A finalizer and a weak reference's callback have no caller to raise to: Python prints what they raise and goes on,
+    and a run that was told to stop would not.
+    """
+    before, timers = sys.unraisablehook, []
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+            return
+        # Later and from elsewhere: raised here and now it would meet the hook, which has no caller either.
+        timers.append(threading.Timer(0.02, _thread.interrupt_main))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 #: What a disk says that has no room, or no leave, for more.
