@@ -66,6 +66,7 @@ METRICS: dict[str, Metric] = {
     "other_bytes": Metric("norms etc. move", "bytes"),
     "gain": Metric("gain", "ratio", "higher"),
     "best_seconds": Metric("best", "s", "lower"),
+    "errors": Metric("errors", "count", "lower"),
     "tried": Metric("tried", "count"),
     "dropped": Metric("dropped", "count"),
     "entries": Metric("entries", "count"),

@@ -124,7 +124,7 @@ def test_parts_are_chosen_by_name_and_run_in_the_order_of_their_value() -> None:
     for text, wrong in (("csg,speed,power", "speed, power"), ("", "")):
         with pytest.raises(InputError) as caught:
             chosen(text)
-        names = "operators, attention, dit, vae, csg, clip, memory, layers, tune, tests"
+        names = "operators, attention, dit, vae, csg, clip, memory, layers, tune, tests, sanitize"
         assert str(caught.value) == f"parts: expected some of {names}, got {wrong}"
     assert len({part.name for part in PARTS}) == len(PARTS)
 

@@ -99,6 +99,13 @@ PARTS = (
         ("tests",),
         120,
     ),
+    Part(
+        "sanitize",
+        "compute-sanitizer's memcheck and racecheck over every kernel",
+        ("sanitize",),
+        ("sanitize",),
+        120,
+    ),
 )  # fmt: skip
 
 #: What ``--quick`` leaves of them.

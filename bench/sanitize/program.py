@@ -1,0 +1,82 @@
+"""What runs under compute-sanitizer: cases of the library, one after another, each kept in a file as it ends.
+
+python -m bench.sanitize.program OUT.jsonl --cases 3,17
+python -m bench.sanitize.program OUT.jsonl --planted racecheck
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.operators.check import randomised
+from bench.operators.discover import all_cases
+from bench.outcome import failure
+from bench.sanitize.planted import PLANTED, run_planted
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the Triton and Gluon kernels that are launched in the body, in order."""
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    stock = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        names.append(self.__name__)
+        return stock(self, *args, **options)
+
+    JITFunction.run = run
+    try:
+        yield names
+    finally:
+        JITFunction.run = stock
+
+
+def run_cases(numbers: list[int], device: torch.device, path: Path) -> None:
+    """Runs cases by their number in ``all_cases()`` and adds a line for each to the file."""
+    with path.open("a") as file:
+        for number in numbers:
+            case = all_cases()[number]
+            line: dict[str, Any] = {"case": number}
+            try:
+                args, kwargs = randomised(case, device)
+                with torch.no_grad(), launched() as names:
+                    case.operator(*args, **kwargs)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                line["kernels"] = sorted(set(names))
+            except Exception as error:  # of compilers, launchers and the device: all of them are findings
+                line |= failure(error)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize.program", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="a line of JSON for each case")
+    parser.add_argument("--cases", default="", help="their numbers, separated by commas")
+    parser.add_argument("--planted", choices=[*PLANTED], help="a kernel with a fault instead")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--seconds", type=float, default=120, help="ends the process if it takes longer")
+    args = parser.parse_args()
+    # Also where the device does not come back; who waits outside cannot end what compute-sanitizer has started.
+    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    if args.planted:
+        run_planted(args.planted, args.device)
+        torch.cuda.synchronize()
+    run_cases([int(x) for x in args.cases.split(",") if x], args.device, args.out)
+    faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main()

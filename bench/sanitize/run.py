@@ -1,0 +1,152 @@
+"""Cases under compute-sanitizer, many a process; a process that is not clean is split until one case is to blame."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bench.operators.discover import all_cases, operator_name
+from bench.result_file import ROOT
+from bench.sanitize.tool import command_of, errors_of, first_words
+
+#: The first port that compute-sanitizer may use, and how many a process may try.
+FIRST_PORT, PORTS = 49152, 16
+#: For a case, and for a process to begin; generous, since a tool may slow a kernel down a hundred times.
+CASE_SECONDS, BEGIN_SECONDS = 45, 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process left: its report, the lines of the cases that ended in it, its exit code."""
+
+    report: str
+    lines: dict[int, dict[str, Any]]
+    code: int
+
+    @property
+    def errors(self) -> int | None:
+        """That the report counts; None of one that is not whole."""
+        return errors_of(self.report)
+
+    def clean(self, numbers: Sequence[int]) -> bool:
+        """Whether all of these cases ended well and nothing was found."""
+        ended = all(number in self.lines and "status" not in self.lines[number] for number in numbers)
+        return ended and self.errors == 0 and self.code == 0
+
+    @property
+    def why(self) -> str:
+        """What there is to say of one that is not clean."""
+        return first_words(self.report) or f"its process ended with {self.code} and said nothing"
+
+
+class Running:
+    """A process at work."""
+
+    def __init__(self, tool: Path, check: str, numbers: Sequence[int], folder: Path, slot: int, planted: bool = False):
+        self.check, self.numbers, self.slot = check, list(numbers), slot
+        name = "planted" if planted else f"{numbers[0]:03}-{numbers[-1]:03}"
+        self._lines, self._report = folder / f"{check}-{name}.jsonl", folder / f"{check}-{name}.txt"
+        self._lines.write_text("")
+        seconds = BEGIN_SECONDS + CASE_SECONDS * len(numbers)
+        program = [
+            sys.executable,
+            "-m",
+            "bench.sanitize.program",
+            str(self._lines.resolve()),
+            "--seconds",
+            str(seconds),
+        ]
+        program += ["--planted", check] if planted else ["--cases", ",".join(map(str, numbers))]
+        # Without torch's own cache of memory every tensor is an allocation, with an end that can be seen.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+        self._file: IO[str] = self._report.open("w")
+        self._process = subprocess.Popen(
+            command_of(tool, check, FIRST_PORT + PORTS * slot, program),
+            cwd=ROOT, env=environment, stdout=self._file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def outcome(self) -> Outcome | None:
+        """None while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        self._file.close()
+        found = [json.loads(line) for line in self._lines.read_text().splitlines()]
+        report = self._report.read_text(errors="replace")
+        return Outcome(report, {line["case"]: line for line in found}, code)
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+        self._file.close()
+
+
+def find_planted(tool: Path, check: str, folder: Path) -> str | None:
+    """Why a check is not to be trusted on this machine; None if it finds the fault that is planted for it."""
+    running = Running(tool, check, [], folder, 0, planted=True)
+    try:
+        while (outcome := running.outcome()) is None:
+            time.sleep(0.1)
+    except BaseException:
+        running.kill()
+        raise
+    if outcome.errors:
+        return None
+    return f"it did not find the fault planted for it: {outcome.why}"
+
+
+def watch_cases(tool: Path, check: str, numbers: Sequence[int], jobs: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for every case, as each is known.
+
+    Args:
+        tool: compute-sanitizer.
+        check: of :data:`bench.sanitize.tool.TOOLS`.
+        numbers: of cases, in ``all_cases()``.
+        jobs: processes at once.
+        folder: for their reports.
+    """
+    # Neighbours stay together: an operator that is not clean splits few processes.
+    share = max(-(-len(numbers) // jobs), 1)
+    waiting = deque(list(numbers[i : i + share]) for i in range(0, len(numbers), share))
+    running: list[Running] = []
+    try:
+        while waiting or running:
+            free = [slot for slot in range(jobs) if slot not in {r.slot for r in running}]
+            while waiting and free:
+                running.append(Running(tool, check, waiting.popleft(), folder, free.pop(0)))
+            time.sleep(0.1)
+            for process in list(running):
+                outcome = process.outcome()
+                if outcome is None:
+                    continue
+                running.remove(process)
+                some = process.numbers
+                if len(some) > 1 and not outcome.clean(some):
+                    waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
+                    continue
+                yield from (_row(check, number, outcome) for number in some)
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _row(check: str, number: int, outcome: Outcome) -> dict[str, Any]:
+    """Of a case in a clean process, or alone in one."""
+    case, line = all_cases()[number], outcome.lines.get(number, {})
+    kernels = line.get("kernels", [])
+    row: dict[str, Any] = {"tool": check, "case": case.name, "operator": operator_name(case)}
+    row |= {"errors": outcome.errors, "kernels": ", ".join(kernels)}
+    if outcome.clean([number]):
+        return row if kernels else row | {"status": "failed", "reason": "it launched no kernel of this library"}
+    if "status" in line and not outcome.errors:
+        return row | {"status": line["status"], "reason": line["reason"]}
+    return row | {"status": "failed", "reason": outcome.why}
