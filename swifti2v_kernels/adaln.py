@@ -94,13 +94,14 @@ def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
     return _wide(modulation[:, rows]).masked_fill(missing, float("nan")).unsqueeze(2)
 
 
+# What is written has no default: torch up to 2.11 leaves out arguments that equal theirs, and then misses it.
 @torch.library.custom_op(
     "swifti2v::adaln",
     mutates_args=("x_out", "y_out", "y_scales"),
     schema=(
         "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
         " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out,"
-        " Tensor(c!)? y_scales=None) -> ()"
+        " Tensor(c!)? y_scales) -> ()"
     ),
 )
 def _adaln_op(
@@ -116,7 +117,7 @@ def _adaln_op(
     eps: float,
     x_out: Tensor | None,
     y_out: Tensor | None,
-    y_scales: Tensor | None = None,
+    y_scales: Tensor | None,
 ) -> None:
     parameters = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map}
     y = y_out if y_out is None or y_scales is None else QuantizedRows(y_out, y_scales)
@@ -130,7 +131,7 @@ def _adaln_op(
 
 
 @_adaln_op.register_fake
-def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out, y_scales=None):  # type: ignore[no-untyped-def]
+def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out, y_scales):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -241,7 +242,7 @@ def gated_residual(
             check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
         return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
     target = x if inplace else _new(x)
-    _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None)
+    _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None, None)
     return target
 
 
@@ -305,8 +306,8 @@ def _new(x: Tensor, quantize: torch.dtype | None = None) -> Any:
     return x.new_empty(x.shape) if quantize is None else new_rows(x, quantize)
 
 
-def _tensors(y: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
-    return tuple(y) if isinstance(y, QuantizedRows) else (y,)
+def _tensors(y: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None]:
+    return (y.values, y.scales) if isinstance(y, QuantizedRows) else (y, None)
 
 
 def _into(target: Any, result: Any) -> Any:
