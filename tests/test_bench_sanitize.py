@@ -231,18 +231,6 @@ def test_without_a_gpu_it_says_what_it_would_watch(tmp_path: Path, capsys: pytes
     assert "4 cases need a GPU and compute-sanitizer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--checks", "memcheck,speed"], "checks: expected some of memcheck, racecheck, got speed"),
-        (["--cases", "warmth"], f"cases: none of {len(all_cases())} cases contains 'warmth'"),
-    ],
-)
-def test_bad_input_is_named(options: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
-    assert main(["sanitize", *options, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-
-
 def on_a_card(room: Path, tool: Path, **options: Any) -> None:
     """The command with a device that says it is one."""
     chosen = {"checks": "memcheck,racecheck", "cases": "scaled_linear", "tool": str(tool), "check": False, "jobs": 2}

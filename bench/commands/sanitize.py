@@ -43,7 +43,8 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError(f"checks: expected some of {', '.join(TOOLS)}, got {', '.join(wrong)}")
     cases = cases_of(args.cases)
     if not cases:
-        raise InputError(f"cases: none of {len(all_cases())} cases contains {args.cases!r}")
+        names = ", ".join(case.name for case in all_cases())
+        raise InputError(f"cases: no case contains {args.cases!r}; the cases are {names}")
     if args.quick:
         cases = list({case.operator: case for case in cases}.values())
     if not session.cuda:
