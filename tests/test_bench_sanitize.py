@@ -123,6 +123,8 @@ def test_the_command_line_has_the_check_the_filter_and_the_program() -> None:
         assert command[command.index("--tool") + 1] == check
         assert command[command.index("--kernel-name") + 1] == f"regex={KERNELS}"
         assert command[command.index("--port") + 1] == "49168"
+        # The tool's own ten seconds are over before torch is imported; it then lets the program run unwatched.
+        assert int(command[command.index("--launch-timeout") + 1]) >= 60
         assert ("--padding" in command) == (check == "memcheck")  # it has no such option for races
 
 

@@ -21,7 +21,8 @@ examples:
   python -m bench sanitize --check                   exit with an error unless all is clean
 
 It needs NVIDIA's compute-sanitizer, which the CUDA toolkit brings, on a machine whose driver lets it work. Each check
-must first find a fault that is planted for it. Without a GPU, see tests/sanitizer.
+must first find a fault that is planted for it. Of a sum over several warps racecheck may name threads that write it to
+the same place, differently rounded: that is Triton's (triton-lang/triton issue 7264). Without a GPU: tests/sanitizer.
 """
 
 

@@ -18,6 +18,8 @@ TOOLS = {
 }
 #: Only kernels of this form are watched: ours all end so, and those of torch and of its libraries have mangled names.
 KERNELS = r"^[a-z]\w*_kernel$"
+#: Seconds until the program first calls CUDA; the tool's own ten are over before torch is imported and a GPU found.
+LAUNCH_SECONDS = 120
 #: Bytes between allocations, so that what runs over one does not land in the next.
 PADDING = 512
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ")
@@ -56,6 +58,7 @@ def command_of(tool: Path, check: str, port: int, program: Sequence[str]) -> lis
     """
     options = ["--tool", check, "--target-processes", "application-only", "--destroy-on-device-error", "kernel"]
     options += ["--kernel-name", f"regex={KERNELS}", "--port", str(port), "--show-backtrace", "no"]
+    options += ["--launch-timeout", str(LAUNCH_SECONDS)]
     # torch asks for much that a driver may not have; launches that fail are seen by the program itself.
     options += ["--report-api-errors", "no", "--padding", str(PADDING)] if check == "memcheck" else []
     return [str(tool), *options, *program]
