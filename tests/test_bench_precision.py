@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.__main__ import main
 from bench.precision import window
+from bench.precision.encoder import encoder_rows
 from bench.precision.forms import BASELINE, FORMS, add_ratios, chosen_forms, errors_of
 from bench.precision.layers import LAYERS, activations, layer_rows
 from bench.precision.weights import (
@@ -34,7 +35,7 @@ from model.config import PRESETS
 from model.dit import FLOAT32_PARAMETERS, WanDiT
 from model.errors import InputError
 from model.placement import Placement
-from model.weights import load_dit, random_weights
+from model.weights import load_dit, load_vae, random_weights
 from swifti2v_kernels import assemble_window
 from tests.bench_session import CPU, read_section
 from tests.test_dit import saved_diffusers_dit
@@ -78,7 +79,7 @@ def errors(folder: Path, table: str) -> dict[tuple[str, str], list[float]]:
 def test_every_form_of_every_layer_and_window_has_a_row_with_all_figures(folder: Path) -> None:
     assert read_result(folder / RESULT)["sections"]["precision"]["status"] == "complete"
     tables = read_section(folder)["tables"]
-    assert set(tables) == {"layers", "window"}
+    assert set(tables) == {"layers", "window", "encoder"}
     kinds, shapes_of = ("random", "structured"), ("128x128", "256x128", "128x256")
     layers = [f"{name} {shape}" for name, shape in zip(LAYERS, shapes_of, strict=True)]
     found = [tuple(row[name] for name in ("model", "weights", "layer", "form")) for row in tables["layers"]["rows"]]
@@ -338,6 +339,8 @@ def test_the_same_tables_are_made_for_a_checkpoint(tmp_path: Path) -> None:
     expected = list(window_rows(loaded, "mine", (64, 48), (6, 8), forms, 0))
     assert [row | {"status": "ok", "basis": "measured"} for row in expected] == tables["window"]["rows"]
     assert {row["weights"] for table in tables.values() for row in table["rows"]} == {"checkpoint"}
+    expected = list(encoder_rows(lambda: load_vae(path / "vae"), "mine", "checkpoint", (64, 48)))
+    assert [row | {"status": "ok", "basis": "measured"} for row in expected] == tables["encoder"]["rows"]
     assert "no checkpoint" not in tables["layers"]["note"]
     assert str(tmp_path) not in json.dumps(tables)
     middle = dit.blocks[dit.config.num_layers // 2]

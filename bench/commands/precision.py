@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from bench.precision import layers, window
+from bench.precision import encoder, layers, window
 from bench.precision.forms import COMPUTE, FORMS, chosen_forms
 from bench.precision.weights import CheckpointWeights, SyntheticWeights, Weights
 from bench.registry import Benchmark
@@ -21,11 +23,15 @@ from model.dit import WanDiT
 from model.errors import InputError
 from model.pipeline import check_size, size_multiple
 from model.placement import Placement
+from model.vae import WanVAE
+from model.weights import random_weights
 
 Value = TypeVar("Value")
+#: What is examined: its name, its VAE, its DiT's weights of every kind, and what builds the VAE (encoder in float32).
+Subject = tuple[str, VAEConfig, list[Weights], Callable[[], WanVAE]]
 
 KINDS = ("random", "structured")
-PARTS = ("layers", "window", "all")
+PARTS = ("layers", "window", "encoder", "all")
 #: On a CPU: what takes minutes at the width of 1.3B. On CUDA: a part of a window's tokens, and all layers.
 CPU_LAYERS, CPU_TOKENS, CPU_SIZE = 4, 256, (256, 144)
 CUDA_TOKENS, CUDA_SIZE = 2816, (1280, 704)
@@ -41,16 +47,18 @@ examples:
   python -m bench precision --part layers --preset 14b-1.3b --stage 1          matrices of the 14B
   python -m bench precision --forms float8,float8-products --layers 8
   python -m bench precision --weights checkpoints     of a checkpoint's Stage II, instead of random ones
+  python -m bench precision --part encoder --weights checkpoints               could its VAE encode in float16?
 
 Forms: int8 and float8 (e4m3) are weights with one scale a row, unpacked to bfloat16 for products in bfloat16;
 int8-products and float8-products quantise activations too, one scale a token. Each is held against exact weights and
-beside bfloat16, whose error is what 16 bits cost anyhow. Speed is not measured here.
+beside bfloat16, whose error is what 16 bits cost anyhow. The VAE's encoder is run in float32, float16 and bfloat16.
+Speed is not measured here.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of its own."""
-    parser.add_argument("--part", choices=PARTS, default="all", help="layers, window or all (default all)")
+    parser.add_argument("--part", choices=PARTS, default="all", help="layers, window, encoder or all (default all)")
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default 1.3b)")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="whose DiT (default 2)")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints, as for the pipeline")
@@ -77,11 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, session: Session) -> None:
     """Every kind of weights: one layer of each shape, and a window."""
     forms = chosen_forms(args.forms)
-    model, vae, kinds = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
+    model, vae, kinds, build = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
     size = parse_size(args.size) if args.size else _default(args, session, QUICK_SIZE, CPU_SIZE, CUDA_SIZE)
     check_size(*size, size_multiple(vae, kinds[0].config))
     note = "" if args.weights is not None else f" {STRUCTURED}"
-    if args.part != "window":
+    if args.part in ("layers", "all"):
         tokens = args.tokens or _default(args, session, QUICK_TOKENS, CPU_TOKENS, CUDA_TOKENS)
         table = session.section.table(
             "layers", "one linear layer", identity=layers.IDENTITY, metrics=layers.METRICS, note=layers.NOTE + note
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
             with torch.no_grad():
                 for row in layers.layer_rows(weights, model, forms, tokens, args.seed):
                     table.add(row)
-    if args.part != "layers":
+    if args.part in ("window", "all"):
         table = session.section.table(
             "window", "a window through the DiT", identity=window.IDENTITY, metrics=window.METRICS,
             columns=window.COLUMNS, note=window.NOTE + note,
@@ -101,10 +109,18 @@ def run(args: argparse.Namespace, session: Session) -> None:
             session.say(f"{model}, {weights.kind} weights: a window of {weights.config.num_layers} layers")
             for row in window.window_rows(weights, model, size, latent_size, forms, args.seed):
                 table.add(row)
+    if args.part in ("encoder", "all"):
+        table = session.section.table(
+            "encoder", "the VAE's encoder", identity=encoder.IDENTITY, metrics=encoder.METRICS, note=encoder.NOTE
+        )
+        session.say(f"{model}: {encoder.FRAMES} frames through the VAE's encoder")
+        kind = "random" if args.weights is None else kinds[0].kind
+        for row in encoder.encoder_rows(build, model, kind, size):
+            table.add(row)
 
 
-def _synthetic(args: argparse.Namespace, session: Session) -> tuple[str, VAEConfig, list[Weights]]:
-    """The model's name, its VAE and its weights of every kind."""
+def _synthetic(args: argparse.Namespace, session: Session) -> Subject:
+    """Of a preset."""
     kinds = KINDS if args.kinds is None else tuple(dict.fromkeys(kind.strip() for kind in args.kinds.split(",")))
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
@@ -117,10 +133,11 @@ def _synthetic(args: argparse.Namespace, session: Session) -> tuple[str, VAEConf
     usual = _default(args, session, QUICK_LAYERS, CPU_LAYERS, config.num_layers)
     config = replace(config, num_layers=args.layers or min(usual, config.num_layers))
     found: list[Weights] = [SyntheticWeights(kind, config, args.seed, session.device) for kind in kinds]
-    return _named(name, args.stage), preset.vae, found
+    build = functools.partial(random_weights, WanVAE, preset.vae, args.seed, device=session.device)
+    return _named(name, args.stage), preset.vae, found, build
 
 
-def _checkpoint(args: argparse.Namespace, session: Session) -> tuple[str, VAEConfig, list[Weights]]:
+def _checkpoint(args: argparse.Namespace, session: Session) -> Subject:
     for option in ("preset", "kinds", "layers"):
         if getattr(args, option) is not None:
             raise InputError(f"{option}: expected nothing beside --weights, whose DiT is taken as it is")
@@ -130,10 +147,11 @@ def _checkpoint(args: argparse.Namespace, session: Session) -> tuple[str, VAECon
         return (components.stage_one if args.stage == 1 else components.stage_two)(placement)
 
     components = Components.from_directory(args.weights, COMPUTE, session.device)
-    config, vae = components.stage_two_config, components.vae_config
+    config, vae, build = components.stage_two_config, components.vae_config, components.vae
     if args.stage == 1:
         config, vae = components.stage_one_config, components.stage_one_vae_config
-    return _named(args.weights.resolve().name, args.stage), vae, [CheckpointWeights(config, load)]
+        build = components.stage_one_vae or build
+    return _named(args.weights.resolve().name, args.stage), vae, [CheckpointWeights(config, load)], build
 
 
 def _named(model: str, stage: int) -> str:
@@ -146,8 +164,8 @@ def _default(args: argparse.Namespace, session: Session, quick: Value, cpu: Valu
 
 BENCHMARK = Benchmark(
     name="precision",
-    summary="what 8-bit weights and products cost in accuracy, a layer and a window",
-    description="The error of a DiT with weights and products in 8 bits, beside that of bfloat16.",
+    summary="what 8-bit weights and products cost in accuracy, and 16 bits the VAE's encoder",
+    description="The error of a DiT with weights and products in 8 bits, and of the VAE's encoder in 16.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     measure=run,
