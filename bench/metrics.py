@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
     "error": Metric("error", "error"),
     "largest_error": Metric("largest error", "error"),
     "error_ratio": Metric("x bf16", "ratio", "lower"),
-    "largest_activation": Metric("largest activation", "number"),
+    "largest_activation": Metric("largest activation", "ratio"),
     "limit": Metric("allowed", "error"),
     "peak_bytes": Metric("peak memory", "bytes", "lower"),
     "peak_bytes_predicted": Metric("peak, predicted", "bytes"),
