@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Every kind of weights: one layer of each shape, and a window."""
+    """Every kind of weights: one layer of each shape, and a window; and the VAE's encoder."""
     forms = chosen_forms(args.forms)
     model, vae, kinds, build = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
     size = parse_size(args.size) if args.size else _default(args, session, QUICK_SIZE, CPU_SIZE, CUDA_SIZE)
