@@ -147,7 +147,7 @@ def test_sentences_about_the_clip() -> None:
     ):  # fmt: skip
         assert there.format(stages[name]) in text()
     assert f"of which attention {clip['attention_seconds']:.1f}" in text()
-    assert f"of a latent frame's {stages['decode'] / 21 * 1e3:.0f};" in text()
+    assert f"of a latent frame's {stages['decode'] / 21 * 1e3:.0f} (extrapolated);" in text()
     # Five seconds instead of the encoder's, and Stage I's latents decoded beside them, a sixteenth of a decode.
     sooner = total - stages["reference"] + 5 + stages["decode"] / 16
     assert f"which alone makes {round(seconds / sooner, -1):.0f}" in text()

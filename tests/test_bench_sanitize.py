@@ -58,7 +58,8 @@ print("========= COMPUTE-SANITIZER")
 errors = 0
 if "--planted" in a:
     errors = {planted}
-    print("========= Invalid __global__ write of size 4 bytes\\n=========" if errors else "=========")
+    place = {{"memcheck": "planted_overrun_kernel", "racecheck": "planted_race_kernel"}}[check] if {named} else "exit"
+    print("========= Error\\n=========     at", place, "\\n=========" if errors else "")
 for n in [int(x) for x in a[a.index("--cases") + 1].split(",")] if "--cases" in a else []:
     kind = {kinds}.get(n)
     if kind == "crash":
@@ -75,9 +76,9 @@ print("========= ERROR SUMMARY:", errors, "errors" if check == "memcheck" else "
 """
 
 
-def stand_in(room: Path, kinds: dict[int, str] | None = None, planted: int = 1) -> Path:
+def stand_in(room: Path, kinds: dict[int, str] | None = None, planted: int = 1, named: bool = True) -> Path:
     path = room / "compute-sanitizer"
-    path.write_text(STAND_IN.format(python=sys.executable, kinds=kinds or {}, planted=planted))
+    path.write_text(STAND_IN.format(python=sys.executable, kinds=kinds or {}, planted=planted, named=named))
     path.chmod(0o755)
     return path
 
@@ -223,6 +224,9 @@ def test_a_check_that_misses_its_planted_fault_is_not_trusted(tmp_path: Path) ->
     assert find_planted(stand_in(tmp_path), "racecheck", tmp_path) is None
     blind = str(find_planted(stand_in(tmp_path, planted=0), "memcheck", tmp_path))
     assert blind.startswith("it did not find the fault planted for it: ")
+    # An error of another kind, as of a program that cannot begin, is not what was planted.
+    other = str(find_planted(stand_in(tmp_path, named=False), "memcheck", tmp_path))
+    assert other == "it did not find the fault planted for it: Error at exit"
 
 
 # The command

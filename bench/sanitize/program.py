@@ -66,15 +66,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a line of JSON for each case")
     parser.add_argument("--cases", default="", help="their numbers, separated by commas")
     parser.add_argument("--planted", choices=[*PLANTED], help="a kernel with a fault instead")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--seconds", type=float, default=120, help="ends the process if it takes longer")
     args = parser.parse_args()
     # Also where the device does not come back; who waits outside cannot end what compute-sanitizer has started.
     faulthandler.dump_traceback_later(args.seconds, exit=True)
+    device = torch.device("cuda")
     if args.planted:
-        run_planted(args.planted, args.device)
+        run_planted(args.planted, device)
         torch.cuda.synchronize()
-    run_cases([int(x) for x in args.cases.split(",") if x], args.device, args.out)
+    run_cases([int(x) for x in args.cases.split(",") if x], device, args.out)
     faulthandler.cancel_dump_traceback_later()
 
 
