@@ -17,6 +17,7 @@ TEST = [
     "accelerate>=1",
     "diffusers>=0.35",
     "hypothesis>=6",
+    "kernels>=0.14",
     "peft>=0.17",
     "pytest>=8",
     "pytest-benchmark>=4",

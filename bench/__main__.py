@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.registry import add_parser, benchmarks
-from bench.session import run_benchmark
-from model.command import CommandParser, run_command
+from bench.harness.registry import add_parser, benchmarks
+from bench.harness.session import run_benchmark
+from model.cli.options import CommandParser, run_command
 from swifti2v_kernels.common.target import interpreting
 
 EXAMPLES = """\
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.argv = argv
     if interpreting():
-        from bench import interpreter
+        from bench.harness import interpreter
 
         interpreter.install()
     return run_command(lambda: run_benchmark(benchmarks()[args.command], args))

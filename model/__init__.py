@@ -1,28 +1,33 @@
 """SwiftI2V (arXiv 2605.06356) in lean PyTorch: two Wan-compatible DiTs, the Wan VAE and segment-wise generation.
 
-Reading order: ``config`` (what is built), ``dit``, ``tiling`` and ``vae`` (with ``vae_layers``, ``vae_decoder``,
-``vae_encoder``), ``vae_plan`` (which tiles fit), ``csg`` (the windows and their sampler), ``pipeline`` (the two
-stages), ``generate`` (the command). ``placement``, ``placed`` and ``block_stream`` put a DiT's blocks on the device, in
-host memory or in files; ``memory_plan`` (with ``memory_search``, ``stage_choice``, ``vae_choice`` and the cost model in
-``cost``) decides where, and ``plan`` is its command. ``run_state`` and ``resumable`` keep a run. ``weights`` loads
-checkpoints, ``lora`` merges LoRAs into them and ``inspect`` says what a file is; ``encoders`` makes text and image
-embeddings, ``media`` reads photographs and writes video files.
+One room a subject, in reading order; what comes later imports what comes before:
+
+    config, sizes    what is built, and what width, height and number of frames may be
+    machine          host memory, counted memory, sizes and times
+    io               photographs, video files, files that are whole or not there
+    dit              the diffusion transformer
+    vae              the autoencoder, whole or in exact tiles
+    csg              windows, their sampler, the steps of one window
+    streaming        where a DiT's layers live: device, host memory or files
+    weights          checkpoints, 8-bit files and LoRAs
+    pipeline         both stages, one clip
+    memory           the planner: which placement and tiles fit, what they take; ``memory/cost`` predicts time
+    resume           runs that go on from any end
+    cli              what the commands share
+
+On top are the commands ``generate``, ``plan`` and ``inspect``.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from model.config import DiTConfig, VAEConfig
-from model.csg import SegmentPlan, sample_latents
-from model.dit import WanDiT
+from model.csg.sampler import SegmentPlan, sample_latents
+from model.dit.model import WanDiT
 from model.errors import InputError
-from model.lora import LoRA, apply_loras, merge_loras
-from model.placement import Placement
-from model.tiling import VAEPlan
-from model.vae import WanVAE
-from model.weights import load_dit, load_vae
-
-if TYPE_CHECKING:
-    from model.vae_plan import plan_vae
+from model.memory.vae_plan import plan_vae
+from model.streaming.placement import Placement
+from model.vae.model import WanVAE
+from model.vae.tiles import VAEPlan
+from model.weights.load import load_dit, load_vae
+from model.weights.lora import LoRA, apply_loras, merge_loras
 
 __all__ = [
     "DiTConfig",
@@ -41,12 +46,3 @@ __all__ = [
     "plan_vae",
     "sample_latents",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Not imported with the package, because ``python -m model.vae_plan`` would then find it imported already and warn.
-    if name == "plan_vae":
-        from model.vae_plan import plan_vae
-
-        return plan_vae
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

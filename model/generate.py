@@ -12,20 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.clip import ClipJob, Item, Watcher
-from model.clip_request import ClipRequest, resumed_arguments
-from model.command import CommandParser, add_lora_options, add_memory_options, add_model_options, positive, run_command
-from model.components import LAYOUT, Components
+from model.cli.options import (
+    CommandParser,
+    add_lora_options,
+    add_memory_options,
+    add_model_options,
+    positive,
+    run_command,
+)
+from model.cli.request import ClipRequest, resumed_arguments
 from model.config import PRESETS
-from model.csg import MODES
-from model.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
+from model.csg.sampler import MODES
 from model.errors import InputError, require
-from model.measure import StageTimer, format_bytes, full_memory, peak_memory
-from model.media import VideoWriter, check_video_path, fit_image, open_image
-from model.memory_plan import MemoryPlan, plan_memory
-from model.pipeline import release
-from model.resumable import ClipWork, make_clip
-from model.run_state import RunState
+from model.io.media import VideoWriter, check_video_path, fit_image, open_image
+from model.machine.host import release
+from model.machine.measure import StageTimer, format_bytes, full_memory, peak_memory
+from model.memory.plan import plan_memory
+from model.memory.report import MemoryPlan
+from model.pipeline.clip import ClipJob, Item, Watcher
+from model.pipeline.components import LAYOUT, Components
+from model.pipeline.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
+from model.resume.clip import ClipWork, make_clip
+from model.resume.state import RunState
 
 EXAMPLES = f"""\
 examples:
@@ -284,7 +292,7 @@ def _make(
         request.plan,
         request.sigmas_one,
         request.sigmas_two,
-        plan.vae_plans,
+        plan.vae_plans.tiles,
         *(inputs[name].to(device) if name in inputs else None for name in ("image_one", "image_two")),
         seed=args.seed,
         mode=args.mode,

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from model.checkpoint_keys import PARTS, is_original, strip_prefix
-from model.command import CommandParser, run_command
-from model.dit import WanDiT
+from model.cli.options import CommandParser, run_command
+from model.dit.model import WanDiT
 from model.errors import InputError
-from model.lora import misfits
-from model.lora_files import LoRAFile, open_lora
-from model.measure import format_bytes
-from model.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
-from model.scaled_weights import PlainWeights, plain_weights
-from model.weight_files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
-from model.weights import dit_config, inspect_dit, inspect_vae
+from model.machine.measure import format_bytes
+from model.weights.files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
+from model.weights.float8 import PlainWeights, plain_weights
+from model.weights.keys import PARTS, is_original, strip_prefix
+from model.weights.load import dit_config, inspect_dit, inspect_vae
+from model.weights.lora import misfits
+from model.weights.lora_files import LoRAFile, open_lora
+from model.weights.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
 
 EXAMPLES = """\
 examples:

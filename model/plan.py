@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model.command import (
+from model.cli.options import (
     CommandParser,
     add_lora_options,
     add_memory_options,
@@ -22,28 +22,28 @@ from model.command import (
     parse_ram,
     parse_size,
     pick_dtype,
+    positive,
     run_command,
     segment_plan,
 )
-from model.components import Components
-from model.config import get_preset
-from model.cost.gpus import GPU, GPUS, get_gpu
-from model.csg import MODES, SegmentPlan
+from model.cli.request import request_for
+from model.config import Preset, get_preset
+from model.csg.sampler import MODES
 from model.errors import InputError
-from model.measure import parse_bytes
-from model.memory_plan import plan_memory
-from model.memory_report import NOT_PREDICTED, MemoryPlan, StagePlan, gigabytes
-from model.memory_request import DiTRequest, MemoryRequest
-from model.pipeline import check_frames, check_size, size_multiple, stage_one_size
-from model.pipeline_plan import Card
-from model.placement import NO_TENSORS
-from model.weight_files import open_weights
+from model.machine.measure import parse_bytes
+from model.memory.cost.gpus import GPUS, chosen_gpu, get_gpu
+from model.memory.plan import plan_memory
+from model.memory.report import NOT_PREDICTED, MemoryPlan, StagePlan, gigabytes, vae_data
+from model.memory.request import MemoryRequest
+from model.memory.vae_places import Card
+from model.memory.vae_plan import PARTS, PlannedVAE, plan_vae
+from model.sizes import check_frames
 
 DEFAULT_PRESET = "14b-1.3b"
-#: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
-TEXT_ENCODER_BYTES = 11_360_000_000
-#: Cards by the most GiB that they have; larger ones are an H200.
-CLASSES = ((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090"), (32, "RTX 5090"), (80, "H100"))
+#: Whose kernels the VAE alone is planned for, unless a card is named.
+DEFAULT_GPU = "H100"
+#: The options that --vae takes.
+VAE_OPTIONS = ("vae", "piece", "size", "frames", "preset", "weights", "dtype", "gpu", "vae_memory", "json")
 
 EXAMPLES = """\
 examples:
@@ -55,103 +55,14 @@ examples:
       with block weights in 8 bits
   python -m model.plan --weights DIR --size 1280x704 --frames 121 --json
       checkpoints, of which only headers are read, on this machine's GPU
+  python -m model.plan --vae --size 2560x1408 --vae-memory 4GB
+      the VAE alone: its tiles and peak within 4 GB, decode and encode, the whole clip handed over
+  python -m model.plan --vae decode --preset 5b --size 1280x704 --vae-memory 6GB --gpu "RTX 5090" --piece 3
+      Wan2.2's decoder alone, segment by segment as SwiftI2V streams
 
 Peaks and seconds are predicted. A plan takes 88 % of a card's and 90 % of a machine's memory; blocks of checkpoints can
 also be read from files in every pass, those of random weights cannot (--from-files plans a preset as if they could).
 """
-
-
-def request_for(
-    components: Components,
-    *,
-    size: tuple[int, int],
-    num_frames: int,
-    plan: SegmentPlan,
-    gpu: GPU,
-    from_files: bool | None = None,
-    text_encoder: bool = False,
-    **options: Any,
-) -> MemoryRequest:
-    """The request for the models of a command.
-
-    Args:
-        components: the models.
-        size: (width, height) of the clip.
-        num_frames, plan, gpu: as for :class:`~model.memory_request.MemoryRequest`.
-        from_files: whether blocks can be read in every pass; None: where there are checkpoints.
-        text_encoder: whether the run has UMT5.
-        options: other fields of the request.
-
-    Raises:
-        InputError: something does not fit.
-    """
-    check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
-    multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
-
-    def dit(part: str) -> DiTRequest:
-        config = components.stage_two_config if part == "stage2" else components.stage_one_config
-        return DiTRequest(config, components.stored.get(part, NO_TENSORS))
-
-    return MemoryRequest(
-        stage_one=dit("stage1"),
-        stage_two=dit("stage2"),
-        low_noise=None if components.low_noise is None else dit("stage1_low_noise"),
-        vae=components.vae_config,
-        motion_vae=None if components.stage_one_vae is None else components.stage_one_vae_config,
-        size=size,
-        motion_size=stage_one_size(*size, multiple),
-        num_frames=num_frames,
-        plan=plan,
-        gpu=gpu,
-        from_files=components.weights is not None if from_files is None else from_files,
-        text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,
-        **options,
-    )
-
-
-def _encoder_bytes(components: Components, capability: int | None) -> int:
-    """Of the text encoder that there is, or of UMT5-XXL's; without a GPU it runs in float32 (model/encoders.py)."""
-    itemsize, folder = 2 if capability else 4, None
-    if components.weights is not None and (components.weights / "text_encoder").is_dir():
-        folder = components.weights / "text_encoder"
-    if folder is None:
-        return TEXT_ENCODER_BYTES // 2 * itemsize
-    return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
-
-
-def gpu_named(name: str) -> GPU | None:
-    """The card of the table whose name is in a device's, such as ``NVIDIA GeForce RTX 4090``; None: there is none."""
-    found = [known for known in GPUS if known.lower() in name.lower()]
-    return GPUS[max(found, key=len)] if found else None
-
-
-def gpu_of_class(memory: int) -> GPU:
-    """A card that is sold with so many bytes: a GeForce up to 32 GB, then an H100 or H200."""
-    # A card has up to its number of GiB.
-    return GPUS[next((name for most, name in CLASSES if memory <= most * 2**30), "H200")]
-
-
-def chosen_gpu(name: str | None, memory: int) -> GPU:
-    """The card that seconds are predicted for: the one that was named, else the CUDA device if it is in the table and
-    has that much memory, else one of the memory's class.
-
-    Raises:
-        InputError: the name is unknown.
-    """
-    if name is not None:
-        return get_gpu(name)
-    if torch.cuda.is_available():
-        found = gpu_named(torch.cuda.get_device_name())
-        if found is not None and memory <= torch.cuda.get_device_properties(0).total_memory:
-            return found
-    return gpu_of_class(memory)
-
-
-def device_options(device: torch.device) -> dict[str, Any]:
-    """Of a request for what a device has: the card, and whose seconds are predicted. A CPU has no limit."""
-    card = Card.of(device)
-    memory, capability = (None, None) if card is None else (card.memory, card.capability)
-    return {"vram": memory, "capability": capability, "gpu": chosen_gpu(None, memory or 0)}
 
 
 def vram_limits(text: str | None) -> list[int]:
@@ -188,11 +99,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", help=f"whose seconds are predicted: one of {', '.join(GPUS)} (default: by the memory)")
     parser.add_argument("--no-text-encoder", dest="text_encoder", action="store_false", help="embeddings are given")
     parser.add_argument("--from-files", action="store_true", help="plan a preset as if its weights were checkpoints")
+    parser.add_argument(
+        "--vae",
+        nargs="?",
+        const="both",
+        choices=(*PARTS, "both"),
+        help="plan the VAE alone, within --vae-memory: decode, encode or both (default both)",
+    )
+    parser.add_argument(
+        "--piece",
+        type=positive,
+        metavar="N",
+        help="with --vae: latent frames that are handed over at once (default: all of the clip)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; of several limits a list")
     add_memory_options(parser, None)
     add_model_options(parser, device=False)
     add_lora_options(parser)
     return parser
+
+
+def _preset(args: argparse.Namespace) -> Preset:
+    """The preset whose defaults count; without checkpoints also the one whose models do."""
+    if args.weights is None:
+        args.preset = args.preset or DEFAULT_PRESET
+    return get_preset(args.preset or "1.3b")
 
 
 def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
@@ -201,9 +132,7 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
     Raises:
         InputError: an option does not fit.
     """
-    defaults = get_preset(args.preset or (DEFAULT_PRESET if args.weights is None else "1.3b"))
-    if args.weights is None:
-        args.preset = args.preset or DEFAULT_PRESET
+    defaults = _preset(args)
     dtype = pick_dtype("bfloat16" if args.dtype == "auto" else args.dtype, torch.device("cpu"))
     components = build_components(args, torch.device("cpu"), dtype, chosen_loras(args))
     size = (defaults.width, defaults.height) if args.size is None else parse_size(args.size)
@@ -226,8 +155,50 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
     return request
 
 
+def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
+    """What ``--vae`` asks for, by part.
+
+    Raises:
+        InputError: an option does not fit, or does not go with ``--vae``; or no plan fits.
+    """
+    defaults = vars(build_parser().parse_args([]))
+    if odd := [name for name, value in vars(args).items() if name not in VAE_OPTIONS and value != defaults[name]]:
+        named, allowed = (
+            ", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (odd, VAE_OPTIONS[1:])
+        )
+        raise InputError(f"vae: the VAE alone takes {allowed}; got {named} too")
+    preset = _preset(args)
+    config = build_components(args, torch.device("cpu"), torch.float32, {}).vae_config
+    width, height = (preset.width, preset.height) if args.size is None else parse_size(args.size)
+    blocks = check_frames(preset.num_frames if args.frames is None else args.frames, config.temporal_stride)
+    options = {
+        "limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
+        "capability": get_gpu(args.gpu or DEFAULT_GPU).capability,
+        "piece": args.piece or blocks,
+    }
+    found = {}
+    for part in PARTS if args.vae == "both" else (args.vae,):
+        # Decoding in 16 bits loses nothing that shows; the reference is encoded in float32
+        # (model/memory/vae_places.py).
+        own = "bfloat16" if part == "decode" else "float32"
+        dtype = pick_dtype(own if args.dtype == "auto" else args.dtype, torch.device("cpu"))
+        found[part] = plan_vae(config, part, width, height, dtype=dtype, **options)
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
-    """The command."""
+    """The command.
+
+    Raises:
+        InputError: an option does not fit.
+    """
+    if args.vae is not None:
+        plans = vae_plans(args)
+        data = {part: vae_data(planned) for part, planned in plans.items()}
+        print(json.dumps(data, indent=2) if args.json else "\n".join(map(str, plans.values())))
+        return
+    if args.piece is not None:
+        raise InputError("piece: goes with --vae")
     limits = vram_limits(args.vram)
     request = planner(args)
     if len(limits) == 1:

@@ -9,27 +9,27 @@ Every operator has a PyTorch path, which runs anywhere and is the reference that
 or read 8-bit rows; on other cards not yet timed on hardware). :func:`explain` says what would compute a call.
 """
 
-from swifti2v_kernels.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
-from swifti2v_kernels.attention import segment_attention
-from swifti2v_kernels.attention_arguments import BlockWindow
-from swifti2v_kernels.attention_merge import merge_attention
-from swifti2v_kernels.causal_conv3d import causal_conv3d
-from swifti2v_kernels.common.dispatch import Choice, explain
-from swifti2v_kernels.common.quantized import QuantizedRows
-from swifti2v_kernels.common.target import pretend_gpu
-from swifti2v_kernels.csg import SegmentPlan, Window, assemble_window, block_noise
-from swifti2v_kernels.csg_sampler import WindowModel, sample_segments
-from swifti2v_kernels.dequantize_rows import dequantize_rows
-from swifti2v_kernels.embed_window import embed_window
-from swifti2v_kernels.frames_out import frames_out
-from swifti2v_kernels.linear_gelu import linear_gelu
-from swifti2v_kernels.project_step import project_step
-from swifti2v_kernels.qk_norm_rope import norm_rope, qk_norm_rope
-from swifti2v_kernels.quantize_rows import quantize_rows
-from swifti2v_kernels.rms_norm_silu import rms_norm_silu
-from swifti2v_kernels.rope import Rope3D, rope_3d, rope_from_tokens
-from swifti2v_kernels.scaled_linear import scaled_linear
-from swifti2v_kernels.upsample_conv2d import fold_upsample_weight, upsample_conv2d
+from .attention.arguments import BlockWindow
+from .attention.merge_attention import merge_attention
+from .attention.segment_attention import segment_attention
+from .common.dispatch import Choice, explain
+from .common.target import pretend_gpu
+from .conv.causal_conv3d import causal_conv3d
+from .conv.frames_out import frames_out
+from .conv.upsample_conv2d import fold_upsample_weight, upsample_conv2d
+from .csg.plan import SegmentPlan, Window, assemble_window, block_noise
+from .csg.sampler import WindowModel, sample_segments
+from .linear.dequantize_rows import dequantize_rows
+from .linear.linear_gelu import linear_gelu
+from .linear.quantize_rows import quantize_rows
+from .linear.rows import QuantizedRows
+from .linear.scaled_linear import scaled_linear
+from .norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
+from .norm.qk_norm_rope import norm_rope, qk_norm_rope
+from .norm.rms_norm_silu import rms_norm_silu
+from .norm.rope import Rope3D, rope_3d, rope_from_tokens
+from .window.embed_window import embed_window
+from .window.project_step import project_step
 
 __version__ = "0.1.0"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.campaign.hardware_tests import HARDWARE
+from bench.hardware.tests import HARDWARE
 from bench.static.compile_only import quiet_exit
 from model import DiTConfig, VAEConfig, WanDiT, WanVAE
-from model.weights import random_weights
-from tests import compatibility
+from model.weights.load import random_weights
+from tests.support import compatibility
 
 TINY_DIT = DiTConfig(
     num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import pkgutil
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
 
 import swifti2v_kernels
+from tests.support.import_graph import graph, imported, modules
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "triton", "einops", "numpy"}
@@ -27,14 +28,8 @@ HOSTS = {"diffusers", "comfy", "folder_paths", "wan"}
 def imports(folder: str, everywhere: bool = True) -> set[str]:
     """Top-level packages that the Python files of a folder import."""
     found = set()
-    for file in (ROOT / folder).rglob("*.py"):
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree) if everywhere else tree.body:
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: relative import"
-                found.add(node.module.split(".")[0])
+    for module, file in modules(ROOT, folder).items():
+        found |= {base.split(".")[0] for base, _, _ in imported(file, module, everywhere)}
     return found - set(sys.stdlib_module_names)
 
 
@@ -47,18 +42,62 @@ def test_data_flows_one_way():
     assert imports("bench", everywhere=False) <= ALLOWED | {"bench", "model", "swifti2v_kernels", "pytest"}
 
 
+@pytest.mark.parametrize("package", ["swifti2v_kernels", "model", "bench"])
+def test_no_imports_go_in_circles(package):
+    """Those inside functions and for type checking count too."""
+    edges = graph(ROOT, package)
+    order = list(TopologicalSorter(edges).static_order())  # raises CycleError, which names the circle
+    assert set(order) == set(edges)
+    assert sum(map(len, edges.values())) > len(edges)
+
+
+def test_a_circle_would_be_found(tmp_path):
+    room = tmp_path / "house" / "room"
+    room.mkdir(parents=True)
+    (room / "__init__.py").write_text("")
+    (room / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\n")
+    (room / "b.py").write_text("def f():\n    from house.room import a\n")
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(graph(tmp_path, "house")).static_order())
+
+
+def test_rooms_of_the_model_import_only_rooms_before_them():
+    """In the reading order that ``model/__init__.py`` gives; ``errors`` is for all, and the commands are on top."""
+    listed = re.findall(
+        r"^    ([a-z]+(?:, [a-z]+)*)  ", ast.get_docstring(ast.parse((ROOT / "model/__init__.py").read_text())), re.M
+    )
+    order = ["errors", *(room for line in listed for room in line.split(", ")), "generate", "plan", "inspect"]
+    rooms = {module.split(".")[1] for module in modules(ROOT, "model") if "." in module}
+    assert sorted(order) == sorted(rooms)
+    for module, targets in graph(ROOT, "model").items():
+        for target in targets if "." in module else ():
+            here, there = module.split(".")[1], target.split(".")[1]
+            assert order.index(there) <= order.index(here), f"{module} imports {target}"
+
+
+def test_the_library_imports_itself_by_relative_imports_alone():
+    """A copy under another name (``hub/``) would otherwise run the installed one's code."""
+    for module, file in modules(ROOT, "swifti2v_kernels").items():
+        for base, _, level in imported(file, module):
+            # ComfyUI loads that one file by its path.
+            assert (
+                level > 0
+                or module == "swifti2v_kernels.integrations.comfyui"
+                or base.split(".")[0] != "swifti2v_kernels"
+            ), f"{file}: imports {base} by an absolute name"
+        assert "swifti2v::" not in re.sub(r"``.*?``", "", file.read_text()), f"{file}: a name outside registration.py"
+
+
 def test_model_uses_only_public_names_of_the_library():
     """``bench`` also reads the operators' own files (cases, costs, launchers), but nothing private."""
-    import swifti2v_kernels
-
-    for file in [*(ROOT / "model").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("swifti2v_kernels"):
-                names = {alias.name for alias in node.names}
-                assert not any(name.startswith("_") for name in names), file
-                if file.parent.name == "model":
-                    assert node.module == "swifti2v_kernels", file
-                    assert names <= set(swifti2v_kernels.__all__), file
+    for folder in ("model", "bench"):
+        for module, file in modules(ROOT, folder).items():
+            for base, name, _ in imported(file, module):
+                if base.split(".")[0] == "swifti2v_kernels" and name is not None:
+                    assert not name.startswith("_"), file
+                    if folder == "model":
+                        assert base == "swifti2v_kernels", file
+                        assert name in swifti2v_kernels.__all__, file
 
 
 def test_library_imports_nothing_else_at_run_time():
@@ -82,17 +121,17 @@ def test_every_public_name_is_documented():
 @pytest.mark.parametrize(
     "module",
     [
-        "attention",
-        "attention_merge",
-        "causal_conv3d",
+        "attention.merge_attention",
+        "attention.segment_attention",
         "common.dispatch",
-        "csg",
-        "embed_window",
-        "frames_out",
-        "project_step",
-        "rms_norm_silu",
-        "rope",
-        "upsample_conv2d",
+        "conv.causal_conv3d",
+        "conv.frames_out",
+        "conv.upsample_conv2d",
+        "csg.plan",
+        "norm.rms_norm_silu",
+        "norm.rope",
+        "window.embed_window",
+        "window.project_step",
     ],
 )
 def test_examples_in_docstrings_run(module):
@@ -115,12 +154,13 @@ def test_metadata_of_the_package(tmp_path):
     sources = (info / "SOURCES.txt").read_text()
     for file in (
         *("py.typed", "common/target.py", "configs/attention.json", "configs/conv3d.json"),
-        *("integrations/wan.py", "integrations/diffusers/wan.py", "integrations/comfyui/nodes.py"),
+        *("integrations/wan/dit.py", "integrations/diffusers/wan.py", "integrations/comfyui/nodes.py"),
+        *(f"{family}/cases.py" for family in ("attention", "conv", "linear", "norm", "window")),
     ):
         assert f"swifti2v_kernels/{file}" in sources
 
 
-@pytest.mark.parametrize("command", ["model.generate", "model.inspect", "model.plan", "model.vae_plan", "bench"])
+@pytest.mark.parametrize("command", ["swifti2v_kernels", "model.generate", "model.inspect", "model.plan", "bench"])
 def test_commands_start_without_a_warning(command):
     arguments = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
@@ -148,9 +188,6 @@ def test_what_an_operator_writes_has_no_default():
     """torch up to 2.11 leaves out arguments that equal their defaults and then looks for what was written among them:
     such a call ends in an IndexError. Whatever torch the tests run under, the schema shows it."""
     written = set()
-    for module in pkgutil.iter_modules(swifti2v_kernels.__path__):
-        if not module.name.endswith("_hopper"):
-            importlib.import_module(f"swifti2v_kernels.{module.name}")
     for name in torch._C._dispatch_get_all_op_names():
         if not name.startswith("swifti2v::"):
             continue

@@ -1,0 +1,1 @@
+"""``python -m bench attention``: our attention kernels against torch's and others'."""

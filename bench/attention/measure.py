@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from bench.attention.providers import Provider, Shape, inputs, own_kernel
-from bench.outcome import FAILURES, failure
-from bench.record import Table
-from bench.timing import Timer, peak_of
+from bench.harness.timing import Timer, peak_of
+from bench.records.outcome import FAILURES, failure
+from bench.records.write import Table
 from model.errors import require
-from model.measure import is_out_of_memory
+from model.machine.measure import is_out_of_memory
 
 #: Relative L2 error against float64 above which an implementation is wrong: bfloat16 rounds p and the output once, with
 #: at most 2**-8 each; 8-bit products are allowed ten times as much.

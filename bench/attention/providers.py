@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.outcome import Unavailable
-from swifti2v_kernels import attention_launch, segment_attention
-from swifti2v_kernels.attention import cost
+from bench.records.outcome import Unavailable
+from swifti2v_kernels import segment_attention
+from swifti2v_kernels.attention import choice as attention_launch
+from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common.cost import Cost
 
 Sources = Sequence[tuple[Tensor, Tensor]]

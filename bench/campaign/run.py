@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.campaign.parts import PARTS, Part
-from bench.files import write_text
-from bench.record import Record, dumps, now
-from bench.result_file import ROOT
-from bench.session import RESULT
+from bench.harness.session import RESULT
+from bench.records.read import ROOT
+from bench.records.write import Record, dumps, now
+from model.io.durable import write_text
 
 #: Seconds that an interrupted part has to write what it has.
 GRACE = 8.0
@@ -186,7 +186,7 @@ def _keep(record: Record, part: Part, section: dict[str, Any]) -> None:
 
 def save_result(record: Record, folder: Path) -> Path:
     """A copy of the campaign's file under ``folder/<gpu>/<date>-<commit>.json``."""
-    from bench.result_file import folder_name
+    from bench.records.read import folder_name
 
     environment = record.data["environment"]
     commit = (environment["git"] or {}).get("commit") or "unknown"

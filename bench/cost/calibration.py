@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 from bench.cost.paper import baseline
 from model.config import PRESETS, DiTConfig, VAEConfig
-from model.cost import dit, vae
-from model.cost.gpus import get_gpu
-from model.cost.pipeline import Configuration, predict
-from model.cost.profiles import get_profile, seconds
-from model.cost.work import Work
+from model.memory.cost import dit, vae
+from model.memory.cost.configuration import Configuration
+from model.memory.cost.gpus import get_gpu
+from model.memory.cost.pipeline import predict
+from model.memory.cost.profiles import get_profile, seconds
+from model.memory.cost.work import Work
 
 _REFERENCE, _FLASH_3, _OWN = "reference", "reference, FlashAttention-3", "swifti2v"
 _T2V_1B = DiTConfig()

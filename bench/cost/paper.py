@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from model.config import PRESETS
-from model.cost.gpus import get_gpu
-from model.cost.pipeline import Configuration, parts, predict
-from model.cost.profiles import get_profile
 from model.errors import InputError
+from model.memory.cost.configuration import Configuration
+from model.memory.cost.gpus import get_gpu
+from model.memory.cost.pipeline import parts, predict
+from model.memory.cost.profiles import get_profile
 
 #: Predicted with these, since the paper's code is neither known nor this project's.
 PROFILES = ("reference", "reference, FlashAttention-3")

@@ -1,0 +1,1 @@
+"""``python -m bench csg``: segment-wise generation against end to end."""

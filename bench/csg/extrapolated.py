@@ -20,17 +20,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
 from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, plan_vaes, segments
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
-from bench.outcome import FAILURES, failure
-from bench.record import Section, Table
-from bench.timing import Timer, time_one
-from model.clip import release
-from model.csg import SegmentPlan, Window, sample_latents
-from model.dit import WanDiT
-from model.encoders import empty_text
+from bench.harness.timing import Timer, time_one
+from bench.records.outcome import FAILURES, failure
+from bench.records.write import Section, Table
+from model.csg.sampler import SegmentPlan, Window, sample_latents
+from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT
 from model.errors import InputError
-from model.pipeline import size_multiple, stage_one_size
-from model.scheduler import flow_sigmas
-from model.weights import random_weights
+from model.machine.host import release
+from model.pipeline.encoders import empty_text
+from model.sizes import size_multiple, stage_one_size
+from model.weights.load import random_weights
 
 STAGES = ("Stage I", "reference", "Stage II", "decode", "file")
 TWO_STAGE = "two stages, CSG"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bench.vae.shapes import SIZES as VAE_SIZES
 from model.config import PRESETS, DiTConfig, VAEConfig, stage_two_config
-from model.csg import SegmentPlan
+from model.csg.sampler import SegmentPlan
 from model.errors import InputError
 
 SIZES = {name: VAE_SIZES[name] for name in ("720p", "1080p", "2K")}

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from bench.csg.setups import Setup
-from model.clip import release
-from model.csg import SegmentPlan
-from model.media import VideoWriter
-from model.memory_plan import DiTRequest, MemoryRequest, plan_memory
-from model.pipeline import make_reference, size_multiple, stage_one_size
-from model.pipeline_plan import PipelinePlans
-from model.plan import device_options
-from model.vae import WanVAE
-from model.weights import random_weights
+from model.csg.sampler import SegmentPlan
+from model.io.media import VideoWriter
+from model.machine.host import release
+from model.memory.plan import plan_memory
+from model.memory.request import DiTRequest, MemoryRequest
+from model.memory.vae_places import PipelinePlans, device_options
+from model.pipeline.stages import make_reference
+from model.sizes import size_multiple, stage_one_size
+from model.vae.model import WanVAE
+from model.weights.load import random_weights
 
 #: Latent frames that are run: the anchor, and one or two segments of three behind it.
 BLOCKS, SEGMENT = (4, 7), 3

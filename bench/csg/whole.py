@@ -4,7 +4,7 @@ For every clip length one photograph goes through Stage I and the reference once
 first pass of each mode warms up and measures peak memory; the timed passes follow, the modes in turn, so that a drift
 of the machine's speed falls on all of them alike. The longest clip is decoded and written in every mode.
 
-Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`model.tensor_memory`); both
+Memory is the allocator's peak on CUDA, and on the CPU the live bytes of tensors (:mod:`model.machine.counted`); both
 include the weights that are resident while Stage II runs.
 """
 
@@ -21,26 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.environment import energy_joules, process_memory
-from bench.outcome import failure
-from bench.plot import LABELS
-from bench.record import Table
-from model.clip import ClipJob, Condition, Item, Watcher, make_condition
-from model.command import build_components, parse_size, pick_dtype, segment_plan
+from bench.harness.environment import energy_joules, process_memory
+from bench.records.outcome import failure
+from bench.records.plot import LABELS
+from bench.records.write import Table
+from model.cli.options import build_components, parse_size, pick_dtype, segment_plan
+from model.cli.request import request_for
 from model.config import get_preset
-from model.csg import SegmentPlan, plan_for, sample_latents
-from model.dit import WanDiT
-from model.encoders import empty_text
+from model.csg.sampler import SegmentPlan, plan_for, sample_latents
+from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT
 from model.errors import InputError
-from model.measure import StageTimer, is_out_of_memory, parse_bytes
-from model.media import VideoWriter, fit_image, open_image
-from model.memory_plan import MemoryPlan, plan_memory
-from model.memory_report import describe_placement
-from model.pipeline import check_frames, check_size, decode_frames, size_multiple, stage_one_size
-from model.plan import device_options, request_for
-from model.resumable import as_planned
-from model.scheduler import flow_sigmas
-from model.tensor_memory import TensorMemory
+from model.io.media import VideoWriter, fit_image, open_image
+from model.machine.counted import TensorMemory
+from model.machine.measure import StageTimer, is_out_of_memory, parse_bytes
+from model.memory.plan import plan_memory
+from model.memory.report import MemoryPlan, describe_placement
+from model.memory.vae_places import device_options
+from model.pipeline.clip import ClipJob, Condition, Item, Watcher, make_condition
+from model.pipeline.encoders import empty_text
+from model.pipeline.stages import decode_frames
+from model.resume.clip import as_planned
+from model.sizes import check_frames, check_size, size_multiple, stage_one_size
 
 IDENTITY = ("frames", "mode")
 METRICS = (
@@ -209,7 +211,7 @@ class WholePasses:
             self.plan(num_frames),
             flow_sigmas(args.stage1_steps, args.shift),
             self.sigmas,
-            self.memory.vae_plans,
+            self.memory.vae_plans.tiles,
             components.clip_tokens("stage1", self.photo, self.device),
             components.clip_tokens("stage2", self.photo, self.device),
             args.seed,

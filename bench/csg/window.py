@@ -19,14 +19,14 @@ from torch import nn
 
 from bench.csg.setups import Setup
 from bench.dit.split import split_seconds
-from model.clip import release
 from model.config import DiTConfig
-from model.csg import SegmentPlan, Window
-from model.denoise import Denoiser
-from model.dit import WanDiT
-from model.encoders import empty_text
-from model.scheduler import flow_sigmas
-from model.weights import random_weights
+from model.csg.denoiser import Denoiser
+from model.csg.sampler import SegmentPlan, Window
+from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT
+from model.machine.host import release
+from model.pipeline.encoders import empty_text
+from model.weights.load import random_weights
 
 #: Layers that are run.
 LAYERS = (1, 3)
@@ -211,7 +211,7 @@ def shortened(dit: WanDiT, count: int) -> WanDiT:
 
 
 def _open(denoiser: Denoiser, window: Window, mode: str) -> None:
-    """As ``model.csg`` opens a segment."""
+    """As ``model.csg.sampler`` opens a segment."""
     given, noisy = len(window.conditioning), tuple(range(len(window.noisy)))
     if mode == "causal":
         denoiser.open(window.noisy, noisy, [0.0] * len(noisy), remembered=window.conditioning)

@@ -1,0 +1,1 @@
+"""``python -m bench dit``: the DiT's operators and one layer of it."""

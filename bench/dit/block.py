@@ -27,9 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.dit.eager import EPS, by_block, rotate
 from bench.dit.ops import block_map, normal, rotary_tables
 from bench.dit.shapes import Shape
-from bench.outcome import Unavailable
-from model.dit import FLOAT32_PARAMETERS, DiTBlock
-from model.workspace import Workspace, plan_parts
+from bench.records.outcome import Unavailable
+from model.dit.layer import DiTBlock
+from model.dit.model import FLOAT32_PARAMETERS
+from model.dit.workspace import Workspace, plan_parts
 from swifti2v_kernels import Rope3D, norm_modulate, rope_3d
 from swifti2v_kernels.integrations.diffusers import accelerate
 

@@ -10,7 +10,7 @@ from bench.dit.block import BLOCK_PROVIDERS, TIMESTEPS, block_inputs, exact_rows
 from bench.dit.ops import Op, relative_error
 from bench.dit.providers import providers
 from bench.dit.shapes import Shape
-from bench.record import Table
+from bench.records.write import Table
 from model.errors import require
 
 

@@ -33,8 +33,8 @@ from bench.dit.block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, block_inputs
 from bench.dit.ops import Op
 from bench.dit.shapes import ITEMSIZE, Shape
 from bench.dit.split import group_of, quiet_stderr
-from bench.outcome import Unavailable
-from model.tensor_memory import TensorMemory
+from bench.records.outcome import Unavailable
+from model.machine.counted import TensorMemory
 from swifti2v_kernels.common.target import interpreting
 
 META = torch.device("meta")

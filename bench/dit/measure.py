@@ -16,8 +16,8 @@ from bench.dit.ops import Op, relative_error
 from bench.dit.providers import Provider
 from bench.dit.shapes import Shape
 from bench.dit.split import split_seconds
-from bench.outcome import FAILURES, failure
-from bench.timing import Timer, peak_of
+from bench.harness.timing import Timer, peak_of
+from bench.records.outcome import FAILURES, failure
 
 #: Relative L2 error against float64 above which an operator is wrong: bf16 rounds a few times, with 2**-9 each.
 TOLERANCE = 8e-3

@@ -18,12 +18,12 @@ from torch import Tensor
 from bench.dit import eager
 from bench.dit.shapes import ITEMSIZE, STORE_ITEMSIZE, Shape
 from swifti2v_kernels import Rope3D, rope_3d
-from swifti2v_kernels.adaln import cost as adaln_cost
 from swifti2v_kernels.common.cost import Cost
-from swifti2v_kernels.embed_window import cost as embed_cost
-from swifti2v_kernels.linear_gelu import cost as linear_cost
-from swifti2v_kernels.project_step import cost as project_cost
-from swifti2v_kernels.qk_norm_rope import cost as rope_cost
+from swifti2v_kernels.linear.linear_gelu import cost as linear_cost
+from swifti2v_kernels.norm.adaln import cost as adaln_cost
+from swifti2v_kernels.norm.qk_norm_rope import cost as rope_cost
+from swifti2v_kernels.window.embed_window import cost as embed_cost
+from swifti2v_kernels.window.project_step import cost as project_cost
 
 #: Tokens that are compared with the exact result, at most.
 CHECKED = 2048
@@ -33,7 +33,7 @@ _PER_TOKEN = ("x", "update", "q", "k", "cos", "sin")
 
 @dataclass(frozen=True)
 class Inputs:
-    """``arguments`` are those of the operator's function in ``bench/dit_eager.py``; ``extra`` is what others need."""
+    """``arguments`` are those of the operator's function in ``bench/dit/eager.py``; ``extra`` is what others need."""
 
     shape: Shape
     arguments: dict[str, Any]

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.dit import eager
 from bench.dit.eager import EPS
 from bench.dit.ops import Inputs, Op
-from bench.outcome import Unavailable
+from bench.records.outcome import Unavailable
 from swifti2v_kernels import (
     embed_window,
     gated_residual,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from model.config import MASK_CHANNELS, PRESETS, DiTConfig
-from model.workspace import MAX_PART_TOKENS
+from model.dit.workspace import MAX_PART_TOKENS
 
 ITEMSIZE = 2  # bf16
 STORE_ITEMSIZE = 4  # latents are float32

@@ -14,24 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.environment import energy_joules, process_memory
+from bench.harness.environment import energy_joules, process_memory
+from bench.harness.timing import limited
 from bench.memory.course import Course
 from bench.memory.meter import CountingMeter, Meter, make_meter
-from bench.outcome import failure
-from bench.timing import limited
-from model.clip import ClipJob, make_condition, make_frames
-from model.components import Components
+from bench.records.outcome import failure
+from model.cli.request import request_for
 from model.config import get_preset
-from model.csg import plan_segments
-from model.encoders import empty_text
-from model.measure import is_out_of_memory
-from model.media import VideoWriter
-from model.memory_plan import MemoryPlan, MemoryRequest, plan_memory
-from model.pipeline import check_frames, release
-from model.pipeline_plan import Card
-from model.plan import chosen_gpu, request_for
-from model.resumable import as_planned
-from model.scheduler import flow_sigmas
+from model.csg.sampler import plan_segments
+from model.csg.schedule import flow_sigmas
+from model.io.media import VideoWriter
+from model.machine.host import release
+from model.machine.measure import is_out_of_memory
+from model.memory.cost.gpus import chosen_gpu
+from model.memory.plan import plan_memory
+from model.memory.report import MemoryPlan
+from model.memory.request import MemoryRequest
+from model.memory.vae_places import Card
+from model.pipeline.clip import ClipJob, make_condition, make_frames
+from model.pipeline.components import Components
+from model.pipeline.encoders import empty_text
+from model.resume.clip import as_planned
+from model.sizes import check_frames
 from swifti2v_kernels import pretend_gpu
 
 META = torch.device("meta")
@@ -159,7 +163,7 @@ def _job(setup: ClipSetup, components: Components, device: torch.device, plan: M
     return ClipJob(
         _picture(*request.size), _picture(*request.motion_size),
         empty_text(components.stage_two_config.text_dim).to(device), request.plan,
-        flow_sigmas(setup.stage_one_steps, 5.0), flow_sigmas(setup.steps, 5.0), plan.vae_plans,
+        flow_sigmas(setup.stage_one_steps, 5.0), flow_sigmas(setup.steps, 5.0), plan.vae_plans.tiles,
         seed=setup.seed, mode=setup.mode, host=host,
     )  # fmt: skip
 

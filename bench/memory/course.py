@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from model.streaming import placed
+from model.weights import float8, load
+
 
 class Event(NamedTuple):
     """``size`` bytes are taken under ``key`` by ``label``, or given back (negative, without a label)."""
@@ -103,12 +106,12 @@ def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
     return events
 
 
-#: Where weights are given their memory.
-LOADERS = ("/model/weights.py", "/model/placed.py", "/model/scaled_weights.py")
+#: The files in which weights are given their memory.
+LOADERS = tuple(f"/{module.__name__.replace('.', '/')}.py" for module in (load, float8, placed))
 
 
 def label_of(frames: Iterable[Any]) -> str:
-    """Who allocated: the innermost place in this project, as ``model/vae_layers.py remember``."""
+    """Who allocated: the innermost place in this project, as ``model/vae/layers.py remember``."""
     for frame in frames:
         name, function = (frame["filename"], frame["name"]) if isinstance(frame, dict) else frame
         if name.endswith(LOADERS):

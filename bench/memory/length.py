@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from bench.csg.window import WindowClock
-from bench.outcome import FAILURES, failure
-from bench.record import Table
+from bench.records.outcome import FAILURES, failure
+from bench.records.write import Table
 from model.config import Preset
-from model.cost import dit as dit_cost
-from model.csg import SegmentPlan, Window, plan_for
+from model.csg.sampler import SegmentPlan, Window, plan_for
+from model.memory.cost import dit as dit_cost
 
 MODES = ("end_to_end", "bidirectional")
 LENGTHS = (17, 41, 81, 161, 241)

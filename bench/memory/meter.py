@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from bench.memory.course import Course, Event, from_trace, label_of
-from model.clip import Item, Watcher
-from model.host import Host
-from model.measure import StageTimer
-from model.tensor_memory import TensorMemory
-from model.vae_plan import CountedHost
+from model.machine.counted import TensorMemory
+from model.machine.host import Host
+from model.machine.measure import StageTimer
+from model.memory.vae_plan import CountedHost
+from model.pipeline.clip import Item, Watcher
 
 #: Entries of the allocator's history that are kept: a clip at 2K has some 100,000.
 HISTORY = 1_000_000

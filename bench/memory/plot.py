@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.memory.clip import ClipRun
-from bench.plot import COLOURS, LABELS, save
+from bench.records.plot import COLOURS, LABELS, save
 from model.errors import require
 
 GIB = 2**30

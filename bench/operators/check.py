@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from bench.dit.ops import relative_error
 from bench.operators.discover import operator_name
-from bench.outcome import failure
+from bench.records.outcome import failure
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.quantized import QuantizedRows, quantized_reference
 from swifti2v_kernels.common.target import interpreting
+from swifti2v_kernels.linear.rows import QuantizedRows, quantized_reference
 
 #: Relative L2 error against float64 above which a result is wrong: the coarsest dtype among the inputs is rounded a few
 #: times. uint8 frames are rounded to whole numbers.

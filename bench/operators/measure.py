@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from bench.harness.timing import Ceilings, Timer, peak_of, time_one
 from bench.operators.check import check_case, fill
 from bench.operators.discover import all_cases, operator_name
-from bench.outcome import FAILURES, failure
-from bench.record import Table
+from bench.records.outcome import FAILURES, failure
+from bench.records.write import Table
 from bench.static.compile_only import quiet_exit
-from bench.timing import Ceilings, Timer, peak_of, time_one
-from model.clip import release
+from model.machine.host import release
 from swifti2v_kernels.common.case import Case
 
 CHECK_IDENTITY, CHECK_METRICS = ("case",), ("error", "limit")

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.assets import PHOTO
-from bench.outcome import FAILURES, failure
 from bench.precision.forms import add_ratios, errors_of
-from model.media import fit_image, open_image
-from model.pipeline import release
-from model.vae import WanVAE
+from bench.records.outcome import FAILURES, failure
+from model.io.media import fit_image, open_image
+from model.machine.host import release
+from model.vae.model import WanVAE
 
 IDENTITY = ("model", "weights", "size", "frames", "form")
 METRICS = ("error", "largest_error", "error_ratio", "largest_activation")

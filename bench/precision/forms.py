@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import InputError
-from model.placement import Placement
+from model.streaming.placement import Placement
 from swifti2v_kernels import dequantize_rows, quantize_rows, scaled_linear
 
 #: Of activations and of plain products.

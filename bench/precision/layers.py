@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.outcome import FAILURES, failure
 from bench.precision.forms import COMPUTE, Form, add_ratios, errors_of
 from bench.precision.weights import COLUMN_SPREAD, MODULATION, Drawing, Weights
+from bench.records.outcome import FAILURES, failure
 
 IDENTITY = ("model", "weights", "layer", "form")
 METRICS = ("error", "largest_error", "error_ratio")

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.dit import WanDiT
-from model.placed import place
-from model.placement import TABLE, Placement
-from model.weights import random_weights
+from model.dit.model import WanDiT
+from model.streaming.placed import place
+from model.streaming.placement import TABLE, Placement
+from model.weights.load import random_weights
 from swifti2v_kernels import quantize_rows
 
 DEGREES = 5
@@ -61,7 +61,7 @@ class Weights(Protocol):
 
 
 class StructuredTensors:
-    """A :class:`model.placed.TensorSource` of structured weights.
+    """A :class:`model.streaming.placed.TensorSource` of structured weights.
 
     A tensor depends on its name, its shape, the seed and the kind of device only, so that tensors can be asked for in
     any order, by models of any number of layers, and again.

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.outcome import FAILURES, failure
 from bench.precision.forms import COMPUTE, Form, add_ratios, errors_of
 from bench.precision.weights import Drawing, Weights
+from bench.records.outcome import FAILURES, failure
 from model.config import DiTConfig
-from model.csg import SegmentPlan, Window
-from model.denoise import Denoiser
-from model.dit import WanDiT
-from model.encoders import TEXT_LENGTH
-from model.pipeline import release
-from model.placement import Placement
-from model.scheduler import flow_sigmas
+from model.csg.denoiser import Denoiser
+from model.csg.sampler import SegmentPlan, Window
+from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT
+from model.machine.host import release
+from model.pipeline.encoders import TEXT_LENGTH
+from model.streaming.placement import Placement
 
 IDENTITY = ("model", "weights", "size", "layers", "form")
 METRICS = ("error", "largest_error", "error_ratio")

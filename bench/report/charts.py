@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench.metrics import format_value, significant, time_scale
+from bench.records.metrics import format_value, significant, time_scale
 from bench.report.markup import Markup, tag
 
 WIDTH = 680

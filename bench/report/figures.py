@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.metrics import METRICS, format_value, significant, time_scale
+from bench.records.metrics import METRICS, format_value, significant, time_scale
 from bench.report import charts
 from bench.report.charts import Bar, Clip, Point
 from bench.report.markup import Markup

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.comparison import letter
-from bench.metrics import format_value, significant
+from bench.records.comparison import letter
+from bench.records.metrics import format_value, significant
+from bench.records.read import ROOT
 from bench.report import charts
 from bench.report.figures import clip_rows, is_ours, whole_clips
 from bench.report.markup import Markup, tag
 from bench.report.tables import BASES, Cell, badge, plain_table, sortable, verdict_table
-from bench.result_file import ROOT
 
 TITLE = "swifti2v: benchmark results"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.comparison import compare_documents, count_verdicts, labels_of, letter
-from bench.comparison_text import summary, unmatched_lines
+from bench.records.comparison import compare_documents, count_verdicts, labels_of, letter
+from bench.records.comparison_text import summary, unmatched_lines
 from bench.report.figures import bar_charts, roofline_chart, timeline_charts
 from bench.report.markup import Markup, tag
 from bench.report.overview import TITLE, Document, files_block, page_header, paper_block, verdicts_block
@@ -27,7 +27,7 @@ def build_page(paths: Sequence[Path], documents: Sequence[Document]) -> str:
 
     Args:
         paths: of the files, for their names.
-        documents: what is in them, of :func:`bench.result_file.read_result`.
+        documents: what is in them, of :func:`bench.records.read.read_result`.
 
     Raises:
         InputError: there are none.

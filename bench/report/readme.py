@@ -21,9 +21,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from bench.markdown import format_table, format_verdicts
-from bench.result_file import read_result
-from bench.session import measured_on
+from bench.harness.session import measured_on
+from bench.records.markdown import format_table, format_verdicts
+from bench.records.read import read_result
 from model.errors import InputError
 
 START, END = "<!-- results:", "<!-- end of results -->"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.comparison import letter
-from bench.comparison_text import WORDS, comparison_note
-from bench.markdown import columns_of
-from bench.metrics import column_label, format_value, time_scale
+from bench.records.comparison import letter
+from bench.records.comparison_text import WORDS, comparison_note
+from bench.records.markdown import columns_of
+from bench.records.metrics import column_label, format_value, time_scale
 from bench.report.markup import Markup, tag
 
 #: What the badges of a row say, in the order of the legend.

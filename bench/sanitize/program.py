@@ -18,7 +18,7 @@ import torch
 
 from bench.operators.check import randomised
 from bench.operators.discover import all_cases
-from bench.outcome import failure
+from bench.records.outcome import failure
 from bench.sanitize.planted import PLANTED, run_planted
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.operators.discover import all_cases, operator_name
-from bench.result_file import ROOT
+from bench.records.read import ROOT
 from bench.sanitize.planted import PLANTED
 from bench.sanitize.tool import command_of, errors_of, first_words
 

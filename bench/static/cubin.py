@@ -16,6 +16,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from model.io.durable import write_text
+
 #: Changes with the meaning of a stored result.
 VERSION = 4
 TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")
@@ -60,9 +62,7 @@ def analyse(binary: bytes) -> Analysis:
         return Analysis(**{**stored, "loops": [Loop(**loop) for loop in stored["loops"]]})
     result = _read(*_disassemble(binary))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(result)))
-    temporary.replace(path)
+    write_text(path, json.dumps(asdict(result)))
     return result
 
 

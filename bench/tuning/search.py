@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
+from bench.harness.timing import Timer, Timing
 from bench.operators.check import check_case
 from bench.operators.discover import all_cases
 from bench.operators.measure import real_call
-from bench.outcome import FAILURES, failure
+from bench.records.outcome import FAILURES, failure
 from bench.static.bounds import occupancy, predict
 from bench.static.compile_only import compiled_for, quiet_exit
 from bench.static.cubin import analyse
-from bench.timing import Timer, Timing
 from bench.tuning.space import Target
-from model.clip import release
+from model.machine.host import release
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.configs import force_config
 from swifti2v_kernels.common.target import TARGETS

@@ -1,0 +1,1 @@
+"""``python -m bench vae``: the VAE, its tiles and its convolutions."""

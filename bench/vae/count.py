@@ -1,7 +1,7 @@
 """What can be said of the VAE without a GPU: bytes moved, operations, and which bytes fused forms save.
 
 Counted on ``meta`` tensors of the real sizes, one settled latent frame, operator by operator: every operator reads its
-operands once and writes its results once, and no cache helps (``bench/dit_count.py``).
+operands once and writes its results once, and no cache helps (``bench/dit/count.py``).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.dit.count import CudaOperators, Traffic
-from bench.outcome import Unavailable
+from bench.records.outcome import Unavailable
 from bench.vae.layers import Layer, Recorder, settle
 from bench.vae.providers import diffusers_model
 from bench.vae.shapes import Shape
 from model.errors import require
-from model.vae_plan import META, SETTLED, plan_vae
+from model.memory.vae_plan import META, SETTLED, plan_vae
 
 ITEMSIZE = 2
 #: What is fused, as the table names it.

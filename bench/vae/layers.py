@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.dit.ops import relative_error
-from bench.outcome import FAILURES, failure
-from bench.timing import Timer, without_tf32
+from bench.harness.timing import Timer, without_tf32
+from bench.records.outcome import FAILURES, failure
 from bench.vae.shapes import Shape
-from model.vae import WHOLE
-from model.vae_plan import META, SETTLED, meta_vae
+from model.memory.vae_plan import META, SETTLED, meta_vae
+from model.vae.model import WHOLE
 from swifti2v_kernels import causal_conv3d, frames_out, pretend_gpu, rms_norm_silu, upsample_conv2d
-from swifti2v_kernels.causal_conv3d import cost as conv_cost
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
-from swifti2v_kernels.frames_out import cost as frames_cost
-from swifti2v_kernels.upsample_conv2d import cost as upsample_cost
+from swifti2v_kernels.conv.causal_conv3d import cost as conv_cost
+from swifti2v_kernels.conv.frames_out import cost as frames_cost
+from swifti2v_kernels.conv.upsample_conv2d import cost as upsample_cost
 
 #: Relative L2 error against float32 above which a layer is wrong: its result is rounded once, and so is its norm.
 TOLERANCE = 1e-2

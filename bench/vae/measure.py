@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from bench.dit.ops import relative_error
-from bench.outcome import FAILURES, Unavailable, failure
-from bench.plot import plot_differences
-from bench.timing import limited, summary, without_tf32
+from bench.harness.timing import limited, summary, without_tf32
+from bench.records.outcome import FAILURES, Unavailable, failure
+from bench.records.plot import plot_differences
 from bench.vae.providers import PROVIDERS, Provider, Runner, diffusers_runner, own_runner
 from bench.vae.shapes import Shape
 from model.errors import InputError
-from model.measure import is_out_of_memory
-from model.tensor_memory import TensorMemory
-from model.vae import WHOLE
+from model.machine.counted import TensorMemory
+from model.machine.measure import is_out_of_memory
+from model.vae.model import WHOLE
 
 #: Relative L2 error against float32 above which exact tiles, or the whole frame, are wrong. bfloat16 rounds once a
 #: layer with 2**-9, over some thirty layers.

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.outcome import Unavailable
+from bench.records.outcome import Unavailable
 from bench.vae.shapes import Shape
 from model import VAEPlan, WanVAE
-from model.vae import WHOLE
-from model.vae_plan import PlannedVAE, device_capability, plan_vae
-from model.weights import random_weights
+from model.memory.vae_plan import PlannedVAE, device_capability, plan_vae
+from model.vae.model import WHOLE
+from model.weights.load import random_weights
 
 #: Latent frames that ours is handed at once.
 PIECE = 3

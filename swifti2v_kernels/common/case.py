@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from swifti2v_kernels.common.cost import Cost, Work
+from .cost import Cost, Work
+from .registration import PACKAGE
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,3 +46,10 @@ class Case:
         """The call itself."""
         args, kwargs = self.inputs(device)
         return self.operator(*args, **kwargs)
+
+
+def all_cases() -> Iterator[Case]:
+    """``CASES`` of every family's ``cases.py``, in alphabetical order of the families."""
+    folders = importlib.import_module(PACKAGE).__path__
+    for file in sorted(path for folder in folders for path in Path(folder).glob("*/cases.py")):
+        yield from importlib.import_module(f"{PACKAGE}.{file.parent.name}.cases").CASES

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from swifti2v_kernels.common.tables import load_table
+from .tables import load_table
 
 Config = TypeVar("Config")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.common.target import device_obstacle
+from .target import device_obstacle
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SWIFTI2V_BACKEND"

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
+from .registration import PACKAGE
+
 
 # Constant for one process: under torch.compile, which cannot trace it, it is read once, at trace time.
 @functools.cache
 @torch.compiler.assume_constant_result
 def load_table(name: str) -> list[dict[str, Any]]:
     """Entries of ``configs/<name>.json``."""
-    text = resources.files("swifti2v_kernels").joinpath("configs", f"{name}.json").read_text()
+    text = resources.files(PACKAGE).joinpath("configs", f"{name}.json").read_text()
     return json.loads(text)["entries"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from swifti2v_kernels.integrations.hooks import foreign_forward, forward_slots, own_forward
+from .hooks import foreign_forward, forward_slots, own_forward
 
 #: Attribute of a patched root module that holds what was done to it.
 _RECORD = "_swifti2v_patches"

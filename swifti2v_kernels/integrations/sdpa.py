@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from swifti2v_kernels.attention import segment_attention
-from swifti2v_kernels.common.dispatch import BACKENDS, explain
+from ..attention.segment_attention import segment_attention
+from ..common.dispatch import BACKENDS, explain
 
 
 @dataclass

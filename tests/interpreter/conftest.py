@@ -13,6 +13,6 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/interpreter needs TRITON_INTERPRET=1 in the environment")
 
-from bench import interpreter
+from bench.harness import interpreter
 
 interpreter.install()

@@ -21,12 +21,12 @@ from swifti2v_kernels import (
     rope_3d,
     segment_attention,
 )
-from swifti2v_kernels.adaln import _adaln_op
-from swifti2v_kernels.attention import _segment_attention_op, _segment_attention_out_op
-from swifti2v_kernels.attention_merge import _merge_attention_op
-from swifti2v_kernels.qk_norm_rope import _norm_rope_op
-from tests.attention_oracle import cat_attention
-from tests.tolerances import KERNEL, relative_error
+from swifti2v_kernels.attention.merge_attention import _merge_attention_op
+from swifti2v_kernels.attention.segment_attention import _segment_attention_op, _segment_attention_out_op
+from swifti2v_kernels.norm.adaln import _adaln_op
+from swifti2v_kernels.norm.qk_norm_rope import _norm_rope_op
+from tests.support.attention_oracle import cat_attention
+from tests.support.tolerances import KERNEL, relative_error
 
 
 def qkv(length: int) -> list[Tensor]:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.attention_merge_kernel import launch_merge
-from swifti2v_kernels.attention_portable import PortableConfig, launch_portable
-from tests.attention_oracle import cat_attention
-from tests.tolerances import KERNEL, relative_error
+from swifti2v_kernels.attention.merge_attention_kernel import launch_merge
+from swifti2v_kernels.attention.portable import PortableConfig, launch_portable
+from tests.support.attention_oracle import cat_attention
+from tests.support.tolerances import KERNEL, relative_error
 
 #: Descriptor loads that drop leading axes of 1 are beyond ttsem 0.1.0; TMA checks its bounds itself.
 POINTERS = PortableConfig(64, 32, 4, 2)

@@ -8,6 +8,7 @@ Either way ``swifti2v_kernels`` has to be installed in ComfyUI's Python. Nothing
 runs.
 """
 
+# ComfyUI may load this file by its path, under a name of its own, so that no relative import would find the library.
 from swifti2v_kernels.integrations.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

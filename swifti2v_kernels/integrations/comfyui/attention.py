@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.integrations.comfyui.host import need
-from swifti2v_kernels.integrations.patching import HostChanged
-from swifti2v_kernels.integrations.sdpa import AttentionCalls, attend
+from ..patching import HostChanged
+from ..sdpa import AttentionCalls, attend
+from .host import need
 
 KEY = "optimized_attention_override"
 _ATTENTION_MODULE = "comfy.ldm.modules.attention"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swifti2v_kernels.integrations.patching import HostChanged
+from ..patching import HostChanged
 
 
 def need(owner: Any, owner_name: str, *attributes: str) -> None:

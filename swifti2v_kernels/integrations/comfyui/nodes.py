@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from swifti2v_kernels.integrations.comfyui.attention import accelerate_attention
-from swifti2v_kernels.integrations.comfyui.vae import accelerate_vae
+from .attention import accelerate_attention
+from .vae import accelerate_vae
 
 _ENABLED = ("BOOLEAN", {"default": True, "tooltip": "Off: the input is passed on as it is."})
 

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from swifti2v_kernels.integrations.comfyui.host import need
-from swifti2v_kernels.integrations.patching import Line, Report, plan_patches
+from ..patching import Line, Report, plan_patches
+from .host import need
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
 
 def _plan(module: nn.Module) -> tuple[dict[str, MethodType], Report]:
     if module not in _PLANS:
-        from swifti2v_kernels.integrations.wan_vae import ORIGINAL_RECIPES
+        from ..wan_vae.recipes import ORIGINAL_RECIPES
 
         name = type(module).__name__
         patches, replaced, left = plan_patches(name, module, ORIGINAL_RECIPES, {"vae": True}, "ComfyUI")

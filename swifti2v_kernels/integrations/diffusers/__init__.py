@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from swifti2v_kernels.integrations.diffusers.csg import DiffusersWanWindow
-from swifti2v_kernels.integrations.patching import HostChanged, Report, patch_models, restore_module
+from ..patching import HostChanged, Report, patch_models, restore_module
+from .csg import DiffusersWanWindow
 
 __all__ = ["DiffusersWanWindow", "HostChanged", "Report", "accelerate", "restore"]
 
@@ -55,8 +55,8 @@ def accelerate(
     """
     import diffusers
 
-    from swifti2v_kernels.integrations.diffusers import cogvideox, hunyuan_video, ltx_video, mochi, wan
-    from swifti2v_kernels.integrations.wan_vae import RECIPES as WAN_VAE
+    from ..wan_vae.recipes import RECIPES as WAN_VAE
+    from . import cogvideox, hunyuan_video, ltx_video, mochi, wan
 
     families = (wan.RECIPES, hunyuan_video.RECIPES, ltx_video.RECIPES, cogvideox.RECIPES, mochi.RECIPES, WAN_VAE)
     recipes = [replace(recipe, package="diffusers") for family in families for recipe in family]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
-from swifti2v_kernels.integrations.hooks import hook_kinds, hooked, hooked_inside, only_moves
+from ... import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
+from ..hooks import hook_kinds, hooked, hooked_inside, only_moves
 
 
 class Processor:

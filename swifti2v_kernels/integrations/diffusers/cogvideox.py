@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, segment_attention
-from swifti2v_kernels.integrations.diffusers.attention import Processor, may_overwrite, norm_rotate, token_rope
-from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, modulated_norm, residual_norm, token_rows
-from swifti2v_kernels.integrations.hooks import watched
-from swifti2v_kernels.integrations.patching import Recipe
+from ... import gated_residual, segment_attention
+from ..hooks import watched
+from ..patching import Recipe
+from .attention import Processor, may_overwrite, norm_rotate, token_rope
+from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 
 
 class CogVideoXProcessor(Processor):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels.csg import Window
-from swifti2v_kernels.integrations.patching import HostChanged
+from ...csg.plan import Window
+from ..patching import HostChanged
 
 #: Of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
 _TEXT_TOKENS = 512

@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, segment_attention
-from swifti2v_kernels.integrations.diffusers.attention import (
-    Processor,
-    backend_is_free,
-    may_overwrite,
-    norm_rotate_pair,
-    prefix_lengths,
-    token_rope,
-)
-from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, modulated_norm, residual_norm, token_rows
-from swifti2v_kernels.integrations.hooks import only_moves, watched
-from swifti2v_kernels.integrations.patching import Recipe
+from ... import gated_residual, segment_attention
+from ..hooks import only_moves, watched
+from ..patching import Recipe
+from .attention import Processor, backend_is_free, may_overwrite, norm_rotate_pair, prefix_lengths, token_rope
+from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 
 
 class HunyuanVideoProcessor(Processor):

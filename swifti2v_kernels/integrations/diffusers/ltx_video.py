@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, norm_rope, rope_from_tokens, segment_attention
-from swifti2v_kernels.integrations.diffusers.attention import (
+from ... import gated_residual, norm_rope, rope_from_tokens, segment_attention
+from ..patching import Recipe
+from .attention import (
     Processor,
     backend_is_free,
     may_overwrite,
@@ -17,15 +18,7 @@ from swifti2v_kernels.integrations.diffusers.attention import (
     rms_parameters,
     rotate,
 )
-from swifti2v_kernels.integrations.diffusers.norms import (
-    in_parts,
-    like,
-    modulated_norm,
-    modulation_rows,
-    residual_norm,
-    token_rows,
-)
-from swifti2v_kernels.integrations.patching import Recipe
+from .norms import in_parts, like, modulated_norm, modulation_rows, residual_norm, token_rows
 
 
 class LTXVideoProcessor(Processor):

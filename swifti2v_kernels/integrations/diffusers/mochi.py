@@ -7,18 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
-from swifti2v_kernels.integrations.diffusers.attention import (
-    Processor,
-    may_overwrite,
-    norm_rotate,
-    norm_rotate_pair,
-    prefix_lengths,
-    rotate,
-)
-from swifti2v_kernels.integrations.diffusers.norms import in_parts, like, token_rows
-from swifti2v_kernels.integrations.hooks import only_moves
-from swifti2v_kernels.integrations.patching import Recipe
+from ... import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
+from ..hooks import only_moves
+from ..patching import Recipe
+from .attention import Processor, may_overwrite, norm_rotate, norm_rotate_pair, prefix_lengths, rotate
+from .norms import in_parts, like, token_rows
 
 
 class MochiProcessor(Processor):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, gated_residual_norm_modulate, norm_modulate
-from swifti2v_kernels.integrations.hooks import hooked, hooked_inside
+from ... import gated_residual, gated_residual_norm_modulate, norm_modulate
+from ..hooks import hooked, hooked_inside
 
 #: Tokens of a part: rows enough to fill a GPU with matrix products (not tuned on hardware), and 73 MB of hidden
 #: activation for Wan 1.3B.

@@ -6,24 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swifti2v_kernels import gated_residual, segment_attention
-from swifti2v_kernels.integrations.diffusers.attention import (
-    Processor,
-    backend_is_free,
-    may_overwrite,
-    norm_rotate,
-    norm_rotate_pair,
-    token_rope,
-)
-from swifti2v_kernels.integrations.diffusers.norms import (
-    in_parts,
-    like,
-    modulated_norm,
-    modulation_rows,
-    residual_norm,
-    token_rows,
-)
-from swifti2v_kernels.integrations.patching import Recipe
+from ... import gated_residual, segment_attention
+from ..patching import Recipe
+from .attention import Processor, backend_is_free, may_overwrite, norm_rotate, norm_rotate_pair, token_rope
+from .norms import in_parts, like, modulated_norm, modulation_rows, residual_norm, token_rows
 
 #: Tokens of the text; what is before them in the context are image tokens. A constant in diffusers too.
 TEXT_TOKENS = 512

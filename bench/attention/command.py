@@ -1,0 +1,113 @@
+"""``python -m bench attention``."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench.attention.measure import COLUMNS, IDENTITY, METRICS, check_reduced, measure, table_entries
+from bench.attention.providers import QUICK_SHAPES, SHAPES, Provider, Shape, providers
+from bench.harness.interpreted import run_interpreted
+from bench.harness.registry import Benchmark, matches
+from bench.harness.session import Session
+from bench.records.package_tables import provenance, write_entries
+from bench.records.plot import plot_attention
+from model.cli.options import positive
+from model.errors import InputError, require
+from swifti2v_kernels.common.target import interpreting
+
+EXAMPLES = """\
+examples:
+  python -m bench attention                    all shapes and implementations (minutes on a GPU)
+  python -m bench attention --quick            one window, with one and with three sources
+  python -m bench attention --shapes "2560x1408" --update-table
+  python -m bench attention                    without CUDA: what it would run, and a reduced check in the interpreter
+
+--update-table writes the measured times of dense calls to swifti2v_kernels/configs/attention.json, by which
+segment_attention chooses between its own kernel and torch's.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
+    parser.add_argument(
+        "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
+    )
+    parser.add_argument("--milliseconds", type=positive, default=300, help="time for each timing (default %(default)s)")
+    parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
+
+
+def run(args: argparse.Namespace, session: Session) -> None:
+    """Every shape by every implementation; without CUDA what would run, and a reduced check."""
+    shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.shapes in s.name]
+    if not shapes:
+        names = ", ".join(s.name for s in SHAPES)
+        raise InputError(f"shapes: no shape contains {args.shapes!r}; the shapes are {names}")
+    if args.update_table and not session.cuda:
+        raise InputError("update-table: expected a CUDA device, since the table holds measurements")
+    if session.cuda:
+        _measure(args, session, shapes)
+    elif interpreting():
+        metrics = ("error", "limit")
+        table = session.section.table(
+            "interpreted", "our kernel in Triton's interpreter, against float64", identity=("shape", "dtype"),
+            metrics=metrics, columns=("shape", "dtype", "queries", "keys", *metrics),
+        )  # fmt: skip
+        if wrong := check_reduced(shapes, table):
+            raise InputError(f"our kernel is wrong: {'; '.join(wrong)}")
+    else:
+        _count(args, session, shapes)
+        run_interpreted(session, "our kernel on shrunken shapes")
+
+
+def _providers(args: argparse.Namespace) -> list[Provider]:
+    return [p for p in providers(args.quick) if p.ours or matches(args.only, p.name)]
+
+
+def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
+    found, timer = _providers(args), session.timer(args.milliseconds)
+    ceilings = session.ceilings()
+    note = "With several sources the others concatenate first; their bytes are named, and the time is in theirs."
+    table = session.section.table(
+        "attention", "attention in bf16", identity=IDENTITY, metrics=METRICS, columns=COLUMNS, note=note
+    )
+    with require("tqdm", "bench").tqdm(
+        total=len(shapes) * len(found), unit="timing", dynamic_ncols=True, disable=None
+    ) as bar:
+        for shape in shapes:
+            measure(shape, found, session.device, timer, ceilings.matmul_tflops, table, bar)
+            stamp = {"provenance": provenance(session.environment)}
+            entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
+            session.section.package_entries("attention", entries)
+    if args.update_table:
+        session.say(f"table updated: {write_entries({'attention': entries})}")
+    if any(row["status"] == "ok" for row in table.rows):
+        device, path = session.environment["device"], session.folder / "attention.png"
+        session.plot(plot_attention, table.rows, ceilings.matmul_tflops, device, path)
+
+
+def _count(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
+    session.say("no CUDA device: nothing is timed. On one, these shapes would run")
+    session.say(f"by each of: {'; '.join(p.name for p in _providers(args))}")
+    metrics = ("flops", "bytes", "copied_bytes")
+    columns = ("shape", "heads", "head_dim", "queries", "keys", *metrics)
+    table = session.section.table(
+        "shapes", "what a GPU would be asked", identity=("shape",), metrics=metrics, columns=columns
+    )
+    for s in shapes:
+        row = {"shape": s.name, "heads": s.heads, "head_dim": s.head_dim, "queries": s.queries, "basis": "counted"}
+        row |= {"keys": " + ".join(f"{n:,}" for n in s.keys), "flops": s.cost.flops, "bytes": s.cost.bytes}
+        table.add({**row, "copied_bytes": s.copied_bytes or None})
+
+
+BENCHMARK = Benchmark(
+    name="attention",
+    summary="our attention kernels against SDPA, FlexAttention, flash-attn and sageattention",
+    description="TFLOP/s, error against float64 and memory of attention on the shapes of video DiTs.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    measure=run,
+    title="Attention",
+    order=20,
+    quick="two shapes, fewer implementations",
+)

@@ -1,0 +1,1 @@
+"""``python -m bench tests``: the test suite's hardware tests, as rows."""

@@ -1,0 +1,1 @@
+"""What every benchmark runs in: its ``registry``, ``session``, ``timing``, ``environment`` and ``base`` revision."""

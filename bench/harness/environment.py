@@ -1,0 +1,169 @@
+"""What a figure depends on: machine, driver, versions, the state of the source, and how the card was while it ran."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("triton", "numpy", "einops", "diffusers", "av", "pillow")
+#: Reasons for lowered clocks, by NVML's bits.
+_THROTTLING = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal, software",
+    0x40: "thermal, hardware",
+    0x80: "power brake",
+}
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """A JSON-ready record of the environment."""
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device_type": device.type,
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "git": git_state(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = {
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **_fixed(device),
+        }
+    return record
+
+
+def device_name(device: torch.device) -> str:
+    """The name that stands beside every figure."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def machine_state(device: torch.device) -> dict[str, Any] | None:
+    """Clocks, temperature, power and throttling of the card now; None without one, or where NVML cannot tell."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+            return {
+                "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+                "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+                "power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                "throttling": [name for bit, name in _THROTTLING.items() if reasons & bit],
+            }
+    except pynvml.NVMLError as error:
+        return {"nvml_error": str(error)}
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """What the card has consumed since its driver was loaded; None without one, or where NVML cannot tell."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None
+
+
+def process_memory(device: torch.device) -> int | None:
+    """Bytes that this process holds on the GPU by NVML's count, context included.
+
+    None without a GPU, and where NVML cannot tell (in containers it often sees other process numbers).
+    """
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside a git checkout.
+
+    Where a tree was copied without its history, ``SWIFTI2V_COMMIT`` says what it is.
+    """
+    named = os.environ.get("SWIFTI2V_COMMIT")
+    if named:
+        return {"commit": named, "dirty": False}
+    root = Path(__file__).resolve().parent.parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes.stdout.strip())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _nvml_handle(device: torch.device) -> Iterator[Any]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        # By UUID: torch's index counts visible devices only.
+        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _fixed(device: torch.device) -> dict[str, Any]:
+    """What does not change while it runs."""
+    import pynvml
+
+    try:
+        with _nvml_handle(device) as handle:
+            return {
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+                "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            }
+    except pynvml.NVMLError as error:
+        return {"nvml_error": str(error)}

@@ -1,0 +1,38 @@
+"""The part of a benchmark that runs in Triton's interpreter: a process of its own, since Triton is set up once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from bench.harness.base import without_run_options
+from bench.harness.session import RESULT, Session
+from bench.records.read import ROOT
+from model.errors import InputError
+
+
+def run_interpreted(session: Session, what: str) -> None:
+    """Runs the same command with ``TRITON_INTERPRET=1`` and takes over its tables.
+
+    Args:
+        session: of the command.
+        what: is checked there, for people.
+
+    Raises:
+        InputError: a check failed there.
+    """
+    session.say(f"checking {what} in Triton's interpreter")
+    folder = session.folder / "interpreted"
+    command = [sys.executable, "-m", "bench", *without_run_options(session.args.argv), "--out", str(folder.resolve())]
+    command += ["--device", "cpu", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    path = folder / RESULT
+    if path.exists():
+        (section,) = json.loads(path.read_text())["sections"].values()
+        session.section.set(tables=[*session.section.data["tables"], *section["tables"]])
+    if done.returncode:
+        raise InputError(f"the check of {what} in the interpreter failed; see {folder}")

@@ -1,0 +1,91 @@
+"""The subcommands of ``python -m bench``: ``BENCHMARK`` of every ``bench/*/command.py``.
+
+A new benchmark is a folder with one small file, beside what it measures:
+
+    BENCHMARK = Benchmark(
+        name="warmth", summary="...", description="...", examples="...",
+        add_arguments=lambda parser: None, measure=measure,
+    )
+
+    def measure(args, session): ...
+
+``measure`` gets a :class:`bench.harness.session.Session`: the device, the results folder and the section to fill.
+Options that all of these have (``--device``, ``--out``, ``--json``, ``--quick``, ``--base``) come by themselves. A
+command that measures nothing itself gives ``run`` instead, and has ``--json`` and ``--quick``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bench
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One subcommand; ``order`` is its place in ``--help``."""
+
+    name: str
+    summary: str
+    description: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace, Any], None] | None = None
+    run: Callable[[argparse.Namespace], None] | None = None
+    #: Of ``measure``: what its section is called.
+    title: str = ""
+    order: int = 50
+    #: What ``--quick`` means here.
+    quick: str = "less of everything"
+
+
+@functools.cache
+def benchmarks() -> dict[str, Benchmark]:
+    """All subcommands by name, in order.
+
+    Raises:
+        TypeError: a ``command.py`` has none, or one that can do nothing.
+    """
+    found = []
+    for file in sorted(path for folder in bench.__path__ for path in Path(folder).glob("*/command.py")):
+        name = f"bench.{file.parent.name}.command"
+        benchmark = getattr(importlib.import_module(name), "BENCHMARK", None)
+        if not isinstance(benchmark, Benchmark):
+            raise TypeError(f"{name}: expected BENCHMARK = Benchmark(...)")
+        if (benchmark.measure is None) == (benchmark.run is None):
+            raise TypeError(f"{name}: expected either measure or run")
+        found.append(benchmark)
+    return {b.name: b for b in sorted(found, key=lambda b: (b.order, b.name))}
+
+
+def matches(texts: str, name: str) -> bool:
+    """Whether ``name`` contains one of the texts, which ``|`` separates."""
+    return any(text.strip() in name for text in texts.split("|"))
+
+
+def add_parser(commands: Any, benchmark: Benchmark) -> None:
+    """Adds a subcommand to the front door."""
+    parser = commands.add_parser(
+        benchmark.name,
+        help=benchmark.summary,
+        description=benchmark.description,
+        epilog=benchmark.examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --base finds itself on the command line
+    )
+    benchmark.add_arguments(parser)
+    group = parser.add_argument_group("as in all benchmarks")
+    group.add_argument("--quick", action="store_true", help=benchmark.quick)
+    group.add_argument("--json", action="store_true", help="print JSON instead")
+    if benchmark.measure is not None:
+        group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+        group.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
+        )
+        group.add_argument("--base", metavar="REV", help="also run the git revision REV, in turns, and compare with it")

@@ -1,0 +1,129 @@
+"""A benchmark's run: its device, folder, environment and section, and what is printed when it is over."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness.base import compare_with_base
+from bench.harness.environment import capture, machine_state
+from bench.harness.registry import Benchmark
+from bench.harness.timing import Ceilings, Timer, make_timer, measure_ceilings
+from bench.records.markdown import format_section
+from bench.records.write import Record, Section, dumps, make_folder
+from model.cli.options import pick_device
+from model.errors import InputError, require
+from model.io.durable import write_text
+
+RESULT = "result.json"
+
+
+@dataclass
+class Session:
+    """What a benchmark's ``measure`` works with."""
+
+    args: argparse.Namespace
+    device: torch.device
+    folder: Path
+    section: Section
+    environment: dict[str, Any]
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a GPU to measure."""
+        return self.device.type == "cuda"
+
+    def say(self, text: str) -> None:
+        """Prints for people, who have not asked for JSON."""
+        if not self.args.json:
+            print(text, flush=True)
+
+    def timer(self, milliseconds: float) -> Timer:
+        """For the device."""
+        return make_timer(self.device, milliseconds)
+
+    def ceilings(self, timer: Timer | None = None, **sizes: int) -> Ceilings:
+        """Measures both ceilings and writes them down."""
+        found = measure_ceilings(self.device, timer or make_timer(self.device, 100, graphs=False), **sizes)
+        self.section.set(ceilings=found._asdict())
+        return found
+
+    def plot(self, draw: Any, *args: Any) -> None:
+        """Draws where matplotlib is installed; the rows do not depend on it."""
+        if importlib.util.find_spec("matplotlib") is None:
+            self.say("no plots: matplotlib is not installed (pip install -e '.[bench]')")
+            return
+        draw(*args)
+
+
+def default_folder(name: str) -> Path:
+    """``out/NAME-DATE-TIME``."""
+    return Path("out") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """The subcommand.
+
+    Raises:
+        InputError: a package that it needs is not installed, or an argument does not fit.
+    """
+    if benchmark.run is not None:
+        benchmark.run(args)
+        return
+    assert benchmark.measure is not None
+    if args.base is not None:
+        compare_with_base(benchmark.name, args)
+        return
+    require("tqdm", "bench")
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        require("pynvml", "bench")
+    folder = args.out or default_folder(benchmark.name)
+    existed = folder.exists()
+    make_folder(folder)
+    record = Record(folder / RESULT, capture(device))
+    try:
+        with record.section(benchmark.name, benchmark.title or benchmark.summary, _settings(args)) as section:
+            section.data["machine"] = {"before": machine_state(device), "after": None}
+            benchmark.measure(args, Session(args, device, folder, section, record.data["environment"]))
+            section.data["machine"]["after"] = machine_state(device)
+    except InputError:
+        # Bad input is found before anything is measured: then no folder is left behind, unless more is in it.
+        alone = [*folder.iterdir()] == [record.path]
+        if not existed and alone and not record.data["sections"][benchmark.name]["tables"]:
+            record.path.unlink()
+            folder.rmdir()
+        raise
+    text = format_section(record.data["sections"][benchmark.name])
+    write_text(folder / "table.md", text + "\n")
+    if args.json:
+        print(dumps(record.data), end="")
+        return
+    if text:
+        print(f"\n{text}\n")
+    measured = any(row["basis"] == "measured" for table in section.data["tables"] for row in table["rows"])
+    where = f"{measured_on(record.data['environment'])} " if measured else ""
+    print(f"{where}Results in {folder.resolve()}")
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    """The sentence under every table."""
+    packages = environment["packages"]
+    return f"Measured on {environment['device']} ({environment['device_type']}), torch {packages['torch']}."
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The command's options as JSON has them; of files and folders the last part of the name."""
+    hidden = ("command", "argv", "json", "out", "base")
+    found = {}
+    for name, value in vars(args).items():
+        text = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+        if name not in hidden:
+            found[name] = Path(text).name if isinstance(text, str) and Path(text).is_absolute() else text
+    return found

@@ -1,0 +1,84 @@
+"""``python -m bench operators``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from bench.harness.interpreted import run_interpreted
+from bench.harness.registry import Benchmark
+from bench.harness.session import Session
+from bench.operators.discover import all_cases, cases_of
+from bench.operators.measure import CHECK_IDENTITY, CHECK_METRICS, IDENTITY, METRICS, check_cases, measure_cases
+from model.cli.options import positive
+from model.errors import InputError, require
+from swifti2v_kernels.common.target import capability_of, interpreting
+
+EXAMPLES = """\
+examples:
+  python -m bench operators                     all checks, then all timings (two minutes on a GPU)
+  python -m bench operators --cases conv3d      cases whose name contains "conv3d"
+  python -m bench operators --check             checks alone
+  python -m bench operators                     without CUDA: a check of each operator in Triton's interpreter
+
+Operators are found by their CASES (swifti2v_kernels/common/case.py): a new one is here by being written.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    parser.add_argument("--check", action="store_true", help="no timings, and exit with an error if a check fails")
+    parser.add_argument("--milliseconds", type=positive, default=50, help="time for each timing (default %(default)s)")
+    jobs = min(os.cpu_count() or 1, 8)
+    parser.add_argument("--jobs", type=positive, default=jobs, help="processes of the checks (default %(default)s)")
+
+
+def run(args: argparse.Namespace, session: Session) -> None:
+    """Checks, then timings; without CUDA the checks, interpreted."""
+    cases = cases_of(args.cases)
+    if not cases:
+        names = ", ".join(case.name for case in all_cases())
+        raise InputError(f"cases: no case contains {args.cases!r}; the cases are {names}")
+    if args.quick or (not session.cuda and not args.cases):
+        # One of every operator: the last, which is seldom the plainest.
+        cases = list({case.operator: case for case in cases}.values())
+    if not session.cuda and not interpreting():
+        run_interpreted(session, "every case against float64, bfloat16 as float32,")
+        return
+    if session.cuda:
+        capability = capability_of(session.device)
+        cases = [case for case in cases if capability is None or case.least_capability <= capability]
+    timed = [] if args.check or not session.cuda else [case for case in cases if case.real is not None]
+    total = len(cases) + len(timed)
+    with require("tqdm", "bench").tqdm(total=total, unit="case", dynamic_ncols=True, disable=None) as bar:
+        table = session.section.table(
+            "checks", "every case against float64, unwritten memory poisoned", identity=CHECK_IDENTITY,
+            metrics=CHECK_METRICS, columns=("operator", "case", *CHECK_METRICS),
+        )  # fmt: skip
+        jobs = args.jobs if session.cuda else 1
+        wrong = check_cases(cases, session.device, table, jobs, bar.update)
+        if timed:
+            timer = session.timer(args.milliseconds)
+            ceilings = session.ceilings()
+            table = session.section.table(
+                "timings", "operators at the sizes of real models", identity=IDENTITY, metrics=METRICS,
+                columns=(*IDENTITY, *METRICS[:7]),
+                note="GB/s are the least traffic over the time; peak memory is what a call allocates.",
+            )  # fmt: skip
+            measure_cases(timed, session.device, timer, ceilings, wrong, table, bar.update)
+    if wrong and (args.check or not session.cuda):
+        raise InputError(f"wrong: {', '.join(sorted(wrong))}; see the table in {session.folder}")
+
+
+BENCHMARK = Benchmark(
+    name="operators",
+    summary="every operator of the library, checked against float64 and timed at real sizes",
+    description="Checks every case of every operator against float64, then times those that have a real size.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    measure=run,
+    title="Operators",
+    order=19,
+    quick="one case of every operator",
+)

@@ -1,0 +1,175 @@
+"""``python -m bench precision``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from bench.harness.registry import Benchmark
+from bench.harness.session import Session
+from bench.precision import encoder, layers, window
+from bench.precision.forms import COMPUTE, FORMS, chosen_forms
+from bench.precision.weights import CheckpointWeights, SyntheticWeights, Weights
+from model.cli.options import not_negative, parse_size, positive
+from model.config import PRESETS, VAEConfig, get_preset
+from model.dit.model import WanDiT
+from model.errors import InputError
+from model.pipeline.components import Components
+from model.sizes import check_size, size_multiple
+from model.streaming.placement import Placement
+from model.vae.model import WanVAE
+from model.weights.load import random_weights
+
+Value = TypeVar("Value")
+#: What is examined: its name, its VAE, its DiT's weights of every kind, and what builds the VAE (encoder in float32).
+Subject = tuple[str, VAEConfig, list[Weights], Callable[[], WanVAE]]
+
+KINDS = ("random", "structured")
+PARTS = ("layers", "window", "encoder", "all")
+#: On a CPU: what takes minutes at the width of 1.3B. On CUDA: a part of a window's tokens, and all layers.
+CPU_LAYERS, CPU_TOKENS, CPU_SIZE = 4, 256, (256, 144)
+CUDA_TOKENS, CUDA_SIZE = 2816, (1280, 704)
+QUICK_LAYERS, QUICK_TOKENS, QUICK_SIZE = 1, 64, (128, 96)
+STRUCTURED = (
+    "Structured weights are a model of what trained ones are like for a quantiser (bench/precision/weights.py) and no"
+    " checkpoint; --weights states the errors for one."
+)
+
+EXAMPLES = """\
+examples:
+  python -m bench precision                           the 1.3B; on a CPU with 4 of its layers (3 minutes)
+  python -m bench precision --part layers --preset 14b-1.3b --stage 1          matrices of the 14B
+  python -m bench precision --forms float8,float8-products --layers 8
+  python -m bench precision --weights checkpoints     of a checkpoint's Stage II, instead of random ones
+  python -m bench precision --part encoder --weights checkpoints               could its VAE encode in float16?
+
+Forms: int8 and float8 (e4m3) are weights with one scale a row, unpacked to bfloat16 for products in bfloat16;
+int8-products and float8-products quantise activations too, one scale a token. Each is held against exact weights and
+beside bfloat16, whose error is what 16 bits cost anyhow. The VAE's encoder is run in float32, float16 and bfloat16.
+Speed is not measured here.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("--part", choices=PARTS, default="all", help="layers, window, encoder or all (default all)")
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default 1.3b)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="whose DiT (default 2)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints, as for the pipeline")
+    parser.add_argument(
+        "--kinds", metavar="KIND,KIND", help=f"of weights, without --weights: {', '.join(KINDS)} (default both)"
+    )
+    parser.add_argument(
+        "--forms", metavar="FORM,...", help=f"some of {', '.join(form.name for form in FORMS)} (default all)"
+    )
+    parser.add_argument(
+        "--layers", type=positive, metavar="N",
+        help=f"of the window's DiT (default {CPU_LAYERS} on a CPU, all on CUDA and with --weights)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=positive, help=f"of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
+    )
+    sizes = ("x".join(map(str, size)) for size in (CPU_SIZE, CUDA_SIZE))
+    parser.add_argument(
+        "--size", metavar="WxH", help="frames of the window (default {} on a CPU, {} on CUDA)".format(*sizes)
+    )
+    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and inputs (default 0)")
+
+
+def run(args: argparse.Namespace, session: Session) -> None:
+    """Every kind of weights: one layer of each shape, and a window; and the VAE's encoder."""
+    forms = chosen_forms(args.forms)
+    model, vae, kinds, build = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
+    size = parse_size(args.size) if args.size else _default(args, session, QUICK_SIZE, CPU_SIZE, CUDA_SIZE)
+    check_size(*size, size_multiple(vae, kinds[0].config))
+    note = "" if args.weights is not None else f" {STRUCTURED}"
+    if args.part in ("layers", "all"):
+        tokens = args.tokens or _default(args, session, QUICK_TOKENS, CPU_TOKENS, CUDA_TOKENS)
+        table = session.section.table(
+            "layers", "one linear layer", identity=layers.IDENTITY, metrics=layers.METRICS, note=layers.NOTE + note
+        )
+        for weights in kinds:
+            session.say(f"{model}, {weights.kind} weights: one layer of each shape, {tokens} tokens")
+            with torch.no_grad():
+                for row in layers.layer_rows(weights, model, forms, tokens, args.seed):
+                    table.add(row)
+    if args.part in ("window", "all"):
+        table = session.section.table(
+            "window", "a window through the DiT", identity=window.IDENTITY, metrics=window.METRICS,
+            columns=window.COLUMNS, note=window.NOTE + note,
+        )  # fmt: skip
+        latent_size = size[1] // vae.spatial_stride, size[0] // vae.spatial_stride
+        for weights in kinds:
+            session.say(f"{model}, {weights.kind} weights: a window of {weights.config.num_layers} layers")
+            for row in window.window_rows(weights, model, size, latent_size, forms, args.seed):
+                table.add(row)
+    if args.part in ("encoder", "all"):
+        table = session.section.table(
+            "encoder", "the VAE's encoder", identity=encoder.IDENTITY, metrics=encoder.METRICS, note=encoder.NOTE
+        )
+        session.say(f"{model}: {encoder.FRAMES} frames through the VAE's encoder")
+        kind = "random" if args.weights is None else kinds[0].kind
+        for row in encoder.encoder_rows(build, model, kind, size):
+            table.add(row)
+
+
+def _synthetic(args: argparse.Namespace, session: Session) -> Subject:
+    """Of a preset."""
+    kinds = KINDS if args.kinds is None else tuple(dict.fromkeys(kind.strip() for kind in args.kinds.split(",")))
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong:
+        raise InputError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, wrong))}")
+    name = args.preset or "1.3b"
+    preset = get_preset(name)
+    config = preset.stage_one if args.stage == 1 else preset.stage_two
+    if args.layers is not None and args.layers > config.num_layers:
+        raise InputError(f"layers: expected at most {config.num_layers}, those of {name}, got {args.layers}")
+    usual = _default(args, session, QUICK_LAYERS, CPU_LAYERS, config.num_layers)
+    config = replace(config, num_layers=args.layers or min(usual, config.num_layers))
+    found: list[Weights] = [SyntheticWeights(kind, config, args.seed, session.device) for kind in kinds]
+    build = functools.partial(random_weights, WanVAE, preset.vae, args.seed, device=session.device)
+    return _named(name, args.stage), preset.vae, found, build
+
+
+def _checkpoint(args: argparse.Namespace, session: Session) -> Subject:
+    for option in ("preset", "kinds", "layers"):
+        if getattr(args, option) is not None:
+            raise InputError(f"{option}: expected nothing beside --weights, whose DiT is taken as it is")
+
+    def load(dtype: torch.dtype, placement: Placement) -> WanDiT:
+        components = Components.from_directory(args.weights, dtype, session.device)
+        return (components.stage_one if args.stage == 1 else components.stage_two)(placement)
+
+    components = Components.from_directory(args.weights, COMPUTE, session.device)
+    config, vae, build = components.stage_two_config, components.vae_config, components.vae
+    if args.stage == 1:
+        config, vae = components.stage_one_config, components.stage_one_vae_config
+        build = components.stage_one_vae or build
+    return _named(args.weights.resolve().name, args.stage), vae, [CheckpointWeights(config, load)], build
+
+
+def _named(model: str, stage: int) -> str:
+    return f"{model}, Stage I" if stage == 1 else model
+
+
+def _default(args: argparse.Namespace, session: Session, quick: Value, cpu: Value, cuda: Value) -> Value:
+    return quick if args.quick else cuda if session.cuda else cpu
+
+
+BENCHMARK = Benchmark(
+    name="precision",
+    summary="what 8-bit weights and products cost in accuracy, and 16 bits the VAE's encoder",
+    description="The error of a DiT with weights and products in 8 bits, and of the VAE's encoder in 16.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    measure=run,
+    title="Precision",
+    order=26,
+    quick="one layer of the window, few tokens",
+)

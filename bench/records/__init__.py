@@ -1,0 +1,1 @@
+"""Results: written, read, compared and drawn. ``python -m bench compare``."""

@@ -1,0 +1,331 @@
+"""Comparison of result files: rows that are the same in all of them, their ratios, and whether these mean anything.
+
+A difference counts as significant where it is larger than what the spreads of both rows explain: with ``s`` half the
+distance between the 20th and the 80th percentile over the median, ``|ln(b / a)| > 2 * sqrt(s_a ** 2 + s_b ** 2)``, and
+never below 1 %. That is the spread of single runs and not of their median, since two files also differ by clocks,
+temperature and neighbours, which no spread within one of them shows. Fewer than three runs have no spread: then 10 %
+are required, since single figures of the same code were seen to differ by 8 %. What is counted (bytes, registers) does
+not vary: 1 %.
+
+Figures of another basis (a prediction beside a measurement) get a ratio and no verdict. What others reported is no
+result of a file and is left out. Tables that were made with other settings, such as another size, are not compared, and
+the comparison says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.records.read import label_of
+from model.errors import InputError
+
+LEAST, WITHOUT_SPREAD, LEAST_RUNS = 0.01, 0.10, 3
+#: Units and bases of figures that come out the same every time.
+COUNTED_UNITS, COUNTED_BASES = ("bytes", "count"), ("counted", "compiled", "predicted")
+#: Rates, whose spread is that of their row's ``seconds``.
+RATES = ("tflops", "bytes_per_second", "frames_per_second", "fraction_of_copy", "fraction_of_matmul")
+#: Settings that change the work behind a row, unless the row names them itself.
+DECISIVE = (
+    "model", "preset", "width", "height", "size", "frames", "tokens_per_block", "steps", "stage_one_steps",
+    "stage1_steps", "blocks_per_segment", "blocks", "neighbours_left", "left", "neighbours_right", "right", "anchor",
+    "dtype", "limit",
+)  # fmt: skip
+#: Settings that are worth a word.
+MENTIONED = (*DECISIVE, "quick", "weights", "cuda_graph", "vae_memory")
+
+Document = Mapping[str, Any]
+
+
+def labels_of(paths: Sequence[str | Path], documents: Sequence[Document]) -> list[str]:
+    """What each file is called: card, commit and date; where these are the same, with what differs of its path."""
+    plain = [label_of(path, document) for path, document in zip(paths, documents, strict=True)]
+    labels, parts = plain, [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        counts = Counter(labels)
+        if max(counts.values()) == 1:
+            break
+        labels = [
+            f"{short} ({'/'.join(names[-length:])})" if counts[label] > 1 else label
+            for label, short, names in zip(labels, plain, parts, strict=True)
+        ]
+    return labels
+
+
+def compare_documents(documents: Sequence[Document], labels: Sequence[str]) -> dict[str, Any]:
+    """The comparison as data.
+
+    Args:
+        documents: result files; the first is what the others are compared with.
+        labels: what each is called.
+
+    Returns:
+        ``labels``, ``warnings``, and ``tables``: per section and table the rows that at least two files have, with
+        ``statuses``, ``reasons``, ``bases`` and, by metric, ``values``, ``ratios`` and ``verdicts`` (over the first
+        file's). ``unmatched`` are the rows and tables that are in one file alone, or that ``why`` keeps apart.
+
+    Raises:
+        InputError: fewer than two documents, or nothing in common; the message says what each has.
+    """
+    if len(documents) < 2:
+        raise InputError(f"files: expected at least two, got {len(documents)}")
+    tables, unmatched = [], []
+    for section, name in _tables_of(documents):
+        found, why = _comparable(documents, section, name)
+        if why:
+            files = [_table(document, section, name) is not None for document in documents]
+            unmatched.append({"section": section, "table": name, "files": files, "why": why})
+        if sum(table is not None for table in found) < 2:
+            if not why:
+                unmatched.append({"section": section, "table": name, "files": [t is not None for t in found]})
+            continue
+        table = _compare_tables(section, found)
+        unmatched += table.pop("unmatched")
+        if table["rows"]:
+            tables.append(table)
+    if not tables:
+        raise InputError(f"files: nothing to compare: no row is in two of them\n{_explain(documents, labels)}")
+    return {"labels": list(labels), "warnings": _warnings(documents), "tables": tables, "unmatched": unmatched}
+
+
+def count_verdicts(comparison: Mapping[str, Any], index: int) -> Counter[str]:
+    """How many figures of one file are ``better``, ``worse`` or the ``same`` as the first file's."""
+    verdicts = [
+        row["verdicts"][name][index] for t in comparison["tables"] for row in t["rows"] for name in row["values"]
+    ]
+    return Counter(verdict for verdict in verdicts if verdict)
+
+
+def _tables_of(documents: Sequence[Document]) -> list[tuple[str, str]]:
+    names = [(s, t["name"]) for d in documents for s, section in d["sections"].items() for t in section["tables"]]
+    return list(dict.fromkeys(names))
+
+
+def _table(document: Document, section: str, name: str) -> Mapping[str, Any] | None:
+    tables = document["sections"].get(section, {}).get("tables", [])
+    return next((table for table in tables if table["name"] == name), None)
+
+
+def _comparable(
+    documents: Sequence[Document], section: str, name: str
+) -> tuple[list[Mapping[str, Any] | None], str | None]:
+    """The table in each file, less those that cannot be held against the first file that has it; and why not."""
+    found = [_table(document, section, name) for document in documents]
+    first = next(i for i, table in enumerate(found) if table is not None)
+    identity, reasons = found[first]["identity"], []
+    for i, table in enumerate(found):
+        if table is None or i == first:
+            continue
+        if table["identity"] != identity:
+            reasons.append(
+                f"rows are told apart by {', '.join(identity)} in {letter(first)} and by"
+                f" {', '.join(table['identity'])} in {letter(i)}"
+            )
+            found[i] = None
+            continue
+        settings = [documents[k]["sections"][section].get("settings", {}) for k in (first, i)]
+        different = [
+            f"{field} is {settings[0][field]} in {letter(first)} and {settings[1][field]} in {letter(i)}"
+            for field in DECISIVE
+            if field not in identity
+            and None not in (values := [s.get(field) for s in settings])
+            and values[0] != values[1]
+        ]
+        if different:
+            reasons.append("; ".join(different))
+            found[i] = None
+    return found, "; ".join(reasons) or None
+
+
+def _compare_tables(section: str, found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    present = [table for table in found if table is not None]
+    identity, name = present[0]["identity"], present[0]["name"]
+    metrics = {
+        key: metric
+        for key, metric in present[0]["metrics"].items()
+        if metric["better"] and all(t["metrics"].get(key, metric)["unit"] == metric["unit"] for t in present)
+    }
+    rows = [{_key(row, identity): row for row in ([] if table is None else _own_rows(table))} for table in found]
+    compared, unmatched = [], []
+    for key in dict.fromkeys(key for table in rows for key in table):
+        mine = [table.get(key) for table in rows]
+        if sum(row is not None for row in mine) < 2:
+            files = [row is not None for row in mine]
+            unmatched.append({"section": section, "table": name, "row": list(key), "files": files})
+            continue
+        row = _compare_rows(dict(zip(identity, key, strict=True)), mine, metrics)
+        # A row that has figures in none of the files, and failed in none, says nothing.
+        if row["values"] or any(status not in (None, "ok") for status in row["statuses"]):
+            compared.append(row)
+    return {
+        "section": section, "table": name, "title": present[0]["title"], "identity": list(identity),
+        "metrics": metrics, "rows": compared, "unmatched": unmatched,
+    }  # fmt: skip
+
+
+def _own_rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for row in table["rows"] if row["basis"] != "reported"]
+
+
+def _key(row: Mapping[str, Any], identity: Sequence[str]) -> tuple[Any, ...]:
+    values = [row.get(name) for name in identity]
+    return tuple(str(value) if isinstance(value, (list, dict)) else value for value in values)
+
+
+def _compare_rows(
+    key: dict[str, Any], rows: Sequence[Mapping[str, Any] | None], metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": key, "values": {}, "ratios": {}, "verdicts": {}}
+    for field, name in (("statuses", "status"), ("reasons", "reason"), ("bases", "basis")):
+        row[field] = [None if r is None else r.get(name) for r in rows]
+    for name, metric in metrics.items():
+        values = [None if r is None or r["status"] != "ok" else _number(r.get(name)) for r in rows]
+        if sum(value is not None for value in values) < 2:
+            continue
+        row["values"][name] = values
+        first = values[0]
+        row["ratios"][name] = [value / first if first and value is not None else None for value in values]
+        row["verdicts"][name] = [
+            "" if first is None or value is None else _verdict(rows[0], other, name, metric)
+            for other, value in zip(rows, values, strict=True)
+        ]
+    return row
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _verdict(first: Any, other: Any, name: str, metric: Mapping[str, Any]) -> str:
+    """Whether ``other`` is better or worse than ``first``, or the same within the spreads; empty: not to be said."""
+    if first["basis"] != other["basis"]:
+        return ""
+    a, b = first[name], other[name]
+    if a == b:
+        return "same"
+    # From or to nothing at all (spills, say) there is no ratio, and it is no matter of spread.
+    if a > 0 and b > 0 and abs(math.log(b / a)) <= threshold(first, other, name, metric["unit"]):
+        return "same"
+    return "better" if (b < a) == (metric["better"] == "lower") else "worse"
+
+
+def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str, unit: str = "") -> float:
+    """The change, as a logarithm of the ratio, that the spreads of both rows explain."""
+    if unit in COUNTED_UNITS or first["basis"] in COUNTED_BASES:
+        return LEAST
+    spreads = [_half_spread(row, name) for row in (first, other)]
+    if None in spreads:
+        return WITHOUT_SPREAD
+    return max(2 * math.hypot(*spreads), LEAST)
+
+
+def _half_spread(row: Mapping[str, Any], name: str) -> float | None:
+    source = "seconds" if name in RATES and f"{name}_low" not in row else name
+    low, high, middle = row.get(f"{source}_low"), row.get(f"{source}_high"), row.get(source)
+    runs = row.get("runs")
+    if not middle or low is None or high is None or (runs is not None and runs < LEAST_RUNS):
+        return None
+    return (high - low) / 2 / middle
+
+
+def _warnings(documents: Sequence[Document]) -> list[str]:
+    """What makes the files hard to compare."""
+    warnings = []
+    environments = [document["environment"] for document in documents]
+    for i, environment in enumerate(environments):
+        git = environment["git"]
+        if git is None:
+            warnings.append(f"{letter(i)}: made outside a git checkout, so the code is not known")
+        elif git.get("dirty"):
+            warnings.append(f"{letter(i)}: made with uncommitted changes")
+    devices = {environment["device"] for environment in environments}
+    for name, read in (
+        ("torch", lambda e: e["packages"].get("torch")),
+        ("triton", lambda e: e["packages"].get("triton")),
+        ("driver", lambda e: e.get("gpu", {}).get("driver")),
+        ("power limit", lambda e: e.get("gpu", {}).get("power_limit_watts")),
+    ):
+        values = [read(environment) for environment in environments]
+        if len(devices) == 1 and len(set(values)) > 1:
+            warnings.append(f"{name} differs: {', '.join(map(str, values))}")
+    for i, document in enumerate(documents):
+        for name, section in document["sections"].items():
+            if section["status"] != "complete":
+                reason = f": {section['reason']}" if section.get("reason") else ""
+                warnings.append(f"{letter(i)}: section {name} is incomplete, {section['status']}{reason}")
+            after = (section.get("machine") or {}).get("after") or {}
+            if after.get("throttling"):
+                warnings.append(f"{letter(i)}: section {name} ended throttled by {', '.join(after['throttling'])}")
+    return warnings + _different_settings(documents)
+
+
+def _different_settings(documents: Sequence[Document]) -> list[str]:
+    warnings = []
+    for name in dict.fromkeys(name for document in documents for name in document["sections"]):
+        having = {letter(i): d["sections"][name].get("settings", {}) for i, d in enumerate(documents)
+                  if name in d["sections"]}  # fmt: skip
+        for field in MENTIONED:
+            values = {at: settings[field] for at, settings in having.items() if field in settings}
+            # Given and different is a reason to compare nothing, and is said there.
+            said = field in DECISIVE and None not in values.values()
+            if not said and len(set(map(str, values.values()))) > 1:
+                shown = ", ".join(f"{'default' if v is None else v} in {at}" for at, v in values.items())
+                warnings.append(f"section {name} was run with another {field}: {shown}")
+    return warnings
+
+
+def _explain(documents: Sequence[Document], labels: Sequence[str]) -> str:
+    """What keeps each table of the files apart, for the message that nothing fits."""
+    lines = [f"  {letter(i)}: {label}" for i, label in enumerate(labels)]
+    for section, name in _tables_of(documents):
+        why = _comparable(documents, section, name)[1]
+        tables = {letter(i): t for i, d in enumerate(documents) if (t := _table(d, section, name)) is not None}
+        if why is None and len(tables) == 1:
+            why = f"only in {next(iter(tables))}"
+        lines.append(f"  {section}/{name}: {why or _disjoint(tables)}")
+    if len(lines) == len(labels):
+        lines.append("  there is no table in any of them")
+    return "\n".join(lines)
+
+
+def _disjoint(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """In which fields the rows of tables, by file, have nothing in common."""
+    identity = next(iter(tables.values()))["identity"]
+    parts = []
+    for field in identity:
+        values = {at: list(dict.fromkeys(str(r.get(field)) for r in _own_rows(table))) for at, table in tables.items()}
+        everywhere = Counter(value for found in values.values() for value in found)
+        if not everywhere or max(everywhere.values()) < 2:
+            shown = [f"{', '.join(v[:4]) + (', ...' if len(v) > 4 else '') or 'nothing'} in {at}"
+                     for at, v in values.items()]  # fmt: skip
+            parts.append(f"{field} is {' and '.join(shown)}")
+    if parts:
+        return "; ".join(parts)
+    keys = Counter(key for table in tables.values() for key in {_key(row, identity) for row in _own_rows(table)})
+    if keys and max(keys.values()) > 1:
+        return "no figure that is better lower or higher is in two of them"
+    return f"no combination of {', '.join(identity)} is in two of them"
+
+
+def only_changes(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the figures that are better or worse, and the rows that failed somewhere, alone."""
+    tables = []
+    for table in comparison["tables"]:
+        rows = []
+        for row in table["rows"]:
+            names = [name for name, verdicts in row["verdicts"].items() if {"better", "worse"} & set(verdicts)]
+            failed = any(status not in (None, "ok") for status in row["statuses"])
+            if names or failed:
+                kept = {field: {n: row[field][n] for n in names} for field in ("values", "ratios", "verdicts")}
+                rows.append({**row, **kept})
+        if rows:
+            tables.append({**table, "rows": rows})
+    return {**comparison, "tables": tables}
+
+
+def letter(i: int) -> str:
+    """How the file number ``i`` is called in tables: A, B, ..."""
+    return chr(ord("A") + i) if i < 26 else f"#{i + 1}"

@@ -1,0 +1,147 @@
+"""The quantities that benchmarks report: their names, units and directions, and how people read them.
+
+A table of a result file names its metrics with this metadata beside them, so that a report or a comparison needs
+nothing but the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.machine.measure import format_bytes
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``better`` is ``lower``, ``higher`` or empty where neither is; ``unit`` says how numbers are written."""
+
+    label: str
+    unit: str
+    better: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    "seconds": Metric("time", "s", "lower"),
+    "launch_seconds": Metric("host time to issue", "s", "lower"),
+    "whole_seconds": Metric("measured whole", "s", "lower"),
+    "seconds_per_step": Metric("time a step", "s", "lower"),
+    "total_seconds": Metric("whole clip", "s", "lower"),
+    "stage_one_seconds": Metric("Stage I", "s", "lower"),
+    "reference_seconds": Metric("reference", "s", "lower"),
+    "stage_two_seconds": Metric("Stage II", "s", "lower"),
+    "attention_seconds": Metric("attention", "s", "lower"),
+    "linear_seconds": Metric("linear", "s", "lower"),
+    "other_seconds": Metric("other", "s", "lower"),
+    "decode_seconds": Metric("decode", "s", "lower"),
+    "file_seconds": Metric("file", "s", "lower"),
+    "frames_per_second": Metric("frames/s", "1/s", "higher"),
+    "flops": Metric("operations", "FLOP"),
+    "bytes": Metric("least traffic", "bytes"),
+    "tflops": Metric("TFLOP/s", "TFLOP/s", "higher"),
+    "fraction_of_matmul": Metric("of matmul", "fraction", "higher"),
+    "bytes_per_second": Metric("GB/s", "B/s", "higher"),
+    "fraction_of_copy": Metric("of copy", "fraction", "higher"),
+    "error": Metric("error", "error"),
+    "largest_error": Metric("largest error", "error"),
+    "error_ratio": Metric("x bf16", "ratio", "lower"),
+    "largest_activation": Metric("largest activation", "ratio"),
+    "limit": Metric("allowed", "error"),
+    "peak_bytes": Metric("peak memory", "bytes", "lower"),
+    "peak_bytes_predicted": Metric("peak, predicted", "bytes"),
+    "limit_bytes": Metric("limit", "bytes"),
+    "reserved_bytes": Metric("reserved", "bytes", "lower"),
+    "process_bytes": Metric("process (NVML)", "bytes", "lower"),
+    "held_bytes": Metric("held", "bytes"),
+    "energy_joules": Metric("energy", "J", "lower"),
+    "speedup": Metric("times faster", "ratio", "higher"),
+    "memory_ratio": Metric("times less memory", "ratio", "higher"),
+    "ratio": Metric("ratio", "ratio"),
+    "streams": Metric("in residual streams", "ratio"),
+    "eager_bytes": Metric("eager PyTorch moves", "bytes"),
+    "eager_flops": Metric("eager, operations", "FLOP"),
+    "unfused_bytes": Metric("ours unfused", "bytes"),
+    "linear_bytes": Metric("products move", "bytes"),
+    "other_bytes": Metric("norms etc. move", "bytes"),
+    "gain": Metric("gain", "ratio", "higher"),
+    "best_seconds": Metric("best", "s", "lower"),
+    "errors": Metric("errors", "count", "lower"),
+    "tried": Metric("tried", "count"),
+    "dropped": Metric("dropped", "count"),
+    "entries": Metric("entries", "count"),
+    "difference": Metric("difference", "error"),
+    "deviation": Metric("deviation", "fraction"),
+    "flop_ratio": Metric("ratio of operations", "ratio"),
+    "time_ratio": Metric("ratio of predicted time", "ratio"),
+    "baseline_seconds": Metric("baseline", "s", "lower"),
+    "predicted_seconds": Metric("predicted", "s"),
+    "attention_flops": Metric("attention", "FLOP"),
+    "linear_flops": Metric("linear", "FLOP"),
+    "convolution_flops": Metric("convolutions", "FLOP"),
+    "share": Metric("share", "fraction"),
+    "tokens": Metric("tokens", "count"),
+    "frames": Metric("frames", "count"),
+    "seam": Metric("seam", "seam"),
+    "seam_untiled": Metric("seam, untiled", "seam"),
+    "redundancy": Metric("work of untiled", "ratio"),
+    "registers": Metric("registers", "count", "lower"),
+    "spills": Metric("spills", "count", "lower"),
+    "shared_bytes": Metric("shared memory", "bytes"),
+    "programs_per_sm": Metric("programs/SM", "count"),
+    "bound_fraction": Metric("predicted bound, of peak", "fraction", "higher"),
+    "copied_bytes": Metric("concatenated", "bytes", "lower"),
+}
+
+_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def time_scale(values: Iterable[float | None]) -> tuple[float, str]:
+    """The unit in which a column of seconds reads best: its value in seconds, and its name."""
+    present = sorted(v for v in values if v)
+    middle = present[len(present) // 2] if present else 1.0
+    return next(((scale, name) for scale, name in _TIMES if middle >= scale), _TIMES[-1])
+
+
+def format_value(value: Any, unit: str, scale: float = 1.0) -> str:
+    """A metric for people; empty for None. ``scale`` is that of :func:`time_scale`, for seconds."""
+    if value is None:
+        return ""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return str(value)
+    if math.isnan(value):
+        return "NaN"
+    if unit == "s":
+        return significant(value / scale)
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit == "B/s":
+        return f"{value / 1e9:,.0f}"
+    if unit == "FLOP":
+        factor, name = (1e15, "PFLOP") if value >= 1e15 else (1e12, "TFLOP") if value >= 1e12 else (1e9, "GFLOP")
+        return f"{value / factor:,.1f} {name}"
+    if unit == "error":
+        return f"{value:.1e}"
+    if unit == "seam":
+        return f"{value:.4f}"
+    if unit in ("fraction", "ratio"):
+        return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    if unit in ("TFLOP/s", "J"):
+        return f"{value:,.0f}" if value >= 10 else significant(value)
+    if unit == "count":
+        return f"{value:,}"
+    return significant(value)
+
+
+def significant(value: float) -> str:
+    """Four digits, and no exponent where none is needed."""
+    if value == 0:
+        return "0"
+    digits = max(0, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}" if digits <= 6 else f"{value:.3e}"
+
+
+def column_label(name: str, metric: Mapping[str, Any], scale_name: str = "") -> str:
+    """A column's head."""
+    return f"{metric['label']}, {scale_name}" if metric["unit"] == "s" else str(metric["label"] or name)

@@ -1,0 +1,217 @@
+"""Result files as they are written: one document of sections, on disk again after every row.
+
+    record = Record(path, capture(device))
+    with record.section("attention", "Attention", settings) as section:
+        table = section.table("attention", "...", identity=("shape", "provider"), metrics=("seconds", "tflops"))
+        table.add({"shape": ..., "provider": ..., "status": "ok", "seconds": ...})
+
+The form is described, and on reading checked, by ``bench/results.schema.json`` (:mod:`bench.records.read`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.records.metrics import METRICS
+from bench.records.outcome import BASES, STATUSES
+from model.errors import InputError
+from model.io.durable import write_text
+
+SCHEMA, VERSION = "swifti2v-results", 1
+#: Spread (20th to 80th percentile over the median) beyond which a row carries a warning.
+WIDE_SPREAD = 0.10
+
+
+class Table:
+    """Rows of one kind, added one by one."""
+
+    def __init__(self, data: dict[str, Any], save: Callable[[], None]):
+        self.data, self._save = data, save
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What has been added."""
+        return self.data["rows"]
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds a row; ``basis`` is ``measured`` unless it says otherwise.
+
+        Raises:
+            ValueError: it lacks a field of the table's identity, repeats a row, or has a status or basis that there is
+                not.
+        """
+        row = {"status": "ok", "basis": "measured", **row}
+        key = [row.get(name) for name in self.data["identity"]]
+        missing = [name for name in self.data["identity"] if name not in row]
+        if missing:
+            raise ValueError(f"row: lacks {', '.join(missing)} of table {self.data['name']}")
+        if any(key == [other[name] for name in self.data["identity"]] for other in self.rows):
+            raise ValueError(f"row: {key} is in table {self.data['name']} already")
+        if row["status"] not in STATUSES or row["basis"] not in BASES:
+            raise ValueError(f"row: unknown status {row['status']!r} or basis {row['basis']!r}")
+        warning = spread_warning(row)
+        if warning and "warning" not in row:
+            row["warning"] = warning
+        self.rows.append(row)
+        self._save()
+        return row
+
+    def save(self) -> None:
+        """Writes rows that were changed after they had been added."""
+        self._save()
+
+
+def spread_warning(row: Mapping[str, Any]) -> str | None:
+    """What to say of a time whose spread is wide; None of one whose spread is not."""
+    low, high, middle = row.get("seconds_low"), row.get("seconds_high"), row.get("seconds")
+    if not low or not high or not middle or (high - low) / middle <= WIDE_SPREAD:
+        return None
+    return f"spread {100 * (high - low) / middle:.0f} %: not a basis for comparisons"
+
+
+class Section:
+    """One benchmark's part of a document."""
+
+    def __init__(self, data: dict[str, Any], save: Callable[[], None]):
+        self.data, self._save = data, save
+
+    def table(
+        self,
+        name: str,
+        title: str,
+        *,
+        identity: Sequence[str],
+        metrics: Sequence[str],
+        columns: Sequence[str] = (),
+        note: str = "",
+    ) -> Table:
+        """A new table.
+
+        Args:
+            name: by which comparisons match tables.
+            title: for people.
+            identity: the fields that tell a row from all others.
+            metrics: the fields that are quantities, of ``bench.records.metrics.METRICS``.
+            columns: what is shown, in order; default identity and metrics.
+            note: what belongs beside it.
+        """
+        described = {metric: asdict(METRICS[metric]) for metric in metrics}
+        data = {"name": name, "title": title, "identity": list(identity), "metrics": described}
+        data |= {"columns": list(columns), "note": note, "rows": []}
+        self.data["tables"].append(data)
+        return Table(data, self._save)
+
+    def set(self, **fields: Any) -> None:
+        """Ceilings, settings and the like."""
+        self.data.update(fields)
+        self._save()
+
+    def timeline(
+        self, name: str, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], **details: Any
+    ) -> None:
+        """A course of allocated bytes over seconds, with what began where.
+
+        Args:
+            name: for people.
+            points: (seconds, bytes).
+            marks: (seconds, label).
+            details: ``basis``, ``limit`` and what else belongs to it.
+        """
+        data = {"name": name, "points": [list(p) for p in points], "marks": [list(m) for m in marks]}
+        self.data["timelines"].append({"basis": "measured", **data, **details})
+        self._save()
+
+    def verdicts(self, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the figures to be reached; each has what, shape, value, unit, wanted, met."""
+        self.data["verdicts"] = [{"basis": "measured", **verdict} for verdict in verdicts]
+        self._save()
+
+    def note(self, text: str) -> None:
+        """Adds a sentence for people."""
+        self.data["notes"].append(text)
+        self._save()
+
+    def package_entries(self, table: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Measured choices for ``swifti2v_kernels/configs/<table>.json``; ``bench tune --from`` writes them there."""
+        self.data["package_entries"][table] = list(entries)
+        self._save()
+
+
+class Record:
+    """A result file.
+
+    Args:
+        path: of the file; it is written at once, and again whole whenever something is added.
+        environment: of :func:`bench.harness.environment.capture`.
+    """
+
+    def __init__(self, path: Path, environment: Mapping[str, Any]):
+        self.path = path
+        self.data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "environment": dict(environment)}
+        self.data["sections"] = {}
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
+        write_text(self.path, dumps(self.data))
+
+    @contextmanager
+    def section(self, name: str, title: str, settings: Mapping[str, Any]) -> Iterator[Section]:
+        """A section that is complete when the body is; if it is cut short, what there is stays and says so."""
+        data: dict[str, Any] = {"title": title, "status": "running", "reason": None, "started": now(), "seconds": None}
+        data |= {"settings": dict(settings), "ceilings": None, "machine": None, "tables": [], "timelines": []}
+        data |= {"verdicts": [], "notes": [], "package_entries": {}}
+        self.data["sections"][name] = data
+        start = time.monotonic()
+        try:
+            yield Section(data, self.save)
+            data["status"] = "complete"
+        except KeyboardInterrupt:
+            data |= {"status": "interrupted", "reason": "interrupted"}
+            raise
+        except BaseException as error:
+            data |= {"status": "failed", "reason": str(error)[:500] or type(error).__name__}
+            raise
+        finally:
+            data["seconds"] = time.monotonic() - start
+            self.save()
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def dumps(data: Mapping[str, Any]) -> str:
+    """JSON that every reader takes: NaN and infinities, which JSON has not, become null."""
+    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the results folder.
+
+    Raises:
+        InputError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error

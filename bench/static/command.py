@@ -1,0 +1,82 @@
+"""``python -m bench compile``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from bench.harness.registry import Benchmark
+from bench.harness.session import Session
+from bench.operators.discover import all_cases
+from bench.static import report
+from model.cli.options import positive
+from model.errors import InputError
+from swifti2v_kernels.common.target import TARGETS
+
+EXAMPLES = """\
+examples:
+  python -m bench compile                          the whole table, about six minutes on two cores the first time
+  python -m bench compile --check                  also fail on spills, too much shared memory, missing MMA (CI)
+  python -m bench compile --targets 89,90 --cases "d128"
+  python -m bench compile --json > report.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("--targets", metavar="CC,CC,...", help=f"default {','.join(map(str, TARGETS))}")
+    parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    parser.add_argument("--check", action="store_true", help="exit with an error if any kernel has a fault")
+    jobs = min(os.cpu_count() or 1, 8)
+    parser.add_argument("--jobs", type=positive, default=jobs, help="processes (default %(default)s)")
+
+
+def run(args: argparse.Namespace, session: Session) -> None:
+    """Compiles, reads the binaries, and with ``--check`` objects."""
+    targets, cases = _select(args)
+    rows = report.compile_all(targets, cases, args.jobs)
+    table = session.section.table(
+        "kernels", "every kernel, compiled", identity=report.IDENTITY, metrics=report.METRICS, columns=report.COLUMNS,
+        note=report.NOTE,
+    )  # fmt: skip
+    for row in rows:
+        table.add(report.table_row(row))
+    faults = [(row, fault) for row in rows for fault in row.faults()]
+    if faults:
+        lines = [f"  sm_{row.capability} {row.case} {row.kernel} {row.config}: {fault}" for row, fault in faults]
+        message = f"{len(faults)} fault(s) in {len(rows)} kernels:\n" + "\n".join(lines)
+        if args.check:
+            raise InputError(message)
+        session.section.note(message)
+    else:
+        session.section.note(
+            f"{len(rows)} kernels: no spills, shared memory within limits, tensor-core instructions as meant"
+        )
+
+
+def _select(args: argparse.Namespace) -> tuple[list[int], list[int]]:
+    text = args.targets or ("89,90" if args.quick else ",".join(map(str, TARGETS)))
+    targets = []
+    for part in text.split(","):
+        if not part.strip().isdigit() or int(part) not in TARGETS:
+            raise InputError(f"targets: expected some of {', '.join(map(str, TARGETS))}, got {part.strip()!r}")
+        targets.append(int(part))
+    wanted = args.cases or ("d128" if args.quick else "")
+    cases = [i for i, case in enumerate(all_cases()) if wanted in case.name]
+    if not cases:
+        names = ", ".join(case.name for case in all_cases())
+        raise InputError(f"cases: no case contains {wanted!r}; the cases are {names}")
+    return list(dict.fromkeys(targets)), cases
+
+
+BENCHMARK = Benchmark(
+    name="compile",
+    summary="registers, spills, shared memory and predicted bounds of every kernel, without a GPU",
+    description="Compiles every kernel in every shipped configuration for every target and reads the binaries.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    measure=run,
+    title="What the compiler made of the kernels",
+    order=40,
+    quick="only head_dim 128 on the newest of each kind: 89, 90",
+)

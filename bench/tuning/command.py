@@ -1,0 +1,175 @@
+"""``python -m bench tune``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from bench.harness.registry import Benchmark
+from bench.harness.session import Session
+from bench.records.package_tables import provenance, write_entries
+from bench.records.read import read_result
+from bench.records.write import Table
+from bench.static.compile_only import quiet_exit
+from bench.tuning.search import Journal, Outcome, Search, compile_all, entry
+from bench.tuning.space import Target, shown, targets
+from model.cli.options import positive
+from model.errors import InputError, require
+from swifti2v_kernels.common.target import TARGETS
+
+EXAMPLES = """\
+examples:
+  python -m bench tune                              this card, ten minutes; writes swifti2v_kernels/configs/tuned.json
+  python -m bench tune --minutes 60 --out out/tune  again with the same --out goes on where it stopped
+  python -m bench tune --kernels conv3d --no-write
+  python -m bench tune --from bench/results/nvidia-h200/FILE.json     choices that another machine has measured
+  python -m bench tune --kernels adaln --capability 89                without CUDA: what compiles, and predicted bounds
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own."""
+    parser.add_argument("--kernels", metavar="TEXT", default="", help="only kernels and shapes with TEXT in their name")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time for the search (default %(default)s)")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="leave the package's table as it is")
+    parser.add_argument("--from", dest="source", metavar="FILE", type=Path, help="write the choices of a result file")
+    parser.add_argument("--most", type=positive, metavar="N", help="candidates of a kernel and shape at most")
+    jobs = min(os.cpu_count() or 1, 16)
+    parser.add_argument("--jobs", type=positive, default=jobs, help="compiling processes (default %(default)s)")
+    known = ", ".join(map(str, TARGETS))
+    parser.add_argument("--capability", type=int, default=90, help=f"without CUDA: one of {known} (default 90)")
+
+
+def run(args: argparse.Namespace, session: Session) -> None:
+    """The search; without CUDA what compiles, with predicted bounds."""
+    if args.source is not None:
+        _take_over(args.source, session)
+        return
+    if args.minutes <= 0:
+        raise InputError(f"minutes: expected more than 0, got {args.minutes}")
+    if session.cuda:
+        major, minor = torch.cuda.get_device_capability(session.device)
+        capability = 10 * major + minor
+    else:
+        capability = args.capability
+    if capability not in TARGETS:
+        raise InputError(f"capability: expected one of {', '.join(map(str, TARGETS))}, got {capability}")
+    session.say("reading what there is to tune")
+    quiet_exit()
+    found = targets(capability, args.kernels)
+    if not found:
+        names = "; ".join(target.name for target in targets(capability))
+        raise InputError(f"kernels: nothing contains {args.kernels!r}; there are: {names}")
+    if args.quick:
+        found = found[:2]
+    most = args.most or (4 if args.quick else None)
+    if session.cuda:
+        _search(args, session, found, most)
+    else:
+        _static(args, session, found, most)
+
+
+def _search(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
+    metrics = ("seconds", "best_seconds", "gain", "tried", "dropped")
+    table = session.section.table(
+        "tuned", "configurations, measured", identity=("target",), metrics=metrics,
+        columns=("target", "heuristic", "best", *metrics),
+        note=(
+            "Time: the heuristic's, of all cases of the row; gain: geometric mean over them, in turns. Dropped: what"
+            " does not compile, spills, does not fit or fails."
+        ),
+    )  # fmt: skip
+    search = Search(
+        session.device, session.timer(15), session.timer(60), Journal(session.folder / "measured.jsonl"), args.jobs,
+        time.monotonic() + 60 * args.minutes, most,
+    )  # fmt: skip
+    card, stamp = session.environment["device"], provenance(session.environment)
+    entries = []
+    with require("tqdm", "bench").tqdm(total=len(found), unit="kernel", dynamic_ncols=True, disable=None) as bar:
+        for target in found:
+            bar.set_description(target.name)
+            if search.late:
+                table.add(_row(target) | {"status": "not reached", "reason": "the time given was over"})
+                continue
+            outcome = search.run(target, bar.set_postfix_str)
+            table.add(_row(target) | _found(outcome))
+            new = entry(outcome, card, stamp)
+            if new is not None:
+                entries.append(new)
+                session.section.package_entries("tuned", entries)
+            bar.update()
+    if args.write and entries:
+        write_entries({"tuned": entries})
+        session.section.note(f"{len(entries)} entries written to swifti2v_kernels/configs/tuned.json")
+    elif entries:
+        session.section.note(f"{len(entries)} entries; python -m bench tune --from this file writes them")
+
+
+def _row(target: Target) -> dict[str, str]:
+    return {"target": target.name, "heuristic": shown(target.heuristic)}
+
+
+def _found(outcome: Outcome) -> dict[str, object]:
+    row: dict[str, object] = {"tried": outcome.tried, "dropped": outcome.dropped, "gain": outcome.gain}
+    base = [t for name, t in outcome.timings.items() if name.endswith(": heuristic")]
+    if base:
+        row["seconds"] = sum(t.median for t in base)
+        row["best_seconds"] = sum(t.median for t in base) / outcome.gain
+    if outcome.best is not None:
+        row["best"] = shown(outcome.target.config(outcome.best))
+    if outcome.reason:
+        row["note"] = outcome.reason
+    return row
+
+
+def _static(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
+    """What compiles, and the bound that each is predicted to have."""
+    card = TARGETS[found[0].capability].card
+    session.say(f"no CUDA device: nothing is timed and nothing written. For {card}, by compiling:")
+    table = session.section.table(
+        "candidates", f"candidates compiled for sm_{found[0].capability}", identity=("target", "config"),
+        metrics=("bound_fraction",), columns=("target", "config", "bound_fraction"),
+        note=f"Predicted bound of {card} (bench/static/bounds.py): what the instructions allow, not a speed.",
+    )  # fmt: skip
+    lists = [(target, target.candidates()[: most or 12]) for target in found]
+    total = sum(len(candidates) for _, candidates in lists)
+    with require("tqdm", "bench").tqdm(total=total, unit="candidate", dynamic_ncols=True, disable=None) as bar:
+        for target, candidates in lists:
+            bar.set_description(target.name)
+            for i, compiled in compile_all(target, candidates, args.jobs, real=False):
+                row = {"target": target.name, "config": shown(target.config(candidates[i])), "basis": "predicted"}
+                row |= {"basis_note": "from the compiled instructions"}
+                if compiled.obstacle is not None:
+                    row |= {"status": "failed", "reason": compiled.obstacle}
+                table.add(row | {"bound_fraction": compiled.bound})
+                bar.update()
+
+
+def _take_over(source: Path, session: Session) -> None:
+    sections = read_result(source)["sections"]
+    entries: dict[str, list[dict[str, object]]] = {}
+    for section in sections.values():
+        for name, found in section.get("package_entries", {}).items():
+            entries.setdefault(name, []).extend(found)
+    if not entries:
+        raise InputError(f"from: {source} holds no measured choices (sections: {', '.join(sections)})")
+    table: Table = session.section.table("written", "entries written", identity=("table",), metrics=("entries",))
+    for name, count in write_entries(entries).items():
+        table.add({"table": name, "entries": count})
+
+
+BENCHMARK = Benchmark(
+    name="tune",
+    summary="searches kernel configurations on this card and writes the package's table",
+    description="Searches the configurations of every kernel at real sizes within a time budget; can be resumed.",
+    examples=EXAMPLES,
+    add_arguments=add_arguments,
+    measure=run,
+    title="Kernel configurations",
+    order=41,
+    quick="two kernels, four candidates each",
+)

@@ -1,0 +1,126 @@
+"""Gathers the library as a kernel of the Hugging Face Hub: ``python hub/gather.py OUT``.
+
+OUT then holds what kernel-builder builds from (``build.toml``, ``torch-ext``) and what ``kernels.get_local_kernel``
+loads (``build/torch-cpu``, ``build/torch-cuda``). CSG and the integrations stay behind, which are no operators and need
+more than torch, Triton and einops; so do the benchmarks' cases and the package's command, which reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parent / "swifti2v_kernels"
+LEFT_OUT = ("csg", "integrations")
+LEFT_OUT_FILES = ("case.py", "cases.py", "__main__.py")
+ALLOWED = {"torch", "triton", "einops", *sys.stdlib_module_names}
+NOTE = "Gathered for the Hugging Face Hub without CSG and the integrations, which the installed library has."
+
+
+class GatherError(Exception):
+    """Why nothing was gathered, in one line."""
+
+
+def gather(out: Path, package: Path = PACKAGE) -> None:
+    """Writes ``out``, a folder that is new or empty.
+
+    Raises:
+        GatherError: ``out`` is neither, or a file imports what a Hub kernel must not.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GatherError(f"OUT: expected a new or an empty folder, got {out}")
+    build = tomllib.loads((HERE / "build.toml").read_text())
+    general, files = build["general"], library_files(package, build["torch-noarch"]["pyext"])
+    module = general["name"].replace("-", "_")
+    # `kernels` imports a build under its id, from which the operators' namespace follows. Builds that differ must not
+    # share one: Python would take modules that the first has loaded for those of the second.
+    content = hashlib.sha256(b"".join(name.encode() + data for name, data in files.items())).hexdigest()[:12]
+    folders = {f"torch-ext/{module}": files}
+    for backend in general["backends"]:
+        metadata = {key: general[key] for key in ("name", "version", "license", "python-depends")}
+        metadata |= {"id": f"_{module}_{backend}_{content}", "backend": {"type": backend}}
+        folders[f"build/torch-{backend}"] = {**files, "metadata.json": json.dumps(metadata, indent=2).encode()}
+    for folder, contents in folders.items():
+        for name, data in contents.items():
+            (out / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / folder / name).write_bytes(data)
+    for source in (HERE / "build.toml", HERE / "CARD.md", HERE.parent / "LICENSE"):
+        shutil.copyfile(source, out / source.name)
+
+
+def library_files(package: Path, endings: list[str]) -> dict[str, bytes]:
+    """What travels, by its path within the package.
+
+    Raises:
+        GatherError: a file imports something else.
+    """
+    files = {}
+    for path in sorted(package.rglob("*")):
+        name = path.relative_to(package)
+        if path.suffix[1:] not in endings or name.parts[0] in LEFT_OUT or name.name in LEFT_OUT_FILES:
+            continue
+        files[name.as_posix()] = path.read_bytes()
+    files["__init__.py"] = shortened(files["__init__.py"].decode()).encode()
+    for name in files:
+        for node in ast.walk(ast.parse(files[name] if name.endswith(".py") else b"")):
+            roots = [alias.name.split(".")[0] for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                root = (node.module or "").split(".")[0]
+                roots = [root] if node.level == 0 or root in LEFT_OUT else []
+            for root in roots:
+                if root not in ALLOWED:
+                    raise GatherError(f"{name}:{node.lineno}: needs {root}, which a Hub kernel does not have")
+    return files
+
+
+def shortened(source: str) -> str:
+    """The package's ``__init__.py`` with the first line of its docstring and without the names that are left out."""
+    lines, body = source.splitlines(keepends=True), ast.parse(source).body
+    title = ast.get_docstring(ast.parse(source)).splitlines()[0]
+    edits: dict[ast.stmt, str] = {body[0]: f'"""{title}\n\n{NOTE}\n"""\n'}
+    gone = set()
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LEFT_OUT:
+            edits[node] = ""
+            gone |= {alias.name for alias in node.names}
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = [f'    "{name}",\n' for name in ast.literal_eval(node.value) if name not in gone]
+            edits[node] = "".join(["__all__ = [\n", *names, "]\n"])
+    for node in sorted(edits, key=lambda node: -node.lineno):
+        lines[node.lineno - 1 : node.end_lineno] = [edits[node]]
+    return "".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; 2 if it refuses."""
+    parser = argparse.ArgumentParser(
+        prog="python hub/gather.py",
+        description="Gathers the operators, without CSG and the integrations, as a kernel of the Hugging Face Hub.",
+        epilog="examples:\n  python hub/gather.py /tmp/swifti2v-kernels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    out = parser.parse_args(arguments).out
+    try:
+        gather(out)
+    except GatherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"gathered into {out}; kernels.get_local_kernel loads it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

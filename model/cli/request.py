@@ -1,0 +1,304 @@
+"""What a command asks for, resolved: models, sizes, segments, noise levels, and what tells one run from another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.cli.options import (
+    LORA_OPTIONS,
+    build_components,
+    chosen_loras,
+    parse_ram,
+    parse_size,
+    pick_device,
+    pick_dtype,
+    segment_plan,
+)
+from model.config import get_preset
+from model.csg.sampler import SegmentPlan, plan_for
+from model.csg.schedule import flow_sigmas
+from model.errors import InputError
+from model.machine.measure import parse_bytes
+from model.memory.cost.gpus import GPU, chosen_gpu
+from model.memory.report import MemoryPlan, describe_placement
+from model.memory.request import DiTRequest, MemoryRequest
+from model.memory.vae_places import USABLE, Card
+from model.pipeline.components import Components
+from model.resume.fingerprint import fingerprint, fingerprint_file, fingerprint_random
+from model.resume.state import device_name
+from model.sizes import area_size, check_frames, check_size, size_multiple, stage_one_size
+from model.streaming.placement import NO_TENSORS
+from model.weights.files import open_weights
+from model.weights.load import DIT_PARTS, VAE_PARTS, part_of_pipeline
+from model.weights.lora import LoRA
+
+#: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
+TEXT_ENCODER_BYTES = 11_360_000_000
+#: Options that say how a machine does it, not what is made: a resumed run may be given others.
+MACHINE_OPTIONS = ("device", "vram", "ram", "vae_memory", "cuda_graph")
+#: Options that say where things are. What they are is told by fingerprints, so that a run can go on elsewhere.
+PLACES = (
+    "photo", "out", "weights", "text_embeddings", "stage1_loras", "stage1_low_noise_loras", "stage2_loras",
+)  # fmt: skip
+#: Options that are about the state of a run.
+RUN_OPTIONS = ("resume", "state", "keep_state", "restart")
+_PATHS = ("photo", "out", "weights", "text_embeddings")
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """Of one command; ``arguments`` are its options with every default resolved and every path absolute."""
+
+    arguments: dict[str, Any]
+    components: Components
+    device: torch.device
+    dtype: torch.dtype
+    loras: Mapping[str, list[LoRA]]
+    size: tuple[int, int]
+    motion_size: tuple[int, int]
+    num_frames: int
+    fps: int
+    plan: SegmentPlan
+    sigmas_one: list[float]
+    sigmas_two: list[float]
+
+    @classmethod
+    def resolve(cls, args: argparse.Namespace, photo_size: tuple[int, int] | None) -> ClipRequest:
+        """Checks all that can be checked before anything runs.
+
+        Args:
+            args: of ``model.generate``.
+            photo_size: (width, height), for the default size.
+
+        Raises:
+            InputError: something does not fit.
+        """
+        defaults = get_preset(args.preset or ("tiny" if args.weights is None else "1.3b"))
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        loras = chosen_loras(args)
+        components = build_components(args, device, dtype, loras)
+        multiple = size_multiple(components.vae_config, components.stage_two_config)
+        if args.size is not None:
+            size = parse_size(args.size)
+        elif photo_size is not None:
+            size = area_size(photo_size, defaults.width * defaults.height, multiple)
+        else:
+            raise InputError("size: expected WIDTHxHEIGHT where there is no photograph")
+        check_size(*size, multiple)
+        num_frames = defaults.num_frames if args.frames is None else args.frames
+        num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
+        motion_multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
+        fps = args.fps or defaults.fps
+        resolved = vars(args) | {"size": f"{size[0]}x{size[1]}", "frames": num_frames, "fps": fps}
+        return cls(
+            arguments=_absolute(resolved),
+            components=components,
+            device=device,
+            dtype=dtype,
+            loras=loras,
+            size=size,
+            motion_size=stage_one_size(*size, motion_multiple),
+            num_frames=num_frames,
+            fps=fps,
+            plan=plan_for(args.mode, segment_plan(args, num_blocks)),
+            sigmas_one=flow_sigmas(args.stage1_steps, args.shift),
+            sigmas_two=flow_sigmas(args.steps, args.shift),
+        )
+
+    @property
+    def window_blocks(self) -> int:
+        """Latent frames of the largest window."""
+        return max(len(window.blocks) for window in self.plan)
+
+    def memory(self) -> MemoryRequest:
+        """What its memory is planned for: the options ``--vram``, ``--ram``, ``--vae-memory`` and the machine."""
+        given = self.arguments
+        card = Card.of(self.device)
+        # What others hold of the card is not there to be planned with.
+        vram = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
+        if given["vram"] != "auto":
+            vram = parse_bytes("vram", given["vram"])
+        weights = self.components.weights
+        return request_for(
+            self.components,
+            size=self.size,
+            num_frames=self.num_frames,
+            plan=self.plan,
+            gpu=chosen_gpu(None, vram or 0),
+            text_encoder=given["text_embeddings"] is None
+            and weights is not None
+            and (weights / "text_encoder").is_dir(),
+            mode=given["mode"],
+            steps=given["steps"],
+            stage_one_steps=given["stage1_steps"],
+            dtype=self.dtype,
+            vram=vram,
+            ram=parse_ram(given["ram"]),
+            capability=None if card is None else card.capability,
+            storage=given["storage"],
+            products=given["products"],
+            vae_limit=None if given["vae_memory"] == "auto" else parse_bytes("vae-memory", given["vae_memory"]),
+        )
+
+    def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
+        """The job of this request, as :class:`model.resume.state.RunState` keeps it.
+
+        Args:
+            memory: the plan by which it runs.
+            photo: fingerprint of the photograph, if it is not there to be read any more.
+        """
+        given = self.arguments
+        weights = {
+            "preset": f"{fingerprint_random(given['preset'] or 'tiny', given['seed'])}, drawn on {self.device.type}"
+        }
+        if self.components.weights is not None:
+            weights = {
+                part: fingerprint(part_of_pipeline(path, VAE_PARTS if part.endswith("vae") else DIT_PARTS))
+                for part, path in self.components.parts.items()
+            }
+        text = given["text_embeddings"]
+        stages = {"stage1": memory.stage_one, "stage2": memory.stage_two}
+        return {
+            "inputs": {
+                "photo": photo or fingerprint_file(given["photo"], "image"),
+                "prompt": given["prompt"],
+                "text_embeddings": None if text is None else fingerprint_file(text, "text-embeddings"),
+                "weights": weights,
+                "loras": {
+                    part: [[fingerprint_file(lora.path, "lora"), lora.strength, lora.expert] for lora in chosen]
+                    for part, chosen in self.loras.items()
+                },
+            },
+            "request": {
+                "size": list(self.size),
+                "frames": self.num_frames,
+                "fps": self.fps,
+                "mode": given["mode"],
+                "windows": [[list(window.conditioning), list(window.noisy)] for window in self.plan],
+                "stage1_sigmas": self.sigmas_one,
+                "stage2_sigmas": self.sigmas_two,
+                "seed": given["seed"],
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "products": given["products"],
+            },
+            "machine": {
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                "libraries": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+                "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+                "backend": os.environ.get("SWIFTI2V_BACKEND", "auto"),
+                "cuda_graph": given["cuda_graph"],
+                "plan": {part: describe_placement(stage.config, stage.placement) for part, stage in stages.items()},
+                "vae": memory.to_json()["vae"],
+            },
+            "arguments": given,
+        }
+
+
+def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
+    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about machine and places.
+
+    Raises:
+        InputError: another option was given, which would be another run.
+    """
+    own = (*MACHINE_OPTIONS, *PLACES)
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name not in (*own, *RUN_OPTIONS) and value != getattr(defaults, name)
+    ]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
+            " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
+        )
+    for name, value in stored.items():
+        asked = name in own and getattr(args, name) != getattr(defaults, name)
+        if name not in RUN_OPTIONS and not asked:
+            setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
+
+
+def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text that means the same from any folder."""
+    found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
+    for name in _PATHS:
+        if found[name] is not None:
+            found[name] = str(Path(found[name]).absolute())
+    for part in LORA_OPTIONS.values():
+        found[f"{part}_loras"] = [_absolute_lora(text) for text in found[f"{part}_loras"]]
+    return found
+
+
+def _absolute_lora(text: str) -> str:
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return str(Path(text).absolute())
+    return f"{Path(path).absolute()}:{strength}"
+
+
+def request_for(
+    components: Components,
+    *,
+    size: tuple[int, int],
+    num_frames: int,
+    plan: SegmentPlan,
+    gpu: GPU,
+    from_files: bool | None = None,
+    text_encoder: bool = False,
+    **options: Any,
+) -> MemoryRequest:
+    """The request for the models of a command.
+
+    Args:
+        components: the models.
+        size: (width, height) of the clip.
+        num_frames, plan, gpu: as for :class:`~model.memory.request.MemoryRequest`.
+        from_files: whether blocks can be read in every pass; None: where there are checkpoints.
+        text_encoder: whether the run has UMT5.
+        options: other fields of the request.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
+    multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
+
+    def dit(part: str) -> DiTRequest:
+        config = components.stage_two_config if part == "stage2" else components.stage_one_config
+        return DiTRequest(config, components.stored.get(part, NO_TENSORS))
+
+    return MemoryRequest(
+        stage_one=dit("stage1"),
+        stage_two=dit("stage2"),
+        low_noise=None if components.low_noise is None else dit("stage1_low_noise"),
+        vae=components.vae_config,
+        motion_vae=None if components.stage_one_vae is None else components.stage_one_vae_config,
+        size=size,
+        motion_size=stage_one_size(*size, multiple),
+        num_frames=num_frames,
+        plan=plan,
+        gpu=gpu,
+        from_files=components.weights is not None if from_files is None else from_files,
+        text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,
+        **options,
+    )
+
+
+def _encoder_bytes(components: Components, capability: int | None) -> int:
+    """Of the text encoder that there is, or of UMT5-XXL's; without a GPU it runs in float32
+    (model/pipeline/encoders.py)."""
+    itemsize, folder = 2 if capability else 4, None
+    if components.weights is not None and (components.weights / "text_encoder").is_dir():
+        folder = components.weights / "text_encoder"
+    if folder is None:
+        return TEXT_ENCODER_BYTES // 2 * itemsize
+    return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())

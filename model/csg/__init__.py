@@ -1,0 +1,1 @@
+"""Stage II's generation: ``sampler`` (segments, windows, modes), ``denoiser`` (steps of a window), ``schedule``."""

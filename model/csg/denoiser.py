@@ -1,0 +1,225 @@
+"""Denoising a store of latents by one DiT: what a clip needs once is made once, every step is the same launches.
+
+A :class:`Denoiser` owns the workspace, the text's keys and values, the modulation of all timesteps, and per *kind* of
+window (its number of blocks, which of them are given) tensors of fixed shape and place. A step changes two small
+tensors and runs; on CUDA it is captured as a graph the second time and replayed from then on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from model.csg.schedule import NUM_TRAIN_TIMESTEPS
+from model.dit.model import WanDiT, WindowTensors
+from model.dit.parts import KeyValue
+from model.dit.workspace import Workspace
+from swifti2v_kernels import Rope3D, rope_3d
+
+
+class StepGraphs:
+    """Runs a step: the first time for a key as it is, the second time captured as a CUDA graph, then replayed.
+
+    The first run compiles kernels and lets libraries allocate their workspaces, which capturing forbids. Where graphs
+    are not used, ``reason`` says why.
+    """
+
+    def __init__(self, device: torch.device, wanted: bool = True) -> None:
+        self.reason: str | None = None
+        if not wanted:
+            self.reason = "switched off"
+        elif device.type != "cuda":
+            self.reason = f"the device is {device.type}"
+        self._warm: set[Hashable] = set()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """``step`` must do the same launches on the same memory every time that it is called with ``key``."""
+        if self.reason is None and key in self._warm:
+            if key not in self._graphs:
+                self._capture(key, step)
+            if self.reason is None:
+                self._graphs[key].replay()
+                return
+        self._warm.add(key)
+        step()
+
+    def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # All graphs run one after another, so they can share one pool for what libraries allocate.
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                step()
+        except RuntimeError as error:
+            self.reason = f"capturing failed: {str(error).splitlines()[0]}"
+            warnings.warn(f"steps run without CUDA graphs: {self.reason}", RuntimeWarning, stacklevel=2)
+        else:
+            self._graphs[key] = graph
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A window's shape and the tensors that serve every window of that shape."""
+
+    tensors: WindowTensors
+    #: 1 for blocks at the present timestep, 0 for those at timestep 0.
+    noisy: Tensor
+    step: Tensor
+    memory: tuple[KeyValue, ...] | None
+
+
+class Denoiser:
+    """Steps one DiT over windows of a latent store.
+
+    Args:
+        dit: the model.
+        text, image: as for :meth:`model.dit.model.WanDiT.context`.
+        latents: ``[1, z, S, h, w]`` float32: what is denoised, updated in place.
+        reference: ``[1, z, N, h, w]`` float32: what given blocks and reference channels are read from.
+        sigmas: noise levels from 1 to 0.
+        max_blocks: of any window.
+        cuda_graph: whether steps may be captured as CUDA graphs.
+        workspace: of another denoiser for the same model size and windows, to be shared.
+    """
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        text: Tensor,
+        image: Tensor | None,
+        *,
+        latents: Tensor,
+        reference: Tensor,
+        sigmas: Sequence[float],
+        max_blocks: int,
+        cuda_graph: bool = True,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.dit, self.latents, self.reference = dit, latents, reference
+        # A captured step would wait for its copies where it begins, and not where it needs them.
+        streams = dit.stream is not None and dit.stream.copies
+        self.graphs = StepGraphs(latents.device, cuda_graph and not streams)
+        self.context = dit.context(text, image)
+        # Row 0 is timestep 0, that of given blocks; row i + 1 that of step i.
+        timesteps = [0.0, *(NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1])]
+        self.modulation = dit.modulate(latents.new_tensor([timesteps]))
+        self._deltas = [after - sigma for sigma, after in pairwise(sigmas)]
+        (height, width), patch = latents.shape[3:], dit.config.patch_size
+        self._grid = height // patch[1], width // patch[2]
+        self.workspace = workspace or Workspace.plan(
+            dit.config,
+            1,
+            max_blocks,
+            self._grid[0] * self._grid[1],
+            dtype=dit.dtype,
+            device=latents.device,
+            eight_bits=dit.eight_bits,
+        )
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._key: Hashable = None
+
+    def open(
+        self,
+        blocks: Sequence[int],
+        slots: Sequence[int],
+        mask: Sequence[float],
+        remembered: Sequence[int] = (),
+    ) -> None:
+        """Makes a window the present one.
+
+        Args:
+            blocks: index in the clip of every block, in window order.
+            slots: where in ``latents`` each block is denoised; -1 for a given block, which carries timestep 0.
+            mask: value of each block's mask channels.
+            remembered: given blocks whose keys and values are computed here, at timestep 0 and without a view of the
+                window, and read by every step (the causal mode).
+        """
+        if not len(blocks) == len(slots) == len(mask) > 0:
+            given = f"{len(blocks)}, {len(slots)} and {len(mask)}"
+            raise ValueError(f"blocks, slots, mask: expected one entry a block each, got {given}")
+        self._key = (tuple(slots), tuple(mask), len(remembered))
+        if self._key not in self._kinds:
+            memory = self._new_memory(len(remembered)) if remembered else None
+            self._kinds[self._key] = self._new_kind(slots, mask, memory)
+        kind = self._kinds[self._key]
+        self._place(kind.tensors, blocks)
+        if kind.memory is not None:
+            count = len(remembered)
+            given = self._new_kind([-1] * count, [1.0] * count, None)
+            self._place(given.tensors, remembered)
+            self.dit.run(given.tensors, self.context, self.modulation, self.workspace, keep=kind.memory)
+
+    def step(self, i: int) -> None:
+        """Step ``i`` of the schedule on the present window: updates its blocks in ``latents``.
+
+        Raises:
+            ValueError: no window is open, or the schedule has no such step.
+        """
+        if self._key is None:
+            raise ValueError("step: expected a window; call open() first")
+        if not 0 <= i < len(self._deltas):
+            raise ValueError(f"i: expected 0..{len(self._deltas) - 1}, got {i}")
+        kind = self._kinds[self._key]
+        torch.mul(kind.noisy, i + 1, out=kind.tensors.modulation_index)
+        kind.step.fill_(self._deltas[i])
+        memory = None if kind.memory is None else self.dit.split_heads(kind.memory)
+
+        def run() -> None:
+            self.dit.run(
+                kind.tensors,
+                self.context,
+                self.modulation,
+                self.workspace,
+                out=self.latents,
+                step=kind.step,
+                memory=memory,
+            )
+
+        self.graphs.run(self._key, run)
+
+    def _new_kind(
+        self,
+        slots: Sequence[int],
+        mask: Sequence[float],
+        memory: tuple[KeyValue, ...] | None,
+    ) -> _Kind:
+        device = self.latents.device
+
+        def index(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        noisy = index([int(slot >= 0) for slot in slots])
+        concatenates = self.dit.config.in_channels != self.latents.shape[1]
+        window = WindowTensors(
+            latents=self.latents,
+            reference=self.reference,
+            latent_index=index(slots),
+            reference_index=index([0] * len(slots)),
+            mask=torch.tensor(mask, dtype=torch.float32, device=device) if concatenates else None,
+            modulation_index=torch.zeros_like(noisy),
+            rope=self._rope(range(len(slots))),
+            targets=tuple(i for i, slot in enumerate(slots) if slot >= 0),
+        )
+        return _Kind(window, noisy, torch.zeros(1, device=device), memory)
+
+    def _new_memory(self, num_blocks: int) -> tuple[KeyValue, ...]:
+        shape = 1, num_blocks * self._grid[0] * self._grid[1], self.dit.config.dim
+
+        def empty() -> Tensor:
+            return torch.empty(shape, dtype=self.dit.dtype, device=self.latents.device)
+
+        return tuple((empty(), empty()) for _ in self.dit.blocks)
+
+    def _rope(self, blocks: Sequence[int]) -> Rope3D:
+        return rope_3d(blocks, *self._grid, self.dit.config.head_dim, device=self.latents.device)
+
+    def _place(self, window: WindowTensors, blocks: Sequence[int]) -> None:
+        """Writes the blocks' indices into the window's tensors, whose memory a captured step reads."""
+        window.reference_index.copy_(torch.tensor(blocks, dtype=torch.int32))
+        window.rope.t.copy_(self._rope(blocks).t)

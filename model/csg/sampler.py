@@ -1,0 +1,189 @@
+"""Conditional Segment-wise Generation: a clip is denoised segment by segment, each in one bounded window.
+
+A *block* is one latent frame. Block 0 (the *anchor*) is the input image and is given; the others are generated M at a
+time. Segment s generates the *noisy* blocks ``a_s .. a_s + M - 1``; its window is
+
+    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [neighbours behind the segment] + [noisy blocks]
+
+with full bidirectional attention inside, so the tokens of a window are bounded by ``(1 + N_left + N_right + M)`` blocks
+whatever the clip's length. Neighbours are read from the reference sequence by block index. When a segment is done its
+blocks are written back into that sequence: a left neighbour is a generated block, a right neighbour is still the motion
+reference.
+
+From the paper (arXiv 2605.06356): the window, the write-back, M = 3 and N = 1, channel concatenation of the reference.
+Ours, where the paper is silent: conditioning blocks carry timestep 0 and noisy blocks t; a block's channels are
+``[latents | mask | reference]`` with mask 1 on conditioning blocks (the layout of Wan I2V, so its checkpoints can start
+it); rotary positions are the blocks' true indices in the clip; no block is in a window twice, so the first segment has
+no left neighbour besides the anchor; the last segment is short if M does not divide.
+
+The plan, its windows and their noise are the library's (``swifti2v_kernels.SegmentPlan``), which also samples with DiTs
+of other makes (``swifti2v_kernels.sample_segments``). Here is the sampler for this project's own, which never holds a
+window's channels, keeps the keys and values of the causal mode, and replays its steps as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from model.config import MASK_CHANNELS, DiTConfig
+from model.csg.denoiser import Denoiser
+from model.dit.model import WanDiT
+from model.errors import InputError
+from swifti2v_kernels import SegmentPlan, Window, block_noise
+
+__all__ = [
+    "MODES",
+    "STAGE",
+    "SegmentPlan",
+    "StepCallback",
+    "Window",
+    "check_channels",
+    "plan_for",
+    "plan_segments",
+    "sample_latents",
+]
+
+#: ``end_to_end``: one window of all blocks. ``bidirectional``: conditioning and noisy blocks of a window attend to each
+#: other. ``causal``: conditioning blocks see conditioning blocks only, so their keys and values are made
+#: once a segment.
+MODES = ("end_to_end", "bidirectional", "causal")
+
+STAGE = 2
+
+#: Called after every denoising step with (segment, number of segments, step, number of steps), all counted from 1.
+StepCallback = Callable[[int, int, int, int], None]
+
+
+def plan_segments(
+    num_blocks: int,
+    blocks_per_segment: int = 3,
+    neighbours_left: int = 1,
+    neighbours_right: int = 0,
+    anchor: bool = True,
+) -> SegmentPlan:
+    """A :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
+
+    Raises:
+        InputError: they make none.
+    """
+    try:
+        return SegmentPlan(num_blocks, blocks_per_segment, neighbours_left, neighbours_right, anchor)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:
+    """The plan that ``mode`` runs: ``plan`` itself, or one window of all blocks for ``end_to_end``.
+
+    Raises:
+        InputError: ``mode`` is unknown.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    return SegmentPlan.end_to_end(plan.num_blocks) if mode == "end_to_end" else plan
+
+
+def check_channels(config: DiTConfig, z: int) -> None:
+    """The DiT takes latents of ``z`` channels, alone or as ``[latents | mask | reference]``.
+
+    Raises:
+        InputError: it takes neither.
+    """
+    if config.in_channels not in (z, 2 * z + MASK_CHANNELS):
+        raise InputError(
+            f"in_channels: a DiT for latents of {z} channels takes {z} or {2 * z + MASK_CHANNELS}"
+            f" (latents, mask, reference), this one takes {config.in_channels}"
+        )
+
+
+def sample_latents(
+    dit: WanDiT,
+    reference: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    plan: SegmentPlan,
+    sigmas: Sequence[float],
+    seed: int,
+    mode: str = "bidirectional",
+    on_step: StepCallback | None = None,
+    cuda_graph: bool = True,
+    done: int = 0,
+) -> Iterator[Tensor]:
+    """Generates all blocks after the anchor, segment by segment, and yields each segment as soon as it is done.
+
+    Args:
+        dit: the Stage II model; its ``in_channels`` decides whether mask and reference are concatenated.
+        reference: ``[1, z, num_blocks, h, w]`` float32 on the DiT's device: the input image's latent in block 0 and the
+            motion reference behind it. **Updated in place**: afterwards it holds the generated clip.
+        text: embeddings ``[1, L, text_dim]``.
+        image: CLIP tokens ``[1, 257, image_dim]`` for a DiT with an image embedding, else None.
+        plan: the segments; ``mode="end_to_end"`` takes only ``num_blocks`` from it.
+        sigmas: noise levels from 1 to 0 (:func:`model.csg.schedule.flow_sigmas`).
+        seed: of the noise, which is drawn per block.
+        mode: one of :data:`MODES`.
+        on_step: called after every step.
+        cuda_graph: on CUDA, capture the step of every kind of window and replay it; a warning says so where that fails.
+        done: segments whose blocks are in ``reference`` already, of an earlier run: it begins behind them.
+
+    Yields:
+        Blocks ``[1, z, m, h, w]``, in order, every block after the anchor and the ``done`` segments exactly once.
+
+    Raises:
+        InputError: the mode is unknown, the reference does not have the plan's number of blocks, or the DiT does not
+            take latents of its number of channels.
+    """
+    plan = plan_for(mode, plan)
+    if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
+        raise InputError(f"reference: expected [1, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
+    check_channels(dit.config, reference.shape[1])
+    if not 0 <= done <= len(plan):
+        raise InputError(f"done: expected 0..{len(plan)} segments, got {done}")
+    return _segments(dit, reference, (text, image), plan, sigmas, seed, mode, on_step, cuda_graph, done)
+
+
+def _segments(
+    dit: WanDiT,
+    reference: Tensor,
+    context: tuple[Tensor, Tensor | None],
+    plan: SegmentPlan,
+    sigmas: Sequence[float],
+    seed: int,
+    mode: str,
+    on_step: StepCallback | None,
+    cuda_graph: bool,
+    done: int,
+) -> Iterator[Tensor]:
+    _, z, _, height, width = reference.shape
+    windows = list(plan)
+    slots = max(len(window.noisy) for window in windows)
+    latents = reference.new_empty(1, z, slots, height, width)
+    # The causal mode runs conditioning and noisy blocks in passes of their own.
+    passes = [(w.conditioning, w.noisy) if mode == "causal" else (w.blocks,) for w in windows]
+    denoiser = Denoiser(
+        dit,
+        *context,
+        latents=latents,
+        reference=reference,
+        sigmas=sigmas,
+        max_blocks=max(len(blocks) for window in passes for blocks in window),
+        cuda_graph=cuda_graph,
+    )
+    for segment, window in enumerate(windows[done:], start=done + 1):
+        num_given, num_noisy = len(window.conditioning), len(window.noisy)
+        x = latents[:, :, :num_noisy]
+        x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))
+        noisy = tuple(range(num_noisy))
+        if mode == "causal":
+            # Conditioning blocks do not see the noisy ones, so their keys and values are made once a segment.
+            denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
+        else:
+            denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
+        for step in range(len(sigmas) - 1):
+            denoiser.step(step)
+            if on_step is not None:
+                on_step(segment, len(windows), step + 1, len(sigmas) - 1)
+        reference[:, :, list(window.noisy)] = x
+        yield x.clone()

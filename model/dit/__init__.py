@@ -1,0 +1,1 @@
+"""The diffusion transformer: ``model``, its ``layer``, the layer's ``parts``, and the ``workspace`` of a step."""

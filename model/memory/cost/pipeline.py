@@ -1,0 +1,344 @@
+"""A whole clip, part by part: operations, bytes and peak memory, and predicted seconds on a card.
+
+    Stage I     condition   the picture and grey frames at Stage I's size, encoded
+                motion      Stage I's DiT, all blocks in one window
+    reference   low decode  the motion, decoded at its size
+                encode      enlarged to the target size and encoded
+    Stage II    denoise     Stage II's DiT, window by window (``model.csg.sampler.SegmentPlan``)
+    decode      decode      the clip, while Stage II makes it
+
+Without a Stage I (:meth:`Configuration.end_to_end`) the target itself is made as Stage I makes the motion: condition,
+denoise, decode.
+
+Peaks are those of ``model``: the DiT's workspace is what its planner allocates, and the VAE's peak is counted by
+running it on tensors without memory. What else is on the card at that moment is part of a peak: the decoder and its
+state beside Stage II, Stage II beside the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from model.config import DiTConfig, VAEConfig
+from model.errors import InputError
+from model.memory.cost import dit, vae
+from model.memory.cost.configuration import DTYPES, Configuration
+from model.memory.cost.gpus import GPU
+from model.memory.cost.profiles import NARROW, WIDE, Profile, seconds
+from model.memory.cost.windows import whole_step, window_passes, windows_memory
+from model.memory.cost.work import Product, Traffic, Work, total
+from model.memory.vae_places import USABLE
+from model.memory.vae_plan import PlannedVAE, meta_vae, plan_vae
+from model.memory.vae_plan import predict as peak_of
+from model.vae.tiles import VAEPlan
+
+STAGES = ("Stage I", "reference", "Stage II", "decode")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the pipeline for a whole clip.
+
+    ``peak_bytes`` is all that is on the card while it runs, ``weight_bytes`` those of it that are weights of a DiT,
+    each of which is read once in every one of ``forwards``. ``host_bytes`` are copied between the card and host memory,
+    where states of tiles wait. ``note`` says how the VAE works through the frames.
+    """
+
+    name: str
+    stage: str
+    work: Work
+    itemsize: int
+    peak_bytes: int
+    weight_bytes: int = 0
+    forwards: int = 0
+    host_bytes: int = 0
+    note: str = ""
+
+    @property
+    def flops(self) -> Mapping[str, int]:
+        """Operations by kind (``model.memory.cost.work.KINDS``), halos of tiles included."""
+        return self.work.flops
+
+    @property
+    def bytes(self) -> int:
+        """Traffic of this project's operators, operands of products included."""
+        return self.work.bytes
+
+
+@dataclass(frozen=True)
+class PredictedPart:
+    """A part on a card. ``streamed``: its weights come from host memory in every forward, since they do not fit."""
+
+    part: Part
+    seconds: float
+    fits: bool
+    streamed: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of a configuration on a card, and what was assumed, a sentence each."""
+
+    configuration: Configuration
+    gpu: GPU
+    profile: Profile
+    parts: tuple[PredictedPart, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return sum(predicted.seconds for predicted in self.parts)
+
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """Seconds of each of :data:`STAGES` that the configuration has."""
+        stages = dict.fromkeys(predicted.part.stage for predicted in self.parts)
+        return {s: sum(p.seconds for p in self.parts if p.part.stage == s) for s in stages}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most of all parts."""
+        return max(predicted.part.peak_bytes for predicted in self.parts)
+
+
+def whole_work(configuration: Configuration, config: DiTConfig, latent_size: tuple[int, int], steps: int) -> Work:
+    """All blocks of the clip in one window, as ``model.pipeline.stages.make_motion`` takes them, unguided."""
+    itemsize = configuration.dtype.itemsize
+    step = whole_step(config, configuration.plan.num_blocks, latent_size, itemsize)
+    return dit.context(config, itemsize=itemsize) + dit.modulation(config, steps + 1, itemsize) + steps * step
+
+
+def segments_work(configuration: Configuration, latent_size: tuple[int, int]) -> Work:
+    """All windows and steps of Stage II, as ``model.csg.sampler.sample_latents`` takes them, without guidance."""
+    config, itemsize, steps = configuration.stage_two, configuration.dtype.itemsize, configuration.steps
+    works = [dit.context(config, itemsize=itemsize), dit.modulation(config, steps + 1, itemsize)]
+    for window in configuration.plan:
+        once, step = window_passes(config, window, configuration.mode, latent_size, itemsize)
+        works += [*([] if once is None else [once]), steps * step]
+    return total(works)
+
+
+def resize_work(low: tuple[int, int], size: tuple[int, int], num_frames: int) -> Work:
+    """Frames but the first interpolated from ``low`` (width, height) to ``size``, by two products in float32."""
+    (w, h), (width, height) = low, size
+    frames = num_frames - 1
+    products = (
+        Product("resize", 2 * 3 * frames * height * h * w, h),
+        Product("resize", 2 * 3 * frames * height * w * width, w),
+    )
+    moved = 4.0 * 3 * frames * (w * h + 2 * w * height + 3 * width * height)
+    return Work(products, between=Traffic.same(moved))
+
+
+def parts(configuration: Configuration, *, memory: int | None = None, capability: int = 90) -> list[Part]:
+    """The parts of a clip in their order.
+
+    Args:
+        configuration: what is made.
+        memory: bytes of the card, of which :data:`model.memory.vae_places.USABLE` are planned with: the VAE works in
+            tiles where it must. None, or where no tiles fit: untiled.
+        capability: compute capability of the card as two digits, which decides what computes the VAE's layers.
+    """
+    limit = None if memory is None else int(USABLE * memory)
+    return _Planner(configuration, limit, capability).parts()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    configuration: Configuration
+    limit: int | None
+    capability: int
+
+    def parts(self) -> list[Part]:
+        c = self.configuration
+        size, latent = (c.width, c.height), _latent_size(c.vae, (c.width, c.height))
+        held = self._stage_two_memory(latent)
+        if c.stage_one is None:
+            work = whole_work(c, c.stage_two, latent, c.steps)
+            before = [self._condition("reference", c.stage_two, c.vae, size, held.weights)]
+        else:
+            work = segments_work(c, latent)
+            before = [*self._stage_one(c.stage_one), *self._reference()]
+        decode, planned = self._vae(
+            "decode", "decode", c.vae, "decode", size, held.total, len(c.plan) + 1, piece=c.blocks_per_segment
+        )
+        passes = (1 + c.guidance) * (c.steps + (c.mode == "causal"))
+        denoise = Part(
+            "denoise",
+            "Stage II",
+            (1 + c.guidance) * work,
+            c.dtype.itemsize,
+            held.total + planned.peak.weights + planned.peak.state,
+            held.weights,
+            passes * len(c.plan),
+        )
+        return [*before, denoise, decode]
+
+    def _stage_two_memory(self, latent_size: tuple[int, int]) -> dit.DiTMemory:
+        c = self.configuration
+        return windows_memory(
+            c.stage_two,
+            c.plan,
+            c.mode,
+            latent_size,
+            steps=c.steps,
+            dtype=c.dtype,
+            denoised_blocks=c.plan.num_blocks if c.stage_one is None else None,
+            contexts=1 + c.guidance,
+        )
+
+    def _stage_one(self, config: DiTConfig) -> list[Part]:
+        c, blocks = self.configuration, self.configuration.plan.num_blocks
+        latent = _latent_size(c.motion_vae, c.motion_size)
+        stores = {"window_blocks": blocks, "denoised_blocks": blocks, "num_blocks": blocks}
+        held = dit.memory(config, latent, **stores, steps=c.stage_one_steps, dtype=c.dtype)
+        condition = self._condition("Stage I", config, c.motion_vae, c.motion_size, held.weights)
+        halves = (("encode", c.encode_dtype), ("decode", c.dtype))
+        coders = sum(p.nbytes for half, dtype in halves for p in meta_vae(c.motion_vae, dtype).weights_of(half))
+        motion = Part(
+            "motion",
+            "Stage I",
+            whole_work(c, config, latent, c.stage_one_steps),
+            c.dtype.itemsize,
+            held.total + coders,
+            held.weights,
+            c.stage_one_steps,
+        )
+        return [condition, motion]
+
+    def _reference(self) -> list[Part]:
+        c = self.configuration
+        size = c.width, c.height
+        # Both are one stream, so one is on the card beside the other.
+        low, planned = self._vae("low decode", "reference", c.motion_vae, "decode", c.motion_size, 0, c.plan.num_blocks)
+        encode, _ = self._vae("encode", "reference", c.vae, "encode", size, planned.peak.total, 1)
+        return [low, replace(encode, work=encode.work + resize_work(c.motion_size, size, c.num_frames))]
+
+    def _condition(
+        self, stage: str, dit_config: DiTConfig, config: VAEConfig, size: tuple[int, int], beside: int
+    ) -> Part:
+        """The picture and grey frames, encoded beside the DiT; for a DiT without mask channels the picture only."""
+        c = self.configuration
+        frames, pieces = (
+            (c.num_frames, c.plan.num_blocks) if dit_config.in_channels != dit_config.out_channels else (1, 1)
+        )
+        return self._vae("condition", stage, config, "encode", size, beside, pieces, frames=frames)[0]
+
+    def _vae(
+        self,
+        name: str,
+        stage: str,
+        config: VAEConfig,
+        half: str,
+        size: tuple[int, int],
+        beside: int,
+        pieces: int,
+        *,
+        piece: int = 1,
+        frames: int | None = None,
+    ) -> tuple[Part, PlannedVAE]:
+        """One half of the VAE with ``beside`` bytes of something else on the card, and its plan.
+
+        The clip, or the first ``frames`` of it, comes in so many ``pieces`` of ``piece`` latent frames."""
+        c = self.configuration
+        dtype = c.dtype if half == "decode" else c.encode_dtype
+        planned, taken = self._plan(config, half, size, dtype, beside, piece)
+        work = vae.work(config, half, *size, frames or c.num_frames, dtype.itemsize)
+        note, copied = "", 0
+        if planned.plan.tiles > 1:
+            work, note = planned.redundancy * work, f"{planned.plan.rows} x {planned.plan.columns} exact tiles"
+            note += f", {planned.redundancy:.2f} times the work of whole frames"
+        if planned.plan.park:
+            # The states of all tiles are together those of the whole frame: fetched and parked once a piece, unless one
+            # piece is all there is.
+            copied = (2 * pieces - 1) * peak_of(planned.request, VAEPlan()).state if pieces > 1 else 0
+            note += f", {copied / 1e9:.0f} GB copied to host memory and back"
+        peak = taken + planned.peak.total
+        return Part(name, stage, work, dtype.itemsize, peak, host_bytes=copied, note=note), planned
+
+    def _plan(
+        self, config: VAEConfig, half: str, size: tuple[int, int], dtype: torch.dtype, beside: int, piece: int
+    ) -> tuple[PlannedVAE, int]:
+        """The first plan that fits, and what is beside it: if it must be, nothing; if nothing fits, untiled."""
+        options = {"dtype": dtype, "capability": self.capability, "piece": piece}
+        for taken in dict.fromkeys((beside, 0)) if self.limit is not None else ():
+            if self.limit <= taken:
+                continue
+            try:
+                return plan_vae(config, half, *size, limit=self.limit - taken, **options), taken
+            except InputError:  # no tiles are small enough
+                continue
+        return plan_vae(config, half, *size, **options), beside
+
+
+def _latent_size(config: VAEConfig, size: tuple[int, int]) -> tuple[int, int]:
+    return size[1] // config.spatial_stride, size[0] // config.spatial_stride
+
+
+def predict(configuration: Configuration, gpu: GPU, profile: Profile) -> Prediction:
+    """Predicted seconds of every part on ``gpu`` by code of ``profile``, and what was assumed for them.
+
+    A part that does not fit is predicted as if it did; but where without weights it does, these come from host memory
+    once in every forward, and the part takes that long if its products take less.
+    """
+    usable = int(USABLE * gpu.memory_bytes)
+    predicted = []
+    for part in parts(configuration, memory=gpu.memory_bytes, capability=gpu.capability):
+        needed, fits = seconds(part.work, gpu, profile, part.itemsize), part.peak_bytes <= usable
+        streamed = not fits and part.weight_bytes > 0 and part.peak_bytes - part.weight_bytes <= usable
+        if streamed:
+            needed = max(needed, part.forwards * part.weight_bytes / (1e9 * gpu.host))
+        needed += part.host_bytes / (1e9 * gpu.host)
+        predicted.append(PredictedPart(part, needed, fits, streamed))
+    sentences = (*_general(configuration, gpu, profile), *_particular(gpu, predicted))
+    return Prediction(configuration, gpu, profile, tuple(predicted), sentences)
+
+
+def _general(c: Configuration, gpu: GPU, profile: Profile) -> list[str]:
+    rates, names = profile.rates_for(gpu), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+    long, narrow, wide = rates.attention.points[-1][1], rates.convolution.at(NARROW), rates.convolution.at(WIDE)
+    guided = "with guidance (two forwards a step)" if c.guidance else "without guidance"
+    stages = f"Stage II ({c.mode.replace('_', ' ')}) takes {c.steps} steps {guided}."
+    if c.stage_one is None:
+        stages = f"All blocks are denoised in one window, in {c.steps} steps {guided}."
+    else:
+        stages = f"Stage I takes {c.stage_one_steps} steps without guidance, {stages}"
+    sentences = [
+        f"All seconds are predicted, for {profile.description}, on {gpu.name} ({gpu.source}).",
+        f"Rates on {gpu.architecture} are {rates.basis}: of {gpu.bf16:g} TFLOP/s dense bf16 long attention reaches"
+        f" {long:.2f}, linear layers {rates.linear:.2f}, convolutions of up to {NARROW} channels {narrow:.2f} and from"
+        f" {WIDE} on {wide:.2f}; of {gpu.bandwidth:g} TB/s the rest reaches {rates.bandwidth:.2f}.",
+        "Products hide the traffic of their operands; what moves between products is added; nothing else overlaps, and"
+        " launches cost nothing.",
+        stages,
+        "Operations and memory are those of this project's model, whatever the code.",
+        f"DiTs and decoders work in {names[c.dtype]}, encoders in {names[c.encode_dtype]}; float32 runs as TF32.",
+        "Encoders of text and image, reading weights and writing the file are not included.",
+    ]
+    if not profile.folded:
+        sentences.append("Frames are enlarged before they are convolved, 36/16 of the operations of folded upsampling.")
+    if c.encode_dtype == torch.float32:
+        known = "fitted to a 2K clip on an H200" if gpu.architecture == "hopper" else "assumed to be those of bf16"
+        sentences.append(f"Convolutions in float32 are cuDNN's; their fractions of the TF32 peak are {known}.")
+    return sentences
+
+
+def _particular(gpu: GPU, predicted: list[PredictedPart]) -> list[str]:
+    sentences = []
+    for entry in predicted:
+        part, where = entry.part, f"{entry.part.stage}, {entry.part.name}"
+        if part.note:
+            sentences.append(f"{where}: {part.note}.")
+        if not entry.fits:
+            how = (
+                "its weights come from host memory in every forward" if entry.streamed else "predicted as if it fitted"
+            )
+            need = (
+                f"needs {part.peak_bytes / 1e9:.1f} GB and {USABLE * gpu.memory:.1f} of {gpu.memory:g} are planned with"
+            )
+            sentences.append(f"{where}: {need}; {how}.")
+    return sentences

@@ -1,0 +1,259 @@
+"""Operations and bytes of the VAE, in closed form: the list of its convolutions, stage by stage, for a whole clip.
+
+A convolution of kt x kh x kw taps from C to C' channels has ``2 kt kh kw C C'`` operations a result pixel; zeros round
+a frame and in front of a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T of latents, has 1 + 2 (T - 1) frames in
+between. What deserves a word:
+
+* Nearest upsampling is folded into the 3x3 convolution behind it, as the kernels of this project do it: 4 of 36 taps
+  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`model.memory.cost.work.UNFOLDED`
+  times as many.
+* A temporal up- or downsampling passes the clip's first frame as it is.
+* Attention, in the middle, is one head over the n pixels of a latent frame: ``4 n^2 C``, and ``8 n C^2`` for its
+  projections.
+
+Bytes are those of whole frames; halos of tiles are a factor (``model.memory.vae_plan.PlannedVAE.redundancy``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from model.config import VAEConfig
+from model.errors import InputError
+from model.memory.cost.work import Product, Traffic, Work
+from model.sizes import check_frames
+
+#: Channels up to which a convolution's store also norms: ``swifti2v_kernels``' own number.
+MAX_OWNED_CHANNELS = 192
+#: Bytes that eager code moves between products in 16 bits, for every element that a causal convolution reads: casts of
+#: the norm, SiLU, concatenation of history, padding, copies into the layout of cuDNN.
+EAGER_CONVOLUTION = 58.0
+#: For every element that a convolution of one tap reads; and of an upsampling, for every element before it, every one
+#: of the enlarged frame (which passes through float32), and every one of its result.
+EAGER_POINT = 6.0
+EAGER_UPSAMPLE = (6.0, 14.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One layer over a whole clip; ``frames``, ``height`` and ``width`` are those of its result.
+
+    ``norm`` says that a norm and SiLU follow, ``sum_kept`` that somebody reads what is normed, ``residual`` that
+    something is added. ``calls``: how often the layer runs, once a latent frame; each call but the first also reads the
+    last frames of the one before.
+    """
+
+    name: str
+    kernel: tuple[int, int, int]
+    channels: int
+    columns: int
+    frames: int
+    height: int
+    width: int
+    calls: int
+    kind: str = "convolution"
+    stride: tuple[int, int, int] = (1, 1, 1)
+    norm: bool = False
+    sum_kept: bool = True
+    residual: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """Of the result, of all frames."""
+        return self.frames * self.height * self.width
+
+    @property
+    def inputs(self) -> int:
+        """Elements that are read, each counted once."""
+        scale = 4 if self.kind == "upsample" else 1
+        return self.channels * self.pixels * prod(self.stride) // scale
+
+    @property
+    def history(self) -> int:
+        """Elements of earlier frames that are read."""
+        kept = max(self.kernel[0] - self.stride[0], 0)
+        return kept * (self.calls - 1) * self.channels * self.height * self.width
+
+    @property
+    def copied(self) -> int:
+        """Elements that are read or written to keep a history: none where it is all that a call has read."""
+        read = self.stride[0] * -(-self.frames // self.calls)
+        return 0 if read == self.kernel[0] - self.stride[0] else 2 * self.history
+
+    @property
+    def flops(self) -> int:
+        """Operations, the upsampling ones folded."""
+        taps = 4 if self.kind == "upsample" else prod(self.kernel)
+        return 2 * taps * self.channels * self.columns * self.pixels
+
+    def work(self, itemsize: int) -> Work:
+        """Its operations and bytes with elements of ``itemsize`` bytes."""
+        result = self.columns * self.pixels
+        # The store of a convolution norms what it has all channels of; else the norm is an operator of its own.
+        owned = self.norm and self.columns <= MAX_OWNED_CHANNELS
+        apart = 2 * result * (self.norm and not owned) + self.copied
+        written = result * (1 + (owned and self.sum_kept)) + result * self.residual
+        extent = self.columns if self.kind == "last_convolution" else self.channels
+        joined = 2 * (self.inputs + self.history) if self.kernel[0] > 1 else 0
+        separate = joined + self.copied + 2 * result * self.norm + 3 * result * self.residual
+        return Work(
+            (Product(self.kind, self.flops, extent),),
+            float(itemsize * (self.inputs + self.history + written + prod(self.kernel) * self.channels * self.columns)),
+            Traffic(float(itemsize * apart), float(itemsize * separate), itemsize / 2 * self._eager()),
+        )
+
+    def _eager(self) -> float:
+        if self.kind == "upsample":
+            before, enlarged, after = EAGER_UPSAMPLE
+            return before * self.inputs + 4 * enlarged * self.inputs + after * self.columns * self.pixels
+        return self.inputs * (EAGER_POINT if prod(self.kernel) == 1 else EAGER_CONVOLUTION)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """A number of frames of one size on their way through the stages."""
+
+    frames: int
+    height: int
+    width: int
+    calls: int
+
+    def convolution(
+        self, name: str, kernel: tuple[int, int, int], channels: int, columns: int, **more: Any
+    ) -> Convolution:
+        """One whose result these are."""
+        size = {"frames": self.frames, "height": self.height, "width": self.width, "calls": self.calls}
+        return Convolution(name, kernel, channels, columns, **size, **more)
+
+    def block(self, name: str, channels: int, columns: int, norm: bool = True) -> Iterator[Convolution]:
+        """A residual block, and whether a norm follows it."""
+        yield self.convolution(f"{name}.conv1", (3, 3, 3), channels, columns, norm=True, sum_kept=False)
+        if channels != columns:
+            yield self.convolution(f"{name}.conv_shortcut", (1, 1, 1), channels, columns)
+        yield self.convolution(f"{name}.conv2", (3, 3, 3), columns, columns, norm=norm, residual=True)
+
+    def middle(self, channels: int) -> Iterator[Convolution]:
+        """The residual blocks round the attention, which is :func:`attention`."""
+        yield from self.block("mid_block.0", channels, channels, norm=False)
+        yield from self.block("mid_block.1", channels, channels)
+
+
+def decoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
+    """The convolutions of the decoder for a clip of ``num_frames`` frames of width x height pixels.
+
+    Raises:
+        InputError: the size or the number of frames does not fit the VAE.
+    """
+    at = _latents(config, width, height, num_frames)
+    z, dims = config.z_dim, [config.decoder_base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    doubles = (*reversed(config.temporal_downsample), False)
+    last = len(config.dim_mult) - 1
+    layers = [at.convolution("post_quant_conv", (1, 1, 1), z, z)]
+    layers.append(at.convolution("conv_in", (3, 3, 3), z, dims[0], norm=True))
+    layers += at.middle(dims[0])
+    for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
+        channels = dim_in if config.residual or i == 0 else dim_in // 2
+        for j in range(config.num_res_blocks + 1):
+            # After the last block of a stage, the upsampling reads the sum itself.
+            norm = j < config.num_res_blocks or i == last
+            layers += at.block(f"up_blocks.{i}.{j}", channels if j == 0 else dim_out, dim_out, norm)
+        if i == last:
+            break
+        if doubles[i] and at.frames > 1:
+            rest = _Frames(at.frames - 1, at.height, at.width, at.calls - 1)
+            layers.append(rest.convolution(f"up_blocks.{i}.time_conv", (3, 1, 1), dim_out, 2 * dim_out))
+        at = _Frames(2 * at.frames - 1 if doubles[i] else at.frames, 2 * at.height, 2 * at.width, at.calls)
+        columns = dim_out if config.residual else dim_out // 2
+        options = {"kind": "upsample", "norm": True, "residual": config.residual}
+        layers.append(at.convolution(f"up_blocks.{i}.resample", (1, 3, 3), dim_out, columns, **options))
+    layers.append(at.convolution("conv_out", (3, 3, 3), dims[-1], config.pixel_channels, kind="last_convolution"))
+    return layers
+
+
+def encoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
+    """The convolutions of the encoder; arguments and errors as for :func:`decoder`."""
+    calls = _latents(config, width, height, num_frames).calls
+    dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+    last = len(config.dim_mult) - 1
+    at = _Frames(num_frames, height // config.patch_size, width // config.patch_size, calls)
+    layers = [at.convolution("conv_in", (3, 3, 3), config.pixel_channels, dims[0], norm=True)]
+    for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
+        for j in range(config.num_res_blocks):
+            norm = j + 1 < config.num_res_blocks or i == last
+            layers += at.block(f"down_blocks.{i}.{j}", dim_in if j == 0 else dim_out, dim_out, norm)
+        if i == last:
+            break
+        at = _Frames(at.frames, at.height // 2, at.width // 2, calls)
+        options = {"norm": True, "stride": (1, 2, 2), "residual": config.residual}
+        layers.append(at.convolution(f"down_blocks.{i}.resample", (1, 3, 3), dim_out, dim_out, **options))
+        if config.temporal_downsample[i] and at.frames > 1:
+            half = (at.frames - 1) // 2
+            at = _Frames(half, at.height, at.width, calls - 1)
+            layers.append(at.convolution(f"down_blocks.{i}.time_conv", (3, 1, 1), dim_out, dim_out, stride=(2, 1, 1)))
+            at = _Frames(half + 1, at.height, at.width, calls)
+    layers += at.middle(dims[-1])
+    layers.append(at.convolution("conv_out", (3, 3, 3), dims[-1], 2 * config.z_dim))
+    layers.append(at.convolution("quant_conv", (1, 1, 1), 2 * config.z_dim, 2 * config.z_dim))
+    return layers
+
+
+def attention(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
+    """The attention over each latent frame in the middle of ``part``, with its norm, projections and sum."""
+    at = _latents(config, width, height, num_frames)
+    base = config.decoder_base_dim if part == "decode" else config.base_dim
+    channels = base * config.dim_mult[-1]
+    pixels = at.height * at.width
+    flops, projections = 4 * at.frames * pixels**2 * channels, 8 * at.frames * pixels * channels**2
+    products = (Product("frame_attention", flops, channels), Product("linear", projections, channels))
+    row = float(itemsize * at.frames * pixels * channels)
+    return Work(products, 10 * row + itemsize * 4 * channels**2, Traffic.same(5 * row))
+
+
+def work(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
+    """Decoding or encoding a clip.
+
+    Args:
+        config: of the VAE.
+        part: ``decode`` or ``encode``.
+        width, height, num_frames: of the clip of pixels.
+        itemsize: bytes of an activation.
+
+    Raises:
+        InputError: the part is unknown, or the size or number of frames does not fit the VAE.
+    """
+    if part not in ("decode", "encode"):
+        raise InputError(f"part: expected decode or encode, got {part!r}")
+    layers = (decoder if part == "decode" else encoder)(config, width, height, num_frames)
+    result = attention(config, part, width, height, num_frames, itemsize)
+    for layer in layers:
+        result += layer.work(itemsize)
+    return result + Work(between=Traffic.same(float(_shortcuts(config, layers, itemsize))))
+
+
+def _shortcuts(config: VAEConfig, layers: list[Convolution], itemsize: int) -> int:
+    """Bytes of the parameter-free shortcuts round the stages of Wan2.2.
+
+    In the decoder each stage's input is copied to its place in the output. In the encoder it is put into cells (read
+    and written) and these are averaged.
+    """
+    if not config.residual:
+        return 0
+    moved = 0
+    for layer in layers:
+        if layer.name.endswith("resample"):
+            moved += layer.columns * layer.pixels * (2 if layer.kind == "upsample" else 1)
+        elif layer.name.startswith("down_blocks") and layer.name.endswith(".0.conv1"):
+            moved += 3 * layer.inputs
+    return itemsize * moved
+
+
+def _latents(config: VAEConfig, width: int, height: int, num_frames: int) -> _Frames:
+    stride = config.spatial_stride
+    if width < 1 or height < 1 or width % stride or height % stride:
+        raise InputError(f"size: width and height must be multiples of {stride}, got {width}x{height}")
+    frames = 1 if num_frames == 1 else check_frames(num_frames, config.temporal_stride)
+    return _Frames(frames, height // stride, width // stride, frames)

@@ -1,0 +1,1 @@
+"""One clip: ``stages`` (each a function), ``clip`` (in their order), ``components`` (the models), ``encoders``."""

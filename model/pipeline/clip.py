@@ -1,0 +1,241 @@
+"""One clip through both stages: the functions of ``model/pipeline/stages.py`` in their order, each model there only
+while it is needed. ``model.generate`` and the benchmarks run this and differ in what they watch.
+
+    condition = make_condition(components, job, watcher)             Stage I, its clip upsampled and encoded
+    for frames in make_frames(components, job, condition, watcher):  Stage II, decoded segment by segment
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+from torch import Tensor
+
+from model.csg.sampler import SegmentPlan, sample_latents
+from model.dit.model import WanDiT
+from model.machine.host import Host, release
+from model.pipeline.components import Components
+from model.pipeline.stages import decode_frames, make_motion, make_reference, motion_condition
+from model.vae.model import WanVAE
+from model.vae.tiles import VAEPlans
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """What is made of which inputs.
+
+    ``picture`` is the input image at the target size and ``low_picture`` at Stage I's, ``[1, 3, 1, H, W]`` in -1..1;
+    ``text`` an embedding ``[1, L, D]`` for both stages; ``image_one`` and ``image_two`` CLIP tokens for DiTs that read
+    them.
+    """
+
+    picture: Tensor
+    low_picture: Tensor
+    text: Tensor
+    plan: SegmentPlan
+    sigmas_one: Sequence[float]
+    sigmas_two: Sequence[float]
+    vae_plans: VAEPlans
+    image_one: Tensor | None = None
+    image_two: Tensor | None = None
+    seed: int = 0
+    mode: str = "bidirectional"
+    cuda_graph: bool = True
+    #: Whether the VAEs leave the device while Stage I's DiT is on it.
+    vae_waits: bool = False
+    #: Where the VAE keeps what waits; None: as its plans say.
+    host: Callable[[bool], Host] | None = None
+
+    def waiting(self, park: bool) -> Host | None:
+        """The host memory of a plan that parks or does not."""
+        return None if self.host is None else self.host(park)
+
+
+class Watcher:
+    """Is told where a clip is; this one does nothing. Others time stages, draw progress, or watch memory."""
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """Around a stage: ``load``, ``Stage I``, ``reference``, ``file``."""
+        return nullcontext()
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Around the making of each item of a stage that streams: ``Stage II``, ``decode``."""
+        yield from items
+
+    def step(self, name: str, done: int, total: int, where: str) -> None:
+        """After each step of a stage."""
+
+
+@dataclass
+class Condition:
+    """What Stage II starts from; ``reference`` is updated in place."""
+
+    vae: WanVAE
+    reference: Tensor
+
+
+def make_condition(
+    components: Components,
+    job: ClipJob,
+    watcher: Watcher | None = None,
+    *,
+    motion: Tensor | None = None,
+    on_motion: Callable[[Tensor], None] | None = None,
+) -> Condition:
+    """Stage I and the hybrid reference; afterwards the VAE has a decoder only, and Stage I's DiT is gone.
+
+    Args:
+        components: the models.
+        job: what is made.
+        watcher: is told where this is.
+        motion: Stage I's result, if an earlier run has made it.
+        on_motion: is given it otherwise.
+    """
+    watcher = watcher or Watcher()
+    device, plans = job.text.device, job.vae_plans
+    with watcher.stage("load"):
+        vae = components.vae()
+        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
+    if motion is None:
+        motion = _make_motion(components, job, {vae, vae_one}, vae_one, watcher)
+        if on_motion is not None:
+            on_motion(motion)
+    with watcher.stage("reference"):
+        vae.to_dtypes(encode=plans.encode_dtype)
+        reference = make_reference(
+            motion.to(device),
+            vae_one,
+            vae,
+            job.picture.to(device),
+            lambda block, blocks: watcher.step("reference", block, blocks, f"block {block}/{blocks}"),
+            plan=plans.reference,
+            motion_plan=plans.motion,
+            host=job.waiting(plans.reference.park),
+        )
+    del vae_one, motion
+    vae.drop_encoder()
+    release(device)
+    return Condition(vae, reference)
+
+
+def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_one: WanVAE, watcher: Watcher) -> Tensor:
+    """Stage I. Its condition is encoded before its DiT arrives, for which the VAEs make room if they must."""
+    device = job.text.device
+
+    def loading(load: Callable[[], WanDiT]) -> Callable[[], WanDiT]:
+        def loaded() -> WanDiT:
+            with watcher.stage("load"):
+                return load()
+
+        return loaded
+
+    with watcher.stage("Stage I"):
+        condition = motion_condition(
+            vae_one,
+            components.stage_one_config,
+            job.low_picture.to(device),
+            job.plan.num_blocks,
+            job.vae_plans.condition,
+        )
+        host, parameters = Host(device, False), []
+        if job.vae_waits:
+            host = job.waiting(True) or Host(device, True)
+            parameters = [p for vae in vaes for p in vae.parameters()]
+        for p in parameters:
+            p.data = host.park(p.data)
+        release(device)
+        motion = make_motion(
+            loading(components.stage_one),
+            condition,
+            job.text,
+            job.image_one,
+            sigmas=job.sigmas_one,
+            seed=job.seed,
+            low_noise_dit=None if components.low_noise is None else loading(components.low_noise),
+            cuda_graph=job.cuda_graph,
+            on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
+        )
+        for p in parameters:
+            p.data = host.fetch(p.data)
+        if job.vae_waits:
+            for vae in vaes:
+                vae.order_weights()
+    return motion
+
+
+def resumed_condition(components: Components, reference: Tensor, watcher: Watcher | None = None) -> Condition:
+    """That of an earlier run, whose ``reference`` is on the device."""
+    with (watcher or Watcher()).stage("load"):
+        vae = components.vae()
+        vae.drop_encoder()
+    release(reference.device)
+    return Condition(vae, reference)
+
+
+def make_frames(
+    components: Components,
+    job: ClipJob,
+    condition: Condition,
+    watcher: Watcher | None = None,
+    *,
+    done: Sequence[Tensor] = (),
+    on_segment: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Frames ``[F, H, W, 3]`` uint8 on the device: of the anchor block, and of every segment as soon as it is done.
+
+    Args:
+        components: the models.
+        job: what is made.
+        condition: of :func:`make_condition`.
+        watcher: is told where this is.
+        done: blocks ``[1, z, m, h, w]`` of the first segments, of an earlier run; they are decoded again, since what
+            the decoder remembers of them is not kept.
+        on_segment: is given the number of every other segment, from 1, and its blocks, before they are decoded.
+    """
+    watcher = watcher or Watcher()
+    steps, windows = len(job.sigmas_two) - 1, list(job.plan)
+    reference = condition.reference
+    earlier = [blocks.to(reference) for blocks in done]
+    for window, blocks in zip(windows, earlier, strict=False):
+        reference[:, :, list(window.noisy)] = blocks
+
+    def on_step(segment: int, segments: int, step: int, of: int) -> None:
+        made = (segment - 1) * steps + step
+        watcher.step("Stage II", made, segments * steps, f"segment {segment}/{segments} step {step}/{of}")
+
+    def segments() -> Iterator[Tensor]:
+        if len(earlier) == len(windows):
+            return
+        with watcher.stage("load"):
+            dit = components.stage_two()
+        sampled = sample_latents(
+            dit,
+            reference,
+            job.text,
+            job.image_two,
+            plan=job.plan,
+            sigmas=job.sigmas_two,
+            seed=job.seed,
+            mode=job.mode,
+            cuda_graph=job.cuda_graph,
+            on_step=on_step,
+            done=len(earlier),
+        )
+        for number, blocks in enumerate(watcher.iterate("Stage II", sampled), start=len(earlier) + 1):
+            if on_segment is not None:
+                on_segment(number, blocks)
+            yield blocks
+        dit.settle()
+
+    plan = job.vae_plans.decode
+    frames = decode_frames(
+        condition.vae, reference[:, :, :1], chain(earlier, segments()), plan=plan, host=job.waiting(plan.park)
+    )
+    yield from watcher.iterate("decode", frames)

@@ -1,0 +1,175 @@
+"""Where the parts of a pipeline come from: a directory of checkpoints, or a preset with seeded random weights.
+
+Each part is built when it is asked for, so that a caller can let go of Stage I before Stage II arrives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import MASK_CHANNELS, DiTConfig, VAEConfig, get_preset
+from model.dit.model import WanDiT
+from model.errors import InputError
+from model.pipeline.encoders import encode_image
+from model.streaming.placement import Placement
+from model.vae.model import WanVAE
+from model.weights.load import eight_bit_tensors, inspect_dit, inspect_vae, load_dit, load_vae, random_weights
+from model.weights.lora import LoRA
+
+LAYOUT = """\
+DIR/stage1             Stage I's DiT            DIR/stage2           Stage II's DiT
+DIR/vae                the VAE of both stages
+optional:
+DIR/stage1_low_noise   Wan2.2 A14B's second expert
+DIR/stage1_vae         Stage I's VAE, where it is another one
+DIR/text_encoder, DIR/tokenizer                UMT5, for --prompt
+DIR/image_encoder, DIR/image_processor         CLIP, for DiTs with an image embedding
+Each of the first five is a diffusers directory, or a .safetensors or .pth file (stage1.safetensors, ...)
+with the key names of diffusers or of the Wan repositories, also in float8 as ComfyUI ships them;
+python -m model.inspect says what a file is and whether it loads."""
+
+#: The parts of :data:`LAYOUT` that LoRAs can be given for.
+LORA_PARTS = ("stage1", "stage1_low_noise", "stage2")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Configurations of all parts, known at once, and functions that build them.
+
+    ``weights`` is the directory they come from, or None for random ones. ``low_noise`` is Wan2.2 A14B's second expert.
+    ``stored`` has, by part (:data:`LORA_PARTS`), the dtypes by name of matrices that its file holds in 8 bits and that
+    no LoRA changes.
+    """
+
+    stage_one_config: DiTConfig
+    stage_two_config: DiTConfig
+    vae_config: VAEConfig
+    stage_one_vae_config: VAEConfig
+    #: Those of DiTs take a :class:`~model.streaming.placement.Placement`, or nothing: all on the device.
+    stage_one: Callable[..., WanDiT]
+    low_noise: Callable[..., WanDiT] | None
+    stage_two: Callable[..., WanDiT]
+    vae: Callable[[], WanVAE]
+    stage_one_vae: Callable[[], WanVAE] | None
+    weights: Path | None
+    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    #: Where each part of :data:`LAYOUT` that has weights of its own was found.
+    parts: Mapping[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_pair("stage1", self.stage_one_config, self.stage_one_vae_config.z_dim)
+        _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
+
+    def placed(self, stage_one: Placement, stage_two: Placement) -> Components:
+        """The same with the blocks of both stages' DiTs where these say; of two experts of Stage I both."""
+        return replace(
+            self,
+            stage_one=functools.partial(self.stage_one, stage_one),
+            low_noise=None if self.low_noise is None else functools.partial(self.low_noise, stage_one),
+            stage_two=functools.partial(self.stage_two, stage_two),
+        )
+
+    def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
+        """CLIP tokens of a PIL image for ``"stage1"`` or ``"stage2"`` if its DiT reads them, else None.
+
+        Raises:
+            InputError: it does, and there is no image encoder or one of another width.
+        """
+        wanted = (self.stage_one_config if stage == "stage1" else self.stage_two_config).image_dim
+        if wanted is None:
+            return None
+        if self.weights is None or not (self.weights / "image_encoder").is_dir():
+            raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {self.weights}")
+        tokens = encode_image(photo, self.weights, device=device)
+        if tokens.shape[2] != wanted:
+            raise InputError(f"weights: the image encoder gives {tokens.shape[2]} channels, {stage} reads {wanted}")
+        return tokens
+
+    @classmethod
+    def from_preset(cls, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Components:
+        """The shapes of a preset with random weights, which depend on ``seed`` and the kind of device."""
+        preset = get_preset(name)
+        options = {"dtype": dtype, "device": device}
+        return cls(
+            stage_one_config=preset.stage_one,
+            stage_two_config=preset.stage_two,
+            vae_config=preset.vae,
+            stage_one_vae_config=preset.vae,
+            stage_one=lambda at=None: random_weights(WanDiT, preset.stage_one, seed, **options, placement=at),
+            low_noise=None,
+            stage_two=lambda at=None: random_weights(WanDiT, preset.stage_two, seed + 1, **options, placement=at),
+            vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device).to_dtypes(decode=dtype),
+            stage_one_vae=None,
+            weights=None,
+        )
+
+    @classmethod
+    def from_directory(
+        cls,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        loras: Mapping[str, Sequence[LoRA]] | None = None,
+    ) -> Components:
+        """Checkpoints laid out as in :data:`LAYOUT`; all of them are checked here, none is read yet.
+
+        ``loras`` are merged into the DiTs as these are read, by part (:data:`LORA_PARTS`).
+
+        Raises:
+            InputError: a part is missing or does not fit, or a LoRA does not fit its part.
+        """
+        if not path.is_dir():
+            raise InputError(f"weights: {path} {'is not a directory' if path.exists() else 'does not exist'}")
+        found = {name: _find(path, name) for name in ("stage1", "stage2", "vae", "stage1_low_noise", "stage1_vae")}
+        missing = [name for name in ("stage1", "stage2", "vae") if found[name] is None]
+        if missing:
+            raise InputError(f"weights: {path} lacks {', '.join(missing)}; --help shows the layout")
+        low_noise, vae_one = found["stage1_low_noise"], found["stage1_vae"]
+        chosen = {part: tuple((loras or {}).get(part, ())) for part in LORA_PARTS}
+        if chosen["stage1_low_noise"] and low_noise is None:
+            raise InputError(f"lora: {path} has no stage1_low_noise for {chosen['stage1_low_noise'][0].path}")
+
+        def load(part: str, at: Placement | None = None) -> WanDiT:
+            return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part], placement=at)
+
+        stage_one_config = inspect_dit(found["stage1"], chosen["stage1"])
+        if low_noise is not None and inspect_dit(low_noise, chosen["stage1_low_noise"]) != stage_one_config:
+            raise InputError(f"weights: {low_noise} must have the configuration of {found['stage1']}")
+        return cls(
+            stage_one_config=stage_one_config,
+            stage_two_config=inspect_dit(found["stage2"], chosen["stage2"]),
+            vae_config=inspect_vae(found["vae"]),
+            stage_one_vae_config=inspect_vae(vae_one or found["vae"]),
+            stage_one=functools.partial(load, "stage1"),
+            low_noise=None if low_noise is None else functools.partial(load, "stage1_low_noise"),
+            stage_two=functools.partial(load, "stage2"),
+            # Encoding stays in float32; see load_vae.
+            vae=lambda: load_vae(found["vae"], decode_dtype=dtype, device=device),
+            stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),
+            weights=path,
+            parts={part: place for part, place in found.items() if place is not None},
+            stored={
+                part: eight_bit_tensors(found[part], chosen[part]) for part in LORA_PARTS if found[part] is not None
+            },
+        )
+
+
+def _find(path: Path, name: str) -> Path | None:
+    candidates = [path / name, *(path / f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".pt"))]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def _check_pair(name: str, dit: DiTConfig, z_dim: int) -> None:
+    allowed = (z_dim, 2 * z_dim + MASK_CHANNELS)
+    if dit.in_channels not in allowed or dit.out_channels != z_dim:
+        raise InputError(
+            f"{name}: with a VAE of {z_dim} channels its in_channels must be {allowed[0]} or {allowed[1]} and its"
+            f" out_channels {z_dim}, got {dit.in_channels} and {dit.out_channels}"
+        )

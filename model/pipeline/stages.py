@@ -1,0 +1,224 @@
+"""The two stages of SwiftI2V, each a function, and what joins them.
+
+    image -> encode -> Stage I (360P, few steps) -> z_low                           motion_condition, make_motion
+    z_low -> decode -> upsample -> frame 0 := image -> encode -> z_ref              make_reference
+    z_ref -> Stage II, segment by segment                                           model.csg.sampler.sample_latents
+    anchor and segments -> decode -> frames, as soon as each segment is done        decode_frames
+
+Everything is streamed in time: no full-size clip of pixels is ever held. Where a full-size frame of features is too
+much for the memory, a plan of ``model/memory/vae_plan.py`` cuts it into tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from model.config import DiTConfig
+from model.csg.denoiser import Denoiser
+from model.csg.sampler import check_channels
+from model.csg.schedule import block_noise
+from model.dit.model import WanDiT
+from model.errors import InputError
+from model.machine.host import Host, release
+from model.vae.model import WHOLE, WanVAE
+from model.vae.tiles import VAEPlan
+from model.vae.upsampled import UpsampledFrames, interpolation_matrix
+
+STAGE = 1
+
+
+def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks: int, plan: VAEPlan = WHOLE) -> Tensor:
+    """What Stage I is conditioned on.
+
+    A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
+    on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep
+    0.
+
+    Args:
+        vae: of Stage I.
+        config: of its DiT.
+        picture: the input image at Stage I's size, ``[1, 3, 1, H, W]`` in -1..1.
+        num_blocks: latent frames.
+        plan: how they are encoded.
+
+    Returns:
+        ``[1, z, num_blocks, h, w]`` float32.
+    """
+    check_channels(config, vae.config.z_dim)
+    if config.in_channels == vae.config.z_dim:
+        return vae.encode(picture, plan).float().expand(-1, -1, num_blocks, -1, -1)
+    grey = picture.new_zeros(1, 3, vae.config.temporal_stride, *picture.shape[3:])
+    clip = chain([picture], [grey] * (num_blocks - 1))
+    return torch.cat(list(vae.encode_stream(clip, plan)), dim=2).float()
+
+
+def make_motion(
+    dit: Callable[[], WanDiT],
+    condition: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    sigmas: Sequence[float],
+    seed: int,
+    low_noise_dit: Callable[[], WanDiT] | None = None,
+    boundary: float = 0.9,
+    on_step: Callable[[int, int], None] | None = None,
+    cuda_graph: bool = True,
+) -> Tensor:
+    """Stage I: the motion reference at low resolution, all blocks in one window.
+
+    Args:
+        dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert). It is let go when its steps are done.
+        condition: of :func:`motion_condition`.
+        text, image: text embedding and CLIP tokens as the DiT takes them.
+        sigmas: noise levels from 1 to 0.
+        seed: of the noise, which is drawn per block.
+        low_noise_dit: makes Wan2.2 A14B's second expert, used below ``boundary``, when the first one is gone.
+        on_step: called after every step with (step, number of steps).
+        cuda_graph: as for :func:`model.csg.sampler.sample_latents`.
+
+    Returns:
+        ``[1, z, num_blocks, h, w]`` float32.
+
+    Raises:
+        InputError: a model does not take latents of that many channels, or the two take different ones.
+    """
+    z, num_blocks = condition.shape[1:3]
+    x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
+    steps = range(len(sigmas) - 1)
+    experts = [(dit, steps)]
+    if low_noise_dit is not None:
+        high = [i for i in steps if sigmas[i] >= boundary]
+        experts = [(dit, steps[: len(high)]), (low_noise_dit, steps[len(high) :])]
+    in_channels: int | None = None
+    for load, own_steps in experts:
+        if not own_steps:
+            continue
+        model = load()
+        check_channels(model.config, z)
+        given, in_channels = model.config.in_channels, in_channels or model.config.in_channels
+        if given != in_channels:
+            raise InputError(f"low_noise_dit: both experts must take the same channels, got {given} and {in_channels}")
+        denoiser = Denoiser(
+            model,
+            text,
+            image,
+            latents=x,
+            reference=condition,
+            sigmas=sigmas,
+            max_blocks=num_blocks,
+            cuda_graph=cuda_graph,
+        )
+        slots = list(range(num_blocks))
+        if in_channels == z:
+            denoiser.open(slots, [-1, *slots[1:]], [0.0] * num_blocks)
+        else:
+            denoiser.open(slots, slots, [1.0] + [0.0] * (num_blocks - 1))
+        for step in own_steps:
+            denoiser.step(step)
+            if on_step is not None:
+                on_step(step + 1, len(steps))
+        model.settle()
+        del model, denoiser
+        release(x.device)
+    if in_channels == z:
+        x[:, :, 0] = condition[:, :, 0]
+    return x
+
+
+def make_reference(
+    motion: Tensor,
+    motion_vae: WanVAE,
+    vae: WanVAE,
+    picture: Tensor,
+    on_block: Callable[[int, int], None] | None = None,
+    *,
+    plan: VAEPlan = WHOLE,
+    motion_plan: VAEPlan = WHOLE,
+    host: Host | None = None,
+) -> Tensor:
+    """Hybrid reference: the motion decoded, upsampled, its first frame replaced by the image, and encoded again.
+
+    One stream: each latent frame of the motion is decoded when its pixels are to be encoded, and these are upsampled
+    tile by tile as they are read, so that there is never a whole frame at the target size on the device, let alone a
+    clip. With a plan that parks (:class:`model.vae.tiles.VAEPlan`) every tile runs through the clip by itself; then the
+    whole motion is decoded first, at its own size, and kept in host memory.
+
+    Args:
+        motion: Stage I's latents ``[1, z_low, T, h, w]``.
+        motion_vae, vae: of Stage I and of Stage II; often the same.
+        picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
+        on_block: called after every block with (block, number of blocks), counted from 1.
+        plan, motion_plan: how frames of the target size are encoded, and the motion decoded.
+        host: where what waits is kept; by default as the plan says.
+
+    Returns:
+        ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
+
+    Raises:
+        InputError: the two VAEs have different temporal strides.
+    """
+    if motion_vae.config.temporal_stride != vae.config.temporal_stride:
+        strides = motion_vae.config.temporal_stride, vae.config.temporal_stride
+        raise InputError(f"stage1_vae: both VAEs must have the same temporal stride, got {strides[0]} and {strides[1]}")
+    host = Host(vae.device, plan.park) if host is None else host
+    height, width = picture.shape[3:]
+    num_blocks, stride = motion.shape[2], motion_vae.config.spatial_stride
+    rows = interpolation_matrix(motion.shape[3] * stride, height, vae.device)
+    columns = interpolation_matrix(motion.shape[4] * stride, width, vae.device)
+    tiles = len(plan.regions(height // vae.config.spatial_stride, width // vae.config.spatial_stride))
+    crops, reported = 0, 0
+
+    def on_crop(frames: int) -> None:
+        nonlocal crops, reported
+        crops += -(-frames // vae.config.temporal_stride)
+        while on_block is not None and reported < crops // tiles:
+            reported += 1
+            on_block(reported, num_blocks)
+
+    def frames() -> Iterator[UpsampledFrames]:
+        decoded = motion_vae.decode_stream(motion.split(1, dim=2), motion_plan)
+        if plan.park:
+            decoded = iter([parked(decoded)])
+        for i, low in enumerate(decoded):
+            yield UpsampledFrames(low, rows, columns, picture if i == 0 else None, on_crop)
+
+    def parked(decoded: Iterator[Tensor]) -> Tensor:
+        """All of the motion, in host memory."""
+        first = next(decoded)
+        number = 1 + (num_blocks - 1) * motion_vae.config.temporal_stride
+        whole = host.empty((*first.shape[:2], number, *first.shape[3:]), first.dtype)
+        start = 0
+        for low in chain([first], decoded):
+            whole[:, :, start : start + low.shape[2]].copy_(low)
+            start += low.shape[2]
+        return whole
+
+    # A list has an end, behind which tiles have nothing to remember.
+    given = list(frames()) if plan.park else frames()
+    return torch.cat([block.float() for block in vae.encode_stream(given, plan, host=host)], dim=2)
+
+
+def decode_frames(
+    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE, host: Host | None = None
+) -> Iterator[Tensor]:
+    """Frames ``[F, H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
+
+    Args:
+        anchor: block 0, ``[1, z, 1, h, w]``.
+        segments: blocks ``[1, z, m, h, w]``.
+        plan: how frames are decoded.
+        host: where what waits is kept; by default as the plan says.
+
+    Yields:
+        The frames of one block; with a plan that parks, of a segment, since its tiles wait once for each of these.
+    """
+    pieces = chain([anchor], segments)
+    if not plan.park:
+        pieces = chain.from_iterable(segment.split(1, dim=2) for segment in pieces)
+    for frames in vae.decode_frames(pieces, plan, host=host):
+        yield frames[0]

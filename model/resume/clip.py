@@ -1,0 +1,227 @@
+"""A clip that is never lost: each result is on disk as soon as it is there, and a run begins behind the last one.
+
+    inputs       the picture at both sizes, text and image embeddings
+    motion       Stage I's latents
+    condition    the reference that Stage II starts from
+    segment-n    the blocks of segment n
+    piece-n      its frames, encoded; piece 0 is the input image's frame
+
+A run that was killed, one that ran out of memory and is planned anew, and one that was never interrupted are the same
+code: :func:`make_clip` looks at what there is and makes the rest. On the same device and software the film is the
+same, byte for byte; the decoder runs through finished segments again, since its memory of them (17 GB at 2560x1408) is
+not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from model.csg.sampler import SegmentPlan
+from model.errors import NoMemoryError
+from model.io.media import VideoWriter
+from model.machine.host import release
+from model.machine.measure import format_bytes, full_memory
+from model.memory.plan import find_plan
+from model.memory.report import MemoryPlan, Phase
+from model.memory.request import HOST_USABLE, MemoryRequest
+from model.pipeline.clip import ClipJob, Condition, Item, Watcher, make_condition, make_frames, resumed_condition
+from model.pipeline.components import Components
+from model.resume.state import RunState
+
+#: Times that a run is planned anew with less memory after it ran out of it, and what each time is left of its peak.
+MOST_PLANS = 3
+SHRINK = 0.85
+
+
+def piece_ends(plan: SegmentPlan, stride: int) -> list[int]:
+    """Frames of the film at the end of each piece: of the anchor, and of every segment."""
+    ends = [1]
+    for window in plan:
+        ends.append(ends[-1] + stride * len(window.noisy))
+    return ends
+
+
+@dataclass(frozen=True)
+class ClipWork:
+    """What the work on a clip is done with: what is made, the models, what there is, and where the film goes.
+
+    ``writer`` has the pieces of ``state`` and is entered. ``say`` prints a line.
+    """
+
+    job: ClipJob
+    components: Components
+    state: RunState
+    writer: VideoWriter
+    watcher: Watcher
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class _Shortage:
+    """What memory did not suffice for: ``memory`` is ``device`` or ``host``, ``phase`` that of the plan."""
+
+    memory: str
+    phase: Phase
+    told: str
+
+
+def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
+    """Makes what is not there yet, and writes the film. Where memory does not suffice it is planned anew with less.
+
+    Args:
+        work: what is done, with any plans of the VAE.
+        plan: of the memory.
+
+    Returns:
+        The plan that it was finished by.
+
+    Raises:
+        NoMemoryError: with the last plan too, or no smaller one exists. What was made stays in the state.
+    """
+    for attempt in range(1, MOST_PLANS + 1):
+        shortage = _attempt(work, plan)
+        if shortage is None:
+            return plan
+        # Out of the exception's reach, which would hold what was on the device.
+        release(work.job.text.device)
+        if attempt == MOST_PLANS:
+            raise NoMemoryError(f"{shortage.told}\n  and {MOST_PLANS} plans were tried")
+        smaller = next((p for p in map(find_plan, _with_less(plan, shortage)) if p is not None), None)
+        if smaller is None:
+            raise NoMemoryError(
+                f"{shortage.told}\n  and there is no smaller plan (python -m model.plan shows the smallest)"
+            )
+        plan = smaller
+        work.say(f"{shortage.told}\nplanned anew, {attempt} of at most {MOST_PLANS - 1} times; it goes on:\n{plan}")
+        work.writer.drop_begun()
+    raise AssertionError("every attempt returns or raises")
+
+
+def _with_less(plan: MemoryPlan, shortage: _Shortage) -> list[MemoryRequest]:
+    """Requests whose plans take less where there was too little, the first to be tried first."""
+    if shortage.memory == "host":
+        return [replace(plan.request, ram=int(SHRINK * plan.host_peak / HOST_USABLE))]
+    name, taken = shortage.phase.name, [shortage.phase.device]
+    if name == "Stage II":
+        # One choice with the decoder beside it, for which as much may be too little.
+        taken.append(plan.phase("decode").device)
+    return [replace(plan.request, less={**plan.request.less, name: int(SHRINK * size)}) for size in taken]
+
+
+def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:
+    """None, or what memory did not suffice for."""
+    watcher = _Stages(work.watcher)
+    components, job = as_planned(work.components, work.job, plan)
+    try:
+        _continue(replace(work, components=components, job=job, watcher=watcher))
+    except (RuntimeError, MemoryError) as error:
+        memory = full_memory(error)
+        if memory is None:
+            raise
+        return _explain(error, memory, plan, watcher.innermost, work.job.text.device)
+    return None
+
+
+def as_planned(components: Components, job: ClipJob, plan: MemoryPlan) -> tuple[Components, ClipJob]:
+    """The models and the work as a plan wants them."""
+    placed = components.placed(plan.stage_one.placement, plan.stage_two.placement)
+    return placed, replace(job, vae_plans=plan.vae_plans.tiles, vae_waits=plan.vae_waits)
+
+
+def _continue(work: ClipWork) -> None:
+    job, state, writer = work.job, work.state, work.writer
+    ends = piece_ends(job.plan, work.components.vae_config.temporal_stride)
+    condition = _condition(work)
+    done, _ = state.finished_segments()
+    # What is behind the first segment that is missing is made again.
+    writer.keep(min(writer.num_pieces, len(done) + 1))
+    while state.damaged:
+        work.say(state.damaged.pop(0))
+    if done and writer.num_pieces == len(ends):
+        return
+    if done:
+        work.say(f"{len(done)} of {len(job.plan)} segments are there already, and {writer.num_frames} frames")
+    encoded, count = writer.num_frames, 0
+    for part in make_frames(work.components, job, condition, work.watcher, done=done, on_segment=state.save_segment):
+        count += len(part)
+        if count > encoded:
+            with work.watcher.stage("file"):
+                writer.write(part)
+                if count in ends:
+                    writer.end_piece()
+
+
+def _condition(work: ClipWork) -> Condition:
+    state, watcher = work.state, work.watcher
+    found = state.load("condition")
+    if found is not None:
+        return resumed_condition(work.components, found["reference"].to(work.job.text.device), watcher)
+    motion = state.load("motion")
+    condition = make_condition(
+        work.components,
+        work.job,
+        watcher,
+        motion=None if motion is None else motion["motion"],
+        on_motion=lambda latents: state.save("motion", {"motion": latents}),
+    )
+    state.save("condition", {"reference": condition.reference})
+    return condition
+
+
+class _Stages(Watcher):
+    """Passes everything on, and knows the innermost stage at work, also after an error in it."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self._inner, self._stack = inner, ["load"]
+
+    @property
+    def innermost(self) -> str:
+        return next((name for name in reversed(self._stack) if name != "load"), "load")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._stack.append(name)
+        with self._inner.stage(name):
+            yield
+        self._stack.pop()
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        def marked() -> Iterator[Item]:
+            iterator = iter(items)
+            while True:
+                self._stack.append(name)
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    self._stack.pop()
+                    return
+                self._stack.pop()
+                yield item
+
+        return self._inner.iterate(name, marked())
+
+    def step(self, name: str, done: int, total: int, where: str) -> None:
+        self._inner.step(name, done, total, where)
+
+
+def _explain(error: BaseException, memory: str, plan: MemoryPlan, stage: str, device: torch.device) -> _Shortage:
+    """What held the memory: by the allocator, and by the plan."""
+    what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [f"out of memory in {stage} ({what})"]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        lines.append(
+            f"  {format_bytes(torch.cuda.memory_allocated(device))} are allocated,"
+            f" {format_bytes(torch.cuda.memory_reserved(device))} reserved; {format_bytes(free)} of"
+            f" {format_bytes(total)} are free on the card"
+        )
+    phase = plan.phase(stage) if stage in {phase.name for phase in plan.phases} else plan.limiting
+    held = ", ".join(f"{name} {format_bytes(size)}" for name, size in phase.held.items() if size)
+    lines.append(f"  predicted for {phase.name}: {format_bytes(phase.device)} ({held})")
+    if memory == "host":
+        lines.append(f"  predicted of the machine's memory: {format_bytes(phase.host)}")
+    return _Shortage(memory, phase, "\n".join(lines))

@@ -1,0 +1,81 @@
+"""Fingerprints: whether the inputs of a run are those that it was begun with.
+
+Weights are told by samples, since reading 28 GB would take longer than a segment; every other file is read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.weights.files import StoredTensor, open_weights
+
+#: Tensors up to this many bytes are read whole: norms, biases, modulations.
+_WHOLE = 1 << 16
+
+
+def fingerprint(path: str | Path) -> str:
+    """The fingerprint of a checkpoint: what :func:`model.weights.files.open_weights` opens there.
+
+    A sha256 over ``config.json`` and, in the order of the keys, every tensor's key, dtype, shape, and bytes: all of
+    them up to 64 KiB, those of the first and the last row beyond. Other training, another quantisation or merged LoRAs
+    change some of these; a file that is damaged only between the rows read does not. The name of the file, its
+    format (safetensors or pickle) and its division into shards are not part of it.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        InputError: nothing readable there.
+    """
+    path = Path(path)
+    checkpoint = open_weights(path)
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for key, stored in sorted(checkpoint.tensors.items()):
+        try:
+            add_tensors(digest, key, stored.dtype, stored.shape, _sample(stored))
+        except Exception as error:
+            # safetensors and torch say in many ways that they have no such dtype. Nothing but the reading happens here.
+            raise InputError(f"weights: {path}: {key} ({stored.dtype}) cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_file(path: str | Path, what: str = "file") -> str:
+    """The sha256 of a whole file (a photograph, a LoRA, text embeddings), 64 hexadecimal digits.
+
+    Raises:
+        InputError: it cannot be read; the message begins with ``what``.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise InputError(f"{what}: {path} cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def fingerprint_random(preset: str, seed: int) -> str:
+    """The fingerprint of the random weights of a preset, which are what it and the seed make them."""
+    return f"random weights of {preset}, seed {seed}"
+
+
+def add_tensors(digest: hashlib._Hash, key: str, dtype: str, shape: tuple[int, ...], tensors: Iterable[Tensor]) -> None:
+    """Adds a tensor to a hash: its key, dtype and shape as JSON, then the bytes of ``tensors``, parts of it."""
+    digest.update(json.dumps([key, dtype, list(shape)]).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _sample(stored: StoredTensor) -> list[Tensor]:
+    if stored.nbytes <= _WHOLE or not stored.shape:
+        return [stored.read()]
+    last = stored.shape[0] - 1
+    return [stored.read_rows(0, 1), stored.read_rows(last, last + 1)]

@@ -1,0 +1,158 @@
+"""A DiT whose blocks live where a :class:`model.streaming.placement.Placement` says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.dit.model import WanDiT, dit_parameter_dtype
+from model.dit.parts import ScaledLinear
+from model.machine.counted import elsewhere
+from model.machine.host import pinned_bytes
+from model.streaming.placement import NO_TENSORS, SCALE, TABLE, BlockLayout, Placement, block_layout
+from model.streaming.stream import SLOTS, BlockStream, CopyEngine, DirectCopies, Source, StreamCopies
+from swifti2v_kernels import dequantize_rows
+
+
+class TensorSource(Protocol):
+    """Where a DiT's tensors come from, by their names in the model."""
+
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """The tensor in ``dtype``."""
+
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """A matrix ``[N, K]`` as values of ``kind`` and one float32 scale a row ``[N]``."""
+
+
+def place(
+    model: WanDiT,
+    placement: Placement,
+    tensors: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    stored: Mapping[str, str] = NO_TENSORS,
+) -> WanDiT:
+    """Gives a model without memory its weights.
+
+    A block that is copied in every pass has views of a slot as parameters, which hold its weights while
+    :meth:`WanDiT.walk` is at it and another block's at other times; so the state of such a model cannot be saved, nor
+    LoRAs applied to it. Merge them as it is loaded.
+
+    Args:
+        model: on ``meta``; it is changed and returned.
+        placement: of its blocks.
+        tensors: its weights; asked again in every pass for blocks that stay in files.
+        dtype: of the model.
+        device: where it runs; ``meta`` to count.
+        stored: as for :func:`model.streaming.placement.block_layout`.
+    """
+    device = torch.device(device)
+    layers = model.config.num_layers
+    homes = placement.homes(layers)
+    layouts = [block_layout(model.config, dtype, placement, i, stored) for i in range(layers)]
+    moving = [i for i, home in enumerate(homes) if home != "device"]
+    slots = _rooms([layouts[i] for i in moving], device)
+    unpacked = _bytes(max(layout.unpacked_nbytes for layout in layouts), device)
+    for name in [name for name, _ in model.named_parameters() if not name.startswith("blocks.") or TABLE in name]:
+        _set(model, name, tensors.plain(name, dit_parameter_dtype(name, dtype), device))
+    sources: dict[int, Source] = {}
+    unpack: dict[int, Callable[[], None]] = {}
+    for i, (block, layout, home) in enumerate(zip(model.blocks, layouts, homes, strict=True)):
+        fill = functools.partial(_fill, layout, tensors, f"blocks.{i}.")
+        if home == "device":
+            flat = _bytes(layout.nbytes, device)
+            fill(flat, device)
+        else:
+            flat = slots[moving.index(i) % SLOTS]
+            sources[i] = _source(fill, layout, home, device)
+        _bind(block, layout, flat, unpacked, placement)
+        if layout.unpacked:
+            unpack[i] = functools.partial(_unpack, _packed(layout, flat, unpacked))
+    engine = _engine(slots, [layouts[i] for i in moving if homes[i] == "file"], device) if moving else None
+    model.eight_bits = placement.product_dtype
+    model.stream = BlockStream(list(model.blocks), sources, unpack, engine)
+    return model.requires_grad_(False).eval()
+
+
+def _rooms(layouts: list[BlockLayout], device: torch.device) -> list[Tensor]:
+    size = max((layout.nbytes for layout in layouts), default=0)
+    return [_bytes(size, device) for _ in range(min(len(layouts), SLOTS))]
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _source(fill: Callable[..., None], layout: BlockLayout, home: str, device: torch.device) -> Source:
+    if device.type == "meta":
+        return lambda target: None
+    if home == "file":
+        return lambda target: fill(target, target.device)
+    with elsewhere():
+        flat = (
+            pinned_bytes(layout.nbytes, device) if device.type == "cuda" else _bytes(layout.nbytes, torch.device("cpu"))
+        )
+        # Where there is a GPU, 8-bit forms are computed there.
+        fill(flat, device)
+    return flat
+
+
+def _engine(slots: list[Tensor], from_files: list[BlockLayout], device: torch.device) -> CopyEngine:
+    if device.type != "cuda":
+        return DirectCopies(slots)
+    size = max((layout.nbytes for layout in from_files), default=0)
+    return StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if from_files else [])
+
+
+def _fill(layout: BlockLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
+    """Writes a block; ``device`` is where its tensors are made."""
+    scales = {entry.name: entry for entry in layout.stored if entry.name.endswith(SCALE)}
+    for entry in layout.stored:
+        name = prefix + entry.name
+        if entry.name + SCALE in scales:
+            values, factors = tensors.eight_bits(name, entry.dtype, device)
+            entry.view(flat).copy_(values)
+            scales[entry.name + SCALE].view(flat).copy_(factors)
+        elif entry.name not in scales:
+            entry.view(flat).copy_(tensors.plain(name, entry.dtype, device))
+
+
+def _bind(block: nn.Module, layout: BlockLayout, flat: Tensor, unpacked: Tensor, placement: Placement) -> None:
+    """Makes views of the buffers the block's parameters."""
+    views = {entry.name: entry.view(flat) for entry in layout.stored}
+    if placement.products == "8bit":
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                parts = [views.pop(f"{name}.{leaf}") for leaf in ("weight", f"weight{SCALE}", "bias")]
+                _set_module(block, name, ScaledLinear(*parts))
+    else:
+        views |= {entry.name: entry.view(unpacked) for entry in layout.unpacked}
+    for name, view in views.items():
+        if not name.endswith(SCALE):
+            _set(block, name, view)
+
+
+def _packed(layout: BlockLayout, flat: Tensor, unpacked: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Values, scales, and where they are unpacked to, of every matrix in 8 bits: views."""
+    views = {entry.name: entry.view(flat) for entry in layout.stored}
+    return [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
+
+
+def _unpack(matrices: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for values, scales, target in matrices:
+        dequantize_rows(values, scales, dtype=target.dtype, out=target)
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _set_module(parent: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(parent.get_submodule(owner), leaf, module)

@@ -1,0 +1,202 @@
+"""Blocks whose weights come to the device while other blocks run.
+
+Blocks that do not stay on the device share two slots there, one after the other. While a block runs in one slot, the
+next is copied into the other:
+
+    compute stream   ... | wait ready[0] | block 3 | free[0] | wait ready[1] | block 5 | free[1] | ...
+    copy stream      ... | block 5 -> slot 1       | wait free[0] | block 7 -> slot 0 | ...
+
+The device allocates nothing for it, and nothing waits but for what it needs: the compute stream for the copy of its
+block, a copy for the block before it in its slot. A copy is hidden where the blocks that run meanwhile take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: How many blocks that do not stay share the device.
+SLOTS = 2
+#: A block's bytes: in host memory, or a function that fills a buffer there with them.
+Source = Tensor | Callable[[Tensor], None]
+
+
+class CopyEngine(Protocol):
+    """Copies sources into slots, beside the work on the current stream."""
+
+    def fetch(self, slot: int, source: Source) -> None:
+        """Starts a copy as soon as what was queued before the slot's last :meth:`release` is done."""
+
+    def wait(self, slot: int) -> None:
+        """Work queued from now on begins after the slot's last copy."""
+
+    def release(self, slot: int) -> None:
+        """Work queued until now is the last that reads the slot."""
+
+    def settle(self, slot: int) -> None:
+        """What was asked for and nobody has waited for is done or given up, for the host."""
+
+
+class DirectCopies:
+    """Where there is one kind of memory and one order of work: a copy is done when it is asked for."""
+
+    def __init__(self, slots: Sequence[Tensor]) -> None:
+        self.slots = list(slots)
+
+    def fetch(self, slot: int, source: Source) -> None:
+        """Copies."""
+        target = self.slots[slot]
+        if isinstance(source, Tensor):
+            target[: source.numel()].copy_(source)
+        else:
+            source(target)
+
+    def wait(self, slot: int) -> None:
+        """Nothing to wait for."""
+
+    def release(self, slot: int) -> None:
+        """Nothing waits."""
+
+    def settle(self, slot: int) -> None:
+        """Nothing is under way."""
+
+
+class StreamCopies:
+    """Copies on a CUDA stream of their own; files are read by a thread, into ``staging`` in pinned memory first."""
+
+    def __init__(self, slots: Sequence[Tensor], staging: Sequence[Tensor] = ()) -> None:
+        self.slots, self.staging = list(slots), list(staging)
+        self._stream = torch.cuda.Stream(slots[0].device)
+        self._ready = [torch.cuda.Event() for _ in slots]
+        self._free = [torch.cuda.Event() for _ in slots]
+        self._reads: list[Future[None] | None] = [None] * len(slots)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights") if staging else None
+        for slot, free in zip(self.slots, self._free, strict=True):
+            # The slots' memory may still be read by work that was queued before, and its next owner has to wait for
+            # the last copy.
+            free.record(torch.cuda.current_stream(slot.device))
+            slot.record_stream(self._stream)
+
+    def fetch(self, slot: int, source: Source) -> None:
+        """Queues the copy, behind the reading of its file if it has one."""
+        self.settle(slot)
+        if isinstance(source, Tensor):
+            self._copy(slot, source)
+        elif self._reader is None:
+            raise ValueError("source: expected a tensor, since there are no staging buffers to read into")
+        else:
+            self._reads[slot] = self._reader.submit(self._read, slot, source)
+
+    def wait(self, slot: int) -> None:
+        """The host waits for the reading of a file, the stream for the copy."""
+        reading, self._reads[slot] = self._reads[slot], None
+        if reading is not None:
+            reading.result()
+        torch.cuda.current_stream(self.slots[slot].device).wait_event(self._ready[slot])
+
+    def settle(self, slot: int) -> None:
+        """Waits for a reading that nobody has waited for, whatever becomes of it: it would write into the slot."""
+        reading, self._reads[slot] = self._reads[slot], None
+        if reading is not None and not reading.cancel():
+            reading.exception()
+
+    def release(self, slot: int) -> None:
+        """Marks the present end of the stream."""
+        self._free[slot].record(torch.cuda.current_stream(self.slots[slot].device))
+
+    def _read(self, slot: int, fill: Callable[[Tensor], None]) -> None:
+        # Until then the buffer is the source of the slot's last copy.
+        self._ready[slot].synchronize()
+        fill(self.staging[slot])
+        self._copy(slot, self.staging[slot])
+
+    def _copy(self, slot: int, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._free[slot])
+            self.slots[slot][: source.numel()].copy_(source, non_blocking=True)
+            self._ready[slot].record(self._stream)
+
+
+class BlockStream:
+    """The order of a pass over all blocks: :meth:`walk`.
+
+    Args:
+        blocks: of the model; the parameters of those in ``sources`` are views of a slot: of the j-th of them, slot
+            ``j % SLOTS``.
+        sources: by index, the blocks that are copied.
+        unpack: by index, what makes a block's matrices of their 8-bit form, on the current stream.
+        engine: what copies; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        sources: Mapping[int, Source],
+        unpack: Mapping[int, Callable[[], None]],
+        engine: CopyEngine | None,
+    ) -> None:
+        if sources and engine is None:
+            raise ValueError("engine: expected one for blocks that are copied, got None")
+        self._blocks, self._unpack, self._engine = blocks, dict(unpack), engine
+        self._sources = [sources[i] for i in sorted(sources)]
+        self._places = {i: j for j, i in enumerate(sorted(sources))}
+        self._held: list[int | None] = [None] * SLOTS
+
+    @property
+    def copies(self) -> bool:
+        """Whether blocks come from somewhere else."""
+        return bool(self._sources)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all parameters are the model's own, and stay what they are."""
+        return not self._sources and not self._unpack
+
+    def settle(self) -> None:
+        """Ends what is under way for a pass that does not come, so that the model can be let go."""
+        if self._engine is not None:
+            for slot in range(min(SLOTS, len(self._sources))):
+                self._engine.settle(slot)
+                self._held[slot] = None
+
+    def walk(self) -> Iterator[nn.Module]:
+        """The blocks in order, each usable until the next one is asked for."""
+        for place in range(min(SLOTS, len(self._sources))):
+            self._bring(place)
+        for index, block in enumerate(self._blocks):
+            place = self._places.get(index)
+            if place is not None:
+                self._await(place)
+            if index in self._unpack:
+                self._unpack[index]()
+            try:
+                yield block
+            finally:
+                if place is not None and self._engine is not None:
+                    self._engine.release(place % SLOTS)
+            if place is not None:
+                self._bring(self._following(place))
+
+    def _following(self, place: int) -> int:
+        """What comes into the slot next, in this pass or in another."""
+        return place + SLOTS if place + SLOTS < len(self._sources) else place % SLOTS
+
+    def _bring(self, place: int) -> None:
+        slot = place % SLOTS
+        if self._engine is not None and self._held[slot] != place:
+            self._held[slot] = None
+            self._engine.fetch(slot, self._sources[place])
+            self._held[slot] = place
+
+    def _await(self, place: int) -> None:
+        self._bring(place)
+        try:
+            if self._engine is not None:
+                self._engine.wait(place % SLOTS)
+        except BaseException:
+            self._held[place % SLOTS] = None
+            raise

@@ -1,0 +1,1 @@
+"""The Wan autoencoder: ``model``, ``encoder``, ``decoder``, ``layers``; ``tiles`` cuts frames exactly."""

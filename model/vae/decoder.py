@@ -1,0 +1,225 @@
+"""The decoder of the Wan VAE: a *head* on whole latent frames, and a *tail* that enlarges them tile by tile.
+
+    head: conv_in, middle block (its attention is over the whole frame), residual blocks of the first stage
+    tail: upsampling, residual blocks, ..., norm, last convolution straight into the frames
+
+The tail goes depth first: a few frames run up to the pixels before the next ones are enlarged, so that never more than
+these are alive at the higher resolutions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from model.config import VAEConfig
+from model.vae.layers import (
+    CausalConv3d,
+    Features,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+    State,
+    Upsample,
+    blocks_need,
+    channels_last,
+    run_blocks,
+)
+from model.vae.tiles import Region, conv_padding
+from swifti2v_kernels import frames_out
+
+
+class PlainUpStage(nn.Module):
+    """A decoder stage of Wan2.1: residual blocks, then upsampling to half the channels."""
+
+    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
+        super().__init__()
+        dims = [dim_in] + [dim_out] * num_blocks
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.upsamplers = nn.ModuleList([Upsample(dim_out, dim_out // 2, temporal)] if up else [])
+
+    @property
+    def up(self) -> Upsample:
+        """The upsampling; the last stage has none."""
+        return self.upsamplers[0]
+
+
+class ResidualUpStage(nn.Module):
+    """A decoder stage of Wan2.2: residual blocks and upsampling, plus the stage's repeated input."""
+
+    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
+        super().__init__()
+        dims = [dim_in] + [dim_out] * num_blocks
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.upsampler = Upsample(dim_out, dim_out, temporal) if up else None
+        self.dim_out, self.rate = dim_out, 2 if temporal else 1
+
+    @property
+    def up(self) -> Upsample:
+        """The upsampling; the last stage has none."""
+        assert self.upsampler is not None
+        return self.upsampler
+
+    def shortcut(self, x: Tensor, have: Region, want: Region, start: int, count: int) -> Tensor:
+        """The stage's input at the size of its output: frames ``start ..`` of [B, T * rate, h, w, C'] over ``want``.
+
+        Output channel c of the pixel (row, column) in the cell of an input pixel, and of the frame among the ``rate``
+        that it becomes, is input channel ``((c * rate + frame) * 4 + row * 2 + column) // copies``.
+        """
+        cells = want.halved()
+        rows, columns = cells.within(have)
+        x = x[:, :, rows, columns].unflatten(4, (self.dim_out, -1))
+        copies = 4 * self.rate // x.shape[5]
+        top, left = want.rows.start % 2, want.columns.start % 2
+        out = x.new_empty(x.shape[0], count, len(want.rows), len(want.columns), self.dim_out)
+        for i, row, column in itertools.product(range(count), range(2), range(2)):
+            frame, part = divmod(start + i, self.rate)
+            down, right = (row - top) % 2, (column - left) % 2  # the first output pixel of this phase
+            cell = x[:, frame, (down + top) // 2 :, (right + left) // 2 :, :, (part * 4 + row * 2 + column) // copies]
+            target = out[:, i, down::2, right::2]
+            target.copy_(cell[:, : target.shape[1], : target.shape[2]])
+        return out
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one step of the tail computes for a tile: the region it reads, of the enlarged frame, and its result's."""
+
+    read: Region
+    enlarged: Region
+    result: Region
+
+
+@dataclass(frozen=True)
+class DecoderTile:
+    """A tile on its way through a clip: ``core`` is its part of the latents, ``frames`` what layers handle at once."""
+
+    core: Region
+    levels: list[Level]
+    frames: int
+    state: State
+
+    @property
+    def regions(self) -> list[Region]:
+        """All that is computed of frames of any size."""
+        return [region for level in self.levels for region in (level.read, level.enlarged, level.result)]
+
+
+class Decoder(nn.Module):
+    """Latents [B, T, h, w, z] to frames."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.decoder_base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        temporal_upsample = (*reversed(config.temporal_downsample), False)
+        last = len(config.dim_mult) - 1
+        self.patch_size = config.patch_size
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3))
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList()
+        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
+            # In Wan2.1 the upsampling before has halved the channels already.
+            stage, width = (
+                (ResidualUpStage, dim_in) if config.residual else (PlainUpStage, dim_in // 2 if i else dim_in)
+            )
+            self.up_blocks.append(stage(width, dim_out, config.num_res_blocks + 1, i != last, temporal_upsample[i]))
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], config.pixel_channels, (3, 3, 3))
+        #: The features that the head leaves for the tail: its own, and with shortcuts the first stage's input.
+        self.num_features = 2 if config.residual else 1
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of all that the head leaves for the tail."""
+        return self.num_features * self.conv_in.out_channels
+
+    def head(self, z: Tensor, state: State) -> list[Tensor]:
+        """Whole latent frames to the tail's input, one or two of [B, T, h, w, C]."""
+        stage, whole = self.up_blocks[0], Region.whole(*z.shape[2:4])
+        x, normed = self.conv_in(z, whole, whole, state, norm_weight=self.mid_block.resnets[0].norm1.weight)
+        features = Features(x, normed, whole)
+        del x, normed
+        self.mid_block(features, state, stage.resnets[0].norm1, keep=True)
+        shortcut = [features.x] if self.num_features == 2 else []
+        run_blocks(stage.resnets, features, whole, state, None, overwrite=not shortcut)
+        return [features.take("x"), *shortcut]
+
+    def tile(self, core: Region, frames: int, state: State) -> DecoderTile:
+        """The tile ``core`` of the latents, with what each step of the tail computes for it."""
+        want = self.conv_out.needs(self._features(core))
+        levels = []
+        for before, stage in reversed(list(itertools.pairwise(self.up_blocks))):
+            enlarged = blocks_need(stage.resnets, want)
+            levels.append(Level(before.up.needs(enlarged), enlarged, want))
+            want = levels[-1].read
+        return DecoderTile(core, levels[::-1], frames, state)
+
+    @staticmethod
+    def cut(features: list[Tensor], tile: DecoderTile) -> list[Tensor]:
+        """What a tile reads of the features that :meth:`head` has left, as views."""
+        rows, columns = tile.levels[0].read.within(Region.whole(*features[0].shape[2:4]))
+        return [x[:, :, rows, columns] for x in features]
+
+    def tail(self, inputs: list[Tensor], tile: DecoderTile, out: Tensor) -> None:
+        """Writes the frames of one tile.
+
+        Args:
+            inputs: of :meth:`cut`, in the order of the clip.
+            tile: of :meth:`tile`.
+            out: frames [B, F, H, W, 3] of the tile, uint8 or floating, to be filled.
+        """
+        self._enlarge(0, inputs, [tile.levels[0].read] * len(inputs), tile, out)
+
+    def _enlarge(self, step: int, inputs: list[Tensor], have: list[Region], tile: DecoderTile, out: Tensor) -> int:
+        """From the output of stage ``step``, and where the stage has a shortcut also its input, to the frames.
+
+        ``have`` are their regions. Returns how many frames were written.
+        """
+        stage, following, level, state = self.up_blocks[step], self.up_blocks[step + 1], tile.levels[step], tile.state
+        last, temporal = step + 2 == len(self.up_blocks), stage.up.time_conv is not None
+        pieces = max(tile.frames // 2, 1) if temporal else tile.frames
+        written = 0
+        for x, *behind in zip(*(part.split(pieces, dim=1) for part in inputs), strict=True):
+            # Of the two frames that a shortcut makes of the clip's first one, the second counts.
+            skipped = int(temporal and stage.up not in state.started)
+            source = level.read if temporal else have[0]
+            doubled = stage.up.double_frames(x, have[0], source, state) if temporal else x
+            for start in range(0, doubled.shape[1], tile.frames):
+                part = doubled[:, start : start + tile.frames]
+                options = {"norm_weight": following.resnets[0].norm1.weight}
+                if behind:
+                    first = start + skipped
+                    shortcut = stage.shortcut(behind[0], have[1], level.enlarged, first, part.shape[1])
+                    options |= {"residual": shortcut, "out": shortcut}
+                    del shortcut
+                features = Features(*stage.up.enlarge(part, source, level.enlarged, state, **options), level.enlarged)
+                del part, options
+                inner = [features.x] if behind and not last else []
+                run_blocks(
+                    following.resnets, features, level.result, state, self.norm_out if last else None,
+                    overwrite=not inner, keep=not last,
+                )  # fmt: skip
+                if last:
+                    written += self._store(features, tile, out[:, written:])
+                    continue
+                inner.insert(0, features.take("x"))
+                regions = [level.result, level.enlarged][: len(inner)]
+                written += self._enlarge(step + 1, inner, regions, tile, out[:, written:])
+                del inner
+        return written
+
+    def _store(self, features: Features, tile: DecoderTile, out: Tensor) -> int:
+        x = features.take("normed")
+        padding = conv_padding(features.region, self._features(tile.core))
+        frames_out(
+            x, channels_last(self.conv_out, tile.state), self.conv_out.bias, out[:, : x.shape[1]],
+            past=tile.state.past.get(self.conv_out), padding=padding, patch_size=self.patch_size,
+        )  # fmt: skip
+        tile.state.remember(self.conv_out, x, self.conv_out.kernel_size[0] - 1)
+        return x.shape[1]
+
+    def _features(self, core: Region) -> Region:
+        """A tile of the latents in the features before the last convolution."""
+        return core.scaled(2 ** (len(self.up_blocks) - 1))

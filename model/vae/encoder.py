@@ -1,0 +1,197 @@
+"""The encoder of the Wan VAE: *legs* that shrink the frames tile by tile, and a *body* on whole latent frames.
+
+legs: conv_in, residual blocks, downsampling, ..., up to the size of the latents
+body: residual blocks of the last stage, middle block (its attention is over the whole frame), norm, conv_out
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.config import VAEConfig
+from model.vae.layers import (
+    CausalConv3d,
+    Downsample,
+    Features,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+    State,
+    blocks_need,
+    run_blocks,
+)
+from model.vae.tiles import Region
+from swifti2v_kernels import rms_norm_silu
+
+
+class ResidualDownStage(nn.Module):
+    """An encoder stage of Wan2.2: residual blocks and downsampling, plus the stage's averaged input."""
+
+    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, down: bool, temporal: bool):
+        super().__init__()
+        dims = [dim_in] + [dim_out] * num_blocks
+        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.downsampler = Downsample(dim_out, temporal) if down else None
+        self.dim_out, self.rate, self.factor = dim_out, 2 if temporal else 1, 2 if down else 1
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The stage's input [B, T, h, w, C] at the size of its output: means over cells and groups of channels.
+
+        A clip's first frame stands alone; of the two that would be averaged the one before it is zero.
+        """
+        batch, frames, height, width, channels = x.shape
+        group = channels * self.rate * self.factor**2 // self.dim_out
+        if frames % self.rate:
+            x = torch.cat((x.new_zeros(batch, 1, height, width, channels), x), dim=1)
+        cells = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor)).unflatten(1, (-1, self.rate))
+        # [B, T', rate, h', rows, w', columns, C] -> [B, T', h', w', (C, rate, rows, columns)]
+        cells = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)
+        return cells.unflatten(4, (self.dim_out, group)).mean(dim=5)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of either version: its blocks, its downsampling, and with a shortcut the module that computes it."""
+
+    blocks: list[ResidualBlock]
+    down: Downsample | None
+    shortcut: ResidualDownStage | None
+
+
+@dataclass(frozen=True)
+class EncoderTile:
+    """A tile on its way through a clip: ``core`` is its part of the latents, ``pixels`` the region of the frame that it
+    reads, and for each stage the regions of its input, of its blocks' output and of its own output."""
+
+    core: Region
+    pixels: Region
+    stages: list[tuple[Region, Region, Region]]
+    frames: int
+    state: State
+
+    @property
+    def regions(self) -> list[Region]:
+        """All that is computed of frames of any size."""
+        return [self.pixels, *(region for stage in self.stages for region in stage)]
+
+
+class Encoder(nn.Module):
+    """Frames to the moments of the latents."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        last = len(config.dim_mult) - 1
+        self.num_blocks, self.residual = config.num_res_blocks, config.residual
+        self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
+        self.down_blocks = nn.ModuleList()
+        for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
+            down, temporal = i != last, i != last and config.temporal_downsample[i]
+            if config.residual:
+                stage = ResidualDownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
+                self.down_blocks.append(stage)
+                continue
+            for j in range(config.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(dim_in if j == 0 else dim_out, dim_out))
+            if down:
+                self.down_blocks.append(Downsample(dim_out, temporal))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of what the legs leave for the body."""
+        return self.stages[-1].blocks[0].conv1.in_channels
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, whose layers lie in one list in Wan2.1 (diffusers' names)."""
+        layers = list(self.down_blocks)
+        if self.residual:
+            return [Stage(list(stage.resnets), stage.downsampler, stage) for stage in layers]
+        size = self.num_blocks + 1
+        parts = [layers[i : i + size] for i in range(0, len(layers), size)]
+        return [Stage(p[: self.num_blocks], p[-1] if len(p) == size else None, None) for p in parts]
+
+    def tile(self, core: Region, frames: int, state: State) -> EncoderTile:
+        """The tile ``core`` of the latents, with what each stage computes for it."""
+        want, regions = core, []
+        for stage in reversed(self.stages[:-1]):
+            assert stage.down is not None
+            out = stage.down.needs(want)
+            read = blocks_need(stage.blocks, out)
+            regions.append((read, out, want))
+            want = read
+        return EncoderTile(core, self.conv_in.needs(want), regions[::-1], frames, state)
+
+    def legs(self, x: Tensor, tile: EncoderTile, out: Tensor) -> int:
+        """Frames [B, T, h, w, 3 or 12] over ``tile.pixels``, the clip's first one alone, to features at the size of the
+        latents, written to the front of ``out`` [B, T', h', w', C]; returns how many."""
+        read = tile.stages[0][0]
+        norm = self.stages[0].blocks[0].norm1.weight
+        written = 0
+        for part in x.split(tile.frames, dim=1):
+            features = Features(*self.conv_in(part, tile.pixels, read, tile.state, norm_weight=norm), read)
+            written += self._shrink(0, features, tile, out[:, written:])
+        return written
+
+    def _shrink(self, step: int, features: Features, tile: EncoderTile, out: Tensor) -> int:
+        if step == len(tile.stages):
+            x = features.take("x")
+            out[:, : x.shape[1]].copy_(x)
+            return x.shape[1]
+        stage, following, state = self.stages[step], self.stages[step + 1], tile.state
+        down = stage.down
+        assert down is not None
+        if down.time_conv is not None and not self._paired(features, down, state):
+            return 0
+        _, middle, want = tile.stages[step]
+        have, options = features.region, {}
+        if stage.shortcut is not None:
+            rows, columns = want.scaled(2).within(have)
+            shortcut = stage.shortcut.shortcut(features.x[:, :, rows, columns])
+            options = {"residual": shortcut, "out": shortcut}
+            del shortcut
+        if step + 1 < len(tile.stages):
+            options["norm_weight"] = following.blocks[0].norm1.weight
+        run_blocks(stage.blocks, features, middle, state, None, overwrite=True)
+        result = down(features.take("x"), middle, want, state, **options)
+        shrunk = Features(*result, want) if isinstance(result, tuple) else Features(result, None, want)
+        del result, options
+        return self._shrink(step + 1, shrunk, tile, out)
+
+    @staticmethod
+    def _paired(features: Features, down: Downsample, state: State) -> bool:
+        """After the clip's first frame, a temporal downsampling needs an even number: the odd one waits."""
+        if down not in state.started:
+            return True
+        x, normed = features.take("x"), features.take("normed")
+        if down in state.waiting:
+            x, normed = (torch.cat(pair, dim=1) for pair in zip(state.waiting.pop(down), (x, normed), strict=True))
+        even = x.shape[1] // 2 * 2
+        if even < x.shape[1]:
+            state.waiting[down] = [part[:, even:].clone() for part in (x, normed)]
+        features.x, features.normed = x[:, :even], normed[:, :even]
+        return even > 0
+
+    def body(self, x: Tensor, state: State) -> Tensor:
+        """Whole frames of features, what the legs have left, to moments [B, T, h, w, 2z]."""
+        whole = Region.whole(*x.shape[2:4])
+        blocks = self.stages[-1].blocks
+        # Wan2.2 adds the last stage's input to its output, whose numbers of channels are equal.
+        shortcut = x if self.residual else None
+        features = Features(x, rms_norm_silu(x, blocks[0].norm1.weight), whole)
+        del x
+        first = self.mid_block.resnets[0].norm1
+        run_blocks(blocks, features, whole, state, None if self.residual else first, overwrite=shortcut is None)
+        if shortcut is not None:
+            features.x = features.take("x") + self.down_blocks[-1].shortcut(shortcut)
+            features.normed = rms_norm_silu(features.x, first.weight)
+            del shortcut
+        self.mid_block(features, state, self.norm_out, keep=False)
+        return self.conv_out(features.take("normed"), whole, whole, state)

@@ -1,0 +1,314 @@
+"""The layers of the Wan VAE, on the operators of ``swifti2v_kernels``.
+
+Activations are frames ``[B, T, h, w, C]``, channels last from the latents to the pixels, over a region of the frame.
+A layer is told the region that the next one needs (``want``) and takes from its input what it needs for that, where it
+lies. Between calls, a layer's history is in the :class:`State` of the tile and clip; the modules hold weights only.
+
+Norms belong to the operators before them: a convolution is told the weight of the norm that follows and returns the
+normed and activated frames beside, or instead of, its own. Where activations come and go is written out
+(:class:`Features`), because a frame at 2560x1408 with 96 channels is 0.7 GB and Python keeps what a caller names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.vae.tiles import Region, conv_padding
+from swifti2v_kernels import causal_conv3d, fold_upsample_weight, norm_modulate, rms_norm_silu, upsample_conv2d
+
+
+@dataclass
+class Features:
+    """Frames on their way through the layers: ``x`` as summed, ``normed`` as the next convolution reads them."""
+
+    x: Tensor | None
+    normed: Tensor | None
+    region: Region
+
+    def take(self, name: str) -> Tensor:
+        """Hands ``x`` or ``normed`` over: it is gone from here, so that its last reader can let it go."""
+        tensor = getattr(self, name)
+        setattr(self, name, None)
+        return tensor
+
+
+@dataclass
+class State:
+    """What a clip has left behind in the layers of one tile: their last frames, and frames that wait for a partner."""
+
+    #: Weights in the form that the operators take, by module; shared by all tiles of a stream.
+    prepared: dict[nn.Module, Tensor]
+    past: dict[nn.Module, Tensor] = field(default_factory=dict)
+    waiting: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    started: set[nn.Module] = field(default_factory=set)
+
+    def weight(self, module: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """The prepared weight of ``module``, made at its first use."""
+        if module not in self.prepared:
+            self.prepared[module] = make()
+        return self.prepared[module]
+
+    def remember(self, module: nn.Module, frames: Tensor, count: int) -> None:
+        """Keeps the last ``count`` frames that ``module`` has read, without a copy where they fill their memory."""
+        if count == 0:
+            return
+        last, before = frames[:, -count:], self.past.get(module)
+        if last.shape[1] < count and before is not None:
+            last = torch.cat((before[:, last.shape[1] - count :], last), dim=1)
+        elif last.untyped_storage().nbytes() > last.numel() * last.element_size():
+            last = last.clone(memory_format=torch.contiguous_format)
+        self.past[module] = last
+
+    def first(self, module: nn.Module) -> bool:
+        """Whether ``module`` is at the clip's first frame; asked once for each of its calls."""
+        if module in self.started:
+            return False
+        self.started.add(module)
+        return True
+
+    def clear(self) -> None:
+        """Forgets everything: the clip has ended."""
+        self.past, self.waiting = {}, {}
+
+    def move(self, how: Callable[[Any], Any]) -> None:
+        """Applies ``how`` to every tensor: to host memory, or back."""
+        self.past = {module: how(x) for module, x in self.past.items()}
+        self.waiting = {module: [how(x) for x in parts] for module, parts in self.waiting.items()}
+
+
+class CausalConv3d(nn.Conv3d):
+    """3D convolution padded in time at the front only, by zeros or by the frames that the state remembers."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
+        super().__init__(dim_in, dim_out, kernel)
+
+    def needs(self, want: Region) -> Region:
+        """The input that this output depends on."""
+        return want.grown(self.kernel_size[1] // 2)
+
+    def forward(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
+        """[B, T, h, w, C] -> [B, T, h', w', C']; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
+        padding = conv_padding(have, want, self.kernel_size[1] // 2)
+        weight = channels_last(self, state)
+        y = causal_conv3d(x, weight, self.bias, past=state.past.get(self), padding=padding, **options)
+        state.remember(self, x, self.kernel_size[0] - 1)
+        return y
+
+
+def channels_last(conv: nn.Conv2d | nn.Conv3d, state: State) -> Tensor:
+    """The weight ``[C', C, kt, kh, kw]`` of a convolution as the operators read it. Loaded weights are so already."""
+
+    def make() -> Tensor:
+        weight = conv.weight if conv.weight.ndim == 5 else conv.weight.unsqueeze(2)
+        return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+    return state.weight(conv, make)
+
+
+class RMSNorm(nn.Module):
+    """``x / |x| * sqrt(C) * gamma`` over channels; computed by the operators."""
+
+    def __init__(self, dim: int, spatial_dims: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+
+    @property
+    def weight(self) -> Tensor:
+        """[C]"""
+        return self.gamma.flatten()
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU and convolution, added to the (projected) input."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(dim_in), RMSNorm(dim_out)
+        self.conv1 = CausalConv3d(dim_in, dim_out, (3, 3, 3))
+        self.conv2 = CausalConv3d(dim_out, dim_out, (3, 3, 3))
+        self.conv_shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1)) if dim_in != dim_out else None
+
+    def needs(self, want: Region) -> Region:
+        """The input that this output depends on."""
+        return self.conv1.needs(self.conv2.needs(want))
+
+    def forward(
+        self, features: Features, want: Region, state: State, norm: RMSNorm | None, *, overwrite: bool, keep: bool
+    ) -> None:
+        """Replaces the features: normed by ``norm`` too, if there is one.
+
+        Args:
+            features: ``x``, and ``normed`` by :attr:`norm1`.
+            want: the region of the result.
+            state: of the tile.
+            norm: what stands before the next convolution.
+            overwrite: the result may take the memory of ``x``.
+            keep: the sum is needed, and not only what is normed.
+        """
+        have, middle = features.region, self.conv2.needs(want)
+        hidden = self.conv1(features.take("normed"), have, middle, state, norm_weight=self.norm2.weight, keep_sum=False)
+        x = features.take("x")
+        rows, columns = want.within(have)
+        x = x[:, :, rows, columns]
+        if self.conv_shortcut is not None:
+            x, overwrite = self.conv_shortcut(x, want, want, state), True
+        options: dict[str, Any] = {"residual": x, "out": x if overwrite and keep else None}
+        if norm is not None:
+            options |= {"norm_weight": norm.weight, "keep_sum": keep}
+        result = self.conv2(hidden, middle, want, state, **options)
+        features.region = want
+        if norm is None:
+            features.x = result
+        elif keep:
+            features.x, features.normed = result
+        else:
+            features.normed = result
+
+
+def blocks_need(blocks: Iterable[ResidualBlock], want: Region) -> Region:
+    """The input that the output of blocks in a row depends on."""
+    for block in reversed(list(blocks)):
+        want = block.needs(want)
+    return want
+
+
+def run_blocks(
+    blocks: Iterable[ResidualBlock],
+    features: Features,
+    want: Region,
+    state: State,
+    norm: RMSNorm | None,
+    *,
+    overwrite: bool,
+    keep: bool = True,
+) -> None:
+    """Blocks in a row, each computing what the next one needs; arguments as for :class:`ResidualBlock`."""
+    blocks = list(blocks)
+    for i, block in enumerate(blocks):
+        rest = blocks[i + 1 :]
+        following = rest[0].norm1 if rest else norm
+        # Only what the first one reads may be somebody else's.
+        block(
+            features, blocks_need(rest, want), state, following, overwrite=overwrite or i > 0, keep=keep or bool(rest)
+        )
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, spatial_dims=2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, h, w, C] -> the same shape; whole frames."""
+        tokens = x.flatten(2, 3).flatten(0, 1)
+        # The mean square of a pixel is bounded from below by what diffusers bounds its length with.
+        y = norm_modulate(tokens, norm="rms", weight=self.norm.weight, eps=1e-24 / tokens.shape[2])
+        q, k, v = F.linear(y, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unsqueeze(1).chunk(3, dim=3)
+        # On meta tensors, where only memory is counted, torch would take attention apart and count its matrix.
+        out = torch.empty_like(q) if x.is_meta else F.scaled_dot_product_attention(q, k, v)
+        del q, k, v, y
+        return (tokens + F.linear(out.squeeze(1), self.proj.weight.flatten(1), self.proj.bias)).view(x.shape)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution, on whole frames."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim, dim) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(dim)])
+
+    def forward(self, features: Features, state: State, norm: RMSNorm, *, keep: bool) -> None:
+        """Replaces the features; arguments as for :class:`ResidualBlock`."""
+        first, last = self.resnets
+        first(features, features.region, state, None, overwrite=True, keep=True)
+        features.x = self.attentions[0](features.take("x"))
+        features.normed = rms_norm_silu(features.x, last.norm1.weight)
+        last(features, features.region, state, norm, overwrite=True, keep=keep)
+
+
+class Downsample(nn.Module):
+    """Halves the frame and, if ``temporal``, the frame rate after the clip's first frame."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        # The first entry pads in diffusers; here it only keeps the names of the weights.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def needs(self, want: Region) -> Region:
+        """The input that this output depends on: rows 2r, 2r + 1 and 2r + 2 for row r."""
+        doubled = want.scaled(2)
+        return Region(*(type(s)(s.start, min(s.stop + 1, s.size), s.size) for s in doubled))
+
+    def forward(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
+        """[B, T, h, w, C] -> [B, T', h', w', C]; of a ``temporal`` one, T is 1 for the clip's first frame and even
+        after it. ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
+        rows, columns = have
+        padding = (
+            rows.start - 2 * want.rows.start, 2 * want.rows.stop + 1 - rows.stop,
+            columns.start - 2 * want.columns.start, 2 * want.columns.stop + 1 - columns.stop,
+        )  # fmt: skip
+        conv = self.resample[1]
+        arguments: dict[str, Any] = {"stride": (1, 2, 2), "padding": padding}
+        weight = channels_last(conv, state)
+        if self.time_conv is None:
+            return causal_conv3d(x, weight, conv.bias, **arguments, **options)
+        if state.first(self):
+            # The clip's first frame passes as it is and is the history of the next ones.
+            y = causal_conv3d(x, weight, conv.bias, **arguments)
+            state.remember(self.time_conv, y, 1)
+            return causal_conv3d(x, weight, conv.bias, **arguments, **options) if options else y
+        y = causal_conv3d(x, weight, conv.bias, **arguments)
+        weight, past = channels_last(self.time_conv, state), state.past[self.time_conv]
+        result = causal_conv3d(y, weight, self.time_conv.bias, past=past, stride=(2, 1, 1), **options)
+        state.remember(self.time_conv, y, 1)
+        return result
+
+
+class Upsample(nn.Module):
+    """Doubles the frame and, if ``temporal``, the frame rate after the clip's first frame."""
+
+    def __init__(self, dim: int, dim_out: int, temporal: bool):
+        super().__init__()
+        # The first entry upsamples in diffusers; here it only keeps the names of the weights.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim_out, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def needs(self, want: Region) -> Region:
+        """The input that this output depends on."""
+        return want.grown(1).halved()
+
+    def double_frames(self, x: Tensor, have: Region, want: Region, state: State) -> Tensor:
+        """[B, T, h, w, C] -> [B, 2T, h', w', C], but the clip's first frame as it is; only of a ``temporal`` one."""
+        conv = self.time_conv
+        assert conv is not None
+        rows, columns = want.within(have)
+        if state.first(self):
+            # It is neither doubled nor part of the history of the second.
+            return x[:, :, rows, columns]
+        batch, frames, _, _, channels = x.shape
+        weight, past = channels_last(conv, state), state.past.get(conv)
+        out = x.new_empty(batch, 2 * frames, len(want.rows), len(want.columns), channels)
+        for i, (w, b) in enumerate(zip(weight.chunk(2), conv.bias.chunk(2), strict=True)):
+            # Each half of the features is every second frame and is written there.
+            causal_conv3d(x, w, b, past=past, padding=conv_padding(have, want, 0), out=out[:, i::2])
+        state.remember(conv, x, 2)
+        return out
+
+    def enlarge(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
+        """[B, T, h, w, C] -> [B, T, h', w', C'], ``want`` being pixels of the larger frame; ``options`` as for
+        :func:`swifti2v_kernels.upsample_conv2d`."""
+        conv = self.resample[1]
+        phases = state.weight(conv, lambda: fold_upsample_weight(conv.weight))
+        padding = conv_padding(have.scaled(2), want)
+        return upsample_conv2d(x, phases, conv.bias, padding=padding, **options)

@@ -1,0 +1,343 @@
+"""Loading checkpoints: diffusers directories and files of the Wan repositories, and seeded random weights.
+
+Tensors are read one by one into a model that holds no memory yet, so the peak is the model itself; float8 weights are
+multiplied by their scales and LoRAs are merged in the same pass, each in float32 and rounded once. What a file may be
+is in ``model/weights/files.py``, scales in ``model/weights/float8.py``, names in ``model/weights/keys.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.config import DiTConfig, VAEConfig
+from model.dit.model import WanDiT, dit_parameter_dtype
+from model.errors import InputError
+from model.machine.counted import elsewhere
+from model.streaming.placed import place
+from model.streaming.placement import Placement
+from model.vae.model import WanVAE
+from model.weights.files import FLOATS, looking_at, open_weights
+from model.weights.float8 import EIGHT_BIT_FLOATS, plain_weights
+from model.weights.keys import dit_key_map, infer_dit_config, infer_vae_config, strip_prefix, vae_key_map
+from model.weights.lora import LoRA, LoRASet
+from swifti2v_kernels import quantize_rows
+
+# Tensors that published checkpoints carry and no forward pass uses (diffusers ignores them too).
+_UNUSED = ("norm_added_q",)
+
+#: Names, inside the directory of a whole pipeline, of its DiT and its VAE.
+DIT_PARTS = ("transformer",)
+VAE_PARTS = ("vae", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+
+Model = TypeVar("Model", WanDiT, WanVAE)
+
+
+def load_dit(
+    path: str | Path,
+    *,
+    config: DiTConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    loras: Sequence[LoRA] = (),
+    placement: Placement | None = None,
+) -> WanDiT:
+    """Loads a Wan DiT (any variant of :class:`WanDiT`).
+
+    Args:
+        path: a diffusers directory (``config.json`` and one or several safetensors shards, or a pipeline directory
+            with a ``transformer`` folder), or a file, directory or index of shards with the key names of the Wan
+            repositories; float8 with or without scales, as ComfyUI ships it, and its files of a whole pipeline too.
+        config: overrides what is read from ``config.json`` or inferred from the tensors.
+        dtype: of the large products; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
+        device: where the weights go.
+        loras: merged into each tensor as it is read, at the checkpoint's precision: rounded to ``dtype`` once.
+        placement: where the weights of its blocks live while it runs, and in how many bits
+            (:class:`model.streaming.placement.Placement`); None: on the device, in ``dtype``.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        InputError: nothing loadable there, or tensors are missing, surplus or misshapen (all of them named); a
+            quantisation that is not read here; or a LoRA that does not fit (:class:`~model.weights.lora.LoRAMismatch`).
+    """
+    checkpoint, config = _open_dit(Path(path), config)
+    if placement is None:
+        return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
+    model, chosen = checkpoint.check(WanDiT, config, loras)
+    stored = checkpoint.in_eight_bits(chosen)
+    return place(model, placement, _CheckpointTensors(checkpoint, chosen), dtype=dtype, device=device, stored=stored)
+
+
+def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
+    """``{name: dtype}`` of a DiT checkpoint's matrices in 8 bits that no LoRA changes, without reading them.
+
+    Raises:
+        InputError: as :func:`load_dit`.
+    """
+    checkpoint, config = _open_dit(Path(path), None)
+    _, chosen = checkpoint.check(WanDiT, config, loras)
+    return checkpoint.in_eight_bits(chosen)
+
+
+def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
+    """The configuration of the checkpoint that :func:`load_dit` would load, checked without reading its tensors.
+
+    Raises:
+        InputError: as :func:`load_dit`.
+    """
+    checkpoint, config = _open_dit(Path(path), None)
+    checkpoint.check(WanDiT, config, loras)
+    return config
+
+
+def dit_config(path: str | Path) -> DiTConfig:
+    """The configuration of a checkpoint, whether or not its tensors are all there and readable.
+
+    Raises:
+        InputError: it cannot be told.
+    """
+    return _open_dit(Path(path), None)[1]
+
+
+def load_vae(
+    path: str | Path,
+    *,
+    config: VAEConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    decode_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> WanVAE:
+    """Loads a Wan VAE, version 2.1 or 2.2; arguments and errors as for :func:`load_dit`.
+
+    ``dtype`` is the encoder's: others report drift from encoding the conditioning image in bfloat16, and none from
+    decoding (FastVideo PR 1472). ``decode_dtype`` is the decoder's; by default bfloat16 on a GPU where ``dtype`` is
+    float32, else the same. Whether float32 convolutions use TF32 is torch's setting
+    (``torch.backends.cudnn.allow_tf32``, on by default).
+    """
+    checkpoint, config = _open_vae(Path(path), config)
+    if decode_dtype is None:
+        on_gpu = torch.device(device).type == "cuda" and dtype == torch.float32
+        decode_dtype = torch.bfloat16 if on_gpu else dtype
+    decodes = ("decoder.", "post_quant_conv.")
+    return checkpoint.load(WanVAE, config, lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
+
+
+def inspect_vae(path: str | Path) -> VAEConfig:
+    """As :func:`inspect_dit`, for :func:`load_vae`."""
+    checkpoint, config = _open_vae(Path(path), None)
+    checkpoint.check(WanVAE, config)
+    return config
+
+
+def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
+    checkpoint = _Checkpoint(part_of_pipeline(path, DIT_PARTS), "DiT", "WanTransformer3DModel", dit_key_map)
+    if config is not None:
+        return checkpoint, config
+    with _named(checkpoint.path):
+        if checkpoint.is_diffusers:
+            return checkpoint, DiTConfig.from_diffusers(checkpoint.config)
+        return checkpoint, infer_dit_config(checkpoint.shapes, checkpoint.config)
+
+
+def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
+    path = part_of_pipeline(path, VAE_PARTS)
+    checkpoint = _Checkpoint(path, "VAE", "AutoencoderKLWan", vae_key_map)
+    if config is not None:
+        return checkpoint, config
+    with _named(checkpoint.path):
+        if checkpoint.is_diffusers:
+            return checkpoint, VAEConfig.from_diffusers(checkpoint.config)
+        return checkpoint, infer_vae_config(checkpoint.shapes)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the checkpoint's name before what is wrong with its configuration."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"weights: {path}: {error}") from error
+
+
+def random_weights(
+    kind: type[Model],
+    config: Any,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    placement: Placement | None = None,
+) -> Model:
+    """A model with seeded random weights of the usual magnitude: for tests, and for timing at real sizes.
+
+    Matrices and kernels are normal with variance 1 / fan_in, norms are 1, biases 0. The numbers depend on the kind of
+    device, since they are drawn where they are used, and not on the placement (of a DiT's blocks).
+    """
+    with torch.device("meta"), elsewhere():
+        model = kind(config)
+    tensors = _RandomTensors({name: tuple(p.shape) for name, p in model.state_dict().items()}, seed, device)
+    if placement is not None:
+        return place(model, placement, tensors, dtype=dtype, device=device)
+    kept = {name: dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype for name in tensors.shapes}
+    return _assign(model, {name: tensors.plain(name, kind, device) for name, kind in kept.items()})
+
+
+class _RandomTensors:
+    """Each tensor drawn from a seed of its own, so that they can be asked for in any order and again."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, device: torch.device | str) -> None:
+        self.shapes, self._device = shapes, torch.device(device)
+        self._seeds = {name: (seed + i * 0x9E3779B97F4A7C15) % 2**63 for i, name in enumerate(shapes)}
+
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        shape = self.shapes[name]
+        if name.endswith(("gamma", "norm.weight")) or len(shape) == 1:
+            fill = torch.zeros if name.endswith("bias") else torch.ones
+            return fill(shape, dtype=dtype, device=device)
+        fan_in = shape[-1] if len(shape) == 3 else prod(shape[1:])
+        normal = torch.empty(shape, device=self._device)
+        if self._device.type != "meta":
+            generator = torch.Generator(self._device).manual_seed(self._seeds[name])
+            normal.normal_(0, fan_in**-0.5, generator=generator)
+        return normal.to(device, dtype)
+
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        return quantize_rows(self.plain(name, torch.float32, device), kind)
+
+
+def _assign(model: Model, state: dict[str, Tensor]) -> Model:
+    model.load_state_dict(state, strict=True, assign=True)
+    if isinstance(model, WanVAE):
+        model.order_weights()
+    return model.requires_grad_(False).eval()
+
+
+def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
+    """The part inside a pipeline directory, or the path itself."""
+    with looking_at(path):
+        if path.is_dir() and not (path / "config.json").exists():
+            return next((path / part for part in parts if (path / part).exists()), path)
+        return path
+
+
+class _Checkpoint:
+    """The tensors of a directory or file under this project's names, read when they are asked for."""
+
+    def __init__(self, path: Path, part: str, class_name: str, key_map: Callable[[Any], Callable[[str], str]]):
+        files = open_weights(path)
+        self.path, self.config = path, files.config
+        given = self.config.get("_class_name")
+        self.is_diffusers = given == class_name
+        if given in {"WanTransformer3DModel", "AutoencoderKLWan"} - {class_name}:
+            raise InputError(f"weights: {path} holds a {given}, not a {class_name}")
+        plain = plain_weights(files)
+        self._problem = plain.problem
+        stripped = strip_prefix(plain.tensors, part)
+        rename = key_map(stripped)
+        self._keys: dict[str, str] = {}
+        for short, key in stripped.items():
+            if any(unused in short for unused in _UNUSED):
+                continue
+            name = rename(short)
+            if name in self._keys:
+                raise InputError(f"weights: {path} holds {name} twice, as {self._keys[name]} and as {key}")
+            self._keys[name] = key
+        self._tensors = {name: plain.tensors[key] for name, key in self._keys.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def load(
+        self,
+        kind: type[Model],
+        config: Any,
+        dtype_of: Callable[[str], torch.dtype],
+        device: torch.device | str,
+        loras: Sequence[LoRA] = (),
+    ) -> Model:
+        """Builds the model and gives it the tensors, or says everything that does not fit."""
+        model, chosen = self.check(kind, config, loras)
+        state = {name: self.plain(name, chosen, dtype_of(name), device) for name in model.state_dict()}
+        return _assign(model, state)
+
+    def in_eight_bits(self, chosen: LoRASet) -> dict[str, str]:
+        """Dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
+        return {
+            name: tensor.stored.dtype
+            for name, tensor in self._tensors.items()
+            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BIT_FLOATS and name not in chosen
+        }
+
+    def plain(self, name: str, chosen: LoRASet, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A tensor with its LoRAs, rounded once."""
+        if name in chosen:
+            return chosen.add_to(name, self._tensors[name].wide(device)).to(dtype)
+        return self._tensors[name].load(dtype, device)
+
+    def eight_bits(
+        self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """A matrix in 8 bits: as it is stored, where it is so, and else quantised."""
+        tensor = self._tensors[name]
+        if name not in chosen and str(kind).removeprefix("torch.") == tensor.stored.dtype:
+            return tensor.eight_bits(device)
+        wide = tensor.wide(device)
+        return quantize_rows(chosen.add_to(name, wide) if name in chosen else wide, kind)
+
+    def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
+        """The model without memory, if every tensor of it is there with the right shape and no other, and its LoRAs."""
+        if self._problem is not None:
+            raise InputError(f"weights: {self.path} is {self._problem}")
+        model = self._build(kind, config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in self.shapes]
+        problems += [f"surplus {self._keys[name]}" for name in self.shapes if name not in expected]
+        problems += [
+            f"misshapen {self._keys[name]}: {self.shapes[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if name in self.shapes and self.shapes[name] != shape
+        ]
+        problems += [
+            f"{self._keys[name]} is {self._tensors[name].stored.dtype}, expected floats"
+            for name in expected
+            if name in self.shapes and self._tensors[name].stored.dtype not in FLOATS
+        ]
+        if problems:
+            listed = "; ".join(problems)
+            raise InputError(f"weights: {self.path} does not fit {kind.__name__}: {len(problems)} tensors: {listed}")
+        return model, LoRASet(loras, expected)
+
+    def _build(self, kind: type[Model], config: Any) -> Model:
+        """The model without memory."""
+        layers = config.num_layers if kind is WanDiT else len(config.dim_mult) * config.num_res_blocks
+        # A layer has tensors. A number far beyond theirs would be built for hours before they are missed.
+        if layers > len(self.shapes):
+            raise InputError(
+                f"weights: {self.path} does not fit {kind.__name__}: its configuration has {layers} layers, and it"
+                f" holds {len(self.shapes)} tensors"
+            )
+        try:
+            with torch.device("meta"), elsewhere():
+                return kind(config)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            # Without memory nothing can be too large but a size itself, for which torch has these three.
+            raise InputError(f"weights: {self.path}: sizes beyond what torch can count: {config}") from error
+
+
+class _CheckpointTensors:
+    """A checkpoint's tensors with LoRAs, as :func:`model.streaming.placed.place` asks for them."""
+
+    def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet) -> None:
+        self._checkpoint, self._chosen = checkpoint, chosen
+
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        return self._checkpoint.plain(name, self._chosen, dtype, device)
+
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        return self._checkpoint.eight_bits(name, self._chosen, kind, device)

@@ -1,0 +1,392 @@
+"""LoRA files: what they add to which parameter of a DiT, under this project's names.
+
+Three spellings of a module are read: the Wan repositories' (LightX2V, ComfyUI, DiffSynth), diffusers' (PEFT), and
+either of them with underscores for dots (kohya, musubi). What a file may hold for a module, and what that adds:
+
+=============================================  ================================================================
+``lora_down`` / ``lora_A`` [r, in],            ``scale * up @ down`` to the weight; of a convolution also in its own
+``lora_up`` / ``lora_B`` [out, r]              shape, [r, in, t, h, w] and [out, r, 1, 1, 1]
+``lora_B.bias`` [out]                          ``scale * it`` to the bias
+``alpha``                                      no addition: ``scale = alpha / r``, else 1
+``diff``, ``diff_b``, ``diff_m``               itself to the weight, the bias, the modulation table
+=============================================  ================================================================
+
+PEFT writes alpha into a configuration instead (``lora_adapter_metadata`` in the header, or ``adapter_config.json``
+beside the file), for all modules or by patterns, and with ``use_rslora`` the scale is ``alpha / sqrt(r)``. An
+``alpha`` tensor counts before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.weights.files import FLOATS, StoredTensor, looking_at, open_weights, read_json
+from model.weights.keys import dit_name, dotted, is_dit_parameter
+
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer_2.",
+    "transformer.",
+    "pipe.dit.",
+    "lora_unet_",
+    "model.",
+)
+_ADAPTER = r"(?:\.[^.]+)?"
+_PARTS = (
+    ("down", re.compile(rf"\.(?:lora_A|lora_down|lora\.down){_ADAPTER}\.weight$")),
+    ("up", re.compile(rf"\.(?:lora_B|lora_up|lora\.up){_ADAPTER}\.weight$")),
+    ("up_bias", re.compile(rf"\.(?:lora_B|lora_up){_ADAPTER}\.bias$")),
+    ("alpha", re.compile(r"\.alpha$")),
+    ("diff", re.compile(r"\.diff$")),
+    ("diff_b", re.compile(r"\.diff_b$")),
+    ("diff_m", re.compile(r"\.diff_m$")),
+)
+#: Adapters that are no sums of products: what they would add depends on more than these factors.
+_REFUSED = {
+    ".lora_magnitude_vector": "DoRA",
+    ".dora_scale": "DoRA",
+    ".hada_w1": "LoHa",
+    ".lokr_w": "LoKr",
+    ".lora_mid.": "LoCon with a middle factor",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".vera_lambda": "VeRA",
+}
+_SECOND_EXPERT = re.compile(r"(base_model\.model\.)?transformer_2\.")
+_FIRST_EXPERT = re.compile(r"(base_model\.model\.)?transformer\.")
+_METADATA = "lora_adapter_metadata"
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
+#: Scales are factors of products in float32, which must be able to hold them.
+LARGEST_SCALE = torch.finfo(torch.float32).max
+_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or times a tensor (one).
+
+    ``keys`` are the factors' own, in their order, and the alpha's.
+    """
+
+    keys: tuple[str, ...]
+    factors: tuple[StoredTensor, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int | None:
+        """Inner width of the product; None where there is none."""
+        return self.factors[1].shape[0] if len(self.factors) == 2 else None
+
+    @property
+    def has_product(self) -> bool:
+        """Whether two factors have the same inner width; True for a tensor alone."""
+        if len(self.factors) == 1:
+            return True
+        up, down = self.factors
+        return up.numel == up.shape[0] * down.shape[0]
+
+    def misfits(self, shape: tuple[int, ...]) -> list[str]:
+        """The keys that cannot be added to a parameter of this shape, with their shapes; none if they can."""
+        if len(self.factors) == 1:
+            fits = _plain_shape(self.factors[0].shape) == _plain_shape(shape)
+        else:
+            up, down = self.factors
+            fits = (
+                len(shape) > 1
+                and self.has_product
+                and up.shape[0] == shape[0]
+                and down.numel == down.shape[0] * math.prod(shape[1:])
+            )
+        if fits:
+            return []
+        return [
+            f"{key} ({list(factor.shape)} for a parameter of {list(shape)})"
+            for key, factor in zip(self.keys, self.factors, strict=False)
+        ]
+
+    def add_to(self, total: Tensor, strength: float) -> None:
+        """Adds it to ``total``, contiguous and at least float32, in place."""
+        factors = [factor.read().to(total.device, total.dtype) for factor in self.factors]
+        if len(factors) == 1:
+            total.add_(factors[0].view_as(total), alpha=strength * self.scale)
+        else:
+            up, down = (factor.flatten(1) for factor in factors)
+            total.view(total.shape[0], -1).addmm_(up, down, alpha=strength * self.scale)
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """What a file adds, by parameter name.
+
+    ``unmatched`` are its keys that mean nothing here, each with the reason; ``left_out`` counts the tensors of the
+    expert that was not asked for.
+    """
+
+    path: Path
+    naming: str
+    deltas: dict[str, list[Delta]]
+    unmatched: tuple[str, ...]
+    left_out: int
+
+    @property
+    def ranks(self) -> Counter[int]:
+        """How many products have which rank."""
+        return Counter(delta.rank for deltas in self.deltas.values() for delta in deltas if delta.rank is not None)
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a LoRA (or another adapter of its kind)."""
+    certain = [pattern for part, pattern in _PARTS if part != "alpha"]
+    return any(any(pattern.search(key) for pattern in certain) or any(mark in key for mark in _REFUSED) for key in keys)
+
+
+def open_lora(path: Path, expert: int = 1) -> LoRAFile:
+    """Opens a LoRA; reads no more of it than its header and its alphas.
+
+    Args:
+        path: a file, or a directory with ``adapter_model`` or ``pytorch_lora_weights`` or one safetensors file in it.
+        expert: 1 or 2: whose tensors to take where the file holds those of both experts of Wan2.2 A14B
+            (``transformer.`` and ``transformer_2.``). A file without such prefixes is any expert's.
+
+    Raises:
+        InputError: no LoRA there, none for this expert, or another kind of adapter (named).
+    """
+    with looking_at(path):
+        path = _file(path)
+    files = open_weights(path)
+    for mark, kind in _REFUSED.items():
+        found = [key for key in files.tensors if mark in key]
+        if found:
+            raise InputError(f"lora: {path} is {kind} ({found[0]}), which cannot be merged as a LoRA; expected a LoRA")
+    if not is_lora(files.tensors):
+        raise InputError(
+            f"lora: {path} holds no LoRA; its tensors are named like {next(iter(files.tensors), 'nothing')}"
+        )
+    second = {key for key in files.tensors if _SECOND_EXPERT.match(key)}
+    if expert == 1 and second and not any(_FIRST_EXPERT.match(key) for key in files.tensors):
+        raise InputError(f"lora: {path} is for the second expert (transformer_2.), and was given for the first")
+    other = _FIRST_EXPERT if expert == 2 else _SECOND_EXPERT
+    left_out = {key for key in files.tensors if second and other.match(key)}
+    taken = {key: tensor for key, tensor in files.tensors.items() if key not in left_out}
+    config = _AdapterConfig.find(path, files.metadata, "transformer_2" if second and expert == 2 else "transformer")
+    modules, unmatched = _group(path, taken)
+    deltas: dict[str, list[Delta]] = defaultdict(list)
+    for module, parts in modules.items():
+        for name, delta in _module_deltas(path, module, parts, config, unmatched):
+            if not is_dit_parameter(name):
+                unmatched += [f"{key} (no parameter of a Wan DiT)" for key in delta.keys]
+            elif not delta.has_product:
+                shapes = " and ".join(str(list(factor.shape)) for factor in delta.factors)
+                unmatched += [f"{key} (factors of {shapes} have no product)" for key in delta.keys[:2]]
+            else:
+                deltas[name].append(delta)
+    return LoRAFile(path, _naming(taken), dict(deltas), tuple(unmatched), len(left_out))
+
+
+@dataclass(frozen=True)
+class _Part:
+    key: str
+    tensor: StoredTensor
+
+
+class _AdapterConfig:
+    """PEFT's description of an adapter: where the scale comes from if the file has no alphas."""
+
+    def __init__(self, path: Path, source: str, values: Mapping[str, Any]):
+        self._path, self._source, self._values = path, source, values
+        kind = values.get("peft_type")
+        if kind not in (None, "LORA"):
+            raise InputError(f"lora: {path} is {kind} ({source}), which cannot be merged as a LoRA; expected LORA")
+        if values.get("use_dora"):
+            raise InputError(f"lora: {path} is DoRA ({source}), which cannot be merged as a LoRA; expected a LoRA")
+        try:
+            self._numbers = {name: _number_or_none(values.get(name)) for name in ("r", "lora_alpha")}
+            self._patterns = {
+                name: [
+                    (re.compile(rf"(.*\.)?({pattern})$"), _finite(value))
+                    for pattern, value in (values.get(name) or {}).items()
+                ]
+                for name in ("rank_pattern", "alpha_pattern")
+            }
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
+            raise InputError(f"lora: {path}: {source} is not understood: {error}") from error
+
+    @classmethod
+    def find(cls, path: Path, metadata: Mapping[str, str], expert: str) -> _AdapterConfig:
+        """From the header, where diffusers may put the expert's name before every entry, or from beside the file."""
+        if _METADATA not in metadata:
+            return cls(path, "adapter_config.json", read_json(path.parent, "adapter_config.json"))
+        try:
+            values = json.loads(metadata[_METADATA])
+            named = {key.removeprefix(f"{expert}."): entry for key, entry in values.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"lora: {path}: its {_METADATA} is not readable JSON: {error}") from error
+        return cls(path, _METADATA, named)
+
+    def scale(self, module: str, rank: int) -> float:
+        """Scale of a module's product, 1 where nothing is said.
+
+        Raises:
+            InputError: the module has another rank than this says, so that it describes another file.
+        """
+        alpha = self._of(module, "alpha_pattern", "lora_alpha")
+        if alpha is None:
+            return 1.0
+        said = self._of(module, "rank_pattern", "r")
+        if said not in (None, rank):
+            raise InputError(
+                f"lora: {self._path}: {module} has rank {rank}, but {self._source} says {said:g}:"
+                " it describes another file"
+            )
+        return alpha / (math.sqrt(rank) if self._values.get("use_rslora") else rank)
+
+    def _of(self, module: str, patterns: str, default: str) -> float | None:
+        matching = (value for pattern, value in self._patterns[patterns] if pattern.match(module))
+        return next(matching, self._numbers[default])
+
+
+def _file(path: Path) -> Path:
+    """The file of a directory that holds one LoRA."""
+    if not path.exists():
+        raise InputError(f"lora: {path} does not exist")
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise InputError(f"lora: expected one LoRA in {path}, found {names}; name a file")
+    return found[0]
+
+
+def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, _Part]], list[str]]:
+    """``{module: {part: tensor}}``, and the keys that are no part of a LoRA."""
+    modules: dict[str, dict[str, _Part]] = defaultdict(dict)
+    unmatched = []
+    for key, tensor in tensors.items():
+        name = _without_prefixes(key)
+        for part, pattern in _PARTS:
+            match = pattern.search(name)
+            if match is not None:
+                parts = modules[dotted(name[: match.start()])]
+                if part in parts:
+                    raise InputError(
+                        f"lora: {path} holds several adapters ({parts[part].key}, {key}); expected one a file"
+                    )
+                parts[part] = _Part(key, tensor)
+                break
+        else:
+            unmatched.append(f"{key} (no part of a LoRA)")
+    return modules, unmatched
+
+
+def _without_prefixes(key: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
+    return key if prefix is None else _without_prefixes(key[len(prefix) :])
+
+
+def _module_deltas(
+    path: Path, module: str, parts: dict[str, _Part], config: _AdapterConfig, unmatched: list[str]
+) -> list[tuple[str, Delta]]:
+    """What the tensors of one module add to its parameters; those that can add nothing go to ``unmatched``."""
+    found = []
+    parts = _sound(parts, unmatched)
+    weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
+    if {"up", "down"} <= parts.keys():
+        up, down = parts.pop("up"), parts.pop("down")
+        alpha = parts.pop("alpha", None)
+        rank = down.tensor.shape[0]
+        scale = config.scale(module, rank) if alpha is None else _number(path, alpha) / rank
+        if abs(scale) > LARGEST_SCALE:
+            raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
+        keys = (up.key, down.key) if alpha is None else (up.key, down.key, alpha.key)
+        found.append((weight, Delta(keys, (up.tensor, down.tensor), scale)))
+        if "up_bias" in parts:
+            part = parts.pop("up_bias")
+            found.append((bias, Delta((part.key,), (part.tensor,), scale)))
+    for kind in ("diff", "diff_b", "diff_m"):
+        if kind in parts:
+            part = parts.pop(kind)
+            # A parameter of its own may be named in full, as in ``head.modulation.diff``.
+            whole = dit_name(module) if kind == "diff" and is_dit_parameter(dit_name(module)) else weight
+            name = {"diff": whole, "diff_b": bias, "diff_m": dit_name(f"{module}.modulation")}[kind]
+            found.append((name, Delta((part.key,), (part.tensor,), 1.0)))
+    unmatched += [f"{part.key} (its counterpart is missing)" for part in parts.values()]
+    return found
+
+
+def _sound(parts: dict[str, _Part], unmatched: list[str]) -> dict[str, _Part]:
+    """The parts without factors and differences that fit no parameter whatever; these go to ``unmatched``.
+
+    The counterpart of such a factor goes with it, and so do their alpha and bias.
+    """
+    bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part.tensor)) is not None}
+    unmatched += [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
+    lost = set(bad)
+    if lost & {"up", "down"} and {"up", "down"} <= parts.keys():
+        lost |= {"up", "down", "up_bias", "alpha"}
+    return {name: part for name, part in parts.items() if name not in lost}
+
+
+def _unsound(name: str, tensor: StoredTensor) -> str | None:
+    """Why a tensor cannot be this part of any LoRA, or None."""
+    if name == "alpha":
+        return None
+    if tensor.dtype not in FLOATS:
+        return f"{tensor.dtype}, expected floats"
+    least = 2 if name in ("up", "down") else 1
+    if len(tensor.shape) < least or 0 in tensor.shape:
+        return f"shape {list(tensor.shape)}, expected at least {least} {'sizes' if least > 1 else 'size'} above 0"
+    return None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value}")
+    return number
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _finite(value)
+
+
+def _number(path: Path, part: _Part) -> float:
+    tensor = part.tensor
+    if tensor.numel != 1:
+        raise InputError(f"lora: {path}: {part.key}: expected one number, got {list(tensor.shape)}")
+    if tensor.dtype not in (*FLOATS, *_INTEGERS):
+        raise InputError(f"lora: {path}: {part.key}: expected a number, got {tensor.dtype}")
+    try:
+        return _finite(tensor.read().item())
+    except ValueError as error:
+        raise InputError(f"lora: {path}: {part.key}: {error}") from error
+
+
+def _naming(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    if any(key.startswith("lora_unet_") for key in keys):
+        return "kohya or musubi (lora_unet_, underscores)"
+    original = re.compile(r"diffusion_model\.|(self|cross)_attn\.|\.ffn\.[02]\.|time_projection\.|head\.")
+    if any(original.search(key) for key in keys):
+        return "names of the Wan repositories, as LightX2V and ComfyUI write them"
+    return "diffusers / PEFT"
+
+
+def _plain_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading ones, which some files drop."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape

@@ -1,0 +1,157 @@
+"""What a checkpoint is, told from the names of its tensors and its ``config.json``: Wan's parts, and others by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import MASK_CHANNELS, DiTConfig, VAEConfig
+from model.errors import InputError
+from model.weights.lora_files import is_lora
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``part`` is what this project would use it as, None for what it has no use for; ``lacks`` says why then."""
+
+    name: str
+    part: str | None
+    lacks: str | None = None
+
+
+_OUR_DIT = "this project's DiT has no"
+#: Relatives of Wan, which have its keys and more: a key of theirs, and what reads it. The first three have keys that
+#: nothing else has, and may come without Wan's in a file of their own.
+_RELATIVES = (
+    (r"^vace_(blocks|patch_embedding)\.", "Wan VACE", "control blocks (vace_blocks)"),
+    (r"^(face_adapter|motion_encoder)\.", "Wan Animate", "face and motion branches (face_adapter, motion_encoder)"),
+    (r"^casual_audio_encoder\.", "Wan S2V", "audio encoder (casual_audio_encoder)"),
+    (r"^control_adapter\.", "Wan Fun Camera", "camera adapter (control_adapter)"),
+    (r"^ref_conv\.", "Wan Fun Control", "convolution of a reference image (ref_conv)"),
+    (r"^audio_proj\.", "Wan with an audio branch (MultiTalk, HuMo)", "audio branch (audio_proj)"),
+)
+#: Other families: a key that tells them, and what they are built of.
+_FAMILIES = (
+    (r"^(audio_patchify_proj|av_ca_)", "LTX-2", "joint audio and video blocks (audio_patchify_proj)"),
+    (r"^(patchify_proj\.|adaln_single\.)", "LTX-Video", "single adaptive norm (patchify_proj, adaln_single)"),
+    (r"^txt_in\.individual_token_refiner\.", "HunyuanVideo", "token refiner and double blocks (double_blocks)"),
+    (r"^context_embedder\.token_refiner\.", "HunyuanVideo", "token refiner and double blocks (token_refiner)"),
+    (r"^patch_embed\.text_proj\.", "CogVideoX", "joint text and video tokens (patch_embed.text_proj)"),
+    (r"^(blocks\.0\.attn\.qkv_x\.|time_embed\.pooler\.)", "Mochi", "joint text and video blocks"),
+    (r"^double_blocks\.", "FLUX or a relative", "double blocks (double_blocks)"),
+)
+#: diffusers' classes, where a class tells what the keys may not.
+_CLASSES = {
+    "WanVACETransformer3DModel": "Wan VACE",
+    "WanAnimateTransformer3DModel": "Wan Animate",
+    "HunyuanVideoTransformer3DModel": "HunyuanVideo",
+    "LTXVideoTransformer3DModel": "LTX-Video",
+    "LTX2VideoTransformer3DModel": "LTX-2",
+    "CogVideoXTransformer3DModel": "CogVideoX",
+    "MochiTransformer3DModel": "Mochi",
+}
+_OUR_CLASSES = ("WanTransformer3DModel", "AutoencoderKLWan")
+_SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}
+
+
+def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
+    """The kind of a checkpoint with these keys (without a repackager's prefix), or None if it is not known."""
+    if is_lora(keys):
+        return Kind("LoRA", "LoRA")
+
+    def any_key(pattern: str) -> bool:
+        return any(re.search(pattern, key) for key in keys)
+
+    is_wan = any_key(r"^patch_embedding\.weight$") and any_key(r"^blocks\.\d+\.(self_attn\.q|attn1\.to_q)\.")
+    for pattern, name, lacks in _RELATIVES if is_wan else _RELATIVES[:3]:
+        if any_key(pattern):
+            return Kind(name, None, f"{_OUR_DIT} {lacks}")
+    given = config.get("_class_name")
+    if given in _CLASSES or (given is not None and given not in _OUR_CLASSES):
+        name = _CLASSES.get(given, f"{given} of diffusers")
+        return Kind(name, None, f"expected one of {', '.join(_OUR_CLASSES)}, got {given}")
+    if is_wan:
+        return Kind("Wan DiT", "DiT")
+    if any_key(r"^encoder\.(conv_in|conv1)\.weight$") and any_key(r"^(post_quant_conv|conv2)\.weight$"):
+        return Kind("Wan VAE", "VAE")
+    for pattern, name, lacks in _FAMILIES:
+        if any_key(pattern):
+            return Kind(name, None, f"{_OUR_DIT} {lacks}")
+    return _encoder(any_key, config)
+
+
+def _encoder(any_key: Any, config: Mapping[str, Any]) -> Kind | None:
+    if any_key(r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\."):
+        if not any_key(r"(^|\.)encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\."):
+            return Kind("T5 text encoder", None, "Wan reads UMT5, which has position biases in every layer")
+        lacks = _transformers("umt5", config)
+        return Kind("UMT5 text encoder", "text encoder", lacks)
+    if any_key(r"^token_embedding\.weight$") and any_key(r"^blocks\.0\.pos_embedding\."):
+        return Kind("UMT5 text encoder, names of the Wan repositories", "text encoder", _transformers("umt5", {}))
+    if any_key(r"(^|\.)embeddings\.class_embedding$"):
+        return Kind("CLIP image encoder", "image encoder", _transformers("clip_vision_model", config))
+    if any_key(r"^visual\.cls_embedding$") or any_key(r"^visual\.transformer\.0\."):
+        lacks = _transformers("clip_vision_model", {})
+        return Kind("CLIP image encoder, names of the Wan repositories", "image encoder", lacks)
+    return None
+
+
+def _transformers(wanted: str, config: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot load it, or None."""
+    given = config.get("model_type")
+    if given == wanted:
+        return None
+    beside = f"model_type {given!r}" if given else "none"
+    return f"expected a directory as transformers saves it, its config.json with model_type {wanted!r}, got {beside}"
+
+
+def describe_dit(config: DiTConfig) -> str:
+    """The variant in words: task, size and shape."""
+    size = _SIZES.get((config.dim, config.num_layers), "own size")
+    shape = f"width {config.dim}, {config.num_layers} layers, {config.in_channels} -> {config.out_channels} channels"
+    return f"{_task(config, size)}, {size} ({shape})"
+
+
+def _task(config: DiTConfig, size: str) -> str:
+    if config.in_channels == config.out_channels:
+        if config.out_channels == 48:
+            return "Wan2.2 TI2V"
+        return "T2V (Wan2.1, or an expert of Wan2.2 T2V-A14B)" if size == "14B" else "T2V"
+    if config.in_channels == 2 * config.out_channels + MASK_CHANNELS:
+        if config.pos_embed_seq_len is not None:
+            return "I2V with CLIP, first and last frame (Wan2.1 FLF2V)"
+        if config.image_dim is not None:
+            return "I2V with CLIP (Wan2.1)"
+        return "I2V without CLIP " + ("(an expert of Wan2.2 I2V-A14B)" if size == "14B" else "(Stage II of SwiftI2V)")
+    return "another input than latents, mask and reference: for load_dit, not for model.generate"
+
+
+def describe_vae(config: VAEConfig) -> str:
+    """Version and strides in words."""
+    version = "2.2" if config.residual else "2.1"
+    return (
+        f"version {version} ({config.temporal_stride}x{config.spatial_stride}x{config.spatial_stride},"
+        f" {config.z_dim} channels)"
+    )
+
+
+def check_encoder(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
+    """Size of a text or image encoder of transformers in words.
+
+    Raises:
+        InputError: the tensors are not those of the configuration; transformers would fill in random ones.
+    """
+    wanted = config.get("num_layers") if "d_model" in config else config.get("num_hidden_layers")
+    width = config.get("d_model", config.get("hidden_size"))
+    layers = {match[1] for key in shapes if (match := re.search(r"encoder\.(?:block|layers)\.(\d+)\.", key))}
+    norms = [shape for key, shape in shapes.items() if key.endswith(("final_layer_norm.weight", "class_embedding"))]
+    widths = {shape[0] for shape in norms if shape}
+    # A list, since what config.json says may be anything.
+    if len(layers) != wanted or list(widths) != [width]:
+        raise InputError(
+            f"weights: config.json says {wanted} layers of width {width}, the tensors are {len(layers)} layers of width"
+            f" {', '.join(map(str, sorted(widths))) or 'unknown'}"
+        )
+    return f"width {width}, {wanted} layers"

@@ -1,0 +1,109 @@
+"""``python -m swifti2v_kernels``: versions, the device, and which kernels serve it or why not, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import __version__, explain
+from .common.case import all_cases
+from .common.dispatch import ENVIRONMENT_VARIABLE
+from .common.tables import load_table
+
+EXAMPLES = """\
+examples:
+  python -m swifti2v_kernels                     the current CUDA device, or the CPU
+  python -m swifti2v_kernels --device cuda:1     another one
+  TRITON_INTERPRET=1 python -m swifti2v_kernels --device cpu
+"""
+#: What the library imports.
+PACKAGES = ("torch", "triton", "einops", "numpy")
+#: What decides how calls are computed.
+VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+
+
+def version(package: str) -> str:
+    """The installed version of ``package``, or ``not installed``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_device(device: torch.device) -> str:
+    """Name, compute capability and memory of a CUDA device; what the processor is, and why there is no GPU."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        memory = f"{found.total_memory / 2**30:.1f} GiB"
+        return f"{device}: {found.name}, compute capability {found.major}.{found.minor}, {memory}"
+    reason = "" if torch.cuda.is_available() else ", torch sees no GPU"
+    return f"{device}: {platform.processor() or platform.machine()}{reason}"
+
+
+def describe_kernels(device: torch.device) -> list[str]:
+    """What computes the named calls of every operator on ``device`` under ``backend="auto"``: one line a choice."""
+    found: dict[str, Counter[str]] = {}
+    for case in all_cases():
+        arguments, keywords = case.inputs(device)
+        choice = explain(case.operator, *arguments, **{**keywords, "backend": "auto"})
+        found.setdefault(case.operator.__name__, Counter())[str(choice)] += 1
+    width = max(map(len, found))
+    lines = []
+    for name, choices in found.items():
+        for choice, count in choices.most_common():
+            share = "" if len(choices) == 1 else f"{count} of {choices.total()} calls: "
+            lines.append(f"  {name:<{width}}  {share}{choice}")
+    return lines
+
+
+def report(device: torch.device) -> str:
+    """The whole text."""
+    cuda = f"CUDA {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
+    measured = {
+        name: sorted({entry["card"] for entry in load_table(name)}) for name in ("attention", "conv3d", "tuned")
+    }
+    values = {
+        "swifti2v_kernels": f"{__version__}, {Path(__file__).parent}",
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        **{package: version(package) for package in PACKAGES},
+        "torch built for": cuda,
+        "device": describe_device(device),
+        "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
+        or "nothing set",
+        "measured tables": "; ".join(f"{name}: {', '.join(cards) or 'none'}" for name, cards in measured.items()),
+    }
+    lines = [f"{name + ':':<18}{value}" for name, value in values.items()]
+    return "\n".join([*lines, "kernels:", *describe_kernels(device)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swifti2v_kernels",
+        description="Versions, the device, and which kernels serve it or why not: paste it into a bug report.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+    name = parser.parse_args(argv).device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    count = torch.cuda.device_count()
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        parser.exit(2, f"error: device: expected cpu, or cuda:N with N below {count}, got {name!r}\n")
+    print(report(device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Arguments of segment attention: the masks that are given by structure, and the checks of a whole call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_targets, check_views
+
+#: Views of one call, queries or sources: their pointers are kernel arguments, and these have a limit in bytes.
+MAX_VIEWS = 24
+
+Source = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockWindow:
+    """A local mask: the queries of block i see the keys of blocks ``i - left .. i + right`` of the first source.
+
+    ``block_len`` is in tokens; the last block may be short. Other sources (an anchor, a text) are seen by all queries.
+    """
+
+    block_len: int
+    left: int
+    right: int = 0
+
+
+class Call(NamedTuple):
+    """A checked call: lists throughout, empty sources left out."""
+
+    q: list[Tensor]
+    sources: list[Source]
+    scale: float
+    valid: list[Tensor | None]
+    attends: list[list[int]]
+    window: BlockWindow | None
+    out: list[Tensor] | None
+
+
+def check_call(
+    q: Tensor | Sequence[Tensor],
+    sources: Sequence[Source],
+    scale: float | None,
+    valid_lengths: Sequence[Tensor | None] | None,
+    attends: Sequence[Sequence[int]] | None,
+    window: BlockWindow | None,
+    out: Tensor | Sequence[Tensor] | None,
+) -> Call:
+    """The call as lists, or the error that says which argument is wrong."""
+    queries = [q] if isinstance(q, Tensor) else list(q)
+    if not 1 <= len(queries) <= MAX_VIEWS:
+        raise ValueError(f"q: expected a tensor or 1 to {MAX_VIEWS} of them, got {len(queries)}")
+    if not isinstance(queries[0], Tensor):
+        raise TypeError(f"q: expected a tensor or a sequence of them, got {type(queries[0]).__name__}")
+    if queries[0].ndim != 4:
+        raise ValueError(f"q: expected [B, Lq, H, D], got shape {tuple(queries[0].shape)}")
+    check_views("q", queries, queries[0])
+    if not 1 <= len(sources) <= MAX_VIEWS:
+        raise ValueError(f"sources: expected 1 to {MAX_VIEWS} (k, v) pairs, got {len(sources)}")
+    for i, pair in enumerate(sources):
+        if isinstance(pair, Tensor) or len(pair) != 2:
+            given = type(pair).__name__ if isinstance(pair, Tensor) else f"{len(pair)} items"
+            raise TypeError(f"sources[{i}]: expected a pair (k, v), got {given}")
+        check_views(f"sources[{i}].k", pair[:1], queries[0])
+        check_views(f"sources[{i}].v", pair[1:], queries[0])
+        if pair[0].shape[1] != pair[1].shape[1]:
+            raise ValueError(f"sources[{i}]: k has {pair[0].shape[1]} tokens and v has {pair[1].shape[1]}")
+    if all(k.shape[1] == 0 for k, _ in sources):
+        raise ValueError("sources: every source is empty (0 keys), so the softmax is undefined")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    valid = _check_valid_lengths(valid_lengths, sources, queries[0])
+    visible = _check_attends(attends, queries, sources)
+    if window is not None:
+        _check_window(window, queries, sources, visible[0])
+    targets = None
+    if out is not None:
+        targets = [out] if isinstance(out, Tensor) else list(out)
+        if len(targets) != len(queries) or isinstance(out, Tensor) != isinstance(q, Tensor):
+            raise ValueError(f"out: expected {len(queries)} view(s), as many as q, got {len(targets)}")
+        check_views("out", targets, queries[0])
+        for i, (x, y) in enumerate(zip(targets, queries, strict=True)):
+            if x.shape != y.shape:
+                raise ValueError(f"out[{i}]: expected {tuple(y.shape)} as q, got {tuple(x.shape)}")
+    # What no query sees is left out, so that a single query view sees all that is kept. A window speaks of the first
+    # source, which stays.
+    wanted = {j for seen in visible for j in seen}
+    kept = [j for j, (k, _) in enumerate(sources) if (k.shape[1] and j in wanted) or (j == 0 and window is not None)]
+    position = {j: i for i, j in enumerate(kept)}
+    return Call(
+        queries,
+        [(sources[j][0], sources[j][1]) for j in kept],
+        queries[0].shape[3] ** -0.5 if scale is None else float(scale),
+        [valid[j] for j in kept],
+        [[position[j] for j in seen if j in position] for seen in visible],
+        window,
+        targets,
+    )
+
+
+def _check_valid_lengths(
+    valid_lengths: Sequence[Tensor | None] | None, sources: Sequence[Source], q: Tensor
+) -> list[Tensor | None]:
+    if valid_lengths is None:
+        return [None] * len(sources)
+    if isinstance(valid_lengths, Tensor) or len(valid_lengths) != len(sources):
+        given = "a tensor" if isinstance(valid_lengths, Tensor) else f"{len(valid_lengths)} entries"
+        raise ValueError(f"valid_lengths: expected a list of {len(sources)} entries, one a source, got {given}")
+    for j, x in enumerate(valid_lengths):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"valid_lengths[{j}]: expected None or a tensor, got {type(x).__name__}")
+        if x.shape != q.shape[:1] or x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
+            raise ValueError(
+                f"valid_lengths[{j}]: expected [{q.shape[0]}] int32 or int64 on {q.device},"
+                f" got {list(x.shape)} {x.dtype} on {x.device}"
+            )
+    return [None if x is None else x.contiguous() for x in valid_lengths]
+
+
+def _check_attends(
+    attends: Sequence[Sequence[int]] | None, queries: Sequence[Tensor], sources: Sequence[Source]
+) -> list[list[int]]:
+    if attends is None:
+        return [list(range(len(sources)))] * len(queries)
+    if len(attends) != len(queries):
+        raise ValueError(f"attends: expected {len(queries)} lists, one a query view, got {len(attends)}")
+    for i, seen in enumerate(attends):
+        if len(set(seen)) != len(seen) or any(not 0 <= j < len(sources) for j in seen):
+            raise ValueError(f"attends[{i}]: expected different indices in 0..{len(sources) - 1}, got {list(seen)}")
+        if all(sources[j][0].shape[1] == 0 for j in seen):
+            raise ValueError(f"attends[{i}]: expected at least one source with keys, got {list(seen)}")
+    return [sorted(seen) for seen in attends]
+
+
+def _check_window(
+    window: BlockWindow, queries: Sequence[Tensor], sources: Sequence[Source], visible: Sequence[int]
+) -> None:
+    if window.block_len < 1 or window.left < 0 or window.right < 0:
+        raise ValueError(f"window: expected block_len >= 1, left >= 0 and right >= 0, got {window}")
+    if len(queries) != 1 or queries[0].shape[1] != sources[0][0].shape[1]:
+        given = [x.shape[1] for x in queries]
+        raise ValueError(
+            f"window: expected one query view as long as the first source, {sources[0][0].shape[1]},"
+            f" got lengths {given}"
+        )
+    if 0 not in visible:
+        raise ValueError(f"attends: expected the first source among those seen, since window masks it, got {visible}")
+
+
+def check_overlaps(out: Sequence[Tensor], q: Sequence[Tensor], sources: Sequence[Source]) -> None:
+    """Outputs overlap neither themselves, nor each other, nor an input.
+
+    Raises:
+        ValueError: they do, or may.
+    """
+    inputs = {f"q[{i}]": x for i, x in enumerate(q)}
+    for j, (k, v) in enumerate(sources):
+        inputs |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
+    check_targets({f"out[{i}]": x for i, x in enumerate(out)}, inputs, ())

@@ -1,0 +1,134 @@
+"""Which implementation serves a call of segment attention that the reference does not, and its launch.
+
+Ours are ``hopper`` and ``portable``; ``sdpa-cudnn`` and ``sdpa-flash`` are torch's own attention, for plain dense
+calls.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..common.checks import check_range
+from ..common.configs import configured
+from ..common.tables import fastest
+from ..common.target import capability_of, on_device
+from .arguments import Source
+
+
+def choose_kernel(
+    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
+) -> tuple[str, str]:
+    """Which implementation serves a call that the Triton backend takes, and why; no view is empty."""
+    capability = capability_of(q[0].device)
+    head_dim, dtype = q[0].shape[3], q[0].dtype
+    dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
+    # cuDNN's attention takes views that are not aligned and computes something else (torch 2.11, cuDNN 9.19, H200).
+    if dense and q[0].device.type == "cuda" and torch_takes(q[0], *sources[0]):
+        match = {"capability": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
+        best, reason = fastest("attention", match, "tokens", sources[0][0].shape[1])
+        if best is None:
+            # Published: cuDNN leads on Hopper and Blackwell (NVIDIA/cudnn-frontend), flash is at a RTX 4090's peak.
+            best = "sdpa-cudnn" if capability is not None and capability >= 90 else "sdpa-flash"
+        if best != "swifti2v":
+            return best, f"one dense source: {reason}"
+    return own_kernel(q, sources, valid, windowed)
+
+
+def torch_takes(*views: Tensor) -> bool:
+    """Whether torch's attention can be trusted with these views: 16-byte aligned, strides multiples of 16 bytes.
+
+    Of fake tensors, which have no address, what lies before the view in its storage is what is known.
+    """
+    return all(
+        (x.storage_offset() * x.itemsize if is_fake(x) else x.data_ptr()) % 16 == 0
+        and all(s * x.itemsize % 16 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+        for x in views
+    )
+
+
+def own_kernel(
+    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool
+) -> tuple[str, str]:
+    """Which of our kernels takes the call, and why."""
+    capability = capability_of(q[0].device)
+    if capability == 90:
+        hopper = _hopper_module()
+        obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(q, sources, valid, windowed)
+        if obstacle is None:
+            return "hopper", "warp-specialised for capability 9.0"
+        return "portable", f"the Hopper kernel does not take it: {obstacle}"
+    return "portable", "in Triton's interpreter" if capability is None else f"capability {capability / 10:.1f}"
+
+
+def _hopper_module() -> ModuleType | None:
+    """None where this Triton's Gluon is missing or has other names."""
+    try:
+        return importlib.import_module(".hopper", __package__)
+    except (ImportError, AttributeError):
+        return None
+
+
+def launch(
+    kernel: str,
+    q: Sequence[Tensor],
+    sources: Sequence[Source],
+    out: Sequence[Tensor],
+    lse: Sequence[Tensor],
+    valid: Sequence[Tensor | None],
+    scale: float,
+    attends: Sequence[int],
+    window: tuple[int, int, int] | None,
+) -> None:
+    """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel named."""
+    filled = [i for i, x in enumerate(q) if x.numel()]
+    q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
+    lses = [lse[i] for i in filled] if lse else None
+    head_dim = q[0].shape[3]
+    with on_device(q[0].device):
+        if kernel.startswith("sdpa"):
+            out[0].copy_(sdpa(kernel, q[0], *sources[0], scale))
+        elif kernel == "hopper":
+            from .hopper import HopperConfig, launch_hopper
+
+            config = configured("attention_hopper", 90, HopperConfig.heuristic(head_dim), head_dim=head_dim)
+            launch_hopper(q, sources, out, lses, scale=scale, attends=attends, config=config)
+        else:
+            from .portable import PortableConfig, descriptors_possible, launch_portable
+
+            aligned, capability = descriptors_possible(sources), capability_of(q[0].device)
+            heuristic = PortableConfig.heuristic(capability, head_dim, len(sources), aligned)
+            # Descriptors are unrolled for every source; without them a loop walks any number.
+            unrolled = len(sources) if heuristic.descriptors else 0
+            key = {"head_dim": head_dim, "sources": unrolled, "aligned": int(aligned)}
+            config = configured("attention_portable", capability, heuristic, **key)
+            options = {"scale": scale, "attends": attends, "window": window, "config": config}
+            launch_portable(q, sources, out, lses, valid_lengths=valid, **options)
+
+
+def prepare(
+    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
+) -> str:
+    """Checks what only real tensors can tell, and names the kernel; ``none`` where there are no queries."""
+    queries = [x for x in q if x.numel()]
+    if not queries:
+        return "none"
+    for j, x in enumerate(valid):
+        if x is not None:
+            check_range(f"valid_lengths[{j}]", x, 0, sources[j][0].shape[1])
+    return choose_kernel(queries, sources, valid, windowed, wants_lse)[0]
+
+
+def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's attention [B, L, H, D] by the back end named, or the next one that takes the call."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    order = order[::-1] if name == "sdpa-flash" else order
+    with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
+    return out.transpose(1, 2)

@@ -1,0 +1,241 @@
+"""Bidirectional attention over keys and values that live in several buffers.
+
+    out = softmax(scale * q @ concat(k_1 .. k_n)^T) @ concat(v_1 .. v_n)
+    lse = log(sum(exp(scale * q @ concat(k_1 .. k_n)^T)))
+
+A window of Conditional Segment-wise Generation, a cached context, the text of an MMDiT block and plain cross-attention
+are all this one operation: the softmax runs over the union of the sources, so their order does not matter, and nothing
+is concatenated. Queries and outputs may be several views too.
+
+| tensor        | shape          | dtype                        | layout                                       |
+|---------------|----------------|------------------------------|----------------------------------------------|
+| q, one or n   | [B, Lq, H, D]  | fp16, bf16 (fp32, fp64: torch) | any batch, token and head strides; D contiguous |
+| k_i, v_i      | [B, L_i, H, D] | as q                         | the same; strides may differ between sources |
+| valid_lengths | [B]            | int32 or int64               | per source, optional                         |
+| out, one or n | [B, Lq, H, D]  | as q                         | as q; contiguous if not given                |
+| lse, one or n | [B, H, Lq]     | fp32                         | contiguous                                   |
+
+Products accumulate in float32, the softmax is float32 and base 2; p is rounded to the inputs' dtype for ``p @ v``, as
+in every fused attention. Sums run in the order of tiles, so results of different backends differ by rounding only.
+
+FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
+``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
+
+Backends: the reference below (any device and dtype, differentiable); the portable Triton kernel
+(``portable.py``); a warp-specialised one for Hopper (``hopper.py``); and, for a plain dense call
+with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
+``explain(segment_attention, ...)`` says which of them a call takes. Beyond the H200 the kernels are not yet timed on
+hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_range
+from ..common.cost import Cost
+from ..common.dispatch import Choice, explained_by, pick_backend
+from ..common.registration import add_op_namespace_prefix
+from ..common.target import device_obstacle, interpreting, on_device
+from .arguments import BlockWindow, Call, Source, check_call, check_overlaps
+from .choice import choose_kernel, launch, prepare, sdpa
+from .reference import segment_attention_reference
+
+KERNEL_HEAD_DIMS = (64, 96, 128)
+
+
+# Registration. Lists are flat, as the dispatcher wants them: out and lse in one, the window as no or three integers.
+# The variant that writes into given outputs returns nothing: mutating operators that return lists cannot be
+# functionalised.
+
+
+def _new_outputs(q: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in q]
+
+
+def _new_lses(q: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=torch.float32) for x in q] if wanted else []
+
+
+# Schemas are spelled out because torch 2.6 cannot read them from ``list[Tensor]``.
+_ARGUMENTS = (
+    "Tensor[] q, Tensor[] k, Tensor[] v, Tensor?[] valid_lengths, float scale, SymInt[] attends, SymInt[] window"
+)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("segment_attention"), mutates_args=(), schema=f"({_ARGUMENTS}, bool return_lse) -> Tensor[]"
+)
+def _segment_attention_op(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    valid_lengths: list[Tensor | None],
+    scale: float,
+    attends: list[int],
+    window: list[int],
+    return_lse: bool,
+) -> list[Tensor]:
+    sources = list(zip(k, v, strict=True))
+    kernel = prepare(q, sources, valid_lengths, bool(window), return_lse)
+    if kernel.startswith("sdpa") and len(q) == 1:
+        with on_device(q[0].device):
+            return [sdpa(kernel, q[0], *sources[0], scale).contiguous()]
+    out, lse = _new_outputs(q), _new_lses(q, return_lse)
+    if kernel != "none":
+        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+    return out + lse
+
+
+@_segment_attention_op.register_fake
+def _(q, k, v, valid_lengths, scale, attends, window, return_lse):  # type: ignore[no-untyped-def]
+    return _new_outputs(q) + _new_lses(q, return_lse)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("segment_attention_out"),
+    mutates_args=("out", "lse"),
+    schema=f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse) -> ()",
+)
+def _segment_attention_out_op(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    valid_lengths: list[Tensor | None],
+    scale: float,
+    attends: list[int],
+    window: list[int],
+    out: list[Tensor],
+    lse: list[Tensor],
+) -> None:
+    sources = list(zip(k, v, strict=True))
+    check_overlaps(out, q, sources)
+    kernel = prepare(q, sources, valid_lengths, bool(window), bool(lse))
+    if kernel != "none":
+        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+
+
+@_segment_attention_out_op.register_fake
+def _(q, k, v, valid_lengths, scale, attends, window, out, lse):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _choose(*, return_lse: bool, backend: str, **arguments: Any) -> Choice:
+    call = check_call(**arguments)
+    chosen, reason = pick_backend(backend, _obstacle(call))
+    if chosen == "torch":
+        return Choice(chosen, "reference", reason)
+    queries = [x for x in call.q if x.numel()]
+    if not queries:
+        return Choice(chosen, "none", "no queries")
+    return Choice(chosen, *choose_kernel(queries, call.sources, call.valid, call.window is not None, return_lse))
+
+
+@explained_by(_choose)
+def segment_attention(
+    q: Tensor | Sequence[Tensor],
+    sources: Sequence[Source],
+    *,
+    scale: float | None = None,
+    valid_lengths: Sequence[Tensor | None] | None = None,
+    attends: Sequence[Sequence[int]] | None = None,
+    window: BlockWindow | None = None,
+    return_lse: bool = False,
+    out: Tensor | Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor | list[Tensor] | tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Attention of ``q`` to the union of several key/value sources, read where they are.
+
+    Args:
+        q: queries ``[B, Lq, H, D]``, or a list of such views.
+        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them. At
+            most 24 pairs.
+        scale: factor on the logits, positive; default ``D ** -0.5``.
+        valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count
+            (padded text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
+        attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning
+            queries that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
+        window: a local mask over blocks, for one query view as long as the first source.
+        return_lse: also return the logarithm (base e) of the sum of exponentials, for :func:`merge_attention`.
+        out: where to write, views shaped as ``q`` that overlap neither each other nor an input.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
+
+    Returns:
+        ``[B, Lq, H, D]`` in the dtype of ``q`` (``out`` if given); a list if ``q`` is one. With ``return_lse`` a pair
+        with the log-sum-exp, ``[B, H, Lq]`` float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
+
+    Example:
+        >>> q = torch.randn(1, 5, 2, 8)
+        >>> window, text = torch.randn(2, 1, 7, 2, 8), torch.randn(2, 1, 3, 2, 8)
+        >>> segment_attention(q, [tuple(window), tuple(text)]).shape
+        torch.Size([1, 5, 2, 8])
+
+    Source: CSG self-attention of SwiftI2V (arXiv 2605.06356); joint attention of MMDiT models; FlashAttention-2
+    (arXiv 2307.08691) for the online softmax.
+    """
+    call = check_call(q, sources, scale, valid_lengths, attends, window, out)
+    chosen, _ = pick_backend(backend, _obstacle(call))
+    if chosen == "torch":
+        for j, x in enumerate(call.valid):
+            if x is not None:
+                check_range(f"valid_lengths[{j}]", x, 0, call.sources[j][0].shape[1])
+        results, lses = segment_attention_reference(*call[:6], return_lse)
+        if call.out is not None:
+            if not torch.compiler.is_compiling():
+                check_overlaps(call.out, call.q, call.sources)
+            results = [target.copy_(result) for target, result in zip(call.out, results, strict=True)]
+    else:
+        k, v = [k for k, _ in call.sources], [v for _, v in call.sources]
+        masks = [sum(1 << j for j in visible) for visible in call.attends]
+        w = [] if window is None else [window.block_len, window.left, window.right]
+        if call.out is None:
+            both = _segment_attention_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse)
+            results, lses = both[: len(call.q)], both[len(call.q) :]
+        else:
+            results, lses = call.out, _new_lses(call.q, return_lse)
+            _segment_attention_out_op(call.q, k, v, call.valid, call.scale, masks, w, results, lses)
+    if isinstance(q, Tensor):
+        return (results[0], lses[0]) if return_lse else results[0]
+    return (results, lses) if return_lse else results
+
+
+def _obstacle(call: Call) -> str | None:
+    """Why the kernels cannot take this call."""
+    q = call.q[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*call.q, *(x for pair in call.sources for x in pair))):
+        return "an input needs gradients, and the kernels have no backward"
+    if (reason := device_obstacle(q.device)) is not None:
+        return reason
+    if q.shape[3] not in KERNEL_HEAD_DIMS:
+        return f"kernels exist for head_dim {', '.join(map(str, KERNEL_HEAD_DIMS))}, got {q.shape[3]}"
+    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreting() else ()))
+    if q.dtype not in dtypes:
+        return f"kernels exist for float16 and bfloat16, got {q.dtype}"
+    # Within one tile offsets are 32-bit.
+    if any(x.stride(1) >= 2**23 for x in (*call.q, *(call.out or ()), *(x for pair in call.sources for x in pair))):
+        return "a token stride of 2**23 elements or more"
+    if any(x.shape[1] >= 2**26 for x in (*call.q, *(k for k, _ in call.sources))):
+        return "a view of 2**26 tokens or more"
+    return None
+
+
+def cost(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    query_len: int,
+    key_len: int,
+    itemsize: int = 2,
+    pairs: int | None = None,
+) -> Cost:
+    """Least cost of one call; ``pairs`` (query, key) per head and batch entry, default all of them."""
+    rows = batch * heads * head_dim * itemsize
+    pairs = query_len * key_len if pairs is None else pairs
+    return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)

@@ -1,0 +1,160 @@
+"""Causal convolutions of channels-last frames by torch: the references' sums, and cuDNN's on a GPU.
+
+On the CPU, where torch sends 3D convolutions of few channels to a naive loop, the taps in time are 2D convolutions of
+the frames where they lie, summed: no history is concatenated, and it is up to 20 times faster (2-core AMD EPYC). The
+same serves GPUs whose torch and cuDNN are known to fail at 3D convolutions.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.dispatch import environment_backend
+from ..common.tables import fastest
+from ..common.target import capability_of, for_gpu
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def conv_sums(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """``[B, T', h', w', C']``, in float32 at least, but by cuDNN in the dtype of ``x``; arguments as in
+    :func:`swifti2v_kernels.causal_conv3d`."""
+    if for_gpu(x.device) and _conv3d_works(x.dtype):
+        return _by_cudnn(x, past, weight, bias, stride, padding)
+    return _by_taps(x, past, weight, bias, stride, padding)
+
+
+def _by_taps(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype if for_gpu(x.device) else wide
+    taps, frames = weight.shape[2], x.shape[1] // stride[0]
+    sums: Tensor | None = None
+    for tap in reversed(range(taps)):
+        kernel = weight[:, :, tap].to(dtype)
+        # Frame ``stride * (t + 1) - 1 - lag`` is under this tap for result t.
+        lag = taps - 1 - tap
+        start = min(max(-(-(lag + 1) // stride[0]) - 1, 0), frames)
+        if start < frames:
+            source = stride[0] * (start + 1) - 1 - lag
+            part = _conv2d(x[:, source :: stride[0]][:, : frames - start].to(dtype), kernel, stride, padding).to(wide)
+            if sums is None:  # the last tap: every frame has it
+                sums = part
+                if bias is not None:
+                    sums = sums + bias.to(wide)
+            else:
+                sums[:, start:] += part
+        for t in range(start) if past is not None else ():
+            source = past.shape[1] + stride[0] * (t + 1) - 1 - lag
+            if source >= 0:
+                assert sums is not None
+                sums[:, t : t + 1] += _conv2d(past[:, source : source + 1].to(dtype), kernel, stride, padding).to(wide)
+    assert sums is not None
+    return sums
+
+
+def _conv2d(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Each frame by itself: [B, T, h, w, C] -> [B, T, h', w', C']."""
+    frames, surplus = _symmetric(x, stride, padding)
+    y = F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), kernel, None, tuple(stride[1:]), surplus[::2])
+    return _without(y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]), padding, surplus)
+
+
+def _by_cudnn(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    frames = x.shape[1] // stride[0]
+    needed = weight.shape[2] + stride[0] * (frames - 1)
+    last = stride[0] * frames
+    missing = needed - last
+    if missing > 0:
+        parts = [] if past is None else [past[:, max(past.shape[1] - missing, 0) :]]
+        absent = missing - sum(part.shape[1] for part in parts)
+        zeros = [x.new_zeros(x.shape[0], absent, *x.shape[2:])] if absent else []
+        x = torch.cat((*zeros, *parts, x[:, :last]), dim=1)
+    else:
+        x = x[:, -missing:last]
+    x, surplus = _symmetric(x, stride, padding)
+    # Channels last: the same memory, seen with the channels first.
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, tuple(stride), (0, *surplus[::2]))
+    return _without(y.permute(0, 2, 3, 4, 1), padding, surplus)
+
+
+def _symmetric(x: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """What torch can pad itself, the same on both sides, where that costs a row that is thrown away and no copy."""
+    top, bottom, left, right = padding
+    if min(padding) < 0:
+        x = x[:, :, max(-top, 0) : x.shape[2] - max(-bottom, 0), max(-left, 0) : x.shape[3] - max(-right, 0)]
+        top, bottom, left, right = (max(p, 0) for p in padding)
+    if (stride[1] == 1 or top == bottom) and (stride[2] == 1 or left == right):
+        return x, (max(top, bottom), max(top, bottom), max(left, right), max(left, right))
+    return F.pad(x, (0, 0, left, right, top, bottom)), (0, 0, 0, 0)
+
+
+def _without(y: Tensor, padding: Sequence[int], surplus: tuple[int, int, int, int]) -> Tensor:
+    """Drops the rows and columns of the result that only a symmetric padding has made."""
+    if surplus == (0, 0, 0, 0):
+        return y
+    top, bottom, left, right = (s - max(p, 0) for s, p in zip(surplus, padding, strict=True))
+    return y[:, :, top : y.shape[2] - bottom, left : y.shape[3] - right]
+
+
+def cudnn_conv3d_fault(torch_version: str, cudnn_version: int | None, dtype: torch.dtype) -> str | None:
+    """What is known to be wrong with 3D convolutions of this torch and cuDNN; None if nothing is.
+
+    Args:
+        torch_version: as ``torch.__version__``.
+        cudnn_version: as ``torch.backends.cudnn.version()``: 91002 is 9.10.2.
+
+    Sources: pytorch/pytorch issues 163539 (cuDNN 9.8 to 9.12: wrong results in bfloat16) and 166643 (torch 2.9.0, and
+    torch from 2.9.1 on with cuDNN before 9.15: cuDNN is bypassed for an unfolding of three times the memory).
+    """
+    if dtype not in HALVES or cudnn_version is None:
+        return None
+    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", torch_version)
+    release = tuple(int(x or 0) for x in found.groups()) if found else (0, 0, 0)
+    name = f"torch {torch_version} with cuDNN {cudnn_version // 10000}.{cudnn_version // 100 % 100}"
+    if release == (2, 9, 0) or (release > (2, 9, 0) and 90800 <= cudnn_version < 91500):
+        return f"{name} does 3D convolutions in 16 bits without cuDNN, slowly and in three times the memory"
+    if release < (2, 9, 0) and 90800 <= cudnn_version < 91300:
+        return f"{name} gives wrong results for 3D convolutions in 16 bits on some GPUs"
+    return None
+
+
+# Constant for one process, as ``load_table``.
+@functools.cache
+@torch.compiler.assume_constant_result
+def _conv3d_works(dtype: torch.dtype) -> bool:
+    fault = cudnn_conv3d_fault(torch.__version__, torch.backends.cudnn.version(), dtype)
+    if fault is not None:
+        warnings.warn(f"{fault}; 2D convolutions stand in for them. cuDNN 9.15 cures it.", RuntimeWarning, stacklevel=2)
+    return fault is None
+
+
+def cudnn_preference(x: Tensor, columns: int, kernel: Sequence[int] | str) -> str | None:
+    """Why cuDNN takes a call on a GPU that a kernel could take; None where the kernel does, there is no GPU, or
+    the environment names the backend.
+
+    Args:
+        x: the input ``[B, T, h, w, C]``.
+        columns: output channels.
+        kernel: taps (time, rows, columns), or what the operator is called in ``configs/conv3d.json``.
+    """
+    if not for_gpu(x.device) or environment_backend() != "auto":
+        return None
+    if x.dtype not in HALVES:
+        return "cuDNN has tensor cores for float32, the kernel has not"
+    match = {"capability": capability_of(x.device), "dtype": str(x.dtype).removeprefix("torch.")}
+    match |= {"kernel": kernel if isinstance(kernel, str) else list(kernel), "channels": [x.shape[4], columns]}
+    best, reason = fastest("conv3d", match, "pixels", x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3])
+    return reason if best == "cudnn" else None

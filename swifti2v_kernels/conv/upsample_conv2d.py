@@ -1,0 +1,279 @@
+"""Nearest-neighbour upsampling by two, then a 3x3 convolution, without the upsampled frame.
+
+    up[i, j] = x[i // 2, j // 2]
+    y[i, j] = bias + sum over taps (b, c) of weight[:, :, b, c] @ up[i-top+b, j-left+c]
+    out = y + residual
+    normed = SiLU(out / max(|out|, 1e-12) * sqrt(C') * norm_weight)                  (|.| over the channels of a pixel)
+
+Of the three rows under a result two are copies of one, so their weights can be added up beforehand: a result is a 2x2
+convolution of x, with other weights for even and odd rows and columns (four *phases*, made once by
+:func:`fold_upsample_weight`). 16 products for four results instead of 36, and the largest tensor of a decoder is never
+stored. Sums of weights are made in float32 and rounded once: on random weights of a standard normal that moves a
+bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result itself does (1.7e-3); in float32 by 4e-8.
+
+| tensor                | shape              | layout                                                               |
+|-----------------------|--------------------|----------------------------------------------------------------------|
+| x                     | [B, T, h, w, C]    | any strides but channels contiguous                                  |
+| phases                | [4, C', 2, 2, C]   | contiguous; phases: rows even, even, odd, odd, columns even, odd, ... |
+| bias, norm_weight     | [C']               | contiguous                                                           |
+| residual, out, normed | [B, T, h', w', C'] | as x; h' = 2h + top + bottom - 2                                     |
+
+All in one dtype: float16, bfloat16 or float32 (float64: torch); sums as in ``causal_conv3d``, which see for ``padding``
+(here in pixels of the upsampled frame), for the norm and for why any cut of a frame gives the same pixels.
+
+FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read. Timed on an
+NVIDIA H200 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..common.checks import check_parameter, check_targets
+from ..common.cost import Cost
+from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.registration import add_op_namespace_prefix, registered
+from ..common.target import for_gpu, on_device
+from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
+from .by_torch import cudnn_preference
+from .checks import MAX_OWNED_CHANNELS, check_frames, check_padding, check_vector, stride_obstacle
+
+
+def fold_upsample_weight(weight: Tensor) -> Tensor:
+    """The phases ``[4, C', 2, 2, C]`` of a 3x3 convolution ``[C', C, 3, 3]``, in its dtype.
+
+    Raises:
+        ValueError: another kernel.
+
+    Example:
+        >>> fold_upsample_weight(torch.randn(8, 16, 3, 3)).shape
+        torch.Size([4, 8, 2, 2, 16])
+    """
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight: expected [C', C, 3, 3], got {list(weight.shape)}")
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).permute(0, 2, 3, 1)  # [C', 3, 3, C]
+    above, row, below = wide.unbind(1)
+    by_row = (torch.stack((above, row + below), 1), torch.stack((above + row, below), 1))  # [C', 2, 3, C]
+    phases = []
+    for rows in by_row:
+        left, column, right = rows.unbind(2)
+        phases += [torch.stack((left, column + right), 2), torch.stack((left + column, right), 2)]
+    return torch.stack(phases).to(weight.dtype)
+
+
+def upsample_conv2d_reference(
+    x: Tensor,
+    phases: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """``out`` and ``normed`` above, differentiable; arguments as in :func:`upsample_conv2d`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
+    batch, frames, height, width, _ = x.shape
+    flat = x.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
+    y = flat.new_empty(batch * frames, 2 * height, 2 * width, phases.shape[1], dtype=wide)
+    for i, phase in enumerate(phases.to(dtype).unbind()):
+        down, right = divmod(i, 2)
+        # Padded on both sides: of the row too many the last (even) or the first (odd) is left out.
+        part = F.conv2d(flat, phase.permute(0, 3, 1, 2), padding=1)[:, :, down : down + height, right : right + width]
+        y[:, down::2, right::2] = part.permute(0, 2, 3, 1)
+    top, bottom, left, right = padding
+    y = y.unflatten(0, (batch, frames))
+    y = y[:, :, 1 - top : y.shape[2] - 1 + bottom, 1 - left : y.shape[3] - 1 + right]
+    if bias is not None:
+        y = y + bias.to(wide)
+    if residual is not None:
+        y = y + residual.to(wide)
+    y = y.to(x.dtype).contiguous()
+    return y, None if norm_weight is None else rms_norm_silu_reference(y, norm_weight)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("upsample_conv2d"),
+    mutates_args=("out", "normed"),
+    schema="(Tensor x, Tensor phases, Tensor? bias, Tensor? residual, Tensor? norm_weight, SymInt[] padding,"
+    " Tensor(a!)? out, Tensor(b!)? normed) -> ()",
+)
+def _upsample_conv2d_op(
+    x: Tensor,
+    phases: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    padding: Sequence[int],
+    out: Tensor | None,
+    normed: Tensor | None,
+) -> None:
+    _check_outputs(x, phases, bias, residual, norm_weight, out, normed)
+    from .upsample_conv2d_kernel import launch_upsample_conv2d
+
+    with on_device(x.device):
+        launch_upsample_conv2d(x, phases, bias, residual, norm_weight, out, normed, padding)
+
+
+@_upsample_conv2d_op.register_fake
+def _(x, phases, bias, residual, norm_weight, padding, out, normed):  # type: ignore[no-untyped-def]
+    return None
+
+
+@register_flop_formula(registered("upsample_conv2d"))
+def _flops(x, phases, bias, residual, norm_weight, padding, out, normed, *args, **kwargs):  # type: ignore[no-untyped-def]
+    batch, frames, height, width, columns = out if out is not None else normed
+    return cost(batch * frames * height * width, phases[4], columns).flops
+
+
+def _choose(*, backend: str, **arguments: Any) -> Choice:
+    _check(**arguments)
+    chosen, reason = _backend(backend, list(arguments.values()))
+    kind = "implicit product" if chosen == "triton" else "cudnn" if for_gpu(arguments["x"].device) else "reference"
+    fused = chosen == "triton" and arguments["phases"].shape[1] <= MAX_OWNED_CHANNELS
+    apart = arguments["norm_weight"] is not None and not fused
+    return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
+
+
+@explained_by(_choose)
+def upsample_conv2d(
+    x: Tensor,
+    phases: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: Sequence[int] = (1, 1, 1, 1),
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    out: Tensor | None = None,
+    normed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Doubles frames by nearest neighbours and convolves them 3x3, by phases.
+
+    Args:
+        x: ``[B, T, h, w, C]``, channels contiguous.
+        phases: of :func:`fold_upsample_weight`, in the dtype of ``x``.
+        bias: ``[C']`` or None.
+        padding: zeros beyond the top, bottom, left and right of the upsampled frame, at most 1; negative ones leave out
+            its pixels.
+        residual: ``[B, T, h', w', C']``, added to the result.
+        norm_weight: ``[C']``; with it, the normed and activated sum is computed too.
+        out: where the sum is written: ``residual`` itself, or memory that overlaps no input.
+        normed: where the normed sum is written: memory that overlaps no input.
+        backend: ``auto``, ``torch`` (on a GPU: cuDNN) or ``triton``, as for :func:`swifti2v_kernels.causal_conv3d`.
+
+    Returns:
+        ``out`` ``[B, T, h', w', C']`` with ``h' = 2h + top + bottom - 2``; with ``norm_weight`` the pair
+        ``(out, normed)``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
+
+    Example:
+        >>> frames, weight = torch.randn(1, 2, 8, 12, 16), torch.randn(8, 16, 3, 3)
+        >>> upsample_conv2d(frames, fold_upsample_weight(weight)).shape
+        torch.Size([1, 2, 16, 24, 8])
+
+    Source: upsampling of the Wan VAE (diffusers ``WanResample``); the phases are the sub-pixel identity of
+    nearest-neighbour upsampling.
+    """
+    tensors = {"x": x, "phases": phases, "bias": bias, "residual": residual, "norm_weight": norm_weight}
+    _check(**tensors, padding=padding, out=out, normed=normed)
+    chosen, _ = _backend(backend, [*tensors.values(), out, normed])
+    if chosen == "torch":
+        if not torch.compiler.is_compiling():
+            _check_outputs(**tensors, out=out, normed=normed)
+        y, _ = upsample_conv2d_reference(**{**tensors, "norm_weight": None}, padding=padding)
+        y = y if out is None else out.copy_(y)
+        # Whoever computes the sum, the norm has its own kernel.
+        return y if norm_weight is None else (y, rms_norm_silu(y, norm_weight, out=normed, backend=backend))
+    shape = (*x.shape[:2], *_output_size(x, padding), phases.shape[1])
+    out = x.new_empty(shape) if out is None else out
+    if norm_weight is None:
+        _upsample_conv2d_op(x, phases, bias, residual, None, padding, out, None)
+        return out
+    normed = x.new_empty(shape) if normed is None else normed
+    fused = phases.shape[1] <= MAX_OWNED_CHANNELS
+    norms = (norm_weight, normed) if fused else (None, None)
+    _upsample_conv2d_op(x, phases, bias, residual, norms[0], padding, out, norms[1])
+    if not fused:
+        rms_norm_silu(out, norm_weight, out=normed, backend="triton")
+    return out, normed
+
+
+def _output_size(x: Tensor, padding: Sequence[int]) -> tuple[int, int]:
+    top, bottom, left, right = padding
+    return 2 * x.shape[2] + top + bottom - 2, 2 * x.shape[3] + left + right - 2
+
+
+def _backend(requested: str, arguments: Sequence[Any]) -> tuple[str, str]:
+    x, phases = arguments[0], arguments[1]
+    obstacle = kernel_obstacle([t for t in arguments if isinstance(t, Tensor)]) or stride_obstacle(x)
+    if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, phases.shape[1], "upsample")):
+        return "torch", reason
+    return pick_backend(requested, obstacle)
+
+
+def _check(
+    x: Tensor,
+    phases: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    out: Tensor | None,
+    normed: Tensor | None,
+) -> None:
+    """What can be known without addresses."""
+    check_frames("x", x)
+    check_parameter("phases", phases, (4, "C'", 2, 2, x.shape[4]), x.dtype, x.device)
+    columns = phases.shape[1]
+    check_vector("bias", bias, columns, x)
+    check_vector("norm_weight", norm_weight, columns, x)
+    check_padding(padding)
+    if max(padding) > 1:
+        raise ValueError(f"padding: expected at most 1 on each side, got {tuple(padding)}")
+    size = _output_size(x, padding)
+    if min(size) < 1:
+        raise ValueError(f"padding: {tuple(padding)} leaves nothing of {2 * x.shape[2]} x {2 * x.shape[3]} pixels")
+    if norm_weight is None and normed is not None:
+        raise ValueError("norm_weight: expected a tensor, since the normed sum is asked for")
+    for name, y in (("residual", residual), ("out", out), ("normed", normed)):
+        if y is not None:
+            check_frames(name, y, (*x.shape[:2], *size, columns), (x.dtype,), x.device)
+
+
+def _check_outputs(
+    x: Tensor,
+    phases: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    out: Tensor | None,
+    normed: Tensor | None,
+) -> None:
+    """A program reads its residual before it writes its sum; others read x and the parameters meanwhile."""
+    inputs = {"x": x, "phases": phases, "bias": bias, "norm_weight": norm_weight}
+    check_targets({"out": out}, {**inputs, "residual": residual}, ("residual",))
+    check_targets({"normed": normed}, {**inputs, "residual": residual, "out": out}, ())
+
+
+def cost(
+    pixels: int, channels: int, columns: int, *, residual: bool = False, results: int = 1, itemsize: int = 2
+) -> Cost:
+    """Least cost of one call.
+
+    Args:
+        pixels: of the result, of all frames; a quarter is read.
+        channels, columns: C and C'.
+        residual: one is added.
+        results: tensors written, 1 or 2.
+        itemsize: bytes of an element.
+    """
+    read = (pixels * channels // 4 + pixels * residual * columns + 16 * columns * channels) * itemsize
+    return Cost(8 * pixels * channels * columns, read, results * pixels * columns * itemsize)

@@ -1,0 +1,1 @@
+"""Conditional Segment-wise Generation for any DiT: ``plan`` (segments, windows, noise) and ``sampler``."""

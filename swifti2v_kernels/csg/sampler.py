@@ -1,0 +1,198 @@
+"""Conditional Segment-wise Generation with a video DiT of any make, behind an adapter of one method.
+
+    for each window of the plan:
+        x = noise of its noisy blocks
+        for each step: x = step(x, model(assemble_window(reference, x, window), sigma, window), i)
+        reference[noisy blocks] = x
+
+What a DiT must offer, and what is lost where it does not, is said at :class:`WindowModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .plan import SegmentPlan, Window, assemble_window, block_noise
+
+#: The stage of :func:`swifti2v_kernels.block_noise` that segments are made in: SwiftI2V's second.
+_STAGE = 2
+
+#: One step of a solver: (noisy blocks ``[B, z, m, h, w]`` at level ``sigmas[i]``, their velocity, i) -> the blocks at
+#: level ``sigmas[i + 1]``.
+Step = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class WindowModel(Protocol):
+    """What :func:`sample_segments` asks of a DiT. Any function with these parameters is one.
+
+    Text, images, guidance, dtype and device of the weights are the adapter's own business. Classifier-free guidance is
+    a model of two models: ``lambda *window: scale * with_text(*window) + (1 - scale) * without_text(*window)``.
+
+    An adapter is asked for four things. A DiT that lacks one still runs, at a price:
+
+    * **A noise level per block.** Conditioning blocks are finished and carry level 0, noisy ones ``sigma``. A DiT with
+      one timestep for all tokens is told that the conditioning blocks are as noisy as the others, which they are not.
+      It may have been trained so (Wan I2V was; its mask channels tell the two apart); else an adapter can noise the
+      conditioning blocks to ``sigma`` itself.
+    * **Positions in the clip.** The rotary positions of the window's frames are ``window.blocks``. A DiT that counts
+      frames from 0 sees the anchor and a far segment as neighbours in time, and every segment as the clip's first.
+    * **Full attention within the window**: conditioning blocks attend to noisy ones. Where they do not, and everything
+      else about them is the same at every step, their keys and values could be kept, which this protocol does not do.
+    * **A patch of one latent frame.** With a temporal patch of p, blocks can only be generated p at a time.
+
+    Of the DiTs in diffusers 0.42, Wan and LTX-Video take a timestep per token; HunyuanVideo, Mochi and CogVideoX take
+    one for all. LTX-Video and CogVideoX are handed their positions (``video_coords``, ``image_rotary_emb``); Wan,
+    HunyuanVideo and Mochi compute them from the shape in a module ``rope``, whose output an adapter can replace for the
+    time of a call, as ``swifti2v_kernels.integrations.diffusers.csg`` does for Wan.
+    """
+
+    def __call__(self, latents: Tensor, sigma: float, window: Window, /) -> Tensor:
+        """The velocity ``noise - clean`` of a window.
+
+        Args:
+            latents: ``[B, C, W, h, w]``, as :func:`swifti2v_kernels.assemble_window` makes it, float32 or wider: the
+                adapter casts it to its weights' dtype.
+            sigma: noise level in 0..1 of the blocks ``window.noisy``; that of the others is 0. Most flow-matching DiTs
+                call ``1000 * sigma`` the timestep.
+            window: which blocks of the clip these are.
+
+        Returns:
+            ``[B, z, m, h, w]`` for the noisy blocks, or ``[B, z, W, h, w]`` for the whole window, of which the last m
+            are used. Any floating dtype. A DiT that predicts something else needs it converted here, or a ``step`` of
+            its own.
+        """
+        ...
+
+
+def sample_segments(
+    model: WindowModel,
+    reference: Tensor,
+    *,
+    plan: SegmentPlan,
+    sigmas: Sequence[float] | Tensor,
+    seed: int | Sequence[int] | None = None,
+    noise: Tensor | None = None,
+    mask_channels: int | None = None,
+    mode: str = "bidirectional",
+    step: Step | None = None,
+    on_step: Callable[[int, int, int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Generates all blocks after the anchor, segment by segment, and yields each segment as soon as it is done.
+
+    No gradients are recorded. Blocks are kept in float32 between the steps, or in float64 if the reference is.
+
+    Args:
+        model: the DiT behind an adapter.
+        reference: ``[B, z, num_blocks, h, w]`` on the device that the model takes its input on: the input image's
+            latent in block 0 and the motion reference behind it. **Updated in place**: afterwards it holds the clip.
+        plan: the segments; ``mode="end_to_end"`` takes only ``num_blocks`` from it.
+        sigmas: noise levels from 1 to 0, one more than there are steps (``scheduler.sigmas`` in diffusers).
+        seed: draws the noise of each block by :func:`swifti2v_kernels.block_noise`, stage 2; one seed for each batch
+            entry.
+        noise: instead of ``seed``: that of the whole clip, shaped as the reference.
+        mask_channels: whether and how mask and reference are concatenated (:func:`swifti2v_kernels.assemble_window`).
+        mode: ``bidirectional``, or ``end_to_end`` for one window of all blocks. SwiftI2V's ``causal`` mode, in which
+            conditioning blocks do not see noisy ones, needs a DiT that keeps keys and values and is not offered here.
+        step: the solver; default Euler, ``x + (sigmas[i + 1] - sigmas[i]) * velocity``. It is called once a step, so
+            solvers with several evaluations a step are out; one with a memory clears it at ``i == 0``, where a new
+            segment begins.
+        on_step: called after every step with (segment, number of segments, step, number of steps), all counted from 1.
+
+    Yields:
+        Blocks ``[B, z, m, h, w]`` in the reference's dtype, in order, every block after the anchor exactly once. What
+        is yielded is in ``reference`` already; so after an interruption ``reference`` holds all finished segments.
+
+    Raises:
+        ValueError: an argument does not fit (at the call), or what ``model`` or ``step`` returns does not (as it runs).
+        TypeError: the reference is not of floating point, the model cannot be called, or ``model`` or ``step`` returns
+            something else than a tensor.
+    """
+    if not callable(model):
+        raise TypeError(f"model: expected a WindowModel, which is called, got {type(model).__name__}")
+    if mode not in ("bidirectional", "end_to_end"):
+        hint = " (causal needs keys and values kept inside the model, which a WindowModel does not offer)"
+        raise ValueError(f"mode: expected bidirectional or end_to_end, got {mode!r}{hint if mode == 'causal' else ''}")
+    plan = SegmentPlan.end_to_end(plan.num_blocks) if mode == "end_to_end" else plan
+    if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
+        raise ValueError(f"reference: expected [B, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
+    if not reference.is_floating_point():
+        raise TypeError(f"reference: expected a floating-point dtype, got {reference.dtype}")
+    levels = [float(sigma) for sigma in sigmas]
+    if len(levels) < 2 or not all(0 <= sigma <= 1 for sigma in levels):
+        raise ValueError(f"sigmas: expected two or more noise levels in 0..1 (not timesteps), got {levels}")
+    if mask_channels is not None and mask_channels < 0:
+        raise ValueError(f"mask_channels: expected None or at least 0, got {mask_channels}")
+    draw = _noise_source(reference, seed, noise)
+    return _segments(model, reference, plan, levels, draw, mask_channels, step or _euler(levels), on_step)
+
+
+@torch.no_grad()
+def _segments(
+    model: WindowModel,
+    reference: Tensor,
+    plan: SegmentPlan,
+    sigmas: list[float],
+    draw: Callable[[Window], Tensor],
+    mask_channels: int | None,
+    step: Step,
+    on_step: Callable[[int, int, int, int], None] | None,
+) -> Iterator[Tensor]:
+    dtype, num_steps = torch.promote_types(reference.dtype, torch.float32), len(sigmas) - 1
+    for segment, window in enumerate(plan, start=1):
+        x = draw(window).to(reference.device, dtype)
+        for i in range(num_steps):
+            latents = assemble_window(reference, x, window, mask_channels=mask_channels)
+            velocity = _of_noisy_blocks(model(latents, sigmas[i], window), x, len(window.blocks))
+            x = _checked("step", step(x, velocity, i), x)
+            if on_step is not None:
+                on_step(segment, len(plan), i + 1, num_steps)
+        done = x.to(reference.dtype)
+        reference[:, :, window.noisy[0] : window.noisy[-1] + 1] = done
+        yield done
+
+
+def _euler(sigmas: list[float]) -> Step:
+    return lambda x, velocity, i: x + (sigmas[i + 1] - sigmas[i]) * velocity
+
+
+def _noise_source(
+    reference: Tensor, seed: int | Sequence[int] | None, noise: Tensor | None
+) -> Callable[[Window], Tensor]:
+    """What draws the noise ``[B, z, m, h, w]`` of a window's noisy blocks, or of several seeds."""
+    if (seed is None) == (noise is None):
+        raise ValueError(f"seed, noise: expected one of the two, got {'neither' if seed is None else 'both'}")
+    if noise is not None:
+        if noise.shape != reference.shape:
+            raise ValueError(f"noise: expected {tuple(reference.shape)} as the reference, got {tuple(noise.shape)}")
+        return lambda window: noise[:, :, list(window.noisy)]
+    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+    if len(seeds) != reference.shape[0] or any(one < 0 for one in seeds):
+        raise ValueError(f"seed: expected {reference.shape[0]} (one a batch entry), none negative, got {seed}")
+    _, z, _, height, width = reference.shape
+    return lambda window: torch.cat([block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds])
+
+
+def _of_noisy_blocks(velocity: Tensor, x: Tensor, window_blocks: int) -> Tensor:
+    """The last blocks of what the model returned, in the dtype of ``x``."""
+    if not isinstance(velocity, Tensor):
+        raise TypeError(f"model: expected it to return a tensor, got {type(velocity).__name__}")
+    batch, z, num_noisy, *size = x.shape
+    for num_blocks in (num_noisy, window_blocks):
+        if velocity.shape == (batch, z, num_blocks, *size):
+            return velocity[:, :, num_blocks - num_noisy :].to(x)
+    raise ValueError(
+        f"model: expected it to return a velocity {tuple(x.shape)} of the noisy blocks"
+        f" or {(batch, z, window_blocks, *size)} of the window, got {tuple(velocity.shape)}"
+    )
+
+
+def _checked(name: str, result: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{name}: expected it to return a tensor, got {type(result).__name__}")
+    if result.shape != like.shape:
+        raise ValueError(f"{name}: expected it to return {tuple(like.shape)}, got {tuple(result.shape)}")
+    return result.to(like)

@@ -1,0 +1,179 @@
+"""The original Wan code (the Wan2.1 and Wan2.2 repositories) on our operators: two lines, and the same pictures.
+
+    from swifti2v_kernels.integrations.wan import accelerate
+    accelerate(wan_i2v)
+
+The function ``flash_attention`` of the host's attention module is what its attention goes through. In the modules of
+the given model, and in no others, ours is called in its place, and calls that the kernels cannot serve go on to the
+host's. Self-attention also has norm and rotation of queries and keys fused, blocks their adaptive norms and residuals,
+and the VAE its layers. Projections are called as modules and weights never copied or converted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ...common.dispatch import BACKENDS
+from ..patching import HostChanged, Line, Recipe, Report, patch_models, restore_module
+from ..sdpa import AttentionCalls
+from .dit import FUNCTION, Attention, block_forward, cross_attention_forward, own_forward, self_attention_forward
+
+__all__ = ["HostChanged", "Report", "accelerate", "restore"]
+
+_HOST = "this version of the Wan code"
+_CROSS = ("WanT2VCrossAttention", "WanI2VCrossAttention", "WanCrossAttention")
+_PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads", "head_dim", "window_size")
+_BLOCK = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.eps", "ffn")
+_PASSED = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
+
+
+@dataclass
+class WanReport(Report):
+    """A report with the counts of the model's attention calls, which grow as it runs."""
+
+    calls: AttentionCalls = field(default_factory=AttentionCalls)
+
+
+def accelerate(
+    model: Any,
+    attention: bool = True,
+    norms: bool = True,
+    vae: bool = True,
+    dry_run: bool = False,
+    *,
+    backend: str = "auto",
+) -> WanReport:
+    """Replaces what is known in a model of the original Wan code by our operators, and prints what it did.
+
+    Args:
+        model: a ``WanModel``, a VAE, or one of the pipeline objects (``WanT2V``, ``WanI2V``, ``WanTI2V``). What was
+            accelerated before is restored first, so the last call decides.
+        attention: ``flash_attention``, and norm and rotation of queries and keys.
+        norms: adaptive norms, gates and residuals of the blocks.
+        vae: convolutions, norms and upsampling of the VAE.
+        dry_run: only report what would be replaced.
+        backend: of attention, as for :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
+
+    Returns:
+        What was replaced, and what was not and why; ``calls`` counts attention calls; ``restore()`` undoes it.
+
+    Raises:
+        TypeError: there is no torch module in ``model``.
+        ValueError: an unknown backend.
+        HostChanged: the host's code differs from what a replacement was written for, in an attribute that the message
+            names. Nothing is changed then.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    report = WanReport(f"swifti2v_kernels in {type(model).__name__} (original Wan code)", dry_run)
+    recipes = _recipes(Attention(report.calls, backend))
+    wanted = {"attention": attention, "norms": norms, "vae": vae}
+
+    def look(name: str, root: nn.Module) -> list[Line]:
+        if attention:
+            _check_function(name, root)
+        return _not_known(name, root, recipes)
+
+    patch_models(report, _models(model), recipes, wanted, _HOST, look)
+    print(report)
+    return report
+
+
+def restore(model: Any) -> Report:
+    """Undoes :func:`accelerate`: afterwards a model computes with the host's own code, bit for bit as before.
+
+    Args:
+        model: what was accelerated, or a part of it that was accelerated by itself.
+
+    Returns:
+        A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
+
+    Raises:
+        TypeError: there is no torch module in ``model``.
+    """
+    report = Report(f"restored {type(model).__name__}")
+    for _, root in _models(model):
+        report.left += restore_module(root).left
+    return report
+
+
+def _recipes(attention: Attention) -> tuple[Recipe, ...]:
+    from ..wan_vae.recipes import ORIGINAL_RECIPES
+
+    cross = cross_attention_forward(attention)
+    return (
+        Recipe(
+            "WanSelfAttention",
+            "attention",
+            "qk_norm_rope, segment_attention",
+            _PROJECTIONS,
+            ("x", "seq_lens", "grid_sizes", "freqs"),
+            forward=self_attention_forward(attention),
+        ),
+        *(Recipe(host, "attention", "segment_attention", (), None, forward=cross) for host in _CROSS),
+        Recipe(
+            "WanAttentionBlock",
+            "norms",
+            "norm_modulate, gated_residual_norm_modulate, gated_residual",
+            _BLOCK,
+            _PASSED,
+            forward=block_forward,
+        ),
+        *ORIGINAL_RECIPES,
+    )
+
+
+def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The module, or those of a pipeline object: its attributes, and the ``model`` of those that wrap one."""
+    if isinstance(model, nn.Module):
+        # What torch.compile(model) returns wraps the model.
+        module = getattr(model, "_orig_mod", model)
+        yield type(module).__name__, module
+        return
+    found = []
+    for name, part in getattr(model, "__dict__", {}).items():
+        inner = getattr(part, "model", None)
+        if isinstance(part, nn.Module):
+            found.append((name, part))
+        elif isinstance(inner, nn.Module):
+            found.append((f"{name}.model", inner))
+    if not found:
+        raise TypeError(f"model: expected a torch module, or an object that holds some, got {type(model).__name__}")
+    for name, part in found:
+        yield name, getattr(part, "_orig_mod", part)
+
+
+def _check_function(component: str, root: nn.Module) -> None:
+    """The known attention modules call a ``flash_attention`` that takes what ours takes."""
+    expected = list(inspect.signature(Attention(AttentionCalls()).function(lambda: None)).parameters)
+    for name, module in root.named_modules():
+        kind = type(module).__name__
+        if kind not in ("WanSelfAttention", *_CROSS):
+            continue
+        path = f"{component}.{name}" if name else component
+        function = own_forward(type(module)).__globals__.get(FUNCTION)
+        if not callable(function):
+            what = f"the module of {path} has no attribute {FUNCTION!r}"
+        elif missing := [x for x in expected if x not in inspect.signature(function).parameters]:
+            what = f"its {FUNCTION} has no parameter {missing[0]!r}"
+        else:
+            continue
+        raise HostChanged(f"{_HOST} is not what the replacement of {kind} was written for: {what}; nothing was changed")
+
+
+def _not_known(component: str, root: nn.Module, recipes: Sequence[Recipe]) -> list[Line]:
+    """Modules that call ``flash_attention`` and that no recipe is for."""
+    known = {recipe.host for recipe in recipes}
+    counts: Counter[str] = Counter()
+    for module in root.modules():
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        names = getattr(getattr(own_forward(type(module)), "__code__", None), "co_names", ())
+        if FUNCTION in names and known.isdisjoint(kinds):
+            counts[kinds[0]] += 1
+    return [Line(component, kind, n, "not known") for kind, n in counts.items()]

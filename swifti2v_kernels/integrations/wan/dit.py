@@ -1,0 +1,236 @@
+"""Forwards for the modules of the original Wan code, beside its own: attention, and the adaptive norms of its blocks.
+
+The original computes queries and keys in complex128 for the rotation, casts to 16 bits within ``flash_attention``, and
+keeps the residual stream in float32 under bfloat16 autocast. Here norm and rotation are float32 and rounded once to the
+dtype of the projection, which is what the original's attention rounds to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
+from ...norm.qk_norm_rope import norm_rope, qk_norm_rope
+from ...norm.rope import Rope3D
+from ..hooks import hooked
+from ..sdpa import AttentionCalls, attend
+
+#: The function in the original's attention module, and the name that its other modules import it under.
+FUNCTION = "flash_attention"
+HALF = (torch.float16, torch.bfloat16)
+
+Forward = Callable[..., Any]
+
+
+class Attention:
+    """The attention of one accelerated model: the host's forwards with our ``flash_attention``, and its counts.
+
+    Nothing in the host's modules is rebound, so other models of the process keep the host's function.
+    """
+
+    def __init__(self, calls: AttentionCalls, backend: str = "auto") -> None:
+        self.calls, self.backend = calls, backend
+        self._forwards: dict[type, FunctionType] = {}
+
+    def function(self, host: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The host's ``flash_attention`` with ours before it: same arguments, same result."""
+
+        def flash_attention(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            q_lens: Tensor | None = None,
+            k_lens: Tensor | None = None,
+            dropout_p: float = 0.0,
+            softmax_scale: float | None = None,
+            q_scale: float | None = None,
+            causal: bool = False,
+            window_size: tuple[int, int] = (-1, -1),
+            deterministic: bool = False,
+            dtype: torch.dtype = torch.bfloat16,
+            version: int | None = None,
+        ) -> Tensor:
+            reason = _unsupported(q, k, q_lens, dropout_p, causal, window_size)
+            if reason is None:
+                out = self._serve(q, k, v, k_lens, softmax_scale, q_scale, dtype)
+                if out is not None:
+                    return out
+            else:
+                self.calls.not_served[reason] += 1
+            options = {"softmax_scale": softmax_scale, "q_scale": q_scale, "causal": causal, "window_size": window_size}
+            options |= {"deterministic": deterministic, "dtype": dtype, "version": version}
+            return host(q, k, v, q_lens, k_lens, dropout_p, **options)
+
+        return flash_attention
+
+    def forward(self, host_class: type[nn.Module]) -> FunctionType:
+        """The class's own ``forward`` in which the name ``flash_attention`` stands for ours.
+
+        The other names of its module are those of the moment when it is first called.
+        """
+        if host_class not in self._forwards:
+            original = own_forward(host_class)
+            names = {**original.__globals__, FUNCTION: self.function(original.__globals__[FUNCTION])}
+            code, defaults, closure = original.__code__, original.__defaults__, original.__closure__
+            forward = FunctionType(code, names, original.__name__, defaults, closure)
+            forward.__kwdefaults__ = original.__kwdefaults__
+            self._forwards[host_class] = forward
+        return self._forwards[host_class]
+
+    def _serve(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_lens: Tensor | None,
+        softmax_scale: float | None,
+        q_scale: float | None,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """As the host: in 16 bits, and back to the dtype that ``q`` came in."""
+        wanted = v.dtype if v.dtype in HALF else dtype
+        halves = [x.to(wanted) for x in (q, k, v)]
+        if q_scale is not None:
+            halves[0] = halves[0] * q_scale
+        lens = None if k_lens is None else torch.as_tensor(k_lens)
+        valid = None if lens is None else lens.to(q.device)
+        if lens is not None and lens.device.type == "cpu":
+            # The host keeps lengths on the CPU. Where they are equal, what is behind them is not needed at all.
+            lengths = set(lens.tolist())
+            if len(lengths) == 1:
+                end = lengths.pop()
+                halves[1:], valid = [x[:, :end] for x in halves[1:]], None
+        out = attend(*halves, self.calls, scale=softmax_scale, valid_lengths=valid, backend=self.backend)
+        return None if out is None else out.to(q.dtype)
+
+
+def _unsupported(
+    q: Tensor, k: Tensor, q_lens: Tensor | None, dropout_p: float, causal: bool, window_size: tuple[int, int]
+) -> str | None:
+    if q_lens is not None:
+        return "q_lens is given"
+    if dropout_p > 0:
+        return "dropout_p is not 0"
+    if causal:
+        return "causal"
+    if tuple(window_size) != (-1, -1):
+        return f"window_size {tuple(window_size)}"
+    return "fewer heads of keys than of queries" if q.shape[2] != k.shape[2] else None
+
+
+def own_forward(host_class: type[nn.Module]) -> FunctionType:
+    """The class's ``forward`` without its decorators."""
+    return inspect.unwrap(host_class.forward)  # type: ignore[return-value]
+
+
+def cross_attention_forward(attention: Attention) -> Forward:
+    """For ``WanT2VCrossAttention``, ``WanI2VCrossAttention``, ``WanCrossAttention``: their own, with our function."""
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return attention.forward(type(module))(module, *args, **kwargs)
+
+    return forward
+
+
+def self_attention_forward(attention: Attention) -> Forward:
+    """For ``WanSelfAttention``: norm and rotation of queries and keys in one pass, then our function."""
+
+    def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor:
+        host = attention.forward(type(module))
+        grid = _common_grid(grid_sizes)
+        eps = _norm_eps(module, x)
+        rope = None if grid is None or eps is None else _tables(freqs, grid, module.head_dim, x.device)
+        if rope is None or eps is None or math.prod(grid or ()) > x.shape[1]:
+            return host(module, x, seq_lens, grid_sizes, freqs)
+        q, k = _normed(module, module.q(x), module.k(x), rope, eps)
+        out = host.__globals__[FUNCTION](
+            q, k, module.v(x).unflatten(2, q.shape[2:]), k_lens=seq_lens, window_size=module.window_size
+        )
+        return module.o(out.flatten(2))
+
+    return forward
+
+
+def _common_grid(grid_sizes: Tensor) -> tuple[int, int, int] | None:
+    """Frames, rows and columns, if all entries of the batch have the same."""
+    grids = {tuple(grid) for grid in grid_sizes.tolist()}
+    return grids.pop() if len(grids) == 1 else None
+
+
+def _norm_eps(module: Any, x: Tensor) -> float | None:
+    """Of the norms of queries and keys; None where the fused operator cannot take them over."""
+    norms = module.norm_q, module.norm_k
+    if any(type(norm).__name__ != "WanRMSNorm" or hooked(norm) or norm.weight.device != x.device for norm in norms):
+        return None
+    return norms[0].eps if norms[0].eps == norms[1].eps and norms[0].weight.dtype == norms[1].weight.dtype else None
+
+
+def _tables(freqs: Tensor, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope3D | None:
+    """From the host's ``[positions, head_dim / 2]`` complex numbers, whose columns are the pairs of t, h and w."""
+    pairs = head_dim // 2
+    if not freqs.is_complex() or freqs.shape[1] != pairs or max(grid) > freqs.shape[0]:
+        return None
+    axes = freqs.split([pairs - 2 * (pairs // 3), pairs // 3, pairs // 3], dim=1)
+    return Rope3D(
+        *(torch.view_as_real(x[:n]).to(device, torch.float32).contiguous() for x, n in zip(axes, grid, strict=True))
+    )
+
+
+def _normed(module: Any, q: Tensor, k: Tensor, rope: Rope3D, eps: float) -> tuple[Tensor, Tensor]:
+    """``[B, L, H*D]`` to ``[B, L, H, D]``; tokens behind the grid are padding, which is normed and not rotated."""
+    weights, heads = (module.norm_q.weight, module.norm_k.weight), module.num_heads
+    tokens, length = math.prod(table.shape[0] for table in rope), q.shape[1]
+    # Both are fresh outputs of their projections; with gradients they are left as they are.
+    inplace = not torch.is_grad_enabled()
+    if tokens == length:
+        return qk_norm_rope(q, k, *weights, rope, heads, eps=eps, inplace=inplace)
+    q_head, k_head = qk_norm_rope(q[:, :tokens], k[:, :tokens], *weights, rope, heads, eps=eps, inplace=inplace)
+    tails = [
+        norm_rope(x[:, tokens:], weight, None, heads, eps=eps, inplace=inplace)
+        for x, weight in zip((q, k), weights, strict=True)
+    ]
+    if inplace:
+        return q.unflatten(2, (heads, -1)), k.unflatten(2, (heads, -1))
+    return torch.cat((q_head, tails[0]), dim=1), torch.cat((k_head, tails[1]), dim=1)
+
+
+def block_forward(
+    module: Any,
+    x: Tensor,
+    e: Tensor,
+    seq_lens: Tensor,
+    grid_sizes: Tensor,
+    freqs: Tensor,
+    context: Tensor,
+    context_lens: Tensor | None,
+) -> Tensor:
+    """For ``WanAttentionBlock``: ``e`` is ``[B, 6, C]`` (2.1) or ``[B, L, 6, C]`` (2.2), float32.
+
+    The residual stream has the dtype that the host's sums have from the first one on, float32 beside a float32 ``e``.
+    """
+    if hooked(module.norm1) or hooked(module.norm2):
+        return type(module).forward(module, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
+    table = module.modulation if e.ndim == 3 else module.modulation.unsqueeze(0)
+    table = (table + e).unsqueeze(2) if e.ndim == 3 else table + e
+    shift, scale, gate, c_shift, c_scale, c_gate = table.unbind(1 if e.ndim == 3 else 2)
+    x = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous()
+    y = norm_modulate(x, shift, scale, eps=module.norm1.eps)
+    update = module.self_attn(y, seq_lens, grid_sizes, freqs).to(x.dtype)
+    # The block's input may be needed by the caller; what it becomes here is ours to overwrite.
+    inplace = not torch.is_grad_enabled()
+    if isinstance(module.norm3, nn.LayerNorm) and not hooked(module.norm3):
+        affine = {"weight": module.norm3.weight, "bias": module.norm3.bias, "eps": module.norm3.eps}
+        x, y = gated_residual_norm_modulate(x, update, gate, **affine)
+    else:
+        x = gated_residual(x, update, gate)
+        y = module.norm3(x)
+    update = module.cross_attn(y, context, context_lens).to(x.dtype)
+    x, y = gated_residual_norm_modulate(x, update, None, c_shift, c_scale, eps=module.norm2.eps, inplace=inplace)
+    return gated_residual(x, module.ffn(y).to(x.dtype), c_gate, inplace=inplace)

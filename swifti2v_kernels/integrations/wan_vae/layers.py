@@ -1,0 +1,209 @@
+"""What the layers of a Wan VAE compute, on our operators, for hosts that hand over ``[B, C, T, h, w]`` and a cache.
+
+The bodies know no host: they are given a layer's parts. Frames are channels last inside and stay so on their way out,
+as a view ``[B, C, T, h, w]``: the next layer of ours then reads them without a copy. Weights are laid out, and those of
+an upsampling folded, at every call, since they may be others at the next one.
+
+The hosts' protocol of caching is kept, so that replaced and original layers may stand side by side and change between
+two chunks of a clip. ``feat_cache`` is a list of slots, ``feat_idx[0]`` the next one, and each convolution in time
+takes one: None before the first chunk, then the last two frames of its input. Slots are copies of those frames alone,
+read where they lie; a slot of one frame has zeros before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...conv.causal_conv3d import causal_conv3d
+from ...conv.upsample_conv2d import fold_upsample_weight, upsample_conv2d
+from ...norm.adaln import norm_modulate
+from ...norm.rms_norm_silu import rms_norm_silu
+from .weights import Lent, channels_last
+
+#: Frames in a slot.
+HISTORY = 2
+#: What an ``upsample3d`` has in its slot after a clip's first frame, which it neither doubles nor remembers.
+FIRST = "Rep"
+
+FeatCache = MutableSequence[Any] | None
+
+
+class Block(NamedTuple):
+    """Parts of a residual block; ``shortcut`` is None where the input itself is added."""
+
+    norm1: nn.Module
+    conv1: nn.Conv3d
+    norm2: nn.Module
+    conv2: nn.Conv3d
+    shortcut: nn.Conv3d | None
+
+
+class Resampling(NamedTuple):
+    """Parts of a resampling layer; ``mode`` as the hosts name it."""
+
+    mode: str
+    conv: nn.Conv2d
+    time_conv: nn.Conv3d | None
+
+
+def to_frames(x: Tensor) -> Tensor:
+    """``[B, C, T, h, w]`` -> ``[B, T, h, w, C]``; a view if the channels are last in memory, else a copy."""
+    frames = x.permute(0, 2, 3, 4, 1)
+    return frames if frames.shape[4] == 1 or frames.stride(4) == 1 else frames.contiguous()
+
+
+def from_frames(frames: Tensor) -> Tensor:
+    """``[B, T, h, w, C]`` -> ``[B, C, T, h, w]``, a view."""
+    return frames.permute(0, 4, 1, 2, 3)
+
+
+def time_padding(conv: nn.Conv3d) -> int:
+    """Zero frames that the host puts before a clip."""
+    return conv._padding if isinstance(conv._padding, int) else conv._padding[4]
+
+
+def frame_padding(conv: nn.Conv3d) -> tuple[int, int, int, int]:
+    """Zeros above, below, left and right. ComfyUI leaves them to the convolution, the other hosts keep them apart."""
+    if isinstance(conv._padding, int):
+        _, rows, columns = conv.padding
+        return rows, rows, columns, columns
+    left, right, top, bottom = conv._padding[:4]
+    return top, bottom, left, right
+
+
+def residual_block(x: Tensor, block: Block, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
+    """Twice norm, SiLU and convolution, added to the (projected) input."""
+    frames = to_frames(x)
+    hidden = rms_norm_silu(frames, _gain(block.norm1, frames))
+    hidden = _cached(hidden, block.conv1, feat_cache, feat_idx, norm_weight=_gain(block.norm2, frames), keep_sum=False)
+    options: dict[str, Any] = {"residual": frames}
+    if block.shortcut is not None:
+        projected = convolve(frames, block.shortcut, None)
+        options = {"residual": projected, "out": None if torch.is_grad_enabled() else projected}
+    return from_frames(_cached(hidden, block.conv2, feat_cache, feat_idx, **options))
+
+
+def resample(x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
+    """Doubles or halves the frame, and of a ``3d`` mode with a cache the frame rate after the clip's first frame."""
+    in_time = feat_cache is not None and parts.mode.endswith("3d")
+    if parts.mode.startswith("up"):
+        frames = to_frames(x)
+        if in_time:
+            frames = _double_frames(frames, parts, feat_cache, feat_idx)
+        with Lent(parts.conv, frames) as (weight, bias):
+            return from_frames(upsample_conv2d(frames, fold_upsample_weight(weight), bias))
+    frames = to_frames(x)
+    with Lent(parts.conv, frames) as (weight, bias):
+        frames = causal_conv3d(frames, channels_last(weight), bias, stride=(1, 2, 2), padding=(0, 1, 0, 1))
+    if in_time:
+        frames = _halve_frames(frames, parts, feat_cache, feat_idx)
+    return from_frames(frames)
+
+
+def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: Any) -> Tensor:
+    """One of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`.
+
+    Where the host pads no frames in time, its convolution begins at the first frame that it is given: that one is then
+    the past of the others.
+    """
+    before = time_padding(conv)
+    past = None if slot is None or before == 0 else to_frames(slot.to(frames))[:, -before:]
+    lead = conv.kernel_size[0] - conv.stride[0] - before
+    if lead > 0:
+        past, frames = frames[:, :lead], frames[:, lead:]
+    with Lent(conv, frames) as (weight, bias):
+        return causal_conv3d(
+            frames,
+            channels_last(weight),
+            bias,
+            past=past,
+            stride=conv.stride,
+            padding=frame_padding(conv),
+            **options,
+        )
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor | None:
+    """RMSNorm over the channels of ``[B, C, ...]``; None if they do not lie last in memory."""
+    pixels = x.movedim(1, -1)
+    if not pixels.is_contiguous():
+        return None
+    channels = pixels.shape[-1]
+    # The mean square of a pixel is bounded from below by what the hosts bound its length with.
+    y = norm_modulate(
+        pixels.view(pixels.shape[0], -1, channels), norm="rms", weight=_gain(norm, x), eps=1e-24 / channels
+    )
+    return y.view(pixels.shape).movedim(-1, 1)
+
+
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
+    return norm.gamma.flatten().to(like.dtype)
+
+
+def _cached(
+    frames: Tensor, conv: nn.Conv3d, feat_cache: FeatCache, feat_idx: MutableSequence[int], **options: Any
+) -> Tensor:
+    """:func:`convolve` with the next slot, on frames that belong to nobody else."""
+    if feat_cache is None:
+        return convolve(frames, conv, None, **options)
+    slot = feat_cache[feat_idx[0]]
+    y = convolve(frames, conv, slot, **options)
+    feat_cache[feat_idx[0]] = _next_slot(frames, slot, own=True)
+    feat_idx[0] += 1
+    return y
+
+
+def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
+    """The last frames of a clip so far, without keeping alive what else is in their memory."""
+    if frames.shape[1] < HISTORY and slot is not None:
+        last = frames.new_empty(frames.shape[0], HISTORY, *frames.shape[2:])
+        last[:, :1] = to_frames(slot)[:, -1:]
+        last[:, 1:] = frames
+    elif own and frames.shape[1] <= HISTORY:
+        last = frames
+    else:
+        last = frames[:, -HISTORY:].clone(memory_format=torch.contiguous_format)
+    return from_frames(last)
+
+
+def _double_frames(
+    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
+) -> Tensor:
+    index = feat_idx[0]
+    feat_idx[0] += 1
+    slot, conv = feat_cache[index], parts.time_conv
+    if slot is None:
+        feat_cache[index] = FIRST
+        return frames
+    slot = None if isinstance(slot, str) else slot
+    assert conv is not None
+    past = None if slot is None else to_frames(slot.to(frames))[:, -HISTORY:]
+    batch, count, height, width, channels = frames.shape
+    out = frames.new_empty(batch, 2 * count, height, width, channels)
+    with Lent(conv, frames) as (weight, bias):
+        biases = (None, None) if bias is None else bias.chunk(2)
+        for i, half in enumerate(channels_last(weight).chunk(2)):
+            # Each half of the features is every second frame and is written there.
+            causal_conv3d(frames, half, biases[i], past=past, out=out[:, i::2])
+    feat_cache[index] = _next_slot(frames, slot, own=False)
+    return out
+
+
+def _halve_frames(
+    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
+) -> Tensor:
+    index = feat_idx[0]
+    feat_idx[0] += 1
+    slot, conv = feat_cache[index], parts.time_conv
+    # The caller has the frames too.
+    feat_cache[index] = from_frames(frames[:, -1:].clone(memory_format=torch.contiguous_format))
+    if slot is None:
+        return frames
+    assert conv is not None
+    past = to_frames(slot.to(frames))[:, -1:]
+    with Lent(conv, frames) as (weight, bias):
+        return causal_conv3d(frames, channels_last(weight), bias, past=past, stride=conv.stride)

@@ -1,0 +1,333 @@
+"""The Wan VAEs (2.1 and 2.2) of other people's code on our operators: which modules are known, and how each is read.
+
+Known are diffusers' ``AutoencoderKLWan`` (:data:`RECIPES`) and, under their own names, the modules of the Wan
+repositories (``wan/modules/vae.py``, ``vae2_1.py``, ``vae2_2.py``) and of ComfyUI (``comfy/ldm/wan``)
+(:data:`ORIGINAL_RECIPES`). Only layers are replaced: chunks of a clip, tiles, slices and the model around the layers
+stay the host's. A layer keeps its signature, its cache (:mod:`~swifti2v_kernels.integrations.wan_vae.layers`) and its
+weights, which are read at every call.
+
+One call of a layer is the host's own where something would be missed otherwise: a convolution inside it has hooks (its
+weights may be elsewhere until it is called), has been replaced (an adapter) or is quantised, or dropout is on. Inputs
+that need gradients take the operators' differentiable path.
+
+Autocast: a layer computes in the dtype that its convolutions have there. Norms within a residual block then read what
+the convolutions have rounded, and their weights are rounded too, where the hosts norm in float32; a norm by itself is
+left to the host, as is one whose channels do not lie last in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, MutableSequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patching import Recipe
+from .layers import (
+    Block,
+    FeatCache,
+    Resampling,
+    convolve,
+    from_frames,
+    normalize,
+    resample,
+    residual_block,
+    time_padding,
+    to_frames,
+)
+from .weights import cast, nearby, readable, watched, without_autocast
+
+Index = MutableSequence[int] | None
+Reason = Callable[[nn.Module], str | None]
+
+_ORIGINAL_BLOCK = ("RMS_norm", "SiLU", "CausalConv3d", "RMS_norm", "SiLU", "Dropout", "CausalConv3d")
+_MODES = ("upsample2d", "upsample3d", "downsample2d", "downsample3d")
+
+
+def _diffusers_block(module: nn.Module) -> Block:
+    return _block(module.norm1, module.conv1, module.norm2, module.conv2, module.conv_shortcut)
+
+
+def _original_block(module: nn.Module) -> Block:
+    norm1, _, conv1, norm2, _, _, conv2 = module.residual
+    return _block(norm1, conv1, norm2, conv2, module.shortcut)
+
+
+def _block(norm1: nn.Module, conv1: Any, norm2: nn.Module, conv2: Any, shortcut: Any) -> Block:
+    return Block(norm1, conv1, norm2, conv2, None if isinstance(shortcut, nn.Identity) else shortcut)
+
+
+def _diffusers_block_forward(
+    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
+) -> Tensor:
+    """``WanResidualBlock``."""
+    y = _run_block(module, x, _diffusers_block(module), module.dropout, feat_cache, feat_idx)
+    return _host(module, x, feat_cache, feat_idx) if y is None else y
+
+
+def _original_block_forward(
+    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
+) -> Tensor:
+    """``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
+    y = _run_block(module, x, _original_block(module), module.residual[5], feat_cache, feat_idx)
+    return _host(module, x, feat_cache, feat_idx, final) if y is None else y
+
+
+def _run_block(
+    module: nn.Module, x: Tensor, block: Block, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index
+) -> Tensor | None:
+    parts = [part for part in block if part is not None]
+    convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
+    if (dropout.training and dropout.p) or not _are_convolutions(convs) or not readable(x, *parts) or watched(module):
+        return None
+    frames = cast(x)
+    with without_autocast(x):
+        y = residual_block(frames, block, feat_cache, [0] if feat_idx is None else feat_idx)
+    # Added to the input itself, the host's result has the wider dtype of the two.
+    return y if block.shortcut is not None else y.to(torch.promote_types(y.dtype, x.dtype))
+
+
+def _resample_forward(module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None) -> Tensor:
+    """``WanResample``."""
+    y = _run_resample(x, module, feat_cache, feat_idx)
+    return _host(module, x, feat_cache, feat_idx) if y is None else y
+
+
+def _original_resample_forward(
+    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
+) -> Tensor | None:
+    """``Resample``.
+
+    ComfyUI's (2.1), known by its parameter ``final``, has a second slot where it halves the frame rate: a single frame
+    waits there, and None is returned, until there are two or the clip ends.
+    """
+    waits = feat_cache is not None and module.mode == "downsample3d" and _takes_final(type(module))
+    # Only a frame that has been through the convolution in time may wait.
+    starts = waits and feat_cache[feat_idx[0]] is None
+    y = _run_resample(x, module, feat_cache, feat_idx)
+    if y is None:
+        return _host(module, x, feat_cache, feat_idx, final)
+    if waits:
+        feat_idx[0] += 1
+    return y if not waits or starts else _gathered(y, feat_cache, feat_idx[0] - 1, final)
+
+
+def _run_resample(x: Tensor, module: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | None:
+    parts = Resampling(module.mode, module.resample[1], getattr(module, "time_conv", None))
+    convs = (parts.conv,) if parts.time_conv is None else (parts.conv, parts.time_conv)
+    if not _are_convolutions(convs) or not readable(x, *convs) or watched(module):
+        return None
+    frames = cast(x)
+    with without_autocast(x):
+        return resample(frames, parts, feat_cache, [0] if feat_idx is None else feat_idx)
+
+
+def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: bool) -> Tensor | None:
+    waiting, feat_cache[slot] = feat_cache[slot], None
+    if waiting is not None:
+        y = torch.cat((waiting, y), dim=2)
+    if y.shape[2] == 1 and not final:
+        feat_cache[slot] = y
+        return None
+    return y
+
+
+def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """``WanCausalConv3d`` and ``CausalConv3d``."""
+    y = _run_conv(module, x, cache_x)
+    return type(module).forward(module, x, cache_x) if y is None else y
+
+
+def _original_conv_forward(
+    module: nn.Module,
+    x: Tensor,
+    cache_x: Tensor | None = None,
+    cache_list: MutableSequence[Any] | None = None,
+    cache_idx: int | None = None,
+) -> Tensor:
+    """``CausalConv3d``; ComfyUI's also takes its past out of a list."""
+    if cache_list is not None and cache_idx is not None:
+        cache_x, cache_list[cache_idx] = cache_list[cache_idx], None
+    return _conv_forward(module, x, cache_x)
+
+
+def _run_conv(module: nn.Module, x: Tensor, cache_x: Tensor | None) -> Tensor | None:
+    # Hooks of the module itself are around this forward and have done their work.
+    if not nearby(x, module):
+        return None
+    frames = to_frames(cast(x))
+    with without_autocast(x):
+        return from_frames(convolve(frames, module, cache_x))
+
+
+def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """``WanRMS_norm`` and ``RMS_norm``."""
+    casts = torch.is_autocast_enabled(x.device.type)
+    y = None if casts or not nearby(x, module) else normalize(x, module)
+    return type(module).forward(module, x) if y is None else y
+
+
+def _are_convolutions(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether they still are: an adapter that has taken a convolution's place shows its weight and computes more."""
+    return all(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in modules)
+
+
+def _host(module: nn.Module, x: Tensor, feat_cache: FeatCache, feat_idx: Index, final: bool = False) -> Tensor | None:
+    """The host's own forward."""
+    options: dict[str, Any] = {} if feat_idx is None else {"feat_idx": feat_idx}
+    options |= {"final": True} if final else {}
+    return type(module).forward(module, x, feat_cache, **options)
+
+
+@functools.cache
+def _takes_final(kind: type[nn.Module]) -> bool:
+    return "final" in inspect.signature(kind.forward).parameters
+
+
+def _norm_reason(norm: nn.Module) -> str | None:
+    gamma, scale = getattr(norm, "gamma", None), getattr(norm, "scale", None)
+    if not isinstance(gamma, Tensor) or not isinstance(scale, float):
+        return f"{type(norm).__name__} is not the Wan VAE's norm: no gamma and scale"
+    if not norm.channel_first:
+        return "its norm is over the last axis"
+    if isinstance(norm.bias, Tensor):
+        return "its norm has a bias"
+    if abs(scale**2 - gamma.numel()) > 1e-3:
+        return f"its norm scales {gamma.numel()} channels by {scale}"
+    return None
+
+
+def _conv_reason(conv: nn.Module) -> str | None:
+    if not isinstance(conv, nn.Conv3d) or not hasattr(conv, "_padding"):
+        return f"{type(conv).__name__} is not the Wan VAE's causal convolution"
+    if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
+        return "its convolution has groups, dilation or a padding mode"
+    lead = conv.kernel_size[0] - conv.stride[0] - time_padding(conv)
+    if lead < 0 or (lead > 0 and time_padding(conv)):
+        return f"kernel {conv.kernel_size[0]}, stride {conv.stride[0]} and padding {time_padding(conv)} in time"
+    return None
+
+
+def _block_reason(block: Block, activations: tuple[nn.Module, ...]) -> str | None:
+    if not all(isinstance(activation, nn.SiLU) for activation in activations):
+        return "its activation is not SiLU"
+    convs = [conv for conv in (block.conv1, block.conv2, block.shortcut) if conv is not None]
+    reasons = [_norm_reason(block.norm1), _norm_reason(block.norm2), *map(_conv_reason, convs)]
+    if any(reasons):
+        return next(reason for reason in reasons if reason)
+    if any(set(conv.stride) != {1} for conv in convs):
+        return "its convolutions have strides"
+    return None
+
+
+def _diffusers_block_reason(module: nn.Module) -> str | None:
+    return _block_reason(_diffusers_block(module), (module.nonlinearity,))
+
+
+def _original_block_reason(module: nn.Module) -> str | None:
+    layers = getattr(module, "residual", None)
+    kinds = tuple(type(layer).__name__ for layer in layers) if isinstance(layers, nn.Sequential) else ()
+    if kinds != _ORIGINAL_BLOCK or not hasattr(module, "shortcut"):
+        return "not the Wan VAE's residual block"
+    return _block_reason(_original_block(module), (layers[1], layers[4]))
+
+
+def _resample_reason(module: nn.Module) -> str | None:
+    mode, layers = getattr(module, "mode", None), getattr(module, "resample", None)
+    if mode not in _MODES:
+        return f"resampling mode {mode!r}"
+    if not isinstance(layers, nn.Sequential) or len(layers) != 2 or not isinstance(layers[1], nn.Conv2d):
+        return "not the Wan VAE's resampling layer"
+    grows, conv = mode.startswith("up"), layers[1]
+    if grows:
+        factor = getattr(layers[0], "scale_factor", None)
+        first = factor == (2.0, 2.0) and getattr(layers[0], "mode", None) in ("nearest", "nearest-exact")
+    else:
+        first = getattr(layers[0], "padding", None) == (0, 1, 0, 1)
+    strides, padding = ((1, 1), (1, 1)) if grows else ((2, 2), (0, 0))
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not first or not plain or (conv.kernel_size, conv.stride, conv.padding) != ((3, 3), strides, padding):
+        return f"its {mode} is not by 2 and 3x3"
+    if mode.endswith("2d"):
+        return None
+    conv = getattr(module, "time_conv", None)
+    reason = _conv_reason(conv) if conv is not None else "it has no convolution in time"
+    expected = ((3, 1, 1), (1, 1, 1), 2) if grows else ((3, 1, 1), (2, 1, 1), 0)
+    if reason is None and (conv.kernel_size, conv.stride, time_padding(conv)) != expected:
+        reason = f"its convolution in time has kernel {conv.kernel_size} and stride {conv.stride}"
+    return reason
+
+
+def _with_parameters(reason: Reason, *known: str) -> Reason:
+    """``reason``, or that a forward takes what is not known: these class names are common ones."""
+
+    def why(module: nn.Module) -> str | None:
+        found = reason(module)
+        if found is None:
+            unknown = [name for name in inspect.signature(type(module).forward).parameters if name not in known][1:]
+            found = f"a parameter {unknown[0]!r} in its forward that is not known" if unknown else None
+        return found
+
+    return why
+
+
+_BLOCK = "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"
+_RESAMPLE = "upsample_conv2d and causal_conv3d"
+_CONV = "causal_conv3d"
+_NORM = "norm_modulate"
+_PARAMETERS = ("x", "feat_cache", "feat_idx")
+
+#: For diffusers' ``AutoencoderKLWan``.
+RECIPES: tuple[Recipe, ...] = (
+    Recipe(
+        "WanResidualBlock",
+        "vae",
+        _BLOCK,
+        needs=("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout.p"),
+        parameters=_PARAMETERS,
+        forward=_diffusers_block_forward,
+        fits=_diffusers_block_reason,
+    ),
+    Recipe(
+        "WanResample",
+        "vae",
+        _RESAMPLE,
+        needs=("mode", "resample"),
+        parameters=_PARAMETERS,
+        forward=_resample_forward,
+        fits=_resample_reason,
+    ),
+    Recipe(
+        "WanCausalConv3d",
+        "vae",
+        _CONV,
+        needs=("_padding", "weight", "bias", "kernel_size", "stride"),
+        parameters=("x", "cache_x"),
+        forward=_conv_forward,
+        fits=_conv_reason,
+    ),
+    Recipe(
+        "WanRMS_norm",
+        "vae",
+        _NORM,
+        needs=("gamma", "scale", "bias", "channel_first"),
+        parameters=("x",),
+        forward=_norm_forward,
+        fits=_norm_reason,
+    ),
+)
+
+#: For the modules of the Wan repositories and ComfyUI. Their names are common ones: a module that is not the Wan VAE's,
+#: or not as it is known, is left with the reason.
+ORIGINAL_RECIPES: tuple[Recipe, ...] = tuple(
+    Recipe(host, "vae", by, needs=(), parameters=None, forward=forward, fits=_with_parameters(reason, *known))
+    for host, by, forward, reason, known in (
+        ("ResidualBlock", _BLOCK, _original_block_forward, _original_block_reason, (*_PARAMETERS, "final")),
+        ("Resample", _RESAMPLE, _original_resample_forward, _resample_reason, (*_PARAMETERS, "final")),
+        ("CausalConv3d", _CONV, _original_conv_forward, _conv_reason, ("x", "cache_x", "cache_list", "cache_idx")),
+        ("RMS_norm", _NORM, _norm_forward, _norm_reason, ("x",)),
+    )
+)

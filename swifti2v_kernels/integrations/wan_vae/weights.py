@@ -1,0 +1,120 @@
+"""Weights of a host's convolutions, where they are at the moment of a call.
+
+Nothing is kept between calls: offloading moves weights, casting hooks change their dtype, and an adapter may replace
+the whole module. Whether a module's weights may be read past its own ``forward`` is therefore asked at every call
+(:func:`readable`); if not, the caller goes the host's way, through the module.
+
+ComfyUI keeps weights elsewhere too, but has a function that lends them (``comfy.ops.cast_bias_weight``), which
+:class:`Lent` uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...common.registration import PACKAGE
+from ..hooks import hooked
+
+
+def readable(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether the parameters of all ``modules`` may be read without calling them, for an operator on ``x``."""
+    return all(not _is_wrapped(module) and nearby(x, module) for module in modules)
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether something happens when a module within ``layer`` is called: its activation, say, which we do not call."""
+    return any(_is_wrapped(module) for module in layer.modules() if module is not layer)
+
+
+def nearby(x: Tensor, module: nn.Module) -> bool:
+    """Whether the module's own parameters can be used with ``x`` as they are, or after the cast that its host makes.
+
+    They are on the device of ``x`` in its dtype, or in another that autocast casts. Quantised weights, which are
+    tensors of classes of their own, are not.
+    """
+    if _is_lent(module):
+        return _lender() is not None and not _autocasts(x)
+    casts = _autocasts(x)
+    return all(
+        type(p) in (Tensor, nn.Parameter) and p.device == x.device and (casts or p.dtype == x.dtype)
+        for p in module._parameters.values()
+        if p is not None
+    )
+
+
+def cast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that a convolution of it has in PyTorch: autocast's where that is on, but float64 stays."""
+    if _autocasts(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The operators take all their tensors in one dtype; under autocast their callers have :func:`cast` them before."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+
+
+class Lent:
+    """``with Lent(conv, x) as (weight, bias):`` in the dtype of ``x`` and for as long as the block lasts."""
+
+    def __init__(self, conv: nn.Module, x: Tensor):
+        self._conv, self._x = conv, x
+        self._lender = _lender() if _is_lent(conv) else None
+        self._loan: tuple[Any, ...] = ()
+
+    def __enter__(self) -> tuple[Tensor, Tensor | None]:
+        if self._lender is not None:
+            self._loan = self._lender.cast_bias_weight(self._conv, self._x, offloadable=True)
+            weight, bias = self._loan[:2]
+        else:
+            weight, bias = self._conv.weight, self._conv.bias
+        return weight.to(self._x.dtype), None if bias is None else bias.to(self._x.dtype)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lender is not None:
+            self._lender.uncast_bias_weight(self._conv, *self._loan)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """``[C', C, kt, kh, kw]`` as the operators read it; a ``[C', C, kh, kw]`` one gets one tap in time.
+
+    A copy unless it lies so already; small beside the convolution, which reads every weight once a pixel.
+    """
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
+    return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether something happens when ``module`` is called that reading its weights would miss."""
+    if hooked(module):
+        return True
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{PACKAGE}.integrations.")
+    return not ours
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _is_lent(module: nn.Module) -> bool:
+    """Whether ComfyUI casts, moves or patches this module's weights at every call."""
+    return any(getattr(module, name, None) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
+
+
+def _lender() -> ModuleType | None:
+    """ComfyUI's operators if they lend weights: versions before that are gone by the module itself."""
+    ops = sys.modules.get("comfy.ops")
+    lend = getattr(ops, "cast_bias_weight", None)
+    if lend is None or not hasattr(ops, "uncast_bias_weight"):
+        return None
+    return ops if "offloadable" in inspect.signature(lend).parameters else None

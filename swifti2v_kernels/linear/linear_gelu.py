@@ -1,0 +1,127 @@
+"""The first half of a feed-forward: a linear layer with GELU (tanh) in the epilogue of its product.
+
+    out = gelu_tanh(x @ weight^T + bias)
+
+| tensor | shape    | dtype                  | layout                                  |
+|--------|----------|------------------------|-----------------------------------------|
+| x      | [..., K] | fp32, fp16, bf16, fp64 | rows that flatten to [M, K] without a copy |
+| weight | [N, K]   | as x                   | contiguous                              |
+| bias   | [N]      | as x                   | contiguous                              |
+| out    | [..., N] | as x                   | contiguous                              |
+
+The byte count, for M tokens of C channels and N = F * C hidden ones: the product writes M * N elements; GELU as a pass
+of its own reads and writes them once more, 2 * F * C elements a token. For Wan 1.3B (F = 5.83) that is 11.7 times a
+row of the residual stream, as much as everything else that is not a product in the block; at 70,400 tokens in 16 bits
+2.5 GB a layer. In place of a second buffer it also saves M * N elements of memory.
+
+torch already has the epilogue: on CUDA ``aten::_addmm_activation`` is one cuBLASLt call with ``EPILOGUE_GELU_BIAS``,
+which saves all of it. A kernel of ours could only lose by being a slower matrix product, so there is none. On the CPU,
+where that operator means the exact GELU, and in graphs that ``torch.compile`` fuses itself, it is a linear layer and a
+GELU in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.checks import check_targets
+from ..common.cost import Cost
+from ..common.dispatch import Choice, explained_by
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The formula above, differentiable."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Choice:
+    _check(x, weight, bias, out)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+        return Choice("torch", "reference", "an input needs gradients")
+    if torch.compiler.is_compiling():
+        return Choice("torch", "reference", "torch.compile fuses it")
+    if x.device.type == "cuda" and torch.version.hip is None:
+        return Choice("torch", "cuBLASLt epilogue", "bias and GELU in the product's last store")
+    return Choice("torch", "linear, GELU in place", f"no fused tanh GELU on {x.device.type}")
+
+
+@explained_by(_choose)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``, as in ``torch.nn.Linear``.
+        bias: ``[N]``.
+        out: where to write, ``[..., N]`` contiguous; overlaps no input.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x`` (``out`` if given).
+
+    Raises:
+        TypeError, ValueError: a type, shape, dtype or layout does not fit; the message names the argument.
+
+    Example:
+        >>> linear_gelu(torch.randn(1, 30, 96), torch.randn(256, 96), torch.randn(256)).shape
+        torch.Size([1, 30, 256])
+
+    Source: feed-forward of Wan (diffusers ``FeedForward`` with ``gelu-approximate``).
+    """
+    chosen = _choose(x=x, weight=weight, bias=bias, out=out)
+    if out is not None and not torch.compiler.is_compiling():
+        check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias}, ())
+    if chosen.implementation == "reference":
+        y = linear_gelu_reference(x, weight, bias)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows, result = x.view(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if chosen.implementation == "cuBLASLt epilogue":
+        torch.ops.aten._addmm_activation.out(bias, rows, weight.t(), use_gelu=True, out=result)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=result)
+        torch.ops.aten.gelu_(result, approximate="tanh")
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected [..., {weight.shape[-1]}] for weight {list(weight.shape)}, got {list(x.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.dtype != x.dtype or parameter.device != x.device or not parameter.is_contiguous():
+            layout = "" if parameter.is_contiguous() else ", not contiguous"
+            raise ValueError(
+                f"{name}: expected {x.dtype} on {x.device}, contiguous,"
+                f" got {parameter.dtype} on {parameter.device}{layout}"
+            )
+    try:
+        x.view(-1, x.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"x: expected rows that flatten to [M, {x.shape[-1]}] without a copy, got shape {list(x.shape)} with"
+            f" strides {x.stride()}"
+        ) from None
+    if out is not None:
+        wanted = (*x.shape[:-1], weight.shape[0])
+        if out.shape != wanted or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
+            raise ValueError(
+                f"out: expected {list(wanted)} {x.dtype} on {x.device}, contiguous,"
+                f" got {list(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
+            )
+
+
+def cost(tokens: int, channels: int, hidden: int, itemsize: int = 2, *, fused: bool = True) -> Cost:
+    """Least cost of one call; ``fused=False`` adds the pass that the epilogue saves, for comparison."""
+    extra = 0 if fused else tokens * hidden * itemsize
+    return Cost(
+        2 * tokens * channels * hidden + 8 * tokens * hidden,
+        (tokens * channels + channels * hidden + hidden) * itemsize + extra,
+        tokens * hidden * itemsize + extra,
+    )

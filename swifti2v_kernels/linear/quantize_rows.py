@@ -1,0 +1,141 @@
+"""Rows to 8 bits with a scale each: what stands before a product of 8-bit numbers where no norm can make them.
+
+    scale = max|x| / LARGEST                                                            (over the channels of a row)
+    value = round(x / scale)                                           (to nearest, ties to even; LARGEST: 448 or 127)
+
+| tensor | shape    | dtype                          | layout                                                     |
+|--------|----------|--------------------------------|------------------------------------------------------------|
+| x      | [..., C] | fp32, fp16, bf16 (fp64: torch) | rows that flatten to [M, C]: any row stride, C contiguous  |
+| values | [..., C] | float8_e4m3fn, int8            | as x                                                       |
+| scales | [...]    | float32                        | numbers that flatten to [M]                                |
+
+In float32, rounded once; rows of zeros and rows with a NaN or an infinity are told in
+:mod:`swifti2v_kernels.linear.rows`. Lossy: a value is off by at most half a step, 1/16 of itself in float8 and
+1/254 of its row's largest in int8.
+
+Why a kernel: a row is read once and stays in registers between its maximum and its values, so that M * C elements of
+16 bits cost 3 bytes each (2 read, 1 written, and 4 a row for the scale); eager PyTorch, with its float32 copies, 39.
+The norms of ``norm/adaln.py`` do the same to their results with ``quantize=``, without reading them again; this
+operator is for the inputs of a block's other products. FLOPs: about 5 an element. Not yet timed on hardware.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.checks import FLOATS, check_targets
+from ..common.cost import Cost
+from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.registration import add_op_namespace_prefix
+from ..common.target import on_device
+from .rows import (
+    QuantizedRows,
+    check_dtype,
+    check_out,
+    check_rows,
+    float8_obstacle,
+    new_rows,
+    quantized_reference,
+    written,
+)
+
+#: A row is held in registers.
+MAX_CHANNELS = 16384
+
+
+def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """The formula above."""
+    return quantized_reference(x.to(torch.promote_types(x.dtype, torch.float32)), dtype)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("quantize_rows"),
+    mutates_args=("values", "scales"),
+    schema="(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()",
+)
+def _quantize_rows_op(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    out = QuantizedRows(values, scales)
+    check_targets(out.parts("out"), {"x": x}, ())
+    if x.numel():
+        from .quantize_rows_kernel import launch_quantize_rows
+
+        with on_device(x.device):
+            launch_quantize_rows(x, out)
+
+
+@_quantize_rows_op.register_fake
+def _(x, values, scales):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _choose(x: Tensor, dtype: torch.dtype, out: QuantizedRows | None, backend: str) -> Choice:
+    _check(x, dtype, out)
+    chosen, reason = pick_backend(backend, _obstacle(x, dtype))
+    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+
+
+@explained_by(_choose)
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    *,
+    out: QuantizedRows | None = None,
+    backend: str = "auto",
+) -> QuantizedRows:
+    """Rounds every row to 8 bits, with a scale of its own; the result has no gradients.
+
+    Args:
+        x: ``[..., C]``: rows with contiguous channels that flatten to ``[M, C]`` without a copy, any stride apart.
+        dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
+        out: where to write: values shaped as ``x`` with its layout rules, float32 scales ``[...]`` that flatten to
+            ``[M]``; overlaps nothing. With it a kernel allocates nothing.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
+
+    Returns:
+        Values ``[..., C]`` in ``dtype`` and float32 scales ``[...]``, the tensors of ``out`` if it was given. A row
+        of zeros has scale 1, one with a NaN or an infinity scale NaN.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it.
+
+    Example:
+        >>> values, scales = quantize_rows(torch.tensor([[1.0, -2.0, 254.0], [0.0, 0.0, 0.0]]), torch.int8)
+        >>> values.tolist(), scales.tolist()
+        ([[0, -1, 127], [0, 0, 0]], [2.0, 1.0])
+
+    Source: symmetric quantisation of activations by token, as for 8-bit products of transformers.
+    """
+    _check(x, dtype, out)
+    chosen, _ = pick_backend(backend, _obstacle(x, dtype))
+    if chosen == "torch":
+        if out is not None and not torch.compiler.is_compiling():
+            check_targets(out.parts("out"), {"x": x}, ())
+        return written(out, quantize_rows_reference(x, dtype))
+    out = new_rows(x, dtype) if out is None else out
+    _quantize_rows_op(x, *out)
+    return out
+
+
+def _check(x: Tensor, dtype: torch.dtype, out: QuantizedRows | None) -> None:
+    check_rows("x", x)
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: expected float32, float16 or bfloat16 (float64: torch), got {x.dtype}")
+    check_dtype("dtype", dtype)
+    if out is not None:
+        check_out("out", out, x, dtype)
+        check_rows("out.values", out.values)
+        check_rows("out.scales", out.scales, trailing=0)
+
+
+def _obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
+    if (reason := kernel_obstacle((x,))) is not None:
+        return reason
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[-1]}"
+    return float8_obstacle("round to", dtype, x.device)
+
+
+def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:
+    """Least cost of one call."""
+    return Cost(5 * rows * channels, rows * channels * itemsize, rows * (channels + 4))

@@ -1,0 +1,136 @@
+"""Rows in 8 bits: values and one scale a row.
+
+    scale = max|row| / LARGEST        value = round(row / scale)        row ~ value * scale
+
+The scale is float32 and the quotient is rounded to the nearest value, ties to even. It is taken as ``row * (1 /
+scale)`` in float32: dividing every element would cost kernels more than memory does, and the two differ by 2e-7 of the
+value, which counts only for what lies that close to the middle between two values.
+
+* A row whose scale would be below float32's normal numbers (zeros, or nothing above 5e-36) has scale 1 and values 0.
+* A row with a NaN or an infinity has scale NaN, so that all that is computed from it is NaN, and values of no meaning.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.target import capability_of
+
+#: The largest magnitude of the 8-bit dtypes that rows are quantised to.
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+#: The 8-bit dtypes that rows are stored in.
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+#: The least scale: the smallest normal number of float32, of which the reciprocal is finite.
+LEAST_SCALE = 2.0**-126
+#: GPUs older than this have no instruction that rounds to float8.
+FLOAT8_CAPABILITY = 89
+
+
+class QuantizedRows(NamedTuple):
+    """``values * scales[..., None]``: activations [..., C] with a scale a token, or weights [N, K] with one an output.
+
+    ``values`` are float8_e4m3fn or int8 (weights from files also float8_e5m2), ``scales`` float32 [...].
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Both tensors by the names that messages give them."""
+        return {f"{name}.values": self.values, f"{name}.scales": self.scales}
+
+
+def quantized_reference(rows: Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """The formula above for float32 or float64 ``rows`` [..., C]; without gradients."""
+    rows = rows.detach()
+    scales = rows.abs().amax(dim=-1).float() / LARGEST[dtype]
+    finite = scales.isfinite()
+    scales = scales.masked_fill(scales < LEAST_SCALE, 1.0).masked_fill(~finite, float("nan"))
+    values = (rows * (1.0 / scales).unsqueeze(-1)).masked_fill(~finite.unsqueeze(-1), 0.0)
+    if dtype == torch.int8:
+        values = values.round()
+    return QuantizedRows(values.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales)
+
+
+def new_rows(like: Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """Unwritten rows, shaped as ``like`` [..., C]."""
+    return QuantizedRows(like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape[:-1], dtype=torch.float32))
+
+
+def written(out: QuantizedRows | None, rows: QuantizedRows) -> QuantizedRows:
+    """``rows``, copied to ``out`` where there is one."""
+    if out is None:
+        return rows
+    out.values.copy_(rows.values)
+    out.scales.copy_(rows.scales)
+    return out
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Rows are quantised to ``dtype``.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if dtype not in LARGEST:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, LARGEST))}, got {dtype}")
+
+
+def check_out(name: str, out: QuantizedRows, like: Tensor, dtype: torch.dtype) -> None:
+    """``out`` can hold the rows of ``like`` [..., C] in ``dtype``.
+
+    Raises:
+        TypeError: not a pair of tensors.
+        ValueError: shape, dtype, device or layout do not fit.
+    """
+    if not isinstance(out, QuantizedRows):
+        raise TypeError(f"{name}: expected QuantizedRows, got {type(out).__name__}")
+    wanted = {"values": (like.shape, dtype), "scales": (like.shape[:-1], torch.float32)}
+    for part, (shape, kind) in wanted.items():
+        x = getattr(out, part)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}.{part}: expected a tensor, got {type(x).__name__}")
+        if x.shape != shape or x.dtype != kind or x.device != like.device:
+            raise ValueError(
+                f"{name}.{part}: expected {list(shape)} {kind} on {like.device}, got {list(x.shape)} {x.dtype}"
+                f" on {x.device}"
+            )
+    if like.shape[-1] > 1 and out.values.stride(-1) != 1:
+        stride = out.values.stride(-1)
+        raise ValueError(f"{name}.values: expected the channels to be contiguous (stride 1), got stride {stride}")
+
+
+def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
+    """The leading axes of ``x`` flatten to one axis of rows without a copy; ``trailing`` axes of channels (1, none: 0),
+    contiguous and not empty, stay.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: they do not flatten, or the channels do not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if trailing and (x.ndim < 1 or x.shape[-1] == 0):
+        raise ValueError(f"{name}: expected [..., C] with at least one channel, got {list(x.shape)}")
+    if trailing and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(-1)}")
+    axes = list(zip(x.shape, x.stride(), strict=True))[: x.ndim - trailing]
+    leading = [(n, stride) for n, stride in axes if n != 1]
+    if x.numel() and any(a[1] != b[0] * b[1] for a, b in itertools.pairwise(leading)):
+        kind = "rows that flatten to [M, C]" if trailing else "numbers that flatten to [M]"
+        raise ValueError(f"{name}: expected {kind} without a copy, got shape {list(x.shape)} with strides {x.stride()}")
+
+
+# Constant for a device: under torch.compile it is read once, at trace time.
+@torch.compiler.assume_constant_result
+def float8_obstacle(does: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel that ``does`` something with rows of ``dtype`` (``multiply``, ``round to``) exists for ``device``,
+    which has kernels; None if one does."""
+    capability = capability_of(device)
+    if dtype == torch.int8 or capability is None or capability >= FLOAT8_CAPABILITY:
+        return None
+    return f"kernels that {does} float8 exist for compute capability 8.9 and newer, this device has {capability / 10}"

@@ -1,0 +1,298 @@
+"""Tokens of a window straight from the stores of latents that its blocks lie in.
+
+    token[t, y, x] = W @ patch(concat(latents[latent_index[t]], mask[t], reference[reference_index[t]]), y, x) + bias
+
+The T blocks of a window (a block is one latent frame) are wherever their indices say, in any order: noisy ones in
+``latents``; given ones, index -1, in ``reference``. Gathering them, joining the channels, cutting patches and the
+product of the patch embedding are one kernel: no tensor of the window's pixels or patches exists.
+
+| tensor          | shape                 | dtype            | layout                                            |
+|-----------------|-----------------------|------------------|---------------------------------------------------|
+| latents         | [B, z, S, h, w]       | fp32, fp16, bf16 | any strides, w contiguous                         |
+| reference       | [B, z_ref, N, h, w]   | fp32, fp16, bf16 | the same; a dtype of its own                      |
+| weight, bias    | [C, C_in, 1, p, q], [C] | fp32, fp16, bf16 | contiguous, as in Conv3d                        |
+| latent_index, reference_index | [T]     | int32            | contiguous                                        |
+| mask            | [T]                   | fp32             | contiguous                                        |
+| out             | [B, T*(h/p)*(w/q), C] | as weight        | any batch and token strides, C contiguous         |
+
+C_in is z (latents alone) or z + m + z_ref (latents, m mask channels of one value a block, reference; Wan I2V:
+16 + 4 + 16). Channels are rounded to the dtype of ``weight``, products and the bias are float32, the token is rounded
+once. Sums run in the order of tiles, so results of different backends differ by rounding only.
+
+FLOPs: 2 * B * T*(h/p)*(w/q) * C * C_in*p*q. Least traffic: the blocks and the weight read once, the tokens written
+once. Against ``torch.cat`` and a Conv3d it saves the copies of the window's channels, in the stores' dtype and in the
+weight's. Timed on an NVIDIA H200 only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..common.checks import check_index, check_parameter, check_range, check_store, check_targets
+from ..common.cost import Cost
+from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.registration import add_op_namespace_prefix
+from ..common.target import on_device
+
+
+def embed_window_reference(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Tensor | None,
+    latent_index: Tensor | None,
+    reference_index: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The formula above, differentiable; arguments as in :func:`embed_window`."""
+    num_blocks = latents.shape[2] if latent_index is None else latent_index.shape[0]
+    x, inside = _gather(latents, latent_index, num_blocks, weight.dtype)
+    if reference is not None:
+        given, known = _gather(reference, reference_index, num_blocks, weight.dtype)
+        if latent_index is not None and given.shape[1] == x.shape[1]:
+            replaced = latent_index == -1
+            x = torch.where(replaced[:, None, None], given, x)
+            inside = inside | (replaced & known)
+        if weight.shape[1] != latents.shape[1]:
+            parts = [x, given]
+            if mask is not None:
+                channels = weight.shape[1] - x.shape[1] - given.shape[1]
+                shown = mask.to(weight.dtype)[:, None, None].expand(len(x), channels, -1, *x.shape[3:])
+                parts.insert(1, shown)
+            x, inside = torch.cat(parts, dim=1), inside & known
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    patches = rearrange(
+        x.to(wide), "b c t (y p) (x q) -> b t (y x) (c p q)", p=weight.shape[3], q=weight.shape[4]
+    )  # [B, T, tokens of a block, K]
+    tokens = F.linear(patches, weight.flatten(1).to(wide), None if bias is None else bias.to(wide))
+    if latent_index is not None or reference_index is not None:
+        tokens = tokens.masked_fill(~inside[:, None, None], float("nan"))
+    return tokens.flatten(1, 2).to(weight.dtype)
+
+
+def _gather(store: Tensor, index: Tensor | None, num_blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Blocks ``[B, z, T, h, w]`` of a store, any one where the index lies outside, and whether it lies inside."""
+    if index is None:
+        index = torch.arange(num_blocks, device=store.device)
+    last = store.shape[2] - 1
+    return store.index_select(2, index.clamp(0, last)).to(dtype), (index >= 0) & (index <= last)
+
+
+# The operator writes into ``out`` and returns nothing, so that the public function's allocation is the only one and
+# torch.compile sees it. The schema is spelled out because torch 2.6 cannot read ``Tensor?`` from ``Tensor | None``.
+@torch.library.custom_op(
+    add_op_namespace_prefix("embed_window"),
+    mutates_args=("out",),
+    schema="(Tensor latents, Tensor weight, Tensor? bias, Tensor? reference, Tensor? latent_index,"
+    " Tensor? reference_index, Tensor? mask, Tensor(a!) out) -> ()",
+)
+def _embed_window_op(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Tensor | None,
+    latent_index: Tensor | None,
+    reference_index: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+) -> None:
+    arguments = (latents, weight, bias, reference, latent_index, reference_index, mask)
+    _check_contents(*arguments, out)
+    if out.numel():
+        from .embed_window_kernel import launch_embed_window
+
+        with on_device(out.device):
+            launch_embed_window(*arguments, out)
+
+
+@_embed_window_op.register_fake
+def _(latents, weight, bias, reference, latent_index, reference_index, mask, out):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _choose(*, backend: str, out: Tensor | None, **arguments: Any) -> Choice:
+    _check(**arguments, out=out)
+    chosen, reason = pick_backend(backend, kernel_obstacle((*arguments.values(), out)))
+    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+
+
+@explained_by(_choose)
+def embed_window(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reference: Tensor | None = None,
+    latent_index: Tensor | None = None,
+    reference_index: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Patch embedding of a window whose blocks are read where they are.
+
+    Args:
+        latents: store of noisy latents ``[B, z, S, h, w]``, any strides but w contiguous; h and w are multiples of the
+            patch. Stride 0 (``expand``) is fine.
+        weight: of the patch embedding, ``[C, C_in, 1, p, q]`` contiguous, as Conv3d has it. ``C_in`` is ``z``, or
+            ``z + m + z_ref`` for channels in the order latents, mask, reference.
+        bias: ``[C]`` in the dtype of ``weight``.
+        reference: store ``[B, z_ref, N, h, w]`` of given blocks, of any floating dtype; any strides but w contiguous.
+        latent_index: int32 ``[T]`` on the device: block i of the window is ``latents[:, :, latent_index[i]]``, in any
+            order and repeated if need be; -1: the block is given, and its latents are those of ``reference``, which
+            must then have z channels. Default ``0 .. S-1``.
+        reference_index: int32 ``[T]``: the index of each block in ``reference``; default ``0 .. T-1``.
+        mask: float32 ``[T]``: the value of all m mask channels of each block (1: given). For ``m > 0`` only.
+        out: where to write, ``[B, T*(h/p)*(w/q), C]`` in the dtype of ``weight``, C contiguous; overlaps no input.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
+
+    Returns:
+        Tokens ``[B, T*(h/p)*(w/q), C]`` in the dtype of ``weight``, by block, row and column (``out`` if given). Index
+        values are checked on the CPU only; on a GPU, an entry out of range makes its block's tokens NaN.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
+
+    Example:
+        >>> latents, given = torch.randn(1, 16, 5, 4, 6), torch.randn(1, 16, 9, 4, 6)
+        >>> weight = torch.randn(32, 36, 1, 2, 2)
+        >>> index, mask = torch.tensor([4, -1, 0], dtype=torch.int32), torch.tensor([0.0, 1.0, 0.0])
+        >>> embed_window(latents, weight, reference=given, latent_index=index, mask=mask).shape
+        torch.Size([1, 18, 32])
+
+    Source: patch embedding of Wan's DiT (arXiv 2503.20314); windows of SwiftI2V's CSG (arXiv 2605.06356).
+    """
+    arguments = (latents, weight, bias, reference, latent_index, reference_index, mask)
+    shape = _check(*arguments, out)
+    chosen, _ = pick_backend(backend, kernel_obstacle((*arguments, out)))
+    if chosen == "torch":
+        if out is not None and not torch.compiler.is_compiling():
+            _check_contents(*arguments, out)
+        tokens = embed_window_reference(*arguments)
+        return tokens if out is None else out.copy_(tokens)
+    if out is None:
+        out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    _embed_window_op(*arguments, out)
+    return out
+
+
+def _check(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Tensor | None,
+    latent_index: Tensor | None,
+    reference_index: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor | None,
+) -> tuple[int, int, int]:
+    """What can be known without values and addresses; returns the shape of the tokens."""
+    check_store("latents", latents)
+    if reference is not None:
+        check_store("reference", reference, latents)
+    batch, z, num_latents, height, width = latents.shape
+    device = latents.device
+    check_parameter("weight", weight, ("C", "C_in", 1, "p", "q"), None, device)
+    channels, in_channels, _, *patch = weight.shape
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(f"latents: {height} x {width} is not a multiple of weight's patch {patch[0]} x {patch[1]}")
+    if bias is not None:
+        check_parameter("bias", bias, (channels,), weight.dtype, device)
+    num_blocks = num_latents
+    if latent_index is not None:
+        num_blocks = latent_index.shape[0] if isinstance(latent_index, Tensor) and latent_index.ndim == 1 else None
+        has_given = reference is not None and reference.shape[1:2] == (z,)
+        check_index("latent_index", latent_index, None, -1 if has_given else 0, num_latents - 1, device)
+    mask_channels = _check_reference(reference, reference_index, latents, in_channels, num_blocks)
+    if mask_channels and mask is None:
+        raise ValueError(f"mask: expected float32 [{num_blocks}] for weight's {mask_channels} mask channels, got None")
+    if mask is not None:
+        if not mask_channels:
+            raise ValueError(f"mask: expected None, since weight ({in_channels} channels) has no mask channels")
+        check_parameter("mask", mask, (num_blocks,), torch.float32, device)
+    shape = (batch, num_blocks * (height // patch[0]) * (width // patch[1]), channels)
+    if out is not None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+        if out.shape != shape or out.dtype != weight.dtype or out.device != device:
+            raise ValueError(
+                f"out: expected {list(shape)} {weight.dtype} on {device}, got {list(out.shape)} {out.dtype}"
+                f" on {out.device}"
+            )
+        if channels > 1 and out.stride(2) != 1:
+            raise ValueError(f"out: expected its last axis to be contiguous (stride 1), got stride {out.stride(2)}")
+    return shape
+
+
+def _check_reference(
+    reference: Tensor | None, reference_index: Tensor | None, latents: Tensor, in_channels: int, num_blocks: int
+) -> int:
+    """Returns the number of mask channels."""
+    z = latents.shape[1]
+    if reference is None:
+        if reference_index is not None:
+            raise ValueError("reference_index: expected None, since there is no reference")
+        if in_channels != z:
+            raise ValueError(
+                f"weight: expected {z} channels, those of latents, got {in_channels}; more need a reference"
+            )
+        return 0
+    z_ref, num_references = reference.shape[1:3]
+    if reference_index is not None:
+        check_index("reference_index", reference_index, num_blocks, 0, num_references - 1, latents.device)
+    elif num_references < num_blocks:
+        raise ValueError(
+            f"reference: expected at least {num_blocks} blocks without reference_index, got {num_references}"
+        )
+    if in_channels == z:
+        if z_ref != z:
+            raise ValueError(f"reference: expected {z} channels as latents, got {z_ref}; weight takes latents alone")
+        return 0
+    if in_channels < z + z_ref:
+        raise ValueError(
+            f"weight: expected {z} channels (latents), or at least {z} + {z_ref} (latents, mask, reference),"
+            f" got {in_channels}"
+        )
+    return in_channels - z - z_ref
+
+
+def _check_contents(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Tensor | None,
+    latent_index: Tensor | None,
+    reference_index: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+) -> None:
+    """What only real tensors can tell: values of indices, and addresses."""
+    if latents.device.type == "cpu":
+        if latent_index is not None:
+            has_given = reference is not None and reference.shape[1] == latents.shape[1]
+            check_range("latent_index", latent_index, -1 if has_given else 0, latents.shape[2] - 1)
+        if reference is not None and reference_index is not None:
+            check_range("reference_index", reference_index, 0, reference.shape[2] - 1)
+    inputs = {"latents": latents, "weight": weight, "bias": bias, "reference": reference, "mask": mask}
+    inputs |= {"latent_index": latent_index, "reference_index": reference_index}
+    check_targets({"out": out}, inputs, ())
+
+
+def cost(
+    batch: int, tokens: int, features: int, width: int, mask_features: int = 0, itemsize: int = 2, store: int = 4
+) -> Cost:
+    """Least cost of one window.
+
+    Args:
+        batch, tokens: entries, and tokens of each: blocks times patches of a block.
+        features: K, channels of the weight times pixels of a patch; ``mask_features`` of them are not read.
+        width: C.
+        itemsize, store: bytes of an element of the weight and of the stores.
+    """
+    read = batch * tokens * (features - mask_features) * store + width * (features + 1) * itemsize
+    return Cost(2 * batch * tokens * features * width, read, batch * tokens * width * itemsize)

@@ -1,0 +1,284 @@
+"""Timing with a clock that the tests wind, so that turns, counts and percentiles are exact; and whose code is timed."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.harness import environment, timing
+from bench.harness.environment import capture, energy_joules, git_state, machine_state, process_memory
+from bench.harness.timing import (
+    ROUNDS,
+    CudaTimer,
+    Timing,
+    WallTimer,
+    limited,
+    make_timer,
+    measure_ceilings,
+    peak_of,
+    summary,
+    time_one,
+)
+from tests.support.bench_session import CPU, timer
+
+CUDA = torch.device("cuda")
+
+
+class Clock:
+    """Seconds that pass only where a call takes them, and what was called in which order."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def call(self, name: str, seconds: float | Callable[[], float]) -> Callable[[], None]:
+        """A call that takes so long."""
+
+        def run() -> None:
+            self.log.append(name)
+            self.now += seconds() if callable(seconds) else seconds
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: found.now))
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 25, 100])
+def test_a_summary_is_the_median_and_the_20th_and_80th_percentile(count: int) -> None:
+    """As numpy has them, whatever the order of the runs."""
+    seconds = np.random.default_rng(count).exponential(size=count)
+    found = summary(seconds.tolist(), 0.25)
+    assert found[:3] == pytest.approx(np.percentile(seconds, (50, 20, 80)).tolist())
+    assert found[3:] == (count, 0.25)
+
+
+def test_one_run_has_no_spread() -> None:
+    assert summary([0.5]) == Timing(0.5, 0.5, 0.5, 1, None)
+    row = summary([0.5], 1e-5).row()
+    assert row == {
+        "seconds": 0.5, "seconds_low": 0.5, "seconds_high": 0.5, "runs": 1, "launch_seconds": 1e-5,
+    }  # fmt: skip
+
+
+def test_calls_take_turns_and_as_many_as_the_time_holds(clock: Clock) -> None:
+    """Two calls to warm up and to estimate each, then rounds of all; 0.1 s a call: 2 x 5 of 0.01 s, 1 x 5 of 0.05 s."""
+    calls = {"short": clock.call("short", 0.01), "long": clock.call("long", 0.05), "longer": clock.call("longer", 3.0)}
+    found = WallTimer(100)(calls)
+    first, rounds = clock.log[:6], clock.log[6:]
+    assert first == ["short"] * 2 + ["long"] * 2 + ["longer"] * 2
+    assert rounds == ["short", "short", "long", "longer"] * ROUNDS
+    assert {name: found[name].runs for name in found} == {"short": 2 * ROUNDS, "long": ROUNDS, "longer": ROUNDS}
+    assert [found[name].median for name in calls] == pytest.approx([0.01, 0.05, 3.0])
+
+
+def test_a_drift_of_the_clocks_falls_on_all_calls_alike(clock: Clock) -> None:
+    """The machine slows down more than twice over the run; the same call under two names looks about the same. One
+    after the other, the second would take 1.8 times as long."""
+    calls = {name: clock.call(name, lambda: 0.001 * (1 + 60 * clock.now)) for name in ("first", "second")}
+    found = WallTimer(10)(calls)
+    assert found["first"].runs == found["second"].runs == 2 * ROUNDS
+    assert found["first"].high > 1.7 * found["first"].low
+    assert found["second"].median == pytest.approx(found["first"].median, rel=0.2)
+
+
+def test_a_call_too_short_for_the_clock_ends(clock: Clock) -> None:
+    """An estimate of nothing is taken as a microsecond."""
+    found = WallTimer(0.1)({"nothing": clock.call("nothing", 0.0)})
+    assert found["nothing"] == Timing(0.0, 0.0, 0.0, 100)
+
+
+def test_one_call_alone(clock: Clock) -> None:
+    assert time_one(WallTimer(100), clock.call("one", 0.02)) == pytest.approx((0.02, 0.02, 0.02, ROUNDS, None))
+    assert isinstance(make_timer(CPU, 7), WallTimer)
+    assert make_timer(CPU, 7).milliseconds == 7  # type: ignore[attr-defined]
+
+
+# On CUDA: the same by a stand-in for torch, whose events read the clock
+
+
+@pytest.fixture
+def gpu(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A GPU of which the timer sees what it needs: the flush takes 7 s, a replay half of what its call takes."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1e3 * (other.at - self.at)
+
+    class Graph:
+        def replay(self) -> None:
+            start = clock.now
+            self.run()
+            clock.log[-1] += " replayed"
+            clock.now = start + (clock.now - start) / 2
+
+    @contextmanager
+    def capturing(graph: Graph) -> Iterator[None]:
+        before, start = len(clock.log), clock.now
+        yield
+        (name,) = clock.log[before:]
+        if name == "synchronises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        seconds = clock.now - start
+        graph.run = clock.call(name, seconds)
+        clock.log[before:], clock.now = [], start
+
+    flush = SimpleNamespace(zero_=clock.call("flush", 7.0))
+    cuda = SimpleNamespace(Event=Event, CUDAGraph=Graph, graph=capturing, synchronize=lambda: None)
+    fake = SimpleNamespace(cuda=cuda, int8=torch.int8, empty=lambda *size, **options: flush)
+    monkeypatch.setattr(timing, "torch", fake)
+    return clock
+
+
+def test_on_cuda_l2_is_flushed_before_every_timed_run_and_the_flush_is_not_timed(gpu: Clock) -> None:
+    found = CudaTimer(1000, graphs=False)({"a": gpu.call("a", 0.02), "b": gpu.call("b", 0.05)})
+    assert found["a"] == pytest.approx((0.02, 0.02, 0.02, 10 * ROUNDS, 0.02))
+    assert found["b"] == pytest.approx((0.05, 0.05, 0.05, 4 * ROUNDS, 0.05))
+    rounds = [name for name in gpu.log[-28 * ROUNDS :] if name != "flush"]
+    assert rounds == (["a"] * 10 + ["b"] * 4) * ROUNDS
+    assert gpu.log[-28 * ROUNDS :: 2] == ["flush"] * 14 * ROUNDS
+
+
+def test_on_cuda_replays_are_timed_and_what_cannot_be_captured_is_timed_as_issued(gpu: Clock) -> None:
+    """``launch`` is the host's time to issue the call itself in either case."""
+    calls = {name: gpu.call(name, 0.02) for name in ("captured", "synchronises")}
+    found = CudaTimer(1000)(calls)
+    assert found["captured"][:3] == pytest.approx((0.01, 0.01, 0.01))
+    assert found["synchronises"][:3] == pytest.approx((0.02, 0.02, 0.02))
+    assert [found[name].launch for name in calls] == pytest.approx([0.02, 0.02])
+    assert "captured replayed" in gpu.log
+    assert gpu.log.count("synchronises replayed") == 0
+
+
+def test_on_cuda_a_long_call_is_neither_captured_nor_run_more_than_it_must_be(gpu: Clock) -> None:
+    found = CudaTimer(50)({"long": gpu.call("long", 0.3)})
+    assert found["long"] == pytest.approx((0.3, 0.3, 0.3, ROUNDS, None))
+    assert gpu.log.count("long") == 3 + ROUNDS
+
+
+# Ceilings, peaks and limits
+
+
+def test_ceilings_are_the_work_of_a_product_and_a_copy_over_their_time() -> None:
+    """The product's operations as torch counts them; the helper's timer runs each call once and says 0.5 s."""
+    with FlopCounterMode(display=False) as counter:
+        found = measure_ceilings(CPU, timer, copied_bytes=4096, size=48)
+    assert found.matmul_tflops == pytest.approx(counter.get_total_flops() / 0.5 / 1e12)
+    assert found.copy_bytes_per_second == 2 * 4096 / 0.5
+    assert found.matmul_dtype == "float32"
+
+
+def test_ceilings_of_this_machine_are_positive() -> None:
+    found = measure_ceilings(CPU, WallTimer(1), copied_bytes=2**16, size=32)
+    assert found.copy_bytes_per_second > 0
+    assert found.matmul_tflops > 0
+
+
+def test_on_a_cpu_no_peak_is_counted_and_no_limit_held() -> None:
+    assert peak_of(lambda: "result", CPU) == ("result", 0)
+    for limit in (None, 1):
+        with limited(CPU, limit):
+            assert torch.ones(1000).sum() == 1000
+
+
+def test_a_peak_on_cuda_is_what_was_there_beyond_the_state_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    assert peak_of(lambda: reset.append("call"), CUDA) == (None, 250)
+    assert reset == ["reset", "call"]
+
+
+def test_a_limit_on_cuda_is_held_in_the_body_and_lifted_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the body fails; a device without a number is the current one, and no limit is above the card."""
+    held: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: held.append((share, index)))
+
+    def failing() -> None:
+        with limited(CUDA, 20):
+            assert held == [(0.25, 2)]
+            raise RuntimeError("of the body")
+
+    with pytest.raises(RuntimeError, match="of the body"):
+        failing()
+    with limited(torch.device("cuda", 1), 1000):
+        pass
+    with limited(CUDA, None):
+        pass
+    assert held == [(0.25, 2), (1.0, 2), (1.0, 1), (1.0, 1)]
+
+
+# The state of the source
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree that is no checkout."""
+    monkeypatch.delenv("SWIFTI2V_COMMIT", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "bench" / "harness").mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench" / "harness" / "environment.py"))
+    return tmp_path
+
+
+def test_the_commit_and_whether_the_tree_differs_from_it(tree: Path) -> None:
+    git(tree, "init", "--quiet")
+    (tree / "file").write_text("one")
+    git(tree, "add", "file")
+    git(tree, "commit", "--quiet", "-m", "first")
+    commit = git(tree, "rev-parse", "HEAD")
+    assert git_state() == {"commit": commit, "dirty": False}
+    (tree / "file").write_text("two")
+    assert git_state() == {"commit": commit, "dirty": True}
+
+
+def test_outside_a_checkout_or_without_git_the_state_is_not_known(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_state() is None
+    monkeypatch.setenv("PATH", "")
+    assert git_state() is None
+
+
+def test_a_copied_tree_is_what_the_environment_says(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFTI2V_COMMIT", "c" * 40)
+    assert git_state() == {"commit": "c" * 40, "dirty": False}
+    assert capture(CPU)["git"] == {"commit": "c" * 40, "dirty": False}
+    monkeypatch.setenv("SWIFTI2V_COMMIT", "")
+    assert git_state() is None
+
+
+def test_a_cpu_has_a_name_and_no_state_of_a_card() -> None:
+    found = capture(CPU)
+    assert found["device"] == found["cpu"]
+    assert found["device_type"] == "cpu"
+    assert "gpu" not in found
+    assert [read(CPU) for read in (machine_state, energy_joules, process_memory)] == list(itertools.repeat(None, 3))

@@ -1,0 +1,339 @@
+"""Memory over time: a course's arithmetic, the allocator's history, the meter that counts, and whole clips."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.memory import clip, length
+from bench.memory.clip import META, ClipRun, ClipSetup, run_clip, stage_rows
+from bench.memory.course import Course, Event, from_trace, label_of
+from bench.memory.length import IDENTITY, METRICS, measure_lengths, predicted_rows
+from bench.memory.meter import CountingMeter, make_meter
+from model.config import PRESETS
+from model.csg.sampler import SegmentPlan
+from model.errors import InputError
+from model.machine.counted import TensorMemory
+from model.pipeline.encoders import empty_text
+from tests.support.bench_session import CPU, new_table, old_garbage_left
+
+TINY = ClipSetup("tiny", 64, 48, 17, steps=2, stage_one_steps=1, dtype=torch.float32)
+STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage() -> Iterator[None]:
+    with old_garbage_left():
+        yield
+
+
+def course(*sizes: int, base: int = 0, marks: tuple[tuple[float, str], ...] = ()) -> Course:
+    """An event a second: so many bytes taken, or given back by whom they were taken; labels are the sizes."""
+    events, taken = [], []
+    for second, size in enumerate(sizes, 1):
+        if size > 0:
+            taken.append((size, second))
+            events.append(Event(second, second, size, f"of {size}"))
+        else:
+            key = next((key for known, key in taken if known == -size), -second)
+            events.append(Event(second, key, size))
+            taken = [entry for entry in taken if entry[1] != key]
+    return Course(base, events, list(marks))
+
+
+def random_course(count: int, base: int) -> Course:
+    """Takes and gives back at random, at last all, and some of what was there before."""
+    numbers, alive, events, before = random.Random(count), {}, [], base
+    for second in range(count):
+        if alive and numbers.random() < 0.45:
+            key = numbers.choice(list(alive))
+            events.append(Event(second, key, -alive.pop(key)))
+        elif before and numbers.random() < 0.1:
+            events.append(Event(second, -second - 1, -10))
+            before -= 10
+        else:
+            alive[second] = numbers.randint(1, 1000)
+            events.append(Event(second, second, alive[second], f"place {numbers.randint(1, 30)}"))
+    return Course(base, events)
+
+
+# A course
+
+
+def test_the_peak_is_the_most_at_once_and_counts_what_was_there_before() -> None:
+    found = course(100, 50, -100, 30, -50, base=7)
+    assert [live for _, live in found.points] == [7, 107, 157, 57, 87, 37]
+    assert found.peak() == 157
+    assert course(-5, base=7).peak() == 7
+    assert Course().peak() == 0
+
+
+def test_peaks_by_mark_hold_what_was_alive_when_it_began_and_add_up_marks_of_one_name() -> None:
+    marks = ((1.5, "one"), (2.5, "two"), (4.5, "one"), (5.5, "three"))
+    found = course(100, 50, -100, 10, 80, -80, marks=marks)
+    assert found.peaks() == {"one": 150, "two": 150, "three": 140}
+    late = course(100, -100, 5, 6, marks=((2.5, "one"), (3.5, "two")))
+    assert late.peaks() == {"one": 5, "two": 11}  # the 100 were before any mark
+
+
+def test_holders_are_those_of_the_peak_by_label_largest_first() -> None:
+    found = course(10, 500, -500, 40, 40, 20, 30, -40, -30, 60)
+    assert found.peak() == 510
+    assert found.holders() == [("of 500", 500, 1), ("of 10", 10, 1)]
+    assert course(40, 40, 20, 30, -40).holders() == [("of 40", 80, 2), ("of 30", 30, 1), ("of 20", 20, 1)]
+    assert course(5, 4, 3, 2, 1).holders(most=2) == [("of 5", 5, 1), ("of 4", 4, 1), ("everything else", 6, 3)]
+
+
+@pytest.mark.parametrize("base", [0, 100])
+def test_holders_add_up_to_the_peak_with_the_rest_of_what_was_there_before(base: int) -> None:
+    found = random_course(400, base)
+    held = found.holders(most=5)
+    assert sum(size for _, size, _ in held) == found.peak()
+    before = {label: size for label, size, _ in found.holders(most=50)}.get("before the run", 0)
+    top = max(range(len(found.points)), key=lambda i: found.points[i][1])
+    assert before == base - sum(10 for event in found.events[:top] if event.key < 0)
+
+
+def test_a_thinned_course_keeps_the_extremes_and_the_order() -> None:
+    found = random_course(20_000, 50)
+    points, thinned = found.points, found.thinned(300)
+    assert len(thinned) <= 302
+    assert set(thinned) <= set(points)
+    assert [seconds for seconds, _ in thinned] == sorted(seconds for seconds, _ in thinned)
+    assert (thinned[0], thinned[-1]) == (points[0], points[-1])
+    for pick in (max, min):
+        assert pick(live for _, live in thinned) == pick(live for _, live in points)
+    assert course(1, 2, 3).thinned(4) == course(1, 2, 3).points
+
+
+# The allocator's history
+
+
+def entry(action: str, address: int, size: int, time_us: int, *places: tuple[str, str]) -> dict[str, Any]:
+    frames = [{"filename": filename, "name": name, "line": 1} for filename, name in places]
+    return {"action": action, "addr": address, "size": size, "time_us": time_us, "frames": frames, "stream": 0}
+
+
+def test_the_allocators_history_becomes_a_course() -> None:
+    """A block is free when that is completed, not when it is requested; one from before was never taken."""
+    model, torch_ = ("/somewhere/model/vae/model.py", "run"), ("/lib/torch/nn/functional.py", "pad")
+    trace = [
+        entry("segment_alloc", 0, 4096, 5_000_000),
+        entry("alloc", 1, 512, 5_000_000, torch_, model),
+        entry("alloc", 2, 1024, 5_500_000, torch_),
+        entry("free_requested", 1, 512, 6_000_000),
+        entry("free_completed", 9, 256, 6_250_000),
+        entry("alloc", 3, 128, 6_500_000, model),
+        entry("free_completed", 1, 512, 7_000_000),
+        entry("alloc", 1, 64, 7_500_000, model),
+        entry("snapshot", 0, 0, 8_000_000),
+    ]
+    assert from_trace(trace) == [
+        (0.0, 1, 512, "model/vae/model.py run"), (0.5, 2, 1024, "elsewhere"), (1.25, 9, -256, ""),
+        (1.5, 3, 128, "model/vae/model.py run"), (2.0, 1, -512, ""), (2.5, 1, 64, "model/vae/model.py run"),
+    ]  # fmt: skip
+    found = Course(300, from_trace(trace))
+    assert [live for _, live in found.points] == [300, 812, 1836, 1580, 1708, 1196, 1260]
+    assert found.peak() == 1836
+    assert found.holders() == [("elsewhere", 1024, 1), ("model/vae/model.py run", 512, 1), ("before the run", 300, 1)]
+    assert from_trace([]) == []
+
+
+def test_who_allocated_is_the_innermost_place_in_this_project() -> None:
+    outer, kernel = ("/x/bench/csg/whole.py", "run"), ("/x/swifti2v_kernels/conv/loop.py", "pad")
+    assert label_of([("/lib/torch/f.py", "pad"), kernel, ("/x/model/vae/model.py", "run")]) == (
+        "swifti2v_kernels/conv/loop.py pad"
+    )
+    assert label_of([("/x/model/dit/model.py", "run"), kernel]) == "model/dit/model.py run"
+    assert label_of([{"filename": "/x/model/dit/model.py", "name": "run"}]) == "model/dit/model.py run"
+    assert label_of([("/x/model/weights/load.py", "plain"), ("/x/model/pipeline/clip.py", "make")]) == "weights"
+    assert label_of([outer, ("/lib/torch/f.py", "pad")]) == label_of([]) == "elsewhere"
+
+
+# The meter that counts
+
+
+def test_the_counting_meter_counts_as_tensors_live_and_die() -> None:
+    meter = make_meter(CPU)
+    assert isinstance(meter, CountingMeter)
+    with meter.watch():
+        first = torch.zeros(1000)
+        view = first[10:]
+        second = torch.zeros(500)
+        del first
+        third = view + 1.0  # 990 elements
+        del view, second, third
+        fourth = torch.zeros(250, dtype=torch.float64)
+    assert [event.size for event in meter.course.events] == [4000, 2000, 3960, -4000, -2000, -3960, 2000]
+    assert meter.course.peak() == 9960
+    assert fourth.nbytes == 2000
+    seconds = [event.seconds for event in meter.course.events]
+    assert seconds[0] >= 0
+    assert seconds == sorted(seconds)
+
+
+def test_marks_are_where_segments_begin_and_where_what_they_interrupted_goes_on() -> None:
+    meter = CountingMeter(META)  # where events stand for seconds
+
+    def segments() -> Iterator[int]:
+        for number in range(2):
+            made.append(torch.empty(number + 1, device=META))
+            yield number
+
+    made: list[torch.Tensor] = []
+    with meter.watch():
+        with meter.stage("load"):
+            made.append(torch.empty(7, device=META))
+        for _ in meter.iterate("decode", meter.iterate("Stage II", segments())):
+            made.append(torch.empty(5, device=META))
+    assert meter.course.marks == [
+        (0.0, "load"), (1.0, "decode"), (1.0, "Stage II 1"), (2.0, "decode"), (3.0, "decode"), (3.0, "Stage II 2"),
+        (4.0, "decode"), (5.0, "decode"),
+    ]  # fmt: skip
+    # What the reader of frames takes is decode's, until the next begins.
+    assert meter.course.peaks() == {"load": 28, "decode": 80, "Stage II 1": 32, "Stage II 2": 60}
+
+
+# Whole clips
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[ClipRun, int]:
+    """A small clip run on the CPU, and the peak by another counter around all of it."""
+    torch.manual_seed(0)
+
+    class OnTheCPU(TensorMemory):
+        """Without the tensors that plans are made with."""
+
+        def _counted(self, storage: torch.UntypedStorage) -> int:
+            return 0 if storage.device.type == "meta" else super()._counted(storage)
+
+    with OnTheCPU() as memory:
+        return run_clip(TINY, CPU), memory.peak
+
+
+def test_a_clip_on_the_cpu_is_followed_as_another_counter_counts(measured: tuple[ClipRun, int]) -> None:
+    run, peak = measured
+    assert run.course.peak() == peak
+    assert (run.status, run.frames) == ("ok", 17)
+    assert {row["stage"] for row in stage_rows(run)} == STAGES == set(run.seconds)
+    assert max(row["peak_bytes"] for row in stage_rows(run)) == peak
+    assert sum(run.seconds.values()) < run.total_seconds
+    assert {label for _, label in run.course.marks} == STAGES - {"Stage II"} | {"Stage II 1", "Stage II 2"}
+    assert sum(size for _, size, _ in run.course.holders()) == peak
+
+
+def test_a_counted_clip_holds_what_a_run_on_the_cpu_holds(
+    measured: tuple[ClipRun, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the CPU's operators to the byte, but for the given pictures, which on a card are copies that end."""
+    monkeypatch.setattr(clip, "_as_gpu", lambda *given: nullcontext())
+    run, peak = run_clip(TINY, META), measured[1]
+    pictures = 3 * 4 * (64 * 48 + 32 * 32)
+    assert peak - pictures - 64 <= run.course.peak() <= peak - pictures
+    assert (run.status, run.frames, run.total_seconds, run.seconds) == ("ok", 17, None, {})
+    assert {row["stage"] for row in stage_rows(run)} == STAGES
+
+
+def test_a_counted_clip_takes_a_gpus_operators_and_is_near_the_measured_one(measured: tuple[ClipRun, int]) -> None:
+    assert run_clip(TINY, META).course.peak() == pytest.approx(measured[1], rel=0.15)
+    found = run_clip(replace(TINY, num_frames=9, dtype=torch.bfloat16), META), measured[0]
+    places = [{event.label for event in run.course.events} for run in found]
+    kernels = {"swifti2v_kernels/conv/causal_conv3d.py _by_kernel"}
+    assert (kernels & places[0], kernels & places[1]) == (kernels, set())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 100}, "size: width and height must be multiples of 16, got 100x48"),
+        ({"num_frames": 6}, r"frames: expected 1 \+ 4n"),
+        ({"mode": "both"}, "mode: expected one of end_to_end, bidirectional, causal, got 'both'"),
+        ({"preset": "small"}, "preset: unknown 'small'"),
+    ],
+)
+def test_a_clip_that_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_clip(replace(TINY, **changes), META)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), ("out of memory", "CUDA out of memory.", False)),
+        (KeyboardInterrupt(), ("failed", "interrupted", True)),
+    ],
+)
+def test_of_a_clip_that_ends_early_there_is_what_came_before(
+    error: BaseException, expected: tuple[str, str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_frames(*given: Any) -> Iterator[torch.Tensor]:
+        yield torch.zeros(1, 48, 64, 3, dtype=torch.uint8)
+        raise error
+
+    monkeypatch.setattr(clip, "make_frames", make_frames)
+    run = run_clip(TINY, CPU)
+    assert (run.status, run.reason, run.interrupted) == expected
+    assert [row["stage"] for row in stage_rows(run)] == ["load", "Stage I", "reference"]
+    assert set(run.seconds) == {"load", "Stage I", "reference"}
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_condition(*given: Any) -> Any:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(clip, "make_condition", make_condition)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_clip(TINY, CPU)
+
+
+# Against the clip's length
+
+
+@pytest.mark.parametrize(("preset", "size"), [("tiny", (128, 96)), ("14b-1.3b", (2560, 1408)), ("5b", (2560, 1408))])
+def test_csg_grows_by_stored_latents_only_and_end_to_end_by_its_window(preset: str, size: tuple[int, int]) -> None:
+    given, lengths = PRESETS[preset], (41, 81, 161)
+    rows = predicted_rows(given, size, lengths, torch.bfloat16)
+    peaks = {(row["frames"], row["mode"]): row["peak_bytes"] for row in rows}
+    tokens = {(row["frames"], row["mode"]): row["tokens"] for row in rows}
+    stored = 4 * given.vae.z_dim * size[0] * size[1] // given.vae.spatial_stride**2
+    per_block = size[0] * size[1] // (2 * given.vae.spatial_stride) ** 2
+    for shorter, longer in ((41, 81), (81, 161)):
+        more = (longer - shorter) // 4
+        assert peaks[longer, "bidirectional"] - peaks[shorter, "bidirectional"] == more * stored
+        # At least four copies of the residual stream in bfloat16.
+        grown = peaks[longer, "end_to_end"] - peaks[shorter, "end_to_end"]
+        assert grown > more * (stored + 4 * 2 * per_block * given.stage_two.dim)
+    assert {tokens[frames, "bidirectional"] for frames in lengths} == {5 * per_block}
+    assert [tokens[frames, "end_to_end"] for frames in lengths] == [n * per_block for n in (11, 21, 41)]
+    assert {(row["basis"], row["basis_note"]) for row in rows} == {("predicted", "by model/cost")}
+
+
+def test_lengths_are_measured_on_the_largest_window_and_one_that_does_not_fit_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = new_table(tmp_path, IDENTITY, METRICS)
+    stock = length.WindowClock.measure
+
+    def measure(self: Any, window: Any, split: bool) -> Any:
+        if len(window.blocks) == 11:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(self, window, split=split)
+
+    monkeypatch.setattr(length.WindowClock, "measure", measure)
+    measure_lengths(table, PRESETS["tiny"], (64, 48), (17, 41), CPU, torch.float32)
+    assert [(row["frames"], row["mode"], row["status"], row.get("tokens")) for row in table.rows] == [
+        (17, "end_to_end", "ok", 5 * 12), (17, "bidirectional", "ok", 4 * 12),
+        (41, "end_to_end", "out of memory", None), (41, "bidirectional", "ok", 5 * 12),
+    ]  # fmt: skip
+    assert SegmentPlan(11).max_window_blocks == 5
+    assert {row["basis_of_peak"] for row in table.rows} == {"measured"}
+    assert table.rows[0]["basis_note"] == "from 2 of 2 blocks"
+    assert empty_text(64).shape[2] == PRESETS["tiny"].stage_two.text_dim

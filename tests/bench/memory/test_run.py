@@ -1,0 +1,136 @@
+"""``python -m bench memory`` without a GPU: counted within limits, run on the CPU, interrupted, and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.harness.session import RESULT
+from bench.memory import clip
+from bench.records.read import read_result
+from model.machine.measure import format_bytes
+from tests.support.bench_session import old_garbage_left, read_section, rows_of
+
+SMALL = ["memory", "--preset", "tiny", "--size", "64x48", "--frames", "9", "--device", "cpu"]
+STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage() -> Iterator[None]:
+    with old_garbage_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Within a limit that is enough, a lower one, for which other plans are made, and one for which there is none."""
+    folder = tmp_path_factory.mktemp("memory")
+    assert main([*SMALL, "--limit", "4MB,3MB,4000kB,100kB", "--quick", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
+    (section,) = read_result(counted / RESULT)["sections"].values()
+    assert section["status"] == "complete"
+    assert [table["name"] for table in section["tables"]] == ["clips", "stages", "holders", "length"]
+    assert all(table["rows"] for table in section["tables"])
+    bases = {table["name"]: {row["basis"] for row in table["rows"]} for table in section["tables"][1:]}
+    assert bases == {"stages": {"counted"}, "holders": {"counted"}, "length": {"predicted"}}
+    for name in ("timeline.png", "length.png"):
+        assert (counted / name).read_bytes().startswith(b"\x89PNG")
+    assert "peak over the predicted one" in (counted / "table.md").read_text()
+
+
+def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: Path) -> None:
+    enough, tight, without = rows_of(counted, "clips")
+    for row, limit in ((enough, 4_000_000), (tight, 3_000_000)):
+        assert (row["limit"], row["status"], row["basis"]) == (f"{limit / 1e9:g} GB", "ok", "counted")
+        assert row["peak_bytes"] <= row["limit_bytes"] == limit
+        assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.05)
+        assert row["frames_made"] == 9
+        assert (row["card"], row["stage1"]) == ("RTX 4060", "2 plain")
+        assert row["reference_tiles"] == "1x1 float32"
+    assert tight["peak_bytes"] < enough["peak_bytes"]
+    assert (without["limit"], without["status"], without["basis"]) == ("0.0001 GB", "failed", "counted")
+    assert without["reason"].startswith("vram: ")
+    assert "peak_bytes" not in without
+    found = read_section(counted)["verdicts"]
+    assert [(v["shape"], v["met"], v["basis"]) for v in found] == [
+        (limit, True, "counted") for limit in ("0.004 GB", "0.004 GB", "0.003 GB", "0.003 GB")
+    ]
+    assert [v["value"] for v in found[::2]] == [row["peak_bytes"] / row["limit_bytes"] for row in (enough, tight)]
+
+
+def test_a_stage_that_exceeds_the_limit_is_named_with_its_own_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a plan is wrong: here one for twice the memory."""
+    monkeypatch.setattr("model.memory.request.USABLE", 2.0)
+    assert main([*SMALL, "--limit", "2MB", "--no-lengths", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path, "clips")
+    stages = {found["stage"]: found["peak_bytes"] for found in rows_of(tmp_path, "stages")}
+    assert set(stages) == STAGES
+    over = next(stage for stage, peak in stages.items() if peak > 2_000_000)
+    assert row["status"] == "out of memory"
+    assert row["reason"] == f"in {over}: {format_bytes(stages[over])} counted"
+
+
+def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -> None:
+    clips = {row["limit"]: row["peak_bytes"] for row in rows_of(counted, "clips") if "peak_bytes" in row}
+    timelines = read_section(counted)["timelines"]
+    assert len(clips) == len(timelines) == 2
+    for (limit, peak), timeline in zip(clips.items(), timelines, strict=True):
+        stages, held = ([r for r in rows_of(counted, name) if r["limit"] == limit] for name in ("stages", "holders"))
+        assert max(row["peak_bytes"] for row in stages) == peak
+        assert sum(row["held_bytes"] for row in held) == peak
+        assert sum(row["share"] for row in held) == pytest.approx(1)
+        assert max(live for _, live in timeline["points"]) == peak
+        assert (timeline["basis"], timeline["limit"]) == ("counted", 1e9 * float(limit.split()[0]))
+        assert {label for _, label in timeline["marks"]} == STAGES - {"Stage II"} | {"Stage II 1"}
+
+
+def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
+    assert main([*SMALL, "--measure", "--file", "--no-lengths", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["status"], row["basis"], row["limit"], row["steps"]) == ("ok", "measured", "none", 1)
+    stages = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds")
+    assert 0 < sum(row[stage] for stage in stages) < row["total_seconds"]
+    assert all(row[stage] > 0 for stage in stages)
+    assert {row["stage"]: row["seconds"] for row in rows_of(tmp_path, "stages")}["decode"] == row["decode_seconds"]
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert [(frame.width, frame.height) for frame in frames] == [(64, 48)] * row["frames_made"] == [(64, 48)] * 9
+    assert read_section(tmp_path)["verdicts"] == []
+    assert "length" not in read_section(tmp_path)["tables"]
+
+
+def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of two limits the second is not begun."""
+
+    def make_frames(*given: Any) -> Iterator[torch.Tensor]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(clip, "make_frames", make_frames)
+    assert main([*SMALL, "--limit", "1GB,2GB", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert read_result(tmp_path / RESULT)
+    section = read_section(tmp_path)
+    assert (section["status"], len(section["timelines"])) == ("interrupted", 1)
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["limit"], row["status"], row["reason"]) == ("1 GB", "failed", "interrupted")
+    assert row["peak_bytes"] == max(found["peak_bytes"] for found in rows_of(tmp_path, "stages"))
+    assert {found["stage"] for found in rows_of(tmp_path, "stages")} == {"load", "Stage I", "reference"}
+    assert section["verdicts"][0]["met"] is None
+
+
+def test_without_a_limit_a_card_of_24_gb_is_counted_for(tmp_path: Path) -> None:
+    assert main([*SMALL, "--no-lengths", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of(tmp_path, "clips")
+    assert (row["limit"], row["limit_bytes"], row["basis"], row["status"]) == ("24 GB", 24e9, "counted", "ok")

@@ -1,0 +1,85 @@
+"""``python -m bench precision --part encoder``: errors that another computation gives too; what float16 cannot hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.precision.encoder import Largest, encoder_rows, make_video
+from model.config import PRESETS
+from model.vae.model import WanVAE
+from model.weights.load import random_weights
+from tests.support.tolerances import PARITY, relative_error
+
+SEED = 3
+
+
+def vae(scale: float = 1.0) -> WanVAE:
+    """Tiny; ``scale`` multiplies what its first convolution writes."""
+    made = random_weights(WanVAE, PRESETS["tiny"].vae, SEED)
+    made.encoder.conv_in.weight.data.mul_(scale)
+    return made
+
+
+def test_the_encoder_s_errors_are_those_of_another_computation() -> None:
+    """float16 keeps three bits more than bfloat16."""
+    rows = list(encoder_rows(vae, "tiny", "random", (64, 48)))
+    assert [row["form"] for row in rows] == ["float32", "float16", "bfloat16"]
+    video = make_video((64, 48))
+    assert video.shape == (1, 3, 5, 48, 64)
+    assert not torch.equal(video[:, :, 0], video[:, :, 1])
+    with torch.no_grad():
+        exact = vae().double().encode(video.double())
+        for row in rows:
+            dtype = getattr(torch, row["form"])
+            assert row["error"] == pytest.approx(relative_error(vae().to(dtype).encode(video.to(dtype)), exact))
+            assert row["error_ratio"] == pytest.approx(row["error"] / rows[2]["error"])
+    assert rows[0]["error"] < PARITY
+    assert 0.05 < rows[1]["error_ratio"] < 0.3
+    assert len({row["largest_activation"] for row in rows}) == 1
+    assert 1 < rows[0]["largest_activation"] < 1000
+
+
+def test_activations_beyond_float16_are_seen_and_their_size_is_told() -> None:
+    single, half, brain = encoder_rows(lambda: vae(1e6), "tiny", "random", (64, 48))
+    assert half["status"] == "wrong"
+    assert "NaN or infinity in latent frames" in half["reason"]
+    assert "error" in single
+    assert "error" in brain
+    assert all(row["largest_activation"] > 65504 for row in (single, half, brain))
+
+
+def test_what_nobody_has_written_is_no_activation() -> None:
+    """Memory that is only there, views of it, and other dtypes; what is written into it counts."""
+    with Largest(torch.float32) as largest:
+        room = torch.empty(4)
+        torch.ones(4, dtype=torch.float64).mul_(100)
+        assert room[1:].view(3).shape == (3,)
+        assert largest.value == 0
+        room[2:].fill_(-3)
+        assert largest.value == 3
+        torch.add(torch.ones(4), 1, out=room)
+        assert largest.value == 3
+        torch.mul(torch.ones(4), 7, out=room)
+    assert largest.value == 7
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_an_encoder_that_does_not_fit_is_a_row(lacking: int) -> None:
+    """Without the one in float64 all lack; without that in bfloat16 there is no ratio and no activation."""
+    built: list[int] = []
+
+    def build() -> WanVAE:
+        built.append(1)
+        if len(built) == lacking + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return vae()
+
+    single, half, brain = encoder_rows(build, "tiny", "random", (64, 48))
+    assert brain["status"] == "out of memory"
+    if lacking == 0:
+        assert single["reason"] == half["reason"] == "float64: CUDA out of memory. Tried to allocate"
+    else:
+        assert 0 < single["error"] < half["error"]
+        assert single["largest_activation"] is None
+        assert "error_ratio" not in half

@@ -1,0 +1,404 @@
+"""The page of results as text: what is on it, what is marked, and that nothing in a file can become markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from copy import deepcopy
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import main
+from bench.records.read import read_result
+from bench.records.write import dumps
+from bench.report import charts
+from bench.report.charts import Axis, Bar, Clip, Point
+from bench.report.figures import bar_charts, whole_clips
+from bench.report.markup import Markup, join, tag
+from bench.report.page import build_page
+from model.errors import InputError
+from tests.support.result_samples import H100, sample
+
+HOSTILE = "<script>alert('x')</script> & \"</style>"
+
+
+class Reader(HTMLParser):
+    """Checks that elements close in order, and collects what is asked for."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, name: str, attributes: Any) -> None:
+        self.elements.append((name, dict(attributes)))
+        if name not in ("br", "input", "link", "meta"):
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop()[0] == name
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.append((self.open[-1][0], data))
+
+    def count(self, name: str, **wanted: str) -> int:
+        """Elements with these words in their attributes."""
+        return sum(
+            element == name
+            and all(value in (found.get(key.rstrip("_")) or "").split() for key, value in wanted.items())
+            for element, found in self.elements
+        )
+
+    def all_text(self) -> str:
+        """What is read, without styles and scripts."""
+        return " ".join(text for name, text in self.texts if name not in ("style", "script"))
+
+
+def page_of(*paths: Path) -> str:
+    return build_page(paths, [read_result(path) for path in paths])
+
+
+@pytest.fixture
+def one(tmp_path) -> Path:
+    return sample(tmp_path / "nvidia-h200.json")
+
+
+def test_the_page_is_well_formed_loads_nothing_and_does_not_vary(one):
+    page = page_of(one)
+    reader = Reader(page)
+    assert page.startswith('<!doctype html>\n<html lang="en">')
+    assert "http://" not in page
+    assert "https://" not in page
+    assert not re.search(r"@import|url\(|\bfetch\b|XMLHttpRequest|srcset|<(img|iframe|object|embed)\b", page)
+    (policy,) = [found["content"] for name, found in reader.elements if found.get("http-equiv")]
+    assert policy.startswith("default-src 'none'")
+    assert all(found.get("href", "#").startswith(("#", "data:,")) for _, found in reader.elements)
+    assert not any(key.startswith("on") or key == "src" for _, found in reader.elements for key in found)
+    assert page == page_of(one)
+
+
+def test_links_lead_to_sections(one):
+    reader = Reader(page_of(one))
+    identifiers = [found["id"] for _, found in reader.elements if "id" in found]
+    links = {found["href"][1:] for name, found in reader.elements if name == "a"}
+    assert links <= set(identifiers)
+    assert {"files", "figures", "paper", "section-attention", "section-compile"} <= links
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def test_files_machines_and_ceilings_are_named(one):
+    text = Reader(page_of(one)).all_text()
+    for expected in (
+        "NVIDIA H200", "aaaaaaaaa", "2026-11-26 10:00:00", "580.65", "13.0", "2.13.0+cu130", "3.6.0", "700 W",
+        "1980 MHz", "1980 \u2192 1755", "118 \u2192 655", "34 \u2192 61", "4,050", "760.0 (bfloat16)",
+        "throttled: power cap", "nvidia-h200.json",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert str(one.parent) not in text
+
+
+def test_everything_that_is_not_measured_is_marked(one):
+    reader = Reader(page_of(one))
+    for basis, rows in (("extrapolated", 4), ("predicted", 1), ("reported", 2), ("compiled", 9)):
+        # The paper's table has the clips' rows again.
+        times = 1 if basis == "compiled" else 2
+        verdicts = 1 if basis == "extrapolated" else 0
+        assert reader.count("tr", class_=basis) == times * rows + verdicts, basis
+        assert reader.count("span", class_=basis) == times * rows + verdicts + 1, basis  # and the legend
+    assert reader.count("rect", class_="unmeasured") == 9  # bars: seven times, two peaks
+    assert reader.count("circle", class_="unmeasured") == 7
+
+
+def test_what_failed_is_there_with_its_reason(one):
+    text = Reader(page_of(one)).all_text()
+    for status, reason in (
+        ("out of memory", "CUDA out of memory. Tried to allocate 24.00 GiB"),
+        ("wrong", "error 2.2e-01 against float64; not timed"),
+        ("not available", "flash-attn is not installed"),
+        ("not reached", "the time given was over"),
+    ):
+        assert status in text
+        assert reason in text
+    assert "incomplete: CUDA error: an illegal memory access was encountered <kernel & launch>" in text
+
+
+def test_a_section_still_running_is_incomplete(one):
+    data = json.loads(one.read_text())
+    data["sections"]["attention"] |= {"status": "running", "reason": None, "seconds": None}
+    one.write_text(dumps(data))
+    assert "incomplete: the run did not say why" in Reader(page_of(one)).all_text()
+
+
+def test_figures_to_be_reached_are_met_or_missed(one):
+    assert re.findall(r'badge (\w+)">(met|MISSED)<', page_of(one)) == [
+        ("bad", "MISSED"),
+        ("good", "met"),
+        ("bad", "MISSED"),
+    ]
+
+
+def test_numbers_carry_the_value_they_sort_by(one):
+    page = page_of(one)
+    for number in ("0.0475", "216268800", "22400.0", "0.0021"):
+        assert f'data-value="{number}"' in page, number
+    # A row without a value has none, and so stays at the end.
+    assert "<td></td>" in page
+
+
+def test_the_papers_figures_stand_beside_ours(one):
+    page = page_of(one)
+    section = page[page.index('id="paper"') : page.index('id="section-attention"')]
+    for expected in ("22,400", "111.0", "202x", "SwiftI2V (paper, H800)", "14b", "arXiv 2605.06356"):
+        assert expected in section, expected
+    # 111 s over our 52 s of the 1.3b.
+    assert f'data-value="{111 / 52!r}">2.13<' in section
+
+
+def test_without_a_paper_or_figures_or_sections_their_blocks_are_missing(tmp_path):
+    path = sample(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    for section in data["sections"].values():
+        section["verdicts"] = []
+        for table in section["tables"]:
+            table["rows"] = [row for row in table["rows"] if row["basis"] != "reported"]
+    path.write_text(dumps(data))
+    page = page_of(path)
+    assert 'id="paper"' not in page
+    assert 'id="figures"' not in page
+    data["sections"] = {}
+    path.write_text(dumps(data))
+    assert "NVIDIA H200" in page_of(path)
+
+
+def test_several_files_stand_side_by_side_and_are_compared(tmp_path):
+    first, other = sample(tmp_path / "a.json"), sample(tmp_path / "b.json", H100, faster=0.8)
+    page = page_of(first, other)
+    text = Reader(page).all_text()
+    assert "B against A: 0 figures better, " in text
+    assert "1.250" in text
+    assert "WORSE" in text
+    assert "Roofline, A" in text
+    assert "Roofline, B" in text
+    assert "1.3b, 2K (B)" in page
+    assert page.count("SwiftI2V (paper, H800), 2K (") == 0  # the paper is of no file
+
+
+def test_files_with_nothing_in_common_are_shown_all_the_same(tmp_path):
+    first, other = sample(tmp_path / "a.json"), sample(tmp_path / "b.json")
+    for path, kept in ((first, "attention"), (other, "compile")):
+        data = json.loads(path.read_text())
+        data["sections"] = {kept: data["sections"][kept]}
+        path.write_text(dumps(data))
+    text = Reader(page_of(first, other)).all_text()
+    assert "nothing to compare: no row is in two of them" in text
+    assert "attention/attention: only in A" in text
+    assert "every kernel, compiled" in text
+
+
+def hostile(value: Any, key: str = "") -> Any:
+    """The document with every free text replaced."""
+    fixed = (
+        "status",
+        "basis",
+        "schema",
+        "date",
+        "device_type",
+        "unit",
+        "better",
+        "identity",
+        "columns",
+        "matmul_dtype",
+    )
+    if key in fixed or key == "name":
+        return value
+    if isinstance(value, dict):
+        return {k: hostile(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(v, key) for v in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def test_text_of_a_file_never_becomes_markup(one):
+    data = hostile(deepcopy(json.loads(one.read_text())))
+    data["sections"] = {f"{name}{HOSTILE}": section for name, section in data["sections"].items()}
+    for section in data["sections"].values():
+        for line in section["timelines"]:
+            line |= {"name": HOSTILE, "marks": [[1.0, HOSTILE]]}
+        for table in section["tables"]:
+            table["name"] += HOSTILE
+            for metric in table["metrics"].values():
+                metric["label"] = HOSTILE
+    one.write_text(dumps(data))
+    page = page_of(one)
+    assert Reader(page).count("script") == 1
+    assert "<script>alert" not in page
+    assert page.count("</style>") == 1
+
+
+def test_markup_escapes_all_but_itself():
+    assert tag("p", "a < b", None, [1, tag("b", "x")], class_='q"', hidden=True, id=None, data_value=3) == (
+        '<p class="q&quot;" hidden data-value="3">a &lt; b1<b>x</b></p>'
+    )
+    assert tag("input", type="search") == '<input type="search">'
+    assert join(["<", Markup("<br>")], "|") == "&lt;|<br>"
+
+
+def test_axes_have_round_ticks_inside():
+    even = Axis(0, 130, 0, 100)
+    assert even.ticks() == [0, 50, 100]
+    assert (even.at(0), even.at(65), even.at(999)) == (0, 50, 100)
+    log = Axis(3, 2000, 0, 100, log=True)
+    assert log.ticks() == [10, 100, 1000]
+    assert log.at(math.sqrt(3 * 2000)) == 50
+    assert Axis(3, 40, 0, 1, log=True).ticks() == [5, 10, 20]
+    for low, high in ((1e-9, 3e-9), (0.5, 0.50001), (1e12, 9e15)):
+        found = Axis(low, high, 0, 1).ticks()
+        assert 2 <= len(found) <= 7, (low, high, found)
+        assert all(low <= value <= high * 1.001 for value in found)
+
+
+def numbers(markup: str, name: str, attribute: str) -> list[float]:
+    return [float(found[attribute]) for element, found in Reader(markup).elements if element == name]
+
+
+def test_bars_are_to_scale_in_a_group_and_say_what_is_missing():
+    def drawn(*groups: list[float | None]) -> list[float]:
+        found = [(str(i), [Bar("x", v, f"{v}", False, "measured") for v in g]) for i, g in enumerate(groups)]
+        return numbers(charts.bars("title", found), "rect", "width")
+
+    one, two, small = drawn([1.0, 2.0], [0.5])
+    assert (one / two, small / two) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.25, abs=0.01))
+    # Of groups that are far apart each has its own scale.
+    one, two, small = drawn([100.0, 200.0], [0.5])
+    assert small == two == pytest.approx(2 * one, abs=0.5)
+    assert len(drawn([1.0, None])) == 1
+    assert "none here" in charts.bars("t", [("", [Bar("x", None, "none here", True, "measured")])])
+    assert charts.bars("t", [("", [Bar("x", 0.0, "0", True, "measured")])])
+
+
+def test_a_roofline_has_its_ceilings_and_every_row_under_its_pointer():
+    points = [
+        Point(2.0, 5.0, "norm", "norm: tip", True, "measured"),
+        Point(900.0, 700.0, "gemm", "g", False, "predicted"),
+    ]
+    markup = charts.roofline("Roofline", points, 4e12, 760.0)
+    reader = Reader(markup)
+    assert reader.count("circle") == 2
+    assert reader.count("circle", class_="ours") == reader.count("circle", class_="unmeasured") == 1
+    assert "norm: tip" in reader.all_text()
+    assert "matrix product 760.0 TFLOP/s" in reader.all_text()
+    assert "copy 4,000 GB/s" in reader.all_text()
+    (roof,) = [found["points"] for name, found in reader.elements if name == "polyline"]
+    (_, y0), (ridge, y1), (_, y2) = (map(float, pair.split(",")) for pair in roof.split())
+    assert y0 > y1 == y2
+    assert ridge > numbers(markup, "circle", "cx")[1]  # 190 operations a byte lie right of 2
+
+
+def test_a_timeline_keeps_its_peak_its_marks_and_its_limit():
+    points = [(i / 1000, 100.0 if i != 12_345 else 2.0**30) for i in range(20_000)]
+    assert max(value for _, value in charts.thinned(points)) == 2**30
+    assert len(charts.thinned(points)) <= 802
+    marks = [(i / 10, f"segment {i}") for i in range(40)]
+    reader = Reader(charts.timeline("memory", points, marks, 2.0**31, "predicted"))
+    assert reader.count("line", class_="mark") == 40
+    assert reader.count("line", class_="ceiling") == 1
+    assert "limit 2.00 GiB" in reader.all_text()
+    assert "peak 1.00 GiB" in reader.all_text()
+    assert reader.count("path", class_="unmeasured") == 1
+    assert all(f"segment {i}: " in reader.all_text() for i in range(40))  # names that have no room are tips
+    assert Reader(charts.timeline("one", [(0.0, 0.0)], [], None, "measured")).count("svg") == 1
+    counted = Reader(charts.timeline("counted", [(0.0, 0), (9.0, 5)], [(4.0, "decode")], None, "counted")).all_text()
+    assert "tensors made and freed" in counted
+    assert "decode: 4 " in counted  # no seconds
+
+
+def test_every_chart_has_a_title_and_words():
+    bars = charts.bars("a < b", [("", [Bar("x", 1.0, "1", True, "measured")])])
+    clips = charts.clips(
+        "clips", [Clip("paper", [("two", 111.0, True, "reported"), ("one", 22_400.0, False, "x")], 202.0)]
+    )
+    for markup in (bars, clips):
+        reader = Reader(markup)
+        assert reader.count("svg", role="img") == 1
+        names = [name for name, _ in reader.elements]
+        assert names[names.index("svg") + 1 : names.index("svg") + 3] == ["title", "desc"]
+    assert "202x" in clips
+
+
+def test_only_tables_that_compare_something_have_bars(one):
+    tables = {t["name"]: t for s in read_result(one)["sections"].values() for t in s["tables"]}
+    assert bar_charts(tables["kernels"], None) == []
+    assert len(bar_charts(tables["attention"], None)) == 2
+    speed, memory = bar_charts(tables["operators"], None)
+    assert "of copy" in speed
+    assert "out of memory: CUDA" in speed
+    assert "out of memory: CUDA" not in memory
+
+
+def test_clips_of_the_paper_come_first_and_once(tmp_path):
+    documents = [read_result(sample(tmp_path / f"{name}.json")) for name in "ab"]
+    found = whole_clips(documents, ["A", "B"])
+    assert [clip.label for clip in found[:3]] == ["SwiftI2V (paper, H800), 2K", "1.3b, 2K (A)", "14b, 2K (A)"]
+    assert len(found) == 7
+    assert found[0].speedup == 202
+
+
+def test_the_command_writes_the_page_whole_and_prints_where(one, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "new" / "page.html"
+    assert main(["report", str(one), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert out.read_text() == page_of(one)
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    # Without files: what is in the repository; without --out: a page in out/.
+    shipped = tmp_path / "results"
+    sample(shipped / "nvidia-h200" / "x.json")
+    monkeypatch.setattr("bench.records.read.SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 0
+    assert "x.json" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_quick_takes_the_newest_file_of_each_card_and_json_names_them(tmp_path, capsys):
+    """Newest by the date in the file, whatever it is called."""
+    files = {name: sample(tmp_path / f"{name}.json") for name in ("new", "old", "other")}
+    for name, change in (("old", {"date": "2025-01-01T00:00:00+00:00"}), ("other", {"device": "NVIDIA L40S"})):
+        found = json.loads(files[name].read_text())
+        found["environment"] |= change
+        files[name].write_text(dumps(found))
+    out = tmp_path / "page.html"
+    arguments = ["report", *map(str, files.values()), "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["page"], [entry["file"] for entry in found["files"]]) == (str(out), list(map(str, files.values())))
+    assert set(found["files"][0]["sections"]) == set(read_result(files["new"])["sections"])
+    assert main([*arguments, "--quick"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["file"] for entry in found["files"]] == [str(files["new"]), str(files["other"])]
+    assert "old.json" not in out.read_text()
+
+
+def test_the_command_says_what_is_wrong_and_writes_nothing(one, tmp_path, capsys, monkeypatch):
+    cut, out = tmp_path / "cut.json", tmp_path / "page.html"
+    cut.write_text(one.read_text()[:3000])
+    assert main(["report", str(one), str(cut), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {cut}: is cut off (line ")
+    assert not out.exists()
+    monkeypatch.setattr("bench.records.read.SHIPPED", tmp_path / "nothing")
+    assert main(["report", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: files: there are no results in ")
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(one), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    assert capsys.readouterr().err.startswith("error: out: cannot make the directory")
+    assert main(["report", str(one), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: out: cannot write {tmp_path}: Is a directory")
+    with pytest.raises(InputError, match="files: expected at least one"):
+        build_page([], [])

@@ -1,0 +1,173 @@
+"""Segment attention on hardware: every kernel that the card has, against float64, up to the longest sequences."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.attention.measure import exact_rows
+from bench.attention.providers import own_kernel
+from bench.records.outcome import Unavailable
+from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels.attention.cases import CASES
+from tests.support.attention_oracle import cat_attention
+from tests.support.tolerances import HARDWARE_LSE, KERNEL, relative_error
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel leaves unwritten shows as NaN."""
+    stock = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *args, **kwargs: stock(self, *args, **kwargs).fill_(float("nan"))
+    )
+
+
+def qkv(
+    length: int, heads: int = 2, head_dim: int = 128, batch: int = 2, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    """Slices of one buffer whose surroundings are NaN."""
+    buffer = torch.full((batch, length + 2, 3, heads, head_dim), float("nan"), device="cuda", dtype=dtype)
+    inner = buffer[:, 1:-1]
+    inner.normal_(0.1, 0.8)
+    return list(inner.unbind(2))
+
+
+def check(out: Tensor, expected: Tensor) -> None:
+    assert torch.isfinite(out).all()
+    assert relative_error(out, expected) < KERNEL[str(out.dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_of_the_compile_report_runs(case) -> None:
+    (q, sources), options = case.inputs(torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    for x in [*(q if isinstance(q, list) else [q]), *(x for pair in sources for x in pair)]:
+        x.normal_(0.1, 0.8, generator=generator)
+    queries = q if isinstance(q, list) else [q]
+    attends = options.get("attends") or [range(len(sources))] * len(queries)
+    result = segment_attention(q, sources, **{**options, "return_lse": True})
+    outs, lses = result if isinstance(q, list) else ([result[0]], [result[1]])
+    lengths = options.get("valid_lengths") or [None] * len(sources)
+    for view, out, lse, seen in zip(queries, outs, lses, attends, strict=True):
+        mask = None
+        if options.get("window"):
+            window = options["window"]
+            block = torch.arange(view.shape[1], device="cuda") // window.block_len
+            distance = block.unsqueeze(0) - block.unsqueeze(1)
+            near = (distance >= -window.left) & (distance <= window.right)
+            others = sum(k.shape[1] for k, _ in sources[1:])
+            mask = torch.cat((near, near.new_ones(view.shape[1], others)), dim=1).unsqueeze(0)
+        expected, expected_lse = cat_attention(
+            view, [sources[j] for j in seen], valid_lengths=[lengths[j] for j in seen], mask=mask
+        )
+        check(out, expected)
+        assert (lse - expected_lse).abs().max() < HARDWARE_LSE
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_random_splits(head_dim: int, dtype: torch.dtype) -> None:
+    """Own kernels, the public function and merged calls, over random sources with random lengths."""
+    choose = random.Random(head_dim)
+    for _ in range(20):
+        lengths = [choose.choice((1, 31, 64, 127, 128, 129, 300, 1000)) for _ in range(choose.randint(1, 5))]
+        q = qkv(choose.choice((1, 63, 128, 500)), head_dim=head_dim, dtype=dtype)[0]
+        sources = [tuple(qkv(n, head_dim=head_dim, dtype=dtype)[1:]) for n in lengths]
+        expected, expected_lse = cat_attention(q, sources)
+        check(segment_attention(q, sources), expected)
+        for portable in (False, True):
+            try:
+                check(own_kernel(q, sources, portable), expected)
+            except Unavailable:
+                continue
+        parts = [segment_attention(q, [source], return_lse=True) for source in sources]
+        out, lse = merge_attention(*zip(*parts, strict=True))
+        assert relative_error(out, expected) < 2 * KERNEL[str(dtype).removeprefix("torch.")]
+        assert (lse - expected_lse).abs().max() < HARDWARE_LSE
+
+
+@pytest.mark.parametrize("tokens", [70_400, 140_000])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_long_sequences(tokens: int, sources: int) -> None:
+    """A 2K window, and more than 131,072 tokens; sampled rows against float64."""
+    q, k, v = qkv(tokens, batch=1)
+    cuts = [tokens * i // sources for i in range(sources + 1)]
+    pairs = [(k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    rows = torch.linspace(0, tokens - 1, 64, device="cuda").long()
+    expected = exact_rows(q, pairs, rows)
+    for portable in (False, True):
+        try:
+            check(own_kernel(q, pairs, portable)[:, rows], expected)
+        except Unavailable:
+            continue
+
+
+def test_offsets_beyond_two_to_the_31_elements() -> None:
+    """The second batch entry and the last heads lie behind 2**31 elements of one buffer."""
+    buffer = torch.empty(2, 140_000, 3, 24, 128, device="cuda", dtype=torch.bfloat16)  # 2.6e9 elements, 4.8 GiB
+    buffer.normal_(0.1, 0.8)
+    q, k, v = buffer.unbind(2)
+    q, k, v = q[:, -300:], k[:, -2000:], v[:, -2000:]
+    check(segment_attention(q, [(k, v)], backend="triton"), cat_attention(q, [(k, v)])[0])
+
+
+def test_block_windows_at_length() -> None:
+    q, k, v = qkv(21 * 880, batch=1)
+    out = segment_attention(q, [(k, v)], window=BlockWindow(880, 2, 1))
+    rows = slice(5 * 880, 6 * 880)
+    check(out[:, rows], cat_attention(q[:, rows], [(k[:, 3 * 880 : 7 * 880], v[:, 3 * 880 : 7 * 880])])[0])
+
+
+def test_graph_capture_and_no_synchronisation() -> None:
+    (q, k, v), (_, text_k, text_v) = qkv(500), qkv(77)
+    sources = [(k, v), (text_k, text_v)]
+    expected = segment_attention(q, sources)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = segment_attention(q, sources)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_compiled_module_equals_eager() -> None:
+    q, k, v = qkv(300)
+    compiled = torch.compile(lambda q, k, v: segment_attention(2 * q, [(k, v), (k[:, :50], v[:, :50])]), fullgraph=True)
+    assert relative_error(compiled(q, k, v), segment_attention(2 * q, [(k, v), (k[:, :50], v[:, :50])])) < 1e-3
+
+
+def test_the_choice_is_this_card_s() -> None:
+    q, k, v = qkv(300)
+    choice = explain(segment_attention, q, [(k, v), (k, v)])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert choice.implementation == ("hopper" if hopper else "portable")
+    dense = explain(segment_attention, q, [(k, v)]).implementation
+    assert dense in ("sdpa-cudnn", "sdpa-flash", "hopper", "portable")
+
+
+@pytest.mark.parametrize(("shift", "longer"), [(1, 0), (4, 0), (0, 4), (1, 4), (8, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_views_that_are_not_aligned(dtype: torch.dtype, shift: int, longer: int) -> None:
+    """Of q, k and v in turn and of all: views that begin so many elements into a buffer, and whose tokens lie so many
+    further apart than they are long. The public function is right wherever torch's attention, cuDNN's above all, could
+    have taken the call; it may take the last, which is aligned."""
+    for moved in ("q", "k", "v", "qkv"):
+        views = []
+        for name in "qkv":
+            offset, token = (shift, 384 + longer) if name in moved else (0, 384)
+            buffer = torch.full((2 * 300 * token + offset,), float("nan"), device="cuda", dtype=dtype)
+            views.append(buffer.as_strided((2, 300, 3, 128), (300 * token, token, 128, 1), offset).normal_(0.1, 0.8))
+        q, k, v = views
+        if (shift, longer) != (8, 0):
+            assert not explain(segment_attention, q, [(k, v)]).implementation.startswith("sdpa")
+        check(segment_attention(q, [(k, v)]), cat_attention(q, [(k, v)])[0])

@@ -1,0 +1,186 @@
+"""The fused operators of a DiT step on hardware, at real widths and lengths, and the step as a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import DiTConfig, SegmentPlan, WanDiT, sample_latents
+from model.csg import denoiser as denoise
+from model.csg.sampler import MODES
+from model.csg.schedule import flow_sigmas
+from model.weights.load import random_weights
+from swifti2v_kernels import (
+    explain,
+    gated_residual_norm_modulate,
+    linear_gelu,
+    norm_modulate,
+    norm_rope,
+    qk_norm_rope,
+    rope_3d,
+)
+from swifti2v_kernels.linear.linear_gelu import linear_gelu_reference
+from swifti2v_kernels.norm.adaln import gated_residual_reference, norm_modulate_reference
+from swifti2v_kernels.norm.qk_norm_rope import norm_rope_reference
+from tests.support.tolerances import KERNEL, OPERATOR, relative_error
+
+pytestmark = pytest.mark.gpu
+WIDTHS = [(12, 128), (24, 128), (40, 128), (4, 24)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _no_synchronisation() -> Iterator[None]:
+    """An operator that waits for the device is an error while this mode is on; tests compare after switching it off."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def without_waiting(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    result = call()
+    torch.cuda.set_sync_debug_mode("default")
+    return result if isinstance(result, tuple) else (result,)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+
+
+def rows_of(length: int, count: int = 64) -> Tensor:
+    return torch.linspace(0, length - 1, min(count, length), device="cuda").long()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), WIDTHS)
+@pytest.mark.parametrize("block_len", [1, 7, 3520])
+def test_adaln(heads: int, head_dim: int, block_len: int, dtype: torch.dtype) -> None:
+    channels, name = heads * head_dim, str(dtype).removeprefix("torch.")
+    x, update = (poisoned(1, 5 * block_len + 2, channels + 8, dtype=dtype)[:, 1:-1, 8:] for _ in range(2))
+    x.normal_(1.0, 3.0), update.normal_()
+    shift, scale, gate = torch.randn(1, 2, 6, channels, device="cuda").unbind(2)[:3]
+    block_map = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32, device="cuda")
+    out = poisoned(1, 5 * block_len, channels, dtype=dtype)
+    keywords = {"block_map": block_map, "out": out}
+    x_new, y = without_waiting(lambda: gated_residual_norm_modulate(x, update, gate, shift, scale, **keywords))
+    expected = gated_residual_reference(x.double(), update.double(), gate.double(), block_map)
+    assert relative_error(x_new, expected) < OPERATOR[name]
+    expected = norm_modulate_reference(
+        x_new.double(), shift.double(), scale.double(), None, None, block_map, "layer", 1e-6
+    )
+    assert relative_error(y, expected) < OPERATOR[name]
+    assert explain(norm_modulate, x).implementation == "fused kernel"
+
+
+def test_a_row_that_is_not_there_is_nan() -> None:
+    x, table = torch.randn(1, 6, 96, device="cuda"), torch.randn(1, 2, 2, 96, device="cuda")
+    block_map = torch.tensor([1, 2, -1], dtype=torch.int32, device="cuda")
+    y = norm_modulate(x, *table.unbind(2), block_map=block_map)
+    assert y[:, 2:].isnan().all()
+    assert not y[:, :2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), WIDTHS)
+@pytest.mark.parametrize(("layout", "per_head"), [("interleaved", False), ("half", True)])
+def test_qk_norm_rope(heads: int, head_dim: int, dtype: torch.dtype, layout: str, per_head: bool) -> None:
+    blocks, height, width = (9, 0, 4), 11, 13
+    length, channels = 3 * height * width, heads * head_dim
+    qkv = poisoned(1, length + 1, 3 * channels, dtype=dtype)
+    qkv[:, 1:].normal_()
+    q, k, v = qkv[:, 1:].chunk(3, dim=2)
+    weights = (1 + 0.1 * torch.randn(2, head_dim if per_head else channels, device="cuda")).to(dtype)
+    rope = rope_3d(blocks, height, width, head_dim, device="cuda")
+    expected = [
+        norm_rope_reference(x.double(), w.double(), rope, heads, 0, 1e-6, layout)
+        for x, w in zip((q, k), weights, strict=True)
+    ]
+    results = without_waiting(lambda: qk_norm_rope(q, k, *weights, rope, heads, layout=layout))
+    before = v.clone()
+    in_place = qk_norm_rope(q, k, *weights, rope, heads, layout=layout, inplace=True)
+    for actual, again, wanted in zip(results, in_place, expected, strict=True):
+        assert relative_error(actual, wanted) < 2 * OPERATOR[str(dtype).removeprefix("torch.")]
+        assert torch.equal(actual, again)
+    assert torch.equal(v, before)
+    assert qkv[:, :1].isnan().all()
+
+
+def test_beyond_131_thousand_tokens_and_32_bits() -> None:
+    """1.4 million tokens of 1,536 channels are 2.15e9 elements."""
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of free device memory")
+    length = 1_400_000
+    x = torch.randn(1, length, 1536, device="cuda", dtype=torch.bfloat16)
+    rows = rows_of(length)
+    weight, rope = torch.rand(1536, device="cuda").bfloat16(), rope_3d(range(1), 1000, 1400, 128, device="cuda")
+    y = norm_modulate(x)
+    assert relative_error(y[:, rows], norm_modulate_reference(x[:, rows].double(), *[None] * 5, "layer", 1e-6)) < 8e-3
+    del y
+    sample = {start: x[:, start : start + 4].double() for start in (0, 700_000, length - 4)}
+    norm_rope(x, weight, rope, 12, inplace=True)
+    for start, part in sample.items():
+        expected = norm_rope_reference(part, weight.double(), rope, 12, start, 1e-6, "interleaved")
+        assert relative_error(x[:, start : start + 4].unflatten(2, (12, 128)), expected) < 2 * OPERATOR["bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gelu_epilogue_is_the_tanh_one(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(1, 1000, 1536, device="cuda").to(dtype), 0.03 * torch.randn(8960, 1536, device="cuda")
+    weight, bias = weight.to(dtype), torch.randn(8960, device="cuda").to(dtype)
+    out = poisoned(1, 1000, 8960, dtype=dtype)
+    assert explain(linear_gelu, x, weight, bias).implementation == "cuBLASLt epilogue"
+    (y,) = without_waiting(lambda: linear_gelu(x, weight, bias, out=out))
+    expected = linear_gelu_reference(x.double(), weight.double(), bias.double())
+    assert relative_error(y, expected) < KERNEL[str(dtype).removeprefix("torch.")]
+    exact = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), weight.double(), bias.double()))
+    assert relative_error(y, expected) <= relative_error(y, exact)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_steps_equal_launched_ones(tiny_dit, mode: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Three windows, the last of another kind; captured from the second step of each kind on."""
+    reference, text = torch.randn(1, 4, 8, 4, 6, device="cuda"), torch.randn(1, 7, 16, device="cuda")
+    made, stock = [], denoise.StepGraphs.__init__
+
+    def init(self, *args, **kwargs):
+        made.append(self)
+        stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(denoise.StepGraphs, "__init__", init)
+    clips = []
+    for cuda_graph in (False, True):
+        clip = reference.clone()
+        options = {"plan": SegmentPlan(8), "sigmas": flow_sigmas(4, 5.0), "seed": 5, "mode": mode}
+        list(sample_latents(tiny_dit.to("cuda", dtype), clip, text, cuda_graph=cuda_graph, **options))
+        clips.append(clip)
+    assert made[0].reason == "switched off"
+    assert made[1].reason is None
+    assert len(made[1]._graphs) == (1 if mode == "end_to_end" else 3)
+    assert torch.equal(clips[0], clips[1])
+
+
+def test_a_step_allocates_nothing_on_the_gpu() -> None:
+    """Beyond one part for torch's own attention, which has no output argument."""
+    config = DiTConfig(
+        num_heads=8, head_dim=64, num_layers=2, ffn_dim=1024, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
+    )
+    latents, reference = torch.randn(1, 4, 3, 64, 96, device="cuda"), torch.randn(1, 4, 5, 64, 96, device="cuda")
+    options = {"latents": latents, "reference": reference, "sigmas": [1.0, 0.5, 0.0], "max_blocks": 5}
+    dit = random_weights(WanDiT, config, 1).to("cuda", torch.bfloat16)
+    denoiser = denoise.Denoiser(dit, torch.randn(1, 7, 16, device="cuda"), None, cuda_graph=False, **options)
+    denoiser.open([0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [1.0, 1.0, 0.0, 0.0, 0.0])
+    denoiser.step(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    denoiser.step(1)
+    torch.cuda.synchronize()
+    part = denoiser.workspace.buffers["a"].nbytes
+    assert torch.cuda.max_memory_allocated() - before <= 1.5 * part
+    assert torch.isfinite(latents).all()

@@ -1,0 +1,266 @@
+"""Segment-wise generation with diffusers' Wan: its adapter against this project's own model and sampler."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from model import load_dit, sample_latents
+from swifti2v_kernels import SegmentPlan, Window
+from swifti2v_kernels.integrations.diffusers import DiffusersWanWindow
+from swifti2v_kernels.integrations.patching import HostChanged
+from tests.kernels.csg.test_sampler import PLANS, SIGMAS, run
+from tests.model.dit.test_model import BASE, saved_diffusers_dit
+from tests.support.tolerances import BFLOAT16_MODEL, PARITY, relative_error
+
+EXAMPLE = Path(__file__).parent.parent.parent.parent / "examples" / "csg_diffusers_wan.py"
+TEXT = torch.linspace(-1, 1, 512 * 32).view(1, 512, 32)
+I2V = {"in_channels": 36}
+CLIP = {**I2V, "image_dim": 20, "added_kv_proj_dim": 48}
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """What other tests have compiled counts towards the number of graphs that one function may have."""
+    torch._dynamo.reset()
+
+
+def wan(**config) -> WanTransformer3DModel:
+    return WanTransformer3DModel(**{**BASE, **config}).eval()
+
+
+@pytest.mark.compatibility("CSG", model="Wan 2.1 text-to-video")
+@pytest.mark.compatibility("CSG", model="Wan 2.1 image-to-video (CLIP)")
+@pytest.mark.compatibility("CSG", model="Wan 2.2 A14B")
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("config", [{}, I2V, CLIP], ids=["latents alone", "mask and reference", "with CLIP"])
+def test_wan_of_diffusers_equals_our_own_model_and_sampler(config, plan, tmp_path):
+    theirs, ours = saved_diffusers_dit(tmp_path, **config), load_dit(tmp_path)
+    image = torch.randn(1, 257, 20) if config is CLIP else None
+    reference = torch.randn(1, 16, plan.num_blocks, 4, 6)
+    clip, expected = run(DiffusersWanWindow(theirs, TEXT, image), reference, plan=plan), reference.clone()
+    list(sample_latents(ours, expected, TEXT, image, plan=plan, sigmas=SIGMAS, seed=5))
+    assert relative_error(clip, expected) < PARITY
+
+
+def test_end_to_end_of_wan_equals_our_own(tmp_path):
+    theirs, ours = saved_diffusers_dit(tmp_path, **I2V), load_dit(tmp_path)
+    reference = torch.randn(1, 16, 5, 4, 6)
+    options = {"plan": SegmentPlan(5), "mode": "end_to_end"}
+    clip, expected = run(DiffusersWanWindow(theirs, TEXT), reference, **options), reference.clone()
+    list(sample_latents(ours, expected, TEXT, sigmas=SIGMAS, seed=5, **options))
+    assert relative_error(clip, expected) < PARITY
+    assert relative_error(run(DiffusersWanWindow(theirs, TEXT), reference, plan=SegmentPlan(5)), clip) > 100 * PARITY
+
+
+def test_wan_in_bfloat16_stays_near_float32(tmp_path):
+    saved_diffusers_dit(tmp_path, **I2V)
+    full, half = (
+        WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    reference = torch.randn(1, 16, 8, 4, 6)
+    expected = run(DiffusersWanWindow(full, TEXT), reference)
+    assert relative_error(run(DiffusersWanWindow(half, TEXT), reference), expected) < BFLOAT16_MODEL
+
+
+def test_wan_takes_a_batch_with_one_text_or_several():
+    transformer, reference = wan(**CLIP), torch.randn(2, 16, 5, 4, 6)
+    texts, images = torch.randn(2, 512, 32), torch.randn(2, 257, 20)
+    options = {"plan": SegmentPlan(5)}
+    together = run(DiffusersWanWindow(transformer, texts, images), reference, seed=(5, 6), **options)
+    shared = run(DiffusersWanWindow(transformer, texts[:1], images[:1]), reference, seed=(5, 6), **options)
+    for i, seed in enumerate((5, 6)):
+        part = slice(i, i + 1)
+        alone = run(DiffusersWanWindow(transformer, texts[part], images[part]), reference[part], seed=seed, **options)
+        assert relative_error(together[part], alone) < PARITY
+        alone = run(DiffusersWanWindow(transformer, texts[:1], images[:1]), reference[part], seed=seed, **options)
+        assert relative_error(shared[part], alone) < PARITY
+
+
+def state(transformer):
+    """What code can change in a model: hooks and attributes of every module, and its weights."""
+    modules = {
+        name: (
+            {key: id(value) for key, value in vars(module).items() if not key.startswith("_")},
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+        )
+        for name, module in transformer.named_modules()
+    }
+    tensors = itertools.chain(transformer.named_parameters(), transformer.named_buffers())
+    return modules, {name: tensor.clone() for name, tensor in tensors}
+
+
+def unchanged(before, after):
+    return before[0] == after[0] and all(torch.equal(tensor, after[1][name]) for name, tensor in before[1].items())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "raised"])
+def test_the_users_model_is_as_before(fails):
+    transformer = wan()
+    arguments = torch.randn(1, 16, 4, 4, 6), torch.tensor([500.0]), TEXT
+    with torch.no_grad():
+        before, expected = state(transformer), transformer(*arguments).sample
+    model = DiffusersWanWindow(transformer, TEXT)
+    if fails:
+
+        def breaks(*_):
+            assert len(transformer.rope._forward_hooks) == 1  # in the middle of a call
+            raise RuntimeError("out of luck")
+
+        handle = transformer.blocks[1].register_forward_hook(breaks)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            run(model, torch.randn(1, 16, 8, 4, 6))
+        handle.remove()
+    else:
+        run(model, torch.randn(1, 16, 8, 4, 6))
+    assert unchanged(before, state(transformer))
+    with torch.no_grad():
+        assert torch.equal(transformer(*arguments).sample, expected)
+
+
+class PlainAttention:
+    """An attention processor of the user's own: the same sums by explicit softmax."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        self.calls += 1
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(source)))
+        if rotary_emb is not None:
+            cos, sin = (table[..., ::2] for table in rotary_emb)
+            q, k = (
+                torch.stack((x[..., ::2] * cos - x[..., 1::2] * sin, x[..., ::2] * sin + x[..., 1::2] * cos), -1)
+                for x in (q, k)
+            )
+            q, k = q.flatten(3), k.flatten(3)
+        weights = torch.einsum("blhd,bmhd->bhlm", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+        return attn.to_out[0](torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(2))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("change", ["processors", "offloading", "compiled blocks", "compiled"])
+def test_wan_may_have_been_changed_by_others(change):
+    transformer, reference = wan(), torch.randn(1, 16, 8, 4, 6)
+    expected = run(DiffusersWanWindow(transformer, TEXT), reference)
+    if change == "processors":
+        processor = PlainAttention()
+        transformer.set_attn_processor(processor)
+    elif change == "offloading":
+        cpu_offload(transformer, torch.device("cpu"), offload_buffers=True)
+        assert transformer.proj_out.weight.is_meta
+    elif change == "compiled blocks":
+        transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    else:
+        transformer = torch.compile(transformer, backend="eager")
+    assert relative_error(run(DiffusersWanWindow(transformer, TEXT), reference), expected) < PARITY
+    if change == "processors":
+        assert processor.calls == 4 * len(PLANS[0]) * (len(SIGMAS) - 1)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_wan_is_not_traced_anew_for_every_window():
+    """Positions are no part of its graphs: windows of the same size are the same graphs, whatever their blocks."""
+    transformer, reference, graphs = wan(), torch.randn(1, 16, 14, 4, 6), []
+    options = {"plan": SegmentPlan(14, 1), "sigmas": [1.0, 0.0]}
+    expected = run(DiffusersWanWindow(transformer, TEXT), reference, **options)
+    compiled = torch.compile(transformer, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    model = DiffusersWanWindow(compiled, TEXT)
+    run(model, reference[:, :, :4], plan=SegmentPlan(4, 1), sigmas=[1.0, 0.0])  # windows of two and of three blocks
+    made = len(graphs)
+    assert made > 0
+    assert relative_error(run(model, reference, **options), expected) < PARITY
+    assert len(graphs) == made
+
+
+def test_a_wan_that_this_adapter_does_not_know_is_refused_by_what_it_lacks():
+    transformer = wan()
+    del transformer.rope.attention_head_dim
+    with pytest.raises(
+        HostChanged, match=r"WanTransformer3DModel of diffusers .* has no attribute 'rope\.attention_head_dim'"
+    ):
+        DiffusersWanWindow(transformer, TEXT)
+    with pytest.raises(HostChanged, match=r"Linear is not the Wan.* no attribute 'config\.in_channels'"):
+        DiffusersWanWindow(nn.Linear(2, 2), TEXT)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda x: torch.zeros(1, 24, 1, 24), "expected rope to return a tuple, got Tensor"),
+        (lambda x: (torch.zeros(24, 24),) * 2, r"expected rope to return tables \[1, tokens, 1, D\], got \(24, 24\)"),
+    ],
+)
+def test_rotary_tables_of_another_form_are_refused(forward, message):
+    transformer = wan()
+    transformer.rope.forward = forward
+    with pytest.raises(HostChanged, match=message):
+        run(DiffusersWanWindow(transformer, TEXT), torch.randn(1, 16, 8, 4, 6))
+    assert not transformer.rope._forward_hooks
+
+
+def test_a_call_without_true_positions_is_an_error():
+    """A transformer that calls ``rope`` past its hooks would else take every segment for the clip's first."""
+
+    class Rope(nn.Module):
+        def __init__(self, rope):
+            super().__init__()
+            self.rope, self.attention_head_dim = rope, rope.attention_head_dim
+
+        def __call__(self, x):
+            return self.rope(x)
+
+    transformer = wan()
+    transformer.rope = Rope(transformer.rope)
+    with pytest.raises(HostChanged, match="rope was not called, so the window's blocks had no true positions"):
+        run(DiffusersWanWindow(transformer, TEXT), torch.randn(1, 16, 8, 4, 6))
+    assert not transformer.rope._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "image", "message"),
+    [
+        ({}, TEXT[0], None, r"text: expected \[B, L, text_dim\], got \(512, 32\)"),
+        (CLIP, TEXT[:, :7], torch.zeros(1, 257, 20), r"text: expected \[B, 512, text_dim\], got \(1, 7, 32\)"),
+        (CLIP, TEXT, None, r"image: expected CLIP tokens \[B, L, 20\], got None"),
+        ({}, TEXT, torch.zeros(1, 257, 20), "image: expected None, since the transformer has no image embedding"),
+        ({"patch_size": (2, 2, 2)}, TEXT, None, r"transformer: expected a patch of one latent frame, got \(2, 2, 2\)"),
+    ],
+)
+def test_what_wan_cannot_be_conditioned_on_is_named(config, text, image, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusersWanWindow(wan(**config), text, image)
+
+
+def test_what_does_not_fit_wan_is_named():
+    model, reference = DiffusersWanWindow(wan(**I2V), TEXT), torch.randn(1, 16, 5, 4, 6)
+    assert model.mask_channels == 4
+    with pytest.raises(
+        ValueError, match=r"latents: expected \[B, 36, 4, h, w\], got \(1, 16, 4, 4, 6\) \(mask_channels of"
+    ):
+        run(model, reference, mask_channels=None, plan=SegmentPlan(5))
+    with pytest.raises(ValueError, match=r"transformer: expected in_channels of 16 .* or at least 32 .*, got 20"):
+        DiffusersWanWindow(wan(in_channels=20), TEXT).mask_channels  # noqa: B018
+    with pytest.raises(ValueError, match=r"window: expected blocks below 64, .* \(rope_max_seq_len\), got \(0, 64\)"):
+        model(torch.zeros(1, 36, 2, 4, 6), 1.0, Window((0,), (64,)))
+    with pytest.raises(ValueError, match="text: expected a batch of 1 or 1, got 2"):
+        run(DiffusersWanWindow(wan(), TEXT.repeat(2, 1, 1)), reference, plan=SegmentPlan(5))
+
+
+def test_the_example_runs_and_is_short(capsys):
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "blocks (4, 5, 6) given (0, 3): latents (1, 16, 3, 8, 12)"
+    assert lines[-1] == "clip (1, 16, 11, 8, 12) in 4 segments, at most 5 of 11 blocks at once"

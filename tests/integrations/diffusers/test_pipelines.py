@@ -1,0 +1,153 @@
+"""Whole diffusers pipelines on our operators: transformers and VAE together, offloaded, with LoRA files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from swifti2v_kernels.integrations.diffusers import HostChanged, accelerate, restore
+from swifti2v_kernels.integrations.patching import is_patched
+from tests.support.tolerances import PARITY, relative_error
+
+
+def wan_pipeline(**options: Any) -> diffusers.WanImageToVideoPipeline:
+    """Both experts of Wan2.2 A14B, tiny; the text encoder is there, but embeddings are given."""
+    torch.manual_seed(0)
+
+    def transformer() -> diffusers.WanTransformer3DModel:
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=36,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+        ).eval()
+
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer(),
+        transformer_2=transformer(),
+        boundary_ratio=0.9,
+        **options,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def frames(pipe: diffusers.WanImageToVideoPipeline) -> Tensor:
+    return pipe(
+        image=Image.linear_gradient("L").convert("RGB").resize((48, 32)),
+        prompt_embeds=torch.linspace(-1, 1, 512 * 16).view(1, 512, 16),
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+
+
+@pytest.mark.compatibility("VAE encode", "VAE decode", model="Wan pipeline (two experts, VAE 2.1)")
+@pytest.mark.compatibility("attention", "norms", "restore", model="Wan pipeline (two experts, VAE 2.1)")
+def test_a_pipeline_gives_the_same_video_and_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = wan_pipeline()
+    expected = frames(pipe)
+    report = accelerate(pipe)
+    # Every component that is a module has its lines; the one that is not known is named.
+    components = {line.component.split(".")[0] for line in (*report.replaced, *report.left)}
+    assert components == {"transformer", "transformer_2", "vae", "text_encoder"}
+    assert ("text_encoder", "UMT5EncoderModel", "not known") in {(x.component, x.host, x.text) for x in report.left}
+    assert "text_encoder" in capsys.readouterr().out
+    assert relative_error(frames(pipe), expected) < PARITY
+    restore(pipe)
+    assert torch.equal(frames(pipe), expected)
+
+
+@pytest.mark.compatibility("model offload", model="Wan pipeline (two experts, VAE 2.1)")
+@pytest.mark.parametrize("first", ["accelerate", "offload"])
+def test_an_offloaded_pipeline(first: str) -> None:
+    """The hooks that ``enable_model_cpu_offload`` puts on; that method itself wants an accelerator."""
+    pipe = wan_pipeline()
+    expected = frames(pipe)
+    if first == "accelerate":
+        accelerate(pipe)
+    for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
+        cpu_offload_with_hook(part, execution_device="cpu")
+    if first == "offload":
+        accelerate(pipe)
+    assert relative_error(frames(pipe), expected) < PARITY
+    restore(pipe)
+    assert torch.equal(frames(pipe), expected)
+
+
+@pytest.mark.compatibility("LoRA", model="Wan pipeline (two experts, VAE 2.1)")
+@pytest.mark.parametrize("first", ["accelerate", "LoRA"])
+def test_lora_files_are_loaded_by_the_pipeline(first: str, tmp_path: Path) -> None:
+    names = [f"blocks.{i}.{attn}.{part}" for i in range(2) for attn in ("attn1", "attn2") for part in ("to_q", "to_v")]
+    torch.manual_seed(1)
+    state = {}
+    for name in names:
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, 24)
+        state[f"transformer.{name}.lora_B.weight"] = torch.randn(24, 4)
+    save_file(state, tmp_path / "lora.safetensors")
+    plain = wan_pipeline()
+    base = frames(plain)
+    plain.load_lora_weights(tmp_path / "lora.safetensors")
+    expected = frames(plain)
+    assert relative_error(expected, base) > 100 * PARITY
+    pipe = wan_pipeline()
+    if first == "accelerate":
+        accelerate(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    if first == "LoRA":
+        accelerate(pipe)
+    assert relative_error(frames(pipe), expected) < PARITY
+    pipe.unload_lora_weights()
+    assert relative_error(frames(pipe), base) < PARITY
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    pipe.fuse_lora()
+    assert relative_error(frames(pipe), expected) < PARITY
+
+
+def test_all_models_of_a_pipeline_or_none() -> None:
+    """The second expert has lost an attribute: the first is not patched either."""
+    pipe = wan_pipeline()
+    expected = frames(pipe)
+    lost = pipe.transformer_2.blocks[1].attn2.norm_k
+    del pipe.transformer_2.blocks[1].attn2.norm_k
+    with pytest.raises(
+        HostChanged, match=r"transformer_2\.blocks\.1\.attn2 has no attribute 'norm_k'; nothing was changed"
+    ):
+        accelerate(pipe)
+    pipe.transformer_2.blocks[1].attn2.norm_k = lost
+    assert not any(is_patched(part) for part in (pipe.transformer, pipe.transformer_2, pipe.vae))
+    assert torch.equal(frames(pipe), expected)
+
+
+def test_the_last_call_decides() -> None:
+    pipe = wan_pipeline()
+    accelerate(pipe)
+    report = accelerate(pipe.transformer, norms=False)
+    assert {line.host for line in report.replaced} == {"WanAttnProcessor"}
+    assert "forward" not in pipe.transformer.blocks[0].__dict__
+    assert "forward" in pipe.transformer_2.blocks[0].__dict__
+    report.restore()
+    assert not is_patched(pipe.transformer)
+    assert is_patched(pipe.transformer_2)

@@ -1,0 +1,26 @@
+"""Every example of examples/ runs on this machine, does what it says, and is short."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+#: What each prints when it has worked.
+PRINTS = {
+    "csg_diffusers_wan": r"in 4 segments, at most 5 of 11 blocks at once",
+    "diffusers_wan_i2v": r"4 x WanAttnProcessor .* segment_attention[\s\S]*video \(1, 9, 3, 32, 48\), finite: True",
+    "dit_block": r"tokens \(2, 72, 256\) -> \(2, 72, 256\), finite: True",
+    "joint_attention": r"video \(2, 300, 4, 128\), text \(2, 32, 4, 128\), relative difference \d\.\de-0[3-9]",
+    "vae_decode_4gb": r"peak +3\.\d+ GiB of 3.73[\s\S]*in 2 x 4 tiles[\s\S]* all at once: [01] of 255 at most",
+}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(path.read_text().splitlines()) <= 40
+    runpy.run_path(str(path), run_name="__main__")
+    assert re.search(PRINTS[path.stem], capsys.readouterr().out)

@@ -1,0 +1,236 @@
+"""diffusers models whose modules others watch, cache, replace or subclass: their code runs as on diffusers' own."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers import transformer_wan
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from swifti2v_kernels.integrations.diffusers import accelerate, restore
+from swifti2v_kernels.integrations.diffusers.wan import WanProcessor
+from swifti2v_kernels.integrations.patching import is_patched
+from tests.support.diffusers_models import HEAD_DIM, MODELS, build, run
+from tests.support.tolerances import PARITY, relative_error
+
+WAN = "Wan 2.1 text-to-video"
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    module = build(MODELS[name], HEAD_DIM[name])
+    return module, MODELS[name].inputs(module)
+
+
+def in_blocks(module: nn.Module, *parts: str) -> list[nn.Module]:
+    """Modules of the blocks one of whose names begins with one of ``parts``."""
+    found = [(path.split("."), m) for path, m in module.named_modules() if "blocks." in path and "refiner" not in path]
+    return [m for path, m in found if path[-1].startswith(parts)]
+
+
+def changed(_: nn.Module, args: Any, out: Any) -> Any:
+    """A forward hook under which it matters that it ran, and on which tokens."""
+    if isinstance(out, tuple):
+        return (changed(_, args, out[0]), *out[1:])
+    # Where the heads of [B, L, H, D] stand is the host's own business, and differs between its versions.
+    return 1.1 * out - (0.1 * out.mean(dim=1, keepdim=True) if out.ndim == 3 else 0.0)
+
+
+@pytest.mark.parametrize(
+    "parts", [("norm",), ("to_", "add_"), ("ff", "proj_", "act_")], ids=["norms", "attention", "ff"]
+)
+@every_model
+def test_hooks_of_torch_run(name: str, parts: tuple[str, ...]) -> None:
+    """On all norms, all projections, or all of the feed-forwards; those on projections mix tokens."""
+    module, inputs = make(name)
+    plain = run(module, inputs)
+    for part in in_blocks(module, *parts):
+        part.register_forward_hook(changed)
+    expected = run(module, inputs)
+    assert relative_error(expected, plain) > 100 * PARITY
+    accelerate(module)
+    assert relative_error(run(module, inputs), expected) < 2 * PARITY
+
+
+def overwritten(module: nn.Module, inputs: dict[str, Any]) -> set[str]:
+    """Modules that are given or return what is no longer the same after the run."""
+    kept: list[tuple[str, Tensor, Tensor]] = []
+    hooks = []
+    for path, part in module.named_modules():
+
+        def keep(_: nn.Module, args: Any, out: Any, path: str = path) -> None:
+            tensors = [x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, Tensor)]
+            kept.extend((path, x, x.clone()) for x in tensors)
+
+        hooks.append(part.register_forward_hook(keep))
+    run(module, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert len(kept) > 100
+    return {path for path, now, then in kept if not torch.equal(now, then)}
+
+
+@every_model
+def test_what_modules_return_and_are_given_is_not_overwritten(name: str) -> None:
+    """As caches keep it from one step to the next; but for what diffusers itself overwrites."""
+    module, inputs = make(name)
+    before = overwritten(module, inputs)
+    accelerate(module)
+    assert overwritten(module, inputs) <= before
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("Wan")])
+def test_other_norms_in_a_wan_block(name: str) -> None:
+    """Trained copies that PEFT puts in the norm's place, and a norm of another kind."""
+    module, inputs = make(name)
+    module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["norm2"]))
+    with torch.no_grad():
+        for block in module.blocks:
+            block.norm2.modules_to_save["default"].weight.add_(0.5)
+    module.blocks[0].norm1 = nn.RMSNorm(module.blocks[0].attn1.inner_dim, eps=1e-6)
+    expected = run(module, inputs)
+    accelerate(module)
+    assert relative_error(run(module, inputs), expected) < PARITY
+
+
+def test_one_model_under_two_names_is_patched_once_and_keeps_its_hooks() -> None:
+    module, inputs = make(WAN)
+    expected = run(module, inputs)
+    calls = []
+
+    class Watch(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    for block in module.blocks:
+        add_hook_to_module(block, Watch())
+    pipe = diffusers.WanPipeline(None, None, vae=None, scheduler=None, transformer=module, transformer_2=module)
+    report = accelerate(pipe)
+    assert [(x.component, x.text) for x in report.left] == [("transformer_2", "the same model as transformer")]
+    for _ in range(2):
+        calls.clear()
+        assert relative_error(run(module, inputs), expected) < PARITY
+        assert calls == list(module.blocks)
+        restore(pipe)
+
+
+def mine(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    return hidden_states + 0.5 * self.attn1(hidden_states, None, None, rotary_emb)
+
+
+@pytest.mark.parametrize("way", ["class", "same name", "subclass"])
+def test_other_peoples_code_is_left_and_named(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward put into diffusers' class, a class of the same name from elsewhere, and a subclass."""
+    module, inputs = make(WAN)
+    host = transformer_wan.WanTransformerBlock
+    if way == "class":
+        monkeypatch.setattr(host, "forward", mine)
+        text = f"not the code of diffusers: it comes from {__name__}"
+    else:
+        name = host.__name__ if way == "same name" else "MyBlock"
+        kind = type(name, (host,), {"forward": mine, "__module__": __name__})
+        for block in module.blocks:
+            block.__class__ = kind
+        text = "not known" if way == "subclass" else f"not the code of diffusers: it comes from {__name__}"
+    expected = run(module, inputs)
+    report = accelerate(module)
+    assert [(x.count, x.text) for x in report.left] == [(2, text)]
+    assert [x.host for x in report.replaced] == ["WanAttnProcessor"]
+    assert relative_error(run(module, inputs), expected) < PARITY
+
+
+def test_an_attention_backend_that_is_active_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within ``attention_backend(...)`` diffusers' processors compute; a model is not accelerated there at all."""
+    module, inputs = make(WAN)
+    expected = run(module, inputs)
+    accelerate(module)
+    seen = []
+    host = type(module.blocks[0].attn1.processor.original)
+    inner = host.__call__
+    monkeypatch.setattr(host, "__call__", lambda self, *a, **k: (seen.append(self), inner(self, *a, **k))[1])
+    with attention_backend("_native_math"):
+        assert relative_error(run(module, inputs), expected) < PARITY
+        assert len(seen) == 4
+        restore(module)
+        monkeypatch.undo()
+        report = accelerate(module, norms=False)
+        assert {x.text for x in report.left if x.host == "WanAttnProcessor"} == {
+            "the attention backend _native_math is active"
+        }
+
+
+def test_what_is_chosen_after_is_there_when_restored() -> None:
+    module, inputs = make(WAN)
+    accelerate(module)
+    for block in module.blocks:
+        block.attn1.set_attention_backend("native")
+    restore(module)
+    assert module.blocks[0].attn1.processor._attention_backend.value == "native"
+    for block in module.blocks:
+        block.attn1.processor._attention_backend = None
+    accelerate(module)
+    for block in module.blocks:
+        block.attn1.set_attention_backend("native")
+    run(module, inputs)
+    for block in module.blocks:
+        block.attn1.processor._attention_backend = None
+    restore(module)
+    assert module.blocks[0].attn1.processor._attention_backend is None
+
+
+def test_projections_that_diffusers_fuses_in_between() -> None:
+    """Its own processors for that take our place and give it back: we are restored then."""
+    module, inputs = make("CogVideoX")
+    expected = run(module, inputs)
+    accelerate(module)
+    module.fuse_qkv_projections()
+    assert {x.text for x in restore(module).left} == {"replaced or wrapped by others since; left as it is"}
+    assert is_patched(module)
+    module.unfuse_qkv_projections()
+    assert not restore(module).left
+    assert not is_patched(module)
+    assert torch.equal(run(module, inputs), expected)
+
+
+def test_parts_and_wholes() -> None:
+    """A block accelerated by itself is restored with its model, and patched anew with it."""
+    module, inputs = make(WAN)
+    expected = run(module, inputs)
+    accelerate(module.blocks[0])
+    restore(module)
+    assert not is_patched(module)
+    accelerate(module.blocks[0])
+    report = accelerate(module)
+    assert sorted((x.host, x.count) for x in report.replaced) == [("WanAttnProcessor", 4), ("WanTransformerBlock", 2)]
+    restore(module)
+    assert torch.equal(run(module, inputs), expected)
+
+
+def test_pickling_is_refused_with_a_reason_and_states_are_not(tmp_path: Any) -> None:
+    module, inputs = make(WAN)
+    expected = run(module, inputs)
+    accelerate(module)
+    with pytest.raises(TypeError, match=r"cannot be pickled: restore\(\) it first, or save its state_dict\(\)"):
+        pickle.dumps(module)
+    module.save_pretrained(tmp_path)
+    again = type(module).from_pretrained(tmp_path)
+    assert torch.equal(run(again, inputs), expected)
+    restore(module)
+    assert torch.equal(run(pickle.loads(pickle.dumps(module)), inputs), expected)
+
+
+def test_a_processor_of_theirs_is_left_alone() -> None:
+    module, _ = make(WAN)
+    module.blocks[0].attn1.set_processor(WanProcessor(None))
+    assert {x.text for x in accelerate(module, norms=False).left} == {
+        "no replacement for this attention processor",
+        "norms=False",
+    }

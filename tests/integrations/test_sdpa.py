@@ -1,0 +1,224 @@
+"""``replace_sdpa``: calls of torch's attention are routed within the block, as given otherwise, and counted."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+
+from swifti2v_kernels.integrations.sdpa import replace_sdpa
+from tests.support.tolerances import PARITY, relative_error
+
+
+def qkv(*shape: int, **options: Any) -> list[Tensor]:
+    return [torch.randn(shape or (2, 3, 7, 8), **options) for _ in range(3)]
+
+
+class Attention(nn.Module):
+    """One head-split attention; ``fail`` raises after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.fail:
+            raise ZeroDivisionError
+        return out
+
+
+@pytest.mark.parametrize("function", [imported_by_name, torch._C._nn.scaled_dot_product_attention])
+def test_served_calls_equal_torch_whatever_name_they_come_under(function):
+    q, k, v = qkv()
+    expected = imported_by_name(q, k, v, scale=0.3)
+    with replace_sdpa(backend="torch") as calls:
+        actual = function(q, key=k, value=v, attn_mask=None, scale=0.3)
+    assert relative_error(actual, expected) < PARITY
+    assert dict(calls.implementations) == {"reference": 1}
+    assert not calls.not_served
+    function(q, k, v)
+    assert calls.served == 1
+
+
+class Labelled(Tensor):
+    pass
+
+
+REASONS = {
+    "attn_mask is given": lambda q, k, v: ((q, k, v), {"attn_mask": torch.ones(7, 7, dtype=torch.bool)}),
+    "is_causal": lambda q, k, v: ((q, k, v, None, 0.0, True), {}),
+    "dropout_p is not 0": lambda q, k, v: ((q, k, v), {"dropout_p": 0.5}),
+    "enable_gqa: fewer heads of keys than of queries": lambda q, k, v: (
+        (q, k[:, :1], v[:, :1]),
+        {"enable_gqa": True},
+    ),
+    "not [B, H, L, D]": lambda q, k, v: ((q[0], k[0], v[0]), {}),
+    "a subclass of Tensor": lambda q, k, v: ((q, k, v.as_subclass(Labelled)), {}),
+    "q, k and v differ in batch, heads or head_dim": lambda q, k, v: ((q, k, v[..., :4]), {}),
+    "no keys or no channels": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
+    "channels that are not contiguous": lambda q, k, v: ((q, k, v.mT.contiguous().mT), {}),
+    "scale is not positive": lambda q, k, v: ((q, k, v), {"scale": -1.0}),
+    "an input needs gradients, and the kernels have no backward": lambda q, k, v: ((q.requires_grad_(), k, v), {}),
+    "kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu": lambda q, k, v: ((q, k, v), {}),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_cannot_be_served_is_torchs_own_result_and_counted_by_reason(reason):
+    args, kwargs = REASONS[reason](*qkv())
+    torch.manual_seed(0)
+    expected = F.scaled_dot_product_attention(*args, **kwargs)
+    torch.manual_seed(0)
+    with replace_sdpa() as calls:
+        actual = F.scaled_dot_product_attention(*args, **kwargs)
+    assert torch.equal(actual, expected)
+    assert calls.served == 0
+    assert dict(calls.not_served) == {reason: 1}
+    assert f"1  not served: {reason}" in str(calls)
+
+
+def test_errors_of_torch_stay_torchs():
+    q, k, v = qkv()
+    with replace_sdpa(backend="torch") as calls, pytest.raises(RuntimeError, match="dtype"):
+        F.scaled_dot_product_attention(q, k.double(), v)
+    assert dict(calls.not_served) == {"q, k and v differ in dtype or device": 1}
+
+
+def test_kernels_asked_for_by_name_where_there_are_none_are_an_error():
+    with replace_sdpa(backend="triton"), pytest.raises(ValueError, match="backend: 'triton' cannot take this call"):
+        F.scaled_dot_product_attention(*qkv())
+
+
+def test_only_calls_inside_the_module_are_routed():
+    model, x = nn.Sequential(Attention()), torch.randn(2, 7, 16)
+    other = Attention()
+    expected = model(x)
+    with replace_sdpa(model, backend="torch") as calls:
+        other(x)
+        F.scaled_dot_product_attention(*qkv())
+        assert calls.served == 0
+        assert not calls.not_served
+        assert relative_error(model(x), expected) < PARITY
+        other(x)
+    assert calls.served == 1
+    assert torch.equal(model(x), expected)
+
+
+def test_an_exception_closes_the_routing_and_removes_the_hooks():
+    model, x = Attention(), torch.randn(2, 7, 16)
+    model.fail = True
+    with replace_sdpa(model, backend="torch") as calls:
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        F.scaled_dot_product_attention(*qkv())
+        assert calls.served == 1
+    with pytest.raises(ZeroDivisionError), replace_sdpa(model, backend="torch"):
+        model(x)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    F.scaled_dot_product_attention(*qkv())
+    assert calls.served == 1
+    assert not calls.not_served
+
+
+def test_blocks_nest_and_the_inner_passes_on_what_it_cannot_serve():
+    q, k, v = qkv()
+    with replace_sdpa(backend="torch") as outer, replace_sdpa() as inner:
+        F.scaled_dot_product_attention(q, k, v)
+    assert (outer.served, inner.served) == (1, 0)
+    assert inner.not_served.total() == 1
+
+
+def test_other_threads_are_neither_routed_nor_open_the_block():
+    model, x = Attention(), torch.randn(2, 7, 16)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold(module: nn.Module, args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert leave.wait(20)
+
+    with replace_sdpa(model, backend="torch") as calls:
+        model.register_forward_pre_hook(hold)
+        thread = threading.Thread(target=model, args=(x,))
+        thread.start()
+        assert inside.wait(20)
+        F.scaled_dot_product_attention(*qkv())  # while the other thread is in the module's forward
+        leave.set()
+        thread.join()
+        assert calls.served == 0
+        assert not calls.not_served
+        model(x)
+    assert calls.served == 1
+
+
+def test_compiled_before_or_inside_the_block_and_counted_at_every_run():
+    model, x = Attention(), torch.randn(2, 7, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(x)
+        with replace_sdpa(model, backend="torch") as calls:
+            for _ in range(3):
+                assert relative_error(compiled(x), expected) < PARITY
+        assert calls.served == 3
+        assert torch.equal(compiled(x), expected)
+        assert calls.served == 3
+
+
+def test_autocast_casts_as_before():
+    q, k, v = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v)
+        with replace_sdpa(backend="torch") as calls:
+            actual = F.scaled_dot_product_attention(q, k, v)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert calls.served == 1
+    assert relative_error(actual, expected) < 8e-3
+
+
+def test_served_by_the_reference_it_is_differentiable():
+    q, k, v = qkv(requires_grad=True)
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
+    with replace_sdpa(backend="torch") as calls:
+        out = F.scaled_dot_product_attention(q, k, v)
+    actual = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert calls.served == 1
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < PARITY
+
+
+@torch.no_grad()
+def test_a_diffusers_model_as_it_is():
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    config = {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+    model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=24, num_layers=2, **config)
+    inputs = torch.randn(1, 4, 2, 4, 6), torch.tensor([3.0]), torch.randn(1, 5, 16)
+    expected = model(*inputs).sample
+    with replace_sdpa(model, backend="torch") as calls:
+        actual = model(*inputs).sample
+    assert calls.served == 4
+    assert not calls.not_served
+    assert relative_error(actual, expected) < PARITY
+    assert torch.equal(model(*inputs).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"module": "model"}, TypeError, "module: expected a torch.nn.Module or None, got str"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of auto, torch, triton, got 'cuda'"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message), replace_sdpa(**arguments):
+        pass

@@ -1,0 +1,370 @@
+"""The original Wan code on our operators: same result before and after, other models untouched, all or nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swifti2v_kernels.integrations.patching import HostChanged
+from swifti2v_kernels.integrations.wan import accelerate, restore
+from tests.support.tolerances import OPERATOR, PARITY, relative_error
+from tests.support.wan_original import WanVAE_
+from tests.support.wan_standin import attention, model
+
+GRID = (2, 3, 4)
+CROSS = {
+    kind.__name__: kind for kind in (model.WanT2VCrossAttention, model.WanI2VCrossAttention, model.WanCrossAttention)
+}
+every_cross = pytest.mark.parametrize("cross", CROSS)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of the host in float32."""
+    monkeypatch.setattr(attention, "ROUNDS", False)
+
+
+def make(cross: str = "WanT2VCrossAttention", **options: Any) -> model.WanModel:
+    torch.manual_seed(0)
+    return model.WanModel(CROSS[cross], **options)
+
+
+def inputs(*grids: tuple[int, int, int], seq_len: int = 24, per_token: bool = False) -> tuple[Any, ...]:
+    """Of two entries by default; ``e`` as in 2.1, or as in 2.2."""
+    torch.manual_seed(1)
+    grids = grids or (GRID, GRID)
+    tokens = [torch.randn(t * h * w, 64) for t, h, w in grids]
+    e = 0.3 * torch.randn(len(grids), *([seq_len] if per_token else []), 6, 64)
+    return tokens, list(grids), e, torch.randn(len(grids), 9, 64), seq_len
+
+
+def untouched(root: nn.Module) -> bool:
+    return not any("forward" in part.__dict__ for part in root.modules())
+
+
+@pytest.mark.compatibility("attention", "norms", "restore", model="original Wan code", host="stand-in")
+@every_cross
+@pytest.mark.parametrize("features", [{}, {"norms": False}, {"attention": False}])
+@pytest.mark.parametrize("per_token", [False, True], ids=["2.1", "2.2"])
+def test_same_output_and_restored_bit_for_bit(cross, features, per_token, exact):
+    host, given = make(cross), inputs(per_token=per_token)
+    expected = host(*given)
+    report = accelerate(host, **features)
+    counts = {"WanSelfAttention": 2, cross: 2} if features.get("attention", True) else {}
+    counts |= {"WanAttentionBlock": 2} if features.get("norms", True) else {}
+    assert {line.host: line.count for line in report.replaced} == counts
+    assert relative_error(host(*given), expected) < PARITY
+    assert not restore(host).left
+    assert untouched(host)
+    assert torch.equal(host(*given), expected)
+
+
+def test_padding_and_grids_that_differ(exact):
+    """Tokens behind the grid are normed, not rotated, and no keys; entries with different grids are the host's."""
+    host = make()
+    for given in (inputs(seq_len=30), inputs(GRID, (1, 3, 4), seq_len=27)):
+        expected = host(*given)
+        with_ours = accelerate(host)
+        assert relative_error(host(*given), expected) < PARITY
+        with_ours.restore()
+        assert torch.equal(host(*given), expected)
+
+
+def test_queries_and_keys_that_attention_is_given_are_the_hosts():
+    host, given = make(num_layers=1), inputs(seq_len=30)
+    attention.SEEN.clear()
+    host(*given)
+    accelerate(host, norms=False)
+    host(*given)
+    restore(host)
+    (before, _, after, _), attention.SEEN[:] = attention.SEEN, []
+    for a, b in zip(after, before, strict=True):
+        assert a.dtype == torch.float32
+        assert relative_error(a, b) < PARITY
+
+
+@every_cross
+def test_served_calls_are_counted_and_round_as_the_hosts(cross):
+    host, given = make(cross), inputs(seq_len=30)
+    expected = host(*given)
+    attention.SEEN.clear()
+    report = accelerate(host, backend="torch")
+    assert relative_error(host(*given), expected) < OPERATOR["bfloat16"]
+    assert report.calls.served == (6 if cross == "WanI2VCrossAttention" else 4)
+    assert not report.calls.not_served
+    assert not attention.SEEN
+
+
+def test_what_the_kernels_cannot_serve_goes_to_the_host_and_is_counted(exact):
+    host, given = make(num_layers=1, window_size=(3, 3)), inputs()
+    expected = host(*given)
+    attention.SEEN.clear()
+    report = accelerate(host, backend="torch")
+    host(*given)
+    assert report.calls.served == 1
+    assert dict(report.calls.not_served) == {"window_size (3, 3)": 1}
+    assert len(attention.SEEN) == 1
+    report = accelerate(host)
+    assert relative_error(host(*given), expected) < PARITY
+    reasons = {"window_size (3, 3)": 1, "kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu": 1}
+    assert dict(report.calls.not_served) == reasons
+
+
+ARGUMENTS = {
+    "plain": {},
+    "lengths": {"k_lens": torch.tensor([7, 4])},
+    "equal lengths": {"k_lens": torch.tensor([5, 5])},
+    "int32 lengths": {"k_lens": torch.tensor([7, 1], dtype=torch.int32)},
+    "scales": {"softmax_scale": 0.2, "q_scale": 1.5},
+    "version, deterministic": {"version": 2, "deterministic": True},
+    "float16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_flash_attention_takes_and_gives_what_the_hosts_does(arguments, dtype):
+    """Values to bfloat16's precision, dtype and shape exactly; the counts say that ours computed it."""
+    function, calls = ours("torch")
+    q, k, v = (torch.randn(2, n, 3, 8).to(dtype) for n in (6, 7, 7))
+    expected = attention.flash_attention(q, k, v, **ARGUMENTS[arguments])
+    actual = function(q, k, v, **ARGUMENTS[arguments])
+    assert actual.dtype == expected.dtype == dtype
+    assert relative_error(actual, expected) < OPERATOR["bfloat16"]
+    assert calls.served == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"causal": True}, "causal"),
+        ({"window_size": (2, 0)}, "window_size (2, 0)"),
+        ({"k_lens": torch.tensor([0, 0])}, "no keys or no channels"),
+    ],
+)
+def test_other_flash_attention_calls_are_the_hosts_own(arguments, reason):
+    function, calls = ours("torch")
+    q, k, v = (torch.randn(2, 7, 3, 8) for _ in range(3))
+    expected = attention.flash_attention(q, k, v, **arguments)
+    assert torch.equal(function(q, k, v, **arguments), expected) or expected.isnan().all()
+    assert dict(calls.not_served) == {reason: 1}
+    with pytest.raises(AssertionError):  # the stand-in's own
+        function(q, k, v, dropout_p=0.5)
+    with pytest.raises(AssertionError):
+        function(q, k, v, q_lens=torch.tensor([7, 7]))
+    assert calls.not_served["dropout_p is not 0"] == calls.not_served["q_lens is given"] == 1
+
+
+def ours(backend: str) -> tuple[Any, Any]:
+    from swifti2v_kernels.integrations.sdpa import AttentionCalls
+    from swifti2v_kernels.integrations.wan.dit import Attention
+
+    calls = AttentionCalls()
+    return Attention(calls, backend).function(attention.flash_attention), calls
+
+
+def test_other_models_and_the_hosts_modules_keep_their_function():
+    host, other, given = make(), make(), inputs()
+    names = {name: getattr(model, name) for name in dir(model)}
+    accelerate(host, backend="torch")
+    assert all(getattr(model, name) is value for name, value in names.items())
+    attention.SEEN.clear()
+    other(*given)
+    assert len(attention.SEEN) == 4
+    assert untouched(other)
+
+
+def test_a_module_without_query_and_key_norms_keeps_its_own_forward(exact):
+    host, given = make(qk_norm=False), inputs()
+    expected = host(*given)
+    report = accelerate(host, backend="torch")
+    assert relative_error(host(*given), expected) < OPERATOR["bfloat16"]
+    assert report.calls.served == 4
+
+
+def test_without_cross_attention_norm(exact):
+    host, given = make(cross_attn_norm=False), inputs()
+    expected = host(*given)
+    accelerate(host)
+    assert relative_error(host(*given), expected) < PARITY
+
+
+def test_under_autocast_the_residual_stream_is_float32_as_the_hosts():
+    host, given = make(), inputs()
+    given = ([x.bfloat16() for x in given[0]], *given[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = host(*given)
+        accelerate(host, backend="torch")
+        actual = host(*given)
+    assert actual.dtype == expected.dtype == torch.float32
+    assert relative_error(actual, expected) < OPERATOR["bfloat16"]
+
+
+def test_gradients_are_the_hosts(exact):
+    host, given = make(), inputs()
+    with torch.enable_grad():
+        expected = torch.autograd.grad(host(*given).square().sum(), list(host.parameters()))
+        accelerate(host)
+        actual = torch.autograd.grad(host(*given).square().sum(), list(host.parameters()))
+    # A bias of keys has no influence: both are rounding alone.
+    for (name, _), a, b in zip(host.named_parameters(), actual, expected, strict=True):
+        assert name.endswith("cross_attn.k.bias") or relative_error(a, b) < 10 * PARITY, name
+
+
+class _Hooked:
+    """As accelerate's hooks: the module's own forward is kept, a function stands in its place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.runs = module, 0
+        module._hf_hook, module._old_forward = self, module.forward
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.runs += 1
+        return self.module._old_forward(*args, **kwargs)
+
+
+def test_hooks_of_the_host_stay_around_the_replacements(exact):
+    host, given = make(), inputs()
+    expected = host(*given)
+    block, norm = _Hooked(host.blocks[0]), _Hooked(host.blocks[0].self_attn.norm_q)
+    report = accelerate(host)
+    assert sum(line.count for line in report.replaced) == 6
+    assert relative_error(host(*given), expected) < PARITY
+    assert (block.runs, norm.runs) == (1, 1)
+    assert not restore(host).left
+    assert torch.equal(host(*given), expected)
+
+
+def test_a_forward_replaced_by_the_host_is_left_and_named():
+    """The repositories replace self-attention's forward for sequence parallelism."""
+    host = make()
+    parallel = model.WanSelfAttention.forward.__get__(host.blocks[1].self_attn)
+    host.blocks[1].self_attn.forward = lambda *args: parallel(*args)
+    report = accelerate(host)
+    assert [(x.component, x.text) for x in report.left] == [
+        ("WanModel.blocks.1.self_attn", "its forward has been replaced already")
+    ]
+
+
+class FaceAttention(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return model.flash_attention(q, q, q)
+
+
+class VaceWanAttentionBlock(model.WanAttentionBlock):
+    pass
+
+
+def test_unknown_relatives_are_left_and_named(capsys):
+    host = make()
+    host.face, host.vace = FaceAttention(), VaceWanAttentionBlock(model.WanT2VCrossAttention, 64, 2)
+    report = accelerate(host, attention=False)
+    assert "forward" not in host.face.__dict__
+    assert "forward" not in host.vace.__dict__
+    lines = {line.host: line.text for line in report.left}
+    assert lines["FaceAttention"] == lines["VaceWanAttentionBlock"] == "not known"
+    assert lines["WanSelfAttention"] == lines["WanT2VCrossAttention"] == "attention=False"
+    assert capsys.readouterr().out.strip() == str(report)
+
+
+BREAKS = {
+    "no attribute 'flash_attention'": lambda patch: patch.delattr(model, "flash_attention"),
+    "its flash_attention has no parameter 'k_lens'": lambda patch: patch.setattr(
+        model, "flash_attention", lambda q, k, v, q_lens=None: q
+    ),
+    "no parameter 'freqs' in its forward": lambda patch: patch.setattr(
+        model.WanSelfAttention, "forward", lambda self, x, seq_lens, grid_sizes: x
+    ),
+    "a parameter 'mask' in its forward that is not known": lambda patch: patch.setattr(
+        model.WanAttentionBlock,
+        "forward",
+        lambda self, x, e, seq_lens, grid_sizes, freqs, context, context_lens, mask: x,
+    ),
+    "no attribute 'norm2.eps'": None,
+    "no attribute 'head_dim'": None,
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_a_changed_host_is_one_message_and_nothing_is_replaced(message, monkeypatch):
+    host = make()
+    if BREAKS[message] is not None:
+        BREAKS[message](monkeypatch)
+    elif "eps" in message:
+        host.blocks[1].norm2 = nn.Identity()
+    else:
+        del host.blocks[1].self_attn.head_dim
+    with pytest.raises(HostChanged, match=f"{message}.*; nothing was changed"):
+        accelerate(host)
+    assert untouched(host)
+
+
+def test_a_failure_while_applying_undoes_what_was_applied(monkeypatch):
+    first, second = make(), make()
+    pipeline = SimpleNamespace(high_noise_model=first, low_noise_model=second, rank=0)
+
+    def refuse(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward" and self is second.blocks[1].self_attn:
+            raise RuntimeError("refused")
+        nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(model.WanSelfAttention, "__setattr__", refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        accelerate(pipeline)
+    assert untouched(first)
+    assert untouched(second)
+
+
+def test_pipeline_objects_and_repeated_calls(exact):
+    """Both experts and what the VAE object wraps; the last call decides; a dry run changes nothing."""
+    pipeline = SimpleNamespace(
+        high_noise_model=make(), low_noise_model=make(), vae=SimpleNamespace(model=nn.Linear(2, 2)), rank=0
+    )
+    report = accelerate(pipeline, dry_run=True)
+    assert {x.component for x in report.replaced} == {"high_noise_model", "low_noise_model"}
+    assert [(x.component, x.text) for x in report.left] == [("vae.model", "not known")]
+    assert untouched(pipeline.high_noise_model)
+    accelerate(pipeline)
+    accelerate(pipeline, norms=False)
+    assert "forward" not in pipeline.low_noise_model.blocks[0].__dict__
+    assert "forward" in pipeline.low_noise_model.blocks[0].self_attn.__dict__
+    again = accelerate(pipeline, dry_run=True)
+    assert {x.text for x in again.left} >= {"accelerated already"}
+    restore(pipeline)
+    assert untouched(pipeline.high_noise_model)
+    assert untouched(pipeline.low_noise_model)
+
+
+@pytest.mark.compatibility("VAE decode", model="original Wan code", host="stand-in")
+@pytest.mark.parametrize("residual", [False, True], ids=["2.1", "2.2"])
+def test_the_vae_that_a_pipeline_object_wraps(residual):
+    torch.manual_seed(0)
+    vae = WanVAE_(4, 4, 4, [1, 2, 2], 1, [False, True], residual)
+    pipeline, z = SimpleNamespace(model=make(), vae=SimpleNamespace(model=vae)), torch.randn(1, 4, 3, 4, 4)
+    expected = vae.decode(z)
+    report = accelerate(pipeline)
+    assert {x.host for x in report.replaced if x.component.startswith("vae.model")} >= {"ResidualBlock", "Resample"}
+    assert relative_error(vae.decode(z), expected) < PARITY
+    accelerate(pipeline, vae=False)
+    assert untouched(vae)
+    assert torch.equal(vae.decode(z), expected)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="model: expected a torch module, or an object that holds some, got str"):
+        accelerate("wan")
+    with pytest.raises(TypeError, match="model: expected a torch module"):
+        restore(SimpleNamespace(rank=0))
+    with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton, got 'flash'"):
+        accelerate(make(), backend="flash")

@@ -1,0 +1,214 @@
+"""The Wan VAE under its original names, as in the Wan repositories and in ComfyUI, on our operators.
+
+The stand-ins (tests/support/wan_original.py, tests/support/wan_comfyui.py) are held against diffusers first.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from swifti2v_kernels.integrations.patching import apply_patches, plan_patches, restore_module
+from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
+from tests.integrations.wan_vae.test_layers import calls, clip, patch
+from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
+from tests.support.original_names import original_vae
+from tests.support.tolerances import PARITY, relative_error
+from tests.support.wan_comfyui import WanVAE
+from tests.support.wan_original import WanVAE_
+
+__all__ = ["calls"]
+
+HOSTS = [("Wan", "2.1"), ("Wan", "2.2"), ("ComfyUI", "2.1"), ("ComfyUI", "2.2")]
+
+
+@pytest.fixture
+def theirs(host, tmp_path):
+    """A tiny random diffusers VAE."""
+    return saved_diffusers_vae(tmp_path, **VERSIONS[host[1]])
+
+
+@pytest.fixture
+def vae(host, theirs):
+    """The same weights in the modules of another host."""
+    config, kind = theirs.config, WanVAE_ if host[0] == "Wan" else WanVAE
+    dims = config.base_dim, config.decoder_base_dim or config.base_dim, config.z_dim
+    layout = config.dim_mult, config.num_res_blocks, config.temperal_downsample
+    vae = kind(*dims, *layout, residual=config.is_residual).eval()
+    vae.load_state_dict(original_vae(theirs.state_dict(), config.num_res_blocks, config.is_residual))
+    return vae
+
+
+@torch.no_grad()
+def coded(vae, video):
+    latents = vae.encode(video)
+    return latents, vae.decode(latents.flip(2))
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=" ".join)
+@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+@torch.no_grad()
+def test_the_stand_in_computes_the_wan_vae(theirs, vae, frames):
+    video = clip(theirs, frames, batch=2)
+    latents = theirs.encode(video).latent_dist.mode()
+    assert relative_error(vae.encode(video), latents) < PARITY
+    assert relative_error(vae.decode(latents).clamp(-1, 1), theirs.decode(latents).sample) < PARITY
+
+
+@pytest.mark.compatibility("VAE encode", "VAE decode", "restore", model="original Wan code", host="stand-in")
+@pytest.mark.parametrize("host", HOSTS, ids=" ".join)
+@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+def test_same_pictures_before_and_after_and_identical_when_restored(theirs, vae, frames, calls):
+    """Clips whose last chunk is one latent, and two, where ComfyUI takes two at a time; an image has no cache there."""
+    video = clip(theirs, frames, batch=2)
+    expected = coded(vae, video)
+    replaced = patch(vae, ORIGINAL_RECIPES)
+    assert (replaced["ResidualBlock"], replaced["Resample"]) == (24, 6)
+    for ours, host in zip(coded(vae, video), expected, strict=True):
+        assert relative_error(ours, host) < PARITY
+    assert min(calls[name] for name in ("causal_conv3d", "upsample_conv2d", "rms_norm_silu", "norm_modulate")) > 0
+    assert restore_module(vae).left == []
+    calls.clear()
+    for ours, host in zip(coded(vae, video), expected, strict=True):
+        assert torch.equal(ours, host)
+    assert not calls
+
+
+class LendingOps(ModuleType):
+    """ComfyUI's way to weights that are elsewhere, and what is on loan."""
+
+    def __init__(self):
+        super().__init__("comfy.ops")
+        self.lent, self.open = 0, []
+
+    def cast_bias_weight(self, module, input=None, dtype=None, device=None, bias_dtype=None, offloadable=False):
+        """The weights in the dtype of the input, and what the loan is given back with."""
+        assert offloadable
+        loan = object()
+        self.lent += 1
+        self.open.append(loan)
+        return module.weight.to(input.dtype), module.bias.to(input.dtype), loan
+
+    def uncast_bias_weight(self, module, weight, bias, loan):
+        """The end of a loan."""
+        self.open.remove(loan)
+
+
+class EarlierOps(ModuleType):
+    """Before loans had to be given back."""
+
+    def cast_bias_weight(self, module, input=None):
+        """Not to be called: nobody would say when the weights are free again."""
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("host", HOSTS[2:], ids=" ".join)
+def test_weights_that_comfyui_lends_are_borrowed_and_given_back(theirs, vae, monkeypatch, calls):
+    """Stored in half precision and cast for every call: read past the module, they would be of the wrong dtype."""
+    ops = LendingOps()
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setattr(sys.modules["comfy"], "ops", ops, raising=False)
+    monkeypatch.setitem(sys.modules, "comfy.ops", ops)
+    convs = [m for m in vae.modules() if isinstance(m, vae.encoder.kit.CausalConv3d)]
+    for conv in convs:
+        conv.half()
+        conv.comfy_cast_weights = True
+    video = clip(theirs)
+    expected = coded(vae, video)
+    lent, ops.lent = ops.lent, 0
+    patch(vae, ORIGINAL_RECIPES)
+    actual = coded(vae, video)
+    assert calls["rms_norm_silu"] > 0
+    assert ops.lent == lent
+    assert ops.open == []
+    for ours, host in zip(actual, expected, strict=True):
+        assert relative_error(ours, host) < PARITY
+
+
+@pytest.mark.parametrize("host", HOSTS[2:3], ids=" ".join)
+def test_a_comfyui_that_cannot_lend_weights_computes_itself(theirs, vae, monkeypatch, calls):
+    monkeypatch.setitem(sys.modules, "comfy.ops", EarlierOps("comfy.ops"))
+    conv = vae.decoder.middle[0].residual[2]
+    conv.comfy_cast_weights = True
+    monkeypatch.setattr(conv, "compute", lambda x: nn.Conv3d.forward(conv, x))
+    video = clip(theirs)
+    expected = coded(vae, video)
+    patch(vae, ORIGINAL_RECIPES)
+    for ours, host in zip(coded(vae, video), expected, strict=True):
+        assert relative_error(ours, host) < PARITY
+    assert calls["rms_norm_silu"] > 0
+
+
+def _foreign() -> nn.Module:
+    """Common class names, and nothing of the Wan VAE behind them."""
+
+    class ResidualBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.residual = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+        def forward(self, x, temb):
+            return x + self.residual(x) + temb
+
+    class Resample(nn.Module):
+        def forward(self, x):
+            return x[..., ::2]
+
+    class CausalConv3d(nn.Module):
+        def forward(self, x, is_init=True):
+            return x
+
+    class RMS_norm(nn.Module):
+        gamma = 1.0
+
+        def forward(self, x):
+            return x
+
+    return nn.ModuleList([ResidualBlock(), Resample(), CausalConv3d(), RMS_norm()])
+
+
+def test_other_modules_of_these_names_are_left_with_a_reason():
+    root = _foreign()
+    patches, replaced, left = plan_patches("model", root, ORIGINAL_RECIPES, {"vae": True}, "the host")
+    assert (patches, replaced) == ([], [])
+    assert {line.host: line.text for line in left} == {
+        "ResidualBlock": "not the Wan VAE's residual block",
+        "Resample": "resampling mode None",
+        "CausalConv3d": "CausalConv3d is not the Wan VAE's causal convolution",
+        "RMS_norm": "RMS_norm is not the Wan VAE's norm: no gamma and scale",
+    }
+
+
+def _without_time_conv(vae):
+    del next(m for m in vae.modules() if getattr(m, "mode", None) == "upsample3d").time_conv
+
+
+def _with_another_parameter(vae):
+    block = vae.decoder.middle[0]
+    kind = type(block)
+    block.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x, feat_cache=None, chunk=0: x})
+
+
+def _with_more_layers(vae):
+    vae.decoder.middle[0].residual.append(nn.Identity())
+
+
+@pytest.mark.parametrize("host", HOSTS[:1], ids=" ".join)
+@pytest.mark.parametrize(
+    ("change", "name", "reason"),
+    [
+        (_without_time_conv, "Resample", "it has no convolution in time"),
+        (_with_another_parameter, "ResidualBlock", "a parameter 'chunk' in its forward that is not known"),
+        (_with_more_layers, "ResidualBlock", "not the Wan VAE's residual block"),
+    ],
+)
+def test_one_module_that_has_changed_is_left_with_the_reason(vae, change, name, reason):
+    change(vae)
+    patches, _, left = plan_patches("vae", vae, ORIGINAL_RECIPES, {"vae": True}, "the host")
+    assert [(line.host, line.text) for line in left] == [(name, reason)]
+    apply_patches(vae, patches)
+    assert len(restore_module(vae).left) == 0

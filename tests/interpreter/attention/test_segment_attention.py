@@ -1,0 +1,257 @@
+"""The portable kernel, run by the interpreter, against float64; every memory around the views is NaN."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels.attention.portable import LOG2E, PortableConfig, launch_portable
+from tests.support.attention_oracle import cat_attention
+from tests.support.tolerances import KERNEL, LSE, relative_error
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DESCRIPTORS = PortableConfig(64, 32, 4, 1, descriptors=True)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def fused_qkv(length: int, heads: int, head_dim: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    """q, k, v as slices of one buffer that is NaN in front, behind and between."""
+    buffer = torch.full((batch, length + 2, 3, heads, head_dim + 8), float("nan"), dtype=dtype)
+    inner = buffer[:, 1:-1, :, :, :head_dim]
+    inner.copy_(torch.randn(inner.shape))
+    return list(inner.unbind(2))
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert torch.isfinite(actual).all()
+    assert relative_error(actual, expected) < KERNEL[name(dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_one_source(head_dim: int, dtype: torch.dtype) -> None:
+    q, k, v = fused_qkv(70, 2, head_dim, dtype)
+    out, lse = segment_attention(q, [(k, v)], return_lse=True)
+    expected, expected_lse = cat_attention(q, [(k, v)])
+    assert_close(out, expected, dtype)
+    assert (lse - expected_lse).abs().max() < LSE[name(dtype)]
+
+
+def test_the_public_function_takes_the_kernel_here() -> None:
+    q, k, v = fused_qkv(5, 2, 64, torch.float16)
+    choice = explain(segment_attention, q, [(k, v)])
+    assert (choice.backend, choice.implementation) == ("triton", "portable")
+
+
+@pytest.mark.parametrize("lengths", [(1,), (32,), (31,), (33, 1), (0, 40), (64, 0, 7), (1, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("queries", [1, 64, 65])
+def test_awkward_lengths(lengths: tuple[int, ...], queries: int) -> None:
+    q = fused_qkv(queries, 1, 64, torch.float32)[0]
+    sources = [tuple(fused_qkv(n, 1, 64, torch.float32)[1:]) for n in lengths]
+    assert_close(segment_attention(q, sources), cat_attention(q, sources)[0], torch.float32)
+
+
+def test_strides_of_every_kind() -> None:
+    """Sources in [B, H, L, D] memory, in a buffer shared by batch entries, and expanded over the batch."""
+    q = torch.randn(2, 3, 40, 64).transpose(1, 2)
+    first = torch.randn(2, 2, 3, 50, 64).transpose(2, 3).unbind(0)
+    second = torch.randn(2, 1, 20, 3, 64).expand(2, 2, 20, 3, 64).unbind(0)
+    third = torch.randn(30, 2, 2, 3, 64).transpose(0, 1).transpose(1, 2).unbind(1)
+    sources = [tuple(first), tuple(second), tuple(x.transpose(0, 1).transpose(0, 1) for x in third)]
+    assert_close(segment_attention(q, sources), cat_attention(q, sources)[0], torch.float32)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any),
+    queries=st.integers(1, 80),
+    dtype=st.sampled_from(DTYPES),
+    calls=st.integers(1, 3),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_split_into_sources_and_calls_is_the_same_attention(
+    lengths: list[int], queries: int, dtype: torch.dtype, calls: int
+) -> None:
+    """The keys of one buffer, cut into sources; the sources dealt out to calls whose results are merged."""
+    total = sum(lengths)
+    q = fused_qkv(queries, 1, 64, dtype, batch=1)[0]
+    _, k, v = fused_qkv(total, 1, 64, dtype, batch=1)
+    cuts = [0, *itertools.accumulate(lengths)]
+    sources = [(k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    expected, expected_lse = cat_attention(q, [(k, v)])
+    parts = [sources[i::calls] for i in range(calls)]
+    parts = [part for part in parts if any(x.shape[1] for x, _ in part)]
+    results = [segment_attention(q, part, return_lse=True) for part in parts]
+    out, lse = merge_attention(*zip(*results, strict=True))
+    assert_close(out, expected, dtype)
+    assert (lse - expected_lse).abs().max() < LSE[name(dtype)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_valid_lengths_hide_what_lies_behind(head_dim: int) -> None:
+    """0, some and all keys valid; the hidden rows are NaN, in keys and in values."""
+    q, k, v = fused_qkv(40, 2, head_dim, torch.float32, batch=3)
+    _, text_k, text_v = fused_qkv(70, 2, head_dim, torch.float32, batch=3)
+    valid = torch.tensor([0, 33, 70])
+    for i, n in enumerate(valid.tolist()):
+        text_k[i, n:], text_v[i, n:] = float("nan"), float("nan")
+    sources, lengths = [(k, v), (text_k, text_v)], [None, valid]
+    out, lse = segment_attention(q, sources, valid_lengths=lengths, return_lse=True)
+    expected, expected_lse = cat_attention(q, sources, valid_lengths=lengths)
+    assert_close(out, expected, torch.float32)
+    assert (lse - expected_lse).abs().max() < LSE["float32"]
+
+
+def test_rows_without_a_valid_key_are_zero() -> None:
+    q, k, v = fused_qkv(5, 1, 64, torch.float32)
+    valid = torch.tensor([0, 5], dtype=torch.int32)
+    out, lse = segment_attention(q, [(k, v)], valid_lengths=[valid], return_lse=True)
+    assert (out[0] == 0).all()
+    assert lse[0].isneginf().all()
+    assert_close(out[1], cat_attention(q[1:], [(k[1:], v[1:])])[0][0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_query_views_see_their_sources_only(dtype: torch.dtype) -> None:
+    """The causal ablation in one call, and its outputs in two slices of one buffer."""
+    given_qkv, noisy_qkv = fused_qkv(70, 2, 64, dtype), fused_qkv(90, 2, 64, dtype)
+    sources = [tuple(given_qkv[1:]), tuple(noisy_qkv[1:])]
+    buffer = torch.full((2, 161, 2, 64), float("nan"), dtype=dtype)
+    out = [buffer[:, :70], buffer[:, 70:160]]
+    returned, lse = segment_attention(
+        [given_qkv[0], noisy_qkv[0]], sources, attends=[[0], [0, 1]], out=out, return_lse=True
+    )
+    assert all(x is y for x, y in zip(returned, out, strict=True))
+    first, first_lse = cat_attention(given_qkv[0], sources[:1])
+    second, second_lse = cat_attention(noisy_qkv[0], sources)
+    assert_close(out[0], first, dtype)
+    assert_close(out[1], second, dtype)
+    assert (lse[0] - first_lse).abs().max() < LSE[name(dtype)]
+    assert (lse[1] - second_lse).abs().max() < LSE[name(dtype)]
+    assert buffer[:, 160:].isnan().all(), "the kernel wrote behind its outputs"
+
+
+def test_one_query_view_sees_what_attends_says() -> None:
+    sources = [tuple(fused_qkv(n, 1, 64, torch.float32)[1:]) for n in (40, 50, 33)]
+    q = fused_qkv(70, 1, 64, torch.float32)[0]
+    out = segment_attention(q, sources, attends=[[2, 0]])
+    assert_close(out, cat_attention(q, [sources[0], sources[2]])[0], torch.float32)
+    none, out = segment_attention([q[:, :0], q], sources, attends=[[1], [2, 0]])
+    assert none.shape == (2, 0, 1, 64)
+    assert_close(out, cat_attention(q, [sources[0], sources[2]])[0], torch.float32)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (2, 1), (9, 9)])
+@pytest.mark.parametrize("block_len", [1, 30, 64, 70])
+def test_block_windows(block_len: int, left: int, right: int) -> None:
+    """Against a dense mask; a second source is seen by all."""
+    length = 150 if block_len > 1 else 12
+    q, k, v = fused_qkv(length, 1, 64, torch.float32, batch=1)
+    _, anchor_k, anchor_v = fused_qkv(20, 1, 64, torch.float32, batch=1)
+    block = torch.arange(length) // block_len
+    distance = block.unsqueeze(0) - block.unsqueeze(1)
+    mask = torch.cat(((distance >= -left) & (distance <= right), torch.ones(length, 20, dtype=torch.bool)), dim=1)
+    sources = [(k, v), (anchor_k, anchor_v)]
+    out = segment_attention(q, sources, window=BlockWindow(block_len, left, right))
+    assert_close(out, cat_attention(q, sources, mask=mask.unsqueeze(0))[0], torch.float32)
+
+
+def test_a_skipped_tile_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of keys computed for a window of one block of four, and for the whole: a quarter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    count, stock = [0], InterpreterBuilder.create_dot
+
+    def counting(*args: object) -> object:
+        count[0] += 1
+        return stock(*args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    q, k, v = fused_qkv(256, 1, 64, torch.float16, batch=1)
+    segment_attention(q, [(k, v)])
+    whole, count[0] = count[0], 0
+    segment_attention(q, [(k, v)], window=BlockWindow(64, 0))
+    assert whole == 4 * 8 * 2
+    assert count[0] * 4 == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("lengths", [(70,), (64, 33), (1, 32, 40, 5)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_descriptors(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> None:
+    """The form that Hopper and Blackwell compile: the same numbers from tensor descriptors."""
+    q = fused_qkv(66, 2, head_dim, dtype)[0]
+    sources = [tuple(fused_qkv(n, 2, head_dim, dtype)[1:]) for n in lengths]
+    out, lse = torch.full_like(q, float("nan")), torch.full((2, 2, 66), float("nan"))
+    launch_portable(
+        [q], sources, [out], [lse], valid_lengths=[None] * len(sources), scale=0.1, attends=[15], window=None,
+        config=DESCRIPTORS,
+    )  # fmt: skip
+    expected, expected_lse = cat_attention(q, sources, scale=0.1)
+    assert_close(out, expected, dtype)
+    assert (lse - expected_lse).abs().max() < LSE[name(dtype)]
+
+
+def test_descriptors_with_valid_lengths_and_a_window() -> None:
+    """Rows inside the tensor but behind the visible ones: NaN behind valid lengths, other blocks beside a window."""
+    q, k, v = fused_qkv(100, 1, 64, torch.float16, batch=1)
+    _, text_k, text_v = fused_qkv(50, 1, 64, torch.float16, batch=1)
+    text_k[:, 37:], text_v[:, 37:] = float("nan"), float("nan")
+    out, sources, lengths = torch.empty_like(q), [(k, v), (text_k, text_v)], [None, torch.tensor([37])]
+    launch_portable(
+        [q], sources, [out], None, valid_lengths=lengths, scale=0.125, attends=[3], window=(40, 1, 0),
+        config=DESCRIPTORS,
+    )  # fmt: skip
+    block = torch.arange(100) // 40
+    distance = block.unsqueeze(0) - block.unsqueeze(1)
+    mask = torch.cat(((distance >= -1) & (distance <= 0), torch.ones(100, 50, dtype=torch.bool)), dim=1)
+    expected = cat_attention(q, sources, valid_lengths=lengths, mask=mask.unsqueeze(0))[0]
+    assert_close(out, expected, torch.float16)
+
+
+def test_logits_far_from_zero() -> None:
+    """Logits of 1000 do not overflow; what is lost is a few roundings of the logits themselves, 1000 * 2**-24 each."""
+    q, k, v = (torch.randn(1, 40, 1, 64) for _ in range(3))
+    q[..., 0], k[..., 0] = 32.0, 256.0
+    out, lse = segment_attention(q, [(k, v)], return_lse=True)
+    expected, expected_lse = cat_attention(q, [(k, v)])
+    assert lse.min() > 1000
+    assert relative_error(out, expected) < 1000 * 2**-24 * 16
+    assert relative_error(lse, expected_lse) < KERNEL["float32"]
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    q, k, v = (torch.randn(1, 5, 1, 64) for _ in range(3))
+    k[0, 3] = float("nan")
+    assert segment_attention(q, [(k, v)]).isnan().all()
+
+
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    """Batch entries and heads that lie more than 2**31 elements apart; untouched pages cost no memory."""
+    far = 2**31 + 64
+    buffer, target = (torch.empty(far + 2**17, dtype=torch.float16) for _ in range(2))
+    q = buffer.as_strided((2, 3, 2, 64), (far, 64, 1024, 1))
+    kv = [buffer.as_strided((2, 40, 2, 64), (2048, 64, far, 1), 8192 * (i + 1)) for i in range(2)]
+    out = target.as_strided((2, 3, 2, 64), (64, 256, far, 1))
+    for x in (q, *kv):
+        x.copy_(torch.randn(x.shape))
+    assert segment_attention(q, [tuple(kv)], out=out) is out
+    assert_close(out, cat_attention(q, [tuple(kv)])[0], torch.float16)
+
+
+def test_many_sources_and_the_scale_in_base_two() -> None:
+    q = fused_qkv(3, 1, 64, torch.float32, batch=1)[0]
+    sources = [tuple(fused_qkv(2, 1, 64, torch.float32, batch=1)[1:]) for _ in range(24)]
+    out, lse = segment_attention(q, sources, scale=0.5, return_lse=True)
+    expected, expected_lse = cat_attention(q, sources, scale=0.5)
+    assert_close(out, expected, torch.float32)
+    assert (lse - expected_lse).abs().max() < LSE["float32"]
+    assert pytest.approx(1.0) == LOG2E * torch.log(torch.tensor(2.0)).item()

@@ -1,0 +1,96 @@
+"""Attention of hosts on the kernels themselves: which served what, and that the results are the hosts'."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swifti2v_kernels.integrations.comfyui import NODE_CLASS_MAPPINGS
+from swifti2v_kernels.integrations.comfyui.attention import KEY
+from swifti2v_kernels.integrations.sdpa import replace_sdpa
+from swifti2v_kernels.integrations.wan import accelerate, restore
+from tests.support import comfyui_standin as comfy
+from tests.support.tolerances import KERNEL, KERNEL_PARITY, OPERATOR, relative_error
+from tests.support.wan_standin import attention, model
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Operators(TorchDispatchMode):
+    """Counts our operators that launch kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "swifti2v":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_attention_is_served_by_the_kernel(dtype):
+    q, k, v = (torch.randn(2, 3, n, 64).to(dtype) for n in (40, 33, 33))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.2)
+    with Operators() as operators, replace_sdpa() as calls:
+        actual = F.scaled_dot_product_attention(q, k, v, scale=0.2)
+        F.scaled_dot_product_attention(*(x[..., :40].contiguous() for x in (q, k, v)))
+    assert relative_error(actual, expected) < KERNEL[str(dtype).removeprefix("torch.")]
+    assert dict(operators.counts) == {"segment_attention": 1}
+    assert dict(calls.implementations) == {"portable": 1}
+    assert dict(calls.not_served) == {"kernels exist for head_dim 64, 96, 128, got 40": 1}
+
+
+def test_under_autocast_the_kernel_is_given_what_torch_would_be():
+    q, k, v = (torch.randn(2, 3, 33, 64) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16), replace_sdpa() as calls:
+        actual = F.scaled_dot_product_attention(q, k, v)
+    assert dict(calls.implementations) == {"portable": 1}
+    assert actual.dtype == torch.bfloat16
+    q, k, v = (x.bfloat16().double() for x in (q, k, v))
+    assert relative_error(actual, F.scaled_dot_product_attention(q, k, v)) < KERNEL["bfloat16"]
+
+
+def test_the_original_wan_code_with_padding_is_served_by_the_kernels():
+    torch.manual_seed(0)
+    host = model.WanModel(model.WanI2VCrossAttention, dim=128, num_layers=1)
+    tokens, grids = [torch.randn(24, 128), torch.randn(24, 128)], [(2, 3, 4)] * 2
+    given = tokens, grids, 0.3 * torch.randn(2, 6, 128), torch.randn(2, 9, 128), 30
+    expected = host(*given)
+    report = accelerate(host)
+    attention.SEEN.clear()
+    with Operators() as operators:
+        actual = host(*given)
+    assert not attention.SEEN
+    assert dict(report.calls.implementations) == {"portable": 3}
+    # The grid's tokens together, the padding of queries and of keys, and three launches of the block.
+    assert dict(operators.counts) == {"segment_attention": 3, "norm_rope": 3, "adaln": 4}
+    assert relative_error(actual, expected) < OPERATOR["bfloat16"]
+    restore(host)
+    assert torch.equal(host(*given), expected)
+
+
+def test_the_comfyui_node_serves_by_the_kernel(monkeypatch):
+    comfy.install(monkeypatch)
+    torch.manual_seed(0)
+    wan = comfy.ModelPatcher(comfy.BaseModel(comfy.WanModel(dim=128)))
+    inputs = torch.randn(2, 40, 128), torch.randn(2, 33, 128)
+    expected = comfy.run(wan, *inputs)
+    (patched,) = comfy.execute(NODE_CLASS_MAPPINGS["SwiftI2VAttention"], model=wan)
+    assert KEY in patched.model_options["transformer_options"]
+    comfy.SEEN.clear()
+    with Operators() as operators:
+        actual = comfy.run(patched, *inputs)
+    assert dict(operators.counts) == {"segment_attention": 4}
+    assert not comfy.SEEN
+    assert relative_error(actual, expected) < KERNEL_PARITY

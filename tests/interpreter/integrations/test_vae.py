@@ -1,0 +1,95 @@
+"""diffusers' VAE layers on the kernels: they are really used, through every state of a cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swifti2v_kernels.conv.loop import ConvConfig
+from swifti2v_kernels.integrations.patching import apply_patches, plan_patches, restore_module
+from swifti2v_kernels.integrations.wan_vae.recipes import RECIPES
+from tests.support.tolerances import KERNEL_PARITY, relative_error
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted program costs milliseconds whatever its size. Small tiles: interpreter/conv."""
+    small = ConvConfig.heuristic
+    monkeypatch.setattr(ConvConfig, "heuristic", lambda *args: replace(small(*args), block_m=256))
+
+
+class Kernels(TorchDispatchMode):
+    """Calls of our operators' kernels, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "swifti2v":
+            self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def chunks(module: nn.Module, frames: tuple[int, ...], channels: int) -> Tensor:
+    """A clip in pieces through one layer, with its cache."""
+    generator, slots = torch.Generator().manual_seed(1), [None] * 2
+    pieces = []
+    for count in frames:
+        x = torch.randn(1, channels, count, 4, 6, generator=generator)
+        pieces.append(module(x, feat_cache=slots, feat_idx=[0]))
+    return torch.cat(pieces, dim=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "frames", "kernels"),
+    [
+        (lambda: WanResidualBlock(8, 16), (1, 1, 3), {"rms_norm_silu": 3, "causal_conv3d": 9}),
+        (lambda: WanResidualBlock(8, 8), (1, 4), {"rms_norm_silu": 2, "causal_conv3d": 4}),
+        (lambda: WanResample(8, "upsample3d"), (1, 1, 2), {"causal_conv3d": 4, "upsample_conv2d": 3}),
+        (lambda: WanResample(8, "downsample3d"), (1, 4, 2), {"causal_conv3d": 5}),
+    ],
+    ids=["block with shortcut", "block", "upsample3d", "downsample3d"],
+)
+def test_the_kernels_equal_the_host(module: Any, frames: tuple[int, ...], kernels: dict[str, int]) -> None:
+    module = module()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("gamma"):
+                parameter += 0.1 * torch.randn_like(parameter)
+    expected = chunks(module, frames, 8)
+    patches, _, left = plan_patches("layer", module, RECIPES, {"vae": True}, "diffusers")
+    assert left == []
+    apply_patches(module, patches)
+    with Kernels() as used:
+        actual = chunks(module, frames, 8)
+    restore_module(module)
+    assert used.calls == kernels
+    assert relative_error(actual, expected) < KERNEL_PARITY
+
+
+@torch.no_grad()
+def test_a_convolution_and_a_norm_by_themselves() -> None:
+    """As around the stages, and within blocks whose convolutions have hooks."""
+    layers = nn.ModuleList([WanCausalConv3d(4, 8, 3, padding=1), WanRMS_norm(8, images=False)])
+    x, past = torch.randn(1, 4, 2, 5, 6), torch.randn(1, 4, 2, 5, 6)
+
+    def run() -> Tensor:
+        return layers[1](layers[0](x, past))
+
+    expected = run()
+    patches, _, left = plan_patches("layers", layers, RECIPES, {"vae": True}, "diffusers")
+    assert left == []
+    apply_patches(layers, patches)
+    with Kernels() as used:
+        actual = run()
+    assert used.calls == {"causal_conv3d": 1, "adaln": 1}
+    assert relative_error(actual, expected) < KERNEL_PARITY

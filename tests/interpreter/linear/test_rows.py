@@ -1,0 +1,235 @@
+"""The kernels that make and read 8-bit rows, against float64 and against all codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swifti2v_kernels import (
+    QuantizedRows,
+    dequantize_rows,
+    explain,
+    gated_residual_norm_modulate,
+    norm_modulate,
+    quantize_rows,
+)
+from swifti2v_kernels.linear.dequantize_rows import _dequantize_rows_op
+from swifti2v_kernels.linear.quantize_rows import _quantize_rows_op, quantize_rows_reference
+from swifti2v_kernels.norm.adaln import _adaln_op, norm_modulate_reference
+from swifti2v_kernels.norm.adaln_kernel import RMS, launch_adaln
+from tests.support.quantized_oracle import excess, ties, true_scales
+from tests.support.tolerances import relative_error
+
+KINDS = [torch.float8_e4m3fn, torch.int8]
+STORED = [*KINDS, torch.float8_e5m2]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: A quotient differs from the exact one by float32's rounding, so a value is no farther off than the nearest by more.
+LAST_BIT = 4e-7
+
+
+def inside(values: Tensor) -> Tensor:
+    """The same rows as a view of a larger buffer of NaN."""
+    buffer = torch.full((1, values.shape[1] + 2, values.shape[2] + 8), float("nan")).to(values.dtype)
+    view = buffer[:, 1:-1, 8:]
+    view.copy_(values)
+    return view
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 10), (9, 96), (5, 300), (2, 1536), (1, 5120)], ids=str)
+def test_rows_are_rounded_to_the_nearest_codes(shape: tuple[int, int], dtype: torch.dtype, kind: torch.dtype) -> None:
+    x = inside((3 * torch.randn(1, *shape) + 1).to(dtype))
+    out = QuantizedRows(inside(torch.zeros(1, *shape).to(kind)), torch.full((1, 2 * shape[0]), -1.0)[:, ::2])
+    around = out.values._base.view(torch.uint8).clone()
+    assert quantize_rows(x, kind, out=out) is out
+    assert relative_error(out.scales, true_scales(x, kind)) < 1e-7
+    assert excess(out.values, out.scales, x) < LAST_BIT
+    around[:, 1:-1, 8:] = out.values.view(torch.uint8)
+    assert torch.equal(out.values._base.view(torch.uint8), around)  # nothing beside the rows was written
+    assert (out.scales._base[:, 1::2] == -1).all()
+    assert all(map(torch.equal, quantize_rows(x, kind), out))
+    assert explain(quantize_rows, x, kind).implementation == "fused kernel"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype) -> None:
+    """Subnormal codes included."""
+    x, expected = ties(kind)
+    values, scales = quantize_rows(x, kind)
+    assert scales.tolist() == [1.0]
+    assert torch.equal(values.double(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_that_are_not_ordinary(kind: torch.dtype) -> None:
+    """Zeros, next to nothing, one huge element, the largest floats, NaN and infinities; as by PyTorch."""
+    x = torch.randn(9, 50)
+    x[0], x[1] = 0.0, 1e-38
+    x[2, 7], x[3] = 1e30, 3.4e38
+    x[4, 3], x[5, 0], x[6, 49] = float("nan"), float("inf"), -float("inf")
+    x[7] = 1e-45
+    values, scales = quantize_rows(x, kind)
+    assert scales[[0, 1, 7]].tolist() == [1.0, 1.0, 1.0]
+    assert (values[[0, 1, 7]].float() == 0).all()
+    assert values[2].float().count_nonzero() == 1
+    assert values[2, 7].float() == values[3, 0].float() == (448 if kind == torch.float8_e4m3fn else 127)
+    assert scales[4:7].isnan().all()
+    assert dequantize_rows(values, scales)[4:7].isnan().all()
+    expected = quantize_rows_reference(x, kind)
+    known = ~scales.isnan()
+    assert torch.equal(scales[known], expected.scales[known])
+    assert torch.equal(values[known].float(), expected.values[known].float())
+    assert torch.equal(scales.isnan(), expected.scales.isnan())
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", STORED, ids=str)
+def test_every_code_is_decoded_bit_for_bit(kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Against torch's own conversion, by scales that make subnormals, overflow, and no number at all."""
+    values = torch.arange(256, dtype=torch.uint8).view(kind).expand(8, 256).contiguous()
+    scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
+    expected = (values.float() * scales[:, None]).to(dtype)
+    actual = dequantize_rows(values, scales, dtype=dtype)
+    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.view(bits)[~actual.isnan()], expected.view(bits)[~expected.isnan()])
+
+
+@pytest.mark.parametrize("kind", STORED, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 10), (9, 300), (17, 512), (2, 1537)], ids=str)
+def test_rows_of_any_width_are_decoded_where_they_stand(shape: tuple[int, int], kind: torch.dtype) -> None:
+    values, scales = inside(torch.randn(1, *shape).to(kind)), torch.rand(1, 3 * shape[0])[:, ::3]
+    if kind == torch.int8:
+        values.random_(-128, 128)
+    out = inside(torch.zeros(1, *shape, dtype=torch.bfloat16))
+    assert dequantize_rows(values, scales, out=out) is out
+    assert torch.equal(out, (values.float() * scales[..., None]).bfloat16())
+    assert out._base[:, 0].isnan().all()
+    assert out._base[:, -1].isnan().all()
+    assert out._base[..., :8].isnan().all()
+    one = torch.tensor(0.25).expand(1, shape[0])
+    assert torch.equal(dequantize_rows(values, one, dtype=torch.float32), values.float() / 4)
+
+
+def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    batch, blocks, block_len, channels = shape
+    x, update = (3 * torch.randn(2, batch, blocks * block_len + 1, channels) + 1).to(dtype)[:, :, 1:]
+    shift, scale, gate = torch.randn(batch, 2, 6, channels).unbind(2)[:3]
+    rows = torch.randint(0, 2, (blocks,), dtype=torch.int32)
+    return {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale, "block_map": rows}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 96), (2, 3, 5, 10), (1, 2, 3, 1536)], ids=str)
+def test_norms_are_rounded_once_to_the_nearest_codes(
+    shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype
+) -> None:
+    """Of the float32 row, whose error is float32's: never of a row in x's dtype."""
+    given = tokens(shape, dtype)
+    x, update, gate, shift, scale, block_map = given.values()
+    rest = {"block_map": block_map, "quantize": kind}
+    wide = (shift.double(), scale.double(), None, None, block_map)
+    results = [(norm_modulate(x, shift, scale, norm="rms", **rest), x, "rms")]
+    x_new, y = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
+    assert torch.equal(x_new, gated_residual_norm_modulate(x, update, gate, block_map=block_map)[0])
+    results.append((y, x_new, "layer"))
+    for (values, scales), of, norm in results:
+        expected = norm_modulate_reference(of.double(), *wide, norm, 1e-6)
+        assert values.shape == x.shape
+        assert scales.shape == x.shape[:2]
+        assert relative_error(scales, true_scales(expected, kind)) < 1e-6
+        # A float32 row is 1e-6 of its largest number off, which is 448 or 127.
+        assert excess(values, scales, expected) < 1e-6 * (448 if kind == torch.float8_e4m3fn else 127)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_quantised_norm_is_that_of_the_float32_row(kind: torch.dtype) -> None:
+    """And not that of the bfloat16 row, which other code would store in between."""
+    x = torch.randn(1, 8, 300).bfloat16()
+    actual = norm_modulate(x, quantize=kind)
+    float32 = quantize_rows(norm_modulate(x.float()), kind)
+    twice = quantize_rows(norm_modulate(x), kind)
+    assert (actual.values.float() != float32.values.float()).sum() <= 2
+    assert (actual.values.float() != twice.values.float()).sum() > 20
+
+
+def test_norms_write_where_they_are_told_and_nothing_else() -> None:
+    given = tokens((2, 3, 5, 96), torch.bfloat16)
+    x, update, gate, shift, scale, block_map = given.values()
+    rest = {"block_map": block_map, "quantize": torch.float8_e4m3fn}
+    expected = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
+    values = torch.zeros(2, 17, 104, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.full((2, 17), -1.0)
+    out = QuantizedRows(values[:, 1:-1, 8:], scales[:, 1:-1])
+    results = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest, out=out, inplace=True)
+    assert results[0] is x
+    assert results[1] is out
+    assert torch.equal(x, expected[0])
+    assert torch.equal(out.values.float(), expected[1].values.float())
+    assert torch.equal(out.scales, expected[1].scales)
+    assert (scales[:, [0, -1]] == -1).all()
+    assert values.float()[:, [0, -1]].count_nonzero() == 0
+    assert values.float()[..., :8].count_nonzero() == 0
+
+
+def test_a_token_of_no_row_has_no_scale() -> None:
+    """What a GPU does with a bad map: NaN, as in the norms that are not quantised."""
+    x, values, scales = torch.randn(1, 6, 96), torch.zeros(1, 6, 96, dtype=torch.int8), torch.empty(1, 6)
+    shift, scale = torch.randn(1, 2, 2, 96).unbind(2)
+    block_map = torch.tensor([1, 2, -1], dtype=torch.int32)
+    launch_adaln(x, None, None, shift, scale, None, None, block_map, RMS, 1e-6, None, values, scales)
+    assert scales[:, 2:].isnan().all()
+    assert not scales[:, :2].isnan().any()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Two rows 2**31 elements apart, in memory of which only their pages exist."""
+    apart = 2**31 + 16
+
+    def far(dtype: torch.dtype) -> Tensor:
+        return torch.empty(apart + 96, dtype=torch.uint8).view(dtype).as_strided((2, 96), (apart, 1))
+
+    x = torch.randn(2, 96)
+    out = QuantizedRows(far(torch.int8), torch.empty(2))
+    expected = quantize_rows(x, torch.int8)
+    assert torch.equal(quantize_rows(x, torch.int8, out=out).values, expected.values)
+    assert torch.equal(dequantize_rows(*out), dequantize_rows(*expected))
+
+
+def test_schemas_and_fakes_hold() -> None:
+    x, scales = torch.randn(3, 96), torch.empty(3)
+    values = torch.zeros(3, 96, dtype=torch.int8)
+    torch.library.opcheck(_quantize_rows_op, (x, values, scales))
+    torch.library.opcheck(_dequantize_rows_op, (values, torch.ones(3), torch.empty(3, 96)))
+    x, update = torch.randn(2, 1, 6, 96)
+    rest = (None, None, None, None, None, None, "layer", 1e-6)  # no gate, modulation, affine parameters or map
+    values, scales = torch.zeros(1, 6, 96, dtype=torch.int8), torch.empty(1, 6)
+    torch.library.opcheck(_adaln_op, (x, update, *rest, torch.empty_like(x), values, scales))
+    torch.library.opcheck(_adaln_op, (x, None, *rest, None, values, scales))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
+    """A foreign module's use: into new tensors and into slices of its own."""
+
+    def module(x: Tensor, update: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
+        out = QuantizedRows(values[:, :6], scales[:, :6])
+        stream, y = gated_residual_norm_modulate(2 * x, update, quantize=kind, out=out, inplace=True)
+        z = norm_modulate(stream, quantize=kind)
+        rows = quantize_rows(stream, kind)
+        return [stream, scales + 1, z.scales, dequantize_rows(*y) + 1, dequantize_rows(*rows, dtype=torch.float32)]
+
+    x, update = torch.randn(2, 1, 6, 96, dtype=torch.float16)
+    memory = [(torch.zeros(1, 8, 96).to(kind), torch.zeros(1, 8)) for _ in range(2)]
+    expected = module(x, update, *memory[0])
+    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(x, update, *memory[1])
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    assert torch.equal(memory[0][0].float(), memory[1][0].float())

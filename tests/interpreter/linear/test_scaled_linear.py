@@ -1,0 +1,188 @@
+"""The 8-bit product's kernel against float64, over ragged shapes, layouts, epilogues and scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swifti2v_kernels import QuantizedRows, explain, scaled_linear
+from swifti2v_kernels.linear.scaled_linear import _scaled_linear_op
+from swifti2v_kernels.linear.scaled_linear_kernel import ScaledConfig
+from tests.support.tolerances import KERNEL, relative_error
+
+#: That of a large negative number in GELU, which is to be infinite.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+KINDS = [torch.float8_e4m3fn, torch.int8]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def rows(count: int, channels: int, kind: torch.dtype, gap: int = 0) -> QuantizedRows:
+    """Values over the whole range, amid codes that would spoil every sum (NaN, or -128); scales of both signs."""
+    bytes_ = torch.full((count, channels + gap), 0x7F if kind != torch.int8 else -128, dtype=torch.int8)
+    values = bytes_.view(kind)[:, :channels]
+    whole = torch.randint(-127, 128, values.shape) if kind == torch.int8 else torch.randn(values.shape) * 60
+    values.copy_(whole.clamp(-448, 448))
+    return QuantizedRows(values, 0.02 * torch.randn(count))
+
+
+def exact(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """The formula in float64, with the scales in the operands."""
+    wide = [r.values.double() * r.scales.double().unsqueeze(-1) for r in (x, weight)]
+    y = F.linear(*wide, None if bias is None else bias.double())
+    return y if activation is None else F.gelu(y, approximate="tanh")
+
+
+def check(actual: Tensor, expected: Tensor) -> None:
+    assert torch.isfinite(actual).all()
+    assert relative_error(actual, expected) < KERNEL[str(actual.dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "channels", "columns"),
+    [
+        (1, 16, 16),
+        (16, 64, 32),  # one tile
+        (17, 64, 32),
+        (33, 80, 48),  # ragged in all
+        (5, 192, 80),
+        (150, 16, 64),  # ten tiles of rows: two groups
+    ],
+)
+def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.dtype) -> None:
+    """Rows amid NaN or -128; every dtype of the result, with and without bias and activation, bias of another dtype."""
+    x, weight = rows(tokens, channels, kind, gap=16), rows(columns, channels, kind)
+    biases = {None: None} | {dtype: torch.randn(columns).to(dtype) for dtype in DTYPES}
+    calls: list[tuple[torch.dtype, torch.dtype | None, str | None]] = [
+        (torch.bfloat16, torch.bfloat16, "gelu_tanh"),
+        (torch.float16, None, None),
+        (torch.float32, torch.float16, "gelu_tanh"),
+        (torch.float32, torch.float32, None),
+    ]
+    for dtype, of_bias, activation in calls:
+        options: dict[str, Any] = {"activation": activation, "dtype": dtype}
+        assert explain(scaled_linear, x, weight, biases[of_bias], **options).implementation == "fused product"
+        actual = scaled_linear(x, weight, biases[of_bias], **options)
+        assert actual.dtype == dtype
+        check(actual, exact(x, weight, biases[of_bias], activation))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("block_m", "block_n", "block_k"), [(32, 16, 32), (16, 32, 128)])
+def test_other_tiles_give_the_same(
+    block_m: int, block_n: int, block_k: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = rows(40, 160, kind), rows(112, 160, kind), torch.randn(112)
+    config = ScaledConfig(block_m, block_n, block_k, 4, 1)
+    monkeypatch.setattr(ScaledConfig, "heuristic", classmethod(lambda cls, *args: config))
+    check(scaled_linear(x, weight, bias, dtype=torch.float32), exact(x, weight, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_leading_axes_views_and_out(kind: torch.dtype) -> None:
+    """Batches of tokens, a part of a buffer, every other scale; nothing but ``out`` is written."""
+    values, scales = rows(2 * 9, 96, kind, gap=32)
+    table = torch.full((2, 9, 2), float("nan"))
+    table[..., 0] = scales.view(2, 9)
+    x = QuantizedRows(values.unflatten(0, (2, 9)), table[..., 0])
+    weight, bias = rows(48, 96, kind), torch.randn(48)
+    buffer = torch.full((4, 9, 48), float("nan"), dtype=torch.float16)
+    out = buffer[1:3]
+    assert scaled_linear(x, weight, bias, dtype=torch.float16, out=out) is out
+    check(out, exact(x, weight, bias))
+    assert buffer[::3].isnan().all()
+    part = QuantizedRows(x.values[1, 2:7], x.scales[1, 2:7])
+    assert torch.equal(scaled_linear(part, weight, bias, dtype=torch.float16), out[1, 2:7])
+    none = scaled_linear(QuantizedRows(x.values[:0], x.scales[:0]), weight)
+    assert (none.shape, none.dtype) == ((0, 9, 48), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_extreme_scales(kind: torch.dtype) -> None:
+    """Zeros, tiny and huge ones beside each other, and a row that is NaN: no row spoils another."""
+    x, weight = rows(20, 64, kind), rows(32, 64, kind)
+    x.scales[:4] = torch.tensor([0.0, 1e-30, 1e30, float("nan")])
+    weight.scales[:3] = torch.tensor([0.0, 1e-6, 1e3])
+    actual, expected = scaled_linear(x, weight, dtype=torch.float32), exact(x, weight)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert actual[3].isnan().all()
+    for i in (i for i in range(20) if i != 3):
+        assert (actual[i] - expected[i]).abs().max() <= 2e-6 * expected[i].abs().max()
+
+
+def test_int8_sums_are_exact() -> None:
+    """The largest products there are, of which float32 could not hold the sum, less one."""
+    x = QuantizedRows(torch.full((2, 2064), -128, dtype=torch.int8), torch.ones(2))
+    weight = QuantizedRows(torch.full((16, 2064), -128, dtype=torch.int8), torch.ones(16))
+    weight.values[:, -1] = -127
+    y = scaled_linear(x, weight, torch.full((16,), -float(2**25)), dtype=torch.float32)
+    assert torch.equal(y, torch.full((2, 16), float(2064 * 2**14 - 128 - 2**25)))
+
+
+def test_gelu_of_large_values_is_finite() -> None:
+    x = QuantizedRows(torch.full((2, 16), 127, dtype=torch.int8), torch.tensor([1e3, -1e3]))
+    weight = QuantizedRows(torch.full((16, 16), 127, dtype=torch.int8), torch.ones(16))
+    y = scaled_linear(x, weight, activation="gelu_tanh", dtype=torch.float32)
+    assert torch.equal(y, torch.tensor([[127.0 * 127 * 16 * 1e3], [0.0]]).expand(2, 16))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_schema_and_fake_hold(kind: torch.dtype) -> None:
+    x, weight, bias = rows(6, 32, kind), rows(16, 32, kind), torch.randn(16)
+    # To see whether inputs change, torch compares them, which it cannot for float8.
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[kind == torch.float8_e4m3fn :]
+    for dtype, of_bias in ((torch.bfloat16, bias), (torch.float32, None)):
+        arguments = (*x, *weight, of_bias, True, torch.empty(6, 16, dtype=dtype))
+        torch.library.opcheck(_scaled_linear_op, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_compiles_as_one_graph_within_a_foreign_function(kind: torch.dtype) -> None:
+    """As a new tensor and into one; of another number of tokens too."""
+    weight, bias = rows(32, 48, kind), torch.randn(32)
+
+    def foreign(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+        x = QuantizedRows(values, 2 * scales)
+        scaled_linear(x, weight, out=out)
+        return scaled_linear(x, weight, bias, activation="gelu_tanh", dtype=torch.float32) + out
+
+    compiled = torch.compile(foreign, fullgraph=True, backend="aot_eager")
+    for tokens in (7, 12, 20):
+        x = rows(tokens, 48, kind)
+        outs = torch.zeros(2, tokens, 32, dtype=torch.bfloat16)
+        assert torch.equal(compiled(*x, outs[0]), foreign(*x, outs[1]))
+        assert torch.equal(*outs)
+        assert outs[0].any()
+
+
+def test_overlap_is_named_by_the_kernel_path_too() -> None:
+    store = torch.zeros(64, 64, dtype=torch.int8)
+    x, weight = QuantizedRows(store[:16], torch.ones(16)), rows(16, 64, torch.int8)
+    with pytest.raises(ValueError, match=r"out: expected memory of its own, but it overlaps x.values"):
+        scaled_linear(x, weight, out=store[8:40].view(torch.bfloat16).view(-1)[:256].view(16, 16), backend="triton")
+
+
+def test_what_has_no_kernel_takes_the_reference() -> None:
+    def reason(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None) -> str:
+        return explain(scaled_linear, x, weight, bias).reason
+
+    kind = torch.float8_e4m3fn
+    x, weight = rows(3, 32, kind), rows(16, 32, kind)
+    assert "gradients" in reason(x, weight, torch.zeros(16, requires_grad=True))
+    multiples = "the kernel takes multiples of 16 channels, columns and elements from row to row, got "
+    assert reason(rows(3, 24, kind), rows(16, 24, kind)) == multiples + "24, 16 and 24"
+    assert reason(x, rows(17, 32, kind)) == multiples + "32, 17 and 32"
+    assert reason(rows(3, 32, kind, gap=8), weight) == multiples + "32, 16 and 40"
+    far = QuantizedRows(torch.empty(2**24 + 16, dtype=torch.int8).as_strided((2, 16), (2**24, 1)), torch.ones(2))
+    assert "up to 8388608 columns" in reason(far, rows(16, 16, torch.int8))
+    long = QuantizedRows(torch.zeros(1, 2**17, dtype=torch.int8), torch.ones(1))
+    sixteen = QuantizedRows(torch.zeros(16, 2**17, dtype=torch.int8), torch.ones(16))
+    assert reason(long, sixteen) == "sums of int32 hold up to 131071 channels of int8, got 131072"
+    wide = (r._replace(scales=r.scales.double()) for r in (x, weight))
+    assert reason(*wide) == "kernels exist for float16, bfloat16 and float32, got torch.float64"
+    with pytest.raises(ValueError, match="backend: 'triton' cannot take this call: the kernel takes multiples of 16"):
+        scaled_linear(x, rows(17, 32, kind), backend="triton")

@@ -1,0 +1,106 @@
+"""The DiT on the kernels: CSG against the PyTorch path, the model against diffusers, and what a step allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import DiTConfig, SegmentPlan, WanDiT, load_dit, sample_latents
+from model.csg.denoiser import Denoiser
+from model.csg.sampler import MODES
+from model.csg.schedule import flow_sigmas
+from model.weights.load import random_weights
+from swifti2v_kernels.attention import segment_attention as attention
+from tests.model.dit.test_model import image_tokens, saved_diffusers_dit
+from tests.support.tolerances import BFLOAT16_MODEL, KERNEL_PARITY, PARITY, relative_error
+
+CONFIG = DiTConfig(
+    num_heads=2, head_dim=64, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_csg_is_the_same_on_the_kernels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = random_weights(WanDiT, CONFIG, 1)
+    reference, text = torch.randn(1, 4, 5, 6, 10), torch.randn(1, 7, 16)
+    launches = []
+    stock = attention.launch
+    monkeypatch.setattr(attention, "launch", lambda *args: launches.append(args[2]) or stock(*args))
+    clips = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("SWIFTI2V_BACKEND", backend)
+        clip = reference.clone()
+        options = {"plan": SegmentPlan(5), "sigmas": flow_sigmas(2, 5.0), "seed": 5, "mode": mode}
+        with torch.no_grad():
+            list(sample_latents(dit, clip, text, **options))
+        clips[backend] = clip
+        assert bool(launches) == (backend == "triton")
+    assert relative_error(clips["triton"], clips["torch"]) < PARITY
+    # Self-attention and cross-attention; the causal ablation reads its cached context as a second source.
+    assert {len(sources) for sources in launches} == ({1, 2} if mode == "causal" else {1})
+
+
+VARIANTS = {
+    "wan2.2 A14B, Stage II": {"in_channels": 36},
+    "wan2.1 I2V with CLIP": {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 128},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_equal_diffusers(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timestep per block; in float32, and in bfloat16 as near to float32 as diffusers' own bfloat16 is (twice)."""
+    theirs = saved_diffusers_dit(tmp_path, attention_head_dim=64, **VARIANTS[variant])
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
+    latents, image = torch.randn(1, 36, 3, 4, 6), image_tokens(theirs.config, 1)
+    text = torch.randn(1, 512 if image is not None else 40, 32)  # diffusers finds the image tokens before the last 512
+    timestep = torch.tensor([[0.0, 500.0, 500.0]])
+    with torch.no_grad():
+        expected = theirs(latents, timestep.repeat_interleave(6, dim=1), text, image).sample
+        actual = load_dit(tmp_path)(latents, timestep, text, image)
+        assert relative_error(actual, expected) < KERNEL_PARITY
+        half = load_dit(tmp_path, dtype=torch.bfloat16)(latents, timestep, text, image)
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, expected) < BFLOAT16_MODEL
+
+
+def allocated(step: Callable[[], None]) -> list[int]:
+    """Bytes of every allocation during ``step``, also inside operators: from the allocator itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_a_step_allocates_nothing(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the workspace and the scalars that torch makes of Python numbers on the CPU, up to 8 bytes each."""
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
+    latents, reference = torch.randn(1, 4, 3, 6, 10), torch.randn(1, 4, 5, 6, 10)
+    with torch.no_grad():
+        denoiser = Denoiser(
+            random_weights(WanDiT, CONFIG, 1),
+            torch.randn(1, 7, 16),
+            None,
+            latents=latents,
+            reference=reference,
+            sigmas=[1.0, 0.5, 0.0],
+            max_blocks=5,
+        )
+        if causal:
+            denoiser.open([2, 3, 4], [0, 1, 2], [0.0] * 3, remembered=[0, 1])
+        else:
+            denoiser.open([0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [1.0, 1.0, 0.0, 0.0, 0.0])
+        before = latents.clone()
+        # The probe sees allocations inside operators: this one makes a float32 copy of its inputs.
+        assert max(allocated(lambda: attention.segment_attention_reference(*PROBE))) > 1000
+        sizes = allocated(lambda: denoiser.step(0))
+    assert not torch.equal(latents, before)
+    assert sum(sizes) <= 64
+    tokens, config = 5 * 15, CONFIG
+    assert denoiser.workspace.nbytes == 4 * (4 * tokens * config.dim + tokens * (2 * config.dim + config.dim))
+
+
+PROBE = ([torch.ones(1, 9, 1, 64)], [(torch.ones(1, 9, 1, 64),) * 2], 1.0, [None], [[0]], None, True)

@@ -1,0 +1,118 @@
+"""Which dense calls torch's own attention may take: those of which every row of every head is aligned."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swifti2v_kernels.attention import choice as attention_launch
+from swifti2v_kernels.attention.choice import choose_kernel, torch_takes
+from swifti2v_kernels.common import tables
+from tests.support.bench_session import CPU
+
+#: Buffers start at a multiple of at least 64 bytes.
+BUFFER = torch.zeros(1 << 16, dtype=torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU; the choice reads no more than its metadata and its address."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+def rows_aligned(x: Tensor) -> bool:
+    """Row by row: whether each begins at a multiple of 16 bytes."""
+    return all(x[i].data_ptr() % 16 == 0 for i in itertools.product(*map(range, x.shape[:3])))
+
+
+def view(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Tensor:
+    return BUFFER.view(dtype).as_strided(shape, strides, offset)
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+    strides=st.tuples(*[st.sampled_from((1, 2, 4, 6, 8, 12, 16, 100, 128, 132, 512)) for _ in range(3)]),
+    offset=st.sampled_from((0, 0, 0, 1, 2, 3, 4, 8, 12, 16)),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_views_are_taken_exactly_where_all_of_their_rows_are_aligned(
+    dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> None:
+    x = view(dtype, (*sizes, 8), (*strides, 1), offset)
+    assert torch_takes(x) == rows_aligned(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "taken"),
+    [
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1)), True),
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 8), True),
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 1), False),  # 2 bytes off
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 4), False),  # 8 bytes off
+        (view(torch.float32, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 4), True),  # 16 bytes off
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 196, 196, 64, 1)), False),  # tokens 8 bytes off
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 208, 208, 68, 1)), False),  # heads
+        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192 + 4, 192, 64, 1)), False),  # batch entries
+        (view(torch.bfloat16, (1, 9, 3, 64), (9 * 192 + 4, 192, 64, 1)), True),  # of which there is one
+        (view(torch.bfloat16, (2, 1, 3, 64), (192, 7, 64, 1)), True),  # one token
+        (view(torch.bfloat16, (2, 9, 1, 64), (9 * 64, 64, 1, 1)), True),  # one head
+        (view(torch.bfloat16, (1, 1, 1, 64), (1, 3, 5, 1), 8), True),
+        (view(torch.bfloat16, (1, 1, 1, 64), (1, 3, 5, 1), 3), False),
+    ],
+)
+def test_views_that_are_met(x: Tensor, taken: bool) -> None:
+    assert torch_takes(x) is rows_aligned(x) is taken
+
+
+def test_all_views_of_a_call_must_be_aligned() -> None:
+    good = view(torch.bfloat16, (1, 9, 3, 64), (0, 192, 64, 1))
+    bad = view(torch.bfloat16, (1, 9, 3, 64), (0, 192, 64, 1), 1)
+    assert torch_takes(good, good, good)
+    for i in range(3):
+        assert not torch_takes(*[bad if i == j else good for j in range(3)])
+
+
+@pytest.mark.parametrize("fastest", ["sdpa-cudnn", "sdpa-flash", "swifti2v", None])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
+    capability: int, fastest: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the table says is fastest; an aligned call takes what it says. q, k and v in turn are not aligned."""
+    monkeypatch.setattr(attention_launch, "capability_of", lambda device: capability)
+    entries: list[dict[str, Any]] = []
+    if fastest is not None:
+        seconds = {"swifti2v": 2.0, "sdpa-cudnn": 2.0, "sdpa-flash": 2.0, fastest: 1.0}
+        entries = [{"capability": capability, "card": "card", "dtype": "bfloat16", "head_dim": 128, "tokens": 9,
+                    "seconds": seconds}]  # fmt: skip
+    monkeypatch.setattr(tables, "load_table", lambda name: entries)
+
+    def chosen(*views: Tensor) -> str:
+        q, k, v = (x.as_subclass(OnGpu) for x in views)
+        return choose_kernel([q], [(k, v)], [None], False, False)[0]
+
+    good = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
+    untaken = {"hopper", "portable"}
+    usual = fastest or ("sdpa-cudnn" if capability >= 90 else "sdpa-flash")
+    assert chosen(good, good, good) in (untaken if usual == "swifti2v" else {usual})
+    for bad in (
+        view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1), 1),
+        view(torch.bfloat16, (2, 9, 3, 128), (9 * 388, 388, 128, 1)),
+        view(torch.bfloat16, (2, 9, 3, 128), (9 * 420, 420, 140, 1)),
+    ):
+        for i in range(3):
+            assert chosen(*[bad if i == j else good for j in range(3)]) in untaken
+
+
+def test_a_call_on_a_cpu_is_never_torch_s_by_this_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_launch, "capability_of", lambda device: 89)
+    q = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
+    assert q.device == CPU
+    assert choose_kernel([q], [(q, q)], [None], False, False)[0] == "portable"

@@ -1,0 +1,187 @@
+"""Kernels compiled for every GPU generation, without one, through the public functions; and what the report says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.operators.discover import all_cases
+from bench.static import cubin, report
+from bench.static.bounds import predict
+from bench.static.compile_only import CompiledKernel, compiled_for
+from bench.static.cubin import Analysis, Loop, analyse, opcode
+from swifti2v_kernels import explain, qk_norm_rope, segment_attention
+from swifti2v_kernels.attention.cases import CASES
+from swifti2v_kernels.attention.portable import PortableConfig
+from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.common.target import TARGETS
+from tests.support.bench_session import rows_of
+
+CPU = torch.device("cpu")
+
+
+def compiled(name: str, capability: int) -> CompiledKernel:
+    case = next(case for case in report.CASES if case.name == name)
+    with compiled_for(capability) as kernels:
+        case.run(CPU)
+    (kernel,) = kernels
+    assert kernel.error is None, kernel.error
+    return kernel
+
+
+def flat(signature: Any) -> list[str]:
+    return [x for part in signature for x in flat(part)] if isinstance(signature, tuple) else [signature]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_every_target_compiles_without_spills(capability: int, own_cache) -> None:
+    """A call of two sources, head_dim 128; all cases are checked by ``python -m bench compile --check``."""
+    kernel = compiled("segment_attention d128 2 sources", capability)
+    row = report._row(CASES[1], kernel, TARGETS[capability])
+    assert row.faults() == []
+    assert 0 < row.registers <= 255
+    assert 0 < row.shared_bytes <= TARGETS[capability].shared_per_block
+    assert row.bound_fraction is not None
+    assert 0.2 < row.bound_fraction <= 1
+
+
+def test_descriptors_are_arguments_of_their_own() -> None:
+    """Triton 3.6 compiles a tuple of descriptors but cannot launch with it."""
+    for name in ("segment_attention d128 2 sources", "segment_attention d128 4 sources, padded"):
+        signature = compiled(name, 90).signature
+        descriptors = [key for key, type_ in signature.items() if "tensordesc" in str(type_)]
+        assert len(descriptors) >= 4
+        assert not any(isinstance(signature[key], tuple) for key in descriptors)
+
+
+def test_lengths_do_not_recompile() -> None:
+    """Kernels are specialised on alignment and on the number of views, not on lengths."""
+    with compiled_for(89) as kernels:
+        for length in (1, 16, 17, 128, 1000):
+            q, k, v = torch.ones(1, length, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
+            segment_attention(q, [(k, v)], backend="triton")
+    assert len({kernel.binary for kernel in kernels}) == 1
+
+
+def test_one_token_stride_beyond_32_bits_compiles() -> None:
+    """Of q alone: both branches that choose between q and k must keep one type. Untouched pages cost no memory."""
+    far = torch.empty(2**31 + 96, dtype=torch.bfloat16).as_strided((1, 2, 96), (0, 2**31, 1))
+    near, weight = torch.ones(1, 2, 96, dtype=torch.bfloat16), torch.ones(96)
+    with compiled_for(90) as kernels:
+        qk_norm_rope(far, near, weight, weight, None, 4, backend="triton")
+    assert [kernel.error for kernel in kernels] == [None]
+
+
+def test_hopper_overlaps_the_softmax_with_a_product(own_cache) -> None:
+    """What warp specialisation is for; ptxas undoes it silently where a barrier wait is missing."""
+    special = analyse(compiled("segment_attention d128", 90).binary)
+    assert all(loop.overlapped for loop in special.loops)
+    assert not any(loop.overlapped for loop in analyse(compiled("segment_attention d96", 90).binary).loops)
+
+
+def test_explain_names_the_kernel_that_compiles() -> None:
+    args, options = next(case for case in CASES if case.name == "segment_attention d128").inputs(CPU)
+    with compiled_for(90):
+        assert explain(segment_attention, *args, **options).implementation == "hopper"
+        padded = {**options, "valid_lengths": [torch.tensor([5, 6])]}
+        choice = explain(segment_attention, *args, **padded)
+        assert (choice.implementation, choice.reason) == (
+            "portable",
+            "the Hopper kernel does not take it: valid lengths",
+        )
+    with compiled_for(120):
+        assert explain(segment_attention, *args, **options).reason == "capability 12.0"
+
+
+def test_a_spill_is_found(monkeypatch, own_cache) -> None:
+    """128 rows on 4 warps need more registers than there are."""
+    bad = PortableConfig(128, 64, 4, 2)
+    monkeypatch.setattr(PortableConfig, "heuristic", classmethod(lambda cls, *args: bad))
+    kernel = compiled("segment_attention d128", 89)
+    row = report._row(CASES[1], kernel, TARGETS[89])
+    assert row.spill_loads > 0
+    assert any("spills" in fault for fault in row.faults())
+
+
+def test_what_check_objects_to() -> None:
+    good = report.Row(
+        "segment_attention", 89, "k", "", None, shared_bytes=1, shared_limit=2, mma="HMMA", computes_products=True
+    )
+    assert good.faults() == []
+    assert "spills: 0 loads, 3 stores" in dataclasses.replace(good, spill_stores=3).faults()
+    assert "shared memory: 3 of 2 bytes" in dataclasses.replace(good, shared_bytes=3).faults()
+    assert "tensor cores: expected HMMA, got none" in dataclasses.replace(good, mma="").faults()
+    assert dataclasses.replace(good, mma="", computes_products=False).faults() == []
+    assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults()
+
+
+def test_the_command(capsys, own_cache, tmp_path) -> None:
+    arguments = ["compile", "--targets", "89", "--cases", "merge_attention d128", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "merge_attention_fwd" in out
+    assert "1 kernels: no spills" in out
+    assert main([*arguments, "--json"]) == 0
+    assert "1 kernels: no spills" in capsys.readouterr().out
+    (row,) = rows_of(tmp_path / "out", "kernels")
+    assert (row["spills"], row["basis"], row["target"]) == (0, "compiled", "sm_89")
+    assert row["bound"].endswith("by memory")
+    assert main(["compile", "--targets", "75"]) != 0
+    assert "targets: expected some of 80, 86, 89, 90, 100, 120, got '75'" in capsys.readouterr().err
+    assert main(["compile", "--cases", "no such case"]) != 0
+    assert "no case contains 'no such case'" in capsys.readouterr().err
+
+
+def test_check_fails_on_a_fault(monkeypatch, capsys, tmp_path) -> None:
+    row = report.Row("segment_attention d64", 89, "kernel", "", None, spill_loads=1, shared_limit=1, mma="HMMA")
+    monkeypatch.setattr(report, "compile_all", lambda *args: [row])
+    assert main(["compile", "--check", "--out", str(tmp_path / "a")]) != 0
+    assert "sm_89 segment_attention d64 kernel : spills: 1 loads, 0 stores" in capsys.readouterr().err
+    assert len(rows_of(tmp_path / "a", "kernels")) == 1  # the table is kept
+    assert main(["compile", "--out", str(tmp_path / "b")]) == 0
+
+
+def test_every_operator_of_the_library_has_cases() -> None:
+    """Found by being there: what has a kernel and no case would be in no report."""
+    import swifti2v_kernels
+
+    plain = {"BlockWindow", "Choice", "QuantizedRows", "Rope3D", "__version__", "explain", "pretend_gpu", "rope_3d"}
+    plain |= {"fold_upsample_weight", "linear_gelu", "norm_rope"}  # torch's, or half of another operator
+    plain |= {"SegmentPlan", "Window", "WindowModel", "assemble_window", "block_noise", "sample_segments"}
+    plain |= {"rope_from_tokens"}
+    assert {case.operator.__name__ for case in all_cases()} == set(swifti2v_kernels.__all__) - plain
+    assert len({case.name for case in all_cases()}) == len(all_cases())
+
+
+def test_results_are_kept_by_the_binary(monkeypatch, own_cache) -> None:
+    binary = compiled("merge_attention d128 2 parts bfloat16", 89).binary
+    first = analyse(binary)
+    monkeypatch.setattr(cubin, "_disassemble", lambda binary: pytest.fail("disassembled twice"))
+    assert analyse(binary) == first
+
+
+def test_bounds_by_hand() -> None:
+    """64 products of 2048 multiply-adds on 8 warps of a 4090, with 100 exponentials a warp: 4096 and 1600 cycles."""
+    loop = Loop(200, 300, {"HMMA": 64, "MUFU": 100}, False)
+    bound = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**20, 0), 8, 1, TARGETS[89])
+    assert bound is not None
+    assert bound.cycles["tensor"] == 2**20 / 256
+    assert bound.cycles["exponent"] == 100 * 8 * 2
+    assert (bound.limit, bound.fraction) == ("tensor", 1.0)
+    slow = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**18, 0), 8, 1, TARGETS[89])
+    assert slow is not None
+    assert (slow.limit, slow.fraction) == ("exponent", 1024 / 1600)
+
+
+def test_opcodes() -> None:
+    assert opcode("@!P0 HMMA.16816.F32.BF16 R4, R8, R12, R4") == "HMMA"
+    assert opcode("EXIT") == "EXIT"

@@ -1,0 +1,177 @@
+"""The library as a kernel of the Hugging Face Hub: gathered by hub/gather.py and loaded by ``kernels``."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swifti2v_kernels
+from hub.gather import GatherError, gather, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESS = Path(__file__).with_name("hub_process.py")
+PACKAGE = ROOT / "swifti2v_kernels"
+#: float32 against float64.
+TOLERANCE = 1e-5
+FILES = {"build.toml", "CARD.md", "LICENSE", "torch-ext", "build"}
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, gathered once."""
+    out = tmp_path_factory.mktemp("hub")
+    gather(out)
+    return out
+
+
+def changed_package(folder: Path, name: str, text: str) -> Path:
+    """A copy of the package with ``text`` at the end of one of its files."""
+    copy = shutil.copytree(PACKAGE, folder / "swifti2v_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / name).open("a") as file:
+        file.write(text)
+    return copy
+
+
+def loaded(backend: str, *folders: Path, installed: bool = False) -> list[dict[str, Any]]:
+    """What a process without the library, or with it after them, says of each copy that it loads.
+
+    It has no numpy either, but for Triton's interpreter, which is written in it.
+    """
+    pytest.importorskip("kernels", reason="loads kernels of the Hugging Face Hub: pip install kernels")
+    environment = {**os.environ, "TRITON_INTERPRET": "01"[backend == "triton"], "HF_HUB_OFFLINE": "1"}
+    blocked = [] if installed else ["swifti2v_kernels", "model", "bench", "tests", "hub"]
+    blocked += ["numpy"] if backend == "torch" and not installed else []
+    # Isolated: neither the folder it starts in nor PYTHONPATH is looked into.
+    command = [sys.executable, "-I", PROCESS, backend, ",".join(blocked), str(ROOT) if installed else "-", *folders]
+    result = subprocess.run(command, env=environment, cwd=folders[0], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    copies = [json.loads(line) for line in result.stdout.splitlines()]
+    for copy in copies:
+        assert max(copy["errors"]) < TOLERANCE
+        assert copy["measurements"] > 0
+    return copies
+
+
+def identifiers(folder: Path) -> set[str]:
+    return {json.loads(path.read_text())["id"] for path in folder.glob("build/*/metadata.json")}
+
+
+def test_gathered_is_the_library_without_what_is_left_out(gathered: Path) -> None:
+    assert {path.name for path in gathered.iterdir()} == FILES
+    builds = [gathered / "torch-ext" / "swifti2v_kernels", *sorted((gathered / "build").iterdir())]
+    assert [build.name for build in builds[1:]] == ["torch-cpu", "torch-cuda"]
+    wanted = {
+        path.relative_to(PACKAGE)
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".json", ".typed") and path.name not in ("case.py", "cases.py", "__main__.py")
+    }
+    wanted = {path for path in wanted if path.parts[0] not in ("csg", "integrations")}
+    for build in builds:
+        found = {path.relative_to(build) for path in build.rglob("*") if path.is_file()}
+        assert found - {Path("metadata.json")} == wanted
+    assert len(identifiers(gathered)) == 2
+
+
+def test_gathered_init_names_what_is_there(gathered: Path) -> None:
+    text = (gathered / "torch-ext" / "swifti2v_kernels" / "__init__.py").read_text()
+    tree = ast.parse(text)
+    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    public = next(ast.literal_eval(node.value) for node in tree.body if ast.unparse(node).startswith("__all__"))
+    assert names | {"__version__"} == set(public)
+    left_out = set(swifti2v_kernels.__all__) - set(public)
+    assert left_out >= {"SegmentPlan", "sample_segments"}
+    assert {getattr(swifti2v_kernels, name).__module__.split(".")[1] for name in left_out} == {"csg"}
+    assert ast.get_docstring(tree).splitlines()[0] == swifti2v_kernels.__doc__.splitlines()[0]
+    # All else as it was written.
+    kept = set((PACKAGE / "__init__.py").read_text().splitlines())
+    assert {line for line in text.splitlines() if line.startswith("from ")} <= kept
+
+
+def test_operators_are_named_as_kernel_builder_wants(gathered: Path) -> None:
+    """It rejects a decorator of torch.library whose first argument is not a call of a function of this name."""
+    found = 0
+    for file in gathered.glob("torch-ext/**/*.py"):
+        for node in ast.parse(file.read_text()).body:
+            for decorator in getattr(node, "decorator_list", []):
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("torch.library."):
+                    assert ast.unparse(decorator.args[0]).startswith("add_op_namespace_prefix("), file
+                    found += 1
+    assert found > 10
+
+
+def test_card_names_every_function(gathered: Path) -> None:
+    card = (gathered / "CARD.md").read_text()
+    functions = {name for name in swifti2v_kernels.__all__ if name.islower() and not name.startswith("_")}
+    functions -= {name for name in functions if ".csg." in getattr(swifti2v_kernels, name).__module__}
+    assert {name for name in functions if f"`{name}`" not in card} == set()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_loads_and_computes_alone(backend: str, gathered: Path) -> None:
+    (copy,) = loaded(backend, gathered)
+    assert copy["name"] in identifiers(gathered)
+    assert copy["registered"] == [copy["name"]]
+    # The PyTorch path calls no operator of its own.
+    assert copy["called"] == ([copy["name"]] if backend == "triton" else [])
+
+
+def test_two_versions_in_one_process(gathered: Path, tmp_path: Path) -> None:
+    """Each under its own name; and the second of two copies that are the same is the first."""
+    gather(tmp_path / "other", changed_package(tmp_path, "__init__.py", '\n__version__ = "another"\n'))
+    same = shutil.copytree(gathered, tmp_path / "same")
+    first, other, again = loaded("triton", gathered, tmp_path / "other", same)
+    assert first["name"] != other["name"]
+    assert (first["version"], other["version"]) == (swifti2v_kernels.__version__, "another")
+    for copy in (first, other):
+        assert copy["registered"] == copy["called"] == [copy["name"]]
+    assert again["registered"] == []
+    assert again["called"] == [again["name"]] == [first["name"]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_beside_the_library(backend: str, gathered: Path) -> None:
+    copy, library = loaded(backend, gathered, installed=True)
+    assert copy["registered"] == [copy["name"]]
+    assert (library["name"], library["registered"]) == ("swifti2v_kernels", ["swifti2v"])
+    assert library["file"] == str(PACKAGE / "__init__.py")
+    if backend == "triton":
+        assert (copy["called"], library["called"]) == ([copy["name"]], ["swifti2v"])
+    assert copy["errors"] == library["errors"]
+
+
+def test_refuses_a_folder_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: OUT: expected a new or an empty folder, got {tmp_path}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("import swifti2v_kernels.norm\n", "swifti2v_kernels"),
+        ("def late():\n    from numpy import array\n", "numpy"),
+        ("from ..csg.plan import Window\n", "csg"),
+    ],
+)
+def test_refuses_a_file_that_needs_more(text: str, needed: str, tmp_path: Path) -> None:
+    package = changed_package(tmp_path, "common/checks.py", text)
+    with pytest.raises(GatherError, match=rf"^common/checks\.py:\d+: needs {re.escape(needed)}, which") as error:
+        gather(tmp_path / "out", package)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_shows_an_example() -> None:
+    done = subprocess.run([sys.executable, ROOT / "hub" / "gather.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:\n  python hub/gather.py" in done.stdout

@@ -1,0 +1,92 @@
+"""What every command does with an interruption that Python itself would lose."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from model.cli.options import run_command
+
+
+class Finalizer:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Plain:
+    pass
+
+
+def deleted() -> None:
+    Finalizer()
+
+
+def finalized() -> None:
+    weakref.finalize(Plain(), signal.raise_signal, signal.SIGINT)
+
+
+def called_back() -> None:
+    gone = Plain()
+    reference = weakref.ref(gone, lambda reference: signal.raise_signal(signal.SIGINT))
+    del gone
+    assert reference() is None
+
+
+def lasts(seconds: float) -> bool:
+    """Whether this long work comes to its end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.001)
+    return True
+
+
+@pytest.mark.parametrize("meets", [deleted, finalized, called_back])
+def test_an_interruption_that_meets_a_finalizer_ends_the_command(
+    meets: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints it as ignored and goes on: without a word of ours the work would come to its end."""
+    ends = []
+
+    def command() -> None:
+        meets()
+        ends.append(lasts(20))
+
+    hook = sys.unraisablehook
+    assert (run_command(command), ends) == (130, [])
+    assert capsys.readouterr().err == "interrupted\n"
+    assert sys.unraisablehook is hook
+
+
+def test_an_interruption_is_raised_again_as_often_as_it_is_lost() -> None:
+    ends = []
+
+    def command() -> None:
+        deleted()
+        weakref.finalize(Plain(), lasts, 20)  # meets the second one, at once and for as long as it may
+        ends.append("the second")
+        ends.append(lasts(20))
+
+    start = time.monotonic()
+    assert (run_command(command), ends) == (130, ["the second"])
+    assert time.monotonic() - start < 10
+
+
+def test_what_else_a_finalizer_raises_is_python_s_to_report() -> None:
+    reported: list[object] = []
+
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("of its own")
+
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: reported.append(unraisable.exc_value)
+    try:
+        assert run_command(lambda: Failing() and None) == 0
+    finally:
+        sys.unraisablehook = hook
+    assert [str(value) for value in reported] == ["of its own"]

@@ -1,0 +1,321 @@
+"""Conditional Segment-wise Generation: the plan, the windows, and what each mode may and may not see."""
+
+from __future__ import annotations
+
+import itertools
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.memory.clip import ClipSetup, run_clip
+from model import InputError, SegmentPlan, WanDiT, load_dit, sample_latents
+from model.cli.options import run_command, segment_plan
+from model.csg.sampler import MODES, STAGE, check_channels, plan_for
+from model.csg.schedule import block_noise, flow_sigmas
+from model.dit import workspace
+from model.memory.cost.configuration import Configuration
+from model.weights.load import random_weights
+from tests.conftest import TINY_DIT
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.support.tolerances import EXACT, PARITY, relative_error
+
+SIGMAS = flow_sigmas(2, 5.0)
+TEXT = torch.linspace(-1, 1, 7 * 16).view(1, 7, 16)
+plans = st.builds(
+    SegmentPlan,
+    num_blocks=st.integers(2, 60),
+    blocks_per_segment=st.integers(1, 12),
+    neighbours_left=st.integers(0, 5),
+    neighbours_right=st.integers(0, 5),
+    anchor=st.booleans(),
+)
+
+
+def run(dit, reference, **options):
+    """The sampled clip; ``reference`` is left as it is."""
+    clip = reference.clone()
+    options = {"plan": SegmentPlan(reference.shape[2]), "sigmas": SIGMAS, "seed": 5, **options}
+    segments = list(sample_latents(dit, clip, TEXT, **options))
+    assert torch.equal(torch.cat(segments, dim=2), clip[:, :, 1:])
+    return clip
+
+
+def record(dit, monkeypatch):
+    """What every pass of ``dit`` is given: latents, mask, reference, and per block its timestep row and clip index."""
+    calls, stock = [], dit.run
+
+    def run(window, *arguments, **options):
+        latents = [
+            window.reference[:, :, known] if slot < 0 else window.latents[:, :, slot]
+            for slot, known in zip(window.latent_index.tolist(), window.reference_index.tolist(), strict=True)
+        ]
+        reference = window.reference[:, :, window.reference_index.tolist()]
+        rows, index = window.modulation_index.tolist(), tuple(window.reference_index.tolist())
+        calls.append((torch.stack(latents, dim=2), window.mask, reference, rows, index))
+        return stock(window, *arguments, **options)
+
+    monkeypatch.setattr(dit, "run", run)
+    return calls
+
+
+def plain_sampler(dit, reference, text, plan, sigmas, seed, mode):
+    """CSG by ``WanDiT.forward`` on concatenated tensors, with nothing skipped, kept or fused."""
+    clip, z = reference.clone(), reference.shape[1]
+    for window in plan_for(mode, plan):
+        given, noisy = list(window.conditioning), list(window.noisy)
+        x = block_noise(seed, STAGE, window.noisy, (z, *reference.shape[3:])).to(reference)
+        for sigma, after in itertools.pairwise(sigmas):
+            latents = torch.cat((clip[:, :, given], x), dim=2)
+            mask = reference.new_zeros(1, 4, len(given) + len(noisy), *reference.shape[3:])
+            mask[:, :, : len(given)] = 1
+            channels = torch.cat((latents, mask, clip[:, :, given + noisy]), dim=1)
+            timestep = reference.new_tensor([[0.0] * len(given) + [1000 * sigma] * len(noisy)])
+            if mode == "causal":
+                first, rest = channels[:, :, : len(given)], channels[:, :, len(given) :]
+                memory = dit.keys_values(first, reference.new_zeros(1), text, block_index=given)
+                velocity = dit(rest, timestep[:, len(given) :], text, block_index=noisy, memory=memory)
+            else:
+                velocity = dit(channels, timestep, text, block_index=given + noisy)[:, :, len(given) :]
+            x = x + (after - sigma) * velocity
+        clip[:, :, noisy] = x
+    return clip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("max_tokens", [7168, 4], ids=["whole blocks", "parts of blocks"])
+def test_the_sampler_equals_the_plain_path(tiny_dit, mode, max_tokens, monkeypatch):
+    """Queries and feed-forward of conditioning blocks skipped in the last layer, text keys and values made once,
+    gathering, Euler and parts: in float64 nothing but rounding is left of them. The last segment is a short one."""
+    monkeypatch.setattr(workspace.plan_parts, "__defaults__", (max_tokens,))
+    dit, reference = tiny_dit.double(), torch.randn(1, 4, 6, 4, 6, dtype=torch.float64)
+    text, plan, sigmas = TEXT.double(), SegmentPlan(6, 2, 1, 1), [1.0, 0.75, 0.0]  # exact in float32, as steps are kept
+    expected = plain_sampler(dit, reference, text, plan, sigmas, 5, mode)
+    list(sample_latents(dit, reference, text, plan=plan, sigmas=sigmas, seed=5, mode=mode))
+    assert relative_error(reference, expected) < EXACT
+
+
+def test_what_the_last_layer_skips(tiny_dit, monkeypatch):
+    """Tokens that go through each layer, in a window of two conditioning and two noisy blocks of 6 tokens."""
+    tokens = [[], []]
+    for layer, block in zip(tokens, tiny_dit.blocks, strict=True):
+        part = block.part
+        block.part = lambda x, *rest, layer=layer, part=part: layer.append(x.shape[1]) or part(x, *rest)
+    texts, stock = [], type(tiny_dit.blocks[0].attn2).context
+    monkeypatch.setattr(type(tiny_dit.blocks[0].attn2), "context", lambda *a, **k: texts.append(1) or stock(*a, **k))
+    reference = torch.randn(1, 4, 4, 4, 6)
+    list(sample_latents(tiny_dit, reference, TEXT, plan=SegmentPlan(4, 2), sigmas=SIGMAS, seed=5))
+    assert tokens == [[18, 18, 18, 18], [12, 12, 6, 6]]  # windows (0, 1, 2) and (0, 2, 3), two steps each
+    assert len(texts) == 2  # once a layer and clip
+
+
+@given(plans)
+def test_every_block_but_the_anchor_is_generated_exactly_once_and_in_order(plan):
+    windows = list(plan)
+    assert [block for window in windows for block in window.noisy] == list(range(1, plan.num_blocks))
+    assert len(windows) == len(plan)
+
+
+@given(plans)
+def test_windows_are_bounded_whatever_the_length_and_hold_no_block_twice(plan):
+    bound = plan.anchor + plan.neighbours_left + plan.neighbours_right + plan.blocks_per_segment
+    assert plan.max_window_blocks == bound
+    for window in plan:
+        assert not plan.anchor or window.conditioning[0] == 0
+        assert len(set(window.blocks)) == len(window.blocks) <= bound
+        assert all(0 <= block < plan.num_blocks for block in window.blocks)
+
+
+@given(plans)
+def test_neighbours_are_the_blocks_next_to_the_segment(plan):
+    for window in plan:
+        first, last = window.noisy[0], window.noisy[-1]
+        wanted = set(range(first - plan.neighbours_left, first)) | set(
+            range(last + 1, last + 1 + plan.neighbours_right)
+        )
+        anchor = {0} if plan.anchor else set()
+        assert set(window.conditioning) == anchor | {block for block in wanted if 0 <= block < plan.num_blocks}
+
+
+def test_the_paper_setting_for_81_frames():
+    windows = list(SegmentPlan(21))
+    assert [window.blocks for window in windows[:2]] == [(0, 1, 2, 3), (0, 3, 4, 5, 6)]
+    assert windows[-1].blocks == (0, 18, 19, 20)
+    assert len(windows) == 7
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4, 6])
+def test_one_segment_of_all_blocks_equals_end_to_end_bit_for_bit(tiny_dit, num_blocks):
+    reference = torch.randn(1, 4, num_blocks, 4, 6)
+    plan = SegmentPlan(num_blocks, num_blocks - 1, 0, 0)
+    whole = run(tiny_dit, reference, plan=plan, mode="bidirectional")
+    assert torch.equal(whole, run(tiny_dit, reference, mode="end_to_end"))
+    if num_blocks > 4:  # and the default plan is something else
+        assert not torch.equal(whole, run(tiny_dit, reference, mode="bidirectional"))
+
+
+def test_neighbours_are_generated_blocks_and_right_neighbours_are_motion_reference(tiny_dit, monkeypatch):
+    reference = torch.randn(1, 4, 7, 4, 6)
+    calls, clip = record(tiny_dit, monkeypatch), reference.clone()
+    plan = SegmentPlan(7, blocks_per_segment=2, neighbours_left=2, neighbours_right=1)
+    segments = list(sample_latents(tiny_dit, clip, TEXT, plan=plan, sigmas=SIGMAS, seed=5))
+    first_steps = calls[:: len(SIGMAS) - 1]
+    assert [call[-1] for call in first_steps] == [(0, 3, 1, 2), (0, 1, 2, 5, 3, 4), (0, 3, 4, 5, 6)]
+    latents, _, _, rows, _ = first_steps[1]
+    assert torch.equal(latents[:, :, 1:3], segments[0])  # written by the segment before
+    assert torch.equal(latents[:, :, 3], reference[:, :, 5])  # not generated yet
+    assert torch.equal(latents[:, :, 0], reference[:, :, 0])
+    assert rows == [0, 0, 0, 0, 1, 1]
+    assert calls[1][-2] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+def test_without_the_anchor_only_the_first_window_holds_the_image(tiny_dit, monkeypatch, mode):
+    plan = SegmentPlan(6, 2, neighbours_left=1, anchor=False)
+    assert [window.blocks for window in plan] == [(0, 1, 2), (2, 3, 4), (4, 5)]
+    reference = torch.randn(1, 4, 6, 4, 6)
+    clip = run(tiny_dit, reference, plan=plan, mode=mode)
+    assert torch.equal(clip[:, :, 0], reference[:, :, 0])
+    with_anchor = run(tiny_dit, reference, plan=SegmentPlan(6, 2, neighbours_left=1), mode=mode)
+    assert torch.equal(clip[:, :, 1:3], with_anchor[:, :, 1:3])
+    assert not torch.equal(clip[:, :, 3:], with_anchor[:, :, 3:])
+    # With nothing to condition on at all there is still a window.
+    alone = run(tiny_dit, reference, plan=SegmentPlan(6, 2, 0, anchor=False), mode=mode)
+    assert torch.isfinite(alone).all()
+
+
+def test_channels_are_latents_mask_and_reference(tiny_dit, monkeypatch):
+    reference = torch.randn(1, 4, 5, 4, 6)
+    calls = record(tiny_dit, monkeypatch)
+    list(sample_latents(tiny_dit, reference.clone(), TEXT, plan=SegmentPlan(5, 2), sigmas=SIGMAS, seed=5))
+    latents, mask, known, _, index = calls[0]
+    assert index == (0, 1, 2)
+    noise = block_noise(5, STAGE, (1, 2), (4, 4, 6))
+    assert torch.equal(latents, torch.cat((reference[:, :, :1], noise), dim=2))
+    assert mask.tolist() == [1, 0, 0]
+    assert torch.equal(known, reference[:, :, :3])
+
+
+def test_a_dit_without_reference_channels_takes_the_latents_alone():
+    dit = random_weights(WanDiT, replace(TINY_DIT, in_channels=4), 1)
+    reference = torch.randn(1, 4, 3, 4, 6)
+    expected = dit(
+        torch.cat((reference[:, :, :1], block_noise(5, STAGE, (1, 2), (4, 4, 6))), dim=2),
+        torch.tensor([[0.0, 1000.0, 1000.0]]),
+        TEXT,
+    )
+    clip = reference.clone()
+    (segment,) = sample_latents(dit, clip, TEXT, plan=SegmentPlan(3), sigmas=[1.0, 0.0], seed=5)
+    noise = block_noise(5, STAGE, (1, 2), (4, 4, 6))
+    assert relative_error(segment, noise - expected[:, :, 1:]) < PARITY
+    with pytest.raises(InputError, match=r"takes 4 or 12 .*, this one takes 9"):
+        check_channels(replace(TINY_DIT, in_channels=9), 4)
+
+
+def _conditioning_features(dit, mode, seed):
+    """Keys of the anchor in the last layer, for a given noise: what the layers before made of it."""
+    keys, attention = [], dit.blocks[-1].attn1
+    stock = type(attention).keys_values
+
+    def keys_values(n, *rest):
+        k, v = stock(attention, n, *rest)
+        keys.append(k[:, :6].clone())  # the anchor is the first block, of 2 x 3 tokens
+        return k, v
+
+    attention.keys_values = keys_values
+    try:
+        generator = torch.Generator().manual_seed(0)
+        run(dit, torch.randn(1, 4, 4, 4, 6, generator=generator), mode=mode, seed=seed)
+    finally:
+        del attention.keys_values
+    return keys[0]
+
+
+def test_noise_reaches_conditioning_features_in_bidirectional_mode_only(tiny_dit):
+    causal, other = (_conditioning_features(tiny_dit, "causal", seed) for seed in (1, 2))
+    assert torch.equal(causal, other)
+    bidirectional, other = (_conditioning_features(tiny_dit, "bidirectional", seed) for seed in (1, 2))
+    assert relative_error(bidirectional, other) > 1e-3
+
+
+class _MaskedProcessor(WanAttnProcessor):
+    """diffusers' processor with a dense mask on self-attention."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        mask = self.mask if encoder_hidden_states is None else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
+
+
+def test_causal_mode_equals_diffusers_with_a_dense_mask(tmp_path):
+    """Cached conditioning keys and values give what a joint pass gives whose conditioning rows see no noisy column."""
+    theirs: WanTransformer3DModel = saved_diffusers_dit(tmp_path, in_channels=36)
+    ours = load_dit(tmp_path)
+    x, text = torch.randn(1, 36, 5, 4, 6), torch.randn(1, 512, 32)
+    per_block = torch.tensor([[0.0, 0.0, 700.0, 700.0, 700.0]])
+    memory = ours.keys_values(x[:, :, :2], torch.zeros(1), text, block_index=(0, 1))
+    actual = ours(x[:, :, 2:], per_block[:, 2:], text, block_index=(2, 3, 4), memory=memory)
+    mask = torch.ones(30, 30, dtype=torch.bool)
+    mask[:12, 12:] = False
+    theirs.set_attn_processor(_MaskedProcessor(mask))
+    with torch.no_grad():
+        expected = theirs(x, per_block.repeat_interleave(6, dim=1), text).sample
+    assert relative_error(actual, expected[:, :, 2:]) < PARITY
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_repeats_bit_for_bit_and_leaves_the_anchor(tiny_dit, mode):
+    reference = torch.randn(1, 4, 6, 4, 6)
+    first, again = (run(tiny_dit, reference, mode=mode) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first[:, :, 0], reference[:, :, 0])
+    assert not torch.equal(first, run(tiny_dit, reference, mode=mode, seed=6))
+
+
+def test_progress_is_reported_for_every_step(tiny_dit):
+    seen = []
+    run(tiny_dit, torch.randn(1, 4, 6, 4, 6), on_step=lambda *where: seen.append(where))
+    assert seen == [(segment, 2, step, 2) for segment in (1, 2) for step in (1, 2)]
+
+
+def test_bad_arguments_are_named(tiny_dit):
+    with pytest.raises(InputError, match=r"mode: expected one of .*, got 'both'"):
+        plan_for("both", SegmentPlan(4))
+    with pytest.raises(InputError, match=r"reference: expected \[1, z, 5, h, w\], got \(1, 4, 4, 2, 2\)"):
+        sample_latents(tiny_dit, torch.zeros(1, 4, 4, 2, 2), TEXT, plan=SegmentPlan(5), sigmas=SIGMAS, seed=0)
+    with pytest.raises(ValueError, match="num_blocks: expected at least 2, got 1"):
+        SegmentPlan(1)
+    with pytest.raises(ValueError, match="neighbours_left: expected at least 0, got -1"):
+        SegmentPlan(5, neighbours_left=-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: segment_plan(Namespace(blocks=0, left=1, right=0, anchor=True), 5),
+            "blocks_per_segment: expected at least 1, got 0",
+        ),
+        (
+            lambda: Configuration.for_preset("1.3b", neighbours_right=-1),
+            "neighbours_right: expected at least 0, got -1",
+        ),
+        (
+            lambda: run_clip(ClipSetup("tiny", 64, 64, 9, blocks=0), torch.device("cpu")),
+            "blocks_per_segment: expected at least 1, got 0",
+        ),
+    ],
+    ids=["command", "cost", "memory"],
+)
+def test_a_plan_that_a_user_asked_for_and_that_cannot_be_is_one_line_and_exit_code_2(make, message, capsys):
+    """The library's ValueError does not reach a command as it is, where it would be a defect with a traceback."""
+    assert run_command(make) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

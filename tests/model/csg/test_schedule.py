@@ -1,0 +1,59 @@
+"""Noise levels against diffusers' scheduler, and noise that belongs to its block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from model import InputError
+from model.csg.schedule import block_noise, flow_sigmas
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_sampling_equals_diffusers_flow_match_euler(num_steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps))
+    sigmas = flow_sigmas(num_steps, shift)
+    assert np.allclose([1000 * sigma for sigma in sigmas[:-1]], scheduler.timesteps, rtol=1e-6)
+    x = expected = torch.randn(2, 3)
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.sin(x) * (i + 1)
+        expected = scheduler.step(torch.sin(expected) * (i + 1), timestep, expected).prev_sample
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity
+    assert torch.allclose(x, expected, rtol=1e-5)
+
+
+def test_four_steps_with_shift_five_are_the_distilled_schedule():
+    assert flow_sigmas(4, 5.0) == pytest.approx([1, 0.9375, 0.8333333, 0.625, 0])
+
+
+def test_noise_of_a_block_does_not_depend_on_the_others():
+    together = block_noise(7, 2, range(5), (3, 4, 6))
+    alone = torch.cat([block_noise(7, 2, (block,), (3, 4, 6)) for block in range(5)], dim=2)
+    assert torch.equal(together, alone)
+    assert torch.equal(block_noise(7, 2, (4, 1), (3, 4, 6)), together[:, :, [4, 1]])
+
+
+def test_noise_is_standard_normal_and_differs_by_seed_stage_and_block():
+    drawn = [block_noise(seed, stage, (block,), (16, 30, 30)) for seed, stage, block in np.ndindex(2, 2, 2)]
+    flat = torch.stack(drawn).flatten(1)
+    assert flat.mean().abs() < 0.01
+    assert abs(flat.std() - 1) < 0.01
+    correlation = torch.corrcoef(flat) - torch.eye(8)
+    assert correlation.abs().max() < 0.05
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
+        flow_sigmas(0, 5.0)
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="shift: expected a positive finite number"):
+            flow_sigmas(4, shift)
+
+
+def test_seeds_of_any_size_are_taken():
+    first, second = (block_noise(seed, 1, (0,), (1, 2, 2)) for seed in (2**70, 2**70 + 1))
+    assert not torch.equal(first, second)

@@ -1,0 +1,324 @@
+"""Photographs in every shape they come in, and video files that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import InputError
+from model.io.media import VideoWriter, check_video_path, fit_image, open_image
+from tests.support.tolerances import VIDEO_PIXELS
+
+
+def frames(count, height=32, width=48):
+    ramp = np.linspace(0, 200, width, dtype=np.float32)[None, :, None] + np.zeros((height, 1, 3), np.float32)
+    return [(ramp + 2 * i).astype(np.uint8) for i in range(count)]
+
+
+def moving(count, height=32, width=48, start=0):
+    """A pattern that moves by a pixel each frame: x264 makes B-frames of it."""
+    y, x = np.mgrid[0:height, 0 : width + 400].astype(np.float32)
+    pattern = np.stack([120 + 80 * np.sin(x / period + y / 15) for period in (9, 13, 17)], axis=2)
+    return [pattern[:, i : i + width].astype(np.uint8) for i in range(start, start + count)]
+
+
+LENGTHS = [1, 12, 2, 5]
+STARTS = [0, 1, 13, 15]
+
+
+def write_pieces(path, lengths=LENGTHS, first=0, fps=16, **options):
+    """The film of all pieces, or what a resumed run does from one of them on; its sha256."""
+    with VideoWriter(path, 48, 32, fps, **options) as writer:
+        assert writer.num_pieces == first
+        for start, length in list(zip(STARTS, lengths, strict=True))[first:]:
+            writer.write(moving(length, start=start))
+            writer.end_piece()
+            assert len(decode(writer.partial_path)[0]) == start + length
+    return sha256(path)
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], stream.average_rate
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16"])
+def test_any_image_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    grey = Image.linear_gradient("L").resize((30, 20))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    (deep if mode == "I;16" else grey.convert(mode)).save(path)
+    opened = open_image(path)
+    assert (opened.mode, opened.size) == ("RGB", (30, 20))
+    assert np.asarray(opened)[-1].mean() > np.asarray(opened)[0].mean() + 100  # dark above, bright below
+
+
+def test_transparent_pixels_are_white_and_orientation_is_applied(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 30)
+
+
+def test_unreadable_images_are_explained(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "cut.jpg", quality=95)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    for name, message in (
+        ("nowhere.jpg", "does not exist"),
+        (".", "is not a file"),
+        ("empty.jpg", r"empty \(0 bytes\)"),
+        ("text.jpg", "not a readable image"),
+        ("cut.jpg", "not a readable image"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_image(tmp_path / name)
+
+
+def test_fit_covers_and_crops_the_centre():
+    image = Image.new("RGB", (40, 10), "black")
+    image.paste("white", (15, 0, 25, 10))
+    pixels = fit_image(image, (16, 16))
+    assert pixels.shape == (1, 3, 1, 16, 16)
+    assert pixels[..., 2:14].min() > 0.9  # the white square in the middle fills the frame
+    assert fit_image(image, (64, 16))[0, :, 0, :, 0].max() == -1
+
+
+def test_stage_one_sees_the_same_frame_as_stage_two():
+    """Also where its aspect ratio is not quite the target's: stretched, so that upsampling puts everything back."""
+    image = Image.linear_gradient("L").rotate(90).resize((90, 60)).convert("RGB")
+    large, small = fit_image(image, (64, 64)), fit_image(image, (64, 64), (16, 32))
+    assert small.shape == (1, 3, 1, 32, 16)
+    averaged = torch.nn.functional.avg_pool2d(large[:, :, 0], (2, 4))
+    assert (small[:, :, 0] - averaged)[..., 1:-1].abs().max() < 0.02
+
+
+def test_a_finished_video_has_every_frame(tmp_path):
+    written = frames(9)
+    with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:
+        writer.write(written)
+    read, rate = decode(tmp_path / "clip.mp4")
+    assert (len(read), rate) == (9, 16)
+    assert np.abs(np.asarray(read, dtype=np.float32) - np.asarray(written)).mean() < VIDEO_PIXELS
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_an_interrupted_video_keeps_its_frames_under_another_name(tmp_path):
+    (tmp_path / "clip.mp4").write_text("an older clip")
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:  # noqa: PT012
+        writer.write(frames(5))
+        raise KeyboardInterrupt
+    assert (tmp_path / "clip.mp4").read_text() == "an older clip"
+    assert len(decode(tmp_path / "clip.partial.mp4")[0]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "clip.partial.mp4"]
+
+
+def test_a_video_without_a_frame_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16):
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"ends in \.mp4, got .*clip\.gif"):
+        check_video_path(tmp_path / "clip.gif")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match="is a directory"):
+        check_video_path(tmp_path / "folder.mp4")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is not a directory that can be written to"):
+        check_video_path(tmp_path / "file" / "clip.mp4")
+    assert check_video_path(tmp_path / "new" / "clip.mp4") == tmp_path / "new" / "clip.mp4"
+    assert not (tmp_path / "new").exists()  # made by the writer, when there is something to write
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("fps", [1, 7, 16, 23, 30, 60, 120])
+def test_a_film_of_pieces_is_one_continuous_video(tmp_path, fps):
+    """Exact times, a key frame for each piece, tagged colours, pictures as written, playable while it loads."""
+    write_pieces(tmp_path / "clip.mp4", fps=fps)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        read = list(container.decode(stream))
+        assert (stream.frames, stream.average_rate, stream.start_time) == (20, fps, 0)
+        assert stream.duration * stream.time_base == Fraction(20, fps)
+        assert container.duration == pytest.approx(av.time_base * 20 / fps, abs=1)
+        context = stream.codec_context
+        tags = [context.colorspace, context.color_primaries, context.color_trc, context.color_range]
+    assert [frame.pts * frame.time_base for frame in read] == [Fraction(i, fps) for i in range(20)]
+    assert [i for i, frame in enumerate(read) if frame.key_frame] == STARTS
+    assert [int(tag) for tag in tags] == [1, 1, 1, 1]
+    pixels = np.asarray([frame.to_ndarray(format="rgb24", src_colorspace="ITU709") for frame in read], np.float32)
+    assert np.abs(pixels - np.asarray(moving(20), np.float32)).mean() < VIDEO_PIXELS
+    film = (tmp_path / "clip.mp4").read_bytes()
+    assert film.index(b"moov") < film.index(b"mdat")
+
+
+def test_nothing_is_encoded_again(tmp_path):
+    """The packets of a film are those of its pieces, and those of each piece are in order of decoding."""
+    write_pieces(tmp_path / "clip.mp4", pieces=tmp_path / "pieces")
+    packets = [], []
+    out_of_order = False
+    for kept, files in zip(packets, ([tmp_path / "clip.mp4"], sorted((tmp_path / "pieces").iterdir())), strict=True):
+        for file in files:
+            with av.open(str(file)) as container:
+                read = [packet for packet in container.demux(video=0) if packet.size]
+                times = [(packet.dts, packet.pts) for packet in read]
+                assert times == sorted(times)
+                assert all(dts <= pts for dts, pts in times)
+                out_of_order |= times != sorted(times, key=lambda both: both[1])
+                kept.extend(bytes(packet) for packet in read)
+    assert out_of_order  # B-frames, for which all of this is hard
+    assert len(packets[0]) == 20
+    assert packets[0] == packets[1]
+
+
+def test_the_same_pieces_are_the_same_file_in_one_run_or_two(tmp_path):
+    """Ten times each, from every piece on, with the pieces kept and not."""
+    films = {write_pieces(tmp_path / f"{i}.mp4") for i in range(10)}
+    for i in range(10):
+        pieces = tmp_path / f"pieces {i}"
+        films.add(write_pieces(tmp_path / "whole.mp4", pieces=pieces))
+        kept = VideoWriter(tmp_path / "resumed.mp4", 48, 32, 16, pieces=pieces)
+        assert (kept.num_pieces, kept.num_frames, kept.damaged) == (4, 20, [])
+        kept.keep(i % 4)
+        with kept:
+            assert names(pieces) == [f"piece-000{n}.mp4" for n in range(i % 4)]
+        if i % 4:
+            assert len(decode(tmp_path / "resumed.mp4")[0]) == STARTS[i % 4]
+        films.add(write_pieces(tmp_path / "resumed.mp4", first=i % 4, pieces=pieces))
+    assert len(films) == 1
+    assert not list(tmp_path.glob("*.partial.mp4"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_frames_of_a_piece_that_was_begun_are_kept_too(tmp_path):
+    """In the partial film only: a run that goes on makes them again, and its film is that of a run without a break."""
+    pieces = tmp_path / "pieces"
+    with pytest.raises(ZeroDivisionError), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces) as writer:  # noqa: PT012
+        for start, length in ((0, 1), (1, 12)):
+            writer.write(moving(length, start=start))
+            writer.end_piece()
+        writer.write(moving(1, start=13))
+        _ = 1 / 0
+    assert (writer.num_pieces, writer.num_frames) == (2, 14)
+    assert len(decode(writer.partial_path)[0]) == 14
+    assert names(pieces) == ["piece-0000.mp4", "piece-0001.mp4"]
+    resumed = write_pieces(tmp_path / "clip.mp4", first=2, pieces=pieces)
+    assert resumed == write_pieces(tmp_path / "whole.mp4")
+    assert names(tmp_path) == ["clip.mp4", "pieces", "whole.mp4"]
+
+
+@pytest.mark.parametrize("call", range(12))
+def test_an_interruption_while_files_change_loses_and_doubles_no_frame(tmp_path, monkeypatch, call):
+    """At any of the moments at which a file is flushed or renamed, of two pieces."""
+    count = 0
+
+    def interrupted(function):
+        def wrapped(*arguments):
+            nonlocal count
+            count += 1
+            if count == call + 1:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return wrapped
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:  # noqa: PT012
+        for _ in range(2):
+            writer.write(frames(3))
+            writer.end_piece()
+    assert len(decode(writer.partial_path)[0]) == 3 * (1 + call // 6)
+    assert names(tmp_path) == ["clip.partial.mp4"]
+
+
+def test_end_of_no_piece_and_a_film_that_was_whole_already(tmp_path):
+    pieces = tmp_path / "pieces"
+    film = write_pieces(tmp_path / "clip.mp4", pieces=pieces)
+    (tmp_path / "clip.mp4").unlink()
+    with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces) as writer:
+        writer.end_piece()
+    assert (writer.num_pieces, sha256(writer.path)) == (4, film)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "unsealed"])
+def test_a_damaged_piece_is_named_and_dropped_with_those_behind_it(tmp_path, harm):
+    pieces = tmp_path / "pieces"
+    film = write_pieces(tmp_path / "clip.mp4", pieces=pieces)
+    data = bytearray((pieces / "piece-0002.mp4").read_bytes())
+    if harm == "flipped":
+        data[len(data) // 2] ^= 4
+    (pieces / "piece-0002.mp4").write_bytes(data[: {"cut": 400, "empty": 0, "unsealed": -78}.get(harm)])
+    writer = VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces)
+    assert writer.damaged == ["piece-0002.mp4 is damaged (sha256 differs); starting from piece 2"]
+    assert (writer.num_pieces, writer.num_frames) == (2, 13)
+    assert len(names(pieces)) == 4  # nothing is moved before it is known that the run goes on
+    assert write_pieces(tmp_path / "clip.mp4", first=2, pieces=pieces) == film
+    assert names(pieces) == sorted(["piece-0002.mp4.damaged", *(f"piece-000{n}.mp4" for n in range(4))])
+
+
+@pytest.mark.parametrize("other", [(64, 32, 16), (48, 32, 25)])
+def test_pieces_of_another_video_are_not_taken_over(tmp_path, other):
+    write_pieces(tmp_path / "clip.mp4", pieces=tmp_path / "pieces")
+    writer = VideoWriter(tmp_path / "clip.mp4", *other, pieces=tmp_path / "pieces")
+    assert (writer.num_pieces, writer.num_frames) == (0, 0)
+    (message,) = writer.damaged
+    assert message.startswith("piece-0000.mp4 ")
+
+
+def test_what_is_kept_is_chosen_before_anything_is_written(tmp_path):
+    pieces = tmp_path / "pieces"
+    write_pieces(tmp_path / "clip.mp4", pieces=pieces)
+    writer = VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces)
+    with pytest.raises(ValueError, match="expected 0 to 4, got 5"):
+        writer.keep(5)
+    with writer:
+        writer.keep(3)
+        assert names(pieces) == ["piece-0000.mp4", "piece-0001.mp4", "piece-0002.mp4"]
+        writer.write(frames(1))
+        with pytest.raises(ValueError, match="a further one is begun"):
+            writer.keep(2)
+    assert (writer.num_pieces, writer.num_frames) == (4, 16)
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getppid()):
+        for name in (f".clip.{pid}.tmp.mp4", f".clip.partial.{pid}.tmp.mp4", f".other.{pid}.tmp.mp4"):
+            (tmp_path / name).touch()
+        (tmp_path / f".clip.{pid}.tmp.pieces").mkdir()
+        (tmp_path / f".clip.{pid}.tmp.pieces" / "piece-0000.mp4").touch()
+    (tmp_path / f".clip.{ended.pid}.mp4").touch()
+    with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:
+        writer.write(frames(2))
+    others = [f".clip.{os.getppid()}.tmp.mp4", f".clip.{os.getppid()}.tmp.pieces"]
+    others += [f".clip.partial.{os.getppid()}.tmp.mp4", f".clip.{ended.pid}.mp4"]
+    others += [f".other.{pid}.tmp.mp4" for pid in (ended.pid, os.getppid())]
+    assert names(tmp_path) == sorted([*others, "clip.mp4"])

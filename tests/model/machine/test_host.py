@@ -1,0 +1,92 @@
+"""Pinned memory on a machine that has none to pin: sizes, pages, and buffers that come back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from model.machine import host
+from model.machine.host import PAGE, PinnedPool, pinned_bytes
+
+CPU = torch.device("cpu")
+
+
+class Runtime:
+    """Takes registrations down; fails with a code."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.registered, self.gone = code, [], []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.registered.append((address, size))
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.gone.append(address)
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 64, 4095, 4096, 4097, 1_000_003])
+def test_whole_pages_of_its_own_are_registered_and_given_back(size: int, runtime: Runtime) -> None:
+    """So that no two buffers share a page, which cannot be registered twice."""
+    flats = [pinned_bytes(size, CPU) for _ in range(3)]
+    assert all(flat.numel() == size for flat in flats)
+    assert runtime.registered == [(flat.data_ptr(), -(-size // PAGE) * PAGE) for flat in flats]
+    spans = [range(start, start + length, PAGE) for start, length in runtime.registered]
+    assert all(span.start % PAGE == 0 for span in spans)
+    pages = [page for span in spans for page in span]
+    assert len(pages) == len(set(pages))
+    addresses = [flat.data_ptr() for flat in flats]
+    view = flats[0][:1]
+    del flats
+    gc.collect()
+    assert sorted(runtime.gone) == sorted(addresses[1:])
+    del view
+    gc.collect()
+    assert sorted(runtime.gone) == sorted(addresses)
+
+
+def test_memory_that_cannot_be_pinned_is_an_ordinary_one(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.code, cleared = 712, []
+    monkeypatch.setattr(host, "_clear_error", cleared.append)
+    with pytest.warns(RuntimeWarning, match=r"9,000 bytes of host memory could not be pinned \(CUDA error 712\)"):
+        flat = pinned_bytes(9000, CPU)
+    assert cleared == [CPU]
+    flat.fill_(3)
+    del flat
+    gc.collect()
+    assert runtime.gone == []
+
+
+def test_buffers_of_a_size_are_given_out_again_when_nothing_looks_at_them(runtime: Runtime) -> None:
+    pool = PinnedPool(CPU)
+    one = pool.take(6000).view(torch.bfloat16).view(30, 100)
+    view, address = one[3:5], one.data_ptr()
+    two = pool.take(6000)
+    two.fill_(1)
+    assert two.data_ptr() != address
+    del one
+    gc.collect()
+    assert pool.take(6000).data_ptr() != address  # the view still looks
+    del view
+    gc.collect()
+    assert pool.take(6000).data_ptr() == address
+    assert len(runtime.registered) == 3
+    assert runtime.gone == []
+    del pool
+    gc.collect()
+    assert len(runtime.gone) == 2
+    assert bool((two == 1).all())
+    del two
+    gc.collect()
+    assert len(runtime.gone) == 3

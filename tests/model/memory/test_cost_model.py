@@ -1,0 +1,418 @@
+"""The cost model's closed forms against what the model really does, counted.
+
+Operations are counted by torch's flop counter while the model runs on tensors without memory, at the sizes that are
+predicted. Two ways: on this project's operators, by formulas of the shapes that they are called with; and on torch's
+own, by torch's formulas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.cost.calibration import latent_frame
+from bench.vae.layers import all_kernels
+from model.config import PRESETS, DiTConfig, VAEConfig
+from model.csg.denoiser import Denoiser
+from model.csg.sampler import SegmentPlan, sample_latents
+from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT, dit_parameter_dtype
+from model.machine.counted import TensorMemory
+from model.memory.cost import dit, vae
+from model.memory.cost.configuration import Configuration
+from model.memory.cost.pipeline import parts
+from model.memory.cost.work import Work
+from model.memory.vae_plan import meta_vae
+from model.pipeline.stages import make_motion, make_reference, motion_condition
+from model.vae.model import WanVAE
+from model.weights.load import random_weights
+from swifti2v_kernels import pretend_gpu
+
+META = torch.device("meta")
+#: What the closed forms promise.
+FLOPS, MEMORY = 0.02, 0.05
+_1B, _5B, _14B = PRESETS["1.3b"].stage_two, PRESETS["5b"].stage_two, PRESETS["14b-1.3b"].stage_one
+VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
+
+
+class Counted(ExitStack):
+    """Operations of a body by operator, ``attention`` by the number of its keys; with this project's operators, where
+    ``kernels``, as on a GPU."""
+
+    def __init__(self, kernels: bool = True) -> None:
+        super().__init__()
+        self.attention: Counter[int] = Counter()
+        own = torch.ops.swifti2v
+        formulas = {own.segment_attention_out: self._attention, own.segment_attention: self._attention}
+        formulas |= {own.embed_window: self._embed, own.project_step: self._project}
+        self.counter = FlopCounterMode(display=False, custom_mapping=formulas if kernels else {})
+        self.modes = (torch.no_grad(), pretend_gpu(90) if kernels else nullcontext(), self.counter)
+
+    def __enter__(self) -> Counted:
+        super().__enter__()
+        for mode in self.modes:
+            self.enter_context(mode)
+        return self
+
+    @property
+    def total(self) -> int:
+        return self.counter.get_total_flops()
+
+    @property
+    def by_operator(self) -> dict[str, int]:
+        return {str(name).split(".")[1]: n for name, n in self.counter.get_flop_counts()["Global"].items()}
+
+    def _attention(self, q, k, v, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        keys = sum(shape[1] for shape in k)
+        flops = sum(4 * prod(shape) * keys for shape in q)
+        self.attention[keys] += flops
+        return flops
+
+    @staticmethod
+    def _embed(latents, weight, bias, reference, latent_index, reference_index, mask, out, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        return 2 * prod(out) * prod(weight[1:])
+
+    @staticmethod
+    def _project(x, weight, bias, shift, scale, out, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        # Every slot of the store is a target of the windows here.
+        return 2 * prod(out) * weight[1]
+
+
+def meta_dit(config: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
+    """A model without memory, with the dtypes of a loaded one."""
+    with META:
+        model = WanDiT(config).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dit_parameter_dtype(name, dtype))
+    return model
+
+
+def denoiser(model: WanDiT, latent_size: tuple[int, int], window: int, slots: int, num_blocks: int = 21) -> Denoiser:
+    """For 4 steps of windows of so many blocks, ``slots`` of which are denoised."""
+    config, device = model.config, model.device
+    z = config.out_channels
+    latents = torch.zeros(1, z, slots, *latent_size, device=device)
+    reference = torch.zeros(1, z, num_blocks, *latent_size, device=device)
+    text = torch.zeros(1, 512, config.text_dim, device=device, dtype=model.dtype)
+    image = (
+        None if config.image_dim is None else torch.zeros(1, 257, config.image_dim, device=device, dtype=model.dtype)
+    )
+    sigmas = flow_sigmas(4, 5.0)
+    return Denoiser(model, text, image, latents=latents, reference=reference, sigmas=sigmas, max_blocks=window)
+
+
+def open_window(denoise: Denoiser, window: int, noisy: int) -> None:
+    """The last ``noisy`` blocks are to be denoised."""
+    given = window - noisy
+    denoise.open(range(window), [-1] * given + [*range(noisy)], [1.0] * given + [0.0] * noisy)
+
+
+def flops_by_extent(work: Work, *kinds: str) -> Counter[int]:
+    """Of products of these kinds."""
+    found: Counter[int] = Counter()
+    for p in work.products:
+        found[p.extent] += p.flops if p.kind in kinds else 0
+    return +found
+
+
+@pytest.mark.parametrize(
+    ("config", "latent_size", "window", "noisy"),
+    [
+        pytest.param(_1B, (176, 320), 5, 3, id="1.3B window at 2K"),
+        pytest.param(_5B, (88, 160), 5, 3, id="5B window at 2K"),
+        pytest.param(_14B, (44, 80), 21, 21, id="14B Stage I"),
+        # Layers are alike: two of them, and the test above, say the same as all 40.
+        pytest.param(replace(_14B, num_layers=2), (176, 320), 21, 21, id="14B end to end at 2K"),
+        pytest.param(replace(_1B, num_layers=2), (176, 320), 21, 20, id="1.3B end to end at 2K"),
+        pytest.param(replace(_5B, num_layers=2), (88, 160), 21, 20, id="5B end to end at 2K"),
+    ],
+)
+def test_a_step_of_the_dit_has_the_operations_that_are_counted(
+    config: DiTConfig, latent_size: tuple[int, int], window: int, noisy: int
+) -> None:
+    """By kind and number of keys, with the operators that run on a GPU."""
+    denoise = denoiser(meta_dit(config), latent_size, window, noisy)
+    open_window(denoise, window, noisy)
+    with Counted() as counted:
+        denoise.step(0)
+    tokens = dit.tokens_per_block(config, latent_size)
+    work = dit.forward(config, window * tokens, targets=noisy * tokens)
+    attention = flops_by_extent(work, "self_attention", "cross_attention")
+    assert set(counted.attention) == set(attention) == {window * tokens, 512}
+    for keys, flops in attention.items():
+        assert flops == pytest.approx(counted.attention[keys], rel=FLOPS)
+    linear = counted.total - counted.attention.total()
+    assert work.flops["linear"] == pytest.approx(linear, rel=FLOPS)
+
+
+def test_torch_counts_the_same_operations_in_the_dit_without_our_operators() -> None:
+    config = replace(_1B, num_layers=2)
+    denoise = denoiser(meta_dit(config), (176, 320), 5, 3)
+    open_window(denoise, 5, 3)
+    with Counted(kernels=False) as counted:
+        denoise.step(0)
+    work = dit.forward(config, 5 * 14080, targets=3 * 14080)
+    assert set(counted.by_operator) == {"addmm", "bmm"}
+    attention = flops_by_extent(work, "self_attention", "cross_attention").total()
+    assert attention == pytest.approx(counted.by_operator["bmm"], rel=FLOPS)
+    assert work.flops["linear"] == pytest.approx(counted.by_operator["addmm"], rel=FLOPS)
+
+
+def test_remembered_blocks_are_keys_and_no_queries() -> None:
+    """The causal mode: keys and values of the given blocks once, then steps of the noisy ones."""
+    config = replace(_1B, num_layers=3)
+    denoise = denoiser(meta_dit(config), (176, 320), 3, 3)
+    with Counted() as counted:
+        denoise.open((4, 5, 6), (0, 1, 2), [0.0] * 3, remembered=(0, 3))
+        kept = counted.total
+        denoise.step(0)
+    given = dit.forward(config, 2 * 14080, targets=0)
+    step = dit.forward(config, 3 * 14080, remembered=2 * 14080)
+    assert given.total_flops == pytest.approx(kept, rel=FLOPS)
+    assert step.total_flops == pytest.approx(counted.total - kept, rel=FLOPS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _1B,
+        replace(_14B, num_layers=4),
+        replace(_14B, num_layers=4, image_dim=1280, added_kv=True),
+        replace(_14B, num_layers=4, image_dim=1280),
+    ],
+    ids=["1.3B", "14B", "14B with CLIP, keys of its own", "14B with CLIP"],
+)
+def test_what_a_clip_needs_once_has_the_operations_that_are_counted(config: DiTConfig) -> None:
+    model = meta_dit(config)
+    with Counted() as counted:
+        denoise = denoiser(model, (16, 16), 5, 3)
+        once = counted.total
+        open_window(denoise, 5, 3)
+        denoise.step(0)
+    assert (dit.context(config) + dit.modulation(config, 5)).total_flops == pytest.approx(once, rel=FLOPS)
+    step = dit.forward(config, 5 * 64, targets=3 * 64)
+    assert step.total_flops == pytest.approx(counted.total - once, rel=FLOPS)
+    assert dit.image_tokens(config) == (257 if config.image_dim else 0)
+
+
+def run_vae(
+    config: VAEConfig, half: str, num_frames: int, dtype: torch.dtype, size: tuple[int, int] = (2560, 1408)
+) -> None:
+    """A clip through one half of the VAE, without memory; in bfloat16 by our convolutions, which the model counts, also
+    where cuDNN's were measured as faster."""
+    if dtype == torch.bfloat16:
+        with all_kernels():
+            _run_vae(config, half, num_frames, dtype, size)
+    else:
+        _run_vae(config, half, num_frames, dtype, size)
+
+
+def _run_vae(config: VAEConfig, half: str, num_frames: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    model, (width, height) = meta_vae(config, dtype), size
+    if half == "encode":
+        model.encode(torch.empty(1, 3, num_frames, height, width, device=META))
+        return
+    stride, blocks = config.spatial_stride, 1 + (num_frames - 1) // config.temporal_stride
+    latents = torch.empty(1, config.z_dim, blocks, height // stride, width // stride, device=META)
+    for _ in model.decode_frames([latents]):
+        pass
+
+
+@pytest.mark.parametrize("num_frames", [5, 81])
+@pytest.mark.parametrize("half", ["decode", "encode"])
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_the_vae_has_the_operations_that_are_counted(version: str, half: str, num_frames: int) -> None:
+    """At 2K, by kind, with the kernels that run on a GPU. Attention is not run on tensors without memory."""
+    config = VERSIONS[version]
+    with Counted() as counted:
+        run_vae(config, half, num_frames, torch.bfloat16)
+    flops = vae.work(config, half, 2560, 1408, num_frames).flops
+    operators = {"causal_conv3d": "convolution", "addmm": "linear"}
+    if half == "decode":
+        operators |= {"upsample_conv2d": "upsample", "frames_out": "last_convolution"}
+    assert set(counted.by_operator) == set(operators)
+    assert set(flops) == {*operators.values(), "frame_attention"}
+    for operator, kind in operators.items():
+        assert flops[kind] == pytest.approx(counted.by_operator[operator], rel=FLOPS), kind
+
+
+@pytest.mark.parametrize("half", ["decode", "encode"])
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_torch_counts_the_same_operations_in_the_vae_by_its_own_convolutions(version: str, half: str) -> None:
+    """In float32 cuDNN computes them, and torch's formula counts them: also the folded upsampling."""
+    config = VERSIONS[version]
+    with Counted() as counted:
+        run_vae(config, half, 81, torch.float32)
+    flops = vae.work(config, half, 2560, 1408, 81, itemsize=4).flops
+    kinds = {"convolution", "upsample", "last_convolution"} & set(flops)
+    assert set(counted.by_operator) == {"convolution", "addmm"}
+    assert sum(flops[kind] for kind in kinds) == pytest.approx(counted.by_operator["convolution"], rel=FLOPS)
+    assert flops["linear"] == pytest.approx(counted.by_operator["addmm"], rel=FLOPS)
+
+
+def test_the_vaes_attention_has_the_operations_that_are_counted(tiny_vae: WanVAE) -> None:
+    """On a CPU, where it runs: as two products, which torch counts."""
+    latents = torch.zeros(1, 4, 3, 6, 10)
+    with sdpa_kernel(SDPBackend.MATH), Counted(kernels=False) as counted:
+        tiny_vae.decode(latents)
+    flops = vae.work(tiny_vae.config, "decode", 80, 48, 9, itemsize=4).flops
+    assert flops["frame_attention"] == counted.by_operator["bmm"] == 3 * 4 * 60**2 * 16
+    assert flops["linear"] == counted.by_operator["addmm"]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-vae22"])
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+def test_the_parts_have_the_operations_of_the_pipelines_own_functions(preset: str, mode: str) -> None:
+    """Every stage as ``model.generate`` calls it, with other steps, windows and sizes than the defaults."""
+    c = Configuration.for_preset(
+        preset,
+        width=384,
+        height=256,
+        num_frames=17,
+        stage_one_steps=2,
+        steps=3,
+        blocks_per_segment=2,
+        neighbours_right=1,
+        mode=mode,
+    )
+    first, second = (meta_dit(config) for config in (c.stage_one, c.stage_two))
+    encoders, size, plan = meta_vae(c.vae, torch.float32), (c.height, c.width), SegmentPlan(5, 2, 1, 1)
+    text = torch.empty(1, 512, c.stage_one.text_dim, device=META)
+    stages = {}
+    with Counted() as counted:
+        picture = torch.empty(1, 3, 1, *c.motion_size[::-1], device=META)
+        motion = make_motion(
+            lambda: first,
+            motion_condition(encoders, first.config, picture, 5),
+            text,
+            sigmas=flow_sigmas(2, 5.0),
+            seed=0,
+        )
+        stages["Stage I"] = counted.total
+        picture = torch.empty(1, 3, 1, *size, device=META)
+        reference = make_reference(motion, encoders, encoders, picture)
+        stages["reference"] = counted.total
+        options = {"plan": plan, "sigmas": flow_sigmas(3, 5.0), "seed": 0, "mode": mode}
+        segments = list(sample_latents(second, reference, text, **options))
+        stages["Stage II"] = counted.total
+        for _ in meta_vae(c.vae, torch.bfloat16).decode_frames([reference[:, :, :1], *segments]):
+            pass
+        stages["decode"] = counted.total
+    before = 0
+    for stage, after in stages.items():
+        # Attention over a frame is not run on tensors without memory.
+        works = [part.work for part in parts(c) if part.stage == stage]
+        predicted = sum(work.total_flops - work.flops.get("frame_attention", 0) for work in works)
+        assert predicted == pytest.approx(after - before, rel=FLOPS), stage
+        before = after
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of the operands and results of every operator that writes memory; a GPU's products store their GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        held = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in held]
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        if (fresh or writes) and not any(name in func.name() for name in ("empty", "gelu_")):
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in given + fresh)
+        return result
+
+
+@pytest.mark.parametrize("half", ["decode", "encode"])
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_the_bytes_of_the_vae_are_those_of_its_operators(version: str, half: str) -> None:
+    """Of one more latent frame at 2K: every operator's operands and results once, within 5 %."""
+    counted = []
+    meta_vae(VERSIONS[version], torch.bfloat16)  # is built once, and that moves bytes too
+    for num_frames in (29, 33):
+        with torch.no_grad(), pretend_gpu(90), Moved() as moved:
+            run_vae(VERSIONS[version], half, num_frames, torch.bfloat16)
+        counted.append(moved.bytes)
+    assert latent_frame(VERSIONS[version], half, 2560, 1408).bytes == pytest.approx(counted[1] - counted[0], rel=0.05)
+
+
+def test_the_bytes_of_a_dit_layer_are_those_of_its_operators() -> None:
+    """What is between products is counted exactly: 18 rows a token; with products within 5 %, their weights once."""
+    counted, works, row = [], [], 2 * _1B.dim * 70400
+    for config in (replace(_1B, num_layers=n) for n in (2, 3)):
+        denoise = denoiser(meta_dit(config), (176, 320), 5, 3)
+        open_window(denoise, 5, 3)
+        with torch.no_grad(), pretend_gpu(90), Moved() as moved:
+            denoise.step(0)
+        counted.append(moved.bytes)
+        works.append(dit.forward(config, 70400, targets=3 * 14080))
+    assert works[1].between.fused - works[0].between.fused == 18 * row
+    # Each of the window's 25 parts names the weights and all keys and values: a cache may hold them, a count does not.
+    weights = 2 * _1B.dim * (4 * _1B.dim + 2 * _1B.ffn_dim)
+    again = (25 - 1) * (weights + 2 * row + 2 * 2 * 512 * _1B.dim)
+    assert works[1].bytes - works[0].bytes == pytest.approx(counted[1] - counted[0] - again, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "latent_size", "window", "noisy", "remembered"),
+    [
+        pytest.param(_1B, (176, 320), 5, 3, 0, id="1.3B window at 2K"),
+        pytest.param(replace(_5B, num_layers=4), (88, 160), 5, 3, 0, id="5B window at 2K"),
+        pytest.param(replace(_14B, num_layers=4), (44, 80), 21, 21, 0, id="14B Stage I"),
+        pytest.param(replace(_14B, num_layers=2), (176, 320), 21, 21, 0, id="14B end to end at 2K"),
+        pytest.param(replace(_1B, num_layers=4), (176, 320), 3, 3, 2, id="1.3B, causal"),
+        pytest.param(PRESETS["tiny"].stage_two, (18, 32), 5, 3, 0, id="tiny"),
+    ],
+)
+def test_the_peak_of_the_dit_is_that_of_live_tensors(
+    config: DiTConfig, latent_size: tuple[int, int], window: int, noisy: int, remembered: int
+) -> None:
+    """From the first tensor of a clip to the end of a step."""
+    model = meta_dit(config)
+    with torch.no_grad(), pretend_gpu(90), TensorMemory(model.parameters()) as memory:
+        denoise = denoiser(model, latent_size, window, noisy)
+        if remembered:
+            denoise.open((4, 5, 6), (0, 1, 2), [0.0] * 3, remembered=(0, 3))
+        else:
+            open_window(denoise, window, noisy)
+        denoise.step(0)
+    predicted = dit.memory(
+        config,
+        latent_size,
+        window_blocks=window,
+        denoised_blocks=noisy,
+        num_blocks=21,
+        steps=4,
+        dtype=torch.bfloat16,
+        remembered_blocks=remembered,
+    )
+    assert predicted.total == pytest.approx(memory.peak, rel=MEMORY)
+
+
+def test_what_a_real_denoiser_holds_between_steps_is_what_is_predicted() -> None:
+    """With real tensors on a CPU, whose operators allocate while they run."""
+    config = replace(_1B, num_heads=2, ffn_dim=1024, num_layers=3, text_dim=64)
+    model = random_weights(WanDiT, config, 1)
+    with torch.no_grad(), TensorMemory(model.parameters()) as memory:
+        denoise = denoiser(model, (16, 32), 5, 3, num_blocks=7)
+        open_window(denoise, 5, 3)
+        denoise.step(0)
+        held = memory.live
+    predicted = dit.memory(
+        config, (16, 32), window_blocks=5, denoised_blocks=3, num_blocks=7, steps=4, dtype=torch.float32
+    )
+    assert predicted.total == pytest.approx(held, rel=MEMORY)
+    assert predicted.weights == sum(p.nbytes for p in model.parameters())

@@ -1,0 +1,285 @@
+"""Predicted times, peaks and ratios of the cost model: against known times, and as they must depend on what is made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cost import tables
+from bench.cost.calibration import calibration, latent_frame
+from bench.cost.paper import REPORTED, baseline, consistent, ratios, two_stage
+from model.config import PRESETS, VAEConfig
+from model.errors import InputError
+from model.memory.cost import dit, vae
+from model.memory.cost.configuration import Configuration
+from model.memory.cost.gpus import GPUS, get_gpu
+from model.memory.cost.pipeline import Part, parts, predict
+from model.memory.cost.profiles import PROFILES, Curve, get_profile, seconds
+from model.memory.cost.work import Product, Traffic, Work
+from model.memory.vae_plan import plan_vae
+from swifti2v_kernels.common.target import TARGETS
+from swifti2v_kernels.conv.checks import MAX_OWNED_CHANNELS
+
+_1B = PRESETS["1.3b"].stage_two
+VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
+
+
+def test_guidance_is_a_second_forward_of_every_step() -> None:
+    plain, guided = ({p.name: p for p in parts(Configuration.for_preset("tiny", guidance=g))} for g in (False, True))
+    assert guided["denoise"].work.total_flops == 2 * plain["denoise"].work.total_flops
+    assert guided["denoise"].forwards == 2 * plain["denoise"].forwards
+    assert all(guided[name].flops == part.flops for name, part in plain.items() if name != "denoise")
+
+
+def test_windows_bound_the_operations_of_a_long_clip() -> None:
+    """Stage II grows with the number of segments, end to end with its square."""
+    flops = {}
+    for mode in ("bidirectional", "end_to_end"):
+        for num_frames in (73, 145):  # 6 and 12 segments of 3 blocks
+            c = Configuration.for_preset("1.3b", num_frames=num_frames, mode=mode)
+            (part,) = (p for p in parts(c) if p.name == "denoise")
+            flops[mode, num_frames] = part.flops["self_attention"]
+    assert 2.0 < flops["bidirectional", 145] / flops["bidirectional", 73] < 2.1
+    assert 3.7 < flops["end_to_end", 145] / flops["end_to_end", 73] < 4.0
+
+
+def test_folded_upsampling_has_16_of_36_operations() -> None:
+    layers = vae.decoder(VERSIONS["2.1"], 640, 352, 81)
+    folded = [layer for layer in layers if layer.kind == "upsample"]
+    assert len(folded) == 3
+    for layer in folded:
+        full = 2 * 9 * layer.channels * layer.columns * layer.pixels
+        assert layer.flops * 36 == full * 16
+
+
+def named(configuration: Configuration, **options: Any) -> dict[str, Part]:
+    """Parts by name."""
+    return {part.name: part for part in parts(configuration, **options)}
+
+
+def test_stage_two_and_the_decoder_are_on_the_card_together() -> None:
+    c = Configuration.for_preset("1.3b")
+    found = named(c)
+    own = plan_vae(c.vae, "decode", 2560, 1408, piece=3).peak
+    stage_two = found["denoise"].peak_bytes - own.weights - own.state
+    assert found["decode"].peak_bytes == stage_two + own.total
+    # Weights, and 4.3 copies of the residual stream (README).
+    assert stage_two > found["denoise"].weight_bytes + 4.3 * 2 * 70400 * c.stage_two.dim
+
+
+def test_peaks_do_not_grow_with_the_clip_but_for_stored_latents() -> None:
+    short, long = (named(Configuration.for_preset("1.3b", num_frames=n)) for n in (81, 161))
+    stored = 20 * 16 * 176 * 320 * 4
+    assert long["denoise"].peak_bytes - short["denoise"].peak_bytes == stored
+    assert long["decode"].peak_bytes - short["decode"].peak_bytes == stored
+    assert long["encode"].peak_bytes == short["encode"].peak_bytes
+
+
+def test_a_small_card_gets_tiles_that_fit_and_more_work() -> None:
+    c = Configuration.for_preset("1.3b")
+    whole, tiled = named(c), named(c, memory=24 * 10**9)
+    assert "exact tiles" in tiled["decode"].note
+    assert whole["decode"].note == ""
+    assert tiled["decode"].peak_bytes < 24e9 < whole["decode"].peak_bytes
+    assert 1 < tiled["decode"].work.total_flops / whole["decode"].work.total_flops < 1.3
+    # The anchor and seven segments: the states of all tiles, 17 GB, wait in host memory between them.
+    state = plan_vae(c.vae, "decode", 2560, 1408, piece=3).peak.state
+    assert tiled["decode"].host_bytes == 15 * state
+    assert whole["decode"].host_bytes == 0
+    decode = next(p for p in predict(c, get_gpu("RTX 4090"), get_profile("swifti2v")).parts if p.part.name == "decode")
+    assert decode.seconds > decode.part.host_bytes / 25e9
+
+
+def test_forms_of_the_vae_move_more_the_less_they_fuse() -> None:
+    """diffusers' eager code moves 946.7 GiB a latent frame at 2K, counted operator by operator."""
+    work = latent_frame(VERSIONS["2.1"], "decode", 2560, 1408)
+    fused, separate, eager = work.between
+    assert fused < separate < eager
+    assert eager == pytest.approx(946.7 * 2**30, rel=0.1)
+
+
+def test_predictions_are_within_a_tenth_of_published_and_measured_times() -> None:
+    rows = calibration()
+    for row in rows:
+        assert 0.9 < row.ratio < 1.1, row
+    published = {(row.gpu, row.profile) for row in rows if row.source.startswith("published")}
+    reference, flash_3 = "reference", "reference, FlashAttention-3"
+    assert published == {("H800", reference), ("H800", flash_3), ("A100", reference), ("RTX 4090", reference)}
+    assert {row.profile for row in rows if row.source.startswith("measured")} == {"swifti2v", reference}
+
+
+def test_a_prediction_is_the_sum_of_its_parts_and_says_what_it_assumes() -> None:
+    prediction = predict(Configuration.for_preset("1.3b"), get_gpu("H200"), get_profile("swifti2v"))
+    names = [p.part.name for p in prediction.parts]
+    assert names == ["condition", "motion", "low decode", "encode", "denoise", "decode"]
+    assert prediction.seconds == pytest.approx(sum(prediction.by_stage.values()))
+    assert list(prediction.by_stage) == ["Stage I", "reference", "Stage II", "decode"]
+    for p in prediction.parts:
+        itemsize = 4 if p.part.name in ("condition", "encode") else 2
+        assert p.part.itemsize == itemsize
+        assert p.seconds == pytest.approx(seconds(p.part.work, prediction.gpu, prediction.profile, itemsize))
+    text = " ".join(prediction.assumptions)
+    assert "predicted" in text
+    assert "measured on an H200" in text
+    assert "encoders in float32" in text
+    # The least time that the data sheet allows, and no more than several times that.
+    least = sum(p.part.work.total_flops for p in prediction.parts) / 989.4e12
+    assert least < prediction.seconds < 3 * least
+
+
+def test_rates_say_where_they_were_measured_and_where_they_are_assumed() -> None:
+    own = get_profile("swifti2v")
+    for gpu in GPUS.values():
+        assert own.rates_for(gpu).basis == ("measured on an H200" if gpu.architecture == "hopper" else "assumed")
+    (said,) = (s for s in predict(Configuration.for_preset("tiny"), get_gpu("B200"), own).assumptions if "Rates" in s)
+    assert "assumed" in said
+
+
+def test_cards_have_the_peaks_that_the_library_knows() -> None:
+    capabilities = {gpu.capability for gpu in GPUS.values()}
+    assert len(capabilities) == 5
+    for capability in capabilities:
+        target = TARGETS[capability]
+        gpu = GPUS[target.card.removesuffix(" SXM")]
+        assert gpu.capability == capability
+        assert gpu.bf16 == pytest.approx(target.bf16_tflops, rel=0.01)
+        assert gpu.bandwidth == pytest.approx(target.bandwidth_tb_s, rel=0.01)
+
+
+def test_smaller_cards_of_one_architecture_have_less_of_everything() -> None:
+    """And the ratio of 8-bit to 16-bit products that all of it have."""
+    cards = [GPUS[f"RTX {model}"] for model in (4060, 4070, 4080, 4090)]
+    for smaller, larger in pairwise(cards):
+        for name in ("bf16", "fp8", "bandwidth", "memory"):
+            assert getattr(smaller, name) < getattr(larger, name)
+        assert smaller.host <= larger.host
+    assert all(card.fp8 / card.bf16 == pytest.approx(2, rel=0.01) for card in cards)
+
+
+def test_the_cost_model_knows_which_convolutions_norm_what_they_store() -> None:
+    assert vae.MAX_OWNED_CHANNELS == MAX_OWNED_CHANNELS
+
+
+def test_weights_that_do_not_fit_are_streamed_and_what_cannot_fit_is_said() -> None:
+    own, card = get_profile("swifti2v"), get_gpu("RTX 4090")
+    slow = replace(card, host=0.5)
+    c = Configuration.for_preset("14b-1.3b")
+    motion = {gpu.host: next(p for p in predict(c, gpu, own).parts if p.part.name == "motion") for gpu in (card, slow)}
+    assert all(p.streamed and not p.fits for p in motion.values())
+    assert motion[25].seconds < motion[0.5].seconds == 4 * motion[0.5].part.weight_bytes / 0.5e9
+    whole = predict(baseline(), card, own)
+    assert any("predicted as if it fitted" in sentence for sentence in whole.assumptions)
+
+
+def test_what_takes_longer_takes_longer() -> None:
+    h200, own, reference = get_gpu("H200"), get_profile("swifti2v"), get_profile("reference")
+
+    def took(configuration: Configuration, gpu: str = "H200", profile: str = "swifti2v") -> float:
+        return predict(configuration, get_gpu(gpu), get_profile(profile)).seconds
+
+    c = Configuration.for_preset("1.3b")
+    base = took(c)
+    assert took(replace(c, steps=8)) > 1.5 * base
+    assert took(replace(c, guidance=True)) > 1.5 * base
+    assert took(replace(c, encode_dtype=torch.bfloat16)) < base
+    assert took(replace(c, mode="causal")) < base < took(replace(c, mode="end_to_end"))
+    assert took(c, profile="reference") > took(c, profile="reference, FlashAttention-3") > base
+    assert took(c, "A100") > took(c, "H100") > base
+    work = Work((Product("upsample", 16 * 10**12, 256),))
+    assert seconds(work, h200, replace(own, folded=False)) == pytest.approx(36 / 16 * seconds(work, h200, own))
+    assert seconds(Work(between=Traffic(eager=7e12)), h200, reference) > 0 == seconds(Work(), h200, reference)
+
+
+def test_a_curve_is_its_points_with_logarithms_between() -> None:
+    curve = Curve(((100, 0.2), (10000, 0.6)))
+    assert [curve.at(n) for n in (1, 100, 10000, 10**6)] == [0.2, 0.2, 0.6, 0.6]
+    assert curve.at(1000) == pytest.approx(0.4)
+
+
+def test_the_papers_ratio_is_that_of_operations_between_4_and_5_steps() -> None:
+    """With a Stage II of 1.3B. A large DiT end to end is 7,888 PFLOP, and is predicted near what CineScale took."""
+    assert REPORTED.baseline_seconds / REPORTED.seconds == pytest.approx(REPORTED.ratio, rel=0.01)
+    found = {ratio.name: ratio for ratio in ratios()}
+    (five,) = ratios({"14B + 1.3B, 5 steps": two_stage("1.3B", 5)})
+    four = found["14B + 1.3B, 4 steps"]
+    assert four.baseline_flops == pytest.approx(7888e15, rel=0.01)
+    assert five.flop_ratio < REPORTED.ratio < four.flop_ratio
+    assert all(r.flop_ratio > REPORTED.ratio for name, r in found.items() if "5B" in name)
+    assert four.baseline_seconds == pytest.approx(REPORTED.baseline_seconds, rel=0.1)
+
+
+def test_consistent_configurations_are_within_the_tolerance_nearest_first() -> None:
+    found = consistent()
+    deviations = [abs(c.deviation) for c in found]
+    assert deviations == sorted(deviations)
+    assert max(deviations) <= 0.15
+    assert any((c.stage_two, c.steps, c.guidance) == ("1.3B", 4, False) for c in found)
+    assert any(c.stage_two == "5B" for c in found)
+    best = found[0]
+    again = two_stage(best.stage_two, best.steps, guidance=best.guidance, encode_dtype=best.encode_dtype)
+    assert predict(again, get_gpu("H800"), get_profile(best.profile)).seconds == pytest.approx(best.seconds)
+    assert len(consistent(tolerance=0.05)) < len(found)
+    assert consistent(1.0) == []
+
+
+def test_tables_are_flat() -> None:
+    for rows in (tables.calibration_rows(), tables.consistent_rows(consistent(steps=(4,)))):
+        assert rows
+        assert all(isinstance(v, (str, int, float, bool)) for row in rows for v in row.values())
+    assert list(tables.headline()) == ["1.3b", "14b-1.3b", "5b", "14B end to end"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Configuration.for_preset("1.3b", steps=0), "steps: expected at least 1, got 0"),
+        (lambda: Configuration.for_preset("1.3b", width=2561), "size: width and height must be multiples of 16"),
+        (lambda: Configuration.for_preset("1.3b", num_frames=80), r"frames: expected 1 \+ 4n"),
+        (lambda: Configuration.for_preset("1.3b", mode="fast"), "mode: expected one of .*, got 'fast'"),
+        (
+            lambda: Configuration.for_preset("1.3b", dtype=torch.float64),
+            "dtype: expected bfloat16, .*, got torch.float64",
+        ),
+        (lambda: Configuration.for_preset("1.3b", blocks_per_segment=0), "blocks_per_segment: expected at least 1"),
+        (lambda: Configuration.for_preset("1.3b", vae=VERSIONS["2.2"]), "in_channels: a DiT for latents of 48"),
+        (
+            lambda: Configuration.for_preset("1.3b", stage_one_vae=VERSIONS["2.2"]),
+            "in_channels: a DiT for latents of 48",
+        ),
+        (lambda: Configuration(None, _1B, VERSIONS["2.1"]), "mode: without a stage_one only end_to_end"),
+        (lambda: get_gpu("H300"), "gpu: unknown 'H300'; choose one of H100"),
+        (lambda: get_profile("fast"), "profile: unknown 'fast'; choose one of reference"),
+        (lambda: dit.forward(_1B, 10, targets=11), r"tokens, targets: expected .* got 10 and 11"),
+        (lambda: dit.forward(_1B, 10, remembered=-1), "remembered, text_tokens: expected"),
+        (lambda: dit.tokens_per_block(_1B, (175, 320)), "latent_size: expected positive multiples of the patch 2 x 2"),
+        (lambda: vae.work(VERSIONS["2.1"], "both", 640, 352, 81), "part: expected decode or encode, got 'both'"),
+        (lambda: vae.work(VERSIONS["2.1"], "decode", 641, 352, 81), "size: width and height must be multiples of 8"),
+        (lambda: vae.work(VERSIONS["2.1"], "decode", 640, 352, 80), r"frames: expected 1 \+ 4n"),
+        (lambda: seconds(Work(), GPUS["H200"], PROFILES["reference"], 8), "itemsize: expected 2 or 4, got 8"),
+        (lambda: consistent(-1.0), "seconds: expected a positive number, got -1.0"),
+        (lambda: consistent(tolerance=float("nan")), "tolerance: expected a positive number, got nan"),
+        (lambda: two_stage("14B", 4), "stage_two: expected one of 1.3B, 5B, got '14B'"),
+    ],
+)
+def test_bad_input_is_named(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Product("matmul", 1, 1), "kind: expected one of .*, got 'matmul'"),
+        (lambda: Product("linear", -1, 1), "flops, extent: expected .* got -1 and 1"),
+        (lambda: -1 * Work(), "times: expected at least 0, got -1"),
+        (lambda: Curve(((2, 0.5), (1, 0.5))), "points: expected one or more with growing positive extents"),
+        (lambda: Curve.constant(1.5), "points: expected fractions above 0 and up to 1"),
+    ],
+)
+def test_what_a_caller_gets_wrong_is_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

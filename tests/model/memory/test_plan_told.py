@@ -1,0 +1,176 @@
+"""What a memory plan says: refusals and what would do, JSON, bad requests, and what follows a shortage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+from model.errors import InputError
+from model.memory.plan import find_plan, plan_memory, smallest_plan
+from model.memory.report import MemoryPlan, enough_gigabytes
+from model.memory.request import HOST_USABLE
+from model.memory.vae_places import USABLE
+from model.resume.clip import _Shortage, _with_less
+from model.streaming.placement import Placement
+from model.vae.tiles import VAEPlan
+from tests.support.memory_requests import GB, TEXT, planned, request
+
+
+def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
+    wanted = request("1.3b", 12, ram=8 * GB, text_encoder_bytes=TEXT)
+    with pytest.raises(InputError) as refused:
+        plan_memory(wanted)
+    said = str(refused.value)
+    assert said.startswith("ram: 8.00 GB are too little, since 90% of it are planned with and the smallest plan takes ")
+    assert "--text-embeddings" not in said  # it is not the encoder that takes most
+    with pytest.raises(InputError, match="--text-embeddings in place of a text encoder"):
+        plan_memory(request("1.3b", 80, ram=8 * GB, text_encoder_bytes=TEXT))
+    assert "memory plan: 2560x1408, 81 frames" in said
+    enough = float(said.split(" GB would do")[0].rsplit(" ", 1)[1])
+    assert plan_memory(replace(wanted, ram=round((enough + 0.05) * GB))).host_peak <= HOST_USABLE * (enough + 0.05) * GB
+    with pytest.raises(InputError, match=r"^ram: "):
+        plan_memory(replace(wanted, ram=round((enough - 0.1) * GB)))
+
+
+def test_too_small_a_card_is_refused_with_the_smallest_plan() -> None:
+    with pytest.raises(InputError) as refused:
+        plan_memory(request("14b-1.3b", 2))
+    first, *plan = str(refused.value).splitlines()
+    least = smallest_plan(request("14b-1.3b"))
+    assert first.startswith("vram: 2.00 GB are too little")
+    assert f"{least.peak / GB:.2f} GB in {least.limiting.name}" in first
+    assert f"{enough_gigabytes(least.peak / USABLE)} would do" in first
+    assert "a smaller --size, fewer --frames" in first
+    assert f"predicted peak         {least.peak / GB:.2f} GB" in "\n".join(plan)
+
+
+def test_a_limit_of_the_vae_alone() -> None:
+    limit = 4 * GB
+    plan = plan_memory(request("1.3b", 24, vae_limit=limit))
+    assert all(used.peak.total <= limit for used in vars(plan.vae_plans).values())
+    assert plan.vae_plans.decode.plan.park
+    assert planned("1.3b", 24).vae_plans.decode.peak.total > limit
+    with pytest.raises(InputError, match=r"^vae-memory: 0\.50 GB are too little"):
+        plan_memory(request("1.3b", 24, vae_limit=GB // 2))
+
+
+def test_halves_of_the_vae_that_work_beside_each_other_share_its_limit() -> None:
+    """On a CPU, where nothing waits elsewhere: the reference is encoded beside the motion's decoder."""
+
+    def taken(plan: MemoryPlan) -> int:
+        return sum(size for name, size in plan.phase("reference").held.items() if name not in ("other weights", "clip"))
+
+    free = plan_memory(request("tiny", capability=None))
+    assert {used.plan for used in vars(free.vae_plans).values()} == {VAEPlan()}
+    limit = taken(free) - 1
+    assert limit > free.vae_plans.reference.peak.total
+    tight = plan_memory(request("tiny", capability=None, vae_limit=limit))
+    assert taken(tight) <= limit
+    assert tight.vae_plans.reference.plan != VAEPlan()
+    assert tight.vae_plans.encode_dtype == torch.float32
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": [
+        *("schema", "basis", "gpu", "width", "height", "frames", "mode", "vram_bytes", "usable_bytes", "ram_bytes"),
+        *("usable_host_bytes", "peak_bytes", "host_peak_bytes", "seconds", "limiting", "text_on_device", "stage_one"),
+        *("stage_two", "vae", "phases", "notes"),
+    ],
+    "properties": {
+        "schema": {"const": 1},
+        "basis": {"const": "predicted"},
+        "peak_bytes": {"type": "integer", "minimum": 1},
+        "vram_bytes": {"type": ["integer", "null"]},
+        "seconds": {"type": "number", "exclusiveMinimum": 0},
+        "stage_one": {"$ref": "#/$defs/stage"},
+        "stage_two": {"$ref": "#/$defs/stage"},
+        "vae": {
+            "type": "object",
+            "required": ["condition", "motion", "reference", "decode"],
+            "additionalProperties": {"required": ["rows", "columns", "frames", "chunk", "park", "dtype", "peak_bytes"]},
+        },
+        "phases": {"type": "array", "minItems": 5, "items": {"$ref": "#/$defs/phase"}},
+        "notes": {"type": "array", "items": {"type": "string"}},
+    },
+    "$defs": {
+        "stage": {
+            "type": "object",
+            "required": ["placement", "blocks", "bytes", "step", "compute_seconds", "exposed_seconds", "seconds"],
+        },
+        "phase": {
+            "type": "object",
+            "required": ["name", "device_bytes", "held_bytes", "host_bytes", "seconds", "limit"],
+            "properties": {"held_bytes": {"additionalProperties": {"type": "integer", "minimum": 0}}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("vram", [None, 12])
+def test_json_says_all_that_was_decided(vram: int | None) -> None:
+    """It passes through text unchanged, fits the schema, and the placements and tiles can be made of it again."""
+    plan = planned("14b-1.3b", vram)
+    data = plan.to_json()
+    read = json.loads(json.dumps(data))
+    assert read == data
+    Draft202012Validator(SCHEMA).validate(read)
+    for name in ("stage_one", "stage_two"):
+        stage = getattr(plan, name)
+        assert Placement(**read[name]["placement"]) == stage.placement
+        assert sum(read[name]["blocks"].values()) == stage.config.num_layers
+    for place, used in vars(plan.vae_plans).items():
+        assert {**asdict(used.plan), **read["vae"][place]} == read["vae"][place]
+    assert read["peak_bytes"] == max(phase["device_bytes"] for phase in read["phases"])
+    assert sum(phase["seconds"] or 0 for phase in read["phases"]) == pytest.approx(plan.seconds)
+
+
+def test_every_number_that_is_told_is_said_to_be_predicted() -> None:
+    told = str(planned("14b-1.3b", 24))
+    assert "predicted for RTX 4090" in told
+    assert all("predicted" in line for line in told.splitlines()[1:4])
+    assert "(all predicted)" in told
+    assert "compute; copies are hidden (" in told
+    assert "decoder's state" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "int4"}, "storage: expected one of auto, plain, file, float8, int8, got 'int4'"),
+        ({"products": "4bit"}, "products: expected one of plain, 8bit, got '4bit'"),
+        ({"products": "8bit", "storage": "plain"}, "products: 8bit goes with storage auto, float8 or int8, got plain"),
+        ({"mode": "backwards"}, "mode: expected one of end_to_end"),
+        ({"vram": 0}, "vram: expected None or at least 1 byte, got 0"),
+        ({"ram": -1}, "ram: expected None or at least 1 byte, got -1"),
+        ({"vae_limit": 0}, "vae_limit: expected None or at least 1 byte, got 0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"text_encoder_bytes": -1}, "text_encoder_bytes: expected at least 0, got -1"),
+        ({"size": (2560, 1440 + 8)}, "size: width and height must be multiples of 16"),
+        ({"num_frames": 80}, "frames: expected 1"),
+        ({"num_frames": 85}, "plan: expected the 22 blocks of 85 frames, got 21"),
+    ],
+)
+def test_bad_requests_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        replace(request("1.3b"), **changes)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("phase", ["condition", "Stage I", "reference", "Stage II", "decode"])
+def test_a_phase_that_ran_out_of_memory_is_planned_with_less_and_the_others_as_before(phase: str) -> None:
+    """By the steps of ``model.resume.clip``: every time smaller, whatever the other phases take."""
+    plan = planned("14b-1.3b", 16)
+    for _ in range(1 if phase == "Stage II" else 2):
+        smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), ""))[0])
+        assert smaller is not None
+        assert smaller.phase(phase).device < plan.phase(phase).device
+        together = {"Stage II", "decode"} if phase in ("Stage II", "decode") else {phase}
+        for before, after in zip(plan.phases, smaller.phases, strict=True):
+            assert before.name in together or before.device == after.device
+        plan = smaller

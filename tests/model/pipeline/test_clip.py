@@ -1,0 +1,285 @@
+"""One clip through both stages: the pipeline's functions in their order, what a watcher is told, and what is let go."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import PRESETS
+from model.csg.sampler import SegmentPlan, plan_for, sample_latents
+from model.csg.schedule import flow_sigmas
+from model.memory.cost.gpus import GPUS
+from model.memory.plan import plan_memory
+from model.memory.request import DiTRequest, MemoryRequest
+from model.memory.vae_places import PipelinePlans
+from model.memory.vae_plan import PlannedVAE
+from model.pipeline.clip import ClipJob, Item, Watcher, make_condition, make_frames
+from model.pipeline.components import Components
+from model.pipeline.encoders import empty_text
+from model.pipeline.stages import decode_frames, make_motion, make_reference, motion_condition
+from model.vae.model import WanVAE
+from model.vae.tiles import VAEPlan
+from model.weights.load import random_weights
+from tests.model.vae.test_tiles import OtherMemory
+from tests.support.bench_session import CPU, old_garbage_left
+from tests.support.tolerances import PARITY, relative_error
+
+SIZE, LOW, BLOCKS = (48, 32), (32, 16), 5
+PARKED = VAEPlan(1, 2, chunk=None, park=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage() -> Iterator[None]:
+    with old_garbage_left():
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Tensor, Tensor]:
+    """Reference and frames of a clip that nobody watches."""
+    return whole(components(), job())
+
+
+def components(preset: str = "tiny", **changes: Any) -> Components:
+    return replace(Components.from_preset(preset, 0, torch.float32, CPU), **changes)
+
+
+def plans(
+    plan: VAEPlan | None = None, preset: str = "tiny", size: tuple[int, int] = SIZE, low: tuple[int, int] = LOW
+) -> PipelinePlans:
+    """Everything untiled, or the target's places by this plan."""
+    chosen = PRESETS[preset]
+    request = MemoryRequest(
+        DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, size, low, 4 * BLOCKS - 3,
+        SegmentPlan(BLOCKS), GPUS["H200"], dtype=torch.float32, capability=None,
+    )  # fmt: skip
+    found = plan_memory(request).vae_plans
+    if plan is None:
+        return found
+    reference, decode = (PlannedVAE(plan, place.request, None) for place in (found.reference, found.decode))
+    return replace(found, reference=reference, decode=decode)
+
+
+def picture(width: int, height: int) -> Tensor:
+    return torch.linspace(-1, 1, 3 * height * width).view(1, 3, 1, height, width)
+
+
+def job(mode: str = "bidirectional", **changes: Any) -> ClipJob:
+    plan = plan_for(mode, SegmentPlan(BLOCKS))
+    text = empty_text(PRESETS["tiny"].stage_two.text_dim)
+    sigmas = {"sigmas_one": flow_sigmas(2, 5.0), "sigmas_two": flow_sigmas(3, 4.0)}
+    given = {"plan": plan, "vae_plans": plans(), "seed": 7, "mode": mode, **sigmas, **changes}
+    return ClipJob(picture(*SIZE), picture(*LOW), text, **given)
+
+
+def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
+    """Reference and frames by the pipeline's functions, called here."""
+    vae = parts.vae()
+    low_vae = vae if parts.stage_one_vae is None else parts.stage_one_vae()
+    start = motion_condition(low_vae, parts.stage_one_config, given.low_picture, BLOCKS)
+    options = {"sigmas": given.sigmas_one, "seed": given.seed, "low_noise_dit": parts.low_noise}
+    motion = make_motion(parts.stage_one, start, given.text, **options)
+    hosts = [None if given.host is None else given.host(True) for _ in range(2)]
+    plan = given.vae_plans.reference.plan
+    reference = make_reference(motion, low_vae, vae, given.picture, plan=plan, host=hosts[0])
+    made = sample_latents(
+        parts.stage_two(), reference.clone(), given.text, plan=given.plan, sigmas=given.sigmas_two, seed=given.seed,
+        mode=given.mode,
+    )  # fmt: skip
+    segments = [segment.clone() for segment in made]
+    assert sum(segment.shape[2] for segment in segments) == BLOCKS - 1
+    plan = given.vae_plans.decode.plan
+    return reference, torch.cat(list(decode_frames(vae, reference[:, :, :1], segments, plan=plan, host=hosts[1])))
+
+
+def whole(parts: Components, given: ClipJob, watcher: Watcher | None = None) -> tuple[Tensor, Tensor]:
+    """The same by the clip's functions."""
+    condition = make_condition(parts, given, watcher)
+    reference = condition.reference.clone()  # updated in place
+    return reference, torch.cat([frames.clone() for frames in make_frames(parts, given, condition, watcher)])
+
+
+class Recorder(Watcher):
+    """All that it is told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.told.append(name)
+        yield
+        self.told.append(f"end of {name}")
+
+    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        for number, item in enumerate(super().iterate(name, items)):
+            self.told.append((name, number))
+            yield item
+
+    def step(self, name: str, done: int, total: int, where: str) -> None:
+        self.told.append(f"{name} {done}/{total}: {where}")
+
+
+def low_noise_expert() -> Any:
+    return random_weights(type(components().stage_one()), PRESETS["tiny"].stage_one, 5)
+
+
+def other_vae() -> WanVAE:
+    return random_weights(WanVAE, PRESETS["tiny"].vae, 6)
+
+
+# What is made
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+def test_a_clip_is_the_pipelines_functions_in_their_order(mode: str) -> None:
+    given = job(mode)
+    reference, frames = whole(components(), given)
+    expected, expected_frames = piece_by_piece(components(), given)
+    assert torch.equal(reference, expected)
+    assert torch.equal(frames, expected_frames)
+    assert (frames.dtype, tuple(frames.shape)) == (torch.uint8, (4 * BLOCKS - 3, SIZE[1], SIZE[0], 3))
+    assert frames.float().std() > 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"low_noise": low_noise_expert}, {"stage_one_vae": other_vae}],
+    ids=["a second expert", "a VAE of its own for Stage I"],
+)
+def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain: tuple[Tensor, Tensor]) -> None:
+    given = job()
+    parts = components(**changes)
+    reference, frames = whole(parts, given)
+    expected, expected_frames = piece_by_piece(parts, given)
+    assert torch.equal(reference, expected)
+    assert torch.equal(frames, expected_frames)
+    assert not torch.equal(reference, plain[0])
+
+
+def test_a_preset_whose_stage_one_is_conditioned_otherwise_runs_too() -> None:
+    found = plans(None, "tiny-vae22", (64, 64), (32, 32))
+    given = replace(job(vae_plans=found), picture=picture(64, 64), low_picture=picture(32, 32))
+    condition = make_condition(components("tiny-vae22"), given)
+    assert condition.reference.shape == (1, 48, BLOCKS, 4, 4)
+    frames = torch.cat(list(make_frames(components("tiny-vae22"), given, condition)))
+    assert frames.shape == (4 * BLOCKS - 3, 64, 64, 3)
+
+
+def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Tensor]) -> None:
+    """What is left on the device is overwritten with NaN, so that only what was fetched can be right."""
+    asked: list[tuple[bool, OtherMemory]] = []
+
+    def host(park: bool) -> OtherMemory:
+        asked.append((park, OtherMemory()))
+        return asked[-1][1]
+
+    reference, frames = whole(components(), job(vae_plans=plans(PARKED), host=host))
+    assert [park for park, _ in asked] == [True, True]
+    # The reference comes in one piece, behind which nothing has to be remembered.
+    assert [memory.parked > 0 for _, memory in asked] == [False, True]
+    expected, expected_frames = plain
+    assert relative_error(reference, expected) < PARITY
+    # Rounding may move a number over the boundary between two bytes.
+    assert (frames.int() - expected_frames.int()).abs().max() <= 1
+    assert (frames != expected_frames).float().mean() < 1e-3
+    asked.clear()
+    whole(components(), job(host=lambda park: asked.append((park, OtherMemory()))))
+    assert [park for park, _ in asked] == [False, False]
+
+
+def test_a_reference_by_tiles_that_wait_holds_the_motion_in_the_given_memory() -> None:
+    class Counted(OtherMemory):
+        made: list[tuple[int, ...]] = []  # noqa: RUF012
+
+        def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+            self.made.append(tuple(shape))
+            return super().empty(shape, dtype)
+
+    vae, motion = components().vae(), torch.randn(1, 16, 3, 4, 4)
+    memory = Counted()
+    found = make_reference(motion, vae, vae, picture(*SIZE), plan=PARKED, host=memory)
+    assert (1, 3, 9, 32, 32) in memory.made  # nine frames at the motion's own size
+    assert relative_error(found, make_reference(motion, vae, vae, picture(*SIZE))) < PARITY
+
+
+# What a watcher is told, and when
+
+
+def test_a_watcher_is_told_every_stage_and_step_in_order() -> None:
+    watcher = Recorder()
+    given = job()
+    condition = make_condition(components(), given, watcher)
+    assert watcher.told == [
+        "load", "end of load",
+        "Stage I", "load", "end of load", "Stage I 1/2: step 1/2", "Stage I 2/2: step 2/2", "end of Stage I",
+        "reference", *(f"reference {n}/{BLOCKS}: block {n}/{BLOCKS}" for n in range(1, BLOCKS + 1)),
+        "end of reference",
+    ]  # fmt: skip
+    watcher.told.clear()
+    frames = list(make_frames(components(), given, condition, watcher))
+    assert [len(part) for part in frames] == [1] + [4] * (BLOCKS - 1)
+
+    def steps(segment: int) -> list[str]:
+        return [f"Stage II {3 * segment + n}/6: segment {segment + 1}/2 step {n}/3" for n in (1, 2, 3)]
+
+    # The image's frame first, before anything is generated; then each segment's as soon as it is there.
+    assert watcher.told == [
+        ("decode", 0), "load", "end of load",
+        *steps(0), ("Stage II", 0), ("decode", 1), ("decode", 2), ("decode", 3),
+        *steps(1), ("Stage II", 1), ("decode", 4),
+    ]  # fmt: skip
+
+
+def test_watching_changes_nothing(plain: tuple[Tensor, Tensor]) -> None:
+    for found, expected in zip(whole(components(), job(), Recorder()), plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_models_are_there_only_while_they_are_needed() -> None:
+    """Stage I's DiT is gone before its second expert arrives, both before the reference is made, its VAE and the
+    encoder after it."""
+    alive: dict[str, weakref.ref[Any]] = {}
+
+    def kept(name: str, make: Any) -> Any:
+        def build() -> Any:
+            model = make()
+            alive[name] = weakref.ref(model)
+            return model
+
+        return build
+
+    class Census(Watcher):
+        found: list[tuple[str, set[str]]] = []  # noqa: RUF012
+
+        @contextmanager
+        def stage(self, name: str) -> Iterator[None]:
+            self.found.append((name, {known for known, model in alive.items() if model() is not None}))
+            yield
+
+        def step(self, name: str, done: int, total: int, where: str) -> None:
+            if name == "Stage I":
+                self.found.append((where, {known for known, model in alive.items() if model() is not None}))
+
+    parts = components()
+    parts = replace(
+        parts, stage_one=kept("DiT", parts.stage_one), low_noise=kept("expert", low_noise_expert),
+        vae=kept("VAE", parts.vae), stage_one_vae=kept("VAE of Stage I", other_vae),
+    )  # fmt: skip
+    census = Census()
+    # Two steps at or above the boundary of 0.9, and one below.
+    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), census)
+    vaes = {"VAE", "VAE of Stage I"}
+    assert census.found == [
+        ("load", set()), ("Stage I", vaes), ("load", vaes), ("step 1/3", vaes | {"DiT"}), ("step 2/3", vaes | {"DiT"}),
+        ("load", vaes), ("step 3/3", vaes | {"expert"}), ("reference", vaes),
+    ]  # fmt: skip
+    assert {name for name, model in alive.items() if model() is not None} == {"VAE"}
+    assert condition.vae.encoder is None

@@ -1,0 +1,401 @@
+"""A run goes on from wherever it was ended: the same file, byte for byte, and never an unreadable one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from model.generate import main
+from model.io.media import VideoWriter
+from model.resume.clip import MOST_PLANS
+from model.resume.state import RunState
+
+ROOT = Path(__file__).parent.parent.parent.parent
+#: Three segments of two, two and one block: 21 frames in four pieces.
+OPTIONS = ["--frames", "21", "--blocks", "2", "--size", "48x32", "--steps", "1", "--stage1-steps", "1", "--seed", "3"]
+SEGMENTS = 3
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, photo_file: Path) -> str:
+    """The hash of the film of a run that nobody disturbs, which leaves nothing but the film."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS]) == 0
+    assert [path.name for path in folder.iterdir()] == ["clip.mp4"]
+    return digest(folder / "clip.mp4")
+
+
+@pytest.fixture(scope="module")
+def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.effect_mandelbrot((96, 64), (-3, -2.5, 2, 2.5), 50).convert("RGB").save(path)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def frames_of(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+class EndedError(Exception):
+    """What ends a run in these tests."""
+
+
+def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The call, but after it was made so often the run ends."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result = call(*args, **kwargs)
+        calls += 1
+        if calls == number:
+            raise EndedError
+        return result
+
+    return counted
+
+
+def ended_behind_segment(number: int, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends as soon as that segment is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
+        with pytest.raises(EndedError):
+            main([str(photo), "--out", str(out), *OPTIONS])
+
+
+MOMENTS = [
+    ("inputs saved", RunState, "save", 1),
+    ("Stage I saved", RunState, "save", 2),
+    ("reference saved", RunState, "save", 3),
+    *((f"segment {n} saved", RunState, "save_segment", n) for n in range(1, SEGMENTS + 1)),
+    *((f"piece {n} written", VideoWriter, "end_piece", n + 1) for n in range(SEGMENTS + 1)),
+]
+
+
+@pytest.mark.parametrize(("owner", "method", "number"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
+def test_a_run_that_ends_goes_on_and_writes_the_same_file(
+    owner: type, method: str, number: int, whole: str, photo_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """At every moment at which something has just been kept."""
+    out = tmp_path / "clip.mp4"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, ended_after(getattr(owner, method), number))
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    assert not out.exists()
+    if owner is VideoWriter:
+        assert frames_of(tmp_path / "clip.partial.mp4") == [1, 9, 17, 21][number - 1]
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "clip.run")]) == 0
+    printed = capsys.readouterr().out
+    assert digest(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    if method == "save_segment":
+        assert f"{number} of {SEGMENTS} segments are there already" in printed
+    assert "bit for bit" not in printed  # nothing about the machine has changed
+
+
+@pytest.mark.parametrize("killed", range(2))
+def test_a_run_that_is_killed_goes_on(killed: int, whole: str, photo_file: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment, as often as it takes until the run is through: what there is stays readable."""
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    draw = random.Random(killed)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    kills = 0
+    while not out.exists():
+        begun = (state / "job.json").exists()
+        given = ["--resume", str(state)] if begun else [str(photo_file), "--out", str(out), *OPTIONS]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "model.generate", *given], env=environment, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if kills < 2:
+            # From when the state appears on, most of the work is a second or two.
+            deadline = time.monotonic() + 60
+            while process.poll() is None and not (state / "job.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), told
+        partial = tmp_path / "clip.partial.mp4"
+        if partial.exists():
+            assert frames_of(partial) in (1, 9, 17, 21)
+    assert digest(out) == whole
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
+    number: int, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    ended_behind_segment(3, photo_file, out, monkeypatch)
+    file = state / f"segment-000{number}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert main(["--resume", str(state), "--keep-state"]) == 0
+    printed = capsys.readouterr()
+    assert f"segment-000{number}.safetensors is damaged (sha256 differs)" in printed.out
+    there = f"{number - 1} of {SEGMENTS} segments are there already"
+    assert (there if number > 1 else "damaged") in printed.out
+    assert ("segments are there already" in printed.out) == (number > 1)
+    assert digest(out) == whole
+    # Complete, and kept: nothing is made again.
+    assert main(["--resume", str(state)]) == 0
+    assert "segment" not in capsys.readouterr().err
+    assert digest(out) == whole
+    assert not state.exists()
+
+
+def test_a_damaged_reference_or_film_is_made_again(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    ended_behind_segment(3, photo_file, out, monkeypatch)
+    (state / "piece-0001.mp4").write_bytes(b"no film")
+    (state / "condition.safetensors").write_bytes(b"no tensors")
+    photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
+    capsys.readouterr()
+    try:
+        assert main(["--resume", str(state)]) == 0
+    finally:
+        photo_file.rename(photo_file.with_name("photo.png"))
+    printed = capsys.readouterr()
+    for part in ("piece-0001.mp4 is damaged", "condition.safetensors is damaged"):
+        assert part in printed.out
+    assert "Stage I:" not in printed.err  # its latents were there
+    assert digest(out) == whole
+
+
+def test_what_would_be_another_run_is_refused(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    command = [str(photo_file), "--out", str(out), *OPTIONS]
+    ended_behind_segment(1, photo_file, out, monkeypatch)
+
+    def refused(*options: str) -> str:
+        capsys.readouterr()
+        assert main(list(options)) == 2
+        return capsys.readouterr().err
+
+    assert "resume: the run has its options; got --seed too" in refused("--resume", str(state), "--seed", "4")
+    assert "got --mode, --steps too" in refused("--resume", str(state), "--steps", "3", "--mode", "causal")
+    assert "resume: not together with --restart or --state" in refused("--resume", str(state), "--restart")
+    assert f"state: {state} holds a run; --resume {state} goes on with it, --restart begins anew" in refused(*command)
+    assert "run: nowhere does not exist" in refused("--resume", "nowhere")
+    assert "PHOTO and --out FILE.mp4 are needed, or --resume DIR" in refused("--out", str(out))
+    before = photo_file.read_bytes()
+    photo_file.write_bytes(before + b" ")
+    try:
+        assert "resume: not what" in refused("--resume", str(state))
+    finally:
+        photo_file.write_bytes(before)
+    # Begun anew on demand.
+    assert main([*command, "--restart"]) == 0
+    assert not state.exists()
+
+
+def test_a_run_goes_on_where_everything_lies_elsewhere(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths may be new; what is there is told by fingerprints."""
+    ended_behind_segment(2, photo_file, tmp_path / "clip.mp4", monkeypatch)
+    state = (tmp_path / "clip.run").rename(tmp_path / "moved run")
+    photo = tmp_path / "another name.png"
+    photo.write_bytes(photo_file.read_bytes())
+    assert main([str(photo), "--resume", str(state), "--out", str(tmp_path / "new" / "film.mp4")]) == 0
+    assert digest(tmp_path / "new" / "film.mp4") == whole
+
+
+def test_a_removal_that_is_broken_off_leaves_no_run(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The film is there, what is left is said to be of a finished run, and another run may begin in the folder."""
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    with monkeypatch.context() as patch:
+        remove = RunState.remove
+
+        def broken_off(self: RunState) -> None:
+            patch.setattr(Path, "unlink", ended_after(Path.unlink, 3))
+            remove(self)
+
+        patch.setattr(RunState, "remove", broken_off)
+        with pytest.raises(EndedError):
+            main([str(photo_file), "--out", str(out), *OPTIONS])
+    assert digest(out) == whole
+    capsys.readouterr()
+    assert main(["--resume", str(state)]) == 2
+    assert f"run: {state} is finished, and its video complete" in capsys.readouterr().err
+    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "gone"])
+def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
+    damage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    command = [str(photo_file), "--out", str(out), *OPTIONS]
+    ended_behind_segment(1, photo_file, out, monkeypatch)
+    (state / "job.json").unlink()
+    if damage == "empty":
+        (state / "job.json").write_text("")
+    assert main(command) == 2
+    assert "--restart begins anew" in capsys.readouterr().err
+    assert main([*command, "--restart"]) == 0
+    assert digest(out) == whole
+
+
+def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    ended_behind_segment(2, photo_file, out, monkeypatch)
+    (state / "inputs.safetensors").write_bytes(b"")
+    assert main(["--resume", str(state), "--keep-state"]) == 0
+    assert "2 of 3 segments are there already" in capsys.readouterr().out
+    assert (state / "inputs.safetensors").stat().st_size > 1000
+    assert digest(out) == whole
+
+
+def test_a_disk_without_room_ends_the_run_in_one_line_and_it_goes_on_later(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "piece-0001.mp4")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.io.media._sealed", full)
+        assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("error: disk: No space left on device: piece-0001.mp4\n")
+    assert f"--resume {state} goes on" in printed.out
+    assert main(["--resume", str(state)]) == 0
+    assert digest(out) == whole
+
+
+def test_another_machine_goes_on_and_says_what_that_means(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    ended_behind_segment(1, photo_file, out, monkeypatch)
+    monkeypatch.setattr("model.cli.request.device_name", lambda device: "another card")
+    capsys.readouterr()
+    assert main(["--resume", str(state)]) == 0
+    printed = capsys.readouterr().out
+    assert "will not be the same bit for bit" in printed
+    assert "now 'another card'" in printed or "now another card" in printed or 'now "another card"' in printed
+    assert frames_of(out) == 21
+
+
+# Out of memory
+
+
+def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """Fails so often before it works."""
+    left = times
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+        return call(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "stage"),
+    [
+        ("model.pipeline.clip.make_reference", "reference"),
+        ("model.pipeline.clip.sample_latents", "decode"),
+    ],
+)
+def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
+    place: str, stage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The stage is named with what held the memory, and what was finished before is not made again."""
+    module, _, name = place.rpartition(".")
+    call = getattr(sys.modules[module], name)
+    monkeypatch.setattr(place, short_of_memory(call, 1))
+    out = tmp_path / "clip.mp4"
+    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
+    printed = capsys.readouterr()
+    assert f"out of memory in {stage} (CUDA out of memory. Tried to allocate 2.00 GiB.)" in printed.out
+    assert "predicted for" in printed.out
+    assert f"planned anew, 1 of at most {MOST_PLANS - 1} times" in printed.out
+    assert printed.err.count("Stage I: 100%") <= 2  # a bar is drawn twice at its end
+    assert frames_of(out) == 21
+
+
+def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not the card with less, which would put more on the machine. Here there is nothing to take from it."""
+    wanted = []
+
+    def none(request: Any) -> None:
+        wanted.append((request.vram, request.ram))
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("model.pipeline.clip.make_reference", full)
+    monkeypatch.setattr("model.resume.clip.find_plan", none)
+    assert main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS]) == 1
+    ((vram, ram),) = wanted
+    assert vram is None
+    assert 1e9 < ram < 4e9
+    assert "predicted of the machine's memory" in capsys.readouterr().err
+
+
+def test_it_never_loops(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of plans is bounded, and what was made is kept."""
+    tried = []
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("model.pipeline.clip.sample_latents", never)
+    assert main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS]) == 1
+    printed = capsys.readouterr()
+    assert 1 <= len(tried) <= MOST_PLANS
+    assert "\nerror: out of memory in decode (CUDA out of memory.)" in printed.err
+    assert f"--resume {tmp_path / 'clip.run'} goes on" in printed.out
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "clip.run")]) == 0
+    assert frames_of(tmp_path / "clip.mp4") == 21

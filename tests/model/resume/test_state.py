@@ -1,0 +1,421 @@
+"""The state of a run on disk: what is saved comes back, what is damaged is noticed, what is different is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.errors import InputError
+from model.resume import changes as job_changes
+from model.resume import state as run_state
+from model.resume.fingerprint import fingerprint, fingerprint_file, fingerprint_random
+from model.resume.state import RunState, device_name, segment_name, software
+
+JOB = {
+    "request": {"mode": "causal", "seed": 7, "size": (64, 32), "sigmas": [1.0, 0.5, 0.1], "plan": {"blocks": 3}},
+    "fingerprints": {"stage1": "a" * 64, "photo": "b" * 64},
+    "machine": {"device": "H100", "memory": "4 tiles"},
+    "arguments": {"out": "clip.mp4"},
+}
+TENSORS = {
+    "wide": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)),
+    "half": torch.arange(5).to(torch.bfloat16),
+    "eight": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn),
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "none": torch.empty(0, 4),
+    "flags": torch.tensor([True, False]),
+}
+
+
+def changed(**sections):
+    """The job with other entries in some sections."""
+    return {**JOB, **{name: {**JOB.get(name, {}), **entries} for name, entries in sections.items()}}
+
+
+def same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (tensors[key].dtype, tensors[key].shape) == (tensor.dtype, tensor.shape)
+        assert (
+            tensors[key].contiguous().flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8))
+        )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def state(tmp_path):
+    with RunState.create(tmp_path / "run", JOB) as created:
+        yield created
+
+
+# The job
+
+
+def test_a_job_comes_back_with_the_software_that_runs_it(tmp_path, state):
+    state.close()
+    with RunState.open(tmp_path / "run") as opened:
+        assert opened.job == {**json.loads(json.dumps(JOB)), "software": software()}
+        assert opened.changes(JOB) == job_changes.Changes((), ())
+    assert software()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert names(tmp_path / "run") == ["job.json", "lock"]
+
+
+def test_what_is_different_is_named_and_sorted_by_what_it_means(state):
+    now = changed(
+        request={"seed": 8, "sigmas": [1.0, 0.4, 0.1], "plan": {"blocks": 4}, "size": [64, 32], "steps": 4},
+        fingerprints={"stage1": "c" * 64},
+        machine={"device": "H200"},
+        arguments={"out": "other.mp4"},
+    )
+    del now["request"]["mode"]
+    changes = state.changes(now)
+    assert changes.forbidding == (
+        f'fingerprints.stage1: "{"a" * 56}... in the stored run, now "{"c" * 56}...',
+        'request.mode: "causal" in the stored run, not given now',
+        "request.plan.blocks: 3 in the stored run, now 4",
+        "request.seed: 7 in the stored run, now 8",
+        "request.sigmas[1]: 0.5 in the stored run, now 0.4",
+        "request.steps: not in the stored run, now 4",
+    )
+    assert changes.inexact == ('machine.device: "H100" in the stored run, now "H200"',)
+
+
+def test_other_software_only_means_other_bits(state, monkeypatch):
+    monkeypatch.setattr(run_state, "software", lambda: {**software(), "torch": "9.9"})
+    changes = state.changes(JOB)
+    assert changes.forbidding == ()
+    (line,) = changes.inexact
+    assert re.fullmatch(r'software\.torch: ".+" in the stored run, now "9\.9"', line)
+
+
+def test_numbers_of_different_kinds_and_missing_sections_are_differences(state):
+    assert state.changes(changed(request={"seed": 7.0})).forbidding == ("request.seed: 7 in the stored run, now 7.0",)
+    assert len(state.changes({}).forbidding) == 7
+    assert len(state.changes({}).inexact) == 2
+
+
+def test_a_folder_without_a_readable_job_is_explained(tmp_path):
+    def opened(text=None, folder="run"):
+        if text is not None:
+            (tmp_path / "run" / "job.json").write_text(text)
+        with pytest.raises(InputError) as caught:
+            RunState.open(tmp_path / folder)
+        return str(caught.value)
+
+    assert opened().endswith("run does not exist")
+    (tmp_path / "file").touch()
+    assert opened(folder="file").endswith("file is not a folder")
+    (tmp_path / "run").mkdir()
+    assert opened().endswith("run has no job.json: no run was begun there")
+    assert names(tmp_path / "run") == []  # looking leaves nothing behind
+    assert "is not readable" in opened("{")
+    assert "is not readable" in opened("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
+    assert "expected an object with schema" in opened("[]")
+    (tmp_path / "run" / "job.json").unlink()
+    (tmp_path / "run" / "lock").unlink()
+    RunState.create(tmp_path / "run", JOB).close()
+    stored = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert "schema version 2, this program reads 1" in opened(json.dumps({**stored, "schema": 2}))
+    edited = {**stored, "job": {**stored["job"], "seed": 9}}
+    assert "damaged or was edited (sha256 differs)" in opened(json.dumps(edited))
+    assert "damaged or was edited" in opened(json.dumps({**stored, "job": [1]}))
+    (tmp_path / "run" / "job.json").write_text(json.dumps(stored))
+    RunState.open(tmp_path / "run").close()
+
+
+def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
+    state.save_segment(1, torch.ones(2))
+    state.close()
+    with pytest.raises(InputError, match=r"already holds job\.json, segment-0001\.safetensors: resume"):
+        RunState.create(tmp_path / "run", JOB)
+    (tmp_path / "run" / "job.json").unlink()
+    with pytest.raises(InputError, match=r"already holds segment-0001\.safetensors"):
+        RunState.create(tmp_path / "run", JOB)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        RunState.create(tmp_path / "file", JOB)
+    # The lock of the failed attempts is free again.
+    (tmp_path / "run" / "segment-0001.safetensors").unlink()
+    RunState.create(tmp_path / "run", JOB).close()
+
+
+# Two at a time
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path, state):
+    code = f"from model.resume.state import RunState; RunState.open({str(tmp_path / 'run')!r})"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"is in use by another process ({os.getpid()})" in other.stderr
+    for attempt in (lambda: RunState.open(tmp_path / "run"), lambda: RunState.create(tmp_path / "run", JOB)):
+        with pytest.raises(InputError, match=rf"in use by another process \({os.getpid()}\)"):
+            attempt()
+    state.close()
+    RunState.open(tmp_path / "run").close()
+
+
+def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(run_state.fcntl, "flock", unsupported)
+    with RunState.create(tmp_path / "run", JOB) as state:
+        state.save("motion", TENSORS)
+    monkeypatch.setattr(run_state, "fcntl", None)  # as on Windows
+    with RunState.open(tmp_path / "run") as state:
+        same(state.load("motion"), TENSORS)
+
+
+# Tensors
+
+
+def test_tensors_come_back_bit_for_bit(state):
+    given = {**TENSORS, "turned": TENSORS["wide"].permute(2, 0, 1), "shared": TENSORS["wide"][:1]}
+    given["nan"] = torch.tensor([float("nan"), -0.0])
+    state.save("condition", given)
+    same(state.load("condition"), given)
+    assert state.load("motion") is None
+    assert state.finished_segments() == ([], [])
+
+
+@pytest.mark.parametrize("name", ["other", "segment-1", "segment-0000", "../motion", "motion.safetensors", ""])
+def test_only_files_of_a_run_have_names(state, name):
+    for use in (lambda: state.save(name, TENSORS), lambda: state.load(name)):
+        with pytest.raises(ValueError, match="expected inputs, motion, condition or segment-0001"):
+            use()
+
+
+def test_a_change_of_any_byte_is_noticed(state):
+    """Or it is in the padding of the header, and what comes back is what was saved."""
+    given = {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor([[3]], dtype=torch.int16)}
+    state.save("motion", given)
+    path = state.folder / "motion.safetensors"
+    good = path.read_bytes()
+    noticed = 0
+    for position in range(len(good)):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        found = state.load("motion")
+        if found is None:
+            noticed += 1
+            assert path.with_name("motion.safetensors.damaged").exists()
+            assert not path.exists()
+        else:
+            same(found, given)
+    assert noticed == len(state.damaged) > 0.9 * len(good)
+    for length in range(len(good)):
+        path.write_bytes(good[:length])
+        assert state.load("motion") is None
+    path.write_bytes(good)
+    same(state.load("motion"), given)
+
+
+def test_a_file_of_another_origin_is_not_taken(state):
+    save_file({"motion": torch.ones(2)}, state.folder / "motion.safetensors")
+    assert state.load("motion") is None
+    assert state.damaged == ["motion.safetensors is damaged (it has no sha256); it has to be made again"]
+
+
+def test_segments_are_there_up_to_the_first_that_is_damaged(state):
+    blocks = [torch.full((1, 2, 3), float(number)) for number in range(1, 6)]
+    for number, given in enumerate(blocks, start=1):
+        state.save_segment(number, given)
+    segments, problems = state.finished_segments()
+    assert torch.equal(torch.stack(segments), torch.stack(blocks))
+    assert problems == []
+    path = state.folder / "segment-0003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    segments, problems = state.finished_segments()
+    assert len(segments) == 2
+    assert problems == ["segment-0003.safetensors is damaged (sha256 differs); starting from segment 3"]
+    assert (state.folder / "segment-0003.safetensors.damaged").read_bytes() == data
+    segments, problems = state.finished_segments()
+    assert (len(segments), problems) == (2, [])
+
+
+def test_what_was_made_from_something_that_is_saved_again_is_dropped(state):
+    """So that a segment never follows one that it was not made from, also where a run makes other bits than before."""
+    before = ["inputs", "motion", "condition"]
+    made = [*before, *map(segment_name, range(1, 5))]
+
+    def there():
+        return [path.stem for path in state.folder.glob("*.safetensors")]
+
+    for name in made:
+        state.save(name, TENSORS)
+    state.save(segment_name(3), TENSORS)
+    assert sorted(there()) == sorted(made[:6])
+    state.save("condition", TENSORS)
+    assert sorted(there()) == sorted(before)
+    state.save(segment_name(1), TENSORS)
+    state.save("inputs", TENSORS)
+    assert there() == ["inputs"]
+
+
+def test_segments_have_their_order_beyond_four_digits(state):
+    for number in (9999, 10000, 10001):
+        state.save_segment(number, torch.ones(1))
+    state.save_segment(10000, torch.ones(1))
+    assert sorted(path.stem for path in state.folder.glob("*.safetensors")) == ["segment-10000", "segment-9999"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(state, monkeypatch):
+    state.save("motion", TENSORS)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left"):
+            state.save("motion", {"other": torch.ones(3)})
+    same(state.load("motion"), TENSORS)
+    assert names(state.folder) == ["job.json", "lock", "motion.safetensors"]
+
+
+# The end
+
+
+def test_removing_a_run_removes_its_files_and_nothing_else(tmp_path, state):
+    for name in ("inputs", "motion", segment_name(1)):
+        state.save(name, TENSORS)
+    own = ["piece-0000.mp4", "piece-0001.mp4.damaged", "condition.safetensors.damaged", ".piece-0002.12.tmp.mp4"]
+    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4"]
+    for name in own + others:
+        (state.folder / name).touch()
+    state.remove()
+    assert names(tmp_path / "run") == sorted(others)
+    for name in others:
+        (tmp_path / "run" / name).unlink()
+    RunState.create(tmp_path / "run", JOB).remove()
+    assert names(tmp_path) == []
+
+
+def test_files_that_a_killed_run_had_begun_are_gone_when_it_goes_on(state):
+    state.close()
+    (state.folder / ".motion.12.tmp.safetensors").touch()
+    (state.folder / ".clip.12.tmp.mp4").touch()
+    RunState.open(state.folder).close()
+    assert names(state.folder) == [".clip.12.tmp.mp4", "job.json", "lock"]
+
+
+def test_devices_have_names():
+    assert device_name(torch.device("cpu")).startswith("cpu (")
+
+
+# Fingerprints
+
+WEIGHTS = {
+    "blocks.0.weight": torch.randn(300, 200, generator=torch.Generator().manual_seed(2)),
+    "blocks.0.bias": torch.randn(300, generator=torch.Generator().manual_seed(3)).bfloat16(),
+    "scale": torch.tensor(2.0),
+}
+
+
+def weights_at(path: Path, **changes):
+    save_file({**WEIGHTS, **changes}, path)
+    return fingerprint(path)
+
+
+def test_the_fingerprint_of_weights_is_that_of_their_content(tmp_path):
+    """Not of the file's name, of its format, or of how it is divided into shards."""
+    first = weights_at(tmp_path / "a.safetensors")
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert weights_at(tmp_path / "b.safetensors") == first
+    turned = {key: WEIGHTS[key] for key in reversed(WEIGHTS)}
+    turned["blocks.0.weight"] = WEIGHTS["blocks.0.weight"].t().contiguous().t()  # other strides
+    torch.save(turned, tmp_path / "a.pth")
+    torch.save({"state_dict": turned}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert fingerprint(tmp_path / "a.pth") == fingerprint(str(tmp_path / "old.pt")) == first
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, key in enumerate(WEIGHTS, start=1):
+        save_file({key: WEIGHTS[key]}, shards / f"model-{number}-of-3.safetensors")
+    assert fingerprint(shards) == first
+    (shards / "config.json").write_text('{"num_heads": 3}')
+    assert fingerprint(shards) != first
+
+
+def test_other_weights_have_another_fingerprint(tmp_path):
+    matrix = WEIGHTS["blocks.0.weight"]
+
+    def with_other(row, column):
+        other = matrix.clone()
+        other[row, column] += 1
+        return {"blocks.0.weight": other}
+
+    first = weights_at(tmp_path / "w.safetensors")
+    different = [
+        with_other(0, 7),
+        with_other(-1, 7),
+        {"blocks.0.weight": matrix.half()},
+        {"blocks.0.weight": matrix.reshape(200, 300)},
+        {"blocks.0.bias": WEIGHTS["blocks.0.bias"] * torch.where(torch.arange(300) == 150, 2, 1)},
+        {"scale": torch.tensor(2.5)},
+        {"more": torch.zeros(1)},
+    ]
+    found = {weights_at(tmp_path / "w.safetensors", **changes) for changes in different}
+    assert len(found | {first}) == len(different) + 1
+    # Of large matrices only the outer rows are read.
+    assert weights_at(tmp_path / "w.safetensors", **with_other(150, 7)) == first
+
+
+def test_only_the_outer_rows_of_large_tensors_are_read(tmp_path, monkeypatch):
+    """No more than 64 KiB and two rows of any: 28 GB take no longer than their headers."""
+    from model.weights import files as weight_files
+
+    size = 0
+
+    def counted(read):
+        def wrapped(*arguments):
+            nonlocal size
+            tensor = read(*arguments)
+            size += tensor.nbytes
+            return tensor
+
+        return wrapped
+
+    class Counted(weight_files.StoredTensor):
+        def __init__(self, shape, dtype, read, read_rows):
+            super().__init__(shape, dtype, counted(read), counted(read_rows))
+
+    monkeypatch.setattr(weight_files, "StoredTensor", Counted)
+    weights_at(tmp_path / "w.safetensors")
+    assert size == 2 * 200 * 4 + 300 * 2 + 4
+    torch.save(WEIGHTS, tmp_path / "w.pth")
+    fingerprint(tmp_path / "w.pth")
+    assert size == 2 * (2 * 200 * 4 + 300 * 2 + 4)
+
+
+def test_float8_weights_have_fingerprints_and_unknown_dtypes_are_explained(tmp_path):
+    eight = WEIGHTS["blocks.0.weight"].repeat(2, 1).to(torch.float8_e4m3fn)
+    found = {weights_at(tmp_path / "w.safetensors", eight=given) for given in (eight, eight[1:], eight.float())}
+    assert len(found) == 3
+    header = json.dumps({"odd": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(InputError, match=r"odd\.safetensors: odd \(f6_e2m3\) cannot be read"):
+        fingerprint(tmp_path / "odd.safetensors")
+    with pytest.raises(InputError, match="does not exist"):
+        fingerprint(tmp_path / "nowhere")
+
+
+def test_other_files_are_read_whole_and_random_weights_are_their_preset_and_seed(tmp_path):
+    (tmp_path / "photo").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
+    assert fingerprint_file(tmp_path / "photo") == expected
+    with pytest.raises(InputError, match=r"lora: .*nowhere cannot be read"):
+        fingerprint_file(tmp_path / "nowhere", "lora")
+    assert len({fingerprint_random(*given) for given in (("tiny", 1), ("tiny", 2), ("1.3b", 1))}) == 3

@@ -1,0 +1,299 @@
+"""DiTs whose blocks live elsewhere or are in 8 bits: the same numbers, the promised bytes, and checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import PRESETS
+from model.dit.model import WanDiT
+from model.errors import InputError
+from model.machine.counted import TensorMemory, elsewhere
+from model.streaming.placement import ALIGNMENT, PRODUCTS, STORAGES, Placement, block_layout, placed_bytes
+from model.weights.load import eight_bit_tensors, load_dit, random_weights
+from model.weights.lora import LoRA, apply_loras, merge_loras
+from tests.conftest import TINY_DIT
+from tests.support.original_names import float8_with_scales, original_dit
+from tests.support.tolerances import relative_error
+
+LAYERS = 5
+CONFIG = replace(TINY_DIT, num_layers=LAYERS)
+META = torch.device("meta")
+#: Spread over three homes: two blocks on the device, one in host memory, two in the file.
+MOVING = {"resident": 2, "pinned": 1}
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, CONFIG.in_channels, 3, 4, 6, generator=draw)
+    return latents, torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 5, CONFIG.text_dim, generator=draw)
+
+
+def output(model: WanDiT) -> Tensor:
+    with torch.no_grad():
+        return model(*inputs())
+
+
+@pytest.fixture(scope="module")
+def plain() -> WanDiT:
+    return random_weights(WanDiT, CONFIG, 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(plain: WanDiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Original names, float32."""
+    path = tmp_path_factory.mktemp("plain") / "wan.safetensors"
+    return saved(original_dit(plain.state_dict()), path)
+
+
+def saved(tensors: dict[str, Tensor], path: Path) -> Path:
+    """With the configuration beside it that the tensors do not show."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    (path.parent / "config.json").write_text(json.dumps({"num_heads": CONFIG.num_heads}))
+    return path
+
+
+def float8_file(plain: WanDiT, path: Path, dtype: torch.dtype = torch.float8_e4m3fn, by_row: bool = False) -> Path:
+    """As ComfyUI ships them."""
+    stored, _ = float8_with_scales(original_dit(plain.state_dict()), dtype=dtype, by_row=by_row)
+    return saved(stored, path)
+
+
+# The decision
+
+
+@pytest.mark.parametrize(("layers", "pinned"), list(itertools.product((1, 2, 7, 30, 40), (0, 1, 5, 60))))
+def test_every_block_has_one_home_and_as_many_as_asked_stay(layers: int, pinned: int) -> None:
+    for resident in range(layers + 2):
+        check_homes(layers, resident, pinned)
+
+
+def check_homes(layers: int, resident: int, pinned: int) -> None:
+    homes = Placement(resident, pinned).homes(layers)
+    stay = min(resident, layers)
+    assert homes.count("device") == stay
+    assert homes.count("host") == min(pinned, layers - stay)
+    assert len(homes) == layers
+    # Evenly: runs of blocks that stay differ by at most one where they lie between two that move.
+    moving = [i for i, home in enumerate(homes) if home != "device"]
+    gaps = {b - a for a, b in itertools.pairwise(moving)}
+    assert len(gaps) <= 2
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def test_everything_stays_by_default() -> None:
+    assert set(Placement().homes(30)) == {"device"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"storage": "int4"}, "storage: expected one of plain, file, float8, int8, got 'int4'"),
+        ({"products": "fast"}, "products: expected one of plain, 8bit, got 'fast'"),
+        ({"resident": -1}, "resident: expected None or at least 0, got -1"),
+        ({"pinned": -2}, "pinned: expected None or at least 0, got -2"),
+        ({"products": "8bit"}, "products: 8bit goes with storage float8 or int8, got plain"),
+        ({"products": "8bit", "storage": "file"}, "products: 8bit goes with storage float8 or int8, got file"),
+    ],
+)
+def test_decisions_that_make_no_sense_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Placement(**fields)
+    assert str(error.value) == message
+
+
+# The bytes
+
+
+PLACEMENTS = [
+    Placement(**where, storage=storage, products=products)
+    for where in ({}, {"resident": 0}, {"resident": 1}, {"resident": LAYERS - 1}, MOVING)
+    for storage in STORAGES
+    for products in PRODUCTS
+    if products == "plain" or storage in ("float8", "int8")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_the_bytes_on_the_device_are_those_promised(placement: Placement, dtype: torch.dtype) -> None:
+    """What is alive after building, without what stands for host memory; on tensors without memory, and with it."""
+    promised = placed_bytes(CONFIG, dtype, placement)
+    for device in ("meta", "cpu"):
+        with TensorMemory() as memory:
+            model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, device=device, placement=placement)
+            # The model is made of tensors that are replaced; what is left is what it holds.
+            found = memory.live
+        assert found == promised.device, device
+        assert model.stream is not None
+
+
+def test_host_memory_is_what_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by letting the count see it."""
+
+    @contextmanager
+    def here() -> Iterator[None]:
+        yield
+
+    placement = Placement(resident=1, pinned=2)
+    promised = placed_bytes(CONFIG, torch.float32, placement)
+    monkeypatch.setattr("model.streaming.placed.elsewhere", here)
+    with TensorMemory() as memory:
+        model = random_weights(WanDiT, CONFIG, 1, placement=placement)
+        assert memory.live == promised.device + promised.pinned
+    del model
+    with TensorMemory() as memory, elsewhere():
+        kept = random_weights(WanDiT, CONFIG, 1, placement=placement)
+        assert memory.live == 0 < len(kept.blocks)
+
+
+@pytest.mark.parametrize("preset", ["1.3b", "14b-1.3b", "5b"])
+def test_8_bits_take_half_of_16_and_a_block_and_four_bytes_a_row(preset: str) -> None:
+    config = PRESETS[preset].stage_one
+    half, eighth = (placed_bytes(config, torch.bfloat16, Placement(storage=s)) for s in ("plain", "float8"))
+    assert 0.5 < eighth.resident / half.resident < 0.503
+    assert eighth.unpacked == pytest.approx(half.resident / config.num_layers, rel=0.005)
+    streamed = placed_bytes(config, torch.bfloat16, Placement(resident=0))
+    assert streamed.slots == pytest.approx(2 * half.resident / config.num_layers, rel=1e-6)
+    assert (streamed.pinned, streamed.copied, streamed.resident) == (half.resident, half.resident, 0)
+
+
+def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
+    for placement in PLACEMENTS:
+        layout = block_layout(CONFIG, torch.bfloat16, placement)
+        for entries in (layout.stored, layout.unpacked):
+            ends = [0, *(entry.offset + entry.nbytes for entry in entries)]
+            assert all(
+                entry.offset % ALIGNMENT == 0 and entry.offset >= end for entry, end in zip(entries, ends, strict=False)
+            )
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.storage in ("plain", "file")], ids=str)
+def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.dtype) -> None:
+    expected = output(random_weights(WanDiT, CONFIG, 1, dtype=dtype))
+    model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, placement=placement)
+    assert torch.equal(output(model), expected)
+    assert torch.equal(output(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("by_row", [False, True], ids=["scale a tensor", "scale a row"])
+@pytest.mark.parametrize("where", [{}, {"resident": 0}, MOVING], ids=["stays", "host", "mixed"])
+def test_float8_files_run_as_they_are(
+    where: dict, by_row: bool, kind: torch.dtype, dtype: torch.dtype, plain: WanDiT, tmp_path: Path
+) -> None:
+    """The result is, bit for bit, that of the same file with its weights multiplied out as they are read."""
+    path = float8_file(plain, tmp_path / "wan.safetensors", kind, by_row)
+    stored = eight_bit_tensors(path)
+    assert len(stored) == LAYERS * 10
+    assert set(stored.values()) == {str(kind).removeprefix("torch.")}
+    expected = load_dit(path, config=CONFIG, dtype=dtype)
+    placement = Placement(**where, storage="file")
+    with TensorMemory() as memory:
+        model = load_dit(path, config=CONFIG, dtype=dtype, placement=placement)
+        found = memory.live
+    assert torch.equal(output(model), output(expected))
+    assert found <= placed_bytes(CONFIG, dtype, placement, stored).device
+    if not where:
+        assert model.blocks[0].ffn.net[0].proj.weight.dtype == dtype  # unpacked
+        matrices = sum(p.numel() for p in expected.blocks.parameters() if p.ndim == 2)
+        plain_bytes = placed_bytes(CONFIG, dtype, Placement()).resident
+        assert plain_bytes - placed_bytes(CONFIG, dtype, placement, stored).resident > 0.8 * matrices * (
+            dtype.itemsize - 1
+        )
+
+
+def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, tmp_path: Path) -> None:
+    """Merged in float32 as always, so that the result is that of the plain way, bit for bit."""
+    path = float8_file(plain, tmp_path / "wan.safetensors")
+    draw = torch.Generator().manual_seed(2)
+    matrix = plain.blocks[1].attn1.to_q.weight
+    factors = {
+        "diffusion_model.blocks.1.self_attn.q.lora_down.weight": torch.randn(2, matrix.shape[1], generator=draw),
+        "diffusion_model.blocks.1.self_attn.q.lora_up.weight": torch.randn(matrix.shape[0], 2, generator=draw),
+    }
+    save_file(factors, tmp_path / "lora.safetensors")
+    loras = [LoRA(tmp_path / "lora.safetensors", 0.7)]
+    without = set(eight_bit_tensors(path)) - set(eight_bit_tensors(path, loras))
+    assert without == {"blocks.1.attn1.to_q.weight"}
+    expected = load_dit(path, config=CONFIG, loras=loras)
+    placed = load_dit(path, config=CONFIG, loras=loras, placement=Placement(**MOVING, storage="file"))
+    assert torch.equal(output(placed), output(expected))
+    assert not torch.equal(output(placed), output(load_dit(path, config=CONFIG)))
+
+
+@pytest.mark.parametrize("storage", ["float8", "int8"])
+def test_quantised_weights_are_near_and_the_same_wherever_they_live(storage: str, checkpoint: Path) -> None:
+    """One scale a row: float8 e4m3 has 4 significant bits, int8 as many as its row's largest number leaves."""
+    exact = load_dit(checkpoint, config=CONFIG)
+    models = [
+        load_dit(checkpoint, config=CONFIG, placement=Placement(**where, storage=storage))
+        for where in ({}, {"resident": 0}, MOVING)
+    ]
+    outputs = [output(model) for model in models]
+    assert all(torch.equal(found, outputs[0]) for found in outputs)
+    error = relative_error(outputs[0], output(exact))
+    assert 1e-4 < error < {"float8": 0.06, "int8": 0.02}[storage]
+
+
+@pytest.mark.parametrize("storage", ["float8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_products_in_8_bits_are_near_and_the_same_wherever_weights_live(
+    storage: str, dtype: torch.dtype, checkpoint: Path
+) -> None:
+    """Activations too have one scale a row: the error is the weights' own and about as much again."""
+    exact = output(load_dit(checkpoint, config=CONFIG))
+    weights_only = load_dit(checkpoint, config=CONFIG, placement=Placement(storage=storage))
+    outputs = [
+        output(
+            load_dit(checkpoint, config=CONFIG, dtype=dtype, placement=Placement(**w, storage=storage, products="8bit"))
+        )
+        for w in ({}, {"resident": 0}, MOVING)
+    ]
+    assert all(torch.equal(found, outputs[0]) for found in outputs)
+    error = relative_error(outputs[0], exact)
+    assert relative_error(output(weights_only), exact) < error < {"float8": 0.12, "int8": 0.05}[storage]
+
+
+def test_products_in_8_bits_read_float8_of_a_file_as_it_is(plain: WanDiT, tmp_path: Path) -> None:
+    path = float8_file(plain, tmp_path / "wan.safetensors")
+    placed = load_dit(path, config=CONFIG, placement=Placement(storage="float8", products="8bit"))
+    stored, _ = float8_with_scales(original_dit(plain.state_dict()))
+    weight = placed.blocks[2].ffn.net[2].weight
+    assert weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(weight.view(torch.uint8), stored["blocks.2.ffn.2.weight"].view(torch.uint8))
+    expected = output(load_dit(path, config=CONFIG))
+    assert relative_error(output(placed), expected) < 0.12
+
+
+@pytest.mark.parametrize(
+    "placement", [Placement(resident=0), Placement(storage="int8"), Placement(storage="int8", products="8bit")], ids=str
+)
+def test_what_would_cut_parameters_off_their_weights_is_refused(placement: Placement, tmp_path: Path) -> None:
+    """Moving, casting, saving, and LoRAs, which work where all blocks stay as they are."""
+    save_file({"blocks.0.attn1.to_q.diff": torch.zeros(48, 48)}, tmp_path / "lora.safetensors")
+    lora = LoRA(tmp_path / "lora.safetensors")
+    model = random_weights(WanDiT, CONFIG, 1, placement=placement)
+    for call in (model.double, model.state_dict, lambda: model.to("cpu", torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="streamed or"):
+            call()
+    for give in (apply_loras, merge_loras):
+        with pytest.raises(InputError, match="blocks are streamed or in 8 bits; give load_dit the LoRAs instead"):
+            give(model, [lora])
+    own = random_weights(WanDiT, CONFIG, 1, placement=Placement())
+    assert own.state_dict().keys() == random_weights(WanDiT, CONFIG, 1).state_dict().keys()
+    assert own.double().dtype == torch.float64

@@ -1,0 +1,270 @@
+"""The order in which streamed blocks come and go, against an engine that does everything at the worst legal moment.
+
+A copy may write as soon as the slot was released, and is not done before it is waited for. :class:`WorstCopies` writes
+NaN into the slot the moment that the copy is asked for, and the weights the moment that it is waited for: whoever reads
+too early, or asks for a copy into a slot that is still read, computes with NaN.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.dit.model import WanDiT
+from model.streaming.placement import Placement
+from model.streaming.stream import SLOTS, BlockStream, DirectCopies, Source
+from model.weights.load import random_weights
+from tests.conftest import TINY_DIT
+
+LAYERS = 7
+PLACEMENTS = [
+    Placement(resident=0),
+    Placement(resident=0, pinned=3),
+    Placement(resident=3, pinned=2),
+    Placement(resident=5),
+    Placement(resident=6),
+    Placement(resident=0, storage="float8"),
+    Placement(resident=2, pinned=2, storage="int8"),
+]
+names = [f"{p.resident}-{p.pinned}-{p.storage}" for p in PLACEMENTS]
+
+
+class WorstCopies(DirectCopies):
+    """See the top of the file. ``told`` is all that it was asked."""
+
+    def __init__(self, slots: list[Tensor]) -> None:
+        super().__init__(slots)
+        self.told: list[tuple[str, int]] = []
+        self.coming: dict[int, Source] = {}
+
+    def fetch(self, slot: int, source: Source) -> None:
+        self.told.append(("fetch", slot))
+        self.slots[slot].view(torch.float32).fill_(float("nan"))
+        self.coming[slot] = source
+
+    def wait(self, slot: int) -> None:
+        self.told.append(("wait", slot))
+        if slot in self.coming:
+            super().fetch(slot, self.coming.pop(slot))
+
+    def release(self, slot: int) -> None:
+        self.told.append(("release", slot))
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, TINY_DIT.in_channels, 3, 4, 6, generator=draw)
+    return latents, torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 5, TINY_DIT.text_dim, generator=draw)
+
+
+def model(placement: Placement | None) -> WanDiT:
+    return random_weights(WanDiT, replace(TINY_DIT, num_layers=LAYERS), 1, placement=placement)
+
+
+def with_engine(dit: WanDiT, engine: type[WorstCopies]) -> WorstCopies:
+    """Puts an engine in place of the model's own."""
+    stream = dit.stream
+    assert isinstance(stream, BlockStream)
+    assert isinstance(stream._engine, DirectCopies)
+    stream._engine = engine(stream._engine.slots)
+    stream._held = [None] * SLOTS
+    return stream._engine
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=names)
+def test_blocks_are_read_after_their_copy_and_before_the_next_one(placement: Placement) -> None:
+    """Two passes with the worst engine give, bit for bit, what the same weights give when they stay."""
+    kept, streamed = model(replace(placement, resident=None)), model(placement)
+    with_engine(streamed, WorstCopies)
+    with torch.no_grad():
+        expected = kept(*inputs())
+        assert torch.isfinite(expected).all()
+        for _ in range(2):
+            assert torch.equal(streamed(*inputs()), expected)
+
+
+class NeverWaits(WorstCopies):
+    def wait(self, slot: int) -> None:
+        self.told.append(("wait", slot))
+
+
+def test_the_worst_engine_finds_a_missing_wait() -> None:
+    dit = model(PLACEMENTS[0])
+    with_engine(dit, NeverWaits)
+    with torch.no_grad():
+        assert not torch.isfinite(dit(*inputs())).all()
+
+
+def test_the_worst_engine_finds_a_copy_into_a_slot_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant that asks for the next block while the present one is still at work."""
+
+    def hasty(self: BlockStream):  # type: ignore[no-untyped-def]
+        for index, block in enumerate(self._blocks):
+            self._await(self._places[index])
+            self._bring(self._following(self._places[index]))
+            yield block
+
+    dit = model(PLACEMENTS[0])
+    with_engine(dit, WorstCopies)
+    monkeypatch.setattr(BlockStream, "walk", hasty)
+    with torch.no_grad():
+        assert not torch.isfinite(dit(*inputs())).all()
+
+
+def test_what_comes_too_early_or_in_vain_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefetch of the wrong block costs a copy and changes nothing: the right one is brought before it is read."""
+    dit, expected = model(PLACEMENTS[0]), model(None)
+    with_engine(dit, WorstCopies)
+    monkeypatch.setattr(BlockStream, "_following", lambda self, place: (place + 1) % len(self._sources))
+    with torch.no_grad():
+        assert torch.equal(dit(*inputs()), expected(*inputs()))
+
+
+def test_the_next_block_is_on_its_way_while_one_runs() -> None:
+    """Each copy is asked for a block before it is waited for, in every pass, and no copy twice."""
+    dit = model(Placement(resident=1))
+    engine = with_engine(dit, WorstCopies)
+    with torch.no_grad():
+        dit(*inputs())
+        engine.told.clear()
+        dit.context(inputs()[2])
+    slots = [place % SLOTS for place in range(6)]
+    expected = []
+    for place, slot in enumerate(slots):
+        expected += [("wait", slot), ("release", slot), ("fetch", slots[(place + SLOTS) % 6])]
+    assert engine.told == expected
+
+
+def test_blocks_that_fill_the_slots_are_copied_once() -> None:
+    dit = model(Placement(resident=LAYERS - SLOTS))
+    engine = with_engine(dit, WorstCopies)
+    with torch.no_grad():
+        for _ in range(3):
+            dit(*inputs())
+    assert [told for told in engine.told if told[0] == "fetch"] == [("fetch", 0), ("fetch", 1)]
+    assert dit.stream is not None
+    assert dit.stream.copies
+
+
+@pytest.mark.parametrize("where", [0, 2, 3])
+def test_a_pass_that_was_broken_off_leaves_nothing_behind(where: int) -> None:
+    """After an error in the middle of a pass the next one is right."""
+    dit, expected = model(Placement(resident=0, pinned=3)), model(None)
+    with_engine(dit, WorstCopies)
+    run = dit.blocks[where].forward
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with torch.no_grad():
+        dit(*inputs())
+        dit.blocks[where].forward = broken
+        with pytest.raises(RuntimeError, match="out of luck"):
+            dit(*inputs())
+        dit.blocks[where].forward = run
+        assert torch.equal(dit(*inputs()), expected(*inputs()))
+
+
+def test_a_file_that_cannot_be_read_ends_the_pass_and_can_be_tried_again() -> None:
+    dit, expected = model(Placement(resident=0, pinned=0)), model(None)
+    stream = dit.stream
+    assert stream is not None
+    source, failing = stream._sources[3], True
+
+    def unreliable(target: Tensor) -> None:
+        if failing:
+            raise OSError("the disk is gone")
+        source(target)  # type: ignore[operator]
+
+    stream._sources[3] = unreliable
+    with torch.no_grad():
+        with pytest.raises(OSError, match="the disk is gone"):
+            dit(*inputs())
+        failing = False
+        assert torch.equal(dit(*inputs()), expected(*inputs()))
+
+
+def test_a_model_that_is_settled_can_go_on() -> None:
+    """What was under way for the next pass is asked for again."""
+    dit, expected = model(Placement(resident=0, pinned=3)), model(None)
+    with_engine(dit, WorstCopies)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(dit(*inputs()), expected(*inputs()))
+            assert dit.stream is not None
+            dit.stream.settle()
+
+
+class SlowCopies(DirectCopies):
+    """Copies by threads, each so slow that it ends only when a block has begun its work after the copy was asked for,
+    but for the first of each slot, which no work can hide. Who waits for a copy instead of working waits in vain."""
+
+    def __init__(self, slots: list[Tensor]) -> None:
+        super().__init__(slots)
+        self.threads: dict[int, threading.Thread] = {}
+        self.working: list[threading.Event] = []
+        self.in_vain = 0
+
+    def fetch(self, slot: int, source: Source) -> None:
+        worked = threading.Event()
+        if slot in self.threads:
+            self.working.append(worked)
+        else:
+            worked.set()
+
+        def copy() -> None:
+            self.in_vain += not worked.wait(timeout=5)
+            DirectCopies.fetch(self, slot, source)
+
+        self.threads[slot] = threading.Thread(target=copy)
+        self.threads[slot].start()
+
+    def wait(self, slot: int) -> None:
+        self.threads[slot].join()
+
+    def work_begins(self) -> None:
+        """Of a block."""
+        while self.working:
+            self.working.pop().set()
+
+
+def test_slow_copies_run_while_blocks_do() -> None:
+    """Every copy but the first two is under way while another block works, and the result is right. Of an even number
+    of blocks: the last of an odd one has the first one's slot."""
+    dit, expected = model(Placement(resident=1)), model(None)
+    stream = dit.stream
+    assert stream is not None
+    engine = SlowCopies(stream._engine.slots)  # type: ignore[union-attr]
+    stream._engine, stream._held = engine, [None] * SLOTS
+    begun = 0
+
+    def announced(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: object, **kwargs: object) -> Any:
+            nonlocal begun
+            begun += 1
+            engine.work_begins()
+            return forward(*args, **kwargs)
+
+        return run
+
+    for block in dit.blocks:
+        block.forward = announced(block.forward)
+        block.attn2.context = announced(block.attn2.context)
+    with torch.no_grad():
+        assert torch.equal(dit(*inputs()), expected(*inputs()))
+    engine.work_begins()
+    for thread in engine.threads.values():
+        thread.join()
+    assert begun == 2 * LAYERS  # the text's keys and values first
+    assert engine.in_vain == 0
+
+
+def test_blocks_that_move_need_something_that_moves_them() -> None:
+    with pytest.raises(ValueError, match="engine: expected one for blocks that are copied, got None"):
+        BlockStream([torch.nn.Identity()], {0: torch.zeros(4, dtype=torch.uint8)}, {}, None)

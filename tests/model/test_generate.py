@@ -1,0 +1,298 @@
+"""``python -m model.generate`` as its user runs it: presets, checkpoints saved by diffusers, and bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.cli.options import chosen_loras
+from model.generate import build_parser, main
+from model.pipeline.components import Components
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.model.pipeline.test_encoders import save_text_encoder
+from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
+from tests.support.tolerances import PARITY, relative_error
+
+ROOT = Path(__file__).parent.parent.parent
+VAE_21 = {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1}
+VAE_22 = VERSIONS["2.2, one block a stage"]
+
+
+def video(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return sum(1 for _ in container.decode(stream)), (stream.width, stream.height)
+
+
+def save_weights(path, z_dim=4, vae=VAE_21, text_dim=32, **stage_one):
+    saved_diffusers_dit(path / "stage1", **{"in_channels": 2 * z_dim + 4, "out_channels": z_dim, **stage_one})
+    saved_diffusers_dit(path / "stage2", in_channels=2 * z_dim + 4, out_channels=z_dim, text_dim=text_dim)
+    saved_diffusers_vae(path / "vae", **vae)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-vae22"])
+def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(preset, photo, tmp_path, capsys):
+    out = tmp_path / "new" / "clip.mp4"
+    assert main([str(photo), "--out", str(out), "--preset", preset, "--frames", "9"]) == 0
+    multiple = 16 if preset == "tiny" else 32
+    count, (width, height) = video(out)
+    assert count == 9
+    assert width % multiple == height % multiple == 0
+    assert width / height == pytest.approx(1.5, rel=0.15)
+    printed = capsys.readouterr()
+    for part in (
+        "random weights: this clip shows the path, not quality",
+        "empty-prompt embedding",
+        "peak memory",
+        f"wrote {out}",
+    ):
+        assert part in printed.out
+    for part in ("Stage I:", "Stage II:", "segment 1/1 step 4/4"):
+        assert part in printed.err
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+def test_the_same_command_twice_writes_the_same_file(mode, photo, tmp_path):
+    clips = [tmp_path / f"{i}.mp4" for i in range(2)]
+    for clip in clips:
+        options = ["--frames", "17", "--size", "64x96", "--mode", mode, "--steps", "2", "--seed", "3"]
+        assert main([str(photo), "--out", str(clip), *options]) == 0
+    assert clips[0].read_bytes() == clips[1].read_bytes()
+    assert video(clips[0]) == (17, (64, 96))
+
+
+def test_checkpoints_of_version_2_1_with_a_prompt(photo, tmp_path, capsys):
+    save_weights(tmp_path / "weights")
+    save_text_encoder(tmp_path / "weights", text_dim=32)
+    options = [
+        "--weights",
+        str(tmp_path / "weights"),
+        "--size",
+        "48x80",
+        "--frames",
+        "21",
+        "--prompt",
+        "a wave rolls in",
+    ]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert video(tmp_path / "clip.mp4") == (21, (48, 80))
+    printed = capsys.readouterr().out
+    assert "prompt 'a wave rolls in' encoded by UMT5" in printed
+    assert "random weights" not in printed
+
+
+def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(photo, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    save_weights(weights, z_dim=6, vae=VAE_22, in_channels=6)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=6, out_channels=6)
+    save_file({"text": torch.randn(9, 32)}, tmp_path / "text.safetensors")
+    options = ["--weights", str(weights), "--size", "64x96", "--frames", "5", "--right", "1", "--blocks", "2"]
+    options += ["--text-embeddings", str(tmp_path / "text.safetensors")]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert video(tmp_path / "clip.mp4") == (5, (64, 96))
+    assert "embeddings from" in capsys.readouterr().out
+
+
+def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
+    """Factors of rank 2 for one layer of the tests' DiTs, and their product."""
+    down, up = torch.randn(2, 48), torch.randn(48, 2)
+    save_file({f"{expert}{module}.lora_A.weight": down, f"{expert}{module}.lora_B.weight": up}, path)
+    return up @ down
+
+
+def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path, capsys):
+    """At their strengths; the second expert takes its own tensors of a file for both."""
+    weights, file, both = tmp_path / "weights", tmp_path / "lora.safetensors", tmp_path / "both.safetensors"
+    save_weights(weights)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=12, out_channels=4)
+    save_lora(tmp_path / "first.safetensors", expert="transformer.")
+    second = save_lora(tmp_path / "second.safetensors", "blocks.1.attn2.to_v", "transformer_2.")
+    save_file(load_file(tmp_path / "first.safetensors") | load_file(tmp_path / "second.safetensors"), both)
+    product = save_lora(file)
+    loras = ["--stage1-lora", f"{file}:0.5", "--stage1-lora", f"{file}:-2", "--stage2-lora", str(file)]
+    loras += ["--stage1-low-noise-lora", f"{both}:1e-1"]
+    args = build_parser().parse_args(["photo", "--out", "clip.mp4", "--weights", str(weights), *loras])
+    chosen, machine = chosen_loras(args), (torch.float32, torch.device("cpu"))
+    plain, merged = (Components.from_directory(weights, *machine, given) for given in (None, chosen))
+    for part, name, addition in (
+        ("stage_one", "blocks.0.attn1.to_q.weight", -1.5 * product),
+        ("stage_two", "blocks.0.attn1.to_q.weight", product),
+        ("low_noise", "blocks.1.attn2.to_v.weight", 0.1 * second),
+    ):
+        before, after = (getattr(components, part)().state_dict() for components in (plain, merged))
+        assert relative_error(after[name], before.pop(name) + addition) < PARITY
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    options = [str(photo), "--weights", str(weights), "--size", "48x80", "--frames", "5", "--steps", "1", "--out"]
+    assert main([*options, str(tmp_path / "plain.mp4")]) == 0
+    capsys.readouterr()
+    assert main([*options, str(tmp_path / "merged.mp4"), *loras]) == 0
+    printed = capsys.readouterr().out
+    for part in (f"{file} at strength 0.5 on stage1\n", f"{both} at strength 0.1 on stage1_low_noise\n"):
+        assert f"LoRA: {part}" in printed
+    assert (tmp_path / "plain.mp4").read_bytes() != (tmp_path / "merged.mp4").read_bytes()
+
+
+def test_loras_that_do_not_fit_end_the_command_before_anything_runs(photo, tmp_path, capsys):
+    weights, out = tmp_path / "weights", tmp_path / "clip.mp4"
+    save_weights(weights)
+    save_lora(tmp_path / "good.safetensors")
+    names = [f"blocks.0.{i}.lora_{kind}.weight" for i in range(11) for kind in "AB"]
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "bad.safetensors")
+
+    def refused(message, *options, given=("--weights", str(weights))):
+        assert main([str(photo), "--out", str(out), *given, *options]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {message}")
+        assert printed.count("\n") == 1
+        return printed
+
+    good, bad = (f"{tmp_path / name}.safetensors" for name in ("good", "bad"))
+    printed = refused("lora: 22 keys do not fit the model: bad.safetensors: blocks.0.0.lora_B", "--stage1-lora", bad)
+    assert printed.count("(no parameter of a Wan DiT)") == 20
+    assert printed.endswith("; and 2 more\n")
+    refused("lora: 22 keys do not fit the model", "--stage1-lora", good, "--stage2-lora", f"{bad}:0.3")
+    refused("lora: nowhere.safetensors does not exist", "--stage2-lora", "nowhere.safetensors:1")
+    refused(f"lora: {weights} has no stage1_low_noise for {good}", "--stage1-low-noise-lora", good)
+    for strength in ("strong", "nan", "inf", ""):
+        text = f"{good}:{strength}"
+        refused(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}", "--stage1-lora", text)
+    refused("lora: expected --weights too", "--stage1-lora", good, given=())
+    assert not out.exists()
+
+
+def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, capsys):
+    options = ["--frames", "5", "--size", "32x32", "--prompt", "waves"]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    assert "the prompt 'waves' is NOT used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "both"], "argument --mode: invalid choice: 'both'"),
+        (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
+        (["--blocks", "x"], "argument --blocks: invalid positive value: 'x'"),
+    ],
+)
+def test_options_that_the_parser_refuses_are_one_line_too(options, message, photo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "250x144"], "size: width and height must be multiples of 16, got 250x144; nearest: 256x144"),
+        (["--size", "big"], "size: expected WIDTHxHEIGHT such as 2560x1408, got 'big'"),
+        (["--frames", "80"], "frames: expected 1 + 4n (5, 9, ... for 4), got 80; nearest: 81"),
+        (["--preset", "huge"], "preset: unknown 'huge'; choose one of tiny, tiny-vae22, 1.3b, 14b-1.3b, 5b"),
+        (["--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
+        (["--weights", "nowhere"], "weights: nowhere does not exist"),
+        (["--shift", "0"], "shift: expected a positive finite number, got 0.0"),
+        (["--text-embeddings", "nowhere"], "text-embeddings: nowhere does not exist"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_no_file(options, message, photo, tmp_path, capsys):
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--weights", str(weights)]
+    weights.mkdir()
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"error: weights: {weights} lacks stage1, stage2, vae; --help shows the layout\n"
+    save_weights(weights, in_channels=9)
+    assert main(command) == 2
+    message = "stage1: with a VAE of 4 channels its in_channels must be 4 or 12 and its out_channels 4, got 9 and 4"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    save_weights(weights)
+    saved_diffusers_dit(weights / "stage1_low_noise", in_channels=4, out_channels=4)
+    assert main(command) == 2
+    assert "stage1_low_noise must have the configuration of" in capsys.readouterr().err
+    shutil.rmtree(weights / "stage1_low_noise")
+    save_weights(weights, image_dim=20, added_kv_proj_dim=48)
+    assert main(command) == 2
+    assert "stage1 reads CLIP tokens, but there is no image_encoder" in capsys.readouterr().err
+    save_weights(weights, text_dim=33)
+    assert main(command) == 2
+    assert "both stages must read the same text width, got [32, 33]" in capsys.readouterr().err
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
+    """In a process whose PyAV cannot be imported."""
+    hidden = tmp_path / "hidden" / "av.py"
+    hidden.parent.mkdir()
+    hidden.write_text("raise ModuleNotFoundError('No module named av', name='av')")
+    command = [sys.executable, "-m", "model.generate", str(photo), "--out", str(tmp_path / "clip.mp4")]
+    environment = {**os.environ, "PYTHONPATH": f"{hidden.parent}{os.pathsep}{ROOT}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: av is not installed; run: pip install -e '.[generate]'\n"
+
+
+def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo, tmp_path, capsys, monkeypatch):
+    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--frames", "5", "--size", "32x32"]
+
+    def failing(*args, **options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("model.pipeline.clip.make_motion", failing)
+    assert main(command) == 1
+    assert "error: out of memory in Stage I ([enforce fail] DefaultCPUAllocator: can't" in capsys.readouterr().err
+
+    def broken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("model.pipeline.clip.make_motion", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main([*command, "--restart"])
+
+
+def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):
+    import model.pipeline.clip as clip
+
+    sample = clip.sample_latents
+
+    def interrupted(*args, **options):
+        for i, segment in enumerate(sample(*args, **options)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield segment
+
+    monkeypatch.setattr(clip, "sample_latents", interrupted)
+    options = ["--frames", "41", "--size", "48x32", "--steps", "1"]
+    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 130
+    assert "kept in" in capsys.readouterr().out
+    assert not (tmp_path / "clip.mp4").exists()
+    assert video(tmp_path / "clip.partial.mp4")[0] == 25  # the anchor and two segments of three blocks
+
+
+def test_help_shows_examples_presets_and_the_layout_of_weights(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "examples:",
+        "python -m model.generate photo.jpg",
+        "14b-1.3b",
+        "DIR/stage1_low_noise",
+        "--stage2-lora FILE[:STRENGTH]",
+    ):
+        assert part in printed

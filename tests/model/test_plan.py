@@ -1,0 +1,306 @@
+"""``python -m model.plan`` and the options that it shares with ``model.generate``: what is asked for is planned, and
+bad input is one line that names its option."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import plan
+from model.cli.options import parse_ram
+from model.cli.request import TEXT_ENCODER_BYTES, request_for
+from model.config import PRESETS
+from model.csg.sampler import plan_segments
+from model.errors import InputError
+from model.machine.host import machine_memory
+from model.memory.cost.gpus import GPUS, chosen_gpu, gpu_named, gpu_of_class
+from model.memory.plan import plan_memory
+from model.memory.report import MemoryPlan
+from model.memory.request import MemoryRequest
+from model.memory.vae_places import Card, device_options
+from model.memory.vae_plan import plan_vae
+from model.pipeline.components import Components
+from model.plan import build_parser, main, planner
+
+GB = 10**9
+SMALL = ("--preset", "1.3b", "--size", "256x128", "--frames", "17", "--ram", "64GB")
+
+
+def told(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What the command prints."""
+    assert main(list(options)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_a_plan_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    out = told(capsys, *SMALL, "--vram", "8GB")
+    assert out.startswith("memory plan: 256x128, 17 frames, Stage I at 128x64\n")
+    assert "predicted for RTX 4060" in out
+    assert "text encoder on the CPU" in out
+    starts = [line[2:11].strip() for line in out.splitlines()[9:15]]
+    assert starts == ["text", "condition", "Stage I", "reference", "Stage II", "decode"]
+    assert "Stage II  all 30 blocks on the device; as they are" in out
+
+
+def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    read = json.loads(told(capsys, *SMALL, "--vram", "8GB", "--json"))
+    args = build_parser().parse_args([*SMALL, "--vram", "8GB"])
+    assert read == plan_memory(planner(args)(8 * GB)).to_json()
+    assert (read["vram_bytes"], read["ram_bytes"], read["gpu"]) == (8 * GB, 64 * GB, "RTX 4060")
+
+
+def test_several_limits_are_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a card in the order given, a refused one with its reason's first line; in JSON a list."""
+
+    def refusing(wanted: MemoryRequest) -> MemoryPlan:
+        if wanted.vram < GB:
+            raise InputError("vram: 0.40 GB are too little\nmore about it")
+        return plan_memory(wanted)
+
+    monkeypatch.setattr(plan, "plan_memory", refusing)
+    options = (*SMALL, "--vram", "16GB,400MB,8GB")
+    head, *rows = told(capsys, *options).splitlines()
+    assert head.split()[0] == "card"
+    assert [row.split("  ")[0] for row in rows[:3]] == ["16.0 GB", "0.40 GB", "8.00 GB"]
+    assert "RTX 4080" in rows[0]
+    assert rows[1] == "0.40 GB  vram: 0.40 GB are too little"
+    assert "RTX 4060" in rows[2]
+    assert "30 plain" in rows[2]
+    assert "more about it" not in "".join(rows)
+    assert "predicted" in rows[-1]
+    read = json.loads(told(capsys, *options, "--json"))
+    assert [entry["vram_bytes"] for entry in read] == [16 * GB, 4 * GB // 10, 8 * GB]
+    assert ["refused" in entry for entry in read] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--size", "1280x704"), {"size": (1280, 704), "motion_size": (640, 352)}),
+        (("--frames", "33"), {"num_frames": 33}),
+        (("--mode", "causal"), {"mode": "causal"}),
+        (("--steps", "8", "--stage1-steps", "6"), {"steps": 8, "stage_one_steps": 6}),
+        (("--storage", "int8", "--products", "8bit"), {"storage": "int8", "products": "8bit"}),
+        (("--gpu", "H200"), {"gpu": GPUS["H200"], "capability": 90}),
+        (("--ram", "none"), {"ram": None}),
+        (("--ram", "24GiB"), {"ram": 24 * 2**30}),
+        (("--vae-memory", "4GB"), {"vae_limit": 4 * GB}),
+        (("--dtype", "float16"), {"dtype": torch.float16}),
+        (("--no-text-encoder",), {"text_encoder_bytes": 0}),
+        (("--from-files",), {"from_files": True}),
+        (
+            (),
+            {"dtype": torch.bfloat16, "text_encoder_bytes": TEXT_ENCODER_BYTES, "from_files": False, "capability": 89},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_every_option_is_in_the_request(options: tuple[str, ...], expected: dict[str, Any]) -> None:
+    found = planner(build_parser().parse_args([*SMALL[:2], *options]))(12 * GB)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.vram == 12 * GB
+
+
+def test_segments_are_those_of_the_options() -> None:
+    options = ["--preset", "1.3b", "--blocks", "2", "--left", "2", "--right", "1", "--no-anchor"]
+    found = planner(build_parser().parse_args(options))(12 * GB).plan
+    assert found == plan_segments(21, 2, 2, 1, anchor=False)
+
+
+def test_without_a_preset_it_is_the_14b_and_the_1_3b() -> None:
+    found = planner(build_parser().parse_args([]))(12 * GB)
+    assert found.stage_one.config == PRESETS["14b-1.3b"].stage_one
+    assert found.size == (2560, 1408)
+
+
+def test_components_say_what_is_in_8_bits_and_in_files() -> None:
+    """A second expert, another VAE and 8-bit tensors are taken from the models of a command."""
+    base = Components.from_preset("1.3b", 0, torch.bfloat16, torch.device("cpu"))
+    small = replace(base.vae_config, base_dim=48, decoder_base_dim=48)
+    stored = {"stage1": {"blocks.0.ffn.net.2.weight": "float8_e4m3fn"}, "stage1_low_noise": {}}
+    components = replace(
+        base, low_noise=base.stage_one, stage_one_vae=base.vae, stage_one_vae_config=small, weights=Path("."),
+        stored=stored,
+    )  # fmt: skip
+    options = {"size": (640, 352), "num_frames": 17, "plan": plan_segments(5), "gpu": GPUS["RTX 4090"]}
+    found = request_for(components, **options, text_encoder=True, vram=8 * GB)
+    assert found.stage_one.stored == stored["stage1"]
+    assert found.low_noise is not None
+    assert dict(found.low_noise.stored) == dict(found.stage_two.stored) == {}
+    assert found.motion_vae == small
+    assert found.from_files
+    assert found.text_encoder_bytes == TEXT_ENCODER_BYTES
+    plain = request_for(base, **options)
+    assert (plain.low_noise, plain.motion_vae, plain.from_files, plain.text_encoder_bytes) == (None, None, False, 0)
+
+
+def test_a_device_is_planned_for_as_the_card_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a CPU, which has no limit, as none."""
+    cpu = device_options(torch.device("cpu"))
+    assert (cpu["vram"], cpu["capability"]) == (None, None)
+    monkeypatch.setattr(plan.Card, "of", lambda device: Card(89, 24 * GB))
+    assert device_options(torch.device("cuda")) == {"vram": 24 * GB, "capability": 89, "gpu": GPUS["RTX 4090"]}
+
+
+@pytest.mark.parametrize(
+    ("memory", "name"),
+    [
+        (6 * GB, "RTX 4060"), (8 * 2**30, "RTX 4060"), (12 * GB, "RTX 4070"), (16 * GB, "RTX 4080"),
+        (24 * 2**30, "RTX 4090"), (32 * GB, "RTX 5090"), (80 * GB, "H100"), (141 * GB, "H200"),
+    ],
+)  # fmt: skip
+def test_seconds_are_for_a_card_of_that_memory(memory: int, name: str) -> None:
+    assert gpu_of_class(memory) == GPUS[name]
+    assert chosen_gpu("A100", memory) == GPUS["A100"]
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 3090", None),
+    ],
+)  # fmt: skip
+def test_a_device_is_found_by_its_name(device: str, name: str | None) -> None:
+    assert gpu_named(device) == (None if name is None else GPUS[name])
+
+
+def test_a_gpu_that_is_there_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its memory and its speed; a larger limit than it has is another card's."""
+    card = type("Properties", (), {"total_memory": 24 * 2**30})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *given: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *given: card)
+    monkeypatch.setattr(Card, "of", classmethod(lambda cls, device: Card(89, 24 * 2**30)))
+    read = json.loads(told(capsys, *SMALL, "--json"))
+    assert (read["vram_bytes"], read["gpu"]) == (24 * 2**30, "RTX 4090")
+    assert chosen_gpu(None, 8 * GB) == GPUS["RTX 4090"]
+    assert chosen_gpu(None, 80 * GB) == GPUS["H100"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--vram", "12x"), "error: vram: expected a size such as 12GB, 12GiB or 500MB, got '12x'"),
+        (("--vram", "8GB,"), "error: vram: expected a size such as 12GB, 12GiB or 500MB, got ''"),
+        (("--vram", "8GB", "--ram", "much"), "error: ram: expected a size such as 12GB, 12GiB or 500MB, got 'much'"),
+        (("--vram", "8GB", "--gpu", "RTX 9"), "error: gpu: unknown 'RTX 9'; choose one of H100"),
+        (("--vram", "8GB", "--size", "100x100"), "error: size: width and height must be multiples of 16"),
+        (("--vram", "8GB", "--frames", "80"), "error: frames: expected 1 + 4n"),
+        (("--vram", "8GB", "--preset", "3b"), "error: preset: unknown '3b'"),
+        (("--vram", "8GB", "--weights", "missing"), "error: weights: missing does not exist"),
+        (("--vram", "8GB", "--vae-memory", "x"), "error: vae-memory: expected a size such as 12GB"),
+        (("--vram", "8GB", "--storage", "plain", "--products", "8bit"), "error: products: 8bit goes with storage auto"),
+        (("--vram", "8GB", "--stage1-lora", "x.safetensors"), "error: lora: expected --weights too"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_options_are_one_line(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(options)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_without_a_gpu_a_limit_has_to_be_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ((), ("--vram", "auto")):
+        assert main([*SMALL, *options]) == 2
+        assert "vram: expected sizes such as 12GB or 8GB,24GB, since torch sees no GPU" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL[:-1], "14GB", "--vram", "8GB"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ram: 14.0 GB are too little")
+    assert "--text-embeddings" in err.splitlines()[0]
+
+
+def machine(root: Path, total: int, groups: str = "", limits: dict[str, str] | None = None) -> Path:
+    """The kernel's files of a machine with ``total`` kB."""
+    files = {"proc/meminfo": f"MemTotal:       {total} kB\nMemFree: 1 kB\n", "proc/self/cgroup": groups}
+    for name, text in (files | (limits or {})).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("", {}, 64 * 2**30),
+        ("0::/\n", {"sys/fs/cgroup/memory.max": f"{8 * GB}\n"}, 8 * GB),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": f"{9 * GB}\n"}, 9 * GB),
+        ("0::/a\n", {"sys/fs/cgroup/a/memory.max": f"{900 * GB}\n"}, 64 * 2**30),
+        ("3:cpu:/x\n4:memory:/y\n", {"sys/fs/cgroup/memory/y/memory.limit_in_bytes": f"{5 * GB}\n"}, 5 * GB),
+        ("4:memory:/y\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{6 * GB}\n"}, 6 * GB),
+    ],
+    ids=["no group", "container", "a group above", "a higher limit", "version 1", "version 1, container"],
+)
+def test_memory_is_the_machines_or_its_control_groups(
+    tmp_path: Path, groups: str, limits: dict[str, str], expected: int
+) -> None:
+    assert machine_memory(machine(tmp_path, 64 * 2**20, groups, limits)) == expected
+
+
+def test_a_machine_that_does_not_tell_has_no_limit(tmp_path: Path) -> None:
+    assert machine_memory(tmp_path) is None
+    assert parse_ram("none") is None
+    assert parse_ram("3GB") == 3 * GB
+    with pytest.raises(InputError, match=r"^ram: expected a size"):
+        parse_ram("3 apples")
+
+
+def test_the_vae_alone_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    out = told(capsys, "--vae", "--size", "640x352", "--vae-memory", "4GB")
+    assert "decode 640x352 in bfloat16, 21 latent frames handed over at once" in out
+    assert "encode 640x352 in float32" in out
+    assert "predicted by counting tensors" in out
+
+
+def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--preset", "5b", "--size", "640x352", "--vae-memory", "2GB", "--gpu", "RTX 5090", "--piece", "3")
+    data = json.loads(told(capsys, "--vae", "decode", *options, "--dtype", "float16", "--json"))
+    planned = plan_vae(
+        PRESETS["5b"].vae, "decode", 640, 352, dtype=torch.float16, limit=2 * GB, capability=120, piece=3
+    )
+    assert list(data) == ["decode"]
+    assert data["decode"] == {**asdict(planned.plan), "dtype": "float16", "peak_bytes": planned.peak.total}
+    assert planned.plan.tiles > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--vae", "--size", "100x100"), "multiples of 8, got 100x100"),
+        (("--vae", "decode", "--size", "640x352", "--vae-memory", "1MB"), "the smallest plan needs"),
+        (("--vae", "both", "--vram", "4GB"), "vae: the VAE alone takes --piece, --size"),
+        (("--piece", "3"), "piece: goes with --vae"),
+        (("--vae", "half"), "argument --vae: invalid choice: 'half'"),
+        (("--vae", "--frames", "80"), "frames: expected 1 + 4n"),
+    ],
+)
+def test_what_does_not_go_with_the_vae_alone_is_refused(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(list(options))
+    except SystemExit as done:  # argparse's own refusals
+        code = done.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err.splitlines()[0]

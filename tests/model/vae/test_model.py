@@ -1,0 +1,125 @@
+"""The VAE against diffusers' ``AutoencoderKLWan`` on random weights, and streaming against the whole clip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from model import load_vae
+from tests.support.tolerances import EXACT, PARITY, relative_error
+
+VERSIONS = {
+    "2.1": {"base_dim": 4, "z_dim": 4},
+    "2.1, diffusers' test model": {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "2.1, other temporal stages": {"base_dim": 4, "z_dim": 4, "temperal_downsample": [True, True, False]},
+    "2.2": {
+        "base_dim": 4,
+        "decoder_base_dim": 8,
+        "z_dim": 8,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+    "2.2, one block a stage": {
+        "base_dim": 4,
+        "z_dim": 6,
+        "num_res_blocks": 1,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+}
+
+
+def saved_diffusers_vae(path, **config):
+    """A diffusers model with non-trivial norms and statistics whose output is not lost in the clamp."""
+    z_dim = config["z_dim"]
+    statistics = {"latents_mean": torch.randn(z_dim).tolist(), "latents_std": (0.5 + torch.rand(z_dim)).tolist()}
+    model = AutoencoderKLWan(**config, **statistics).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("gamma"):
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.decoder.conv_out.weight *= 0.3
+    model.save_pretrained(path)
+    return model
+
+
+def statistics(model):
+    return (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (model.config.latents_mean, model.config.latents_std)
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("batch", "num_frames", "rows", "columns"), [(1, 1, 2, 3), (2, 9, 3, 2), (1, 13, 1, 2)])
+def test_equals_diffusers(version, batch, num_frames, rows, columns, tmp_path):
+    theirs = saved_diffusers_vae(tmp_path, **VERSIONS[version])
+    ours = load_vae(tmp_path)
+    mean, std = statistics(theirs)
+    stride = ours.config.spatial_stride
+    video = torch.rand(batch, 3, num_frames, rows * stride, columns * stride) * 2 - 1
+    with torch.no_grad():
+        mode = theirs.encode(video).latent_dist.mode()
+        assert relative_error(ours.encode(video), (mode - mean) / std) < PARITY
+        latents = torch.randn_like(mode)
+        expected = theirs.decode(latents * std + mean).sample
+    assert (expected.abs() < 1).float().mean() > 0.9
+    assert relative_error(ours.decode(latents), expected) < PARITY
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (5,)], ids=str)
+def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
+    """In float64, so that a wrong cache cannot hide behind rounding; pieces count latent frames."""
+    saved_diffusers_vae(tmp_path, **VERSIONS[version])
+    vae = load_vae(tmp_path, dtype=torch.float64)
+    stride = vae.config.spatial_stride
+    latents = torch.randn(1, vae.config.z_dim, 5, 2, 3, dtype=torch.float64)
+    video = torch.rand(1, 3, 17, 2 * stride, stride, dtype=torch.float64) * 2 - 1
+    frames = [4 * piece - 3 * (i == 0) for i, piece in enumerate(pieces)]
+    decoded = list(vae.decode_stream(latents.split(pieces, dim=2)))
+    encoded = list(vae.encode_stream(video.split(frames, dim=2)))
+    assert [piece.shape[2] for piece in decoded] == frames
+    assert [piece.shape[2] for piece in encoded] == list(pieces)
+    # The reference is one call over all frames at once, with no cache involved.
+    whole_decode, whole_encode = next(vae.decode_stream([latents])), next(vae.encode_stream([video]))
+    assert relative_error(torch.cat(decoded, dim=2), whole_decode) < EXACT
+    assert relative_error(torch.cat(encoded, dim=2), whole_encode) < EXACT
+    assert relative_error(vae.decode(latents), whole_decode) < EXACT
+    assert relative_error(vae.encode(video), whole_encode) < EXACT
+
+
+def test_streams_are_independent_of_each_other(tiny_vae):
+    """State belongs to a stream, not to the model: two clips decoded in turn equal the same clips one by one."""
+    first, second = torch.randn(2, 1, 4, 3, 2, 2)
+    turns = zip(*(tiny_vae.decode_stream(clip.split(1, dim=2)) for clip in (first, second)), strict=True)
+    for clip, pieces in zip((first, second), zip(*turns, strict=True), strict=True):
+        assert torch.equal(torch.cat(pieces, dim=2), tiny_vae.decode(clip))
+
+
+def test_decode_is_clamped(tiny_vae):
+    assert tiny_vae.decode(100 * torch.randn(1, 4, 2, 2, 2)).abs().max() == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 6, 16, 16), r"expected 1 \+ 4n frames, got 6"),
+        ((1, 3, 5, 16, 20), "multiples of 8, got 16 x 20"),
+        ((1, 4, 5, 16, 16), r"expected \[B, 3, F, H, W\]"),
+    ],
+)
+def test_encode_names_what_does_not_fit(tiny_vae, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_vae.encode(torch.zeros(shape))
+
+
+def test_decode_names_what_does_not_fit(tiny_vae):
+    with pytest.raises(ValueError, match=r"latents: expected \[B, 4, T, h, w\]"):
+        tiny_vae.decode(torch.zeros(1, 5, 1, 2, 2))

@@ -1,0 +1,396 @@
+"""Files that are damaged, made by hand or no checkpoints at all: one line that says what is wrong with which file.
+
+Everything here goes through ``model.inspect``, whose exit code and JSON it checks, and through the loaders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import DiTConfig, InputError, LoRA, VAEConfig, WanDiT, WanVAE, load_dit, load_vae, merge_loras
+from model.config import PRESETS
+from model.inspect import main
+from model.weights.files import open_weights
+from model.weights.load import inspect_dit, random_weights
+from tests.conftest import TINY_DIT
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.model.vae.test_model import saved_diffusers_vae
+from tests.support.lora_spellings import MODULE, pair, saved
+from tests.support.original_names import float8_with_scales, original_dit
+
+DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=8, in_channels=36, text_dim=8, freq_dim=8)
+CLIP_DIT = replace(DIT, image_dim=4, added_kv=True, pos_embed_seq_len=6)
+VAES = {
+    "2.1": VAEConfig(base_dim=4, decoder_base_dim=8),
+    "2.2": replace(PRESETS["5b"].vae, base_dim=4, decoder_base_dim=8),
+}
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.fixture
+def refused(inspected):
+    """The file is said not to load, with this exit code, and the loader says why in one line that names it."""
+
+    def check(path, code, *words, load=load_dit, named=None):
+        given, printed = inspected(path)
+        assert given == code
+        (report,) = printed["checkpoints"]
+        assert report["loads"] is False
+        with pytest.raises(InputError) as error:
+            load(path)
+        for text in (report["problem"], str(error.value)):
+            assert "\n" not in text
+            assert all(word in text for word in words), text
+        assert str(named or path) in str(error.value)
+
+    return check
+
+
+PICKLES = {
+    "empty": (b"", "EOFError"),
+    "text": (b"hello\n", "cannot be loaded with weights_only=True: "),
+    "zeros": (b"\x00" * 50, "cannot be loaded with weights_only=True: "),
+    "half an archive": (b"PK\x03\x04" + b"\x00" * 50, "cannot be loaded with weights_only=True: "),
+    "numbered": ({1: torch.zeros(2)}, "does not hold a plain dictionary of names and dense tensors"),
+    "numbered inside": ({"state_dict": {1: 2}}, "does not hold a plain dictionary of names and dense tensors"),
+    "sparse": ({"a": torch.eye(2).to_sparse()}, "does not hold a plain dictionary of names and dense tensors"),
+    "without data": ({"a": torch.zeros(2, device="meta")}, "does not hold a plain dictionary of names and dense"),
+    "a number": (5, "does not hold a plain dictionary of names and dense tensors"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_of_anything_else_are_refused(kind, suffix, tmp_path, refused):
+    content, message = PICKLES[kind]
+    file = tmp_path / f"t{suffix}"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    refused(file, 2, message, str(file))
+
+
+INDICES = {
+    "a number": ({"a": 1}, "names 1; expected names of files in its own folder"),
+    "a folder above": (
+        {"a": "../x.safetensors"},
+        "names '../x.safetensors'; expected names of files in its own folder",
+    ),
+    "two kinds": ({"a": 1, "b": "x.safetensors"}, "is not a readable index of shards"),
+    "a list": ({"a": ["x"]}, "is not a readable index of shards"),
+    "Windows' folder above": ({"a": "..\\x.safetensors"}, "expected names of files in its own folder"),
+    "a drive": ({"a": "C:x.safetensors"}, "expected names of files in its own folder"),
+    "a root": ({"a": "/x.safetensors"}, "expected names of files in its own folder"),
+    "no name": ({"a": ""}, "names ''; expected names of files in its own folder"),
+    "nothing": ({}, "names no shards"),
+    "a folder": ({"a": "folder"}, "lacks the shards folder"),
+    "too long a name": ({"a": "x" * 5000}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_an_index_names_files_in_its_own_folder(kind, tmp_path, refused, inspected):
+    """A shard above the folder exists and would load."""
+    folder = tmp_path / "model"
+    (folder / "folder").mkdir(parents=True)
+    weight_map, message = INDICES[kind]
+    saved(tmp_path / "x.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(index, 2, message, named=folder if message.startswith("lacks") else index)
+    saved(folder / "other.safetensors", {"a": torch.zeros(1)})
+    code, printed = inspected(folder)
+    problems = {report["path"]: report["problem"] for report in printed["checkpoints"]}
+    assert code == 2
+    assert message in problems[str(folder)]
+    assert "unknown" in problems[str(folder / "other.safetensors")]
+
+
+def test_json_too_deep_to_read_is_refused(tmp_path, refused):
+    deep = "[" * 100_000
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(deep)
+    refused(index, 2, "is not a readable index of shards")
+    (tmp_path / "x").mkdir()
+    file = saved(tmp_path / "x" / "x.safetensors", {"a": torch.zeros(1)})
+    (tmp_path / "x" / "config.json").write_text(deep)
+    refused(file, 2, "is not readable JSON", named=tmp_path / "x" / "config.json")
+
+
+def test_paths_that_are_neither_files_nor_directories(tmp_path, inspected, refused):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    for path, message in (
+        (tmp_path / "pipe.safetensors", "is neither a file nor a directory"),
+        (tmp_path / ("x" * 5000), "cannot be read"),
+    ):
+        for load in (load_dit, load_vae):
+            with pytest.raises(InputError, match=message):
+                load(path)
+    with pytest.raises(InputError, match="/dev/null is neither a file nor a directory"):
+        open_weights(type(tmp_path)("/dev/null"))
+    refused(tmp_path / "pipe.safetensors", 2, "is neither a file nor a directory")
+    assert inspected(tmp_path / ("x" * 5000))[0] == 2
+    code, printed = inspected(tmp_path)
+    assert (code, len(printed["checkpoints"])) == (2, 2)
+    with pytest.raises(InputError, match="cannot be read"):
+        merge_loras(random_weights(WanDiT, TINY_DIT, 0), [LoRA(tmp_path / ("x" * 5000))])
+
+
+SHAPES = {
+    "one number": torch.zeros(()),
+    "nothing": torch.zeros(0),
+    "a row": torch.zeros(3),
+    "a matrix": torch.zeros(2, 2),
+    "a cube": torch.zeros(2, 2, 2),
+    "ones": torch.zeros(1, 1, 1, 1, 1),
+    "empty": torch.zeros(4, 0, 1),
+    "complex": torch.zeros(2, 2, dtype=torch.complex64),
+    "an integer": torch.zeros((), dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_of_any_shape_in_the_place_of_a_dits(shape, tmp_path, refused):
+    """Every tensor that the configuration is inferred from, and one that it is not."""
+    state = random_weights(WanDiT, CLIP_DIT, 0).state_dict()
+    file = tmp_path / "wan.safetensors"
+    embedder = "condition_embedder"
+    for key in (
+        "patch_embedding.weight",
+        "proj_out.weight",
+        f"{embedder}.text_embedder.linear_1.weight",
+        f"{embedder}.time_embedder.linear_1.weight",
+        f"{embedder}.image_embedder.norm1.weight",
+        f"{embedder}.image_embedder.pos_embed",
+        "blocks.0.ffn.net.0.proj.weight",
+        "blocks.1.attn2.to_q.bias",
+    ):
+        saved(file, state | {key: SHAPES[shape]})
+        refused(file, 1)
+
+
+@pytest.mark.parametrize("version", VAES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_of_any_shape_in_the_place_of_a_vaes(shape, version, tmp_path, refused):
+    state = random_weights(WanVAE, VAES[version], 0).state_dict()
+    first = "encoder.down_blocks.0." + ("resnets.0.conv1.weight" if version == "2.2" else "conv1.weight")
+    file = tmp_path / "vae.safetensors"
+    for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight", first):
+        saved(file, state | {key: SHAPES[shape]})
+        refused(file, 1, load=load_vae)
+
+
+def test_a_message_names_the_tensor_and_both_shapes(tmp_path, refused):
+    state = random_weights(WanDiT, DIT, 0).state_dict()
+    file = saved(tmp_path / "wan.safetensors", state | {"patch_embedding.weight": torch.zeros(2, 2)})
+    refused(file, 1, "tensor 'patch_embedding.weight' has the shape [2, 2], expected 5 sizes above 0")
+    bias = {"blocks.0.attn1.to_q.bias": torch.zeros(128, dtype=torch.complex64)}
+    refused(saved(file, state | bias), 1, "blocks.0.attn1.to_q.bias is complex64, expected floats")
+
+
+@pytest.mark.parametrize("version", VAES)
+def test_a_vae_without_its_blocks(version, tmp_path, refused):
+    state = random_weights(WanVAE, VAES[version], 0).state_dict()
+    without = {key: tensor for key, tensor in state.items() if "down_blocks" not in key}
+    file = saved(tmp_path / "vae.safetensors", without)
+    refused(file, 1, "tensor 'encoder.down_blocks.0.conv1.weight' is missing", load=load_vae)
+    for name in ("decoder.odd.resample.1.weight", "decoder.resample", f"decoder.upsamples.{'9' * 5000}.time_conv.a"):
+        marked = {"x.residual.0": torch.zeros(1), name: torch.zeros(1)}
+        refused(saved(file, state | marked), 1, name, load=load_vae)
+
+
+@pytest.mark.parametrize("number", ["99999", "9" * 5000])
+def test_a_block_with_a_huge_number_is_surplus(number, tmp_path, refused):
+    """It would take minutes to build so many layers, and Python makes no integer of 5000 digits."""
+    start = time.perf_counter()
+    state = random_weights(WanDiT, DIT, 0).state_dict()
+    file = saved(tmp_path / "wan.safetensors", state | {f"blocks.{number}.x": torch.zeros(1)})
+    refused(file, 1, "missing blocks.2.attn1.to_q.weight")
+    with pytest.raises(InputError, match=rf"surplus blocks\.{number}\.x"):
+        load_dit(file)
+    state = random_weights(WanVAE, VAES["2.2"], 0).state_dict()
+    file = saved(tmp_path / "vae.safetensors", state | {f"encoder.down_blocks.{number}.x": torch.zeros(1)})
+    refused(file, 1, "tensor 'encoder.down_blocks.4.resnets.0.conv1.weight' is missing", load=load_vae)
+    assert time.perf_counter() - start < 30
+
+
+WRONG = [0, -1, "x", [], ["a"], {}, True, 1.5, math.nan, math.inf, 10**30, 10**400, 99_999_999]
+#: Of these keys, values of the list that are sensible; of others all are wrong.
+SENSIBLE = {
+    "cross_attn_norm": [True],
+    "is_residual": [True],
+    "eps": [1.5, 10**30, 99_999_999],
+}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=[str(value)[:12] for value in WRONG])
+def test_values_of_a_diffusers_config_are_checked(value, tmp_path, refused):
+    saved_diffusers_dit(tmp_path / "dit", in_channels=36, image_dim=20, added_kv_proj_dim=48)
+    saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4, num_res_blocks=1)
+    keys = {
+        "dit": (
+            *("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "in_channels", "text_dim"),
+            *("freq_dim", "patch_size", "eps", "cross_attn_norm", "image_dim", "pos_embed_seq_len"),
+            "added_kv_proj_dim",
+        ),
+        "vae": (
+            *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std"),
+            *("in_channels", "is_residual"),
+        ),
+    }
+    for name, load in (("dit", load_dit), ("vae", load_vae)):
+        file = tmp_path / name / "config.json"
+        config = json.loads(file.read_text())
+        for key in keys[name]:
+            if any(type(value) is type(sensible) and value == sensible for sensible in SENSIBLE.get(key, ())):
+                continue
+            file.write_text(json.dumps({**config, key: value}))
+            refused(tmp_path / name, 1, load=load)
+
+
+def test_a_message_names_the_key_of_the_config_and_its_value(tmp_path, refused):
+    saved_diffusers_dit(tmp_path / "dit")
+    file = tmp_path / "dit" / "config.json"
+    config = json.loads(file.read_text())
+    for key, value, message in (
+        ("num_attention_heads", "x", "num_attention_heads: expected an integer of at least 1, got 'x'"),
+        ("patch_size", 2, "patch_size: expected a list, got 2"),
+        ("eps", math.nan, "eps: expected a finite number, got nan"),
+        ("num_layers", 10_000, "its configuration has 10000 layers, and it holds "),
+        ("ffn_dim", 10**30, "sizes beyond what torch can count"),
+    ):
+        file.write_text(json.dumps({**config, key: value}))
+        refused(tmp_path / "dit", 1, message)
+    for value in (["a"], {"a": 1}, 5):
+        file.write_text(json.dumps({**config, "_class_name": value}))
+        refused(tmp_path / "dit", 2, f"_class_name: expected a string, got {value!r}")
+
+
+@pytest.mark.parametrize("heads", [0, -1, "a", [1], 3, 1.0, True])
+def test_heads_of_an_original_config_are_checked(heads, tmp_path, refused):
+    saved(tmp_path / "wan.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": heads}))
+    refused(tmp_path, 1, "num_heads: expected ", f"got {heads!r}")
+
+
+def test_the_config_of_an_encoder_may_say_anything(tmp_path, inspected):
+    state = {
+        "encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4),
+        "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(4, 4),
+        "encoder.final_layer_norm.weight": torch.zeros(()),
+    }
+    saved(tmp_path / "model.safetensors", state)
+    for width in ([1], {"a": 1}, "x", None):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5", "num_layers": 2, "d_model": width}))
+        code, printed = inspected(tmp_path)
+        assert (code, printed["checkpoints"][0]["kind"]) == (1, "UMT5 text encoder")
+        assert printed["checkpoints"][0]["problem"].endswith("the tensors are 2 layers of width unknown")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scales_of_float8_are_finite_when_they_are_read(value, tmp_path):
+    stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    key = "blocks.0.self_attn.q.scale_weight"
+    file = saved(tmp_path / "wan.safetensors", stored | {key: torch.full_like(stored[key], value)})
+    with pytest.raises(InputError, match=rf"wan\.safetensors: {key}: expected finite numbers"):
+        load_dit(file)
+
+
+def test_a_scale_may_have_more_dimensions_than_its_weight(tmp_path):
+    """Of one number, whatever its shape."""
+    stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    expected = load_dit(saved(tmp_path / "wan.safetensors", stored)).state_dict()
+    shaped = {key: tensor.view(1, 1, 1) if key.endswith("scale_weight") else tensor for key, tensor in stored.items()}
+    given = load_dit(saved(tmp_path / "wan.safetensors", shaped)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in given.items())
+
+
+def test_what_describes_a_quantisation_is_bytes_and_scalars_have_no_rows(tmp_path, refused):
+    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
+    key = "blocks.0.ffn.0"
+    file = saved(tmp_path / "wan.safetensors", state | {f"{key}.comfy_quant": torch.zeros(2)})
+    refused(file, 2, f"{key}.comfy_quant is float32, expected uint8")
+    scaled = {f"{key}.weight": torch.zeros(()), f"{key}.scale_weight": torch.ones(2)}
+    refused(saved(file, state | scaled), 1)
+
+
+def test_json_is_printed_where_nothing_can_be_inspected(tmp_path, capsys):
+    empty, lora = tmp_path / "empty", saved(tmp_path / "lora.safetensors", pair())
+    empty.mkdir()
+    dit = saved(tmp_path / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    other = saved(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
+    for arguments in (
+        [empty],
+        [dit, "--for", dit],
+        [lora, "--for", other],
+        [lora, "--for", tmp_path / "nowhere"],
+        [lora, "--for", empty],
+        [tmp_path, "--for", other],
+    ):
+        assert main([*map(str, arguments), "--json"]) == 2
+        printed = capsys.readouterr()
+        result = json.loads(printed.out)
+        assert result.keys() == {"path", "error"}
+        assert result["path"] == str(arguments[0])
+        assert printed.err == f"error: {result['error']}\n"
+
+
+def test_one_bad_file_does_not_keep_the_others_from_being_reported(tmp_path, inspected):
+    """With and without a model to hold LoRAs against."""
+    state = random_weights(WanDiT, DIT, 0).state_dict()
+    dit = saved(tmp_path / "dit.safetensors", original_dit(state))
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    saved(folder / "good.safetensors", pair())
+    saved(folder / "model.safetensors", state)
+    saved(folder / "scalar.safetensors", pair() | {f"{MODULE}.lora_down.weight": torch.ones(())})
+    saved(folder / "inf.safetensors", pair() | {f"{MODULE}.alpha": torch.tensor(math.inf)})
+    saved(folder / "shape.safetensors", state | {"patch_embedding.weight": torch.zeros(())})
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "hello.pt").write_bytes(b"hello\n")
+    torch.save({1: torch.zeros(1)}, folder / "numbered.bin")
+    expected = {
+        "good.safetensors": 0,
+        "model.safetensors": 0,
+        "scalar.safetensors": 1,
+        "inf.safetensors": 1,
+        "shape.safetensors": 1,
+        "empty.pth": 2,
+        "hello.pt": 2,
+        "numbered.bin": 2,
+    }
+    for options, codes in (
+        ((), expected),
+        (("--for", dit), expected | {"model.safetensors": 2, "shape.safetensors": 2}),
+    ):
+        code, printed = inspected(folder, *options)
+        assert code == 2
+        reports = {os.path.basename(report["path"]): report for report in printed["checkpoints"]}
+        assert {name: report["exit_code"] for name, report in reports.items()} == codes
+        assert all((report["problem"] is None) == (report["exit_code"] == 0) for report in reports.values())
+
+
+def test_a_config_with_more_layers_than_tensors_is_not_built(tmp_path):
+    """Given by the caller too."""
+    file = saved(tmp_path / "wan.safetensors", {"a.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="its configuration has 40 layers, and it holds 1 tensors"):
+        load_dit(file, config=replace(DIT, num_layers=40))
+    with pytest.raises(InputError, match=r"'patch_embedding\.weight' is missing"):
+        inspect_dit(file)
+
+
+def test_a_parameter_under_two_names_is_refused(tmp_path, refused):
+    """Both namings in one file: which of the two was meant, nobody can know."""
+    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
+    state["blocks.1.attn1.to_q.weight"] = state["blocks.1.self_attn.q.weight"].clone()
+    words = "twice", "blocks.1.self_attn.q.weight", "blocks.1.attn1.to_q.weight"
+    refused(saved(tmp_path / "dit.safetensors", state), 1, *words)

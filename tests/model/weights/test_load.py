@@ -1,0 +1,314 @@
+"""Loading: diffusers directories, original files of the DiT and the VAEs, float8, shards, pickles, what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from safetensors.torch import save_file
+
+from model import DiTConfig, InputError, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
+from model.config import PRESETS
+from model.weights.load import inspect_dit, inspect_vae, random_weights
+from tests.conftest import TINY_DIT
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.model.vae.test_model import saved_diffusers_vae
+from tests.support.original_names import float8_with_scales, original_dit, original_vae
+
+CLIP_DIT = DiTConfig(
+    num_heads=1, num_layers=2, ffn_dim=96, in_channels=36, text_dim=32, freq_dim=64, image_dim=20, added_kv=True
+)
+VAE_21 = VAEConfig(base_dim=4, decoder_base_dim=8)
+VAE_22 = replace(PRESETS["5b"].vae, base_dim=4, decoder_base_dim=8)
+
+
+def same_state(loaded, model):
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    return all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("config", [CLIP_DIT, DiTConfig(num_heads=2, num_layers=1, ffn_dim=8, cross_attn_norm=False)])
+def test_original_dit_file_loads_and_its_config_is_inferred(config, prefix, tmp_path):
+    model = random_weights(WanDiT, config, 0)
+    original = original_dit(model.state_dict())
+    assert convert_wan_transformer_to_diffusers(dict(original)).keys() == model.state_dict().keys()
+    save_file({prefix + name: tensor for name, tensor in original.items()}, tmp_path / "wan.safetensors")
+    loaded = load_dit(tmp_path / "wan.safetensors")
+    assert loaded.config == config
+    assert same_state(loaded, model)
+
+
+def test_original_dit_directory_with_shards_and_config(tmp_path):
+    """The layout of the Wan repositories; heads of another size than 128 are known from config.json only."""
+    model = random_weights(WanDiT, TINY_DIT, 0)
+    original = original_dit(model.state_dict())
+    names = sorted(original)
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, part in shards.items():
+        save_file({name: original[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="number of heads cannot be read"):
+        load_dit(tmp_path)
+    assert same_state(load_dit(tmp_path, config=TINY_DIT), model)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "num_heads": 2, "eps": 1e-6}))
+    assert load_dit(tmp_path).config == TINY_DIT
+    assert same_state(load_dit(tmp_path), model)
+    index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    assert same_state(load_dit(index_file), model)
+    save_file(original, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match="in more than one file"):
+        load_dit(tmp_path)
+    (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="lacks the shards diffusion_pytorch_model-00002-of-00002"):
+        load_dit(tmp_path)
+
+
+def json_tensor(value):
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("by_row", [False, True], ids=["scale a tensor", "scale a row"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("generation", ["scale_weight", "weight_scale", "header"])
+def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_row, prefix, tmp_path):
+    """ComfyUI's files of all three generations: a marker, a tensor of JSON a layer, the header's metadata."""
+    model = random_weights(WanDiT, CLIP_DIT, 0)
+    scale_name = "scale_weight" if generation == "scale_weight" else "weight_scale"
+    options = {"scale_name": scale_name, "dtype": dtype, "by_row": by_row}
+    stored, meant = float8_with_scales(original_dit(model.state_dict()), **options)
+    metadata, layers = {}, [name.removesuffix(f".{scale_name}") for name in stored if name.endswith(scale_name)]
+    name = str(dtype).removeprefix("torch.")
+    file = {prefix + name: tensor for name, tensor in stored.items()}
+    if generation == "scale_weight":
+        file[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=dtype)
+        file |= {f"{prefix}{layer}.scale_input": torch.tensor(0.5) for layer in layers}
+    elif generation == "weight_scale":
+        file |= {f"{prefix}{layer}.comfy_quant": json_tensor({"format": name}) for layer in layers}
+        file |= {f"{prefix}{layer}.input_scale": torch.tensor(0.5) for layer in layers}
+    else:
+        entries = {f"{prefix}{layer}": {"format": name} for layer in layers}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": entries})
+    save_file(file, tmp_path / "wan.safetensors", metadata=metadata)
+    assert inspect_dit(tmp_path / "wan.safetensors") == CLIP_DIT
+    loaded, half = (load_dit(tmp_path / "wan.safetensors", dtype=kind) for kind in (torch.float32, torch.bfloat16))
+    assert len(layers) == 24
+    assert original_dit(loaded.state_dict()).keys() == meant.keys()
+    for name, tensor in original_dit(loaded.state_dict()).items():
+        assert torch.equal(tensor, meant[name]), name
+    for name, tensor in original_dit(half.state_dict()).items():
+        assert torch.equal(tensor, meant[name].to(tensor.dtype)), name
+
+
+def test_plain_float8_and_scales_of_one_that_mean_nothing(tmp_path):
+    """Files cast to float8 as they are, biases too; and a layer kept in 16 bits with a scale that others fill in."""
+    state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    save_file(cast, tmp_path / "plain.safetensors")
+    loaded = original_dit(load_dit(tmp_path / "plain.safetensors", config=TINY_DIT).state_dict())
+    assert all(torch.equal(tensor, cast[name].float()) for name, tensor in loaded.items())
+    kept = {name: tensor.bfloat16() for name, tensor in state.items()}
+    kept["blocks.0.ffn.0.scale_weight"] = torch.ones(1)
+    kept["scaled_fp8"] = torch.zeros(0)
+    save_file(kept, tmp_path / "kept.safetensors")
+    loaded = original_dit(load_dit(tmp_path / "kept.safetensors", config=TINY_DIT).state_dict())
+    assert all(torch.equal(tensor, kept[name].float()) for name, tensor in loaded.items())
+
+
+def test_float8_shards_have_their_scales_in_any_file(tmp_path):
+    stored, meant = float8_with_scales(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    names = sorted(stored)
+    for i in range(2):
+        save_file({name: stored[name] for name in names[i::2]}, tmp_path / f"wan-0000{i + 1}-of-00002.safetensors")
+    loaded = load_dit(tmp_path, config=TINY_DIT).state_dict()
+    assert all(torch.equal(tensor, meant[name]) for name, tensor in loaded.items())
+
+
+NVFP4 = {"blocks.0.ffn.0.comfy_quant": json_tensor({"format": "nvfp4"})}
+BITSANDBYTES = {"blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}
+FLOAT8 = {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "named"),
+    [
+        (NVFP4, {}, "nvfp4 in blocks.0.ffn.0;"),
+        ({"blocks.0.ffn.0.weight_scale_2": torch.ones(())}, {}, "nvfp4 in blocks.0.ffn.0;"),
+        ({}, {"layers": {"blocks.1.ffn.2": {"format": "mxfp8"}}}, "mxfp8 in blocks.1.ffn.2;"),
+        ({"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.int8)}, {}, "int8 in blocks.0.ffn.0;"),
+        (BITSANDBYTES, {}, "bitsandbytes nf4 in blocks.0.ffn.0;"),
+        (
+            {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(2, 2)},
+            {},
+            r"float8_e4m3fn with float32 scales of shape \[2, 2\] in blocks.0.ffn.0;",
+        ),
+        (
+            {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(64, 2, dtype=torch.uint8)},
+            {},
+            r"float8_e4m3fn with uint8 scales of shape \[64, 2\]",
+        ),
+    ],
+)
+def test_other_quantisations_are_named(tensors, metadata, named, tmp_path):
+    state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    header = {"_quantization_metadata": json.dumps(metadata)} if metadata else {}
+    save_file({**state, **tensors}, tmp_path / "wan.safetensors", metadata=header)
+    with pytest.raises(InputError, match=rf"wan.safetensors is quantised as {named}.* expected floats, or float8"):
+        load_dit(tmp_path / "wan.safetensors", config=TINY_DIT)
+
+
+def test_quantisations_of_other_programs_are_named(tmp_path):
+    saved_diffusers_dit(tmp_path / "dit")
+    file = tmp_path / "dit" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(InputError, match=r"torchao \(quantization_config of config.json\)"):
+        load_dit(tmp_path / "dit")
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"wan.gguf is GGUF, whose quantised blocks are not read here"):
+        load_dit(tmp_path / "wan.gguf")
+    state = random_weights(WanDiT, TINY_DIT, 0).state_dict()
+    save_file(state, tmp_path / "wan.safetensors", metadata={"_quantization_metadata": "{"})
+    with pytest.raises(InputError, match=r"how its layers are quantised is not readable"):
+        load_dit(tmp_path / "wan.safetensors", config=TINY_DIT)
+
+
+def test_each_part_of_a_whole_pipeline_in_one_file_loads_from_it(tmp_path):
+    """The layout of ComfyUI's checkpoints; what belongs to no part is surplus, not passed over."""
+    dit, vae = random_weights(WanDiT, CLIP_DIT, 0), random_weights(WanVAE, VAE_21, 1)
+    original = {f"model.diffusion_model.{name}": tensor for name, tensor in original_dit(dit.state_dict()).items()}
+    names = original_vae(vae.state_dict(), VAE_21.num_res_blocks, VAE_21.residual)
+    original |= {f"first_stage_model.{name}": tensor.contiguous() for name, tensor in names.items()}
+    original["text_encoders.umt5xxl.shared.weight"] = torch.zeros(7, 4)
+    save_file(original, tmp_path / "all.safetensors")
+    assert same_state(load_dit(tmp_path / "all.safetensors"), dit)
+    assert same_state(load_vae(tmp_path / "all.safetensors"), vae)
+    save_file({**original, "surplus": torch.zeros(1)}, tmp_path / "more.safetensors")
+    for load in (load_dit, load_vae):
+        with pytest.raises(InputError, match="1 tensors: surplus surplus"):
+            load(tmp_path / "more.safetensors")
+
+
+@pytest.mark.parametrize("config", [VAE_21, VAE_22], ids=["2.1", "2.2"])
+def test_original_vae_file_loads_and_its_config_is_inferred(config, tmp_path):
+    model = random_weights(WanVAE, config, 0)
+    original = original_vae(model.state_dict(), config.num_res_blocks, config.residual)
+    if not config.residual:  # diffusers converts this version only
+        assert convert_wan_vae_to_diffusers(dict(original)).keys() == model.state_dict().keys()
+    torch.save(original, tmp_path / "Wan_VAE.pth")
+    loaded = load_vae(tmp_path / "Wan_VAE.pth")
+    assert loaded.config == config
+    assert same_state(loaded, model)
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    """Parameter counts of the real models, from the Wan model cards' checkpoints."""
+
+    def count(kind, config):
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in kind(config).parameters())
+
+    assert count(WanDiT, DiTConfig()) == pytest.approx(1.419e9, rel=1e-3)
+    assert count(WanDiT, PRESETS["14b-1.3b"].stage_one) == pytest.approx(14.289e9, rel=1e-3)
+    assert count(WanDiT, PRESETS["5b"].stage_one) == pytest.approx(5.000e9, rel=1e-3)
+    assert count(WanVAE, VAEConfig()) == pytest.approx(126.9e6, rel=1e-3)
+    assert count(WanVAE, PRESETS["5b"].vae) == pytest.approx(704.7e6, rel=1e-3)
+
+
+def test_pipeline_directory_and_variant_file_are_found(tmp_path):
+    theirs = saved_diffusers_dit(tmp_path / "transformer")
+    saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4, num_res_blocks=1)
+    assert load_dit(tmp_path).config.num_layers == 2
+    assert load_vae(tmp_path).config.z_dim == 4
+    theirs.save_pretrained(tmp_path / "half", variant="fp16")
+    assert same_state(load_dit(tmp_path / "half"), load_dit(tmp_path))
+
+
+def test_every_tensor_that_does_not_fit_is_named_in_one_error(tmp_path):
+    state = {name: tensor.clone() for name, tensor in random_weights(WanDiT, TINY_DIT, 0).state_dict().items()}
+    del state["blocks.1.attn1.to_q.bias"], state["proj_out.bias"]
+    state["blocks.0.extra"] = torch.zeros(3)
+    state["blocks.0.ffn.net.2.weight"] = torch.zeros(48, 63)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_dit(tmp_path, config=TINY_DIT)
+    for part in (
+        "4 tensors",
+        "missing blocks.1.attn1.to_q.bias (48,)",
+        "missing proj_out.bias (16,)",
+        "surplus blocks.0.extra",
+        "misshapen blocks.0.ffn.net.2.weight: (48, 63), expected (48, 64)",
+    ):
+        assert part in str(error.value)
+
+
+def test_checkpoint_is_checked_without_reading_its_tensors(tmp_path):
+    saved_diffusers_dit(tmp_path / "dit")
+    saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4)
+    assert inspect_dit(tmp_path / "dit") == load_dit(tmp_path / "dit").config
+    assert inspect_vae(tmp_path / "vae") == load_vae(tmp_path / "vae").config
+    config = json.loads((tmp_path / "dit" / "config.json").read_text())
+    (tmp_path / "dit" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(InputError, match=r"missing blocks\.2\."):
+        inspect_dit(tmp_path / "dit")
+
+
+def test_wrong_files_are_explained(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_dit(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no safetensors or"):
+        load_dit(tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        load_dit(tmp_path / "broken.safetensors")
+    (tmp_path / "model.ckpt.txt").write_text("no")
+    with pytest.raises(InputError, match=r"neither \.safetensors nor one of"):
+        load_dit(tmp_path / "model.ckpt.txt")
+    saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4)
+    with pytest.raises(InputError, match="holds a AutoencoderKLWan, not a WanTransformer3DModel"):
+        load_dit(tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not readable JSON"):
+        load_vae(tmp_path / "vae")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"not a Wan VAE checkpoint: tensor 'encoder\.conv_in\.weight' is missing"):
+        load_vae(tmp_path / "other.safetensors")
+
+
+class _Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_never_run_code(tmp_path):
+    torch.save({"weight": _Exploit(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="weights_only=True"):
+        load_vae(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_unsupported_configurations_are_named(tmp_path):
+    with pytest.raises(InputError, match="attn_scales"):
+        VAEConfig.from_diffusers({"attn_scales": [0.5]})
+    with pytest.raises(InputError, match=r"latents_mean: expected 4 numbers \(z_dim\), got 16"):
+        VAEConfig.from_diffusers({"z_dim": 4})
+    with pytest.raises(InputError, match="patch_size"):
+        DiTConfig.from_diffusers({"patch_size": [2, 2, 2]})
+    with pytest.raises(InputError, match="added_kv_proj_dim"):
+        DiTConfig.from_diffusers({"added_kv_proj_dim": 7})
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    first, again, other = (random_weights(WanDiT, TINY_DIT, seed) for seed in (3, 3, 4))
+    assert same_state(first, again)
+    assert not same_state(first, other)

@@ -1,0 +1,250 @@
+"""LoRA files in all spellings, against diffusers' own merging and against a written-out one.
+
+diffusers passes over what it has no place for (differences of norms and of modulation tables). Here all of a file is
+merged, or the keys that cannot be are named.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from model import LoRA, WanDiT, load_dit, merge_loras
+from model.weights.load import random_weights
+from tests.conftest import TINY_DIT
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.support.lora_spellings import (
+    ATTENTION,
+    I2V,
+    MODULES,
+    OUTER,
+    agrees,
+    factors,
+    inputs,
+    kohya,
+    lightx2v,
+    product,
+    same,
+    saved,
+    spelled,
+    state_of,
+)
+from tests.support.original_names import original_module
+from tests.support.tolerances import BFLOAT16_MODEL, OPERATOR, relative_error
+
+CONFIGS = {
+    "alpha": LoraConfig(r=4, lora_alpha=2, target_modules=ATTENTION, init_lora_weights=False),
+    "patterns": LoraConfig(
+        r=4,
+        lora_alpha=3,
+        target_modules=[*ATTENTION, "net.0.proj", "proj_out", "patch_embedding", "add_k_proj", "linear_1"],
+        rank_pattern={"blocks.1.attn1.to_q": 6, "proj_out": 2},
+        alpha_pattern={"attn2.to_k": 7, r"blocks\.\d\.attn1\.to_v": 1},
+        init_lora_weights=False,
+    ),
+    "rslora": LoraConfig(
+        r=4, lora_alpha=2, target_modules=ATTENTION, use_rslora=True, lora_bias=True, init_lora_weights=False
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("writer", ["diffusers model", "diffusers pipeline", "peft"])
+def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config, tmp_path):
+    """Alpha is in the header (diffusers) or in adapter_config.json beside the file (PEFT)."""
+    theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
+    path = tmp_path / "lora"
+    if writer == "peft":
+        theirs = get_peft_model(theirs, CONFIGS[config])
+        theirs.save_pretrained(path)
+        assert (path / "adapter_config.json").exists()
+    else:
+        theirs.add_adapter(CONFIGS[config])
+        theirs.save_lora_adapter(path)
+    if writer == "diffusers pipeline":
+        (file,) = path.iterdir()
+        layers, metadata = load_file(file), theirs.peft_config["default"].to_dict()
+        file.unlink()
+        WanPipeline.save_lora_weights(path, layers, transformer_lora_adapter_metadata=metadata)
+        assert all(key.startswith("transformer.") for key in load_file(*path.iterdir()))
+    ours = load_dit(tmp_path / "dit")
+    before = state_of(ours)
+    assert not agrees(ours, theirs)
+    merge_loras(ours, [LoRA(path)])
+    assert agrees(ours, theirs)
+    assert not same(before, ours)
+    assert same(ours.state_dict(), load_dit(tmp_path / "dit", loras=[LoRA(path)]))
+
+
+def test_several_at_once_with_strengths_equal_diffusers_fusing_them(tmp_path):
+    """A T2V LoRA with alphas and an I2V one on an I2V model; the image's keys and values have entries in one only."""
+    theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
+    ours = load_dit(tmp_path / "dit")
+    first = spelled(factors(ours, MODULES), prefix="transformer.")
+    first |= {f"transformer.{module}.alpha": torch.tensor(1.5) for module in MODULES}
+    image = [f"blocks.{i}.attn2.add_{name}_proj" for i in range(2) for name in "kv"]
+    second = spelled(factors(ours, [*MODULES[:3], *image], rank=5, seed=1), prefix="transformer.")
+    files = [saved(tmp_path / "first.safetensors", first), saved(tmp_path / "second.safetensors", second)]
+    alphas = {key: tensor.item() for key, tensor in first.items() if key.endswith("alpha")}
+    factored = {key: tensor for key, tensor in first.items() if key not in alphas}
+    theirs.load_lora_adapter(factored, network_alphas=alphas, adapter_name="first")
+    theirs.load_lora_adapter(second, adapter_name="second")
+    theirs.set_adapters(["first", "second"], [0.7, -0.4])
+    merge_loras(ours, [LoRA(files[0], 0.7), LoRA(files[1], -0.4)])
+    assert agrees(ours, theirs)
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    fused = theirs.state_dict()
+    assert fused.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert relative_error(tensor, fused[name]) < OPERATOR["float32"], name
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0], ids=["no alpha", "alpha"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
+    """Against a merge written out: factors, biases, norms and the modulation tables; nothing else changes."""
+    saved_diffusers_dit(tmp_path / "dit")
+    ours = load_dit(tmp_path / "dit")
+    before = state_of(ours)
+    state, added = lightx2v(ours, alpha)
+    file = saved(tmp_path / "distill.safetensors", state)
+    merge_loras(ours, [LoRA(file, strength)])
+    for name, tensor in ours.state_dict().items():
+        if name in added:
+            assert relative_error(tensor, before[name] + strength * added[name]) < OPERATOR["float32"], name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_lightx2v_files_equal_diffusers_but_for_what_diffusers_passes_over(tmp_path):
+    """diffusers drops the norms' and modulation's differences; and it reads no factors beside head.head.diff."""
+    theirs = saved_diffusers_dit(tmp_path / "dit")
+    ours = load_dit(tmp_path / "dit")
+    before = state_of(ours)
+    state, _ = lightx2v(ours, 8.0)
+    both = {key for key in state if "head.head.lora" in key or key.endswith("head.head.alpha")}
+    # Its converter leaves alphas of the embeddings over and then refuses the file.
+    outer = {f"diffusion_model.{original_module(module)}.alpha" for module in OUTER}
+    patch = {key for key in state if "patch_embedding" in key}
+    state = {key: tensor for key, tensor in state.items() if key not in both | outer | patch}
+    file = saved(tmp_path / "distill.safetensors", state)
+    merge_loras(ours, [LoRA(file)])
+    theirs.load_lora_adapter(WanPipeline.lora_state_dict(str(file)))
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    passed_over = []
+    for name, tensor in theirs.state_dict().items():
+        if torch.equal(tensor, before[name]) and not torch.equal(ours.get_parameter(name), before[name]):
+            passed_over.append(name)
+        else:
+            assert relative_error(ours.get_parameter(name), tensor) < OPERATOR["float32"], name
+    assert sorted(passed_over) == [
+        "blocks.0.norm2.bias",
+        "blocks.0.norm2.weight",
+        "blocks.0.scale_shift_table",
+        "blocks.1.attn1.norm_q.weight",
+        "blocks.1.scale_shift_table",
+        "scale_shift_table",
+    ]
+
+
+def test_musubi_files_equal_diffusers(tmp_path):
+    theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
+    ours = load_dit(tmp_path / "dit")
+    image = [f"blocks.{i}.attn2.add_{name}_proj" for i in range(2) for name in "kv"]
+    pairs = factors(ours, [*MODULES, *image])
+    state = spelled(pairs, "lora_unet_", "lora_down", "lora_up", kohya)
+    state |= {f"lora_unet_{kohya(module)}.alpha": torch.tensor(2.0) for module in pairs}
+    file = saved(tmp_path / "musubi.safetensors", state)
+    merge_loras(ours, [LoRA(file)])
+    theirs.load_lora_adapter(WanPipeline.lora_state_dict(str(file)))
+    assert agrees(ours, theirs)
+
+
+SPELLINGS = {
+    "PEFT": {},
+    "diffusers": {"prefix": "transformer."},
+    "PEFT of a pipeline": {"prefix": "base_model.model.transformer."},
+    "PEFT, adapter named": {"prefix": "base_model.model.", "down": "lora_A.default", "up": "lora_B.default"},
+    "LightX2V": {"prefix": "diffusion_model.", "down": "lora_down", "up": "lora_up", "name": original_module},
+    "ComfyUI": {"prefix": "model.diffusion_model.", "name": original_module},
+    "DiffSynth": {"down": "lora_A.default", "up": "lora_B.default", "name": original_module},
+    "musubi": {"prefix": "lora_unet_", "down": "lora_down", "up": "lora_up", "name": kohya},
+    "kohya, diffusers' names": {
+        "prefix": "lora_unet_",
+        "down": "lora_down",
+        "up": "lora_up",
+        "name": lambda module: module.replace(".", "_"),
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_every_module_is_the_same_merge(spelling, tmp_path):
+    config = {**I2V, "pos_embed_seq_len": 514}
+    saved_diffusers_dit(tmp_path / "dit", **config)
+    ours, plain = load_dit(tmp_path / "dit"), load_dit(tmp_path / "dit")
+    modules = [name.removesuffix(".weight") for name, tensor in ours.named_parameters() if tensor.ndim > 1]
+    modules = [module for module in modules if not module.endswith(("scale_shift_table", "pos_embed"))]
+    assert len(modules) == len(MODULES) + len(OUTER) + 4 + 2
+    pairs = factors(ours, modules)
+    file = saved(tmp_path / "lora.safetensors", spelled(pairs, **SPELLINGS[spelling]))
+    merge_loras(ours, [LoRA(file)])
+    with torch.no_grad():
+        for module, pair in pairs.items():
+            plain.get_parameter(f"{module}.weight").add_(product(*pair))
+    for name, tensor in ours.state_dict().items():
+        if name.removesuffix(".weight") in pairs:
+            assert relative_error(tensor, plain.get_parameter(name)) < OPERATOR["float32"], name
+        else:
+            assert torch.equal(tensor, plain.get_parameter(name)), name
+
+
+def test_factors_of_a_convolution_come_in_its_shape_or_flat(tmp_path, tiny_dit):
+    (pair,) = factors(tiny_dit, ["patch_embedding"]).values()
+    expected = tiny_dit.patch_embedding.weight + product(*pair)
+    shaped = {"patch_embedding.lora_A.weight": pair[0], "patch_embedding.lora_B.weight": pair[1].view(48, 3, 1, 1, 1)}
+    flat = {"patch_embedding.lora_A.weight": pair[0].flatten(1), "patch_embedding.lora_B.weight": pair[1]}
+    for i, state in enumerate((shaped, flat)):
+        dit = random_weights(WanDiT, TINY_DIT, 1)
+        merge_loras(dit, [LoRA(saved(tmp_path / f"{i}.safetensors", state))])
+        assert relative_error(dit.patch_embedding.weight, expected) < OPERATOR["float32"]
+
+
+def test_less_usual_forms(tmp_path):
+    """Tables without their leading 1, a parameter named in full, an alpha that counts before a configuration, and a
+    pickled checkpoint whose matrices lie transposed."""
+    dit = random_weights(WanDiT, TINY_DIT, 1)
+    table, head = torch.randn(6, 48), torch.randn(1, 2, 48)
+    (pair,) = factors(dit, MODULES[:1]).values()
+    state = {"diffusion_model.blocks.0.diff_m": table, "diffusion_model.head.modulation.diff": head}
+    state |= spelled({MODULES[0]: pair}) | {f"{MODULES[0]}.alpha": torch.tensor(6.0)}
+    file = saved(tmp_path / "lora.safetensors", state)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 30}))
+    before = state_of(dit)
+    lying = {name: tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor for name, tensor in before.items()}
+    assert not lying[f"{MODULES[0]}.weight"].is_contiguous()
+    torch.save(lying, tmp_path / "dit.pt")
+    merge_loras(dit, [LoRA(file)])
+    assert torch.equal(dit.state_dict()["blocks.0.scale_shift_table"], before["blocks.0.scale_shift_table"] + table)
+    assert torch.equal(dit.scale_shift_table, before["scale_shift_table"] + head)
+    expected = before[f"{MODULES[0]}.weight"] + 2 * product(*pair)
+    assert relative_error(dit.get_parameter(f"{MODULES[0]}.weight"), expected) < OPERATOR["float32"]
+    assert same(dit.state_dict(), load_dit(tmp_path / "dit.pt", config=TINY_DIT, loras=[LoRA(file)]))
+
+
+def test_a_bfloat16_model_with_a_lora_stays_near_float32(tmp_path):
+    theirs = saved_diffusers_dit(tmp_path / "dit")
+    theirs.add_adapter(CONFIGS["alpha"])
+    theirs.save_lora_adapter(tmp_path / "lora")
+    half = load_dit(tmp_path / "dit", dtype=torch.bfloat16, loras=[LoRA(tmp_path / "lora")])
+    latents, timestep, text, _ = inputs(half)
+    with torch.no_grad():
+        expected = theirs(latents, timestep, text).sample
+    assert relative_error(half(latents.bfloat16(), timestep, text), expected) < BFLOAT16_MODEL

@@ -1,0 +1,309 @@
+"""LoRAs merged, merged as a checkpoint is read, or applied and taken off; and those that fit no model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from model import InputError, LoRA, SegmentPlan, WanDiT, apply_loras, load_dit, merge_loras, sample_latents
+from model.csg.schedule import flow_sigmas
+from model.weights.load import inspect_dit, random_weights
+from model.weights.lora import LoRAMismatch
+from model.weights.lora_files import open_lora
+from tests.conftest import TINY_DIT
+from tests.model.dit.test_model import saved_diffusers_dit
+from tests.support.lora_spellings import ATTENTION, I2V, MODULES, OUTER, agrees, factors, same, saved, spelled, state_of
+from tests.support.original_names import float8_with_scales, original_dit, original_module
+from tests.support.tolerances import OPERATOR, relative_error
+
+
+def five(tmp_path, dit):
+    """Five LoRAs on the same layers, and their sum in float64."""
+    loras, total = [], {}
+    for i in range(5):
+        pairs = factors(dit, MODULES, rank=i + 1, seed=i)
+        strength = 0.02 * (i + 1)
+        loras.append(LoRA(saved(tmp_path / f"{i}.safetensors", spelled(pairs)), strength))
+        for module, (down, up) in pairs.items():
+            name = f"{module}.weight"
+            total[name] = total.get(name, 0) + strength * (up.double() @ down.double())
+    return loras, total
+
+
+def is_rounded_once(state, exact, dtype):
+    """Whether no number is farther from the exact one than half a step of the dtype, but for the sums in float32."""
+    half = torch.finfo(dtype).eps / 2
+    return all(
+        bool(((state[name].double() - value).abs() <= half * 1.001 * value.abs() + 1e-6).all())
+        for name, value in exact.items()
+    )
+
+
+def test_many_loras_in_any_order_are_rounded_once(tmp_path):
+    """Merged one after another into bfloat16 they would be rounded five times."""
+    saved_diffusers_dit(tmp_path / "dit")
+    half = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
+    loras, total = five(tmp_path, half)
+    exact = {name: half.get_parameter(name).double() + addition for name, addition in total.items()}
+    one_by_one = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
+    for lora in loras:
+        merge_loras(one_by_one, [lora])
+    merge_loras(half, loras)
+    assert half.get_parameter("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
+    assert is_rounded_once(half.state_dict(), exact, torch.bfloat16)
+    assert not is_rounded_once(one_by_one.state_dict(), exact, torch.bfloat16)
+    forth, back = load_dit(tmp_path / "dit", loras=loras), load_dit(tmp_path / "dit", loras=loras[::-1])
+    for name in total:
+        assert relative_error(forth.state_dict()[name], back.state_dict()[name]) < OPERATOR["float32"]
+
+
+def test_loading_with_loras_keeps_the_precision_of_the_file(tmp_path):
+    """float32 or scaled float8 in the file, bfloat16 in memory: rounded once, LoRAs included; tables stay float32."""
+    saved_diffusers_dit(tmp_path / "dit")
+    whole = load_dit(tmp_path / "dit")
+    loras, total = five(tmp_path, whole)
+    table, path = torch.full((1, 2, 48), 1e-4), tmp_path / "table.safetensors"
+    loras.append(LoRA(saved(path, {"diffusion_model.head.diff_m": table}), 0.5))
+    stored, meant = float8_with_scales(original_dit(whole.state_dict()))
+    saved(tmp_path / "float8" / "wan.safetensors", stored)
+    (tmp_path / "float8" / "config.json").write_text(json.dumps({"num_heads": 2}))
+    eighth = load_dit(tmp_path / "float8").state_dict()
+    assert original_dit(eighth).keys() == meant.keys()
+    for path, base in ((tmp_path / "dit", whole.state_dict()), (tmp_path / "float8", eighth)):
+        half = load_dit(path, dtype=torch.bfloat16, loras=loras)
+        exact = {name: base[name].double() + addition for name, addition in total.items()}
+        assert is_rounded_once(half.state_dict(), exact, torch.bfloat16)
+        assert half.scale_shift_table.dtype == torch.float32
+        assert torch.equal(half.scale_shift_table, base["scale_shift_table"] + 0.5 * table)
+        assert inspect_dit(path, loras) == whole.config
+
+
+def test_a_strength_of_zero_changes_nothing(tmp_path, tiny_dit):
+    before = state_of(tiny_dit)
+    file = saved(tmp_path / "lora.safetensors", spelled(factors(tiny_dit, MODULES)))
+    merge_loras(tiny_dit, [LoRA(file, 0.0)])
+    assert same(before, tiny_dit)
+
+
+TEXT = torch.linspace(-1, 1, 7 * 16).view(1, 7, 16)
+
+
+def sampled(dit):
+    """A clip of five blocks, by the sampler: windows, workspaces, steps."""
+    torch.manual_seed(1)
+    clip = torch.randn(1, 4, 5, 4, 6)
+    for _ in sample_latents(dit, clip, TEXT, plan=SegmentPlan(5, 2), sigmas=flow_sigmas(2, 5.0), seed=3):
+        pass
+    return clip
+
+
+@pytest.mark.parametrize("module", [*MODULES[:1], "blocks.1.ffn.net.2", "blocks.0.attn2.to_k", *OUTER])
+def test_applied_loras_are_in_every_path_of_a_step_and_come_off_bit_for_bit(module, tmp_path):
+    """The fused products of first and last layer, text and timesteps too; weights stay where graphs know them."""
+    dit, merged = (random_weights(WanDiT, TINY_DIT, 1) for _ in range(2))
+    before, places = state_of(dit), [parameter.data_ptr() for parameter in dit.parameters()]
+    file = saved(tmp_path / "lora.safetensors", spelled(factors(dit, [module])))
+    plain = sampled(dit)
+    merge_loras(merged, [LoRA(file, 0.5)])
+    applied = apply_loras(dit, [LoRA(file, 0.5)])
+    assert torch.equal(sampled(dit), sampled(merged))
+    assert not torch.equal(sampled(dit), plain)
+    applied.remove()
+    assert same(before, dit)
+    assert torch.equal(sampled(dit), plain)
+    assert [parameter.data_ptr() for parameter in dit.parameters()] == places
+
+
+def test_strengths_of_applied_loras_change_from_the_weights_as_they_were(tmp_path):
+    """Over and over, in bfloat16: as if merged once with the last strengths."""
+    saved_diffusers_dit(tmp_path / "dit")
+    dit = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
+    before = state_of(dit)
+    files = [saved(tmp_path / f"{i}.safetensors", spelled(factors(dit, MODULES, seed=i))) for i in range(2)]
+    with apply_loras(dit, [LoRA(files[0]), LoRA(files[1], 0.3)]) as applied:
+        assert applied.strengths == (1.0, 0.3)
+        for strengths in ((0.9, 2.0), (0.0, -1.0), (0.25, 0.5)):
+            applied.set_strengths(strengths)
+            merged = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
+            merge_loras(merged, [LoRA(file, strength) for file, strength in zip(files, strengths, strict=True)])
+            assert same(merged.state_dict(), dit)
+        with pytest.raises(InputError, match="strengths: expected 2, one for each LoRA, got 1"):
+            applied.set_strengths([1.0])
+        with pytest.raises(InputError, match="strength: expected a finite number, got nan"):
+            applied.set_strengths([1.0, math.nan])
+        for again in (merge_loras, apply_loras):
+            with pytest.raises(InputError, match="some are applied to this model already"):
+                again(dit, [LoRA(files[0])])
+    assert same(before, dit)
+    for call in (applied.remove, lambda: applied.set_strengths([1.0, 1.0])):
+        with pytest.raises(InputError, match="these have been removed from the model"):
+            call()
+    merge_loras(dit, [LoRA(files[0])])
+    assert not same(before, dit)
+
+
+def test_applied_loras_come_off_when_the_work_fails(tmp_path, tiny_dit, monkeypatch):
+    """An error inside the block, and one while they are put on."""
+    before = state_of(tiny_dit)
+    file = saved(tmp_path / "lora.safetensors", spelled(factors(tiny_dit, MODULES)))
+    with pytest.raises(KeyError), apply_loras(tiny_dit, [LoRA(file)]):
+        raise KeyError
+    assert same(before, tiny_dit)
+    calls = []
+
+    def failing(self, name, total, strengths=None):
+        calls.append(name)
+        if len(calls) == 3:
+            raise MemoryError
+        return total.add_(1)
+
+    monkeypatch.setattr("model.weights.lora.LoRASet.add_to", failing)
+    with pytest.raises(MemoryError):
+        apply_loras(tiny_dit, [LoRA(file)])
+    assert same(before, tiny_dit)
+
+
+def test_of_a_file_for_both_experts_the_chosen_ones_tensors_are_used(tmp_path):
+    """Each as diffusers saves it, under the name of its expert, with another alpha."""
+    configs = [LoraConfig(r=4, lora_alpha=alpha, target_modules=ATTENTION, init_lora_weights=False) for alpha in (2, 7)]
+    experts, layers, state, metadata = [], [], {}, {}
+    for i, config in enumerate(configs):
+        experts.append(saved_diffusers_dit(tmp_path / f"dit{i}"))
+        experts[i].add_adapter(config)
+        experts[i].save_lora_adapter(tmp_path / f"lora{i}")
+        layers.append(load_file(*(tmp_path / f"lora{i}").iterdir()))
+        name = ("transformer", "transformer_2")[i]
+        state |= {f"{name}.{key}": tensor for key, tensor in layers[i].items()}
+        metadata |= {f"{name}.lora_alpha": config.lora_alpha, f"{name}.r": config.r}
+    saved(tmp_path / "both" / "lora.safetensors", state, {"lora_adapter_metadata": json.dumps(metadata)})
+    for i in range(2):
+        ours = load_dit(tmp_path / f"dit{i}", loras=[LoRA(tmp_path / "both", expert=i + 1)])
+        assert agrees(ours, experts[i])
+        assert open_lora(tmp_path / "both", i + 1).left_out == len(layers[1 - i])
+    second = {f"transformer_2.{key}": tensor for key, tensor in layers[1].items()}
+    file = saved(tmp_path / "second.safetensors", second)
+    with pytest.raises(InputError, match="is for the second expert"):
+        open_lora(file)
+    with pytest.raises(InputError, match="expert: expected 1 or 2, got 3"):
+        LoRA(file, expert=3)
+
+
+def test_a_lora_for_another_model_names_every_key_and_changes_nothing(tmp_path, tiny_dit):
+    before = state_of(tiny_dit)
+    good = saved(tmp_path / "good.safetensors", spelled(factors(tiny_dit, MODULES[:1])))
+    state = spelled(factors(tiny_dit, MODULES[1:3]))
+    state["blocks.0.attn1.to_q.lora_A.weight"] = torch.zeros(4, 40)
+    state["blocks.0.attn1.to_q.lora_B.weight"] = torch.zeros(48, 4)
+    state |= {
+        "blocks.7.ffn.net.2.lora_A.weight": torch.zeros(4, 64),
+        "blocks.7.ffn.net.2.lora_B.weight": torch.ones(48, 4),
+    }
+    del state["blocks.0.attn1.to_v.lora_B.weight"]
+    state |= {"double_blocks.0.img_mod.lora_A.weight": torch.zeros(4, 48)}
+    state |= {"double_blocks.0.img_mod.lora_B.weight": torch.zeros(4, 48), "proj_out.weight": torch.zeros(16, 48)}
+    state |= {"diffusion_model.head.diff_m": torch.zeros(1, 3, 48), "blocks.1.attn2.norm_k.alpha": torch.tensor(1.0)}
+    bad = saved(tmp_path / "bad.safetensors", state)
+    expected = [
+        "bad.safetensors: blocks.0.attn1.to_q.lora_A.weight ([4, 40] for a parameter of [48, 48])",
+        "bad.safetensors: blocks.0.attn1.to_q.lora_B.weight ([48, 4] for a parameter of [48, 48])",
+        "bad.safetensors: blocks.0.attn1.to_v.lora_A.weight (its counterpart is missing)",
+        "bad.safetensors: blocks.1.attn2.norm_k.alpha (its counterpart is missing)",
+        "bad.safetensors: blocks.7.ffn.net.2.lora_A.weight (the model has no blocks.7.ffn.net.2.weight)",
+        "bad.safetensors: blocks.7.ffn.net.2.lora_B.weight (the model has no blocks.7.ffn.net.2.weight)",
+        "bad.safetensors: diffusion_model.head.diff_m ([1, 3, 48] for a parameter of [1, 2, 48])",
+        "bad.safetensors: double_blocks.0.img_mod.lora_A.weight (no parameter of a Wan DiT)",
+        "bad.safetensors: double_blocks.0.img_mod.lora_B.weight (no parameter of a Wan DiT)",
+        "bad.safetensors: proj_out.weight (no part of a LoRA)",
+    ]
+    for change in (merge_loras, apply_loras):
+        with pytest.raises(LoRAMismatch) as error:
+            change(tiny_dit, [LoRA(good), LoRA(bad)])
+        assert sorted(error.value.problems) == expected
+        assert all(problem in str(error.value) for problem in expected)
+        assert "10 keys do not fit the model" in str(error.value)
+    assert same(before, tiny_dit)
+
+
+def test_of_many_keys_that_do_not_fit_the_message_lists_twenty(tmp_path):
+    dit = random_weights(WanDiT, TINY_DIT, 1)
+    state = {f"blocks.{i}.nothing.lora_A.weight": torch.zeros(4, 48) for i in range(33)}
+    with pytest.raises(LoRAMismatch) as error:
+        merge_loras(dit, [LoRA(saved(tmp_path / "bad.safetensors", state))])
+    assert len(error.value.problems) == 33
+    assert str(error.value).count("its counterpart is missing") == 20
+    assert str(error.value).endswith("; and 13 more")
+
+
+def test_a_t2v_lora_leaves_the_image_branch_as_it_is(tmp_path):
+    saved_diffusers_dit(tmp_path / "t2v")
+    saved_diffusers_dit(tmp_path / "i2v", **I2V)
+    pairs = factors(load_dit(tmp_path / "t2v"), MODULES)
+    file = saved(tmp_path / "t2v.safetensors", spelled(pairs, "diffusion_model.", name=original_module))
+    ours = load_dit(tmp_path / "i2v")
+    before = state_of(ours)
+    merge_loras(ours, [LoRA(file)])
+    changed = {name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{module}.weight" for module in MODULES}
+
+
+REFUSED = {
+    "LoHa": (LoHaConfig(r=4, target_modules=["to_q"]), "is LoHa"),
+    "DoRA": (LoraConfig(r=4, target_modules=["to_q"], use_dora=True), "is DoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_of_another_kind_are_refused_by_name(kind, tmp_path):
+    """As PEFT saves them."""
+    saved_diffusers_dit(tmp_path / "dit")
+    config, message = REFUSED[kind]
+    get_peft_model(WanTransformer3DModel.from_pretrained(tmp_path / "dit"), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(InputError, match=message):
+        load_dit(tmp_path / "dit", loras=[LoRA(tmp_path / "adapter")])
+
+
+def test_wrong_lora_files_are_explained(tmp_path, tiny_dit):
+    def refused(path, message):
+        with pytest.raises(InputError, match=message):
+            merge_loras(tiny_dit, [LoRA(path)])
+
+    refused(tmp_path / "nowhere.safetensors", "lora: .*nowhere.safetensors does not exist")
+    refused(tmp_path, r"lora: expected one LoRA in .*, found none; name a file")
+    pair = spelled(factors(tiny_dit, MODULES[:1]))
+    saved(tmp_path / "a.safetensors", pair)
+    saved(tmp_path / "b.safetensors", pair)
+    refused(tmp_path, r"found a.safetensors, b.safetensors; name a file")
+    dit = saved(tmp_path / "dit.safetensors", tiny_dit.state_dict())
+    refused(dit, r"dit.safetensors holds no LoRA; its tensors are named like ")
+    two = saved(
+        tmp_path / "two.safetensors", {key.replace("A.w", "A.x.w"): value for key, value in pair.items()} | pair
+    )
+    refused(two, r"holds several adapters \(.*lora_A.*, .*lora_A.*\); expected one a file")
+    alpha = saved(tmp_path / "alpha.safetensors", {**pair, f"{MODULES[0]}.alpha": torch.ones(2)})
+    refused(alpha, rf"{re.escape(MODULES[0])}.alpha: expected one number, got \[2\]")
+    lokr = saved(tmp_path / "lokr.safetensors", {f"{MODULES[0]}.lokr_w1": torch.ones(2, 2)})
+    refused(lokr, r"is LoKr \(.*lokr_w1\), which cannot be merged as a LoRA; expected a LoRA")
+    config = tmp_path / "peft" / "adapter_config.json"
+    peft = saved(tmp_path / "peft" / "adapter_model.safetensors", pair)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    refused(peft, rf"{re.escape(MODULES[0])} has rank 3, but adapter_config.json says 8: it describes another file")
+    config.write_text(json.dumps({"peft_type": "ADALORA"}))
+    refused(peft, r"is ADALORA \(adapter_config.json\)")
+    config.write_text(json.dumps({"r": 3, "lora_alpha": 3, "use_dora": True}))
+    refused(peft, r"is DoRA \(adapter_config.json\)")
+    for values in ({"r": 3, "lora_alpha": "much"}, {"r": 3, "alpha_pattern": {"(": 1}}, {"r": 3, "rank_pattern": [1]}):
+        config.write_text(json.dumps(values))
+        refused(peft, "adapter_config.json is not understood")
+    header = saved(tmp_path / "header.safetensors", pair, {"lora_adapter_metadata": "["})
+    refused(header, "its lora_adapter_metadata is not readable JSON")
+    with pytest.raises(InputError, match="strength: expected a finite number, got inf"):
+        LoRA(peft, math.inf)

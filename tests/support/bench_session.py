@@ -1,0 +1,67 @@
+"""What tests of benchmarks share: a session without a command, a timer that knows its answer, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.harness.environment import capture
+from bench.harness.session import RESULT, Session
+from bench.harness.timing import Timing
+from bench.records.write import Record, Table
+
+CPU = torch.device("cpu")
+BAR = SimpleNamespace(set_description=lambda text: None, update=lambda n=1: None)
+
+
+def timer(calls: dict[str, Any]) -> dict[str, Timing]:
+    """Runs every call once and says half a second."""
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, Timing(0.5, 0.48, 0.52, 5, 1e-4))
+
+
+@contextmanager
+def session(folder: Path, name: str = "test", **options: Any) -> Iterator[Session]:
+    """A section of its own in a results folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = Record(folder / RESULT, capture(CPU))
+    args = argparse.Namespace(**{"json": False, "quick": False, "out": folder, **options})
+    with record.section(name, name, {}) as section:
+        yield Session(args, CPU, folder, section, record.data["environment"])
+
+
+def new_table(folder: Path, identity: tuple[str, ...], metrics: tuple[str, ...]) -> Table:
+    """A table on disk."""
+    with session(folder) as found:
+        return found.section.table("rows", "rows", identity=identity, metrics=metrics)
+
+
+@contextmanager
+def old_garbage_left() -> Iterator[None]:
+    """What is there already is not gone through whenever a model is let go, which takes longer than toy sizes do."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def read_section(folder: Path) -> dict[str, Any]:
+    """The only section of a results folder, its tables by name."""
+    (section,) = json.loads((folder / RESULT).read_text())["sections"].values()
+    return section | {"tables": {table["name"]: table for table in section["tables"]}}
+
+
+def rows_of(folder: Path, table: str) -> list[dict[str, Any]]:
+    """Rows of one table of a results folder."""
+    return read_section(folder)["tables"][table]["rows"]

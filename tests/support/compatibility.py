@@ -1,0 +1,149 @@
+"""The table of docs/compatibility.md, made by the tests that are marked ``compatibility``.
+
+    pytest tests/test_integration_*.py tests/integrations/diffusers/test_csg.py --compatibility
+    TRITON_INTERPRET=1 pytest tests/interpreter -k integration --compatibility
+
+A mark names features; the model is the test's parameter ``name``, or the mark's ``model``, which may name parameters.
+Results are kept per version of the host in docs/compatibility.json, so running the same under another version adds to
+the table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+STORE, PAGE = DOCS / "compatibility.json", DOCS / "compatibility.md"
+Pair = tuple[str, str]
+
+_HEAD = """\
+# What was tested with what
+
+Made from test results by `pytest --compatibility`; do not edit. A cell holds the tested versions of diffusers under
+which every test of that model and feature passed, on tiny random models, first to last; `yes` stands for code that has
+no version: a stand-in that follows the host's published interface. An empty cell was not tested, or not whole.
+
+| feature | what its tests prove |
+|---|---|
+| attention, norms, restore | the host's output to 1e-5 (float32) with each and with both; identical after `restore` |
+| no concatenation | on the kernels (interpreted), no `torch.cat` of queries, keys, values or their inputs is left |
+| model, sequential, group offload | hooks before or after; weights elsewhere until their module is called |
+| LoRA | PEFT adapters added before or after, switched off again |
+| torch.compile | one graph without a break |
+| VAE encode, VAE decode | the host's latents and frames to 1e-5: whole, in pieces, tiled |
+| CSG | segment by segment through the adapter |
+
+"""
+
+
+def pairs(item: pytest.Item) -> Iterator[Pair]:
+    """(model, feature) that a test speaks for."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    for mark in item.iter_markers("compatibility"):
+        model = mark.kwargs.get("model", parameters.get("name"))
+        if model is None:
+            raise pytest.UsageError(f"{item.nodeid}: compatibility needs a parameter 'name' or model=")
+        for feature in mark.args:
+            yield model.format(**parameters), feature
+
+
+def host_version(item: pytest.Item) -> str:
+    """Of the host that a test runs, or ``yes`` for a stand-in."""
+    mark = item.get_closest_marker("compatibility")
+    host = "diffusers" if mark is None else mark.kwargs.get("host", "diffusers")
+    return "yes" if host == "stand-in" else importlib.metadata.version(host)
+
+
+class Recorder:
+    """Collects the outcomes of a session."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[str, str, str], str] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        """A pair has passed if all of its tests have; with one skipped it is not known."""
+        outcome: Any = yield
+        report = outcome.get_result()
+        if report.when != "call" and report.passed:
+            return
+        for model, feature in pairs(item):
+            key = (model, feature, host_version(item))
+            # Of passed, skipped, failed the last in this order counts.
+            self.outcomes[key] = min(
+                self.outcomes.get(key, "passed"), report.outcome, key=("failed", "skipped", "passed").index
+            )
+
+    def pytest_sessionfinish(self) -> None:
+        """Adds the outcomes to the file and writes the page anew."""
+        rows = {(r["model"], r["feature"], r["version"]): r for r in load()}
+        torch_version = importlib.metadata.version("torch").split("+")[0]
+        for (model, feature, version), outcome in self.outcomes.items():
+            rows.pop((model, feature, version), None)
+            if outcome == "skipped":
+                continue
+            rows[model, feature, version] = {
+                "model": model,
+                "feature": feature,
+                "version": version,
+                "torch": torch_version,
+                "passed": outcome == "passed",
+            }
+        ordered = sorted(rows.values(), key=lambda r: (r["model"], r["feature"], r["version"]))
+        _write(STORE, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
+        _write(PAGE, render(ordered))
+
+
+def load() -> list[dict[str, Any]]:
+    """The rows kept so far."""
+    return json.loads(STORE.read_text()) if STORE.exists() else []
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The page."""
+    features = sorted({row["feature"] for row in rows}, key=_order)
+    tested = sorted({row["version"] for row in rows} - {"yes"}, key=_version)
+    lines = ["| " + " | ".join(["model", *features]) + " |", "|" + "---|" * (len(features) + 1)]
+    for model in sorted({row["model"] for row in rows}):
+        own = [row for row in rows if row["model"] == model]
+        cells = [_cell([row for row in own if row["feature"] == feature], tested) for feature in features]
+        lines.append("| " + " | ".join([model, *cells]) + " |")
+    versions = ", ".join(sorted({row["torch"] for row in rows}))
+    return _HEAD + "\n".join(lines) + f"\n\nTested: diffusers {', '.join(tested)}; torch {versions}.\n"
+
+
+def _cell(rows: list[dict[str, Any]], tested: list[str]) -> str:
+    passed = sorted((row["version"] for row in rows if row["passed"]), key=_version)
+    failed = [f"FAILED under {row['version']}" for row in rows if not row["passed"]]
+    together = len(passed) > 1 and passed == tested[tested.index(passed[0]) :][: len(passed)]
+    return ", ".join([*([f"{passed[0]} to {passed[-1]}"] if together else passed), *failed])
+
+
+def _version(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+_ORDER = (
+    *("attention", "norms", "no concatenation", "VAE encode", "VAE decode", "CSG", "restore", "model offload"),
+    *("sequential offload", "group offload", "LoRA", "torch.compile"),
+)
+
+
+def _order(feature: str) -> int:
+    if feature not in _ORDER:
+        raise pytest.UsageError(f"compatibility: unknown feature {feature!r}; one of {', '.join(_ORDER)}")
+    return _ORDER.index(feature)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

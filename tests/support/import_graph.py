@@ -1,0 +1,44 @@
+"""Who imports whom, read from the sources: lazy imports and those for type checking count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def imported(file: Path, module: str, everywhere: bool = True) -> Iterator[tuple[str, str | None, int]]:
+    """(module, name in it or None, number of leading dots) of every import in a file, dots resolved.
+
+    Args:
+        file: the source.
+        module: its dotted name.
+        everywhere: also inside functions, classes and conditions.
+    """
+    tree = ast.parse(file.read_text())
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((base, alias.name, node.level) for alias in node.names)
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """The files of a package by dotted name."""
+    names = {}
+    for file in (root / package).rglob("*.py"):
+        names[".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = file
+    return names
+
+
+def graph(root: Path, package: str) -> dict[str, set[str]]:
+    """By module of a package, the modules of the same package that it imports."""
+    known = modules(root, package)
+    edges: dict[str, set[str]] = {}
+    for module, file in known.items():
+        found = {f"{base}.{name}" if f"{base}.{name}" in known else base for base, name, _ in imported(file, module)}
+        edges[module] = (found & known.keys()) - {module}
+    return edges
