@@ -27,6 +27,7 @@ examples:
 PACKAGES = ("torch", "triton", "einops", "numpy")
 #: What decides how calls are computed.
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+KERNELS = "kernels, by the named calls of each operator at small sizes:"
 
 
 def version(package: str) -> str:
@@ -80,7 +81,7 @@ def report(device: torch.device) -> str:
         "measured tables": "; ".join(f"{name}: {', '.join(cards) or 'none'}" for name, cards in measured.items()),
     }
     lines = [f"{name + ':':<18}{value}" for name, value in values.items()]
-    return "\n".join([*lines, "kernels:", *describe_kernels(device)])
+    return "\n".join([*lines, KERNELS, *describe_kernels(device)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

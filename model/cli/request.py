@@ -203,48 +203,6 @@ class ClipRequest:
         }
 
 
-def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
-    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about machine and places.
-
-    Raises:
-        InputError: another option was given, which would be another run.
-    """
-    own = (*MACHINE_OPTIONS, *PLACES)
-    given = [
-        name
-        for name, value in vars(args).items()
-        if name not in (*own, *RUN_OPTIONS) and value != getattr(defaults, name)
-    ]
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(
-            f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
-            " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
-        )
-    for name, value in stored.items():
-        asked = name in own and getattr(args, name) != getattr(defaults, name)
-        if name not in RUN_OPTIONS and not asked:
-            setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
-
-
-def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text that means the same from any folder."""
-    found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
-    for name in _PATHS:
-        if found[name] is not None:
-            found[name] = str(Path(found[name]).absolute())
-    for part in LORA_OPTIONS.values():
-        found[f"{part}_loras"] = [_absolute_lora(text) for text in found[f"{part}_loras"]]
-    return found
-
-
-def _absolute_lora(text: str) -> str:
-    path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return str(Path(text).absolute())
-    return f"{Path(path).absolute()}:{strength}"
-
-
 def request_for(
     components: Components,
     *,
@@ -302,3 +260,45 @@ def _encoder_bytes(components: Components, capability: int | None) -> int:
     if folder is None:
         return TEXT_ENCODER_BYTES // 2 * itemsize
     return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
+
+
+def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
+    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about machine and places.
+
+    Raises:
+        InputError: another option was given, which would be another run.
+    """
+    own = (*MACHINE_OPTIONS, *PLACES)
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name not in (*own, *RUN_OPTIONS) and value != getattr(defaults, name)
+    ]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
+            " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
+        )
+    for name, value in stored.items():
+        asked = name in own and getattr(args, name) != getattr(defaults, name)
+        if name not in RUN_OPTIONS and not asked:
+            setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
+
+
+def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text that means the same from any folder."""
+    found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
+    for name in _PATHS:
+        if found[name] is not None:
+            found[name] = str(Path(found[name]).absolute())
+    for part in LORA_OPTIONS.values():
+        found[f"{part}_loras"] = [_absolute_lora(text) for text in found[f"{part}_loras"]]
+    return found
+
+
+def _absolute_lora(text: str) -> str:
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return str(Path(text).absolute())
+    return f"{Path(path).absolute()}:{strength}"

@@ -5,5 +5,6 @@ dispatch      kernel or reference, and :func:`explain`
 registration  the names that operators are registered under
 target        the GPUs that kernels are for
 configs       which configuration a kernel is launched with; ``tables`` reads the measured ones
+frames        strides and addresses of video frames, for kernels
 case, cost    named calls for reports and benchmarks, and their least cost
 """

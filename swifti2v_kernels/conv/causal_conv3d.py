@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import check_targets
+from ..common.checks import check_frames, check_targets, check_vector
 from ..common.cost import Cost
 from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
 from ..common.registration import add_op_namespace_prefix, registered
@@ -47,12 +47,10 @@ from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
 from .by_torch import conv_sums, cudnn_preference
 from .checks import (
     MAX_OWNED_CHANNELS,
-    check_frames,
     check_kernel,
     check_padding,
     check_past,
     check_stride,
-    check_vector,
     output_size,
     same_padding,
     stride_obstacle,

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import configured
+from ..common.frames import frame_strides
 from ..common.target import capability_of
-from .loop import ConvConfig, aligned, conv_product, conv_store, frame_strides, locate
+from .loop import ConvConfig, aligned, conv_product, conv_store, locate
 
 
 @triton.jit(do_not_specialize=["num_past", "height", "width", "out_height", "out_width", "top", "left"])

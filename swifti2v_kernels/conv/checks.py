@@ -7,37 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import FLOATS
+from ..common.checks import check_frames
 
 #: A norm behind a convolution needs one program to own all channels of its pixels.
 MAX_OWNED_CHANNELS = 192
-
-
-def check_frames(
-    name: str,
-    x: Tensor,
-    shape: tuple[int | str, ...] = ("B", "T", "h", "w", "C"),
-    dtypes: Sequence[torch.dtype] = FLOATS,
-    device: torch.device | None = None,
-) -> None:
-    """``[B, T, h, w, C]`` of this shape (letters: any size but 0) and dtype, C contiguous.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.ndim == 5 and all(n > 0 if isinstance(m, str) else n == m for n, m in zip(x.shape, shape, strict=False))
-    if not fits or x.dtype not in dtypes or device not in (None, x.device):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        where = "" if device is None else f" on {device}"
-        raise ValueError(
-            f"{name}: expected [{', '.join(map(str, shape))}] {kinds}{where}, got {list(x.shape)} {x.dtype}"
-            f" on {x.device}"
-        )
-    if x.shape[4] > 1 and x.stride(4) != 1:
-        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(4)}")
 
 
 def check_kernel(name: str, weight: Tensor, x: Tensor, columns: int | str = "C'") -> None:
@@ -61,24 +34,6 @@ def check_kernel(name: str, weight: Tensor, x: Tensor, columns: int | str = "C'"
         raise ValueError(
             f"{name}: expected channels last in memory: weight.to(memory_format=torch.channels_last_3d);"
             f" got strides {weight.stride()}"
-        )
-
-
-def check_vector(name: str, x: Tensor | None, length: int, like: Tensor) -> None:
-    """None, or contiguous ``[length]`` in the dtype and on the device of ``like``.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if x is None:
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
-    if x.shape != (length,) or x.dtype != like.dtype or x.device != like.device or not x.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous [{length}] {like.dtype} on {like.device}, got {list(x.shape)} {x.dtype}"
-            f" on {x.device}"
         )
 
 

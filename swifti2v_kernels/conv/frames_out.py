@@ -28,18 +28,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import FLOATS, check_targets
+from ..common.checks import FLOATS, check_frames, check_targets, check_vector
 from ..common.cost import Cost
 from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from .by_torch import conv_sums, cudnn_preference
 from .checks import (
-    check_frames,
     check_kernel,
     check_padding,
     check_past,
-    check_vector,
     output_size,
     same_padding,
     stride_obstacle,

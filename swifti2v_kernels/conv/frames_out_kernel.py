@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import configured
+from ..common.frames import frame_strides
 from ..common.target import capability_of
-from .loop import ConvConfig, aligned, conv_product, frame_strides, locate
+from .loop import ConvConfig, aligned, conv_product, locate
 
 
 @triton.jit(do_not_specialize=["num_past", "height", "width", "out_height", "out_width", "top", "left"])

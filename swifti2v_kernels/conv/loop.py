@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.frames import pixels
 from .checks import MAX_OWNED_CHANNELS
 
 
@@ -86,11 +87,6 @@ def _columns(columns: int, limit: int) -> tuple[int, int]:
         return block, 0
     tail = max(triton.next_power_of_2(share - block), 16)
     return (2 * block, 0) if tail >= block else (block, tail)
-
-
-def frame_strides(*views: Tensor | None) -> tuple[tuple[int, ...], ...]:
-    """(batch, frame, row, column) strides of [B, T, h, w, C] views; zeros for None."""
-    return tuple((0, 0, 0, 0) if x is None else x.stride()[:4] for x in views)
 
 
 def aligned(*views: Tensor | None) -> bool:
@@ -238,10 +234,3 @@ def conv_store(
         _store_normed(p_normed, y, factor, o_n, m, NORM, CO)
         if TAIL_N > 0:
             _store_normed(p_normed, z, factor, t_n, tm, NORM, CO)
-
-
-@triton.jit
-def pixels(base, strides, b, t, row, column):
-    """[BLOCK_M] addresses of channel 0 of a frame's pixels."""
-    p = base + b * strides[0] + tl.cast(t, tl.int64) * strides[1]
-    return p + (row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3])

@@ -35,14 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import check_parameter, check_targets
+from ..common.checks import check_frames, check_parameter, check_targets, check_vector
 from ..common.cost import Cost
 from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
 from .by_torch import cudnn_preference
-from .checks import MAX_OWNED_CHANNELS, check_frames, check_padding, check_vector, stride_obstacle
+from .checks import MAX_OWNED_CHANNELS, check_padding, stride_obstacle
 
 
 def fold_upsample_weight(weight: Tensor) -> Tensor:

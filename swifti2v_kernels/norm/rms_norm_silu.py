@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_targets
+from ..common.checks import check_frames, check_targets, check_vector
 from ..common.cost import Cost
 from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
-from ..conv.checks import check_frames, check_vector
 
 #: A pixel is held in registers.
 MAX_CHANNELS = 4096

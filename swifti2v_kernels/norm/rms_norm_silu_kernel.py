@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import configured
+from ..common.frames import frame_strides, pixels
 from ..common.target import capability_of
-from ..conv.loop import frame_strides, pixels
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from model.cli.request import TEXT_ENCODER_BYTES, request_for
 from model.config import PRESETS
 from model.csg.sampler import plan_segments
 from model.errors import InputError
-from model.machine.host import machine_memory
-from model.memory.cost.gpus import GPUS, chosen_gpu, gpu_named, gpu_of_class
+from model.memory.cost.gpus import GPUS, chosen_gpu
 from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
 from model.memory.request import MemoryRequest
@@ -149,29 +148,6 @@ def test_a_device_is_planned_for_as_the_card_that_it_is(monkeypatch: pytest.Monk
     assert device_options(torch.device("cuda")) == {"vram": 24 * GB, "capability": 89, "gpu": GPUS["RTX 4090"]}
 
 
-@pytest.mark.parametrize(
-    ("memory", "name"),
-    [
-        (6 * GB, "RTX 4060"), (8 * 2**30, "RTX 4060"), (12 * GB, "RTX 4070"), (16 * GB, "RTX 4080"),
-        (24 * 2**30, "RTX 4090"), (32 * GB, "RTX 5090"), (80 * GB, "H100"), (141 * GB, "H200"),
-    ],
-)  # fmt: skip
-def test_seconds_are_for_a_card_of_that_memory(memory: int, name: str) -> None:
-    assert gpu_of_class(memory) == GPUS[name]
-    assert chosen_gpu("A100", memory) == GPUS["A100"]
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 3090", None),
-    ],
-)  # fmt: skip
-def test_a_device_is_found_by_its_name(device: str, name: str | None) -> None:
-    assert gpu_named(device) == (None if name is None else GPUS[name])
-
-
 def test_a_gpu_that_is_there_is_the_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,35 +205,7 @@ def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--text-embeddings" in err.splitlines()[0]
 
 
-def machine(root: Path, total: int, groups: str = "", limits: dict[str, str] | None = None) -> Path:
-    """The kernel's files of a machine with ``total`` kB."""
-    files = {"proc/meminfo": f"MemTotal:       {total} kB\nMemFree: 1 kB\n", "proc/self/cgroup": groups}
-    for name, text in (files | (limits or {})).items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("groups", "limits", "expected"),
-    [
-        ("", {}, 64 * 2**30),
-        ("0::/\n", {"sys/fs/cgroup/memory.max": f"{8 * GB}\n"}, 8 * GB),
-        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": f"{9 * GB}\n"}, 9 * GB),
-        ("0::/a\n", {"sys/fs/cgroup/a/memory.max": f"{900 * GB}\n"}, 64 * 2**30),
-        ("3:cpu:/x\n4:memory:/y\n", {"sys/fs/cgroup/memory/y/memory.limit_in_bytes": f"{5 * GB}\n"}, 5 * GB),
-        ("4:memory:/y\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{6 * GB}\n"}, 6 * GB),
-    ],
-    ids=["no group", "container", "a group above", "a higher limit", "version 1", "version 1, container"],
-)
-def test_memory_is_the_machines_or_its_control_groups(
-    tmp_path: Path, groups: str, limits: dict[str, str], expected: int
-) -> None:
-    assert machine_memory(machine(tmp_path, 64 * 2**20, groups, limits)) == expected
-
-
-def test_a_machine_that_does_not_tell_has_no_limit(tmp_path: Path) -> None:
-    assert machine_memory(tmp_path) is None
+def test_the_memory_of_the_machine_can_be_given() -> None:
     assert parse_ram("none") is None
     assert parse_ram("3GB") == 3 * GB
     with pytest.raises(InputError, match=r"^ram: expected a size"):

@@ -1,16 +1,18 @@
-"""Pinned memory on a machine that has none to pin: sizes, pages, and buffers that come back."""
+"""The machine's memory: what there is, and pinned buffers on a machine that has none to pin."""
 
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.machine import host
-from model.machine.host import PAGE, PinnedPool, pinned_bytes
+from model.machine.host import PAGE, PinnedPool, machine_memory, pinned_bytes
 
 CPU = torch.device("cpu")
+GB = 10**9
 
 
 class Runtime:
@@ -90,3 +92,34 @@ def test_buffers_of_a_size_are_given_out_again_when_nothing_looks_at_them(runtim
     del two
     gc.collect()
     assert len(runtime.gone) == 3
+
+
+def machine(root: Path, total: int, groups: str = "", limits: dict[str, str] | None = None) -> Path:
+    """The kernel's files of a machine with ``total`` kB."""
+    files = {"proc/meminfo": f"MemTotal:       {total} kB\nMemFree: 1 kB\n", "proc/self/cgroup": groups}
+    for name, text in (files | (limits or {})).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("", {}, 64 * 2**30),
+        ("0::/\n", {"sys/fs/cgroup/memory.max": f"{8 * GB}\n"}, 8 * GB),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": f"{9 * GB}\n"}, 9 * GB),
+        ("0::/a\n", {"sys/fs/cgroup/a/memory.max": f"{900 * GB}\n"}, 64 * 2**30),
+        ("3:cpu:/x\n4:memory:/y\n", {"sys/fs/cgroup/memory/y/memory.limit_in_bytes": f"{5 * GB}\n"}, 5 * GB),
+        ("4:memory:/y\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{6 * GB}\n"}, 6 * GB),
+    ],
+    ids=["no group", "container", "a group above", "a higher limit", "version 1", "version 1, container"],
+)
+def test_memory_is_the_machines_or_its_control_groups(
+    tmp_path: Path, groups: str, limits: dict[str, str], expected: int
+) -> None:
+    assert machine_memory(machine(tmp_path, 64 * 2**20, groups, limits)) == expected
+
+
+def test_a_machine_that_does_not_tell_has_no_limit(tmp_path: Path) -> None:
+    assert machine_memory(tmp_path) is None

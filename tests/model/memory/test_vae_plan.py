@@ -13,7 +13,6 @@ from bench.dit.count import peak_of_events
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
 from model.machine.counted import TensorMemory
-from model.machine.measure import format_bytes, parse_bytes
 from model.memory.vae_plan import PlannedVAE, Request, predict
 from model.weights.load import random_weights
 
@@ -161,19 +160,5 @@ def test_the_smallest_plan_that_is_named_fits() -> None:
     assert plan_vae(config, "encode", 96, 64, limit=int((needed + 0.1) * 2**20), capability=90).plan.park
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * GB), ("4 GiB", 2**32), ("500mb", 5 * 10**8), ("1.5k", 1500), ("77", 77)]
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_bytes("limit", text) == size
-
-
-@pytest.mark.parametrize("text", ["", "four", "4GG", "0", "-1GB", "4ib"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="limit: expected a size such as 12GB"):
-        parse_bytes("limit", text)
-
-
 def test_plans_are_plain_data() -> None:
     assert dataclasses.astuple(VAEPlan(2, 3, 1, None, True)) == (2, 3, 1, None, True)
-    assert format_bytes(4 * GB) == "3.73 GiB"

@@ -1,0 +1,89 @@
+"""``python -m swifti2v_kernels``: what a bug report needs, and nothing that is not so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.operators.discover import all_cases, operator_name
+from swifti2v_kernels import __version__, pretend_gpu
+from swifti2v_kernels.__main__ import KERNELS, describe_device, describe_kernels, main
+
+CPU = torch.device("cpu")
+OPERATORS = {operator_name(case) for case in all_cases()}
+
+
+def by_operator(lines: list[str]) -> dict[str, list[str]]:
+    """What is said of each operator."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        name, said = line.split(maxsplit=1)
+        found.setdefault(name, []).append(said)
+    return found
+
+
+def test_without_a_gpu_every_operator_says_why_no_kernel_serves_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    head, kernels = out.split(f"{KERNELS}\n")
+    values = dict(line.split(":", 1) for line in head.splitlines())
+    assert values["swifti2v_kernels"].split(",")[0].strip() == __version__
+    assert values["torch"].strip() == torch.__version__
+    assert values["device"].strip().startswith("cpu: ")
+    assert "H200" in values["measured tables"]
+    said = by_operator(kernels.splitlines())
+    assert set(said) == OPERATORS
+    reason = "(kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)"
+    assert all("torch: reference" in line and line.endswith(reason) for lines in said.values() for line in lines)
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_on_a_gpu_every_choice_is_counted(capability: int) -> None:
+    """As a GPU of this capability would be served; nothing is launched."""
+    with pretend_gpu(capability):
+        said = by_operator(describe_kernels(CPU))
+    assert set(said) == OPERATORS
+    attention = "\n".join(said["segment_attention"])
+    assert ("triton: hopper (warp-specialised for capability 9.0)" in attention) == (capability == 90)
+    assert "triton: portable" in attention
+    if capability == 90:
+        assert "the Hopper kernel does not take it: " in attention
+    cases = {name: sum(operator_name(case) == name for case in all_cases()) for name in OPERATORS}
+    for name, lines in said.items():
+        counts = [int(line.split()[0]) for line in lines if " calls: " in line]
+        assert (len(counts), sum(counts)) == ((len(lines), cases[name]) if len(lines) > 1 else (0, 0))
+    float8 = "\n".join(said["norm_modulate"])
+    assert ("float8" in float8) == (capability == 86)
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert describe_device(torch.device("cuda:1")) == "cuda:1: NVIDIA H200, compute capability 9.0, 140.0 GiB"
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "abacus", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--device", device])
+    out, err = capsys.readouterr()
+    assert (done.value.code, out) == (2, "")
+    assert err.startswith("error: device: expected cpu, or cuda:N with N below ")
+    assert err.endswith(f"got {device!r}\n")
+    assert err.count("\n") == 1
+
+
+def test_the_environment_is_told() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SWIFTI2V_BACKEND": "torch"}
+    command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "SWIFTI2V_BACKEND=torch, TRITON_INTERPRET=1" in done.stdout
+    kernels = by_operator(done.stdout.split(f"{KERNELS}\n")[1].splitlines())
+    assert set(kernels) == OPERATORS
+    assert all("(SWIFTI2V_BACKEND is 'torch')" in line for lines in kernels.values() for line in lines)
