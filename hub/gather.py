@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib
 import json
+import re
 import shutil
 import sys
-from pathlib import Path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "swifti2v_kernels"
@@ -40,7 +38,9 @@ def gather(out: Path, package: Path = PACKAGE) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GatherError(f"OUT: expected a new or an empty folder, got {out}")
-    build = tomllib.loads((HERE / "build.toml").read_text())
+    # Python 3.10 has no parser of TOML; tomli is the same one and comes with pytest and kernels.
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    build = toml.loads((HERE / "build.toml").read_text())
     general, files = build["general"], library_files(package, build["torch-noarch"]["pyext"])
     module = general["name"].replace("-", "_")
     # `kernels` imports a build under its id, from which the operators' namespace follows. Builds that differ must not
@@ -70,18 +70,29 @@ def library_files(package: Path, endings: list[str]) -> dict[str, bytes]:
         name = path.relative_to(package)
         if path.suffix[1:] not in endings or name.parts[0] in LEFT_OUT or name.name in LEFT_OUT_FILES:
             continue
-        files[name.as_posix()] = path.read_bytes()
+        # A room's docstring has a line for its cases.
+        told = b"^cases? .*\n" if name.name == "__init__.py" else b"(?!)"
+        files[name.as_posix()] = re.sub(told, b"", path.read_bytes(), flags=re.MULTILINE)
     files["__init__.py"] = shortened(files["__init__.py"].decode()).encode()
     for name in files:
         for node in ast.walk(ast.parse(files[name] if name.endswith(".py") else b"")):
-            roots = [alias.name.split(".")[0] for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                root = (node.module or "").split(".")[0]
-                roots = [root] if node.level == 0 or root in LEFT_OUT else []
-            for root in roots:
-                if root not in ALLOWED:
-                    raise GatherError(f"{name}:{node.lineno}: needs {root}, which a Hub kernel does not have")
+            for missing in absent(name, node, files):
+                raise GatherError(f"{name}:{node.lineno}: needs {missing}, which a Hub kernel does not have")
     return files
+
+
+def absent(name: str, node: ast.AST, files: Mapping[str, bytes]) -> list[str]:
+    """What an import of the file ``name`` wants that is neither allowed nor among ``files``."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names if alias.name.split(".")[0] not in ALLOWED]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if node.level == 0:
+        return [node.module] if node.module.split(".")[0] not in ALLOWED else []
+    folder = PurePosixPath(name).parents[node.level - 1]
+    modules = [node.module.replace(".", "/")] if node.module else [alias.name for alias in node.names]
+    paths = [str(folder / module) for module in modules]
+    return [path for path in paths if f"{path}.py" not in files and f"{path}/__init__.py" not in files]
 
 
 def shortened(source: str) -> str:
@@ -115,10 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = parser.parse_args(arguments).out
     try:
         gather(out)
-    except GatherError as error:
+    except (GatherError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"gathered into {out}; kernels.get_local_kernel loads it")
+    print(f'gathered; kernels.get_local_kernel(Path("{out}")) loads it')
     return 0
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from model.errors import InputError
 from model.machine.measure import parse_bytes
 from model.memory.cost.gpus import GPUS, chosen_gpu, get_gpu
 from model.memory.plan import plan_memory
-from model.memory.report import NOT_PREDICTED, MemoryPlan, StagePlan, gigabytes, vae_data
+from model.memory.report import NOT_PREDICTED, SCHEMA_VERSION, MemoryPlan, StagePlan, gigabytes, vae_data
 from model.memory.request import MemoryRequest
 from model.memory.vae_places import Card
 from model.memory.vae_plan import PARTS, PlannedVAE, plan_vae
@@ -96,7 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the preset's)")
     parser.add_argument("--frames", type=int, help="1 + 4n (default 81)")
     parser.add_argument("--mode", default="bidirectional", choices=MODES, help="of Stage II (default bidirectional)")
-    parser.add_argument("--gpu", help=f"whose seconds are predicted: one of {', '.join(GPUS)} (default: by the memory)")
+    parser.add_argument(
+        "--gpu",
+        help="whose seconds are predicted, and whose kernels are planned for: one of"
+        f" {', '.join(GPUS)} (default: by the memory; with --vae {DEFAULT_GPU})",
+    )
     parser.add_argument("--no-text-encoder", dest="text_encoder", action="store_false", help="embeddings are given")
     parser.add_argument("--from-files", action="store_true", help="plan a preset as if its weights were checkpoints")
     parser.add_argument(
@@ -161,20 +166,23 @@ def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
     Raises:
         InputError: an option does not fit, or does not go with ``--vae``; or no plan fits.
     """
-    defaults = vars(build_parser().parse_args([]))
-    if odd := [name for name, value in vars(args).items() if name not in VAE_OPTIONS and value != defaults[name]]:
-        named, allowed = (
-            ", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (odd, VAE_OPTIONS[1:])
-        )
+    # By the names that they have on the command line, of which --no-text-encoder is not that of its value.
+    options = {action.dest: action for action in build_parser()._actions}
+    odd = [a for name, a in options.items() if name not in VAE_OPTIONS and getattr(args, name, a.default) != a.default]
+    if odd:
+        named = ", ".join(action.option_strings[-1] for action in odd)
+        allowed = ", ".join(options[name].option_strings[-1] for name in VAE_OPTIONS[1:])
         raise InputError(f"vae: the VAE alone takes {allowed}; got {named} too")
     preset = _preset(args)
     config = build_components(args, torch.device("cpu"), torch.float32, {}).vae_config
     width, height = (preset.width, preset.height) if args.size is None else parse_size(args.size)
-    blocks = check_frames(preset.num_frames if args.frames is None else args.frames, config.temporal_stride)
-    options = {
+    frames, stride = preset.num_frames if args.frames is None else args.frames, config.temporal_stride
+    if frames < 1 or (frames - 1) % stride:
+        raise InputError(f"frames: expected 1 + {stride}n, got {frames}")
+    chosen = {
         "limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
         "capability": get_gpu(args.gpu or DEFAULT_GPU).capability,
-        "piece": args.piece or blocks,
+        "piece": args.piece or 1 + (frames - 1) // stride,
     }
     found = {}
     for part in PARTS if args.vae == "both" else (args.vae,):
@@ -182,8 +190,26 @@ def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
         # (model/memory/vae_places.py).
         own = "bfloat16" if part == "decode" else "float32"
         dtype = pick_dtype(own if args.dtype == "auto" else args.dtype, torch.device("cpu"))
-        found[part] = plan_vae(config, part, width, height, dtype=dtype, **options)
+        try:
+            found[part] = plan_vae(config, part, width, height, dtype=dtype, **chosen)
+        except InputError as error:
+            raise InputError(re.sub("^limit:", "vae-memory:", str(error))) from error
     return found
+
+
+def vae_json(plans: Mapping[str, PlannedVAE]) -> dict[str, Any]:
+    """Plans of the VAE alone as plain data: what was asked for, and by part what was decided."""
+    one = next(iter(plans.values()))
+    return {
+        "schema": SCHEMA_VERSION,
+        "basis": "predicted",
+        "width": one.request.width,
+        "height": one.request.height,
+        "piece": one.request.piece,
+        "capability": one.request.capability,
+        "limit_bytes": one.limit,
+        "vae": {part: vae_data(planned) for part, planned in plans.items()},
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -194,8 +220,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.vae is not None:
         plans = vae_plans(args)
-        data = {part: vae_data(planned) for part, planned in plans.items()}
-        print(json.dumps(data, indent=2) if args.json else "\n".join(map(str, plans.values())))
+        print(json.dumps(vae_json(plans), indent=2) if args.json else "\n".join(map(str, plans.values())))
         return
     if args.piece is not None:
         raise InputError("piece: goes with --vae")

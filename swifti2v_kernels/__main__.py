@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -31,11 +31,11 @@ KERNELS = "kernels, by the named calls of each operator at small sizes:"
 
 
 def version(package: str) -> str:
-    """The installed version of ``package``, or ``not installed``."""
+    """The version of ``package`` as it says itself, since wheels of Triton have several names; or why there is none."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+        return importlib.import_module(package).__version__
+    except ImportError as error:
+        return f"cannot be imported: {error}"
 
 
 def describe_device(device: torch.device) -> str:
@@ -52,9 +52,13 @@ def describe_kernels(device: torch.device) -> list[str]:
     """What computes the named calls of every operator on ``device`` under ``backend="auto"``: one line a choice."""
     found: dict[str, Counter[str]] = {}
     for case in all_cases():
-        arguments, keywords = case.inputs(device)
-        choice = explain(case.operator, *arguments, **{**keywords, "backend": "auto"})
-        found.setdefault(case.operator.__name__, Counter())[str(choice)] += 1
+        try:
+            arguments, keywords = case.inputs(device)
+            choice = str(explain(case.operator, *arguments, **{**keywords, "backend": "auto"}))
+        except (ValueError, RuntimeError) as error:
+            # What is wrong is what the report is for.
+            choice = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+        found.setdefault(case.operator.__name__, Counter())[choice] += 1
     width = max(map(len, found))
     lines = []
     for name, choices in found.items():
@@ -67,6 +71,7 @@ def describe_kernels(device: torch.device) -> list[str]:
 def report(device: torch.device) -> str:
     """The whole text."""
     cuda = f"CUDA {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
+    cuda += f", ROCm {torch.version.hip}" if torch.version.hip else ""
     measured = {
         name: sorted({entry["card"] for entry in load_table(name)}) for name in ("attention", "conv3d", "tuned")
     }
@@ -101,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = None
     count = torch.cuda.device_count()
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        parser.exit(2, f"error: device: expected cpu, or cuda:N with N below {count}, got {name!r}\n")
+        allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu, since torch sees no GPU"
+        parser.exit(2, f"error: device: expected {allowed}, got {name!r}\n")
     print(report(device))
     return 0
 

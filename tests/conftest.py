@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[COMPATIBILITY] = {pair for item in items for pair in compatibility.pairs(item)}
     for item in items:
         if item.get_closest_marker("gpu") and not item.path.match(HARDWARE):
-            raise pytest.UsageError(f"{item.nodeid}: marked gpu, so it belongs into a file {HARDWARE}")
+            raise pytest.UsageError(f"{item.nodeid}: marked gpu, so it belongs into a file tests/{HARDWARE}")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -42,6 +42,12 @@ def test_data_flows_one_way():
     assert imports("bench", everywhere=False) <= ALLOWED | {"bench", "model", "swifti2v_kernels", "pytest"}
 
 
+def test_model_and_bench_import_by_absolute_names():
+    for folder in ("model", "bench"):
+        for module, file in modules(ROOT, folder).items():
+            assert all(level == 0 for _, _, level in imported(file, module)), f"{file}: relative import"
+
+
 @pytest.mark.parametrize("package", ["swifti2v_kernels", "model", "bench"])
 def test_no_imports_go_in_circles(package):
     """Those inside functions and for type checking count too."""

@@ -17,7 +17,7 @@ from model.memory.cost.gpus import GPUS
 from model.memory.cost.pipeline import parts, predict
 from model.memory.cost.profiles import PROFILES, get_profile
 
-BY_MODEL = "by model/cost"
+BY_MODEL = "by model/memory/cost"
 STAGES = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
           "decode": "decode_seconds"}  # fmt: skip
 #: Options of clips in two stages only.

@@ -17,7 +17,7 @@ from model.errors import require
 #: New processes for what is left of a share, at most.
 RETRIES = 4
 LOST = "bench.hardware.lost_device"
-#: Their files.
+#: Their files, in ``tests``.
 HARDWARE = "gpu/test_*.py"
 
 

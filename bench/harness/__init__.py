@@ -1,1 +1,7 @@
-"""What every benchmark runs in: its ``registry``, ``session``, ``timing``, ``environment`` and ``base`` revision."""
+"""What every benchmark runs in.
+
+registry     the subcommands; ``session`` runs one: device, folder, section
+timing       calls in turns, ceilings of the card; ``environment`` what it ran on
+base         another revision beside this one
+interpreter  repairs of Triton's interpreter; ``interpreted`` is the part of a benchmark that runs in it
+"""

@@ -31,7 +31,7 @@ def predicted_rows(preset: Preset, size: tuple[int, int], lengths: tuple[int, ..
             )  # fmt: skip
             tokens = len(window.blocks) * dit_cost.tokens_per_block(preset.stage_two, latent_size)
             row = {"frames": num_frames, "mode": mode, "basis_of_peak": "predicted", "basis": "predicted"}
-            row |= {"basis_note": "by model/cost", "peak_bytes": found.total, "tokens": tokens}
+            row |= {"basis_note": "by model/memory/cost", "peak_bytes": found.total, "tokens": tokens}
             rows.append(row)
     return rows
 

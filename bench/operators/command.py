@@ -21,7 +21,8 @@ examples:
   python -m bench operators --check             checks alone
   python -m bench operators                     without CUDA: a check of each operator in Triton's interpreter
 
-Operators are found by their CASES (swifti2v_kernels/common/case.py): a new one is here by being written.
+Operators are found by their CASES (swifti2v_kernels/common/case.py): a new one is here as soon as its family's
+cases.py has it.
 """
 
 

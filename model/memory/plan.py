@@ -26,14 +26,12 @@ import torch
 
 from model.errors import InputError
 from model.memory.report import MemoryPlan, Phase, StagePlan, enough_gigabytes, gigabytes
-from model.memory.request import HOST_USABLE, DiTRequest, MemoryRequest
+from model.memory.request import HOST_USABLE, MemoryRequest
 from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, ReferenceChoice, Search, vae_held, vae_idle
 from model.memory.stage_choice import StageChoice, StageChoices
 from model.memory.stream_time import FILE_RATE
 from model.memory.vae_choice import VAEUse
 from model.memory.vae_places import USABLE, PipelinePlans
-
-__all__ = ["DiTRequest", "MemoryPlan", "MemoryRequest", "find_plan", "plan_memory", "smallest_plan"]
 
 
 def plan_memory(request: MemoryRequest) -> MemoryPlan:

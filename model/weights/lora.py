@@ -133,8 +133,7 @@ def merge_loras(dit: WanDiT, loras: Sequence[LoRA]) -> None:
 
     Nothing is changed unless everything fits. Each parameter is summed in float32 and rounded once; the peak is one
     parameter in float32. A :class:`~model.csg.denoiser.Denoiser` made before keeps text keys and modulations of the
-    former
-    weights: make a new one.
+    former weights: make a new one.
 
     Raises:
         LoRAMismatch, InputError: as for :class:`LoRASet`; or LoRAs are applied to this model already.

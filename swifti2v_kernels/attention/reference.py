@@ -20,7 +20,7 @@ def segment_attention_reference(
     window: BlockWindow | None,
     return_lse: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The formula above, piece by piece of the queries; differentiable. Masks are spelled out as slices."""
+    """The formula of ``segment_attention.py``, piece by piece of the queries; differentiable. Masks are slices."""
     out, lse = [], []
     for view, visible in zip(q, attends, strict=True):
         results = []

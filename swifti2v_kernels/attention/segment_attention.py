@@ -21,7 +21,7 @@ in every fused attention. Sums run in the order of tiles, so results of differen
 FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
 ``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
 
-Backends: the reference below (any device and dtype, differentiable); the portable Triton kernel
+Backends: the reference (``reference.py``: any device and dtype, differentiable); the portable Triton kernel
 (``portable.py``); a warp-specialised one for Hopper (``hopper.py``); and, for a plain dense call
 with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
 ``explain(segment_attention, ...)`` says which of them a call takes. Beyond the H200 the kernels are not yet timed on

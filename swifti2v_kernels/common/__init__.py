@@ -6,5 +6,6 @@ registration  the names that operators are registered under
 target        the GPUs that kernels are for
 configs       which configuration a kernel is launched with; ``tables`` reads the measured ones
 frames        strides and addresses of video frames, for kernels
-case, cost    named calls for reports and benchmarks, and their least cost
+cost          the least cost of a call
+case          named calls for reports and benchmarks
 """

@@ -5,5 +5,5 @@ frames_out       the last one, which writes finished frames
 loop             the product that their kernels share; ``checks`` and ``by_torch`` what their operators share
 cases            named calls: what is compiled, checked, timed and tuned
 
-Every operator's kernel is in the file of its name and ``_kernel``.
+A file's Triton kernel is in the file of its name and ``_kernel``.
 """

@@ -13,8 +13,8 @@ from bench.attention.measure import exact_rows
 from bench.attention.providers import own_kernel
 from bench.records.outcome import Unavailable
 from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
-from swifti2v_kernels.attention.cases import CASES
 from tests.support.attention_oracle import cat_attention
+from tests.support.operator_cases import cases_of
 from tests.support.tolerances import HARDWARE_LSE, KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def check(out: Tensor, expected: Tensor) -> None:
     assert relative_error(out, expected) < KERNEL[str(out.dtype).removeprefix("torch.")]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(segment_attention), ids=lambda case: case.name)
 def test_every_case_of_the_compile_report_runs(case) -> None:
     (q, sources), options = case.inputs(torch.device("cuda"))
     generator = torch.Generator("cuda").manual_seed(0)

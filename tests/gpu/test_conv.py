@@ -11,11 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swifti2v_kernels import causal_conv3d, explain, fold_upsample_weight, frames_out, rms_norm_silu, upsample_conv2d
-from swifti2v_kernels.conv.cases import CASES as CONV_CASES
-from swifti2v_kernels.conv.cases import CASES as FRAMES_CASES
-from swifti2v_kernels.conv.cases import CASES as UPSAMPLE_CASES
-from swifti2v_kernels.norm.cases import CASES as NORM_CASES
 from tests.support.conv_oracle import convolved, normed, upsampled, weights
+from tests.support.operator_cases import cases_of
 from tests.support.tolerances import ACROSS_DEVICES_TF32, KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -80,12 +77,12 @@ def randomised(case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             x.normal_(0.1, 0.8)
     weight = arguments[1]
     if weight.ndim > 1:
-        columns = 4 * weight.shape[1] if case in UPSAMPLE_CASES else weight.shape[0]
+        columns = 4 * weight.shape[1] if case.operator is upsample_conv2d else weight.shape[0]
         weight.mul_((columns / weight.numel()) ** 0.5)
     return arguments, options
 
 
-@pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(causal_conv3d), ids=lambda case: case.name)
 def test_every_convolution_of_the_compile_report_runs(case: Any) -> None:
     (x, weight, bias), options = randomised(case)
     gamma, residual = options.get("norm_weight"), options.get("residual")
@@ -102,7 +99,7 @@ def test_every_convolution_of_the_compile_report_runs(case: Any) -> None:
         check(result, normed(total.to(x.dtype), gamma))
 
 
-@pytest.mark.parametrize("case", UPSAMPLE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(upsample_conv2d), ids=lambda case: case.name)
 def test_every_upsampling_of_the_compile_report_runs(case: Any) -> None:
     """Against the phases as they are: results of even and odd rows and columns by convolutions of their own."""
     (x, phases, bias), options = randomised(case)
@@ -123,7 +120,7 @@ def test_every_upsampling_of_the_compile_report_runs(case: Any) -> None:
         check(result[1], normed(result[0], gamma))
 
 
-@pytest.mark.parametrize("case", FRAMES_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(frames_out), ids=lambda case: case.name)
 def test_every_head_of_the_compile_report_runs(case: Any) -> None:
     (x, weight, bias, out), options = randomised(case)
     v = pixels_of(convolved(x, weight, bias, options["past"], padding=options["padding"]), options["patch_size"])
@@ -134,7 +131,7 @@ def test_every_head_of_the_compile_report_runs(case: Any) -> None:
         check(out, v.clamp(-1, 1), x.dtype)
 
 
-@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(rms_norm_silu), ids=lambda case: case.name)
 def test_every_norm_of_the_compile_report_runs(case: Any) -> None:
     (x, gamma), options = randomised(case)
     check(rms_norm_silu(x, gamma, **options), normed(x, gamma))

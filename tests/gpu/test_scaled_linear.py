@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.operators.check import check_case
 from swifti2v_kernels import QuantizedRows, explain, quantize_rows, scaled_linear
-from swifti2v_kernels.linear.cases import CASES
+from tests.support.operator_cases import cases_of
 from tests.support.tolerances import KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -57,7 +57,7 @@ def sample(x: QuantizedRows) -> tuple[QuantizedRows, Tensor]:
                            for part in x)), chosen  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(scaled_linear), ids=lambda case: case.name)
 def test_every_case_of_the_compile_report_runs(case: Any) -> None:
     major, minor = torch.cuda.get_device_capability()
     if case.least_capability > 10 * major + minor:

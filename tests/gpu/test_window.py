@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from swifti2v_kernels import embed_window, explain, project_step
-from swifti2v_kernels.window.cases import CASES as EMBED_CASES
-from swifti2v_kernels.window.cases import CASES as PROJECT_CASES
+from tests.support.operator_cases import cases_of
 from tests.support.tolerances import KERNEL, relative_error
 from tests.support.window_oracle import convolved, int32, stepped, store
 
@@ -70,14 +69,14 @@ def randomised(case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return arguments, options
 
 
-@pytest.mark.parametrize("case", EMBED_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(embed_window), ids=lambda case: case.name)
 def test_every_embedding_of_the_compile_report_runs(case: Any) -> None:
     arguments, options = randomised(case)
     tokens = embed_window(*arguments, **options)
     check(tokens, convolved(*arguments, **{k: x for k, x in options.items() if k != "backend"}))
 
 
-@pytest.mark.parametrize("case", PROJECT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(project_step), ids=lambda case: case.name)
 def test_every_head_of_the_compile_report_runs(case: Any) -> None:
     arguments, options = randomised(case)
     expected = stepped(*arguments, **{k: x for k, x in options.items() if k != "backend"})

@@ -15,11 +15,11 @@ from bench.static.bounds import predict
 from bench.static.compile_only import CompiledKernel, compiled_for
 from bench.static.cubin import Analysis, Loop, analyse, opcode
 from swifti2v_kernels import explain, qk_norm_rope, segment_attention
-from swifti2v_kernels.attention.cases import CASES
 from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.target import TARGETS
 from tests.support.bench_session import rows_of
+from tests.support.operator_cases import cases_of
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_every_target_compiles_without_spills(capability: int, own_cache) -> None:
     """A call of two sources, head_dim 128; all cases are checked by ``python -m bench compile --check``."""
     kernel = compiled("segment_attention d128 2 sources", capability)
-    row = report._row(CASES[1], kernel, TARGETS[capability])
+    row = report._row(cases_of(segment_attention)[1], kernel, TARGETS[capability])
     assert row.faults() == []
     assert 0 < row.registers <= 255
     assert 0 < row.shared_bytes <= TARGETS[capability].shared_per_block
@@ -89,7 +89,9 @@ def test_hopper_overlaps_the_softmax_with_a_product(own_cache) -> None:
 
 
 def test_explain_names_the_kernel_that_compiles() -> None:
-    args, options = next(case for case in CASES if case.name == "segment_attention d128").inputs(CPU)
+    args, options = next(case for case in cases_of(segment_attention) if case.name == "segment_attention d128").inputs(
+        CPU
+    )
     with compiled_for(90):
         assert explain(segment_attention, *args, **options).implementation == "hopper"
         padded = {**options, "valid_lengths": [torch.tensor([5, 6])]}
@@ -107,7 +109,7 @@ def test_a_spill_is_found(monkeypatch, own_cache) -> None:
     bad = PortableConfig(128, 64, 4, 2)
     monkeypatch.setattr(PortableConfig, "heuristic", classmethod(lambda cls, *args: bad))
     kernel = compiled("segment_attention d128", 89)
-    row = report._row(CASES[1], kernel, TARGETS[89])
+    row = report._row(cases_of(segment_attention)[1], kernel, TARGETS[89])
     assert row.spill_loads > 0
     assert any("spills" in fault for fault in row.faults())
 

@@ -158,9 +158,11 @@ def test_refuses_a_folder_that_is_not_empty(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("text", "needed"),
     [
-        ("import swifti2v_kernels.norm\n", "swifti2v_kernels"),
+        ("import swifti2v_kernels.norm\n", "swifti2v_kernels.norm"),
         ("def late():\n    from numpy import array\n", "numpy"),
-        ("from ..csg.plan import Window\n", "csg"),
+        ("from ..csg.plan import Window\n", "csg/plan"),
+        ("from .. import csg\n", "csg"),
+        ("from .case import Case\n", "common/case"),
     ],
 )
 def test_refuses_a_file_that_needs_more(text: str, needed: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from bench.operators.discover import all_cases, operator_name
 from swifti2v_kernels import __version__, pretend_gpu
-from swifti2v_kernels.__main__ import KERNELS, describe_device, describe_kernels, main
+from swifti2v_kernels.__main__ import KERNELS, describe_device, describe_kernels, main, version
 
 CPU = torch.device("cpu")
 OPERATORS = {operator_name(case) for case in all_cases()}
@@ -74,9 +74,23 @@ def test_a_device_that_is_not_there_is_one_line(device: str, capsys: pytest.Capt
         main(["--device", device])
     out, err = capsys.readouterr()
     assert (done.value.code, out) == (2, "")
-    assert err.startswith("error: device: expected cpu, or cuda:N with N below ")
-    assert err.endswith(f"got {device!r}\n")
-    assert err.count("\n") == 1
+    allowed = f"cpu, or cuda:N with N below {torch.cuda.device_count()}"
+    allowed = allowed if torch.cuda.is_available() else "cpu, since torch sees no GPU"
+    assert err == f"error: device: expected {allowed}, got {device!r}\n"
+
+
+def test_what_fails_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "abacus")
+    assert main(["--device", "cpu"]) == 0
+    head, kernels = capsys.readouterr().out.split(f"{KERNELS}\n")
+    assert "SWIFTI2V_BACKEND=abacus" in head
+    failed = "failed: ValueError: SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'abacus'"
+    assert [line.split(maxsplit=1)[1] for line in kernels.splitlines()] == [failed] * len(OPERATORS)
+
+
+def test_a_package_that_is_not_there_is_told() -> None:
+    assert version("torch") == torch.__version__
+    assert version("no_such_package") == "cannot be imported: No module named 'no_such_package'"
 
 
 def test_the_environment_is_told() -> None:

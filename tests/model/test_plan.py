@@ -219,14 +219,22 @@ def test_the_vae_alone_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert "predicted by counting tensors" in out
 
 
+def test_the_vae_alone_takes_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    out = told(capsys, "--vae", "encode", "--size", "64x64", "--frames", "1")
+    assert "encode 64x64 in float32, 1 latent frame handed over at once" in out
+
+
 def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--preset", "5b", "--size", "640x352", "--vae-memory", "2GB", "--gpu", "RTX 5090", "--piece", "3")
     data = json.loads(told(capsys, "--vae", "decode", *options, "--dtype", "float16", "--json"))
     planned = plan_vae(
         PRESETS["5b"].vae, "decode", 640, 352, dtype=torch.float16, limit=2 * GB, capability=120, piece=3
     )
-    assert list(data) == ["decode"]
-    assert data["decode"] == {**asdict(planned.plan), "dtype": "float16", "peak_bytes": planned.peak.total}
+    assert data == {
+        "schema": 1, "basis": "predicted", "width": 640, "height": 352, "piece": 3, "capability": 120,
+        "limit_bytes": 2 * GB,
+        "vae": {"decode": {**asdict(planned.plan), "dtype": "float16", "peak_bytes": planned.peak.total}},
+    }  # fmt: skip
     assert planned.plan.tiles > 1
 
 
@@ -234,8 +242,9 @@ def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixtu
     ("options", "message"),
     [
         (("--vae", "--size", "100x100"), "multiples of 8, got 100x100"),
-        (("--vae", "decode", "--size", "640x352", "--vae-memory", "1MB"), "the smallest plan needs"),
-        (("--vae", "both", "--vram", "4GB"), "vae: the VAE alone takes --piece, --size"),
+        (("--vae", "decode", "--size", "640x352", "--vae-memory", "1MB"), "error: vae-memory: 1.0 MiB is too little"),
+        (("--vae", "both", "--vram", "4GB"), "--gpu, --vae-memory, --json; got --vram too"),
+        (("--vae", "--no-text-encoder", "--stage2-lora", "x"), "; got --no-text-encoder, --stage2-lora too"),
         (("--piece", "3"), "piece: goes with --vae"),
         (("--vae", "half"), "argument --vae: invalid choice: 'half'"),
         (("--vae", "--frames", "80"), "frames: expected 1 + 4n"),

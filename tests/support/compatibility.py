@@ -1,7 +1,7 @@
 """The table of docs/compatibility.md, made by the tests that are marked ``compatibility``.
 
-    pytest tests/test_integration_*.py tests/integrations/diffusers/test_csg.py --compatibility
-    TRITON_INTERPRET=1 pytest tests/interpreter -k integration --compatibility
+    pytest tests/integrations --compatibility
+    TRITON_INTERPRET=1 pytest tests/interpreter/integrations --compatibility
 
 A mark names features; the model is the test's parameter ``name``, or the mark's ``model``, which may name parameters.
 Results are kept per version of the host in docs/compatibility.json, so running the same under another version adds to
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from model.io.durable import write_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 STORE, PAGE = DOCS / "compatibility.json", DOCS / "compatibility.md"
@@ -98,8 +99,8 @@ class Recorder:
                 "passed": outcome == "passed",
             }
         ordered = sorted(rows.values(), key=lambda r: (r["model"], r["feature"], r["version"]))
-        _write(STORE, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
-        _write(PAGE, render(ordered))
+        write_text(STORE, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
+        write_text(PAGE, render(ordered))
 
 
 def load() -> list[dict[str, Any]]:
@@ -141,9 +142,3 @@ def _order(feature: str) -> int:
     if feature not in _ORDER:
         raise pytest.UsageError(f"compatibility: unknown feature {feature!r}; one of {', '.join(_ORDER)}")
     return _ORDER.index(feature)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -58,7 +58,7 @@ def test_tables_are_valid_and_nothing_in_them_is_said_to_be_measured(one: Path, 
             for row in table["rows"]:
                 basis = "counted" if table["name"] == "parts" else "predicted"
                 assert (row["status"], row["basis"]) == ("ok", basis)
-                assert basis == "counted" or row["basis_note"] == "by model/cost"
+                assert basis == "counted" or row["basis_note"] == "by model/memory/cost"
                 assert basis == "predicted" or not any(name.endswith("seconds") for name in row)
 
 

@@ -313,7 +313,7 @@ def test_csg_grows_by_stored_latents_only_and_end_to_end_by_its_window(preset: s
         assert grown > more * (stored + 4 * 2 * per_block * given.stage_two.dim)
     assert {tokens[frames, "bidirectional"] for frames in lengths} == {5 * per_block}
     assert [tokens[frames, "end_to_end"] for frames in lengths] == [n * per_block for n in (11, 21, 41)]
-    assert {(row["basis"], row["basis_note"]) for row in rows} == {("predicted", "by model/cost")}
+    assert {(row["basis"], row["basis_note"]) for row in rows} == {("predicted", "by model/memory/cost")}
 
 
 def test_lengths_are_measured_on_the_largest_window_and_one_that_does_not_fit_is_a_row(

@@ -19,8 +19,8 @@ from bench.static.cubin import Analysis, Loop, analyse
 from swifti2v_kernels import QuantizedRows, explain, pretend_gpu, quantize_rows, scaled_linear
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.target import TARGETS
-from swifti2v_kernels.linear.cases import CASES
 from swifti2v_kernels.linear.scaled_linear import _by_torch, cost
+from tests.support.operator_cases import cases_of
 from tests.support.tolerances import OPERATOR, relative_error
 
 KINDS = [torch.float8_e4m3fn, torch.int8]
@@ -310,7 +310,7 @@ def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str, own_cache: None) -> None:
     """One case of each; all are checked by ``python -m bench compile --check``."""
-    case = next(case for case in CASES if "K1536" in case.name and kind in case.name)
+    case = next(case for case in cases_of(scaled_linear) if "K1536" in case.name and kind in case.name)
     row, analysis = row_of(case, capability)
     assert row.faults() == []
     assert (row.mma, row.operands) == (opcode, kind)

@@ -18,14 +18,12 @@ from model.csg.schedule import flow_sigmas
 from model.memory.cost.gpus import GPUS
 from model.memory.plan import plan_memory
 from model.memory.request import DiTRequest, MemoryRequest
-from model.memory.vae_places import PipelinePlans
-from model.memory.vae_plan import PlannedVAE
 from model.pipeline.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.pipeline.components import Components
 from model.pipeline.encoders import empty_text
 from model.pipeline.stages import decode_frames, make_motion, make_reference, motion_condition
 from model.vae.model import WanVAE
-from model.vae.tiles import VAEPlan
+from model.vae.tiles import VAEPlan, VAEPlans
 from model.weights.load import random_weights
 from tests.model.vae.test_tiles import OtherMemory
 from tests.support.bench_session import CPU, old_garbage_left
@@ -53,18 +51,15 @@ def components(preset: str = "tiny", **changes: Any) -> Components:
 
 def plans(
     plan: VAEPlan | None = None, preset: str = "tiny", size: tuple[int, int] = SIZE, low: tuple[int, int] = LOW
-) -> PipelinePlans:
+) -> VAEPlans:
     """Everything untiled, or the target's places by this plan."""
     chosen = PRESETS[preset]
     request = MemoryRequest(
         DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, size, low, 4 * BLOCKS - 3,
         SegmentPlan(BLOCKS), GPUS["H200"], dtype=torch.float32, capability=None,
     )  # fmt: skip
-    found = plan_memory(request).vae_plans
-    if plan is None:
-        return found
-    reference, decode = (PlannedVAE(plan, place.request, None) for place in (found.reference, found.decode))
-    return replace(found, reference=reference, decode=decode)
+    found = plan_memory(request).vae_plans.tiles
+    return found if plan is None else found._replace(reference=plan, decode=plan)
 
 
 def picture(width: int, height: int) -> Tensor:
@@ -87,7 +82,7 @@ def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
     options = {"sigmas": given.sigmas_one, "seed": given.seed, "low_noise_dit": parts.low_noise}
     motion = make_motion(parts.stage_one, start, given.text, **options)
     hosts = [None if given.host is None else given.host(True) for _ in range(2)]
-    plan = given.vae_plans.reference.plan
+    plan = given.vae_plans.reference
     reference = make_reference(motion, low_vae, vae, given.picture, plan=plan, host=hosts[0])
     made = sample_latents(
         parts.stage_two(), reference.clone(), given.text, plan=given.plan, sigmas=given.sigmas_two, seed=given.seed,
@@ -95,7 +90,7 @@ def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     segments = [segment.clone() for segment in made]
     assert sum(segment.shape[2] for segment in segments) == BLOCKS - 1
-    plan = given.vae_plans.decode.plan
+    plan = given.vae_plans.decode
     return reference, torch.cat(list(decode_frames(vae, reference[:, :, :1], segments, plan=plan, host=hosts[1])))
 
 
