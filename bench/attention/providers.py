@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.records.outcome import Unavailable
 from swifti2v_kernels import segment_attention
-from swifti2v_kernels.attention import choice as attention_launch
+from swifti2v_kernels.attention import choice
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common.cost import Cost
 
@@ -116,14 +116,14 @@ def own_kernel(q: Tensor, sources: Sources, portable: bool = False) -> Tensor:
         Unavailable: only the portable kernel takes the call anyway, so that it is not listed twice.
     """
     nothing = [None] * len(sources)
-    kernel, _ = attention_launch.own_kernel([q], sources, nothing, False)
+    kernel, _ = choice.own_kernel([q], sources, nothing, False)
     if portable:
         if kernel == "portable":
             raise Unavailable("the portable kernel is the only one here")
         kernel = "portable"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     everything = [(1 << len(sources)) - 1]
-    attention_launch.launch(kernel, [q], sources, [out], [], nothing, q.shape[3] ** -0.5, everything, None)
+    choice.launch(kernel, [q], sources, [out], [], nothing, q.shape[3] ** -0.5, everything, None)
     return out
 
 

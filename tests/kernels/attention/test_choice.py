@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swifti2v_kernels.attention import choice as attention_launch
+from swifti2v_kernels.attention import choice
 from swifti2v_kernels.attention.choice import choose_kernel, torch_takes
 from swifti2v_kernels.common import tables
 from tests.support.bench_session import CPU
@@ -86,7 +86,7 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
     capability: int, fastest: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the table says is fastest; an aligned call takes what it says. q, k and v in turn are not aligned."""
-    monkeypatch.setattr(attention_launch, "capability_of", lambda device: capability)
+    monkeypatch.setattr(choice, "capability_of", lambda device: capability)
     entries: list[dict[str, Any]] = []
     if fastest is not None:
         seconds = {"swifti2v": 2.0, "sdpa-cudnn": 2.0, "sdpa-flash": 2.0, fastest: 1.0}
@@ -112,7 +112,7 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
 
 
 def test_a_call_on_a_cpu_is_never_torch_s_by_this_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "capability_of", lambda device: 89)
+    monkeypatch.setattr(choice, "capability_of", lambda device: 89)
     q = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
     assert q.device == CPU
     assert choose_kernel([q], [(q, q)], [None], False, False)[0] == "portable"

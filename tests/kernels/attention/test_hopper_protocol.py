@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swifti2v_kernels.attention import hopper as attention_hopper
+from swifti2v_kernels.attention import hopper
 from swifti2v_kernels.attention.hopper import HopperConfig
 from tests.support.attention_oracle import cat_attention
 from tests.support.hopper_simulator import ProtocolError, SimulatedKernel
@@ -65,18 +65,18 @@ def check(q: Tensor, out: Tensor, lse: Tensor, sources: list[tuple[Tensor, Tenso
 @pytest.mark.parametrize("config", [HopperConfig(64, 2), HopperConfig(64, 3), HopperConfig(128, 4)], ids=str)
 @pytest.mark.parametrize("key_lens", [(1,), (64,), (300,), (130, 64, 77), (128, 256)], ids=str)
 def test_simulated_kernel(key_lens: tuple[int, ...], config: HopperConfig) -> None:
-    q, out, lse, sources = run(attention_hopper, (150,), key_lens, config=config)
+    q, out, lse, sources = run(hopper, (150,), key_lens, config=config)
     check(q[0], out[0], lse[0], sources)
 
 
 def test_shipped_configuration_in_bfloat16() -> None:
     config = HopperConfig.heuristic(128)
-    q, out, lse, sources = run(attention_hopper, (70,), (300, 5), 128, config, dtype=torch.bfloat16)
+    q, out, lse, sources = run(hopper, (70,), (300, 5), 128, config, dtype=torch.bfloat16)
     check(q[0], out[0], lse[0], sources)
 
 
 def test_query_views_see_their_sources_only() -> None:
-    q, out, lse, sources = run(attention_hopper, (130, 1, 40), (70, 129, 3), attends=[0b001, 0b110, 0b101])
+    q, out, lse, sources = run(hopper, (130, 1, 40), (70, 129, 3), attends=[0b001, 0b110, 0b101])
     for x, o, s, seen in zip(q, out, lse, ([0], [1, 2], [0, 2]), strict=True):
         check(x, o, s, [sources[j] for j in seen])
 
@@ -104,18 +104,20 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_simulator_finds_the_mistake(mistake: str, tmp_path: Path) -> None:
     right, wrong = MISTAKES[mistake]
-    source = Path(attention_hopper.__file__).read_text()
+    source = Path(hopper.__file__).read_text()
     assert source.count(right) >= 1, "the kernel changed: adapt the mistake"
     path = tmp_path / "mistaken.py"
     path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("mistaken", path)
+    # Within the package, for its relative imports.
+    name = f"{hopper.__package__}.mistaken"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mistaken"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
         with pytest.raises((ProtocolError, AssertionError)):
             run_and_check(module, (150,), (300, 70, 130), patience=1.0)
     finally:
-        del sys.modules["mistaken"]
+        del sys.modules[name]

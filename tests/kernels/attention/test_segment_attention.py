@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
-from swifti2v_kernels.attention import choice as attention_launch
+from swifti2v_kernels.attention import choice as attention_choice
 from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common import tables, target
@@ -240,7 +240,7 @@ def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.Monkey
 def test_torch_s_attention_behind_dense_calls() -> None:
     q, k, v = qkv(7, dtype=torch.float32)
     for name in ("sdpa-cudnn", "sdpa-flash"):
-        out = attention_launch.sdpa(name, q, k, v, 0.3)
+        out = attention_choice.sdpa(name, q, k, v, 0.3)
         assert relative_error(out, cat_attention(q, [(k, v)], scale=0.3)[0]) < OPERATOR["float32"]
 
 
@@ -251,7 +251,7 @@ def test_a_dense_call_on_an_unmeasured_card_takes_torch(
     capability: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decided from the tensors' metadata: these say that they are on a GPU, and hold nothing."""
-    for module in (attention_launch, target):
+    for module in (attention_choice, target):
         monkeypatch.setattr(module, "capability_of", lambda device: capability)
     monkeypatch.setattr(tables, "load_table", lambda name: [])
     with FakeTensorMode():

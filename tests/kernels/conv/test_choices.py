@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swifti2v_kernels import causal_conv3d, explain, frames_out, pretend_gpu, rms_norm_silu, upsample_conv2d
 from swifti2v_kernels.common import tables, target
-from swifti2v_kernels.conv import by_torch as conv_torch
+from swifti2v_kernels.conv import by_torch
 from swifti2v_kernels.conv.by_torch import cudnn_conv3d_fault
 from swifti2v_kernels.conv.checks import MAX_OWNED_CHANNELS
 from swifti2v_kernels.conv.loop import ConvConfig
@@ -65,7 +65,7 @@ def test_the_choice_on_a_cpu(operator: Callable[..., Any]) -> None:
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """A card of capability 9.0 for tensors that say that they are on it; the measurements are the list given."""
     entries: list[dict[str, Any]] = []
-    for module in (conv_torch, target):
+    for module in (by_torch, target):
         monkeypatch.setattr(module, "capability_of", lambda device: 90)
     monkeypatch.setattr(tables, "load_table", lambda name: entries if name == "conv3d" else [])
     with FakeTensorMode():
@@ -162,10 +162,10 @@ def _faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch 2.8.0 with cuDNN 9.10.2. What is known of the real ones is kept for the process, so it is forgotten."""
     monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    conv_torch._conv3d_works.cache_clear()
+    by_torch._conv3d_works.cache_clear()
     with pretend_gpu(90):
         yield
-    conv_torch._conv3d_works.cache_clear()
+    by_torch._conv3d_works.cache_clear()
 
 
 @pytest.mark.usefixtures("_faulty")

@@ -25,7 +25,7 @@ from swifti2v_kernels import (
     rms_norm_silu,
     upsample_conv2d,
 )
-from swifti2v_kernels.conv import by_torch as conv_torch
+from swifti2v_kernels.conv import by_torch
 from swifti2v_kernels.conv.causal_conv3d import cost as conv_cost
 from swifti2v_kernels.conv.frames_out import cost as frames_cost
 from swifti2v_kernels.conv.upsample_conv2d import cost as upsample_cost
@@ -55,7 +55,7 @@ def _one_thread() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Options of a call that takes the path named."""
     if request.param == "cudnn without 3D":
-        monkeypatch.setattr(conv_torch, "_conv3d_works", lambda dtype: False)
+        monkeypatch.setattr(by_torch, "_conv3d_works", lambda dtype: False)
     within: AbstractContextManager[object] = nullcontext() if request.param == "cpu" else pretend_gpu(90)
     with within:
         yield {"backend": "torch"}
