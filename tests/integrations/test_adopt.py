@@ -37,7 +37,7 @@ def test_after_is_before(before: str, after: str) -> None:
         exec(before, names)
         expected = tensors(names.pop("out"))
         exec(after, names)
-    used = re.findall(r"from swifti2v_kernels import .*", after)[0].split(", ")
+    used = re.findall(r"from swifti2v_kernels import (.*)", after)[0].split(", ")
     assert set(used) <= set(swifti2v_kernels.__all__)
     actual = tensors(names["out"])
     assert len(actual) == len(expected)
