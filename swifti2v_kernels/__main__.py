@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import platform
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu, since torch sees no GPU"
         parser.exit(2, f"error: device: expected {allowed}, got {name!r}\n")
-    print(report(device))
+    try:
+        print(report(device), flush=True)
+    except BrokenPipeError:
+        # Whoever read the output has gone. Nothing more can be said, also not when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

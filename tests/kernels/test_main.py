@@ -101,3 +101,12 @@ def test_the_environment_is_told() -> None:
     kernels = by_operator(done.stdout.split(f"{KERNELS}\n")[1].splitlines())
     assert set(kernels) == OPERATORS
     assert all("(SWIFTI2V_BACKEND is 'torch')" in line for lines in kernels.values() for line in lines)
+
+
+def test_a_reader_that_goes_leaves_no_traceback() -> None:
+    command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate()
+    assert (process.returncode, err) == (1, "")
