@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__init__.py").read_text())[1]
 
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.9"]
 GENERATE = ["av>=13", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
 BENCH = [*GENERATE, "jsonschema>=4.18", "matplotlib>=3.8", "nvidia-ml-py>=12"]
@@ -21,6 +22,7 @@ TEST = [
     "peft>=0.17",
     "pytest>=8",
     "pytest-benchmark>=4",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "selenium>=4.20",
 ]
@@ -42,10 +44,11 @@ setup(
         "generate": GENERATE,
         "text": TEXT,
         "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
         # Its metadata asks for Python 3.12; tests/sanitizer passes with it on 3.11, installed as the README says.
         "sanitize": ['ttsem==0.1.0; python_version >= "3.12"'],
-        "all": sorted({*GENERATE, *TEXT, *BENCH, *TEST}),
+        "all": sorted({*DOCS, *GENERATE, *TEXT, *BENCH, *TEST}),
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

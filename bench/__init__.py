@@ -1,4 +1,4 @@
-"""``python -m bench``: one room a subject, each with its ``command.py`` beside what it measures.
+"""The benchmarks, ``python -m bench``: a folder a subject, each with its ``command.py`` beside what it measures.
 
 csg, memory, precision, cost             the whole clip: time, memory, accuracy, predictions
 attention, dit, vae, operators           kernels, layers and autoencoders against their peers

@@ -1,4 +1,4 @@
-"""``python -m bench [SUBCOMMAND]``: without a subcommand, ``csg``."""
+"""The command ``python -m bench [SUBCOMMAND]``; without a subcommand it is ``csg``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``python -m bench``; every benchmark adds its own subcommand."""
+    """Returns the parser of ``python -m bench``; every benchmark adds its own subcommand."""
     parser = CommandParser(
         prog="python -m bench",
         description="Benchmarks of swifti2v. Without a subcommand: csg.",
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser, argv = build_parser(), list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in (*benchmarks(), "-h", "--help"):
         if argv and not argv[0].startswith("-") and "." not in argv[0]:

@@ -1,4 +1,4 @@
-"""A diffusers Wan transformer, segment by segment: it works on one window at a time, never on the whole clip."""
+"""A diffusers Wan transformer that makes a clip segment by segment: it never works on more than one window of it."""
 
 import torch
 from diffusers import WanTransformer3DModel

@@ -28,4 +28,4 @@ with torch.no_grad():
     whole = theirs.decode(latents.cpu() * std + mean).sample.add(1).mul(127.5).round().to(torch.uint8)
 largest = (frames.cpu().int() - whole.permute(0, 2, 3, 4, 1).int()).abs().max()
 print(f"frames {tuple(frames.shape)} in {tiles.rows} x {tiles.columns} tiles")
-print(f"against diffusers decoding all at once: {largest} of 255 at most")
+print(f"largest difference from diffusers decoding all at once: {largest} of 255")

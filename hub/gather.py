@@ -1,8 +1,8 @@
 """Gathers the library as a kernel of the Hugging Face Hub: ``python hub/gather.py OUT``.
 
 OUT then holds what kernel-builder builds from (``build.toml``, ``torch-ext``) and what ``kernels.get_local_kernel``
-loads (``build/torch-cpu``, ``build/torch-cuda``). CSG and the integrations stay behind, which are no operators and need
-more than torch, Triton and einops; so do the benchmarks' cases and the package's command, which reads them.
+loads (``build/torch-cpu``, ``build/torch-cuda``). CSG and the integrations are left out, which are no operators and
+need more than torch, Triton and einops; so are the benchmarks' cases and the package's command, which reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOTE = "Gathered for the Hugging Face Hub without CSG and the integrations, whic
 
 
 class GatherError(Exception):
-    """Why nothing was gathered, in one line."""
+    """The reason why nothing was gathered, in one line."""
 
 
 def gather(out: Path, package: Path = PACKAGE) -> None:
@@ -60,17 +60,17 @@ def gather(out: Path, package: Path = PACKAGE) -> None:
 
 
 def library_files(package: Path, endings: list[str]) -> dict[str, bytes]:
-    """What travels, by its path within the package.
+    """Returns the contents of all files that are gathered, by their path within the package.
 
     Raises:
-        GatherError: a file imports something else.
+        GatherError: a file imports something that is not among them and not allowed.
     """
     files = {}
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package)
         if path.suffix[1:] not in endings or name.parts[0] in LEFT_OUT or name.name in LEFT_OUT_FILES:
             continue
-        # A room's docstring has a line for its cases.
+        # The docstring of a family's ``__init__.py`` has a line for its cases.
         told = b"^cases? .*\n" if name.name == "__init__.py" else b"(?!)"
         files[name.as_posix()] = re.sub(told, b"", path.read_bytes(), flags=re.MULTILINE)
     files["__init__.py"] = shortened(files["__init__.py"].decode()).encode()
@@ -82,7 +82,7 @@ def library_files(package: Path, endings: list[str]) -> dict[str, bytes]:
 
 
 def absent(name: str, node: ast.AST, files: Mapping[str, bytes]) -> list[str]:
-    """What an import of the file ``name`` wants that is neither allowed nor among ``files``."""
+    """Returns what an import of the file ``name`` wants that is neither allowed nor among ``files``."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.name.split(".")[0] not in ALLOWED]
     if not isinstance(node, ast.ImportFrom):
@@ -96,7 +96,7 @@ def absent(name: str, node: ast.AST, files: Mapping[str, bytes]) -> list[str]:
 
 
 def shortened(source: str) -> str:
-    """The package's ``__init__.py`` with the first line of its docstring and without the names that are left out."""
+    """Returns the package's ``__init__.py`` with the first line of its docstring, without the names left out."""
     lines, body = source.splitlines(keepends=True), ast.parse(source).body
     title = ast.get_docstring(ast.parse(source)).splitlines()[0]
     edits: dict[ast.stmt, str] = {body[0]: f'"""{title}\n\n{NOTE}\n"""\n'}
@@ -115,7 +115,7 @@ def shortened(source: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 2 if it refuses."""
+    """Runs the command and returns its exit code, 2 if it refuses."""
     parser = argparse.ArgumentParser(
         prog="python hub/gather.py",
         description="Gathers the operators, without CSG and the integrations, as a kernel of the Hugging Face Hub.",

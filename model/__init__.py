@@ -2,7 +2,7 @@
 
 One room a subject, in reading order; what comes later imports what comes before:
 
-    config, sizes    what is built, and what width, height and number of frames may be
+    config, sizes    configurations of the models; allowed widths, heights and numbers of frames
     machine          host memory, counted memory, sizes and times
     io               photographs, video files, files that are whole or not there
     dit              the diffusion transformer

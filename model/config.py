@@ -1,4 +1,4 @@
-"""What is built: configurations of the DiT and the VAE, and the presets of the two-stage pipeline."""
+"""The configurations of the DiT and the VAE, and the presets of the two-stage pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MASK_CHANNELS = 4
 
 
 def check_count(name: str, value: Any) -> int:
-    """``value`` if it is an integer of at least 1.
+    """Returns ``value`` if it is an integer of at least 1.
 
     Raises:
         InputError: it is not; the message names ``name``.
@@ -46,7 +46,7 @@ def _check_flag(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of a Wan DiT; the defaults are Wan2.1 T2V-1.3B.
+    """The shape of a Wan DiT; the defaults are Wan2.1 T2V-1.3B.
 
     ``in_channels`` tells the variant for latents of z channels: z (text to video, TI2V-5B), 2z + 4 (image to video and
     Stage II: latents, mask, reference). ``image_dim`` switches the image (CLIP) embedding on and ``added_kv`` its own
@@ -70,7 +70,7 @@ class DiTConfig:
 
     @property
     def dim(self) -> int:
-        """Model width: heads times channels of a head."""
+        """The width of the model: heads times head_dim."""
         return self.num_heads * self.head_dim
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class DiTConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> DiTConfig:
-        """From the ``config.json`` of a diffusers ``WanTransformer3DModel``.
+        """Reads the ``config.json`` of a diffusers ``WanTransformer3DModel``.
 
         Raises:
             InputError: a value is of the wrong kind, or means something that is not built here.
@@ -150,7 +150,7 @@ VAE_LATENT_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a Wan autoencoder; the defaults are Wan2.1 (4x8x8, 16 channels).
+    """The shape of a Wan autoencoder; the defaults are Wan2.1 (4x8x8, 16 channels).
 
     ``residual`` selects the Wan2.2 architecture (parameter-free shortcuts round every stage) and ``patch_size`` its
     folding of pixels into channels before the encoder. ``latents_mean`` and ``latents_std`` have one number a channel.
@@ -192,20 +192,20 @@ class VAEConfig:
 
     @property
     def temporal_stride(self) -> int:
-        """Frames for each latent frame after the first."""
+        """The number of frames for each latent frame after the first."""
         return 2 ** sum(self.temporal_downsample)
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels, in each direction, for each latent pixel."""
+        """The number of pixels, in each direction, for each latent pixel."""
         return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> VAEConfig:
-        """From the ``config.json`` of a diffusers ``AutoencoderKLWan``.
+        """Reads the ``config.json`` of a diffusers ``AutoencoderKLWan``.
 
         Raises:
-            InputError: as :meth:`DiTConfig.from_diffusers`.
+            InputError: a value is of the wrong kind, or means something that is not built here.
         """
         if config.get("attn_scales"):
             raise InputError(f"attn_scales: only [] is supported, got {config['attn_scales']}")
@@ -249,7 +249,7 @@ class Preset:
 
 
 def stage_two_config(base: DiTConfig) -> DiTConfig:
-    """The Stage II variant of a DiT: its input is latents, mask and reference side by side on the channel axis."""
+    """Returns the Stage II variant of a DiT: its input is latents, mask and reference, side by side as channels."""
     return replace(base, in_channels=2 * base.out_channels + MASK_CHANNELS, image_dim=None, added_kv=False)
 
 
@@ -323,7 +323,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called ``name``.
+    """Returns the preset called ``name``.
 
     Raises:
         InputError: there is none; the message lists those that exist.

@@ -1,4 +1,4 @@
-"""The error of everything that the user can put right: a wrong size, an unreadable file, weights that do not fit."""
+"""The errors that a user can put right: a wrong size, an unreadable file, weights that do not fit, lack of memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Bad input: the message names what was given and what is allowed. Commands print it and exit with code 2."""
+    """An error of the input: the message names what was given and what is allowed. Commands exit with code 2."""
 
 
 class NoMemoryError(Exception):
-    """Memory did not suffice, and the message says what held it. Commands print it and exit with code 1."""
+    """A lack of memory; the message says what held it. Commands print it and exit with code 1."""
 
 
 def require(module: str, extra: str) -> ModuleType:

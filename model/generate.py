@@ -60,7 +60,7 @@ weights:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``python -m model.generate``."""
+    """Returns the command line of ``python -m model.generate``."""
     parser = CommandParser(
         prog="python -m model.generate",
         description="Turns a photograph into a video by SwiftI2V: a motion reference at 360P, then segment by segment.",
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def text_embedding(
     args: argparse.Namespace, components: Components, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, str]:
-    """The text ``[1, 512, D]`` for both stages, and a sentence that says where it comes from.
+    """Returns the text embedding ``[1, 512, D]`` for both stages, and a sentence that says where it comes from.
 
     An encoder runs on ``device`` in ``dtype``.
     """
@@ -119,11 +119,11 @@ def text_embedding(
 
 
 class Progress(Watcher):
-    """Times the stages, and draws a bar of each with time left and peak memory.
+    """A watcher that times the stages and draws a bar for each, with time left and peak memory.
 
     Args:
-        device: of the work.
-        totals: steps of the stages that have a bar.
+        device: where the work runs.
+        totals: the number of steps of every stage that has a bar.
     """
 
     def __init__(self, device: torch.device, totals: Mapping[str, int]):
@@ -133,18 +133,18 @@ class Progress(Watcher):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times it, under its bar."""
+        """Charges the time of the ``with`` body to a stage, under its bar."""
         with self.timer.stage(name), self.bar(name) if name in self._totals else nullcontext():
             yield
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Times the making of each item, under their bar."""
+        """Yields the items and times the making of each, under the bar of the stage."""
         with self.bar(name) if name in self._totals else nullcontext():
             yield from self.timer.iterate(name, items)
 
     @contextmanager
     def bar(self, name: str) -> Iterator[None]:
-        """The bar of a stage."""
+        """Shows the bar of a stage while it runs."""
         tqdm = require("tqdm", "generate").tqdm
         with tqdm(total=self._totals[name], desc=name, unit="step", dynamic_ncols=True) as self._bar:
             yield
@@ -156,7 +156,10 @@ class Progress(Watcher):
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: checks everything first, then Stage I, the reference, Stage II and the file, from where it is."""
+    """Runs the command: checks everything first, then makes Stage I, the reference, Stage II and the file.
+
+    A run that goes on begins where it stopped.
+    """
     started = time.perf_counter()
     require("av", "generate")
     require("tqdm", "generate")
@@ -176,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, state: RunState | None, started: float) -> None:
-    """With the state of an earlier run, or None."""
+    """Makes the clip, from the state of an earlier run if there is one."""
     out = check_video_path(args.out)
     photo = open_image(args.photo) if state is None or args.photo.is_file() else None
     request = ClipRequest.resolve(args, None if photo is None else photo.size)
@@ -216,12 +219,12 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
 
 
 def state_folder(args: argparse.Namespace) -> Path:
-    """Where the state of a new run goes."""
+    """Returns the folder for the state of a new run."""
     return args.state or args.out.with_suffix(".run")
 
 
 def _begun(args: argparse.Namespace, description: dict[str, Any]) -> RunState:
-    """The state of a new run."""
+    """Returns the state of a new run, which is removed first if one is to be begun anew."""
     folder = state_folder(args)
     if args.restart and folder.is_dir():
         RunState.discard(folder)
@@ -229,10 +232,10 @@ def _begun(args: argparse.Namespace, description: dict[str, Any]) -> RunState:
 
 
 def _go_on(state: RunState, description: dict[str, Any]) -> None:
-    """Says what is not as it was.
+    """Prints what differs from the run as it was begun.
 
     Raises:
-        InputError: it would be another video.
+        InputError: the difference would make another video.
     """
     changes = state.changes(description)
     if changes.forbidding:
@@ -246,7 +249,7 @@ def _go_on(state: RunState, description: dict[str, Any]) -> None:
 def _inputs(
     args: argparse.Namespace, request: ClipRequest, photo: Any, plan: MemoryPlan, progress: Progress
 ) -> tuple[dict[str, Tensor], str]:
-    """Everything that is made of the photograph and the prompt, on the CPU, and where the text comes from."""
+    """Returns everything that is made of the photograph and the prompt, on the CPU, and where the text comes from."""
     components, device = request.components, request.device
     with progress.timer.stage("text and image"):
         try:
@@ -283,7 +286,7 @@ def _make(
     out: Path,
     progress: Progress,
 ) -> None:
-    """What is still to be made, and the file."""
+    """Makes what is still missing, and the file."""
     device = request.device
     job = ClipJob(
         inputs["picture"],
@@ -329,7 +332,7 @@ def _make(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: run(args))
 

@@ -50,7 +50,7 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one checkpoint; ``problem`` says why it does not load."""
+    """A report on one checkpoint; ``problem`` says why it does not load."""
 
     path: str
     kind: str = "unknown"
@@ -69,7 +69,7 @@ class Report:
     exit_code: int = 2
 
     def __str__(self) -> str:
-        """A few aligned lines."""
+        """Returns the report as a few aligned lines."""
         dtypes = ", ".join(f"{count:,} {name}" for name, count in self.dtypes.items())
         loads = f"yes, by {self.loaded_by}" if self.loads else f"NO: {self.problem}"
         rows = {
@@ -83,12 +83,12 @@ class Report:
 
 
 def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1) -> Report:
-    """Reports on one checkpoint; what is wrong with it is in the report.
+    """Returns a report on one checkpoint, faults included.
 
     Args:
         path: a file, or a directory that holds one checkpoint.
         dit: for a LoRA: the DiT that it is to fit.
-        expert: for a LoRA of both experts of Wan2.2 A14B: whose tensors, 1 or 2.
+        expert: for a LoRA of both experts of Wan2.2 A14B: 1 or 2, the one whose tensors are meant.
 
     Raises:
         InputError: ``dit`` is given and does not load, or ``path`` is no LoRA.
@@ -184,7 +184,7 @@ def _shapes(dit: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _lora_details(file: LoRAFile) -> dict[str, Any]:
-    """Ranks, targets, and the width that they are for."""
+    """Returns ranks and targets of a LoRA, and the model width that they are for."""
     everything = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
     return {
         "ranks": dict(sorted(file.ranks.items())),
@@ -216,7 +216,7 @@ def _describe_lora(details: Mapping[str, Any]) -> str:
 
 
 def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], kind: Kind | None) -> list[str]:
-    """How the checkpoint is written: names, prefix, precision, files."""
+    """Returns how the checkpoint is written: names, prefix, precision, files."""
     naming = []
     if kind is not None and kind.part in ("DiT", "VAE"):
         naming.append("names of the Wan repositories" if is_original(keys) else "names of diffusers")
@@ -236,14 +236,14 @@ def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], ki
 
 
 def _shortened(problem: str) -> str:
-    """A list of tensors cut to the first 20."""
+    """Returns the text with its list of tensors cut to the first 20."""
     parts = problem.split("; ")
     more = len(parts) - _LISTED
     return "; ".join(parts[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoints of a directory: its own, those of a pipeline's parts, and single files; or the path itself.
+    """Returns the checkpoints of a directory: its own, those of a pipeline's parts, and single files; or the path.
 
     Raises:
         InputError: there is none.
@@ -269,7 +269,10 @@ def _checkpoints_in(path: Path) -> list[Path]:
 
 
 def _reports(path: Path, dit: Path | None, expert: int) -> list[Report]:
-    """One for each checkpoint. What is none to hold against ``dit`` has a report where it is one of several."""
+    """Returns a report for each checkpoint.
+
+    Among several, one that cannot be compared with ``dit`` has a report that says so; alone it is an error.
+    """
     paths = checkpoints_in(path)
     if dit is not None:
         inspect_dit(dit)
@@ -285,7 +288,7 @@ def _reports(path: Path, dit: Path | None, expert: int) -> list[Report]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``python -m model.inspect``."""
+    """Returns the command line of ``python -m model.inspect``."""
     parser = CommandParser(
         prog="python -m model.inspect",
         description="Says what a checkpoint or a LoRA is, how it is written, and whether it loads here.",
@@ -304,7 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code, the largest of all checkpoints."""
+    """Runs the command line and returns the exit code, the largest of all checkpoints."""
     args = build_parser().parse_args(argv)
     codes = []
 

@@ -31,10 +31,10 @@ from model.cli.request import request_for
 from model.config import Preset, get_preset
 from model.csg.sampler import MODES
 from model.errors import InputError
-from model.machine.measure import parse_bytes
+from model.machine.measure import format_bytes, parse_bytes
 from model.memory.cost.gpus import GPUS, chosen_gpu, get_gpu
 from model.memory.plan import plan_memory
-from model.memory.report import NOT_PREDICTED, SCHEMA_VERSION, MemoryPlan, StagePlan, gigabytes, vae_data
+from model.memory.report import NOT_PREDICTED, SCHEMA_VERSION, MemoryPlan, StagePlan, vae_data
 from model.memory.request import MemoryRequest
 from model.memory.vae_places import Card
 from model.memory.vae_plan import PARTS, PlannedVAE, plan_vae
@@ -52,8 +52,8 @@ examples:
       a Stage I of 14B and a Stage II of 1.3B on a card of 12 GB: where weights are, tiles, predicted peak and time
   python -m model.plan --vram 8GB,12GB,16GB,24GB --ram 32GB
       one row a card
-  python -m model.plan --vram 24GB --gpu "RTX 4090" --storage float8
-      with block weights in 8 bits
+  python -m model.plan --vram 24GB --gpu "RTX 4090" --quantize float8
+      with layer weights in 8 bits
   python -m model.plan --weights DIR --size 1280x704 --frames 121 --json
       checkpoints, of which only headers are read, on this machine's GPU
   python -m model.plan --vae --size 2560x1408 --vae-memory 4GB
@@ -61,13 +61,13 @@ examples:
   python -m model.plan --vae decode --preset 5b --size 1280x704 --vae-memory 6GB --gpu "RTX 5090" --piece 3
       Wan2.2's decoder alone, segment by segment as SwiftI2V streams
 
-Peaks and seconds are predicted. A plan takes 88 % of a card's and 90 % of a machine's memory; blocks of checkpoints can
+Peaks and seconds are predicted. A plan takes 88 % of a card's and 90 % of a machine's memory; layers of checkpoints can
 also be read from files in every pass, those of random weights cannot (--from-files plans a preset as if they could).
 """
 
 
 def vram_limits(text: str | None) -> list[int]:
-    """Bytes of ``--vram``: sizes with commas between; ``auto`` or None is what the CUDA device has.
+    """Parses ``--vram``, sizes with commas between, as bytes; ``auto`` or None is the memory of the CUDA device.
 
     Raises:
         InputError: a size has another form, or there is no CUDA device to ask.
@@ -87,7 +87,7 @@ def vram_limits(text: str | None) -> list[int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``python -m model.plan``."""
+    """Returns the command line of ``python -m model.plan``."""
     parser = CommandParser(
         prog="python -m model.plan",
         description="Plans a clip's memory: where weights are and in what form, tiles, peak and time. Needs no GPU.",
@@ -125,14 +125,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _preset(args: argparse.Namespace) -> Preset:
-    """The preset whose defaults count; without checkpoints also the one whose models do."""
+    """Returns the preset for defaults, and sets ``--preset`` for the models if there are no checkpoints."""
     if args.weights is None:
         args.preset = args.preset or DEFAULT_PRESET
     return get_preset(args.preset or "1.3b")
 
 
 def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
-    """What the options ask for, by the bytes of a card.
+    """Returns a function from the bytes of a card to the memory request of the options.
 
     Raises:
         InputError: an option does not fit.
@@ -147,7 +147,7 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
     ram = parse_ram(args.ram)
     options = {
         "mode": args.mode, "steps": args.steps, "stage_one_steps": args.stage1_steps, "dtype": dtype, "ram": ram,
-        "storage": args.storage, "products": args.products, "text_encoder": text,
+        "quantize": args.quantize, "matmul": args.matmul, "text_encoder": text,
         "from_files": True if args.from_files else None,
         "vae_limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
     }  # fmt: skip
@@ -161,12 +161,12 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
 
 
 def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
-    """What ``--vae`` asks for, by part.
+    """Plans the VAE alone, as ``--vae`` asks, and returns the plans by part.
 
     Raises:
         InputError: an option does not fit, or does not go with ``--vae``; or no plan fits.
     """
-    # By the names that they have on the command line, of which --no-text-encoder is not that of its value.
+    # Options are named in the error as on the command line, where --no-text-encoder differs from the name of its value.
     options = {action.dest: action for action in build_parser()._actions}
     odd = [a for name, a in options.items() if name not in VAE_OPTIONS and getattr(args, name, a.default) != a.default]
     if odd:
@@ -198,7 +198,7 @@ def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
 
 
 def vae_json(plans: Mapping[str, PlannedVAE]) -> dict[str, Any]:
-    """Plans of the VAE alone as plain data: what was asked for, and by part what was decided."""
+    """Returns plans of the VAE alone as plain data: the request, and by part the decision."""
     one = next(iter(plans.values()))
     return {
         "schema": SCHEMA_VERSION,
@@ -213,7 +213,7 @@ def vae_json(plans: Mapping[str, PlannedVAE]) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command.
+    """Runs the command with parsed options.
 
     Raises:
         InputError: an option does not fit.
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _planned(request: MemoryRequest) -> MemoryPlan | str:
-    """The plan, or why there is none."""
+    """Returns the plan, or why there is none."""
     try:
         return plan_memory(request)
     except InputError as error:
@@ -250,7 +250,7 @@ def _result(limit: int, entry: MemoryPlan | str) -> dict[str, Any]:
 
 
 def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
-    """Lines: one row a limit.
+    """Returns the lines of a table with a row for every limit.
 
     Args:
         limits: bytes of the cards.
@@ -273,14 +273,14 @@ def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
         if isinstance(plan, MemoryPlan):
             rows.append(
                 (
-                    gigabytes(limit),
+                    format_bytes(limit),
                     plan.request.gpu.name,
-                    blocks_told(plan.stage_one),
-                    blocks_told(plan.stage_two),
+                    layers_told(plan, "stage_one"),
+                    layers_told(plan, "stage_two"),
                     tiles_told(plan, "reference"),
                     tiles_told(plan, "decode"),
-                    gigabytes(plan.peak),
-                    gigabytes(plan.host_peak),
+                    format_bytes(plan.peak),
+                    format_bytes(plan.host_peak),
                     f"{plan.seconds:.0f}",
                     plan.limiting.name,
                 )
@@ -289,31 +289,34 @@ def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
     lines = iter("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     told = [next(lines)]
     for limit, plan in zip(limits, found, strict=True):
-        told.append(next(lines) if isinstance(plan, MemoryPlan) else f"{gigabytes(limit)}  {plan}")
+        told.append(next(lines) if isinstance(plan, MemoryPlan) else f"{format_bytes(limit)}  {plan}")
     return [
         *told,
-        "Blocks: on the device + from pinned host memory + from files. Tiles: rows x columns, * where states wait in"
+        "Layers: on the device + from pinned host memory + from files. Tiles: rows x columns, * where states wait in"
         " host memory.",
         f"All peaks and seconds are predicted; seconds for the named card, {NOT_PREDICTED}.",
     ]
 
 
-def blocks_told(stage: StagePlan) -> str:
-    """``24+16 plain``: blocks on the device, from pinned host memory and from files, and how they are written."""
+def layers_told(plan: MemoryPlan, name: str) -> str:
+    """Returns ``24+16 in 16 bits``: layers on the device, from pinned host memory and from files, and their form."""
+    stage: StagePlan = getattr(plan, name)
     homes = stage.placement.homes(stage.config.num_layers)
     counts = "+".join(str(homes.count(home)) for home in ("device", "host", "file"))
-    return f"{counts.removesuffix('+0+0').removesuffix('+0')} {stage.placement.storage}"
+    forms = {"none": f"in {8 * plan.request.dtype.itemsize} bits", "file": "as in the file"}
+    form = forms.get(stage.placement.quantize, f"in {stage.placement.quantize}")
+    return f"{counts.removesuffix('+0+0').removesuffix('+0')} {form}"
 
 
 def tiles_told(plan: MemoryPlan, place: str) -> str:
-    """``2x2* float32``: rows and columns of the tiles of a place of the VAE, * where states wait in host memory."""
+    """Returns ``2x2* float32``: rows x columns of a place's VAE tiles, * where states wait in host memory, dtype."""
     planned = getattr(plan.vae_plans, place)
     dtype = str(planned.request.dtype).removeprefix("torch.")
     return f"{planned.plan.rows}x{planned.plan.columns}{'*' * planned.plan.park} {dtype}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: run(args))
 

@@ -1,4 +1,4 @@
-"""Sizes of clips: what width, height and number of frames may be, and Stage I's size beside the target's."""
+"""Sizes of clips: allowed widths, heights and numbers of frames, and Stage I's size for a target."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ STAGE_ONE_SHORT_SIDE = 352
 
 
 def nearest_multiple(size: int, multiple: int) -> int:
-    """The multiple of ``multiple`` (at least one) next to ``size``."""
+    """Returns the multiple of ``multiple`` (at least one) next to ``size``."""
     return max(round(size / multiple), 1) * multiple
 
 
 def size_multiple(vae: VAEConfig, dit: DiTConfig) -> int:
-    """Frame width and height must be multiples of this many pixels: latent pixel times patch."""
+    """Returns the pixels that frame width and height must be multiples of: latent pixel times patch."""
     return vae.spatial_stride * max(dit.patch_size[1:])
 
 
@@ -29,7 +29,7 @@ def check_size(width: int, height: int, multiple: int) -> None:
 
 
 def check_frames(num_frames: int, stride: int = 4) -> int:
-    """Number of latent frames of a clip of ``num_frames`` frames, which must be ``1 + stride * n``, n at least 1."""
+    """Returns the number of latent frames of ``num_frames`` frames, which must be ``1 + stride * n``, n at least 1."""
     if num_frames < 1 + stride or (num_frames - 1) % stride:
         near = 1 + stride * max(round((num_frames - 1) / stride), 1)
         raise InputError(f"frames: expected 1 + {stride}n (5, 9, ... for 4), got {num_frames}; nearest: {near}")
@@ -37,7 +37,7 @@ def check_frames(num_frames: int, stride: int = 4) -> int:
 
 
 def area_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
-    """Width and height with about ``area`` pixels in the aspect ratio of ``image_size`` (width, height)."""
+    """Returns width and height with about ``area`` pixels in the aspect ratio of ``image_size`` (width, height)."""
     ratio = image_size[0] / image_size[1]
     return nearest_multiple(round((area * ratio) ** 0.5), multiple), nearest_multiple(
         round((area / ratio) ** 0.5), multiple
@@ -45,6 +45,6 @@ def area_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[in
 
 
 def stage_one_size(width: int, height: int, multiple: int) -> tuple[int, int]:
-    """Stage I's size for a target of ``width x height``: 2560x1408 gives 640x352."""
+    """Returns Stage I's size for a target of ``width x height``: 640x352 for 2560x1408."""
     scale = min(STAGE_ONE_SHORT_SIDE / min(width, height), 0.5)
     return nearest_multiple(round(width * scale), multiple), nearest_multiple(round(height * scale), multiple)

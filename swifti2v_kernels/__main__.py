@@ -24,15 +24,18 @@ examples:
   python -m swifti2v_kernels --device cuda:1     another one
   TRITON_INTERPRET=1 python -m swifti2v_kernels --device cpu
 """
-#: What the library imports.
+#: Packages that the library imports.
 PACKAGES = ("torch", "triton", "einops", "numpy")
-#: What decides how calls are computed.
+#: Environment variables that decide how calls are computed.
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 KERNELS = "kernels, by the named calls of each operator at small sizes:"
 
 
 def version(package: str) -> str:
-    """The version of ``package`` as it says itself, since wheels of Triton have several names; or why there is none."""
+    """Returns the version of ``package``, or why there is none.
+
+    The package itself is asked, since wheels of Triton have several names.
+    """
     try:
         return importlib.import_module(package).__version__
     except ImportError as error:
@@ -40,24 +43,24 @@ def version(package: str) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name, compute capability and memory of a CUDA device; what the processor is, and why there is no GPU."""
+    """Returns name, compute capability and memory of a CUDA device, or the processor's name and why there is no GPU."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        memory = f"{found.total_memory / 2**30:.1f} GiB"
+        memory = f"{found.total_memory / 1e9:.1f} GB"
         return f"{device}: {found.name}, compute capability {found.major}.{found.minor}, {memory}"
     reason = "" if torch.cuda.is_available() else ", torch sees no GPU"
     return f"{device}: {platform.processor() or platform.machine()}{reason}"
 
 
 def describe_kernels(device: torch.device) -> list[str]:
-    """What computes the named calls of every operator on ``device`` under ``backend="auto"``: one line a choice."""
+    """Returns what computes the named calls of every operator on ``device`` under ``backend="auto"``, as lines."""
     found: dict[str, Counter[str]] = {}
     for case in all_cases():
         try:
             arguments, keywords = case.inputs(device)
             choice = str(explain(case.operator, *arguments, **{**keywords, "backend": "auto"}))
         except (ValueError, RuntimeError) as error:
-            # What is wrong is what the report is for.
+            # The report is there to show what is wrong, so an error is a line of it.
             choice = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         found.setdefault(case.operator.__name__, Counter())[choice] += 1
     width = max(map(len, found))
@@ -70,7 +73,7 @@ def describe_kernels(device: torch.device) -> list[str]:
 
 
 def report(device: torch.device) -> str:
-    """The whole text."""
+    """Returns the whole text that the command prints."""
     cuda = f"CUDA {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
     cuda += f", ROCm {torch.version.hip}" if torch.version.hip else ""
     measured = {
@@ -91,7 +94,7 @@ def report(device: torch.device) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m swifti2v_kernels",
         description="Versions, the device, and which kernels serve it or why not: paste it into a bug report.",

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers are as many as the cores. Set before torch is imported, and for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from bench.hardware.tests import HARDWARE
@@ -29,31 +37,35 @@ TINY_VAE = VAEConfig(
 )
 #: What the tests of this session speak for.
 COMPATIBILITY = pytest.StashKey[set[compatibility.Pair]]()
+#: The number of slow tests that were left out, by the process that left them out.
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 quiet_exit()
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Three processes: interpreter, sanitizer, and all else, because Triton is set up once for each.
+def room() -> str:
+    """Returns the folder of tests that this process is for: Triton decides at its first import what it is."""
+    return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "sanitizer" if "ttsem" in sys.modules else ""
 
-    Plain ``pytest`` runs all of them: tests/test_processes.py starts the first two.
-    """
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out what needs another process: interpreter, sanitizer and all else are three, as :func:`room` says."""
     here = Path(__file__).parent
     if collection_path.parent != here or not (collection_path.is_dir() or collection_path.name.startswith("test_")):
         return None
-    room = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "sanitizer" if "ttsem" in sys.modules else ""
-    if room:
-        return collection_path.name != room
+    if room():
+        return collection_path.name != room()
     return collection_path.name in ("interpreter", "sanitizer", "launcher")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """One option of this project's own."""
+    """Adds this project's only option."""
     parser.addoption("--compatibility", action="store_true", help="write what passes to docs/compatibility.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Benchmarks are timed, and the table of compatibility is written, where they are asked for."""
+    """Times benchmarks and writes the table of compatibility only where that is asked for."""
+    config.stash[LEFT_OUT] = {}
     if config.getoption("--compatibility"):
         config.pluginmanager.register(compatibility.Recorder())
     if "benchmark" not in (config.option.markexpr or "") and hasattr(config.option, "benchmark_disable"):
@@ -61,11 +73,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run where there is one, and say so where there is none.
+    """Leaves out slow tests that were not asked for, and skips those marked ``gpu`` where there is no GPU.
+
+    Slow tests are asked for by ``-m`` or by their own name, ``FILE::TEST``.
 
     Raises:
-        UsageError: one is in a file that the campaign does not look into.
+        UsageError: a test marked ``gpu`` is in a file that the campaign does not look into.
     """
+    if not config.option.markexpr:
+        arguments = [argument.partition("::") for argument in config.args]
+        named = [((config.invocation_params.dir / file).resolve(), test) for file, _, test in arguments if test]
+        slow = [
+            item
+            for item in items
+            if item.get_closest_marker("slow")
+            and not any(item.path == file and item.nodeid.partition("::")[2].startswith(test) for file, test in named)
+        ]
+        config.stash[LEFT_OUT][os.environ.get("PYTEST_XDIST_WORKER", "")] = len(slow)
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if item not in set(slow)]
     config.stash[COMPATIBILITY] = {pair for item in items for pair in compatibility.pairs(item)}
     for item in items:
         if item.get_closest_marker("gpu") and not item.path.match(HARDWARE):
@@ -75,6 +102,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tells the process that started this one, if pytest-xdist did, what was left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keeps what one of pytest-xdist's workers has left out."""
+    node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says in one line what was not run and which commands run it."""
+    told = []
+    number = max(config.stash[LEFT_OUT].values(), default=0)  # every worker collects all
+    if number:
+        told.append(f"{number} slow tests (pytest -m slow)")
+    if not room() and config.args in ([], ["tests"]) and not config.option.markexpr:
+        told.append("the kernels in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/interpreter)")
+    if told:
+        terminalreporter.write_line(f"left out: {' and '.join(told)}", yellow=True)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal sends it: it raises KeyboardInterrupt here and ends processes that are started.
+
+    A shell starts jobs in the background with SIGINT ignored, and what is ignored stays so in all that they start.
+    """
+    known = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_DFL if known is None else known)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The house: what the library may import, what the wheel holds, and what the README promises."""
+"""The library imports only what it may, the wheel holds all that it needs, and the README keeps its promises."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "triton", "einops", "numpy"}
 
 
-#: Hosts that an integration imports when it is used.
+#: Packages of hosts, which an integration imports when it is used.
 HOSTS = {"diffusers", "comfy", "folder_paths", "wan"}
 
 
 def imports(folder: str, everywhere: bool = True) -> set[str]:
-    """Top-level packages that the Python files of a folder import."""
+    """Returns the top-level packages that the Python files of a folder import."""
     found = set()
     for module, file in modules(ROOT, folder).items():
         found |= {base.split(".")[0] for base, _, _ in imported(file, module, everywhere)}
@@ -50,7 +50,7 @@ def test_model_and_bench_import_by_absolute_names():
 
 @pytest.mark.parametrize("package", ["swifti2v_kernels", "model", "bench"])
 def test_no_imports_go_in_circles(package):
-    """Those inside functions and for type checking count too."""
+    """No module imports itself in a circle, counting imports inside functions and for type checking."""
     edges = graph(ROOT, package)
     order = list(TopologicalSorter(edges).static_order())  # raises CycleError, which names the circle
     assert set(order) == set(edges)
@@ -68,7 +68,7 @@ def test_a_circle_would_be_found(tmp_path):
 
 
 def test_rooms_of_the_model_import_only_rooms_before_them():
-    """In the reading order that ``model/__init__.py`` gives; ``errors`` is for all, and the commands are on top."""
+    """Modules import only rooms before theirs in the order of ``model/__init__.py``; commands are on top."""
     listed = re.findall(
         r"^    ([a-z]+(?:, [a-z]+)*)  ", ast.get_docstring(ast.parse((ROOT / "model/__init__.py").read_text())), re.M
     )
@@ -82,7 +82,7 @@ def test_rooms_of_the_model_import_only_rooms_before_them():
 
 
 def test_the_library_imports_itself_by_relative_imports_alone():
-    """A copy under another name (``hub/``) would otherwise run the installed one's code."""
+    """The library's imports of itself are relative: a copy under another name (``hub/``) runs its own code."""
     for module, file in modules(ROOT, "swifti2v_kernels").items():
         for base, _, level in imported(file, module):
             # ComfyUI loads that one file by its path.
@@ -95,7 +95,7 @@ def test_the_library_imports_itself_by_relative_imports_alone():
 
 
 def test_model_uses_only_public_names_of_the_library():
-    """``bench`` also reads the operators' own files (cases, costs, launchers), but nothing private."""
+    """Neither ``model`` nor ``bench`` imports a private name; ``bench`` alone reads the operators' own files."""
     for folder in ("model", "bench"):
         for module, file in modules(ROOT, folder).items():
             for base, name, _ in imported(file, module):
@@ -147,6 +147,13 @@ def test_examples_in_docstrings_run(module):
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("module", ["csg.sampler", "vae.model", "vae.tiles"])
+def test_examples_of_the_model_run(module):
+    result = doctest.testmod(importlib.import_module(f"model.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
 def test_metadata_of_the_package(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -183,16 +190,12 @@ def test_readme_has_one_command_that_runs_and_one_that_tests(kind):
     assert ("python -m bench" if kind == "run" else "pytest") in blocks[0]
 
 
-def test_readme_names_only_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
-
-
 def test_what_an_operator_writes_has_no_default():
-    """torch up to 2.11 leaves out arguments that equal their defaults and then looks for what was written among them:
-    such a call ends in an IndexError. Whatever torch the tests run under, the schema shows it."""
+    """No schema has a default for an argument that is written to.
+
+    torch up to 2.11 leaves out arguments that equal their defaults and then looks for those written to among the rest:
+    such a call ends in an IndexError. Whatever torch the tests run under, the schema shows it.
+    """
     written = set()
     for name in torch._C._dispatch_get_all_op_names():
         if not name.startswith("swifti2v::"):

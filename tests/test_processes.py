@@ -28,18 +28,13 @@ def run(command: list[str], **environment: str) -> str:
     return result.stdout
 
 
-def test_kernels_in_the_interpreter() -> None:
-    """tests/interpreter: numbers of every kernel over awkward shapes, on the CPU."""
-    out = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter"], TRITON_INTERPRET="1")
-    assert " passed" in out
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("ttsem") is None,
     reason="the sanitizer is optional: pip install --no-deps --ignore-requires-python ttsem==0.1.0",
 )
 def test_kernels_under_the_sanitizer() -> None:
-    """tests/sanitizer: out-of-bounds accesses and races."""
+    """No kernel reads or writes out of bounds, and none races: tests/sanitizer passes under the sanitizer."""
     out = run(["-m", "ttsem.sanitize", "pytest", "-q", "-p", "no:cacheprovider", "tests/sanitizer"])
     assert " passed" in out
 
@@ -61,7 +56,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="Triton's launcher 
 
 
 def launched(driver: Path, capability: int, *texts: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Launches and descriptors that reached the driver, one launch a case."""
+    """Returns launches and descriptors that reached the driver, after a check that each case launched once."""
     out = run(
         ["-m", "tests.launcher.launch", str(capability), *texts],
         LD_LIBRARY_PATH=str(driver),
@@ -76,7 +71,7 @@ def launched(driver: Path, capability: int, *texts: str) -> tuple[list[list[str]
 @needs_compiler
 @pytest.mark.parametrize("capability", [89, 90])
 def test_kernels_go_through_the_real_launcher(capability: int, stub_driver: Path) -> None:
-    """Up to ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
+    """Attention gets as far as ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
     launches, descriptors = launched(stub_driver, capability, "attention d128")
     assert len(launches) > 8
     for _, x, heads, batch, threads in launches:
@@ -99,7 +94,7 @@ def test_the_fused_operators_go_through_the_real_launcher(stub_driver: Path) -> 
 
 @needs_compiler
 def test_the_convolutions_go_through_the_real_launcher(stub_driver: Path) -> None:
-    """With the tuples of strides of their views, and on 9.0 with a limit of registers."""
+    """Convolutions are launched with the tuples of strides of their views, and on 9.0 with a limit of registers."""
     names = ("causal_conv3d C96 residual norm", "upsample_conv2d C192 to C96 norm", "frames_out C96")
     launches, descriptors = launched(stub_driver, 90, *names, "rms_norm_silu C384")
     assert not descriptors

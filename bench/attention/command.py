@@ -1,4 +1,4 @@
-"""``python -m bench attention``."""
+"""The command ``python -m bench attention``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ segment_attention chooses between its own kernel and torch's.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that only this benchmark has."""
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
     parser.add_argument(
         "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Every shape by every implementation; without CUDA what would run, and a reduced check."""
+    """Measures every shape by every implementation; without CUDA it lists what would run, and runs a reduced check."""
     shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.shapes in s.name]
     if not shapes:
         names = ", ".join(s.name for s in SHAPES)

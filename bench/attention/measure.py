@@ -1,7 +1,7 @@
-"""Attention of our kernels against every other implementation in the environment, on the shapes of real models.
+"""Measures our attention kernels and every other implementation in the environment, on the shapes of real models.
 
-Every implementation is first held against float64 on sampled rows; what is wrong is not timed. The right ones then take
-turns. Fractions are of a matrix product's speed measured in the same run. With several sources the others must
+Every implementation is first checked against float64 on sampled rows; what is wrong is not timed. The right ones then
+take turns. Fractions are of a matmul's speed measured in the same run. With several sources the others must
 concatenate, which is timed with them.
 """
 
@@ -22,7 +22,7 @@ from model.errors import require
 from model.machine.measure import is_out_of_memory
 
 #: Relative L2 error against float64 above which an implementation is wrong: bfloat16 rounds p and the output once, with
-#: at most 2**-8 each; 8-bit products are allowed ten times as much.
+#: at most 2**-8 each; 8-bit matmuls are allowed ten times as much.
 TOLERANCE = {True: 8e-3, False: 8e-2}
 IDENTITY = ("shape", "provider")
 METRICS = ("seconds", "launch_seconds", "tflops", "fraction_of_matmul", "error", "peak_bytes", "copied_bytes")
@@ -75,14 +75,14 @@ def _checked(provider: Provider, call: Any, checked: Tensor, expected: Tensor, d
     error = ((out[:, checked].double() - expected).norm() / expected.norm()).item()
     del out
     found: dict[str, Any] = {"error": error, "peak_bytes": peak}
-    found |= {} if provider.exact else {"note": "8-bit products"}
+    found |= {} if provider.exact else {"note": "8-bit matmuls"}
     if not error < TOLERANCE[provider.exact]:
         return {**found, "status": "wrong", "reason": f"error {error:.1e} against float64; not timed"}
     return {**found, "status": "ok"}
 
 
 def _timed(right: dict[str, Any], timer: Timer, rows: dict[str, Any]) -> dict[str, Any]:
-    """In turns; where all together do not fit, one after the other."""
+    """Measures the right calls in turns; where all together do not fit, one after the other."""
     try:
         return timer(right) if right else {}
     except (RuntimeError, MemoryError) as error:
@@ -105,7 +105,7 @@ def _release(device: torch.device) -> None:
 
 
 def exact_rows(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
-    """The given query rows ``[1, n, H, D]`` in float64, head by head."""
+    """Returns attention of the given query rows ``[1, n, H, D]`` in float64, head by head."""
     heads = []
     for h in range(q.shape[2]):
         k, v = (torch.cat([pair[i][0, :, h] for pair in sources]).double() for i in range(2))
@@ -115,7 +115,7 @@ def exact_rows(q: Tensor, sources: Sequence[tuple[Tensor, Tensor]], rows: Tensor
 
 
 def table_entries(environment: dict[str, Any], rows: Sequence[dict[str, Any]], shapes: Sequence[Shape]) -> list[Any]:
-    """Entries of ``configs/attention.json`` from the dense single-source measurements among the rows."""
+    """Returns entries of ``configs/attention.json`` from the dense single-source measurements among the rows."""
     major, minor = environment["gpu"]["capability"]
     entries = []
     for shape in shapes:
@@ -129,7 +129,7 @@ def table_entries(environment: dict[str, Any], rows: Sequence[dict[str, Any]], s
 
 
 def check_reduced(shapes: Sequence[Shape], table: Table) -> list[str]:
-    """Our kernel on shrunken shapes, interpreted, against float64; returns which are wrong."""
+    """Checks our kernel on shrunken shapes, interpreted, against float64; returns which are wrong."""
     wrong = []
     cases = [(dtype, limit, s) for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3)) for s in shapes]
     for i, (dtype, limit, shape) in enumerate(

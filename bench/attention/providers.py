@@ -33,16 +33,16 @@ class Shape:
 
     @property
     def cost(self) -> Cost:
-        """In bf16, one batch entry."""
+        """The cost of the call in bf16, for one batch entry."""
         return cost(1, self.heads, self.head_dim, self.queries, sum(self.keys))
 
     @property
     def copied_bytes(self) -> int:
-        """What ``torch.cat`` of the sources writes, in bf16; as much is read, and held while the call runs."""
+        """The bytes that ``torch.cat`` of the sources writes in bf16; as many are read, and held during the call."""
         return 2 * 2 * self.heads * self.head_dim * sum(self.keys) if len(self.keys) > 1 else 0
 
     def reduced(self, tokens: int) -> Shape:
-        """The same call with one head and lengths scaled to at most ``tokens``, each kept odd in its way."""
+        """Returns the same call with one head and lengths scaled to about ``tokens``, those of the sources uneven."""
         longest = max(self.queries, *self.keys)
         scale = min(1.0, tokens / longest)
         return Shape(
@@ -69,7 +69,7 @@ QUICK_SHAPES = (SHAPES[0], Shape("CSG window 1280x704, 3 sources", 12, 128, 5 * 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation; ``exact`` is False where it computes with 8-bit products."""
+    """An implementation; ``exact`` is False where it computes with 8-bit matmuls."""
 
     name: str
     call: Call
@@ -78,7 +78,7 @@ class Provider:
 
 
 def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """q ``[1, L, H, D]`` and the sources, as slices of fused buffers; the mean is not zero, as in trained models."""
+    """Returns q ``[1, L, H, D]`` and the sources, slices of fused buffers; as in real models, the mean is not zero."""
     generator = torch.Generator(device).manual_seed(0)
 
     def views(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tens
 
 
 def providers(quick: bool) -> list[Provider]:
-    """Everything that this environment may have; what is missing says so when called."""
+    """Returns all implementations that there may be; what is not installed says so when it is called."""
     found = [
         Provider("swifti2v", own_kernel, ours=True),
         Provider("swifti2v, portable kernel", functools.partial(own_kernel, portable=True), ours=True),
@@ -110,10 +110,10 @@ def providers(quick: bool) -> list[Provider]:
 
 
 def own_kernel(q: Tensor, sources: Sources, portable: bool = False) -> Tensor:
-    """Our own kernel, without the dispatch of dense calls to torch.
+    """Calls our own kernel, without the dispatch of dense calls to torch.
 
     Raises:
-        Unavailable: only the portable kernel takes the call anyway, so that it is not listed twice.
+        Unavailable: ``portable`` is asked for where it is the only kernel, which would then be listed twice.
     """
     nothing = [None] * len(sources)
     kernel, _ = choice.own_kernel([q], sources, nothing, False)

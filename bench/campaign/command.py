@@ -1,4 +1,4 @@
-"""``python -m bench campaign``."""
+"""The command ``python -m bench campaign``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ parts, in order of value:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options of this command alone."""
     parser.add_argument("--parts", metavar="NAME,...", help="only these (default all)")
     parser.add_argument("--minutes", type=float, help="for all parts together (default 9, with --quick 4)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All parts.
+    """Runs all parts that are chosen, keeps their results, and says which failed.
 
     Raises:
         InputError: an option does not fit, there is no card, or in a dry run a part failed.

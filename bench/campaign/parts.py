@@ -12,11 +12,11 @@ class Part:
     """One call of ``python -m bench``.
 
     Args:
-        name: of its section in the campaign's file.
-        answers: for people.
-        arguments: on a card.
-        toy: at toy size, for ``--dry-run`` on a CPU.
-        seconds: that it may take on an H200-class card; then it is interrupted, and what it has so far is kept.
+        name: name of its section in the campaign's file.
+        answers: the question that it answers, for people.
+        arguments: its command line on a card.
+        toy: its command line at toy size, for ``--dry-run`` on a CPU.
+        seconds: time that it may take on an H200-class card; then it is interrupted, and what it has so far is kept.
     """
 
     name: str
@@ -45,7 +45,7 @@ PARTS = (
     Part(
         "dit",
         "one layer of the DiT against diffusers', compiled",
-        ("dit", "--part", "block", "--shapes", WINDOW, "--timesteps", "one", "--only", "torch.compile",
+        ("dit", "--part", "layer", "--shapes", WINDOW, "--timesteps", "one", "--only", "torch.compile",
          "--milliseconds", "60"),
         ("dit", "--quick", "--part", "ops", "--ops", "norm_modulate"),
         75,
@@ -108,15 +108,15 @@ PARTS = (
     ),
 )  # fmt: skip
 
-#: What ``--quick`` leaves of them.
+#: The parts that ``--quick`` runs.
 QUICK = ("operators", "attention", "dit")
 
 
 def chosen(text: str | None) -> list[Part]:
-    """Parts by name, in the campaign's order; all without a text.
+    """Returns parts by name, in the campaign's order; all parts where no text is given.
 
     Raises:
-        InputError: a name that there is not.
+        InputError: no part has that name.
     """
     if text is None:
         return list(PARTS)

@@ -33,10 +33,10 @@ def run_parts(
     """Runs the parts; returns the names of those that failed.
 
     Args:
-        parts: in order.
+        parts: what to run, in order.
         record: the campaign's file, a section a part.
         folder: each part's own results go to a folder in it.
-        dry: at toy size, without time limits of their own.
+        dry: whether the parts run at toy size, without time limits of their own.
         deadline: a monotonic time after which no part is begun and the running one is interrupted.
         say: prints a line.
     """
@@ -45,7 +45,7 @@ def run_parts(
         _recover(folder / part.name)
     found = {part.name: _section(folder / part.name) for part in PARTS}
     for part in PARTS:
-        # Also of parts that this call does not ask for: the file holds all that the folder does.
+        # Parts that this call does not ask for are kept too: the file holds all that the folder does.
         known = found[part.name]
         if known is not None:
             _keep(record, part, known)
@@ -79,7 +79,7 @@ def run_parts(
 
 
 def _set_aside(place: Path) -> Path:
-    """A copy of what an earlier attempt has left; in its place what a new one goes on from, but no result."""
+    """Copies what an earlier attempt has left, and takes its result away so that a new one can go on in its place."""
     earlier, half = _aside(place), place.with_name(f".{place.name}")
     for former in (earlier, half):
         shutil.rmtree(former, ignore_errors=True)
@@ -94,7 +94,7 @@ def _aside(place: Path) -> Path:
 
 
 def _recover(place: Path) -> None:
-    """What a campaign has set aside that was killed before it could compare."""
+    """Finds the earlier attempt that a killed campaign has set aside, and keeps the better of the two."""
     earlier = _aside(place)
     known = _section(earlier)
     if known is not None:
@@ -102,7 +102,7 @@ def _recover(place: Path) -> None:
 
 
 def _finished(part: Part, place: Path, outcome: str | None) -> dict[str, Any]:
-    """The section of a part that has ended, well or not."""
+    """Returns the section of a part that has ended, well or not."""
     section = _section(place)
     if section is None:
         return _missing(part, "failed", outcome or "it wrote nothing")
@@ -112,7 +112,7 @@ def _finished(part: Part, place: Path, outcome: str | None) -> dict[str, Any]:
 
 
 def _better(place: Path, section: dict[str, Any], earlier: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Of two attempts the complete one, or the one with more results; the other's files are removed."""
+    """Returns the complete one of two attempts, or the one with more results; removes the other's files."""
     if section["status"] == "complete" or _results(section) > _results(known):
         shutil.rmtree(earlier)
         return section
@@ -122,15 +122,16 @@ def _better(place: Path, section: dict[str, Any], earlier: Path, known: dict[str
 
 
 def _run(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
-    """The part's process; why it did not end by itself or well, or None."""
+    """Runs the part's process; returns why it did not end by itself or well, or None."""
     command = [sys.executable, "-m", "bench", *(part.toy if dry else part.arguments), "--out", str(folder.resolve())]
     command += ["--device", "cpu"] if dry else []
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "5"}
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            preexec_fn=_listen,
+        )  # fmt: skip
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -145,8 +146,13 @@ def _run(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
     return f"exit code {code}{f': {tail[0][:300]}' if tail else ''}"
 
 
+def _listen() -> None:
+    """Lets a new process be interrupted, also where this one was started in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """An interruption, and after some seconds the end, of it and all that it has started."""
+    """Interrupts a process and all that it has started, and kills them where they have not ended seconds later."""
     for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -185,7 +191,7 @@ def _keep(record: Record, part: Part, section: dict[str, Any]) -> None:
 
 
 def save_result(record: Record, folder: Path) -> Path:
-    """A copy of the campaign's file under ``folder/<gpu>/<date>-<commit>.json``."""
+    """Copies the campaign's file to ``folder/<gpu>/<date>-<commit>.json``; returns that path."""
     from bench.records.read import folder_name
 
     environment = record.data["environment"]

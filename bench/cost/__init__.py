@@ -1,5 +1,5 @@
-"""The cost model of ``model.memory.cost`` against what is known.
+"""The benchmark of the cost model, which compares ``model.memory.cost`` with what is known.
 
-``calibration`` (against which times its rates were checked), ``paper`` (what the paper reports), ``tables`` (rows to
-print). Everything in seconds is predicted unless it is named measured or published.
+``calibration`` has the times that its rates were checked against, ``paper`` the figures that the paper reports, and
+``tables`` the rows to print. All seconds are predicted unless they are named measured or published.
 """

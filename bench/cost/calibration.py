@@ -1,10 +1,10 @@
-"""How far predictions are from times that were published or measured.
+"""The distance of predictions from times that were published or measured.
 
-Published are the tables of computational efficiency in the README files of Wan-Video/Wan2.1 and Wan-Video/Wan2.2, on
-one GPU, all steps with guidance. They are of the whole command: what else it does (text encoder, VAE, moving weights)
-is not predicted here and is 10 to 60 s of it. Measured is what ran on an NVIDIA H200 (torch 2.11, triton 3.6); of whole
-clips few layers, steps and latent frames, and scaled (``python -m bench csg``): in eager code's end-to-end time the
-attention is torch's FlashAttention-2 and all else is of this project.
+The published times are the tables of computational efficiency in the README files of Wan-Video/Wan2.1 and
+Wan-Video/Wan2.2, on one GPU, all steps with guidance. They are those of the whole command, whose text encoder, VAE and
+moving of weights take 10 to 60 s that are not predicted here. The measured times are those of an NVIDIA H200 (torch
+2.11, triton 3.6). For whole clips few layers, steps and latent frames were measured, and scaled (``python -m bench
+csg``); in eager code's end-to-end time the attention is torch's FlashAttention-2 and all else is this project's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EXTRAPOLATED = "extrapolated from few layers and steps, NVIDIA H200, 2026-11-27
 
 @dataclass(frozen=True)
 class Calibration:
-    """One time and its prediction, in seconds."""
+    """A known time and its prediction, in seconds."""
 
     case: str
     gpu: str
@@ -45,12 +45,12 @@ class Calibration:
 
     @property
     def ratio(self) -> float:
-        """Predicted over known."""
+        """The predicted time over the known one."""
         return self.predicted / self.known
 
 
 def _clip(config: DiTConfig, vae_config: VAEConfig, size: tuple[int, int], num_frames: int, forwards: int) -> Work:
-    """All forwards of a clip of (width, height) pixels, all blocks in one window."""
+    """Returns the work of all forwards of a clip of (width, height) pixels, with all blocks in one window."""
     latent = size[1] // vae_config.spatial_stride, size[0] // vae_config.spatial_stride
     blocks = 1 + (num_frames - 1) // vae_config.temporal_stride
     return forwards * dit.forward(config, blocks * dit.tokens_per_block(config, latent))
@@ -73,23 +73,23 @@ def _published() -> Iterator[tuple[str, str, str, float, str, Work]]:
 
 
 def layer(config: DiTConfig, tokens: int) -> Work:
-    """One layer of the DiT over so many tokens, without embedding and head."""
+    """Returns the work of one layer of the DiT over so many tokens, without embedding and head."""
     deep, shallow = (dit.forward(replace(config, num_layers=n), tokens) for n in (3, 2))
     return difference(deep, shallow)
 
 
 def latent_frame(config: VAEConfig, part: str, width: int, height: int, itemsize: int = 2) -> Work:
-    """What one more latent frame costs the VAE in the middle of a clip."""
+    """Returns the work of one more latent frame for the VAE in the middle of a clip."""
     longer, shorter = (vae.work(config, part, width, height, 1 + 4 * n, itemsize) for n in (9, 8))
     return difference(longer, shorter)
 
 
 def difference(more: Work, less: Work) -> Work:
-    """Of two works with the same kinds of products; the first is larger."""
-    known = {(p.kind, p.extent): p.flops for p in less.products}
-    products = tuple(replace(p, flops=p.flops - known.get((p.kind, p.extent), 0)) for p in more.products)
+    """Returns ``more`` without ``less``, which has the same kinds of matrix multiplications."""
+    known = {(p.kind, p.extent): p.flops for p in less.matmuls}
+    matmuls = tuple(replace(p, flops=p.flops - known.get((p.kind, p.extent), 0)) for p in more.matmuls)
     between = type(more.between)(*(a - b for a, b in zip(more.between, less.between, strict=True)))
-    return Work(products, more.operand_bytes - less.operand_bytes, between)
+    return Work(matmuls, more.operand_bytes - less.operand_bytes, between)
 
 
 def _measured() -> Iterator[tuple[str, str, float, Work]]:
@@ -106,7 +106,7 @@ def _measured() -> Iterator[tuple[str, str, float, Work]]:
 
 
 def _clips() -> Iterator[tuple[str, str, float, float]]:
-    """Of whole clips, 81 frames at 2560x1408: case, profile, known and predicted seconds."""
+    """Yields case, profile, known and predicted seconds of whole clips, 81 frames at 2560x1408."""
     c = Configuration.for_preset("14b-1.3b")
     ours = predict(c, get_gpu("H200"), get_profile(_OWN)).by_stage
     for stage, known in (("reference", 14.10), ("Stage II", 45.41)):
@@ -117,7 +117,7 @@ def _clips() -> Iterator[tuple[str, str, float, float]]:
 
 
 def calibration() -> list[Calibration]:
-    """Every time that the profiles were fitted to or checked against, and its prediction."""
+    """Returns every time that the profiles were fitted to or checked against, and its prediction."""
     rows = []
     for case, gpu, profile, known, source, work in _published():
         predicted = seconds(work, get_gpu(gpu), get_profile(profile))

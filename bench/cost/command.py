@@ -1,4 +1,4 @@
-"""``python -m bench cost``."""
+"""The command ``python -m bench cost``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model.memory.cost.profiles import PROFILES, get_profile
 BY_MODEL = "by model/memory/cost"
 STAGES = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
           "decode": "decode_seconds"}  # fmt: skip
-#: Options of clips in two stages only.
+#: Options that only clips in two stages have.
 STAGED = ("stage1_steps", "blocks", "left", "right", "mode")
 
 EXAMPLES = """\
@@ -36,24 +36,28 @@ Everything here is predicted from shapes; no GPU is used. The assumptions are pr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that this benchmark alone has."""
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}, or end-to-end (default: all for GPUs)")
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the preset's)")
-    parser.add_argument("--frames", type=positive, help="of the clip (default: the preset's)")
-    parser.add_argument("--steps", type=positive, help="of Stage II, or end-to-end (default 4; end-to-end 50)")
-    parser.add_argument("--stage1-steps", type=positive, help="of Stage I (default 4)")
+    parser.add_argument("--frames", type=positive, help="frames of the clip (default: the preset's)")
+    parser.add_argument("--steps", type=positive, help="steps of Stage II, or end to end (default 4; end to end 50)")
+    parser.add_argument("--stage1-steps", type=positive, help="steps of Stage I (default 4)")
     parser.add_argument("--guidance", action="store_true", help="two forwards a step")
-    parser.add_argument("--blocks", type=positive, metavar="M", help="latent frames a segment (default 3)")
-    parser.add_argument("--left", type=not_negative, metavar="N", help="neighbours before it (default 1)")
-    parser.add_argument("--right", type=not_negative, metavar="N", help="neighbours behind it (default 0)")
-    parser.add_argument("--mode", choices=MODES, help="of Stage II (default bidirectional)")
+    parser.add_argument("--blocks", type=positive, metavar="M", help="blocks (latent frames) of a segment (default 3)")
+    parser.add_argument(
+        "--left", type=not_negative, metavar="N", help="blocks before a segment that its window shows (default 1)"
+    )
+    parser.add_argument(
+        "--right", type=not_negative, metavar="N", help="blocks after a segment that its window shows (default 0)"
+    )
+    parser.add_argument("--mode", choices=MODES, help="mode of Stage II (default bidirectional)")
     parser.add_argument("--gpus", metavar="NAME,...", help=f"some of {', '.join(GPUS)} (default all)")
     parser.add_argument("--profile", default="swifti2v", help=f"one of {'; '.join(PROFILES)} (default %(default)s)")
-    parser.add_argument("--paper", action="store_true", help="only what concerns the paper's figures")
+    parser.add_argument("--paper", action="store_true", help="only the tables about the paper's figures")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Parts, predictions, and the paper."""
+    """Fills the tables of parts, predictions and calibration, and those about the paper."""
     profile = get_profile(args.profile)
     gpus = _gpus(args.gpus)
     chosen = _configurations(args)
@@ -67,10 +71,10 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 
 def _gpus(text: str | None) -> list[str]:
-    """Names, for which a part is enough.
+    """Returns the cards that a text names, each by a part of its name; all cards if there is no text.
 
     Raises:
-        InputError: a name that fits none or several.
+        InputError: a name fits no card, or several.
     """
     if text is None:
         return list(GPUS)
@@ -110,7 +114,7 @@ def _parts(session: Session, chosen: dict[str, Configuration]) -> None:
     table = session.section.table(
         "parts", "operations, least traffic and peak memory, part by part (untiled)",
         identity=("configuration", "stage", "part"), metrics=metrics,
-        note="From shapes alone; held against the model's own operations by the tests. Peak: all that is on the card.",
+        note="Counted from shapes alone; tests compare them with the model's own operations. Peak: all on the card.",
     )  # fmt: skip
     for name, configuration in chosen.items():
         for part in parts(configuration):
@@ -147,7 +151,7 @@ def _predictions(session: Session, chosen: dict[str, Configuration], gpus: list[
 def _calibration(session: Session) -> None:
     rows = calibration_rows()
     table = session.section.table(
-        "calibration", "times that are known, and what the model says of them", identity=("what", "gpu", "profile"),
+        "calibration", "known times, and the model's predictions of them", identity=("what", "gpu", "profile"),
         metrics=("seconds", "predicted_seconds", "ratio"),
         note="Published tables of the Wan repositories, and this project's measurements.",
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The paper's figures, and which configurations of this project's model explain them.
+"""The paper's figures, and the configurations of this project's model that explain them.
 
 SwiftI2V (arXiv 2605.06356) reports about 111 s for 81 frames of 2560x1408 on one H800, and 202 times less than
 CineScale, a large DiT end to end, with 22,400 GPU-seconds. It does not say which DiT is Stage II's, how many steps it
 takes, whether with guidance, or by which attention. So these are tried: a Stage I of 14B with 4 steps, a Stage II of
-1.3B or 5B, and eager code (this project's own would not be theirs).
+1.3B or 5B, and eager code (this project's own code is not the paper's).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.memory.cost.gpus import get_gpu
 from model.memory.cost.pipeline import parts, predict
 from model.memory.cost.profiles import get_profile
 
-#: Predicted with these, since the paper's code is neither known nor this project's.
+#: The profiles of predictions: the paper's code is not known, and is not this project's.
 PROFILES = ("reference", "reference, FlashAttention-3")
 STAGE_TWO = ("1.3B", "5B")
 STEPS = range(2, 13)
@@ -29,7 +29,7 @@ STEPS = range(2, 13)
 
 @dataclass(frozen=True)
 class Reported:
-    """What the paper reports; seconds on one ``gpu``."""
+    """The figures that the paper reports; seconds are those of one ``gpu``."""
 
     gpu: str = "H800"
     width: int = 2560
@@ -44,7 +44,7 @@ REPORTED = Reported()
 
 
 def two_stage(stage_two: str, steps: int, *, guidance: bool = False, **changes: Any) -> Configuration:
-    """The paper's clip with a Stage I of 14B and a Stage II of ``1.3B`` or ``5B``, which brings its own VAE.
+    """Returns the paper's clip with a Stage I of 14B and a Stage II of ``1.3B`` or ``5B``, which brings its own VAE.
 
     Raises:
         InputError: another Stage II, or a change to a field of :class:`Configuration` that does not fit.
@@ -58,21 +58,21 @@ def two_stage(stage_two: str, steps: int, *, guidance: bool = False, **changes: 
 
 
 def baseline(**changes: Any) -> Configuration:
-    """CineScale's place: a 14B DiT end to end at the target size, 50 steps with guidance unless changed."""
+    """Returns a stand-in for CineScale: a 14B DiT end to end at the target size, 50 steps with guidance by default."""
     clip = {"width": REPORTED.width, "height": REPORTED.height, "num_frames": REPORTED.num_frames}
     preset = PRESETS["14b-1.3b"]
     return Configuration.end_to_end(preset.stage_one, preset.vae, **{**clip, **changes})
 
 
 def stated(**changes: Any) -> dict[str, Configuration]:
-    """The configurations that ratios are given for, by name."""
+    """Returns the configurations for which ratios are given, by name."""
     cases = (("1.3B", 4), ("1.3B", 8), ("5B", 4), ("5B", 8), ("5B", 12))
     return {f"14B + {name}, {steps} steps": two_stage(name, steps, **changes) for name, steps in cases}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """End to end over two stages: operations, exact, and seconds, predicted."""
+    """The ratio of end to end over two stages, in operations, which are exact, and in seconds, which are predicted."""
 
     name: str
     baseline_flops: int
@@ -82,12 +82,12 @@ class Ratio:
 
     @property
     def flop_ratio(self) -> float:
-        """Of operations."""
+        """The ratio of operations."""
         return self.baseline_flops / self.flops
 
     @property
     def time_ratio(self) -> float:
-        """Of predicted seconds."""
+        """The ratio of predicted seconds."""
         return self.baseline_seconds / self.seconds
 
 
@@ -98,12 +98,12 @@ def ratios(
     profile: str = "reference",
     encode_dtype: torch.dtype = torch.bfloat16,
 ) -> list[Ratio]:
-    """:func:`baseline` over each configuration, both on one card by code of one profile.
+    """Returns the ratios of :func:`baseline` over each configuration, both on one card by code of one profile.
 
     Args:
-        configurations: by name; None: :func:`stated`.
-        gpu, profile: names in the tables.
-        encode_dtype: of the encoders of the baseline and of :func:`stated`.
+        configurations: the configurations by name; None: those of :func:`stated`.
+        gpu, profile: names in the tables of cards and profiles.
+        encode_dtype: dtype of the VAE's encoder in the baseline and in :func:`stated`.
 
     Raises:
         InputError: a name is unknown.
@@ -143,7 +143,7 @@ def consistent(
     profiles: Iterable[str] = PROFILES,
     encode_dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
 ) -> list[Consistent]:
-    """The configurations whose predicted time is within ``tolerance`` of ``seconds``, the nearest first.
+    """Returns the configurations whose predicted time is within ``tolerance`` of ``seconds``, the nearest first.
 
     Raises:
         InputError: ``seconds`` or ``tolerance`` is not positive, or a name is unknown.

@@ -1,4 +1,4 @@
-"""``python -m bench csg``."""
+"""The command ``python -m bench csg``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples:
 
 Whole passes: Stage II end-to-end and by CSG on the same weights and noise, the longest clip decoded and written. On a
 CPU: the tiny preset at 448x256; on CUDA: the 1.3b preset in bfloat16 at 2560x1408, or at 1280x704 on cards with less
-than 70 GiB. Without --weights the weights are random; time and memory do not depend on them.
+than 75 GB. Without --weights the weights are random; time and memory do not depend on them.
 
 The table of real sizes takes few layers, steps and latent frames and scales them, says so in every row, and holds the
 extrapolation against a clip that is measured whole: end-to-end with 50 steps and guidance against two stages of 4
@@ -35,7 +35,7 @@ steps, by stage, and the paper's ablations.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that only this benchmark has."""
     parser.add_argument("photo", nargs="?", metavar="PHOTO", default=str(PHOTO), help="default: the shipped photograph")
     group = parser.add_argument_group("whole passes")
     group.add_argument("--whole", action="store_true", help="whole passes also on CUDA")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Whole passes, or the table of real sizes."""
+    """Measures whole passes, or fills the table of real sizes."""
     if args.whole and args.extrapolate:
         raise InputError("whole, extrapolate: expected one of them")
     if (session.cuda and not args.whole) or args.extrapolate:

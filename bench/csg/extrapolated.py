@@ -37,7 +37,7 @@ TWO_STAGE = "two stages, CSG"
 END_TO_END = f"end-to-end, {BASELINE_STEPS} steps, guidance"
 END_TO_END_FEW = "end-to-end, {} steps"
 FLASH_2 = f"{END_TO_END}, FlashAttention-2"
-#: Of the paper, 2560x1408, 81 frames, H800.
+#: The paper's figures for 2560x1408, 81 frames, on an H800.
 PAPER_SECONDS, PAPER_BASELINE_SECONDS = 111.0, 22_400.0
 #: Queries of the FlashAttention-2 call that is timed.
 FLASH_QUERIES = 14_080
@@ -85,15 +85,16 @@ class Measurement:
 
     @property
     def late(self) -> bool:
-        """Whether the time is over."""
+        """True when the time is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def run(
         self, setups: Sequence[Setup], check: Setup, ablated: Setup | None, progress: Callable[[str], None],
         advance: Callable[[], object],
     ) -> None:  # fmt: skip
-        """Every model at every size, the extrapolation of ``check`` held against it whole, the ablations of
-        ``ablated``; cut short, ratios and verdicts of what there is.
+        """Measures every model at every size, ``check`` whole against its extrapolation, the ablations of ``ablated``.
+
+        A run that is cut short has ratios and verdicts of what there is.
 
         The largest size comes first; of it CSG by the smallest model and end-to-end by the largest, since these are
         what the paper compares, and then the check.
@@ -159,7 +160,7 @@ class Measurement:
         )
 
     def _around(self, setup: Setup) -> tuple[dict[str, tuple[float, int | None]], float | None, str]:
-        """Reference and decode, and the file; the same for all models whose VAE works in the same way."""
+        """Returns reference and decode, the file, and a note; models whose VAE works in the same way share them."""
         plans = plan_vaes(setup, self.device, self.dtype)
         key = (setup.size, setup.num_frames, plans)
         if key not in self._known:
@@ -186,7 +187,7 @@ class Measurement:
             self._guard(self.clips, key | {"method": FLASH_2}, functools.partial(self._flash_two, setup, found))
 
     def _flash_two(self, setup: Setup, found: WindowTime) -> None:
-        """The baseline with torch's FlashAttention-2, timed on a part of the queries at the full number of keys."""
+        """Adds the baseline with torch's FlashAttention-2, timed on a part of the queries with all of the keys."""
         heads, head_dim = setup.dit.num_heads, setup.dit.head_dim
         queries = min(FLASH_QUERIES, found.tokens)
         q = torch.randn(1, heads, queries, head_dim, device=self.device, dtype=self.dtype)
@@ -206,7 +207,7 @@ class Measurement:
         self.clips.add(row | {"basis_note": note})
 
     def ablation(self, setup: Setup, progress: Callable[[str], None], chosen: Sequence[Variant] | None = None) -> None:
-        """Stage II cut in other ways."""
+        """Measures Stage II with the clip cut in other ways."""
         clock = None
         for variant in chosen or variants(setup.num_blocks):
             key = {"model": setup.model, "size": setup.size, "variant": variant.name}
@@ -231,7 +232,7 @@ class Measurement:
         release(self.device)
 
     def validate(self, setup: Setup, progress: Callable[[str], None]) -> None:
-        """A clip that is measured whole, beside what few layers, steps and latent frames say of it."""
+        """Measures a clip whole, and what few layers, steps and latent frames say of it."""
         key = {"model": setup.model, "size": setup.size}
         for what, measure in (("Stage II, CSG", self._whole_stage_two), ("decode", self._whole_decode)):
             progress(f"{setup.name}: {what}, whole")
@@ -281,7 +282,7 @@ class Measurement:
         return extrapolated, time.perf_counter() - start, clock.note
 
     def _stage_one(self, setup: Setup) -> WindowTime:
-        """One step of Stage I's DiT on all blocks at its size."""
+        """Measures one step of Stage I's DiT on all blocks at its size."""
         width, height = stage_one_size(setup.width, setup.height, size_multiple(setup.vae, setup.stage_one))
         stride = setup.vae.spatial_stride
         size = height // stride, width // stride
@@ -305,14 +306,14 @@ class Measurement:
         return WindowClock.of(setup, self.device, self.dtype, layers=layers or self.layers)
 
     def _attempt(self, table: Table, key: dict[str, Any], measure: Callable[[], None]) -> None:
-        """Measures, or adds a row that says why not."""
+        """Calls ``measure`` unless the time is over; adds a row that says why nothing was measured."""
         if self.late:
             table.add(key | {"status": "not reached", "reason": "the time given was over"})
             return
         self._guard(table, key, measure)
 
     def _guard(self, table: Table, key: dict[str, Any], measure: Callable[[], None]) -> None:
-        """The same of what is begun already, however late it is."""
+        """Calls ``measure``, however late it is; adds a row that says why it failed."""
         try:
             measure()
         except (InputError, *FAILURES) as error:
@@ -322,7 +323,7 @@ class Measurement:
             release(self.device)
 
     def _finish(self) -> None:
-        """Ratios, the paper's figures, and what they say."""
+        """Adds ratios, the paper's figures, and the verdicts."""
         rows = [row for row in self.clips.rows if row["status"] == "ok"]
         base = {(r["model"], r["size"]): r["total_seconds"] for r in rows if r["method"] == END_TO_END}
         for row in rows:
@@ -337,7 +338,7 @@ class Measurement:
 
 
 def _shared(total: float, times: Sequence[tuple[int, WindowTime]]) -> dict[str, float]:
-    """Stage II's seconds by attention, linear and other, of all windows."""
+    """Returns Stage II's seconds by attention, linear and other, of all windows."""
     weights = [count * found.step_seconds for count, found in times]
     shared: dict[str, float] = {}
     for weight, (_, found) in zip(weights, times, strict=True):
@@ -347,7 +348,7 @@ def _shared(total: float, times: Sequence[tuple[int, WindowTime]]) -> dict[str, 
 
 
 def verdicts(clips: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ratio of the largest model end-to-end over the smallest in two stages; and whether extrapolation holds."""
+    """Returns the ratios of the largest model end-to-end over smaller ones in two stages, and how scaling holds."""
     found: list[dict[str, Any]] = []
     at = {(r["model"], r["size"], r["method"]): r["total_seconds"] for r in clips}
     sizes = list(dict.fromkeys(row["size"] for row in clips))
@@ -370,5 +371,5 @@ def verdicts(clips: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any
 
 
 def short(setup: Setup) -> Setup:
-    """The same with fewer frames, for a first look."""
+    """Returns the setup with fewer frames, for a first look."""
     return replace(setup, num_frames=min(setup.num_frames, 33))

@@ -1,4 +1,4 @@
-"""What is compared: models, sizes, and the ways to make a clip with them."""
+"""The models and sizes that are compared, and the ways to make a clip with them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from model.csg.sampler import SegmentPlan
 from model.errors import InputError
 
 SIZES = {name: VAE_SIZES[name] for name in ("720p", "1080p", "2K")}
-#: How the end-to-end baseline of the paper samples.
+#: Steps of the paper's end-to-end baseline.
 BASELINE_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One model at one size: its DiT makes the clip end-to-end, or by CSG behind ``stage_one``."""
+    """One model at one size: its DiT makes the clip end-to-end, or by CSG after ``stage_one``."""
 
     model: str
     size: str
@@ -31,27 +31,27 @@ class Setup:
 
     @property
     def num_blocks(self) -> int:
-        """Latent frames."""
+        """The number of latent frames."""
         return 1 + (self.num_frames - 1) // self.vae.temporal_stride
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
+        """The rows and columns of a latent frame."""
         return self.height // self.vae.spatial_stride, self.width // self.vae.spatial_stride
 
     @property
     def tokens_per_block(self) -> int:
-        """Of the DiT."""
+        """The DiT's tokens for one block."""
         rows, columns = self.latent_size
         return rows // self.dit.patch_size[1] * (columns // self.dit.patch_size[2])
 
     @property
     def name(self) -> str:
-        """For progress and messages."""
+        """The model and the size, for progress and messages."""
         return f"{self.model}, {self.size}"
 
     def reduced(self) -> Setup:
-        """The same structure with few channels, an eighth of the size and a short clip."""
+        """Returns the same structure with few channels, a sixteenth of the size and a short clip."""
         heads = max(1, self.dit.num_heads // 12)
         small = {"num_heads": heads, "head_dim": 64, "num_layers": 4, "ffn_dim": 128 * heads, "text_dim": 16}
         small |= {"freq_dim": 32}
@@ -65,7 +65,7 @@ class Setup:
 
 
 def _models() -> dict[str, tuple[DiTConfig, DiTConfig, VAEConfig]]:
-    """By name: the DiT, Stage I before it, the VAE. The 1.3B has the paper's large Stage I."""
+    """Returns, by name, the DiT, Stage I before it and the VAE. The 1.3B has the paper's large Stage I."""
     mixed, small = PRESETS["14b-1.3b"], PRESETS["5b"]
     return {
         "1.3b": (mixed.stage_two, mixed.stage_one, mixed.vae),
@@ -78,7 +78,7 @@ MODELS = tuple(_models())
 
 
 def setups(models: Sequence[str], sizes: Sequence[str], num_frames: int, steps: int) -> list[Setup]:
-    """All models at all sizes, each once however often it is named.
+    """Returns all models at all sizes, each once however often it is named.
 
     Raises:
         InputError: a name that there is not.
@@ -105,7 +105,7 @@ class Variant:
 
 
 def variants(num_blocks: int) -> list[Variant]:
-    """The paper's setting first, then what its ablations change: M, N, the direction of attention, the anchor."""
+    """Returns the paper's setting, then what its ablations change: M, N, the direction of attention, the anchor."""
     plans = {
         f"M={m}, N={left}{f'+{right}' if right else ''}": SegmentPlan(num_blocks, m, left, right)
         for m, left, right in ((3, 1, 0), (1, 1, 0), (2, 1, 0), (5, 1, 0), (3, 0, 0), (3, 2, 0), (3, 1, 1))

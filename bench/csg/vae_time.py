@@ -22,7 +22,7 @@ from model.sizes import size_multiple, stage_one_size
 from model.vae.model import WanVAE
 from model.weights.load import random_weights
 
-#: Latent frames that are run: the anchor, and one or two segments of three behind it.
+#: Latent frames that are run: the anchor, and one or two segments of three after it.
 BLOCKS, SEGMENT = (4, 7), 3
 #: Frames that are written.
 FRAMES = (4, 12)
@@ -31,7 +31,7 @@ LONG = 2.0
 
 
 def plan_vaes(setup: Setup, device: torch.device, dtype: torch.dtype) -> PipelinePlans:
-    """How ``model.generate`` would use the VAE for the setup's two stages on this device, decoding in ``dtype``."""
+    """Plans the VAE as ``model.generate`` would for the setup's two stages on this device, decoding in ``dtype``."""
     size = setup.width, setup.height
     request = MemoryRequest(
         stage_one=DiTRequest(setup.stage_one), stage_two=DiTRequest(setup.dit), vae=setup.vae, size=size,
@@ -45,9 +45,9 @@ class VAEClock:
     """Times the reference and the decode of one setup.
 
     Args:
-        setup: sizes and VAE.
-        plans: of :func:`plan_vaes`.
-        device: where.
+        setup: gives the sizes and the VAE.
+        plans: as of :func:`plan_vaes`.
+        device: where the VAE runs.
     """
 
     def __init__(self, setup: Setup, plans: PipelinePlans, device: torch.device):
@@ -56,7 +56,7 @@ class VAEClock:
         self.vae.to_dtypes(encode=plans.encode_dtype)
 
     def reference(self) -> tuple[float, int | None]:
-        """Seconds to make the reference of the whole clip, and its peak."""
+        """Returns the seconds to make the reference of the whole clip, and the peak of memory in bytes."""
         z, (rows, columns) = self.setup.vae.z_dim, self.plans.motion.request.latent_size
         picture = torch.zeros(1, 3, 1, self.setup.height, self.setup.width, device=self.device)
 
@@ -68,7 +68,7 @@ class VAEClock:
         return self._extrapolated(run)
 
     def decode(self) -> tuple[float, int | None]:
-        """Seconds to decode the whole clip, and its peak."""
+        """Returns the seconds to decode the whole clip, and the peak of memory in bytes."""
         rows, columns = self.setup.latent_size
         self.vae.drop_encoder()
 
@@ -91,7 +91,7 @@ class VAEClock:
         return extrapolated(BLOCKS, seconds, self.setup.num_blocks), peak
 
     def _least(self, run: Callable[[], None]) -> float:
-        """Of two runs, or of one that takes long."""
+        """Returns the fewer seconds of two runs, or those of one that takes long."""
         seconds = []
         while not seconds or (len(seconds) < 2 and max(seconds) < LONG):
             start = time.perf_counter()
@@ -103,17 +103,17 @@ class VAEClock:
 
     @property
     def note(self) -> str:
-        """From what it was extrapolated."""
+        """A note that says from how many latent frames the times are extrapolated."""
         return f"from {BLOCKS[1]} of {self.setup.num_blocks} latent frames"
 
 
 def segments(latents: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Latents ``[B, z, T, h, w]`` as the pipeline hands them to the decoder: the anchor, then segment by segment."""
+    """Splits latents ``[B, z, T, h, w]`` as the pipeline decodes them: the anchor, then segment by segment."""
     return latents[:, :, :1], *latents[:, :, 1:].split(SEGMENT, dim=2)
 
 
 def file_seconds(setup: Setup) -> float | None:
-    """Seconds in which the file of a clip is written, on the CPU; None where PyAV is not installed."""
+    """Returns the seconds in which the file of a clip is written, on the CPU; None where PyAV is not installed."""
     if importlib.util.find_spec("av") is None:
         return None
     frames = torch.randint(0, 255, (max(FRAMES), setup.height // 8, setup.width // 8, 3), dtype=torch.uint8)
@@ -133,10 +133,10 @@ def file_seconds(setup: Setup) -> float | None:
 
 
 def extrapolated(counts: Sequence[int], seconds: Sequence[float], total: int) -> float:
-    """The time of ``total`` from those of two numbers.
+    """Returns the seconds of ``total`` items from those of two smaller counts.
 
     Raises:
-        RuntimeError: more took less time, so that there is nothing to scale.
+        RuntimeError: more items took less time, so that there is nothing to scale.
     """
     slope = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
     if slope <= 0:

@@ -60,7 +60,7 @@ class WholePasses:
 
     Args:
         args: the options of ``python -m bench csg``.
-        device: where it runs.
+        device: where the models run.
 
     Raises:
         InputError: an option does not fit.
@@ -75,7 +75,7 @@ class WholePasses:
         self.photo = open_image(args.photo)
         self.components = build_components(args, device, self.dtype)
         self.fps = get_preset(args.preset or "1.3b").fps
-        small = not cuda or torch.cuda.get_device_properties(device).total_memory < 70 * 2**30
+        small = not cuda or torch.cuda.get_device_properties(device).total_memory < 75 * 10**9
         default_size = "448x256" if not cuda else "1280x704" if small else "2560x1408"
         self.width, self.height = parse_size(args.size or ("256x160" if args.quick and not cuda else default_size))
         check_size(self.width, self.height, size_multiple(self.components.vae_config, self.components.stage_two_config))
@@ -93,7 +93,7 @@ class WholePasses:
         self.num_passes = len(self.lengths) * (1 + len(self.modes) * (1 + self.repeats)) + len(self.modes)
 
     def _plan_memory(self) -> MemoryPlan:
-        """One for all passes: for the longest clip, in the mode that has the largest window."""
+        """Plans memory once for all passes: for the longest clip, in the mode that has the largest window."""
         args, plan = self.args, self.plan(max(self.lengths))
         mode = max(self.modes, key=lambda mode: max(len(window.blocks) for window in plan_for(mode, plan)))
         request = request_for(
@@ -105,14 +105,14 @@ class WholePasses:
         return plan_memory(request)
 
     def plan(self, num_frames: int) -> SegmentPlan:
-        """The segments of a clip."""
+        """Returns the segments of a clip."""
         return segment_plan(self.args, self._num_blocks(num_frames))
 
     def _num_blocks(self, num_frames: int) -> int:
         return check_frames(num_frames, self.components.vae_config.temporal_stride)
 
     def headline(self) -> str:
-        """What runs, for people."""
+        """Returns a line that tells people what runs."""
         args, settings = self.args, self.settings()
         return (
             f"{args.photo} at {self.width}x{self.height}, {', '.join(map(str, self.lengths))} frames,"
@@ -121,7 +121,7 @@ class WholePasses:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What was chosen, for the file."""
+        """Returns what was chosen, for the result file."""
         patch = self.components.stage_two_config.patch_size
         two = self.memory.stage_two
         stride, weights = self.components.vae_config.spatial_stride, self.components.weights
@@ -147,7 +147,7 @@ class WholePasses:
         }
 
     def measure(self, num_frames: int, folder: Path, table: Table, bar: Any) -> None:
-        """All rows of one clip length."""
+        """Measures one clip length in every mode; adds its rows to the table."""
         rows = {mode: self._row(mode, num_frames) for mode in self.modes}
         bar.set_description(f"{num_frames} frames, Stage I and reference")
         prepared = _guarded(list(rows.values()), self._prepare, num_frames)
@@ -200,7 +200,7 @@ class WholePasses:
                     bar.update()
 
     def _prepare(self, num_frames: int) -> tuple[Condition, _StageTwo, dict[str, float]]:
-        """Stage I and the reference of one clip length, Stage II ready to run, and the seconds they took."""
+        """Runs Stage I and the reference of one clip length; returns them, Stage II to be run, and their seconds."""
         args, components, size = self.args, self.components, (self.width, self.height)
         watcher = _Timed(self.device)
         text = empty_text(components.stage_one_config.text_dim).to(self.device)
@@ -251,7 +251,7 @@ class WholePasses:
 
 
 class _Timed(Watcher):
-    """Times the stages."""
+    """A watcher that times the stages."""
 
     def __init__(self, device: torch.device):
         self.timer = StageTimer(device)
@@ -287,7 +287,7 @@ class _StageTwo:
         return latents
 
     def timed_pass(self, mode: str, row: dict[str, Any], runs: list[float]) -> None:
-        """Times one whole Stage II."""
+        """Measures the time and energy of one whole Stage II."""
         timer, before = StageTimer(self.device), energy_joules(self.device)
         with timer.stage("stage_two"):
             self._sample(mode)
@@ -311,7 +311,7 @@ class _StageTwo:
 
 
 def _guarded(rows: list[dict[str, Any]], work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)``; out of memory becomes the rows' status (and None) instead of the end of the benchmark."""
+    """Calls ``work(*args)``; out of memory becomes the rows' status (and None) instead of the end of the benchmark."""
     try:
         return work(*args)
     except (RuntimeError, MemoryError) as error:
@@ -333,10 +333,10 @@ def _finish(row: dict[str, Any], runs: list[float], latents: Tensor, end_to_end:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """``"5,21"`` as numbers, sorted.
+    """Parses a list such as ``"5,21"``; returns its numbers, sorted.
 
     Raises:
-        InputError: another form.
+        InputError: the text is no list of numbers.
     """
     try:
         return sorted({int(part) for part in text.split(",")})

@@ -28,7 +28,7 @@ from model.machine.host import release
 from model.pipeline.encoders import empty_text
 from model.weights.load import random_weights
 
-#: Layers that are run.
+#: Numbers of layers that are run.
 LAYERS = (1, 3)
 #: Operations beyond which a step is run once and not captured as a graph: some seconds on a fast card.
 LARGE = 5e14
@@ -49,11 +49,11 @@ class WindowTime:
 
     @property
     def note(self) -> str:
-        """From what it was extrapolated."""
-        return f"from {self.layers} of {self.of} blocks"
+        """A note that says from how many layers the times are extrapolated."""
+        return f"from {self.layers} of {self.of} layers"
 
     def seconds(self, steps: int) -> float:
-        """Of a segment."""
+        """Returns the seconds of a segment: the window is opened once and stepped."""
         return self.open_seconds + steps * self.step_seconds
 
 
@@ -61,11 +61,12 @@ class WindowClock:
     """Times windows of one DiT of ``layers`` layers.
 
     Args:
-        config: of the whole DiT.
+        config: the whole DiT's.
         latent_size: rows and columns of a latent frame.
-        num_blocks: of the clip.
-        device, dtype: where, and of the weights.
-        layers: how many are run; if the DiT has no more, all, and nothing is extrapolated.
+        num_blocks: latent frames of the clip.
+        device: where the DiT runs.
+        dtype: dtype of the weights.
+        layers: the two numbers of layers that are run; a DiT that has no more is run whole, with nothing extrapolated.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class WindowClock:
 
     @classmethod
     def of(cls, setup: Setup, device: torch.device, dtype: torch.dtype, **options: Any) -> WindowClock:
-        """For the DiT of a setup at its own size."""
+        """Returns a clock for the DiT of a setup at its own size."""
         return cls(setup.dit, setup.latent_size, setup.num_blocks, device, dtype, **options)
 
     @torch.no_grad()
     def measure(self, window: Window, mode: str = "bidirectional", split: bool = True) -> WindowTime:
-        """One window; ``split`` also says how a step's time is shared."""
+        """Measures one window; with ``split`` also how a step's time is shared."""
         per_block = self._tokens_per_block()
         tokens = per_block * len(window.blocks)
         large = 4 * tokens**2 * self.config.dim * self.layers[1] > LARGE
@@ -159,7 +160,7 @@ class WindowClock:
         return (opened, seconds[-1]), shares
 
     def _often(self, denoiser: Denoiser, window: Window, mode: str) -> tuple[float, float]:
-        """Warm, captured, and then the median of a few runs."""
+        """Returns the median seconds of a few runs, warm and captured as a graph."""
         for _ in range(2):
             _open(denoiser, window, mode)
             denoiser.step(0)
@@ -179,7 +180,7 @@ class WindowClock:
         return start.elapsed_time(stop) / 1e3
 
     def _shares(self, step: Callable[[], None]) -> dict[str, float]:
-        """Of a step's busy time: attention, linear and other."""
+        """Returns the shares of attention, linear and other in a step's busy time."""
         groups = split_seconds(step, {}, self.device)
         total = sum(groups.values())
         if not total:
@@ -189,9 +190,9 @@ class WindowClock:
         return {"attention": attention / total, "linear": linear / total, "other": 1 - (attention + linear) / total}
 
     def _missing_bytes(self, count: int) -> int:
-        """Weights, text keys and values, and modulation of the layers that were not run."""
-        block = self.dit.blocks[0]
-        weights = sum(p.nbytes for p in block.parameters())
+        """Returns the bytes of weights, text keys and values, and modulation of the layers that were not run."""
+        layer = self.dit.blocks[0]
+        weights = sum(p.nbytes for p in layer.parameters())
         kept = 2 * self.text.shape[1] * self.config.dim * self.dit.dtype.itemsize
         rows = 5 * 6 * self.config.dim * 4
         loaded = self.config.num_layers - self.layers[1]
@@ -203,7 +204,7 @@ class WindowClock:
 
 
 def shortened(dit: WanDiT, count: int) -> WanDiT:
-    """The same model with its first layers only; the weights are shared."""
+    """Returns the model with its first layers only; the weights are shared."""
     short = copy.copy(dit)
     short._modules = {**dit._modules, "blocks": nn.ModuleList(list(dit.blocks)[:count])}
     short.config = replace(dit.config, num_layers=count)
@@ -211,7 +212,7 @@ def shortened(dit: WanDiT, count: int) -> WanDiT:
 
 
 def _open(denoiser: Denoiser, window: Window, mode: str) -> None:
-    """As ``model.csg.sampler`` opens a segment."""
+    """Opens a window as ``model.csg.sampler`` opens a segment."""
     given, noisy = len(window.conditioning), tuple(range(len(window.noisy)))
     if mode == "causal":
         denoiser.open(window.noisy, noisy, [0.0] * len(noisy), remembered=window.conditioning)
@@ -222,7 +223,7 @@ def _open(denoiser: Denoiser, window: Window, mode: str) -> None:
 def plan_seconds(
     clock: WindowClock, plan: SegmentPlan, steps: int, mode: str = "bidirectional", split: bool = True
 ) -> tuple[float, list[tuple[int, WindowTime]]]:
-    """Seconds of all segments of a plan, and its kinds of windows: how many there are, and their times."""
+    """Returns the seconds of all segments of a plan, and of each kind of window the number and the times."""
     kinds: dict[tuple[int, int], list[Window]] = {}
     for window in plan:
         kinds.setdefault((len(window.conditioning), len(window.noisy)), []).append(window)

@@ -1,4 +1,4 @@
-"""Our kernels on shrunken shapes, interpreted, against float64."""
+"""A check of our kernels on shrunken shapes, interpreted, against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.dit.block import BLOCK_PROVIDERS, TIMESTEPS, block_inputs, exact_rows
+from bench.dit.layer import LAYER_PROVIDERS, TIMESTEPS, exact_rows, layer_inputs
 from bench.dit.ops import Op, relative_error
 from bench.dit.providers import providers
 from bench.dit.shapes import Shape
@@ -43,11 +43,11 @@ def check_reduced(shapes: Sequence[Shape], ops: Sequence[Op], layer: bool, table
 
 
 def _layer_error(shape: Shape, dtype: torch.dtype) -> float:
-    """Of our layer, and that a float32 layer reaches it is a check of the exact one too."""
+    """Returns the error of our layer; that it is small in float32 checks the exact layer too."""
     with torch.no_grad():
-        inputs = block_inputs(shape, torch.device("cpu"), dtype, TIMESTEPS[1])
+        inputs = layer_inputs(shape, torch.device("cpu"), dtype, TIMESTEPS[1])
         expected = exact_rows(inputs, torch.arange(shape.tokens))
-        runner = next(p for p in BLOCK_PROVIDERS if p.ours).prepare(inputs)
+        runner = next(p for p in LAYER_PROVIDERS if p.ours).prepare(inputs)
         runner.load()
         x, n = runner.step()
         before = inputs.x.double()

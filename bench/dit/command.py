@@ -1,4 +1,4 @@
-"""``python -m bench dit``."""
+"""The command ``python -m bench dit``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from bench.dit.block import BLOCK_PROVIDERS, TIMESTEPS, BlockProvider
 from bench.dit.check import check_reduced
-from bench.dit.count import block_rows, op_rows
-from bench.dit.measure import Machine, measure_block, measure_op, targets
+from bench.dit.count import layer_rows, op_rows
+from bench.dit.layer import LAYER_PROVIDERS, TIMESTEPS, LayerProvider
+from bench.dit.measure import Machine, measure_layer, measure_op, targets
 from bench.dit.ops import OPS, Op
 from bench.dit.providers import Provider, providers
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
@@ -28,12 +28,12 @@ from model.errors import InputError, require
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
 from swifti2v_kernels.common.target import interpreting
 
-PARTS = ("ops", "block", "all")
+PARTS = ("ops", "layer", "all")
 OP_METRICS = (
     "seconds", "launch_seconds", "bytes_per_second", "fraction_of_copy", "tflops", "fraction_of_matmul", "error",
     "peak_bytes", "flops", "bytes",
 )  # fmt: skip
-BLOCK_METRICS = (
+LAYER_METRICS = (
     "seconds", "launch_seconds", "tflops", "error", "peak_bytes", "attention_seconds", "linear_seconds",
     "other_seconds", "flops",
 )  # fmt: skip
@@ -43,7 +43,7 @@ examples:
   python -m bench dit                          all operators, then the layer, on all shapes (minutes on a GPU)
   python -m bench dit --quick                  one shape, one timestep
   python -m bench dit --part ops --ops norm    operators whose name contains "norm"
-  python -m bench dit --part block --shapes 5B
+  python -m bench dit --part layer --shapes 5B
   python -m bench dit                          without CUDA: bytes counted, and a reduced check in the interpreter
 
 Reported are time, GB/s and their fraction of a copy, error against float64 and memory; of the layer also its parts.
@@ -53,14 +53,16 @@ compiled one and, at 70,400 tokens, at half its peak of activations.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
-    parser.add_argument("--part", choices=PARTS, default="all", help="ops, block or all (default all)")
+    """Adds the options that only this benchmark has."""
+    parser.add_argument("--part", choices=PARTS, default="all", help="ops, layer or all (default all)")
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
     parser.add_argument("--ops", metavar="TEXT", default="", help="only operators whose name contains TEXT")
     parser.add_argument(
         "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
     )
-    parser.add_argument("--timesteps", choices=(*TIMESTEPS, "all"), default="all", help="of the layer (default all)")
+    parser.add_argument(
+        "--timesteps", choices=(*TIMESTEPS, "all"), default="all", help="timesteps of the layer's call (default all)"
+    )
     parser.add_argument(
         "--milliseconds",
         type=positive,
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Operators and layers; without CUDA their counts, and a reduced check."""
+    """Measures operators and layers; without CUDA it counts them and runs a reduced check."""
     shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.shapes in s.name]
     if not shapes:
         names = ", ".join(s.name for s in (QUICK_SHAPES if args.quick else SHAPES))
@@ -81,9 +83,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError(f"ops: no operator contains {args.ops!r}; the operators are {names}")
     if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
         raise InputError(f"{ENVIRONMENT_VARIABLE}: expected auto or triton, since it is the kernels that are measured")
-    ops = ops if args.part != "block" else []
+    ops = ops if args.part != "layer" else []
     if session.cuda:
-        layers = [p for p in BLOCK_PROVIDERS if args.part != "ops" and (p.ours or matches(args.only, p.name))]
+        layers = [p for p in LAYER_PROVIDERS if args.part != "ops" and (p.ours or matches(args.only, p.name))]
         measure_all(
             session,
             shapes,
@@ -107,7 +109,7 @@ def measure_all(
     session: Session,
     shapes: Sequence[Shape],
     ops: Sequence[tuple[Op, Sequence[Provider]]],
-    layers: Sequence[BlockProvider],
+    layers: Sequence[LayerProvider],
     timesteps: Sequence[str],
     timer: Timer,
     *,
@@ -134,9 +136,9 @@ def measure_all(
         " activations."
     )
     identity = ("shape", "timesteps", "provider")
-    block_table = section.table(
-        "layer", "one layer of the DiT, bf16", identity=identity, metrics=BLOCK_METRICS,
-        columns=("shape", "tokens", "timesteps", "provider", *BLOCK_METRICS[:8]), note=note,
+    layer_table = section.table(
+        "layer", "one layer of the DiT, bf16", identity=identity, metrics=LAYER_METRICS,
+        columns=("shape", "tokens", "timesteps", "provider", *LAYER_METRICS[:8]), note=note,
     ) if layers else None  # fmt: skip
     total = len(shapes) * (sum(len(found) for _, found in ops) + len(timesteps) * len(layers))
     with require("tqdm", "bench").tqdm(total=total, unit="timing", dynamic_ncols=True, disable=None) as bar:
@@ -144,7 +146,7 @@ def measure_all(
         def report(table: Table, row: dict[str, Any]) -> None:
             table.add(row)
             section.verdicts(
-                targets([] if op_table is None else op_table.rows, [] if block_table is None else block_table.rows)
+                targets([] if op_table is None else op_table.rows, [] if layer_table is None else layer_table.rows)
             )
             bar.update()
 
@@ -156,15 +158,15 @@ def measure_all(
                 for kind in timesteps if layers else ():
                     bar.set_description(f"{shape.name}, layer, timestep {kind}")
                     of_layers = replace(machine, timer=layer_timer or timer)
-                    measure_block(shape, kind, layers, dtype, of_layers, lambda row: report(block_table, row))
+                    measure_layer(shape, kind, layers, dtype, of_layers, lambda row: report(layer_table, row))
     name = session.environment["device"]
-    for table, draw in ((op_table, plot_operators), (block_table, plot_layers)):
+    for table, draw in ((op_table, plot_operators), (layer_table, plot_layers)):
         if table is not None and any(row["status"] == "ok" for row in table.rows):
             session.plot(draw, table.rows, name, session.folder / f"{table.data['name']}.png")
 
 
 def count_ops(session: Session, shapes: Sequence[Shape], ops: Sequence[Op]) -> None:
-    """Least traffic of every operator, and what plain PyTorch moves."""
+    """Adds a table of the least traffic of every operator, and of what plain PyTorch moves."""
     metrics = ("flops", "bytes", "eager_bytes", "ratio")
     note = (
         "Least traffic is the operator's own cost(). Eager: every operator of the plain PyTorch code reads its operands"
@@ -180,7 +182,7 @@ def count_ops(session: Session, shapes: Sequence[Shape], ops: Sequence[Op]) -> N
 
 
 def _interpreted(session: Session, shapes: list[Shape], ops: list[Op], args: argparse.Namespace) -> None:
-    """The layer's counts, with our kernels' operators, and the reduced check."""
+    """Counts the layer with our kernels' operators, and checks them on shrunken shapes."""
     if args.part != "ops":
         metrics = ("flops", "peak_bytes", "streams", "ratio", "other_bytes", "linear_bytes")
         note = (
@@ -193,7 +195,7 @@ def _interpreted(session: Session, shapes: list[Shape], ops: list[Op], args: arg
             "counted layer", "one layer of the DiT, bf16, by counting", identity=("shape", "timesteps", "provider"),
             metrics=metrics, columns=("shape", "tokens", "timesteps", "provider", *metrics), note=note,
         )  # fmt: skip
-        for row in block_rows(shapes, with_compiled=not args.quick):
+        for row in layer_rows(shapes, with_compiled=not args.quick):
             table.add(row)
     metrics = ("error", "limit")
     table = session.section.table(

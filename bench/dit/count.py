@@ -1,10 +1,11 @@
-"""What can be said of operators and layers without a GPU: bytes moved and bytes alive, counted and not measured.
+"""Counts what can be said of operators and layers without a GPU: bytes moved and bytes alive.
 
-Counted is on ``meta`` tensors of the real sizes, operator by operator. Traffic: every operator reads its operands once
-and writes its results once, and no cache helps. Memory: what operators return is alive until its last reference goes;
-what an operator allocates inside itself is not seen. Attention and RMSNorm are one operator each, as on CUDA.
+The counts are made on ``meta`` tensors of the real sizes, operator by operator. Traffic: every operator reads its
+operands once and writes its results once, and no cache helps. Memory: what operators return is alive until its last
+reference goes; what an operator allocates inside itself is not seen. Attention and RMSNorm are one operator each, as on
+CUDA.
 
-Our kernels stand behind operators of their own, which run on ``meta`` tensors where Triton's interpreter is on.
+Our kernels are wrapped in operators of their own, which run on ``meta`` tensors where Triton's interpreter is on.
 
 What ``torch.compile`` keeps alive is Inductor's choice: its CPU module is run on a small layer of the same proportions
 and its allocations counted, in copies of the residual stream. Fusions on a GPU may differ.
@@ -29,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.dit.block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, block_inputs
+from bench.dit.layer import COMPILED, LAYER_PROVIDERS, TIMESTEPS, layer_inputs
 from bench.dit.ops import Op
 from bench.dit.shapes import ITEMSIZE, Shape
 from bench.dit.split import group_of, quiet_stderr
@@ -43,7 +44,10 @@ _INDEXED = ("index", "index_select", "index_copy_", "index_put_")
 
 
 class Traffic(TorchDispatchMode):
-    """``with Traffic() as traffic: ...; traffic.bytes`` is what the body's operators read and write, by group."""
+    """A mode that counts the bytes that operators read and write: ``with Traffic() as traffic: ...; traffic.bytes``.
+
+    The counts are by group of operators.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class Traffic(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         owned = {t.untyped_storage()._cdata for t in given + written}
         fresh = [t for t in results if t.untyped_storage()._cdata not in owned]
-        # Views and allocations move nothing, and our GELU in place is an epilogue of the product on CUDA.
+        # Views and allocations move nothing, and our GELU in place is an epilogue of the matmul on CUDA.
         if not (written or fresh) or bare.startswith(("empty", "new_empty")) or bare == "gelu_":
             return result
         if bare in _INDEXED:
@@ -71,7 +75,7 @@ class Traffic(TorchDispatchMode):
 
 
 class CudaOperators(TorchFunctionMode):
-    """Attention and RMSNorm as the single operators that they are on CUDA; on ``meta`` torch takes them apart."""
+    """A mode in which attention and RMSNorm are single operators, as on CUDA; on ``meta`` torch takes them apart."""
 
     def __init__(self, traffic: Traffic | None = None) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ class CudaOperators(TorchFunctionMode):
 
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that an operator reads, and those that it is given to write."""
+    """Returns the tensors that an operator reads, and those that it is given to write."""
     given: list[Tensor] = []
     written: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
@@ -101,12 +105,12 @@ def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Ten
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Expanded tensors count what is there."""
+    """Returns the bytes of tensors; of an expanded tensor only what is in memory counts."""
     return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
 
 
 def eager_bytes(op: Op, shape: Shape) -> int:
-    """Predicted traffic of an operator written in plain PyTorch, in bf16."""
+    """Returns the predicted traffic, in bytes, of an operator written in plain PyTorch, in bf16."""
     inputs = op.make(shape, META, torch.bfloat16)
     with torch.no_grad(), Traffic() as traffic, CudaOperators(traffic):
         op.run(inputs.arguments)
@@ -114,7 +118,7 @@ def eager_bytes(op: Op, shape: Shape) -> int:
 
 
 def op_rows(ops: Iterable[Op], shapes: Iterable[Shape]) -> list[dict[str, Any]]:
-    """Least cost of every operator on every shape, and the predicted traffic of its eager form."""
+    """Returns rows of every operator's least cost on every shape, and the predicted traffic of its eager form."""
     rows = []
     for shape in shapes:
         for op in ops:
@@ -124,20 +128,20 @@ def op_rows(ops: Iterable[Op], shapes: Iterable[Shape]) -> list[dict[str, Any]]:
     return rows
 
 
-def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, Any]]:
-    """Peak of activations of one layer in bf16, and its traffic, by implementation, counted.
+def layer_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, Any]]:
+    """Returns rows of the counted peak of activations and the traffic of one layer in bf16, one an implementation.
 
-    Not available where that cannot be had: with our kernels without Triton's interpreter, of diffusers' where it is not
-    installed, of compiled code unless ``with_compiled``.
+    A row is "not available" where nothing can be counted: with our kernels without Triton's interpreter, of diffusers
+    where it is not installed, of compiled code unless ``with_compiled``.
     """
     rows = []
     for shape in shapes:
         stream = shape.tokens * shape.config.dim * ITEMSIZE
         for timesteps in TIMESTEPS:
             mine = []
-            for provider in BLOCK_PROVIDERS:
+            for provider in LAYER_PROVIDERS:
                 row = {"shape": shape.name, "timesteps": timesteps, "provider": provider.name, "basis": "counted"}
-                mine.append(row | {"tokens": shape.tokens, "flops": shape.block_flops})
+                mine.append(row | {"tokens": shape.tokens, "flops": shape.layer_flops})
                 peak, traffic = None, None
                 if provider.name == COMPILED and with_compiled:
                     streams = compiled_peak(proportions(shape), timesteps)
@@ -159,8 +163,8 @@ def block_rows(shapes: Iterable[Shape], with_compiled: bool) -> list[dict[str, A
 
 
 def count_layer(prepare: Any, shape: Shape, timesteps: str, device: torch.device) -> tuple[int, dict[str, int]]:
-    """Predicted peak of activations of one call, in bytes, and its traffic by group."""
-    inputs = block_inputs(shape, device, torch.bfloat16, timesteps)
+    """Returns the predicted peak of activations of one call, and its traffic by group, in bytes."""
+    inputs = layer_inputs(shape, device, torch.bfloat16, timesteps)
     with torch.no_grad(), CudaOperators():
         runner = prepare(inputs)
         known = [*inputs.tensors(), *_tensors(vars(runner))]
@@ -179,7 +183,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def proportions(shape: Shape) -> Shape:
-    """A small layer whose hidden layer, blocks and text are to its stream what those of ``shape`` are."""
+    """Returns a small layer whose hidden features, blocks and text are to its stream what those of ``shape`` are."""
     config = shape.config
     hidden = round(128 * config.ffn_dim / config.dim)
     small = replace(config, num_heads=2, head_dim=64, num_layers=1, ffn_dim=hidden)
@@ -188,11 +192,11 @@ def proportions(shape: Shape) -> Shape:
 
 @functools.cache
 def compiled_peak(shape: Shape, timesteps: str) -> float | None:
-    """Predicted peak of diffusers' compiled layer in copies of the residual stream; None where Inductor cannot run."""
-    provider = next(p for p in BLOCK_PROVIDERS if p.name == COMPILED)
+    """Returns the predicted peak of diffusers' compiled layer, in residual streams; None where Inductor cannot run."""
+    provider = next(p for p in LAYER_PROVIDERS if p.name == COMPILED)
     try:
         with torch.no_grad():
-            runner = provider.prepare(block_inputs(shape, torch.device("cpu"), torch.bfloat16, timesteps))
+            runner = provider.prepare(layer_inputs(shape, torch.device("cpu"), torch.bfloat16, timesteps))
             runner.load()
             runner.step()
             runner.drop()
@@ -211,7 +215,7 @@ def compiled_peak(shape: Shape, timesteps: str) -> float | None:
 
 
 def peak_of_events(events: Iterable[Any]) -> int:
-    """Most bytes alive between operators: what an operator takes and frees inside is the CPU's, and not counted."""
+    """Returns the most bytes alive between operators; what an operator frees itself is the CPU's and not counted."""
     spans: list[tuple[int, int]] = []
     memory = []
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.dit.block import COMPILED, BlockInputs, BlockProvider, Runner, block_inputs, exact_rows
+from bench.dit.layer import COMPILED, LayerInputs, LayerProvider, Runner, exact_rows, layer_inputs
 from bench.dit.ops import Op, relative_error
 from bench.dit.providers import Provider
 from bench.dit.shapes import Shape
@@ -21,19 +21,19 @@ from bench.records.outcome import FAILURES, failure
 
 #: Relative L2 error against float64 above which an operator is wrong: bf16 rounds a few times, with 2**-9 each.
 TOLERANCE = 8e-3
-#: The same for a layer, of what it adds to the residual stream: about 30 roundings lie behind it. diffusers' own block
+#: The same for a layer, of what it adds to the residual stream, which is rounded about 30 times. diffusers' own layer
 #: comes to about 8e-3.
-BLOCK_TOLERANCE = 2.5e-2
+LAYER_TOLERANCE = 2.5e-2
 #: Tokens of a layer that are compared with the exact result.
-BLOCK_CHECKED = 64
-#: What must be reached: of the copy's bandwidth by operators that memory bounds; of the compiled layer's time and
-#: memory by ours, memory where the window has so many tokens.
+LAYER_CHECKED = 64
+#: What must be reached: a fraction of the copy's bandwidth by memory-bound operators; the time of diffusers' compiled
+#: layer over ours, and our peak over its, where the window has so many tokens.
 COPY_TARGET, SPEED_TARGET, MEMORY_TARGET, MEMORY_TOKENS = 0.85, 1.25, 0.5, 70_400
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it runs, and what the machine was measured to do in the same run."""
+    """The device, its timer, and what it was measured to do in the same run."""
 
     device: torch.device
     timer: Timer
@@ -42,14 +42,14 @@ class Machine:
 
 
 def memory_bound(flops: int, nbytes: int, copy: float, matmul: float) -> bool:
-    """Whether moving the bytes takes longer than the products, at the measured rates."""
+    """Returns whether moving the bytes takes longer than the operations, at the measured rates."""
     return nbytes / copy > flops / (matmul * 1e12)
 
 
 def measure_op(
     op: Op, shape: Shape, found: Sequence[Provider], dtype: torch.dtype, machine: Machine, report: Callable[..., Any]
 ) -> None:
-    """One row for every implementation of an operator, each given to ``report``: checked, then timed in turns."""
+    """Reports one row for every implementation of an operator; they are checked first, then timed in turns."""
     device, cost = machine.device, op.cost(shape)
     base = {"op": op.name, "shape": shape.name, "flops": cost.flops, "bytes": cost.bytes}
     bound = memory_bound(cost.flops, cost.bytes, machine.copy_bytes_per_second, machine.matmul_tflops)
@@ -84,30 +84,30 @@ def measure_op(
         report(row)
 
 
-def measure_block(
+def measure_layer(
     shape: Shape,
     timesteps: str,
-    found: Sequence[BlockProvider],
+    found: Sequence[LayerProvider],
     dtype: torch.dtype,
     machine: Machine,
     report: Callable[..., Any],
 ) -> None:
-    """One row for every implementation of a layer, each given to ``report``: checked, then timed in turns."""
+    """Reports one row for every implementation of a layer; they are checked first, then timed in turns."""
     device = machine.device
-    base = {"shape": shape.name, "tokens": shape.tokens, "timesteps": timesteps, "flops": shape.block_flops}
+    base = {"shape": shape.name, "tokens": shape.tokens, "timesteps": timesteps, "flops": shape.layer_flops}
     rows = {p.name: {**base, "provider": p.name, "ours": p.ours} for p in found}
     runners: dict[str, Runner] = {}
     try:
-        inputs = block_inputs(shape, device, dtype, timesteps)
-        tokens = torch.linspace(0, shape.tokens - 1, min(BLOCK_CHECKED, shape.tokens), device=device).long()
+        inputs = layer_inputs(shape, device, dtype, timesteps)
+        tokens = torch.linspace(0, shape.tokens - 1, min(LAYER_CHECKED, shape.tokens), device=device).long()
         expected = exact_rows(inputs, tokens)
     except FAILURES as error:
         _all_failed(error, rows.values(), report)
         return
     for provider in found:
 
-        def one(provider: BlockProvider = provider) -> dict[str, Any]:
-            found, runners[provider.name] = _checked_block(provider, inputs, tokens, expected, device)
+        def one(provider: LayerProvider = provider) -> dict[str, Any]:
+            found, runners[provider.name] = _checked_layer(provider, inputs, tokens, expected, device)
             return found
 
         rows[provider.name] |= _guarded(one, device)
@@ -119,8 +119,8 @@ def measure_block(
         report(row)
 
 
-def _checked_block(
-    provider: BlockProvider, inputs: BlockInputs, rows: Tensor, expected: tuple[Tensor, Tensor], device: torch.device
+def _checked_layer(
+    provider: LayerProvider, inputs: LayerInputs, rows: Tensor, expected: tuple[Tensor, Tensor], device: torch.device
 ) -> tuple[dict[str, Any], Runner]:
     runner = provider.prepare(inputs)
     runner.load()
@@ -137,11 +137,11 @@ def _checked_block(
     changes += [(norm[:, rows].double(), expected[1]) for norm in result[1:]]
     error = relative_error(*zip(*changes, strict=True))
     runner.drop()
-    return _judged({"error": error, "peak_bytes": peak}, BLOCK_TOLERANCE), runner
+    return _judged({"error": error, "peak_bytes": peak}, LAYER_TOLERANCE), runner
 
 
 def _split(runner: Runner, device: torch.device) -> dict[str, Any]:
-    """Seconds of a layer by group of operators, where a profiler works."""
+    """Returns the seconds of a layer by group of operators, where a profiler works."""
     try:
         found = split_seconds(runner.step, runner.attentions(), device)
     except Exception as error:  # a profiler that does not work here is no reason to lose the timing
@@ -153,7 +153,7 @@ def _split(runner: Runner, device: torch.device) -> dict[str, Any]:
 
 
 def _judged(found: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """What is right may be timed."""
+    """Adds a status to the findings: only what is right is ``ok`` and may be timed."""
     error = found["error"]
     if error < tolerance:
         return {**found, "status": "ok"}
@@ -167,7 +167,7 @@ def _timed(
     machine: Machine,
     load: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Times the right ones in turns, or alone where all together do not fit; returns their rows."""
+    """Measures the times of what is right, in turns, or alone where all together do not fit; returns their rows."""
     right = {name: call for name, call in calls.items() if rows[name]["status"] == "ok"}
 
     def timed(names: Iterable[str]) -> None:
@@ -188,7 +188,7 @@ def _timed(
 
 
 def _guarded(one: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """The row's findings, or why there are none. Compilers raise errors of their own kinds, so all are caught."""
+    """Returns what ``one`` found, or why it failed. Compilers raise errors of their own kinds, so all are caught."""
     try:
         return one()
     except Exception as error:
@@ -209,7 +209,7 @@ def _all_failed(error: BaseException, rows: Iterable[dict[str, Any]], report: Ca
 
 
 def targets(ops: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the measured rows say about the figures to be reached."""
+    """Returns what the measured rows say about the figures to be reached."""
     found: list[dict[str, Any]] = []
 
     def add(what: str, shape: str, unit: str, value: float, wanted: float | None, met: bool | None) -> None:

@@ -33,7 +33,7 @@ _PER_TOKEN = ("x", "update", "q", "k", "cos", "sin")
 
 @dataclass(frozen=True)
 class Inputs:
-    """``arguments`` are those of the operator's function in ``bench/dit/eager.py``; ``extra`` is what others need."""
+    """The arguments of an operator's function in ``bench/dit/eager.py``; ``extra`` is what other forms need."""
 
     shape: Shape
     arguments: dict[str, Any]
@@ -52,12 +52,12 @@ class Op:
     compute_bound: bool = False
 
     def run(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The eager function's results."""
+        """Runs the eager function; returns its results."""
         result = self.function(**arguments)
         return result if isinstance(result, tuple) else (result,)
 
     def exact(self, inputs: Inputs, rows: Tensor) -> list[Tensor]:
-        """The results in float64 for the tokens ``rows``, as :meth:`sample` gives them."""
+        """Returns the results in float64 for the tokens ``rows``, in the form of :meth:`sample`."""
         arguments = dict(inputs.arguments)
         if not self.whole:
             arguments |= {name: arguments[name][:, rows] for name in _PER_TOKEN if name in arguments}
@@ -68,26 +68,26 @@ class Op:
         return self.sample(inputs, results, rows) if self.whole else list(results)
 
     def sample(self, inputs: Inputs, results: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-        """The tokens ``rows`` of results, in float64."""
+        """Returns the tokens ``rows`` of results, in float64."""
         if "slots" in inputs.arguments:
             targets = results[0].index_select(2, inputs.arguments["slots"])
             results = [rearrange(targets, "b c t (y p) (x q) -> b (t y x) (c p q)", p=2, q=2)]
         return [result[:, rows].double() for result in results]
 
     def rows(self, shape: Shape, device: torch.device) -> Tensor:
-        """The tokens to compare: all of few, an even choice of many."""
+        """Returns the tokens to compare: all of few, an even choice of many."""
         tokens = (shape.targets if self.function is eager.project_step else shape.blocks) * shape.block_len
         return torch.linspace(0, tokens - 1, min(CHECKED, tokens), device=device).long()
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative L2 error of the results; NaN if a result holds one."""
+    """Returns the largest relative L2 error of the results; NaN if a result holds one."""
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def normal(device: torch.device) -> Callable[..., Tensor]:
-    """A source of normal numbers with a seed, as ``source(shape, dtype, mean, deviation)``."""
+    """Returns a seeded source of normal numbers, called as ``source(shape, dtype, mean, deviation)``."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def make(size: Sequence[int], dtype: torch.dtype, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
@@ -98,7 +98,7 @@ def normal(device: torch.device) -> Callable[..., Tensor]:
 
 
 def rotary_tables(rope: Rope3D) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[1, L, 1, D]`` for every token, as diffusers hands them to its blocks."""
+    """Returns cosines and sines ``[1, L, 1, D]`` for every token, as diffusers hands them to its layers."""
     grid = tuple(axis.shape[0] for axis in rope)
     tables = []
     for i in range(2):
@@ -111,7 +111,7 @@ def rotary_tables(rope: Rope3D) -> tuple[Tensor, Tensor]:
 
 
 def block_map(shape: Shape, device: torch.device) -> Tensor:
-    """Row 0 for given blocks, row 1 for noisy ones."""
+    """Returns the row of modulation of every block: 0 for given blocks, 1 for noisy ones."""
     return torch.tensor([0] * shape.given + [1] * shape.targets, dtype=torch.int32, device=device)
 
 
@@ -120,7 +120,7 @@ def _double(value: Any) -> Any:
 
 
 def _tokens(*names: str) -> Callable[[Shape, torch.device, torch.dtype], Inputs]:
-    """Inputs of the norms: the arguments named, modulation in float32 as the model keeps it."""
+    """Returns a maker of the norms' inputs: the arguments named, modulation in float32 as the model keeps it."""
 
     def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
         source, width = normal(device), shape.config.dim
@@ -150,7 +150,7 @@ def _queries(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def _stores(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Latents and reference of the clip, float32."""
+    """Returns latents and reference of the clip, in float32."""
     source = normal(device)
     size = (1, shape.latent_channels, shape.clip, 2 * shape.height, 2 * shape.width)
     return source(size, torch.float32), source(size, torch.float32)

@@ -31,7 +31,7 @@ from swifti2v_kernels import (
 )
 
 Call = Callable[[], tuple[Tensor, ...]]
-#: By name, so that nothing but our kernels can be timed under our name.
+#: Our kernels are asked for by name, so that nothing else can be timed under our name.
 BACKEND = "triton"
 
 
@@ -47,12 +47,12 @@ class Provider:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function by ``torch.compile``, for the shapes of each call."""
+    """Returns the function compiled by ``torch.compile``, anew for the shapes of each call."""
     return torch.compile(function, dynamic=False)
 
 
 def providers(op: Op) -> list[Provider]:
-    """Everything that there is for an operator; what is not installed says so when prepared."""
+    """Returns all implementations of an operator; what is not installed says so when it is prepared."""
     return [
         *_OURS[op.name],
         Provider("eager", lambda inputs: functools.partial(op.run, inputs.arguments)),
@@ -119,7 +119,7 @@ def _own_linear(inputs: Inputs) -> Call:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of another library.
+    """Imports a module of another library.
 
     Raises:
         Unavailable: it is not installed, or does not load here.
@@ -134,7 +134,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _per_token(inputs: Inputs, *names: str) -> list[Tensor]:
-    """Modulation as diffusers holds it for two noise levels: a row a token, in float32, strided over one table."""
+    """Returns modulation as diffusers holds it for two noise levels: a row a token, float32, strided over a table."""
     a = inputs.arguments
     rows = (inputs.extra["block_map"] if "window" in inputs.extra else a["block_map"]).long()
     table = torch.stack([a[name] for name in names], dim=2)[:, rows]
@@ -142,7 +142,7 @@ def _per_token(inputs: Inputs, *names: str) -> list[Tensor]:
 
 
 def _layer_norm(channels: int, inputs: Inputs) -> Any:
-    """diffusers' ``FP32LayerNorm``, with the weights of the inputs if there are any."""
+    """Builds diffusers' ``FP32LayerNorm``, with the weights of the inputs if there are any."""
     affine, device = "weight" in inputs.arguments and inputs.arguments["weight"].ndim == 1, inputs.arguments["x"].device
     norm = _module("diffusers.models.normalization").FP32LayerNorm(channels, EPS, elementwise_affine=affine)
     if affine:
@@ -247,7 +247,7 @@ def _liger_residual_norm(inputs: Inputs) -> Call:
 
 
 def _liger_affine(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Its LayerNorm wants weights."""
+    """Returns weights and biases for Liger's LayerNorm, which wants some: ones and zeros where there are none."""
     a = inputs.arguments
     if "weight" in a:
         return a["weight"], a["bias"]

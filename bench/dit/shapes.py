@@ -28,12 +28,12 @@ class Shape:
 
     @property
     def block_len(self) -> int:
-        """Tokens of one block."""
+        """The tokens of one block."""
         return self.height * self.width
 
     @property
     def tokens(self) -> int:
-        """Tokens of the window."""
+        """The tokens of the window."""
         return self.blocks * self.block_len
 
     @property
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def index(self) -> tuple[int, ...]:
-        """Where the blocks stand in the clip: the input image first, then the clip's last ones."""
+        """The positions of the blocks in the clip: the input image first, then the clip's last ones."""
         return (0, *range(self.clip - self.blocks + 1, self.clip))
 
     @property
@@ -62,14 +62,14 @@ class Shape:
         return self.blocks - self.targets
 
     @property
-    def block_flops(self) -> int:
-        """One layer, text keys and values not counted."""
+    def layer_flops(self) -> int:
+        """The operations of one layer; text keys and values are not counted."""
         length, dim = self.tokens, self.config.dim
-        products = 2 * length * dim * (6 * dim + 2 * self.config.ffn_dim)
-        return products + 4 * length * dim * (length + self.text)
+        linear = 2 * length * dim * (6 * dim + 2 * self.config.ffn_dim)
+        return linear + 4 * length * dim * (length + self.text)
 
     def reduced(self) -> Shape:
-        """The same structure with one to three heads, few blocks and a few hundred tokens at most, for interpreters."""
+        """Returns the same structure with one to three heads and at most a few hundred tokens, for the interpreter."""
         heads = max(1, self.config.num_heads // 12)
         dim = heads * self.config.head_dim
         hidden = round(self.config.ffn_dim * dim / self.config.dim)

@@ -1,4 +1,4 @@
-"""Where a layer's time or traffic goes: operators by group."""
+"""The groups of operators to which a layer's time and traffic go."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-#: In the order of tables. Plain "attention" is one that no label tells from the other.
+#: The groups in the order of tables. Plain "attention" is attention whose kind no label tells.
 GROUPS = ("self-attention", "cross-attention", "attention", "linear", "fused norms and rotations", "other")
 _LINEAR = ("addmm", "mm", "bmm", "baddbmm", "_addmm_activation", "linear", "matmul")
 _LABEL = "layer part: "
 
 
 def group_of(names: Sequence[str]) -> str:
-    """The group of an operator called ``names[0]`` (``aten::addmm.out``) inside of the others, innermost first."""
+    """Returns the group of the operator ``names[0]`` (``aten::addmm.out``), called by the others, innermost first."""
     bare = [name.split("::")[-1].split(".")[0] for name in names]
     if any("attention" in name or "scaled_dot_product" in name for name in bare if not name.startswith(_LABEL)):
         label = next((name.removeprefix(_LABEL) for name in names if name.startswith(_LABEL)), "")
@@ -32,7 +32,7 @@ def group_of(names: Sequence[str]) -> str:
 def split_seconds(
     step: Callable[[], Any], attentions: Mapping[str, tuple[Any, str]], device: torch.device
 ) -> dict[str, float]:
-    """Seconds that the device is busy in each group during one call of ``step``, by the profiler.
+    """Returns the seconds that the device is busy in each group during one call of ``step``, by the profiler.
 
     Every kernel belongs to the operator that launched it. On the CPU it is the operators' own time.
     """
@@ -60,7 +60,7 @@ def split_seconds(
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """torch 2.13's profiler announces its start and its end on the standard error."""
+    """Silences the standard error while the block runs: torch 2.13's profiler announces its start and its end there."""
     sys.stderr.flush()
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)
@@ -80,7 +80,7 @@ def _ancestry(event: Any) -> Iterator[str]:
 
 @contextmanager
 def _labelled(attentions: Mapping[str, tuple[Any, str]]) -> Iterator[None]:
-    """Within it, calls of these methods of these objects are marked for the profiler."""
+    """Marks the calls of these methods of these objects for the profiler while the block runs."""
     with ExitStack() as stack:
         for label, (owner, name) in attentions.items():
             setattr(owner, name, _marked(getattr(owner, name), _LABEL + label))

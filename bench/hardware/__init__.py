@@ -1,1 +1,1 @@
-"""``python -m bench tests``: the test suite's hardware tests, as rows."""
+"""The test suite's hardware tests, as rows of a result: ``python -m bench tests``."""

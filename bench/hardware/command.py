@@ -1,4 +1,4 @@
-"""``python -m bench tests``."""
+"""The command ``python -m bench tests``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options of this command alone."""
     parser.add_argument("--tests", metavar="TEXT", default="", help="only tests whose name contains TEXT")
     jobs = max(min((os.cpu_count() or 1) // 2, 12), 1)
     parser.add_argument("--jobs", type=positive, default=jobs, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Runs them; without CUDA counts them."""
+    """Runs the hardware tests; counts them where there is no CUDA."""
     known = collect()
     names = [name for name in known if args.tests in name]
     if not names:

@@ -1,5 +1,4 @@
-"""A pytest plugin: after a CUDA error that leaves the device unusable, the session ends instead of failing all that
-follows."""
+"""A pytest plugin that ends the session once a CUDA error has left the device unusable: all that follows would fail."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The tests marked ``gpu`` in several processes, as rows. A device that is lost ends its process, and what was left to
-it goes on in a new one."""
+"""Runs the tests marked ``gpu`` in several processes and makes a row of each.
+
+A device that is lost ends its process, and the tests that were left to it go on in a new one.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ from model.errors import require
 #: New processes for what is left of a share, at most.
 RETRIES = 4
 LOST = "bench.hardware.lost_device"
-#: Their files, in ``tests``.
+#: The files of hardware tests, in ``tests``.
 HARDWARE = "gpu/test_*.py"
 
 
 def collect() -> list[str]:
-    """The names of all hardware tests. Their files import no package beyond those that a campaign needs.
+    """Returns the names of all hardware tests. Their files import no package beyond those that a campaign needs.
 
     Raises:
         InputError: there is no pytest.
@@ -39,7 +41,7 @@ def collect() -> list[str]:
 
 
 def run_tests(names: Sequence[str], shares: int, folder: Path, table: Table) -> Iterator[str]:
-    """Runs all, in ``shares`` processes at once; adds a row for each and yields its name."""
+    """Runs all tests in ``shares`` processes at once, adds a row for each and yields its name."""
     waiting = [(list(names[i::shares]), 0) for i in range(shares) if names[i::shares]]
     running: list[tuple[subprocess.Popen[bytes], Path, list[str], int]] = []
     number = 0
@@ -67,7 +69,7 @@ def run_tests(names: Sequence[str], shares: int, folder: Path, table: Table) -> 
                 yield str(row["test"])
             left = [name for name in share if name not in {row["test"] for row in rows}]
             if tries < RETRIES:
-                # Any may have ended a process without a report: halves part it from the others.
+                # Any of them may have ended a process without a report: halves part it from the others.
                 half = 0 if rows else len(left) // 2
                 waiting += [(part, tries + 1) for part in (left[:half], left[half:]) if part]
             for name in left if tries >= RETRIES else ():
@@ -76,7 +78,7 @@ def run_tests(names: Sequence[str], shares: int, folder: Path, table: Table) -> 
 
 
 def read_junit(path: Path) -> list[dict[str, object]]:
-    """A row for each test of pytest's report; none if the process ended before it was written."""
+    """Returns a row for each test of pytest's report; none if the process ended before it was written."""
     try:
         root = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError):

@@ -1,4 +1,4 @@
-"""``--base REV``: the same benchmark on another git revision and on this tree, in turns, and the comparison."""
+"""The option ``--base REV``: runs a benchmark on another git revision and on this tree, in turns, and compares them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS = 2
 
 
 def compare_with_base(name: str, args: argparse.Namespace) -> None:
-    """Runs both and prints the comparison; all result files stay in the folder.
+    """Runs a benchmark on both trees and prints the comparison; all result files stay in the folder.
 
     Raises:
         InputError: there is no such revision, or a run fails.
@@ -56,7 +56,7 @@ def compare_with_base(name: str, args: argparse.Namespace) -> None:
 
 
 def resolve(revision: str) -> str:
-    """The commit of a revision.
+    """Returns the commit of a revision.
 
     Raises:
         InputError: there is none, or this is no git checkout, or there is no git.
@@ -72,7 +72,7 @@ def resolve(revision: str) -> str:
 
 
 def merge_runs(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One document of several runs of the same: medians of their metrics, and the widest of their spreads."""
+    """Returns one document of several runs of the same: medians of their metrics, and the widest of their spreads."""
     merged = documents[0]
     for name, section in merged["sections"].items():
         others = [document["sections"].get(name, {"tables": []}) for document in documents[1:]]
@@ -117,7 +117,7 @@ def _run(argv: list[str], tree: Path, out: Path) -> None:
 
 
 def without_run_options(arguments: list[str]) -> list[str]:
-    """The command line without ``--base``, ``--out`` and ``--json``."""
+    """Returns the command line without ``--base``, ``--out`` and ``--json``."""
     kept, skip = [], False
     for argument in arguments:
         name = argument.split("=")[0]

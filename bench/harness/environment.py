@@ -1,4 +1,4 @@
-"""What a figure depends on: machine, driver, versions, the state of the source, and how the card was while it ran."""
+"""The environment of a figure: machine, driver, versions, the state of the source, and how the card was meanwhile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _THROTTLING = {
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """A JSON-ready record of the environment."""
+    """Returns a JSON-ready record of the environment."""
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device_type": device.type,
@@ -53,12 +53,12 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that stands beside every figure."""
+    """Returns the device's name, which stands beside every figure."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def machine_state(device: torch.device) -> dict[str, Any] | None:
-    """Clocks, temperature, power and throttling of the card now; None without one, or where NVML cannot tell."""
+    """Reads clocks, temperature, power and throttling of the card; None without a card, or where NVML cannot tell."""
     if device.type != "cuda":
         return None
     import pynvml
@@ -78,7 +78,7 @@ def machine_state(device: torch.device) -> dict[str, Any] | None:
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """What the card has consumed since its driver was loaded; None without one, or where NVML cannot tell."""
+    """Returns the energy that the card has consumed since its driver was loaded, or None where that is not known."""
     if device.type != "cuda":
         return None
     import pynvml
@@ -91,7 +91,7 @@ def energy_joules(device: torch.device) -> float | None:
 
 
 def process_memory(device: torch.device) -> int | None:
-    """Bytes that this process holds on the GPU by NVML's count, context included.
+    """Returns the bytes that this process holds on the GPU by NVML's count, context included.
 
     None without a GPU, and where NVML cannot tell (in containers it often sees other process numbers).
     """
@@ -108,7 +108,7 @@ def process_memory(device: torch.device) -> int | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside a git checkout.
+    """Returns the commit and whether the tree differs from it; None outside a git checkout.
 
     Where a tree was copied without its history, ``SWIFTI2V_COMMIT`` says what it is.
     """
@@ -148,14 +148,14 @@ def _nvml_handle(device: torch.device) -> Iterator[Any]:
 
     pynvml.nvmlInit()
     try:
-        # By UUID: torch's index counts visible devices only.
+        # The UUID names the device: torch's index counts visible devices only.
         yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     finally:
         pynvml.nvmlShutdown()
 
 
 def _fixed(device: torch.device) -> dict[str, Any]:
-    """What does not change while it runs."""
+    """Returns what does not change while a benchmark runs: driver, power limit and highest clock."""
     import pynvml
 
     try:

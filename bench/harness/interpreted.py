@@ -17,8 +17,8 @@ def run_interpreted(session: Session, what: str) -> None:
     """Runs the same command with ``TRITON_INTERPRET=1`` and takes over its tables.
 
     Args:
-        session: of the command.
-        what: is checked there, for people.
+        session: the run of the command.
+        what: what is checked there, for people.
 
     Raises:
         InputError: a check failed there.

@@ -8,6 +8,7 @@ no longer takes an array of one element for a number (from 2.4 on a warning or a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ _Handle = interpreter.TensorHandle
 
 
 def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
-    """The values of an interpreter array, in float32 for all types of 16 bits and less."""
+    """Returns the values of an interpreter array, in float32 for all types of 16 bits and less."""
     if dtype.scalar in _DTYPES:
         bits = np.ascontiguousarray(data)
         raw = torch.from_numpy(bits.view(np.int16 if bits.itemsize == 2 else np.uint8))
@@ -32,7 +33,7 @@ def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """float32 values as the interpreter keeps ``dtype``: rounded to nearest even; float8 saturates."""
+    """Returns float32 values as the interpreter keeps ``dtype``: rounded to nearest even; float8 saturates."""
     target = _DTYPES[dtype.scalar]
     x = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     if target != torch.bfloat16:
@@ -92,3 +93,27 @@ def install() -> None:
         return result
 
     interpreter._patch_lang_tensor = patch_tensor
+
+    stock_launch = interpreter.GridExecutor.__call__
+    replaced: set[int] = set()
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        stock_launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The stock one replaces all of triton.language at every call of a function, which takes a third of the time.
+        # What a launch has replaced stays so until its end: once for every module that the functions are of is enough.
+        if id(self.fn.__globals__) not in replaced:
+            replaced.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch, call
+
+    # It computes whether every sum and product of integers overflows, and asserts it in debug mode alone.
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)

@@ -1,4 +1,4 @@
-"""The subcommands of ``python -m bench``: ``BENCHMARK`` of every ``bench/*/command.py``.
+"""The subcommands of ``python -m bench``: the ``BENCHMARK`` of every ``bench/*/command.py``.
 
 A new benchmark is a folder with one small file, beside what it measures:
 
@@ -38,19 +38,19 @@ class Benchmark:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[argparse.Namespace, Any], None] | None = None
     run: Callable[[argparse.Namespace], None] | None = None
-    #: Of ``measure``: what its section is called.
+    #: The title of the section that ``measure`` fills.
     title: str = ""
     order: int = 50
-    #: What ``--quick`` means here.
+    #: The help of ``--quick``: what it leaves out.
     quick: str = "less of everything"
 
 
 @functools.cache
 def benchmarks() -> dict[str, Benchmark]:
-    """All subcommands by name, in order.
+    """Returns all subcommands by name, in the order of ``--help``.
 
     Raises:
-        TypeError: a ``command.py`` has none, or one that can do nothing.
+        TypeError: a ``command.py`` has no benchmark, or one that can do nothing.
     """
     found = []
     for file in sorted(path for folder in bench.__path__ for path in Path(folder).glob("*/command.py")):
@@ -65,12 +65,12 @@ def benchmarks() -> dict[str, Benchmark]:
 
 
 def matches(texts: str, name: str) -> bool:
-    """Whether ``name`` contains one of the texts, which ``|`` separates."""
+    """Returns whether ``name`` contains one of the texts, which ``|`` separates."""
     return any(text.strip() in name for text in texts.split("|"))
 
 
 def add_parser(commands: Any, benchmark: Benchmark) -> None:
-    """Adds a subcommand to the front door."""
+    """Adds a subcommand to the command line of ``python -m bench``."""
     parser = commands.add_parser(
         benchmark.name,
         help=benchmark.summary,
@@ -80,7 +80,7 @@ def add_parser(commands: Any, benchmark: Benchmark) -> None:
         allow_abbrev=False,  # --base finds itself on the command line
     )
     benchmark.add_arguments(parser)
-    group = parser.add_argument_group("as in all benchmarks")
+    group = parser.add_argument_group("options of all benchmarks")
     group.add_argument("--quick", action="store_true", help=benchmark.quick)
     group.add_argument("--json", action="store_true", help="print JSON instead")
     if benchmark.measure is not None:

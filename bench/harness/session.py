@@ -26,7 +26,7 @@ RESULT = "result.json"
 
 @dataclass
 class Session:
-    """What a benchmark's ``measure`` works with."""
+    """The run of one benchmark: what its ``measure`` works with."""
 
     args: argparse.Namespace
     device: torch.device
@@ -36,16 +36,16 @@ class Session:
 
     @property
     def cuda(self) -> bool:
-        """Whether there is a GPU to measure."""
+        """True where there is a GPU to measure."""
         return self.device.type == "cuda"
 
     def say(self, text: str) -> None:
-        """Prints for people, who have not asked for JSON."""
+        """Prints a line, unless JSON was asked for."""
         if not self.args.json:
             print(text, flush=True)
 
     def timer(self, milliseconds: float) -> Timer:
-        """For the device."""
+        """Returns a timer for the device."""
         return make_timer(self.device, milliseconds)
 
     def ceilings(self, timer: Timer | None = None, **sizes: int) -> Ceilings:
@@ -63,12 +63,12 @@ class Session:
 
 
 def default_folder(name: str) -> Path:
-    """``out/NAME-DATE-TIME``."""
+    """Returns the results folder of a run that names none: ``out/NAME-DATE-TIME``."""
     return Path("out") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
-    """The subcommand.
+    """Runs a subcommand, writes its results and prints its tables.
 
     Raises:
         InputError: a package that it needs is not installed, or an argument does not fit.
@@ -94,7 +94,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
             benchmark.measure(args, Session(args, device, folder, section, record.data["environment"]))
             section.data["machine"]["after"] = machine_state(device)
     except InputError:
-        # Bad input is found before anything is measured: then no folder is left behind, unless more is in it.
+        # Bad input is found before anything is measured: then the folder is removed, unless more is in it.
         alone = [*folder.iterdir()] == [record.path]
         if not existed and alone and not record.data["sections"][benchmark.name]["tables"]:
             record.path.unlink()
@@ -113,13 +113,13 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
 
 
 def measured_on(environment: dict[str, Any]) -> str:
-    """The sentence under every table."""
+    """Returns the sentence under every table: the device, and torch's version."""
     packages = environment["packages"]
     return f"Measured on {environment['device']} ({environment['device_type']}), torch {packages['torch']}."
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's options as JSON has them; of files and folders the last part of the name."""
+    """Returns the command's options as JSON has them; files and folders by the last part of their names."""
     hidden = ("command", "argv", "json", "out", "base")
     found = {}
     for name, value in vars(args).items():

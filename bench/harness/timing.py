@@ -1,4 +1,4 @@
-"""Timing of calls: warm, L2 flushed, interleaved where several are compared, as the device takes them.
+"""Timing of calls as the device takes them: warm, L2 flushed, in turns where several are compared.
 
 On CUDA a call is captured as a graph where that works, and replays are timed: short kernels are otherwise as slow as
 Python issues them, which is reported by itself (``launch``). L2 is flushed before every run. Calls to be compared take
@@ -38,7 +38,7 @@ class Timing(NamedTuple):
     launch: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """Its fields of a row."""
+        """Returns its fields of a row."""
         return {
             "seconds": self.median, "seconds_low": self.low, "seconds_high": self.high, "runs": self.runs,
             "launch_seconds": self.launch,
@@ -46,15 +46,15 @@ class Timing(NamedTuple):
 
 
 class Timer(Protocol):
-    """Times several calls in turns."""
+    """Something that times several calls in turns."""
 
     def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """One timing for each name."""
+        """Returns one timing for each name."""
         ...
 
 
 def summary(seconds: list[float], launch: float | None = None) -> Timing:
-    """Median and percentiles of single runs."""
+    """Returns median and percentiles of single runs."""
     if len(seconds) < 2:
         return Timing(seconds[0], seconds[0], seconds[0], 1, launch)
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -62,10 +62,10 @@ def summary(seconds: list[float], launch: float | None = None) -> Timing:
 
 
 class CudaTimer:
-    """Device time of calls, for about ``milliseconds`` each.
+    """A timer of the device's time of calls, for about ``milliseconds`` each.
 
     Args:
-        milliseconds: of each call, flushes and warm-up not counted.
+        milliseconds: time that each call is run for, flushes and warm-up not counted.
         graphs: whether calls may be captured.
     """
 
@@ -74,7 +74,7 @@ class CudaTimer:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """One timing for each name; the calls take turns."""
+        """Returns one timing for each name; the calls take turns."""
         prepared = {name: self._prepare(call) for name, call in calls.items()}
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
@@ -83,7 +83,7 @@ class CudaTimer:
         return {name: summary(seconds[name], prepared[name][2]) for name in calls}
 
     def _prepare(self, call: Call) -> tuple[Call, int, float | None]:
-        """What is timed, how often in a round, and the host's time to issue it."""
+        """Returns what is timed, how often in a round, and the host's time to issue it."""
         call()
         torch.cuda.synchronize()
         (first,) = self._runs(call, 1)
@@ -122,13 +122,13 @@ class CudaTimer:
 
 
 class WallTimer:
-    """Wall time of calls on the CPU, for about ``milliseconds`` each."""
+    """A timer of the wall time of calls on the CPU, for about ``milliseconds`` each."""
 
     def __init__(self, milliseconds: float):
         self.milliseconds = milliseconds
 
     def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """One timing for each name; the calls take turns."""
+        """Returns one timing for each name; the calls take turns."""
         counts = {}
         for name, call in calls.items():
             call()
@@ -147,17 +147,17 @@ def _wall(call: Call) -> float:
 
 
 def make_timer(device: torch.device, milliseconds: float, graphs: bool = True) -> Timer:
-    """The timer for a device; ``graphs`` as for :class:`CudaTimer`."""
+    """Returns the timer for a device; ``graphs`` as for :class:`CudaTimer`."""
     return CudaTimer(milliseconds, graphs) if device.type == "cuda" else WallTimer(milliseconds)
 
 
 def time_one(timer: Timer, call: Call) -> Timing:
-    """A single call's timing."""
+    """Returns the timing of a single call."""
     return timer({"": call})[""]
 
 
 class Ceilings(NamedTuple):
-    """What a machine was measured to do: a copy's bandwidth, and a square matrix product."""
+    """The limits that were measured on a machine: the bandwidth of a copy, and the rate of a square matmul."""
 
     copy_bytes_per_second: float
     matmul_tflops: float
@@ -167,25 +167,25 @@ class Ceilings(NamedTuple):
 def measure_ceilings(
     device: torch.device, timer: Timer, *, copied_bytes: int | None = None, size: int | None = None
 ) -> Ceilings:
-    """Both ceilings: in bf16 of 8192 x 8192 on CUDA, in float32 of 1024 x 1024 on a CPU, which has no bf16 to speak of.
+    """Measures both ceilings: the matmul in bf16 on CUDA, in float32 on a CPU, which has no bf16 to speak of.
 
     Args:
-        device: where.
-        timer: how; not from graphs, in which a copy is another engine's and slower.
-        copied_bytes: of the copy, read once and written once; default 1 GiB on CUDA, 64 MiB on a CPU.
-        size: rows of the matrices.
+        device: what is measured.
+        timer: a timer without graphs, in which a copy is another engine's and slower.
+        copied_bytes: bytes that the copy reads once and writes once; default 2^30 on CUDA, 2^26 on a CPU.
+        size: rows and columns of the matrices; default 8192 on CUDA, 1024 on a CPU.
     """
     cuda = device.type == "cuda"
     copied_bytes = copied_bytes or 2 ** (30 if cuda else 26)
     size, dtype = size or (8192 if cuda else 1024), torch.bfloat16 if cuda else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     start = time.perf_counter()
-    product = functools.partial(torch.matmul, a, b)
+    call = functools.partial(torch.matmul, a, b)
     while cuda and time.perf_counter() - start < WAKING:  # an idle card's clocks are low
-        product()
+        call()
         torch.cuda.synchronize()
-    matmul = 2 * size**3 / time_one(timer, product).median / 1e12
-    del a, b, product
+    matmul = 2 * size**3 / time_one(timer, call).median / 1e12
+    del a, b, call
     source, target = (torch.zeros(copied_bytes, device=device, dtype=torch.uint8) for _ in range(2))
     copy = 2 * copied_bytes / time_one(timer, functools.partial(target.copy_, source)).median
     return Ceilings(copy, matmul, str(dtype).removeprefix("torch."))
@@ -193,7 +193,10 @@ def measure_ceilings(
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 convolutions in the body are float32. (``torch.backends.cudnn.flags`` would switch cuDNN off as well.)"""
+    """Keeps float32 convolutions in float32 while the block runs.
+
+    ``torch.backends.cudnn.flags`` would switch cuDNN off as well.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -203,7 +206,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
-    """The call's result and the most bytes allocated during it beyond those before it; 0 where no count is kept."""
+    """Returns a call's result and the most bytes that it allocated beyond those before it; 0 where no count is kept."""
     if device.type != "cuda":
         return call(), 0
     torch.cuda.synchronize()
@@ -216,8 +219,10 @@ def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, i
 
 @contextmanager
 def limited(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Holds CUDA's allocator to a limit in bytes, reserved ones included: a large card stands in for a small one, in
-    capacity and not in speed. On a CPU, where there is none to hold, nothing is held."""
+    """Holds CUDA's allocator to a limit in bytes, reserved ones included, while the block runs.
+
+    A large card so stands in for a small one, in capacity and not in speed. On a CPU nothing is held.
+    """
     if device.type != "cuda" or limit is None:
         yield
         return

@@ -1,1 +1,1 @@
-"""What a clip takes of a card's memory, when, and by what."""
+"""The benchmark of memory: how much of a card a clip takes, when, and by what."""

@@ -1,5 +1,5 @@
-"""One whole clip under a meter: on a card, held to a limit or not; on a CPU, small; or on tensors without memory at the
-real size, where nothing is computed and bytes are counted.
+"""A whole clip made under a meter: on a card, held to a limit or not; on a CPU, if it is small; or on tensors without
+memory at the real size, where nothing is computed and bytes are counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class ClipSetup:
-    """What is made, and for which card its plans are; ``card`` None: for the device itself."""
+    """The clip that is made, and the memory that it may take.
+
+    ``limit`` and ``ram`` are bytes of the card and of the machine; None stands for the card's own and for no limit.
+    """
 
     preset: str
     width: int
@@ -56,21 +59,21 @@ class ClipSetup:
     dtype: torch.dtype = torch.bfloat16
     limit: int | None = None
     ram: int | None = None
-    storage: str = "auto"
-    products: str = "plain"
+    quantize: str = "auto"
+    matmul: str = "plain"
     capability: int = 90
     seed: int = 0
     out: Path | None = None
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The clip in words, for titles and messages."""
         return f"{self.preset}, {self.width}x{self.height}, {self.num_frames} frames"
 
 
 @dataclass
 class ClipRun:
-    """What a run has shown. ``status`` and ``reason`` as in rows; of a run that failed there is what came before."""
+    """The findings of a run, with ``status`` and ``reason`` as in rows; a failed run has those until it failed."""
 
     setup: ClipSetup
     course: Course
@@ -87,11 +90,11 @@ class ClipRun:
 
 
 def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
-    """Makes the clip.
+    """Makes a clip and returns what its memory did.
 
     Args:
-        setup: what.
-        device: ``cuda``; ``cpu`` for small ones; ``meta`` to count.
+        setup: the clip and its limits.
+        device: ``cuda``; ``cpu`` for small clips; ``meta`` to count bytes without computing.
 
     Raises:
         InputError: a size does not fit, or no plan does.
@@ -112,7 +115,7 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
                 raise
             run.status, run.reason = failure(error).values()
         except KeyboardInterrupt:
-            # What there is so far is worth having; the command reports it and then stops.
+            # The findings so far are worth having; the command reports them and then stops.
             run.status, run.reason, run.interrupted = "failed", "interrupted", True
         if device.type != "meta":
             run.seconds = meter.timer.seconds
@@ -126,7 +129,7 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
 
 
 def _make(setup: ClipSetup, components: Components, job: ClipJob, meter: Meter) -> int:
-    """All frames, dropped or written as they come; how many."""
+    """Makes all frames, which are dropped or written as they come, and returns how many they are."""
     count = 0
     condition = make_condition(components, job, meter)
     frames = make_frames(components, job, condition, meter)
@@ -143,7 +146,7 @@ def _make(setup: ClipSetup, components: Components, job: ClipJob, meter: Meter) 
 
 
 def _request(setup: ClipSetup, components: Components, device: torch.device) -> MemoryRequest:
-    """For the limit, else for the card that runs it; a CPU has no limit of its own."""
+    """Returns the request of a plan for the limit, else for the card that runs it; a CPU has no limit of its own."""
     card = Card.of(device)
     memory = setup.limit or (None if card is None else card.memory)
     capability = setup.capability if device.type == "meta" else None if card is None else card.capability
@@ -153,7 +156,7 @@ def _request(setup: ClipSetup, components: Components, device: torch.device) -> 
         components, size=(setup.width, setup.height), num_frames=setup.num_frames,
         plan=plan_segments(num_blocks, setup.blocks), mode=setup.mode, gpu=gpu,
         capability=capability, vram=memory, ram=setup.ram, dtype=setup.dtype,
-        steps=setup.steps, stage_one_steps=setup.stage_one_steps, storage=setup.storage, products=setup.products,
+        steps=setup.steps, stage_one_steps=setup.stage_one_steps, quantize=setup.quantize, matmul=setup.matmul,
     )  # fmt: skip
 
 
@@ -169,20 +172,20 @@ def _job(setup: ClipSetup, components: Components, device: torch.device, plan: M
 
 
 def _picture(width: int, height: int) -> Tensor:
-    """A slope of light: the photograph's content does not matter here."""
+    """Returns a picture ``[1, 3, 1, H, W]`` of smooth slopes, since a photograph's content does not matter here."""
     rows, columns = torch.linspace(-1, 1, height).view(-1, 1), torch.linspace(-1, 1, width)
     return torch.stack([rows * columns, rows + 0 * columns, 0 * rows + columns])[None, :, None].contiguous()
 
 
 @contextmanager
 def _as_gpu(setup: ClipSetup, device: torch.device) -> Iterator[None]:
-    """Tensors without memory take the operators of a GPU."""
+    """Makes tensors without memory take the operators of a GPU while the body runs."""
     with pretend_gpu(setup.capability) if device.type == "meta" else nullcontext():
         yield
 
 
 def stage_rows(run: ClipRun) -> list[dict[str, Any]]:
-    """Peak and seconds of each stage, of segments together."""
+    """Returns rows with peak and seconds of each stage; the segments of Stage II are one row."""
     peaks: dict[str, int] = {}
     for mark, peak in run.course.peaks().items():
         stage = "Stage II" if mark.startswith("Stage II") else mark

@@ -1,4 +1,4 @@
-"""``python -m bench memory``."""
+"""The command ``python -m bench memory``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from model.csg.sampler import MODES
 from model.errors import InputError
 from model.machine.measure import format_bytes, parse_bytes
 from model.memory.report import MemoryPlan
-from model.memory.request import STORAGE_CHOICES
-from model.plan import blocks_told, tiles_told
+from model.memory.request import QUANTIZE_CHOICES
+from model.plan import layers_told, tiles_told
 from model.sizes import check_frames, check_size, size_multiple
-from model.streaming.placement import PRODUCTS
+from model.streaming.placement import MATMUL
 from swifti2v_kernels.common.target import TARGETS
 
 CLIP_METRICS = (
@@ -31,11 +31,11 @@ CLIP_METRICS = (
     "total_seconds", "stage_one_seconds",
     "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds", "energy_joules",
 )  # fmt: skip
-#: What the plan has decided.
+#: Columns of what the plan has decided.
 PLANNED = ("card", "stage1", "stage2", "reference_tiles", "decode_tiles")
-#: How near a predicted peak has to be.
+#: The relative deviation that a predicted peak may have.
 NEAR = 0.05
-#: The anchor and two segments of three latent frames: all kinds of windows.
+#: The anchor and two segments of three blocks, which have all kinds of windows.
 WARM_FRAMES = 25
 SECONDS = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
            "decode": "decode_seconds", "file": "file_seconds"}  # fmt: skip
@@ -49,37 +49,54 @@ examples:
   python -m bench memory --preset 5b --size 1280x704 --limit 8GB
   python -m bench memory --device cpu --measure --preset tiny --size 256x144     tensors of a small run on a CPU
 
-A clip is made with random weights; steps do not change its peak, and neither does its length under CSG: by default it
-is as long as the largest window wants, with one step.
+A clip is made with random weights. Steps do not change its peak, and neither does its length under CSG, so by default
+it is as long as the largest window wants, with one step.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that this benchmark alone has."""
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default 1.3b)")
-    parser.add_argument("--size", metavar="WxH", help="default: the preset's")
-    parser.add_argument("--frames", type=positive, help="of the clip (default 25: seven blocks)")
-    parser.add_argument("--steps", type=positive, help="of both stages (default 1, of 81 frames and more 4)")
-    parser.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
-    parser.add_argument("--mode", default="bidirectional", choices=MODES, help="of Stage II (default bidirectional)")
-    parser.add_argument("--limit", metavar="SIZE,...", help="of the card, enforced on CUDA (default: the card's)")
+    parser.add_argument("--size", metavar="WxH", help="pixels of the clip (default: the preset's)")
+    parser.add_argument("--frames", type=positive, help="frames of the clip (default 25: seven blocks)")
+    parser.add_argument("--steps", type=positive, help="steps of both stages (default 1; 4 for 81 frames and more)")
+    parser.add_argument(
+        "--blocks", type=positive, default=3, metavar="M", help="blocks (latent frames) of a segment (default 3)"
+    )
+    parser.add_argument(
+        "--mode", default="bidirectional", choices=MODES, help="mode of Stage II (default bidirectional)"
+    )
+    parser.add_argument(
+        "--limit", metavar="SIZE,...", help="memory of the card, enforced on CUDA (default: the card's)"
+    )
     parser.add_argument("--file", action="store_true", help="write the clip, and time that (needs PyAV)")
-    parser.add_argument("--no-lengths", dest="lengths", action="store_false", help="without the table against length")
-    parser.add_argument("--measure", action="store_true", help="on a CPU: run it there instead of counting")
+    parser.add_argument(
+        "--no-lengths",
+        dest="lengths",
+        action="store_false",
+        help="leave out the table of peaks against the clip's length",
+    )
+    parser.add_argument("--measure", action="store_true", help="run the clip on a CPU instead of counting")
     parser.add_argument(
         "--ram",
         metavar="SIZE",
         default="auto",
-        help="of the machine, for the plan (default: what it has; counted: none)",
+        help="memory of the machine, for the plan (default: what it has; counted: no limit)",
     )
-    parser.add_argument("--storage", choices=STORAGE_CHOICES, default="auto", help="of block weights (default auto)")
-    parser.add_argument("--products", choices=PRODUCTS, default="plain", help="of block matrices (default plain)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZE_CHOICES, default="auto", help="form of the layers' weights (default auto)"
+    )
+    parser.add_argument(
+        "--matmul", choices=MATMUL, default="plain", help="matrix multiplications of the layers (default plain)"
+    )
     known = ", ".join(map(str, TARGETS))
-    parser.add_argument("--capability", type=int, default=90, help=f"of the card to count for: {known} (default 90)")
+    parser.add_argument(
+        "--capability", type=int, default=90, help=f"capability of the card to count for: {known} (default 90)"
+    )
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """A clip under every limit, and Stage II against the clip's length."""
+    """Makes a clip under every limit, and compares Stage II's peak at several lengths of the clip."""
     if args.capability not in TARGETS:
         raise InputError(f"capability: expected one of {', '.join(map(str, TARGETS))}, got {args.capability}")
     counted = not session.cuda and not args.measure
@@ -93,19 +110,19 @@ def run(args: argparse.Namespace, session: Session) -> None:
     limits = list(dict.fromkeys(limits))
     if counted and limits == [None]:
         limits = [24 * 10**9]
-    # Of any limit: then there is nothing to report, and no plan to look for.
+    # A clip that cannot be is an error of the command, whatever the limits: no plan is to be looked for.
     check_size(width, height, size_multiple(preset.vae, preset.stage_two))
     check_frames(num_frames, preset.vae.temporal_stride)
     dtype = torch.bfloat16 if counted else pick_dtype("auto", device)
     setup = ClipSetup(
         name, width, height, num_frames, steps, steps, args.blocks, args.mode, dtype, capability=args.capability,
-        ram=None if counted and args.ram == "auto" else parse_ram(args.ram), storage=args.storage,
-        products=args.products, out=session.folder / "clip.mp4" if args.file and not counted else None,
+        ram=None if counted and args.ram == "auto" else parse_ram(args.ram), quantize=args.quantize,
+        matmul=args.matmul, out=session.folder / "clip.mp4" if args.file and not counted else None,
     )  # fmt: skip
     if counted:
         session.say("no CUDA device: nothing runs. Bytes are counted on tensors without memory, at the real size")
     if session.cuda and not args.limit:
-        # With a limit it is capacity that is asked for; without one also the time.
+        # A limit asks for capacity alone; without one the time matters too.
         session.say("a short clip first, for which the kernels are compiled")
         short = replace(setup, num_frames=min(num_frames, WARM_FRAMES), steps=1, stage_one_steps=1, out=None)
         if run_clip(short, device).interrupted:
@@ -137,9 +154,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
 def _tables(session: Session, setup: ClipSetup) -> dict[str, Table]:
     section, identity = session.section, ("preset", "size", "frames", "limit")
     note = (
-        "Device time by stage; peak: the allocator's, or of counted tensors. Weights are random. Stage 1 and 2: blocks"
-        " on the device + from pinned host memory, and how they are written; tiles: rows x columns, * where states wait"
-        " in host memory. Seconds are predicted for the card named."
+        "Seconds of a stage are device time; the peak is the allocator's, or that of counted tensors. Weights are"
+        " random. Stage 1 and 2: layers on the device + layers from pinned host memory, and the form of their weights;"
+        " tiles: rows x columns, * where states wait in host memory. Predicted seconds are those of the card named."
     )
     clips = section.table(
         "clips", "a whole clip", identity=identity, metrics=CLIP_METRICS,
@@ -152,7 +169,7 @@ def _tables(session: Session, setup: ClipSetup) -> dict[str, Table]:
     holders = section.table(
         "holders", "what holds the peak", identity=(*identity, "held_by"), metrics=("held_bytes", "share"),
         columns=("limit", "held_by", "tensors", "held_bytes", "share"),
-        note="By the innermost place in this project that allocated.",
+        note="Memory is held by the innermost place in this project that allocated it.",
     )  # fmt: skip
     return {"clips": clips, "stages": stages, "holders": holders}
 
@@ -189,7 +206,7 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
         run.course.thinned(), run.course.marks, basis="counted" if counted else "measured", limit=run.setup.limit,
     )  # fmt: skip
     if run.setup.limit is not None:
-        # What libraries take beside the allocator is in the reserve that plans leave.
+        # Plans leave a reserve for what libraries take besides the allocator's memory.
         met = None if run.interrupted else run.status == "ok" and peak <= run.setup.limit
         verdict = {"what": "peak over the limit", "shape": key["limit"], "value": peak / run.setup.limit, "unit": "x"}
         verdicts = [*session.section.data["verdicts"], verdict | {"wanted": 1.0, "met": met} | basis]
@@ -201,9 +218,10 @@ def _report(session: Session, run: ClipRun, tables: dict[str, Table], counted: b
 
 
 def _told(plan: MemoryPlan) -> dict[str, str]:
-    """What was decided, and whose seconds are predicted."""
+    """Returns the plan's decisions and the card whose seconds are predicted, by column."""
     return {
-        "card": plan.request.gpu.name, "stage1": blocks_told(plan.stage_one), "stage2": blocks_told(plan.stage_two),
+        "card": plan.request.gpu.name,
+        "stage1": layers_told(plan, "stage_one"), "stage2": layers_told(plan, "stage_two"),
         "reference_tiles": tiles_told(plan, "reference"), "decode_tiles": tiles_told(plan, "decode"),
     }  # fmt: skip
 
@@ -212,7 +230,7 @@ def _lengths(args: argparse.Namespace, session: Session, name: str, size: tuple[
     preset = get_preset(name)
     table = session.section.table(
         "length", "Stage II's peak against the clip's length", identity=IDENTITY, metrics=METRICS,
-        note="CSG keeps the whole clip's latents and one window; end-to-end the window is the clip.",
+        note="CSG keeps the whole clip's latents and one window; end to end, the window is the clip.",
     )  # fmt: skip
     lengths = LENGTHS[:3] if args.quick else LENGTHS
     for row in predicted_rows(preset, size, lengths, dtype):

@@ -1,4 +1,4 @@
-"""Allocations and frees as a course: bytes over time, the peak, and what was alive then."""
+"""The course of memory, from allocations and frees: bytes over time, the peak, and what was alive then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.weights import float8, load
 
 
 class Event(NamedTuple):
-    """``size`` bytes are taken under ``key`` by ``label``, or given back (negative, without a label)."""
+    """An allocation of ``size`` bytes under ``key`` by ``label``, or a free, which is negative and has no label."""
 
     seconds: float
     key: int
@@ -22,7 +22,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Course:
-    """Of a run: events in order, and where stages and segments began."""
+    """The course of a run: its events in order, and when stages and segments began."""
 
     base: int = 0
     events: list[Event] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Course:
 
     @property
     def points(self) -> list[tuple[float, int]]:
-        """Bytes after every event."""
+        """The time of every event and the bytes alive after it."""
         live, points = self.base, [(0.0, self.base)]
         for event in self.events:
             live += event.size
@@ -38,11 +38,11 @@ class Course:
         return points
 
     def peak(self) -> int:
-        """Most bytes at once."""
+        """Returns the most bytes that were alive at once."""
         return max(live for _, live in self.points)
 
     def peaks(self) -> dict[str, int]:
-        """Most bytes at once by mark, of marks of one name together."""
+        """Returns the most bytes that were alive at once after each mark; marks of one name count together."""
         found: dict[str, int] = {}
         live, marks, current = self.base, list(self.marks), ""
         for event in self.events:
@@ -55,7 +55,7 @@ class Course:
         return found
 
     def holders(self, most: int = 12) -> list[tuple[str, int, int]]:
-        """What was alive at the peak, by label: (label, bytes, how many), the largest first; the rest as one line."""
+        """Returns what was alive at the peak: (label, bytes, how many), the largest first, the rest as one entry."""
         alive: dict[int, Event] = {}
         live, top, best = self.base, self.base, {}
         before = kept = self.base
@@ -81,7 +81,7 @@ class Course:
         return ranked
 
     def thinned(self, most: int = 1500) -> list[tuple[float, int]]:
-        """At most about so many points, with the highest and the lowest of every stretch."""
+        """Returns about ``most`` points or fewer, with the highest and the lowest of every stretch."""
         points = self.points
         if len(points) <= most:
             return points
@@ -94,8 +94,10 @@ class Course:
 
 
 def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
-    """Events of the CUDA allocator's own history (``torch.cuda.memory._snapshot()["device_traces"][i]``), which begins
-    with the run; what was allocated before is freed without having been taken."""
+    """Returns the events of the CUDA allocator's history, ``torch.cuda.memory._snapshot()["device_traces"][i]``.
+
+    It begins with the run; what was allocated before is freed without having been taken.
+    """
     events: list[Event] = []
     for entry in trace:
         seconds = (entry["time_us"] - trace[0]["time_us"]) / 1e6
@@ -106,12 +108,12 @@ def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
     return events
 
 
-#: The files in which weights are given their memory.
+#: The files whose functions allocate weights.
 LOADERS = tuple(f"/{module.__name__.replace('.', '/')}.py" for module in (load, float8, placed))
 
 
 def label_of(frames: Iterable[Any]) -> str:
-    """Who allocated: the innermost place in this project, as ``model/vae/layers.py remember``."""
+    """Returns the innermost place in this project among the frames of a stack: ``model/vae/layers.py remember``."""
     for frame in frames:
         name, function = (frame["filename"], frame["name"]) if isinstance(frame, dict) else frame
         if name.endswith(LOADERS):

@@ -1,4 +1,4 @@
-"""Stage II's peak against the clip's length: constant for CSG but for the stored latents, growing end-to-end."""
+"""Stage II's peak against the clip's length: constant for CSG but for the stored latents, growing end to end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = ("peak_bytes", "tokens")
 
 
 def predicted_rows(preset: Preset, size: tuple[int, int], lengths: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
-    """By the cost model, which is held against counted tensors by its tests."""
+    """Returns rows of peaks predicted by the cost model, whose tests compare it with counted tensors."""
     rows = []
     for num_frames in lengths:
         for mode in MODES:
@@ -40,7 +40,7 @@ def measure_lengths(
     table: Table, preset: Preset, size: tuple[int, int], lengths: tuple[int, ...], device: torch.device,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """On a card: a step of two layers at every length, the weights of the others added."""
+    """Measures a step of two layers on a card at every length, and adds the weights of the other layers."""
     for num_frames in lengths:
         for mode in MODES:
             window, num_blocks, latent_size = _largest(preset, size, num_frames, mode)

@@ -1,4 +1,4 @@
-"""Watching a clip's memory while it is made: by the CUDA allocator's history, or by counting tensors."""
+"""Meters that watch a clip's memory while it is made, by the CUDA allocator's history or by counting tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HISTORY = 1_000_000
 
 
 class Meter(Watcher, ABC):
-    """Times the stages and follows memory; ``course`` is complete after :meth:`watch`."""
+    """A watcher that times the stages and follows memory; ``course`` is complete after :meth:`watch`."""
 
     def __init__(self, device: torch.device):
         self.device, self.timer, self.course = device, StageTimer(device), Course()
@@ -31,20 +31,20 @@ class Meter(Watcher, ABC):
         self._stages: list[str] = []
 
     def now(self) -> float:
-        """Seconds since the run began."""
+        """Returns the seconds since the run began."""
         return time.perf_counter() - self._start
 
     def mark(self, label: str) -> None:
-        """Something begins."""
+        """Marks that a stage or segment begins now."""
         self.course.marks.append((self.now(), label))
 
     @abstractmethod
     def watch(self) -> AbstractContextManager[None]:
-        """Around the run."""
+        """Returns a context in which the run is followed."""
 
     @contextmanager
     def _within(self, label: str) -> Iterator[None]:
-        """Marks where the body begins, and where what it interrupted goes on."""
+        """Marks when the body begins, and when the stage that it interrupts goes on."""
         self.mark(label)
         self._stages.append(label)
         try:
@@ -56,17 +56,17 @@ class Meter(Watcher, ABC):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Marks and times it."""
+        """Marks and times the stage that is the body."""
         with self._within(name), self.timer.stage(name):
             yield
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Times each item, and marks where it begins."""
+        """Yields the items, timing each and marking when its making begins."""
         iterator, number = iter(items), 0
         while True:
             number += 1
             begun = len(self.course.marks)
-            # A segment has its number.
+            # The marks of segments have numbers.
             with self._within(f"{name} {number}" if name == "Stage II" else name), self.timer.stage(name):
                 try:
                     item = next(iterator)
@@ -77,11 +77,11 @@ class Meter(Watcher, ABC):
 
 
 class CudaMeter(Meter):
-    """By the allocator's own history, which costs some microseconds an allocation."""
+    """A meter by the CUDA allocator's own history, which costs some microseconds an allocation."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Around the run."""
+        """Records the allocator's history while the body runs."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.course.base = torch.cuda.memory_allocated()
@@ -100,30 +100,30 @@ class CudaMeter(Meter):
 
 
 class CountingMeter(Meter):
-    """By the results of operators, on the CPU and for tensors without memory, where events stand for seconds."""
+    """A meter by the results of operators, on the CPU and for tensors without memory, where events are the time."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.memory = _Logged(self.course, self.now, device.type)
 
     def now(self) -> float:
-        """Seconds since the run began; without memory, events."""
+        """Returns the seconds since the run began, or for tensors without memory the number of events."""
         return super().now() if self.device.type == "cpu" else float(len(self.course.events))
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Around the run."""
+        """Counts tensors while the body runs."""
         self._start = time.perf_counter()
         with self.memory:
             yield
 
     def host(self, park: bool) -> Host:
-        """Host memory for tensors without memory, which does not count."""
+        """Returns a host memory that does not count, for tensors without memory."""
         return CountedHost(park)
 
 
 class _Logged(TensorMemory):
-    """Every storage's birth and death as events, with who made it."""
+    """A count of tensors that logs when each memory is taken, by which place, and when it is given back."""
 
     def __init__(self, course: Course, now: Callable[[], float], kind: str):
         super().__init__()
@@ -156,5 +156,5 @@ def _caller() -> str:
 
 
 def make_meter(device: torch.device) -> Meter:
-    """The meter for a device; ``meta`` counts."""
+    """Returns the meter for a device: the allocator's on CUDA, else the one that counts."""
     return CudaMeter(device) if device.type == "cuda" else CountingMeter(device)

@@ -1,4 +1,4 @@
-"""Pictures of memory: over time, and against the clip's length."""
+"""Plots of memory over time and against the clip's length."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from bench.memory.clip import ClipRun
 from bench.records.plot import COLOURS, LABELS, save
 from model.errors import require
 
-GIB = 2**30
+MB, GB = 10**6, 10**9
 
 
 def plot_timelines(runs: Sequence[ClipRun], path: Path) -> Path:
-    """A line of allocated bytes for every run, with its stages and segments, and its limit."""
+    """Plots the allocated bytes of every run over time, with its stages, segments and limit, and returns the path."""
     figure = require("matplotlib.figure", "bench").Figure(figsize=(9.6, 3.4 * len(runs)), dpi=150, layout="constrained")
     for axes, run in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
         points = run.course.thinned()
-        scale, unit = (GIB, "GiB") if run.course.peak() > GIB else (2**20, "MiB")
+        scale, unit = (GB, "GB") if run.course.peak() > GB else (MB, "MB")
         axes.fill_between(
             [t for t, _ in points], [b / scale for _, b in points], step="post", color="#1f6fb2", alpha=0.35
         )
@@ -48,7 +48,7 @@ def plot_timelines(runs: Sequence[ClipRun], path: Path) -> Path:
 
 
 def plot_lengths(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
-    """Peak against frames, by mode; what is predicted as a dashed line."""
+    """Plots peaks against the clip's length by mode, predicted ones as a dashed line, and returns the path."""
     figure = require("matplotlib.figure", "bench").Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for basis, style in (("predicted", "--"), ("measured", "o-")):
@@ -56,10 +56,10 @@ def plot_lengths(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Path
             mine = [r for r in rows if (r["mode"], r["basis_of_peak"]) == (mode, basis) and r.get("peak_bytes")]
             if mine:
                 label = f"{LABELS[mode]}, {'predicted' if basis == 'predicted' else mine[0]['basis']}"
-                x, y = [row["frames"] for row in mine], [row["peak_bytes"] / GIB for row in mine]
+                x, y = [row["frames"] for row in mine], [row["peak_bytes"] / GB for row in mine]
                 axes.plot(x, y, style, color=COLOURS[mode], label=label, lw=1.6, markersize=4)
     axes.set_xlabel("clip length, frames")
-    axes.set_ylabel("Stage II, peak, GiB")
+    axes.set_ylabel("Stage II, peak, GB")
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)

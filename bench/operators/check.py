@@ -33,7 +33,7 @@ WEIGHTS = ("weight", "phases")
 FLOAT32 = ("mask", "rope", "scales", "window")
 #: The least limit of results in 8 bits: a number in the middle between two values goes to either, by its last bit.
 EIGHT_BITS_LIMIT = 1e-3
-#: What gives memory that nobody has written.
+#: The functions that give memory that nobody has written.
 _UNWRITTEN: dict[Any, tuple[str, ...]] = {
     torch: ("empty", "empty_like", "empty_strided"),
     Tensor: ("new_empty", "new_empty_strided"),
@@ -41,7 +41,7 @@ _UNWRITTEN: dict[Any, tuple[str, ...]] = {
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """A row: the error of one case's results, the largest of them."""
+    """Checks one case and returns its row: the largest error of its results, and what is allowed."""
     row: dict[str, Any] = {"case": case.name, "operator": operator_name(case), "limit": None}
     try:
         args, kwargs = randomised(case, device)
@@ -62,8 +62,10 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def randomised(case: Case, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A case's inputs with numbers that are not all alike; bfloat16 as float32 where kernels are interpreted, since
-    Triton's interpreter is wrong in it."""
+    """Returns a case's inputs with numbers that are not all alike.
+
+    They are float32 instead of bfloat16 where kernels are interpreted, since Triton's interpreter is wrong in bfloat16.
+    """
     torch.manual_seed(0)
     args, kwargs = case.inputs(device)
     if interpreting():
@@ -73,7 +75,7 @@ def randomised(case: Case, device: torch.device) -> tuple[tuple[Any, ...], dict[
 
 
 def fill(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Numbers of usual size into all floating-point inputs, weights scaled by their fan-in."""
+    """Fills all floating-point inputs with numbers of usual size, weights scaled by their fan-in."""
     bound = inspect.signature(case.operator).bind(*args, **kwargs)
     for name, value in bound.arguments.items():
         if isinstance(value, QuantizedRows):
@@ -99,7 +101,7 @@ def fill(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _fill_rows(rows: QuantizedRows, mean: float, deviation: float) -> None:
-    """Numbers of usual size, quantised: random codes would be of any size."""
+    """Fills rows with quantised numbers of usual size: random codes would be of any size."""
     wide = torch.empty(rows.values.shape, device=rows.values.device).normal_(mean, deviation)
     for x, made in zip(rows, quantized_reference(wide, rows.values.dtype), strict=True):
         x.copy_(made)
@@ -114,7 +116,7 @@ def _interpretable(x: Tensor) -> Tensor:
 
 
 def _double(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies in float64, for the PyTorch path; tensors that are one remain one (``out`` and ``residual``)."""
+    """Copies arguments in float64, for the PyTorch path; tensors that are one remain one (``out`` and ``residual``)."""
     copies: dict[int, Tensor] = {}
 
     def copy(x: Tensor) -> Tensor:
@@ -138,13 +140,13 @@ def _result(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def leaves(result: Any) -> list[Tensor | QuantizedRows]:
-    """What an operator returns, one by one."""
+    """Returns the tensors that an operator returned, one by one."""
     flat, _ = tree_flatten(result, is_leaf=lambda x: isinstance(x, QuantizedRows))
     return [x for x in flat if isinstance(x, (Tensor, QuantizedRows))]
 
 
 def numbers(result: Any) -> list[Tensor]:
-    """The same in float64: of quantised rows, what they stand for."""
+    """Returns an operator's results in float64; quantised rows as the numbers that they stand for."""
     return [
         x.values.double() * x.scales.double().unsqueeze(-1) if isinstance(x, QuantizedRows) else x.double()
         for x in leaves(result)
@@ -152,7 +154,7 @@ def numbers(result: Any) -> list[Tensor]:
 
 
 def _coarsest(inputs: Any) -> torch.dtype:
-    """Of the inputs, and of the result where the call names it."""
+    """Returns the coarsest dtype among the inputs and, where the call names it, of the result."""
     flat = tree_flatten(inputs)[0]
     dtypes = {x.dtype if isinstance(x, Tensor) else x for x in flat if isinstance(x, (Tensor, torch.dtype))}
     return max(dtypes & TOLERANCE.keys(), key=lambda dtype: TOLERANCE[dtype])
@@ -160,7 +162,7 @@ def _coarsest(inputs: Any) -> torch.dtype:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Floating-point tensors that are allocated in the body hold NaN until they are written."""
+    """Makes floating-point tensors hold NaN until they are written, where they are allocated while the block runs."""
 
     def filled(new: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""``python -m bench operators``."""
+"""The command ``python -m bench operators``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ cases.py has it.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options of this command alone."""
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--check", action="store_true", help="no timings, and exit with an error if a check fails")
     parser.add_argument("--milliseconds", type=positive, default=50, help="time for each timing (default %(default)s)")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Checks, then timings; without CUDA the checks, interpreted."""
+    """Checks all cases and then times them; without CUDA it only checks, in the interpreter."""
     cases = cases_of(args.cases)
     if not cases:
         names = ", ".join(case.name for case in all_cases())

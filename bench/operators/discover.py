@@ -13,15 +13,15 @@ from swifti2v_kernels.common.case import Case
 
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
-    """The cases of all operators by family, attention first, which takes the compiler longest."""
+    """Returns the cases of all operators by family, attention first, which takes the compiler longest."""
     return tuple(case.all_cases())
 
 
 def operator_name(case: Case) -> str:
-    """How a case's operator is called."""
+    """Returns the name of a case's operator."""
     return case.operator.__name__
 
 
 def cases_of(text: str = "") -> list[Case]:
-    """The cases whose name contains ``text``."""
+    """Returns the cases whose name contains ``text``."""
     return [case for case in all_cases() if text in case.name]

@@ -1,4 +1,4 @@
-"""The operators at the sizes of real models: checked by their cases, then timed. What is wrong is not timed."""
+"""The operators at the sizes of real models, checked by their cases and then timed; what is wrong is not timed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator
 
 
 def check_number(number: int, device: str) -> dict[str, Any]:
-    """The check of one case, for a process of its own. A device that is lost ends the process."""
+    """Checks one case, for a process of its own. A device that is lost ends the process."""
     row = check_case(all_cases()[number], torch.device(device))
     if device.startswith("cuda"):
         torch.cuda.synchronize()  # an asynchronous failure surfaces here
@@ -126,7 +126,7 @@ def _timed(case: Case, device: torch.device, timer: Timer, ceilings: Ceilings) -
 
 @contextmanager
 def real_call(case: Case, device: torch.device) -> Iterator[Callable[[], Any]]:
-    """The case's call at its real size, its inputs filled."""
+    """Makes the case's call at its real size, its inputs filled."""
     assert case.real is not None
     args, kwargs = case.real.inputs(device)
     fill(case, args, kwargs)

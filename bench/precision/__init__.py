@@ -1,1 +1,1 @@
-"""What 8-bit weights and products cost in accuracy, for one layer and for a window through the whole DiT."""
+"""The benchmark of accuracy: errors of 8-bit weights and matrix multiplications, in one layer and in the whole DiT."""

@@ -1,4 +1,4 @@
-"""``python -m bench precision``."""
+"""The command ``python -m bench precision``."""
 
 from __future__ import annotations
 
@@ -27,63 +27,65 @@ from model.vae.model import WanVAE
 from model.weights.load import random_weights
 
 Value = TypeVar("Value")
-#: What is examined: its name, its VAE, its DiT's weights of every kind, and what builds the VAE (encoder in float32).
+#: The model that is examined: its name, VAE, DiT weights of every kind, and what builds the VAE (encoder in float32).
 Subject = tuple[str, VAEConfig, list[Weights], Callable[[], WanVAE]]
 
 KINDS = ("random", "structured")
 PARTS = ("layers", "window", "encoder", "all")
-#: On a CPU: what takes minutes at the width of 1.3B. On CUDA: a part of a window's tokens, and all layers.
+#: The defaults on a CPU take minutes at the width of 1.3B; those on CUDA are a part of a window's tokens.
 CPU_LAYERS, CPU_TOKENS, CPU_SIZE = 4, 256, (256, 144)
 CUDA_TOKENS, CUDA_SIZE = 2816, (1280, 704)
 QUICK_LAYERS, QUICK_TOKENS, QUICK_SIZE = 1, 64, (128, 96)
 STRUCTURED = (
-    "Structured weights are a model of what trained ones are like for a quantiser (bench/precision/weights.py) and no"
-    " checkpoint; --weights states the errors for one."
+    "Structured weights imitate what makes trained ones hard for a quantiser (bench/precision/weights.py); they are no"
+    " checkpoint, for which --weights states the errors."
 )
 
 EXAMPLES = """\
 examples:
   python -m bench precision                           the 1.3B; on a CPU with 4 of its layers (3 minutes)
   python -m bench precision --part layers --preset 14b-1.3b --stage 1          matrices of the 14B
-  python -m bench precision --forms float8,float8-products --layers 8
+  python -m bench precision --forms float8,float8-matmul --layers 8
   python -m bench precision --weights checkpoints     of a checkpoint's Stage II, instead of random ones
   python -m bench precision --part encoder --weights checkpoints               could its VAE encode in float16?
 
-Forms: int8 and float8 (e4m3) are weights with one scale a row, unpacked to bfloat16 for products in bfloat16;
-int8-products and float8-products quantise activations too, one scale a token. Each is held against exact weights and
-beside bfloat16, whose error is what 16 bits cost anyhow. The VAE's encoder is run in float32, float16 and bfloat16.
+Forms: int8 and float8 (e4m3) are weights with one scale a row, unpacked to bfloat16 for matmul in bfloat16;
+int8-matmul and float8-matmul quantise activations too, one scale a token. Each is compared with exact weights and with
+bfloat16, whose error is what 16 bits cost anyhow. The VAE's encoder is run in float32, float16 and bfloat16.
 Speed is not measured here.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that this benchmark alone has."""
     parser.add_argument("--part", choices=PARTS, default="all", help="layers, window, encoder or all (default all)")
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default 1.3b)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="whose DiT (default 2)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints, as for the pipeline")
     parser.add_argument(
-        "--kinds", metavar="KIND,KIND", help=f"of weights, without --weights: {', '.join(KINDS)} (default both)"
+        "--stage", type=int, choices=(1, 2), default=2, help="the stage whose DiT is examined (default 2)"
+    )
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="directory of checkpoints, as for the pipeline")
+    parser.add_argument(
+        "--kinds", metavar="KIND,KIND", help=f"kinds of weights without --weights: {', '.join(KINDS)} (default both)"
     )
     parser.add_argument(
         "--forms", metavar="FORM,...", help=f"some of {', '.join(form.name for form in FORMS)} (default all)"
     )
     parser.add_argument(
         "--layers", type=positive, metavar="N",
-        help=f"of the window's DiT (default {CPU_LAYERS} on a CPU, all on CUDA and with --weights)",
+        help=f"layers of the window's DiT (default {CPU_LAYERS} on a CPU, all on CUDA and with --weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=positive, help=f"of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
+        "--tokens", type=positive, help=f"tokens of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
     )
     sizes = ("x".join(map(str, size)) for size in (CPU_SIZE, CUDA_SIZE))
     parser.add_argument(
         "--size", metavar="WxH", help="frames of the window (default {} on a CPU, {} on CUDA)".format(*sizes)
     )
-    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and inputs (default 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Every kind of weights: one layer of each shape, and a window; and the VAE's encoder."""
+    """Measures one layer of each shape and a window for every kind of weights, and the VAE's encoder."""
     forms = chosen_forms(args.forms)
     model, vae, kinds, build = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
     size = parse_size(args.size) if args.size else _default(args, session, QUICK_SIZE, CPU_SIZE, CUDA_SIZE)
@@ -120,7 +122,11 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 
 def _synthetic(args: argparse.Namespace, session: Session) -> Subject:
-    """Of a preset."""
+    """Returns the model of a preset with synthetic weights.
+
+    Raises:
+        InputError: a kind is unknown, or the preset has fewer layers.
+    """
     kinds = KINDS if args.kinds is None else tuple(dict.fromkeys(kind.strip() for kind in args.kinds.split(",")))
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
@@ -164,8 +170,8 @@ def _default(args: argparse.Namespace, session: Session, quick: Value, cpu: Valu
 
 BENCHMARK = Benchmark(
     name="precision",
-    summary="what 8-bit weights and products cost in accuracy, and 16 bits the VAE's encoder",
-    description="The error of a DiT with weights and products in 8 bits, and of the VAE's encoder in 16.",
+    summary="what 8-bit weights and matmul cost in accuracy, and 16 bits the VAE's encoder",
+    description="The error of a DiT with weights and matmul in 8 bits, and of the VAE's encoder in 16.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     measure=run,

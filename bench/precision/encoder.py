@@ -1,4 +1,4 @@
-"""The VAE's encoder in every dtype, against float64: what 16 bits cost, and how much room float16 leaves."""
+"""The VAE's encoder in every dtype, compared with float64: what 16 bits cost, and how much room float16 leaves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from model.vae.model import WanVAE
 IDENTITY = ("model", "weights", "size", "frames", "form")
 METRICS = ("error", "largest_error", "error_ratio", "largest_activation")
 NOTE = (
-    "Latents of a pan over the shipped photograph, against the same weights in float64. Float32 is multiplied as torch"
-    " is set to, on a GPU in TF32 unless told otherwise. Largest activation: of what operators hand to each other;"
-    f" float16 ends at {torch.finfo(torch.float16).max:,.0f}."
+    "Latents of a pan over the shipped photograph, compared with the same weights in float64. Float32 is multiplied as"
+    " torch is set to, on a GPU in TF32 unless told otherwise. The largest activation is that of the tensors that"
+    f" operators hand to each other; float16 ends at {torch.finfo(torch.float16).max:,.0f}."
 )
-#: The baseline of ``error_ratio`` last, as the coarsest.
+#: The last one, the coarsest, is the baseline of ``error_ratio``.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FRAMES = 5
 #: Pixels that the pan moves a frame.
@@ -33,8 +33,11 @@ PAN = 2
 
 
 class Largest(TorchDispatchMode):
-    """``with Largest(dtype) as largest: ...``: ``largest.value`` is the largest magnitude that operators have written
-    in that dtype, so of what they hand to each other and not of what they compute within."""
+    """A mode that finds the largest magnitude that operators write in a dtype, as ``largest.value``.
+
+    It is used as ``with Largest(dtype) as largest: ...`` and sees the tensors that operators hand to each other, not
+    what they compute inside.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class Largest(TorchDispatchMode):
         arguments = func._schema.arguments
         given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
         written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        # A view writes nothing, and what ``empty`` returns nobody has written.
+        # A view writes nothing, and the memory that ``empty`` returns has not been written.
         if "empty" not in func.name() and not any(r.alias_info is not None for r in func._schema.returns):
             written.append(result)
         for x in tree_leaves(written):
@@ -56,7 +59,7 @@ class Largest(TorchDispatchMode):
 
 
 def make_video(size: tuple[int, int]) -> Tensor:
-    """``[1, 3, F, H, W]`` in -1..1, float32 on the CPU: the photograph, moved sideways."""
+    """Returns a video of the photograph moved sideways, ``[1, 3, F, H, W]`` in -1..1, float32 on the CPU."""
     picture = fit_image(open_image(PHOTO), size)
     return torch.cat([picture.roll(PAN * i, 4) for i in range(FRAMES)], 2)
 
@@ -65,12 +68,12 @@ def make_video(size: tuple[int, int]) -> Tensor:
 def encoder_rows(
     build: Callable[[], WanVAE], model: str, weights: str, size: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table ``encoder``: one for each dtype, one VAE after the other.
+    """Yields the rows of the table ``encoder``, one for each dtype; one VAE is in memory at a time.
 
     Args:
-        build: a VAE with its encoder in float32.
-        model, weights: their names in the table.
-        size: of the frames in pixels, width and height.
+        build: makes a VAE with its encoder in float32.
+        model, weights: the names of both in the table.
+        size: width and height of the frames in pixels.
     """
     video = make_video(size)
     base = {"model": model, "weights": weights, "size": f"{size[0]}x{size[1]}", "frames": FRAMES}
@@ -79,12 +82,12 @@ def encoder_rows(
     try:
         expected = _encode(build, torch.float64, video)
     except FAILURES as error:
-        # Without it there is nothing to compare with.
+        # Nothing can be compared without the latents in float64.
         found = failure(error)
         found["reason"] = f"float64: {found['reason']}"
         yield from (base | {"form": name} | found for name in names.values())
         return
-    # In bfloat16, which holds what float16 cannot.
+    # The largest activation is that in bfloat16, which holds what float16 cannot.
     largest = Largest(torch.bfloat16)
     for dtype in reversed(DTYPES):
         row = base | {"form": names[dtype]}

@@ -1,4 +1,4 @@
-"""The forms that a linear layer is compared in, and how far a result is from the exact one."""
+"""The forms in which a linear layer is compared, and the distance of a result from the exact one."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from model.errors import InputError
 from model.streaming.placement import Placement
 from swifti2v_kernels import dequantize_rows, quantize_rows, scaled_linear
 
-#: Of activations and of plain products.
+#: The dtype of activations and of plain matrix multiplications.
 COMPUTE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Form:
-    """How matrices are written and multiplied; ``placement`` makes a whole DiT of that form."""
+    """A form in which matrices are written and multiplied; ``placement`` makes a whole DiT of it."""
 
     name: str
     placement: Placement
 
     @property
-    def storage(self) -> torch.dtype | None:
+    def eight_bits(self) -> torch.dtype | None:
         """The 8-bit dtype of the weights; None where they are bfloat16."""
-        return {"float8": torch.float8_e4m3fn, "int8": torch.int8}.get(self.placement.storage)
+        return {"float8": torch.float8_e4m3fn, "int8": torch.int8}.get(self.placement.quantize)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """``x @ weight^T + bias`` as a DiT of this form computes it.
+        """Returns ``x @ weight^T + bias`` as a DiT of this form computes it.
 
         Args:
             x: ``[tokens, K]`` bfloat16.
@@ -43,29 +43,31 @@ class Form:
             ``[tokens, N]`` bfloat16.
         """
         bias = bias.to(COMPUTE)
-        if self.storage is None:
+        if self.eight_bits is None:
             return F.linear(x, weight.to(COMPUTE), bias)
-        rows = quantize_rows(weight, self.storage)
-        if self.placement.products == "plain":
+        rows = quantize_rows(weight, self.eight_bits)
+        if self.placement.matmul == "plain":
             return F.linear(x, dequantize_rows(*rows, dtype=COMPUTE), bias)
-        return scaled_linear(quantize_rows(x, self.storage), rows, bias, dtype=COMPUTE)
+        return scaled_linear(quantize_rows(x, self.eight_bits), rows, bias, dtype=COMPUTE)
 
 
 BASELINE = Form("bfloat16", Placement())
 FORMS = (
     BASELINE,
-    Form("int8", Placement(storage="int8")),
-    Form("float8", Placement(storage="float8")),
-    Form("int8-products", Placement(storage="int8", products="8bit")),
-    Form("float8-products", Placement(storage="float8", products="8bit")),
+    Form("int8", Placement(quantize="int8")),
+    Form("float8", Placement(quantize="float8")),
+    Form("int8-matmul", Placement(quantize="int8", matmul="8bit")),
+    Form("float8-matmul", Placement(quantize="float8", matmul="8bit")),
 )
 
 
 def chosen_forms(text: str | None) -> tuple[Form, ...]:
-    """Forms by name, in the order of :data:`FORMS`; all without a text. The baseline is always among them.
+    """Returns the forms that a text names, in the order of :data:`FORMS`, or all forms if there is no text.
+
+    The baseline is always among them.
 
     Raises:
-        InputError: a name that there is not.
+        InputError: no form has one of the names.
     """
     known = [form.name for form in FORMS]
     names = known if text is None else [name.strip() for name in text.split(",")]
@@ -76,7 +78,7 @@ def chosen_forms(text: str | None) -> tuple[Form, ...]:
 
 
 def errors_of(found: Tensor, expected: Tensor) -> dict[str, Any]:
-    """``error``: relative L2, and ``largest_error``: over the root mean square of what is expected; in float64."""
+    """Returns ``error``, the relative L2, and ``largest_error`` over the root mean square of ``expected``."""
     difference, expected = found.double() - expected.double(), expected.double()
     error = (difference.norm() / expected.norm()).item()
     if not math.isfinite(error):

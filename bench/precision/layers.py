@@ -1,4 +1,4 @@
-"""One linear layer in every form, against float64 of its weights before they are rounded."""
+"""One linear layer in every form, compared with float64 of its weights before they are rounded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from bench.records.outcome import FAILURES, failure
 
 IDENTITY = ("model", "weights", "layer", "form")
 METRICS = ("error", "largest_error", "error_ratio")
-#: A layer of each shape: the four attention projections, and those of text, are alike.
+#: A linear layer of each shape; the four projections of attention have one shape, as those of text have.
 LAYERS = {"attention": "attn1.to_q", "feed-forward up": "ffn.net.0.proj", "feed-forward down": "ffn.net.2"}
 NOTE = (
-    "Against float64 of the weights before rounding, on the same bfloat16 activations for all; with bias, results in"
-    " bfloat16. Error: relative L2; the largest: over the result's root mean square; x bf16: over bfloat16's."
+    "Each form is compared with float64 of the weights before rounding, on the same bfloat16 activations, with bias and"
+    " results in bfloat16. Error: relative L2; largest error: over the result's root mean square; x bf16: over"
+    " bfloat16's error."
 )
 
 
 def layer_rows(weights: Weights, model: str, forms: Sequence[Form], tokens: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of the table ``layers``: of every layer in every form, which includes the baseline.
+    """Yields the rows of the table ``layers``, one for every linear layer in every form, the baseline included.
 
-    What goes down in the feed-forward is what came up, through its GELU.
+    The input of the feed-forward's second layer is the output of its first one, through its GELU.
     """
     linears = dict(zip(LAYERS, weights.linears(list(LAYERS.values())), strict=True))
     up, _ = linears["feed-forward up"]
@@ -48,9 +49,9 @@ def layer_rows(weights: Weights, model: str, forms: Sequence[Form], tokens: int,
 
 
 def activations(kind: str, tokens: int, channels: int, seed: int) -> Tensor:
-    """What a norm with modulation gives, ``[tokens, channels]`` float32 on the CPU.
+    """Returns activations as a norm with modulation gives them, ``[tokens, channels]`` float32 on the CPU.
 
-    Normal for random weights. Else channels differ in scale and mean, and one in 200 is an outlier.
+    For random weights they are standard normal. Else channels differ in scale and mean, and one in 200 is an outlier.
     """
     draw = Drawing(f"{seed} activations", torch.device("cpu"))
     x = draw.normal(tokens, channels)

@@ -1,4 +1,4 @@
-"""The weights that errors are stated for: random, structured, or a checkpoint's.
+"""The weights for which errors are stated: random, structured, or a checkpoint's.
 
 *Random* weights are normal, as in all other benchmarks. They are the easiest there are for a quantiser: the largest of
 1,536 normal numbers is 3.4 times as large as their root mean square, and a scale a row loses nothing to its neighbours.
@@ -40,7 +40,7 @@ ROW_SPREAD, COLUMN_SPREAD = 0.4, 0.3
 OUTLIERS, OUTLIER_SCALE = 0.005, 8.0
 RANK, LOW_RANK_SHARE = 16, 0.2
 NORM_SPREAD, MODULATION, BIAS = 0.4, 0.3, 0.1
-#: Of a block's modulation table, the rows that norms are multiplied by (shift, scale, gate; twice).
+#: The rows of a layer's modulation table (shift, scale, gate; twice) that norms are multiplied by.
 SCALES = (1, 4)
 
 #: Weight [N, K] and bias [N] of a linear layer, float32.
@@ -54,10 +54,10 @@ class Weights(Protocol):
     config: DiTConfig
 
     def build(self, dtype: torch.dtype, placement: Placement) -> WanDiT:
-        """The DiT in a form."""
+        """Returns the DiT with large matrices in ``dtype`` or in the form of ``placement``."""
 
     def linears(self, names: Sequence[str]) -> list[Linear]:
-        """Linear layers of one block by their names in it, float32, on the device."""
+        """Returns linear layers of one DiT layer by their names in it, float32, on the device."""
 
 
 class StructuredTensors:
@@ -67,20 +67,20 @@ class StructuredTensors:
     any order, by models of any number of layers, and again.
 
     Args:
-        shapes: of all tensors by name.
-        seed: of all of them.
-        device: where they are drawn.
+        shapes: the shapes of all tensors by name.
+        seed: the seed of all tensors.
+        device: the device on which they are drawn.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, device: torch.device | str) -> None:
         self.shapes, self.seed, self.device = shapes, seed, torch.device(device)
 
     def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """The tensor in ``dtype``."""
+        """Returns a tensor by its name, in ``dtype``."""
         return self._draw(name, self.shapes[name]).to(device, dtype)
 
     def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """A matrix ``[N, K]`` as values of ``kind`` and one float32 scale a row ``[N]``."""
+        """Returns a matrix by its name, as values ``[N, K]`` of ``kind`` and float32 scales ``[N]``, one a row."""
         return quantize_rows(self.plain(name, torch.float32, device), kind)
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -88,7 +88,7 @@ class StructuredTensors:
         if name.endswith(TABLE):
             table = MODULATION * draw.normal(*shape)
             if name.startswith("blocks."):
-                # 1 + scale is what the channel is multiplied by.
+                # A channel is multiplied by 1 + scale.
                 factors = self._outliers(shape[-1])
                 for row in SCALES:
                     table[:, row] = (1 + table[:, row]) * factors - 1
@@ -99,7 +99,7 @@ class StructuredTensors:
             return draw.spread(NORM_SPREAD, *shape)
         if len(shape) == 2 and name.startswith("blocks."):
             return structured_matrix(draw, *shape)
-        # Never in 8 bits.
+        # The other weights are never written in 8 bits, so they are random.
         return math.prod(shape[1:]) ** -0.5 * draw.normal(*shape)
 
     def _outliers(self, channels: int) -> Tensor:
@@ -107,7 +107,7 @@ class StructuredTensors:
 
 
 class Drawing:
-    """Random float32 tensors on a device, from a text as the seed."""
+    """A source of random float32 tensors on a device, with a text as the seed."""
 
     def __init__(self, seed: str, device: torch.device | str) -> None:
         number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
@@ -115,30 +115,30 @@ class Drawing:
         self.generator = torch.Generator(self.device).manual_seed(number >> 1)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal."""
+        """Returns standard normal numbers."""
         return torch.empty(shape, device=self.device).normal_(generator=self.generator)
 
     def heavy(self, *shape: int) -> Tensor:
-        """Student's t with 5 degrees of freedom, of variance 1."""
-        # Chi-squared: two degrees of freedom are an exponential of mean 2.
+        """Returns numbers of Student's t with 5 degrees of freedom, scaled to a variance of 1."""
+        # Two degrees of freedom of chi-squared are an exponential of mean 2.
         squared = self.normal(*shape).square_()
         for _ in range(DEGREES // 2):
             squared.add_(torch.empty_like(squared).exponential_(generator=self.generator), alpha=2.0)
         return self.normal(*shape).mul_(squared.div_(DEGREES - 2).rsqrt_())
 
     def spread(self, deviation: float, *shape: int) -> Tensor:
-        """Log-normal around 1."""
+        """Returns log-normal numbers around 1, whose logarithms have this standard deviation."""
         return self.normal(*shape).mul_(deviation).exp_()
 
     def outliers(self, channels: int) -> Tensor:
-        """A factor a channel: 8 for one in 200, but at least for one, else 1."""
+        """Returns a factor for each channel: 8 for one in 200, but at least for one, and 1 for the others."""
         count = math.ceil(OUTLIERS * channels)
         chosen = torch.randperm(channels, generator=self.generator, device=self.device)[:count]
         return torch.ones(channels, device=self.device).index_fill_(0, chosen, OUTLIER_SCALE)
 
 
 def structured_matrix(draw: Drawing, rows: int, columns: int) -> Tensor:
-    """``[rows, columns]`` float32 with the structure above and a root mean square of ``columns ** -0.5``."""
+    """Returns ``[rows, columns]`` float32 with the module's structure and a root mean square of ``columns ** -0.5``."""
     rank = min(RANK, rows, columns)
     weight = draw.heavy(rows, columns).mul_((1 - LOW_RANK_SHARE) ** 0.5)
     weight.addmm_(draw.normal(rows, rank), draw.normal(rank, columns), alpha=(LOW_RANK_SHARE / rank) ** 0.5)
@@ -149,7 +149,7 @@ def structured_matrix(draw: Drawing, rows: int, columns: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SyntheticWeights:
-    """Random or structured weights of a configuration."""
+    """The random or structured weights of a configuration."""
 
     kind: str
     config: DiTConfig
@@ -157,7 +157,7 @@ class SyntheticWeights:
     device: torch.device
 
     def build(self, dtype: torch.dtype, placement: Placement) -> WanDiT:
-        """The DiT in a form."""
+        """Returns the DiT with large matrices in ``dtype`` or in the form of ``placement``."""
         options = {"dtype": dtype, "device": self.device}
         if self.kind == "random":
             return random_weights(WanDiT, self.config, self.seed, **options, placement=placement)
@@ -167,32 +167,32 @@ class SyntheticWeights:
         return place(model, placement, StructuredTensors(shapes, self.seed, self.device), **options)
 
     def linears(self, names: Sequence[str]) -> list[Linear]:
-        """Of the first block."""
+        """Returns linear layers of the first DiT layer, float32, on the device."""
         one = replace(self, config=replace(self.config, num_layers=1)).build(torch.float32, Placement())
         return _linears(one.blocks[0], names)
 
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """A checkpoint's; ``load`` gives its DiT in a dtype and a placement."""
+    """The weights of a checkpoint, whose DiT ``load`` gives in a dtype and a placement."""
 
     config: DiTConfig
     load: Callable[[torch.dtype, Placement], WanDiT]
     kind: str = "checkpoint"
 
     def build(self, dtype: torch.dtype, placement: Placement) -> WanDiT:
-        """The DiT in a form. Matrices that the file holds in its 8 bits are taken as they are."""
+        """Returns the DiT in a form; matrices that the file holds in 8 bits of that form are taken as they are."""
         return self.load(dtype, placement)
 
     def linears(self, names: Sequence[str]) -> list[Linear]:
-        """Of the middle block; two blocks at a time are on the device."""
+        """Returns linear layers of the middle DiT layer, float32; two layers at a time are on the device."""
         found: list[Linear] = []
-        for i, block in enumerate(self.load(torch.float32, Placement(resident=0, pinned=0)).walk()):
+        for i, layer in enumerate(self.load(torch.float32, Placement(resident=0, pinned=0)).walk()):
             if i == self.config.num_layers // 2:
-                found = _linears(block, names)
+                found = _linears(layer, names)
         return found
 
 
-def _linears(block: torch.nn.Module, names: Sequence[str]) -> list[Linear]:
-    """Copies, since a block's room may be another block's next."""
-    return [tuple(block.get_parameter(f"{name}.{leaf}").clone() for leaf in ("weight", "bias")) for name in names]
+def _linears(layer: torch.nn.Module, names: Sequence[str]) -> list[Linear]:
+    """Copies linear layers of a DiT layer, whose memory may be given to another layer next."""
+    return [tuple(layer.get_parameter(f"{name}.{leaf}").clone() for leaf in ("weight", "bias")) for name in names]

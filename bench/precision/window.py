@@ -1,4 +1,4 @@
-"""A CSG window through a whole DiT in every form, against the same weights in float32."""
+"""A CSG window through a whole DiT in every form, compared with the same weights in float32."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ IDENTITY = ("model", "weights", "size", "layers", "form")
 METRICS = ("error", "largest_error", "error_ratio")
 COLUMNS = (*IDENTITY[:4], "tokens", "form", *METRICS)
 NOTE = (
-    "The velocity of a window's three noisy blocks, beside two given ones, at one timestep, against the same weights in"
-    " float32. Error: relative L2; the largest: over the velocity's root mean square; x bf16: over bfloat16's."
+    "The velocity of three noisy blocks in a window with two given ones, at one timestep, compared with that of the"
+    " same weights in float32. Error: relative L2; largest error: over the velocity's root mean square; x bf16: over"
+    " bfloat16's error."
 )
-#: The last segment of a clip of seven blocks: input image, neighbour, three noisy blocks.
+#: The last window of a clip of seven blocks has the input image, one neighbour and three noisy blocks.
 PLAN = SegmentPlan(7)
-#: The third of four steps.
+#: The noise level of the third of four steps.
 SIGMA = flow_sigmas(4, 5.0)[2]
 IMAGE_TOKENS = 257
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of a window, float32 on the CPU: the clip's reference and the noisy blocks ``[1, z, blocks, h, w]``, the text's
-    and the image's tokens."""
+    """The inputs of a window, float32 on the CPU.
+
+    They are the clip's reference and the noisy blocks, ``[1, z, blocks, h, w]`` each, and the tokens of text and image.
+    """
 
     window: Window
     reference: Tensor
@@ -49,7 +52,7 @@ class Inputs:
 
 
 def make_inputs(config: DiTConfig, latent_size: tuple[int, int], seed: int) -> Inputs:
-    """Latents that are smooth in time and space, as those of clips are, and noise over them."""
+    """Returns inputs whose latents are smooth in time and space, as those of clips are, with noise over them."""
     draw = Drawing(f"{seed} window", "cpu")
     (*_, window), (rows, columns), z = PLAN, latent_size, config.out_channels
     coarse = draw.normal(1, z, 3, max(rows // 4, 2), max(columns // 4, 2))
@@ -66,7 +69,7 @@ def make_inputs(config: DiTConfig, latent_size: tuple[int, int], seed: int) -> I
 
 @torch.no_grad()
 def velocity(dit: WanDiT, inputs: Inputs) -> Tensor:
-    """What the DiT predicts for the noisy blocks, float32 on the CPU: by one step to noise level 0, as in a clip."""
+    """Returns the DiT's prediction for the noisy blocks, float32 on the CPU, by one step to noise level 0."""
     device, window = dit.device, inputs.window
     latents = inputs.latents.to(device, copy=True)
     denoiser = Denoiser(
@@ -88,14 +91,15 @@ def velocity(dit: WanDiT, inputs: Inputs) -> Tensor:
 def window_rows(
     weights: Weights, model: str, size: tuple[int, int], latent_size: tuple[int, int], forms: Sequence[Form], seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table ``window``: of every form, which includes the baseline, one model after the other.
+    """Yields the rows of the table ``window``, one for every form, the baseline included; one DiT is there at a time.
 
     Args:
-        weights: of all of them.
-        model: its name in the table.
-        size: of the frames in pixels; ``latent_size``: rows and columns of a latent frame.
-        forms: which.
-        seed: of latents, noise and text.
+        weights: the weights of all forms.
+        model: the model's name in the table.
+        size: width and height of the frames in pixels.
+        latent_size: rows and columns of a latent frame.
+        forms: the forms that are compared.
+        seed: seed of latents, noise and text.
     """
     config = weights.config
     inputs = make_inputs(config, latent_size, seed)
@@ -107,7 +111,7 @@ def window_rows(
     try:
         expected = _predict(weights, torch.float32, Placement(), inputs)
     except FAILURES as error:
-        # Without it there is nothing to compare with.
+        # Nothing can be compared without the result in float32.
         found = failure(error)
         found["reason"] = f"float32: {found['reason']}"
         yield from (base | {"form": form.name} | found for form in forms)

@@ -1,1 +1,1 @@
-"""Results: written, read, compared and drawn. ``python -m bench compare``."""
+"""Result files: written, read, compared (``python -m bench compare``) and drawn."""

@@ -1,4 +1,4 @@
-"""``python -m bench compare``."""
+"""The command ``python -m bench compare``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ measurements.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options of this command alone."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, at least two")
     parser.add_argument("--section", metavar="NAME", help="only this section")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")

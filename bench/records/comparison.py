@@ -26,9 +26,9 @@ from model.errors import InputError
 LEAST, WITHOUT_SPREAD, LEAST_RUNS = 0.01, 0.10, 3
 #: Units and bases of figures that come out the same every time.
 COUNTED_UNITS, COUNTED_BASES = ("bytes", "count"), ("counted", "compiled", "predicted")
-#: Rates, whose spread is that of their row's ``seconds``.
+#: Rates: their spread is that of their row's ``seconds``.
 RATES = ("tflops", "bytes_per_second", "frames_per_second", "fraction_of_copy", "fraction_of_matmul")
-#: Settings that change the work behind a row, unless the row names them itself.
+#: Settings that change the work that a row stands for, unless the row names them itself.
 DECISIVE = (
     "model", "preset", "width", "height", "size", "frames", "tokens_per_block", "steps", "stage_one_steps",
     "stage1_steps", "blocks_per_segment", "blocks", "neighbours_left", "left", "neighbours_right", "right", "anchor",
@@ -41,7 +41,7 @@ Document = Mapping[str, Any]
 
 
 def labels_of(paths: Sequence[str | Path], documents: Sequence[Document]) -> list[str]:
-    """What each file is called: card, commit and date; where these are the same, with what differs of its path."""
+    """Returns a name for each file: card, commit and date; where these are the same, with what differs of its path."""
     plain = [label_of(path, document) for path, document in zip(paths, documents, strict=True)]
     labels, parts = plain, [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts), default=0) + 1):
@@ -56,11 +56,11 @@ def labels_of(paths: Sequence[str | Path], documents: Sequence[Document]) -> lis
 
 
 def compare_documents(documents: Sequence[Document], labels: Sequence[str]) -> dict[str, Any]:
-    """The comparison as data.
+    """Compares result files and returns the comparison as data.
 
     Args:
         documents: result files; the first is what the others are compared with.
-        labels: what each is called.
+        labels: the name of each file.
 
     Returns:
         ``labels``, ``warnings``, and ``tables``: per section and table the rows that at least two files have, with
@@ -92,7 +92,7 @@ def compare_documents(documents: Sequence[Document], labels: Sequence[str]) -> d
 
 
 def count_verdicts(comparison: Mapping[str, Any], index: int) -> Counter[str]:
-    """How many figures of one file are ``better``, ``worse`` or the ``same`` as the first file's."""
+    """Counts how many figures of one file are ``better``, ``worse`` or the ``same`` as the first file's."""
     verdicts = [
         row["verdicts"][name][index] for t in comparison["tables"] for row in t["rows"] for name in row["values"]
     ]
@@ -112,7 +112,7 @@ def _table(document: Document, section: str, name: str) -> Mapping[str, Any] | N
 def _comparable(
     documents: Sequence[Document], section: str, name: str
 ) -> tuple[list[Mapping[str, Any] | None], str | None]:
-    """The table in each file, less those that cannot be held against the first file that has it; and why not."""
+    """Returns the table in each file, less those that cannot be held against the first that has it; and why not."""
     found = [_table(document, section, name) for document in documents]
     first = next(i for i, table in enumerate(found) if table is not None)
     identity, reasons = found[first]["identity"], []
@@ -200,7 +200,7 @@ def _number(value: Any) -> float | None:
 
 
 def _verdict(first: Any, other: Any, name: str, metric: Mapping[str, Any]) -> str:
-    """Whether ``other`` is better or worse than ``first``, or the same within the spreads; empty: not to be said."""
+    """Returns ``better``, ``worse`` or, within the spreads, ``same``; empty where that cannot be said."""
     if first["basis"] != other["basis"]:
         return ""
     a, b = first[name], other[name]
@@ -213,7 +213,7 @@ def _verdict(first: Any, other: Any, name: str, metric: Mapping[str, Any]) -> st
 
 
 def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str, unit: str = "") -> float:
-    """The change, as a logarithm of the ratio, that the spreads of both rows explain."""
+    """Returns the change, as a logarithm of the ratio, that the spreads of both rows explain."""
     if unit in COUNTED_UNITS or first["basis"] in COUNTED_BASES:
         return LEAST
     spreads = [_half_spread(row, name) for row in (first, other)]
@@ -232,7 +232,7 @@ def _half_spread(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def _warnings(documents: Sequence[Document]) -> list[str]:
-    """What makes the files hard to compare."""
+    """Returns what makes the files hard to compare, a line each."""
     warnings = []
     environments = [document["environment"] for document in documents]
     for i, environment in enumerate(environments):
@@ -278,7 +278,7 @@ def _different_settings(documents: Sequence[Document]) -> list[str]:
 
 
 def _explain(documents: Sequence[Document], labels: Sequence[str]) -> str:
-    """What keeps each table of the files apart, for the message that nothing fits."""
+    """Returns what keeps each table of the files apart, for the message that nothing fits."""
     lines = [f"  {letter(i)}: {label}" for i, label in enumerate(labels)]
     for section, name in _tables_of(documents):
         why = _comparable(documents, section, name)[1]
@@ -292,7 +292,7 @@ def _explain(documents: Sequence[Document], labels: Sequence[str]) -> str:
 
 
 def _disjoint(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """In which fields the rows of tables, by file, have nothing in common."""
+    """Returns in which fields the rows of tables, by file, have nothing in common."""
     identity = next(iter(tables.values()))["identity"]
     parts = []
     for field in identity:
@@ -311,7 +311,7 @@ def _disjoint(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def only_changes(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the figures that are better or worse, and the rows that failed somewhere, alone."""
+    """Returns a comparison of only the figures that are better or worse and the rows that failed somewhere."""
     tables = []
     for table in comparison["tables"]:
         rows = []
@@ -327,5 +327,5 @@ def only_changes(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def letter(i: int) -> str:
-    """How the file number ``i`` is called in tables: A, B, ..."""
+    """Returns the letter of file number ``i`` in tables: A, B, ..."""
     return chr(ord("A") + i) if i < 26 else f"#{i + 1}"

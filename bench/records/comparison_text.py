@@ -7,13 +7,13 @@ from typing import Any
 
 from bench.records.comparison import count_verdicts, letter, only_changes
 from bench.records.markdown import markdown_table
-from bench.records.metrics import format_value, time_scale
+from bench.records.metrics import column_scale, format_value
 
 WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
 
 
 def format_comparison(comparison: Mapping[str, Any], *, changes: bool = False) -> str:
-    """The comparison for people, in Markdown; with ``changes`` tables of what is better, worse or failed only."""
+    """Returns a comparison in Markdown; with ``changes`` only the tables of what is better, worse or failed."""
     labels = comparison["labels"]
     pieces = ["\n".join(f"- {letter(i)}: {label}" for i, label in enumerate(labels))]
     pieces += [f"warning: {warning}" for warning in comparison["warnings"]]
@@ -28,7 +28,7 @@ def format_comparison(comparison: Mapping[str, Any], *, changes: bool = False) -
 
 
 def summary(comparison: Mapping[str, Any], index: int) -> str:
-    """One file against the first, in a sentence."""
+    """Returns one file against the first, in a sentence."""
     counts = count_verdicts(comparison, index)
     text = (
         f"{letter(index)} against A: {counts['better']} figures better, {counts['worse']} worse,"
@@ -42,7 +42,7 @@ def summary(comparison: Mapping[str, Any], index: int) -> str:
 
 
 def unmatched_lines(comparison: Mapping[str, Any]) -> list[str]:
-    """What was not compared, tables first, and why."""
+    """Returns what was not compared, tables first, and why."""
     tables = [u for u in comparison["unmatched"] if "row" not in u]
     rows = [u for u in comparison["unmatched"] if "row" in u]
     return [
@@ -56,7 +56,7 @@ def _which(files: Sequence[bool]) -> str:
 
 
 def comparison_note(row: Mapping[str, Any]) -> str:
-    """What must be said beside a compared row: failures with their reasons, and bases other than measured."""
+    """Returns what must be said beside a compared row: failures with reasons, and bases other than measured."""
     failed = [
         f"{letter(i)}: {status}{f' ({reason[:60]})' if reason else ''}"
         for i, (status, reason) in enumerate(zip(row["statuses"], row["reasons"], strict=True))
@@ -76,7 +76,7 @@ def _format_table(table: Mapping[str, Any], count: int) -> str:
             cells.append([*head, "", *[""] * (2 * count - 1), note])
         for name, values in row["values"].items():
             metric = table["metrics"][name]
-            scale, unit = time_scale(values) if metric["unit"] == "s" else (1.0, "")
+            scale, unit = column_scale(values, metric["unit"])
             label = f"{metric['label']}, {unit}" if unit else metric["label"]
             line = [*head, label, *(format_value(v, metric["unit"], scale) for v in values)]
             pairs = zip(row["ratios"][name][1:], row["verdicts"][name][1:], strict=True)

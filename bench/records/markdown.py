@@ -1,15 +1,15 @@
-"""Tables of result files as Markdown, for terminals, files and the README: written from the rows, never typed."""
+"""Tables of result files as Markdown, for terminals and pages: written from the rows, never typed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.records.metrics import column_label, format_value, time_scale
+from bench.records.metrics import column_label, column_scale, format_value
 
 
 def markdown_table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A GitHub table, padded so that it is one in a terminal too; empty without rows."""
+    """Returns a GitHub table, padded so that it is one in a terminal too; empty without rows."""
     if not cells:
         return ""
     lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (headers, *cells)]
@@ -20,13 +20,13 @@ def markdown_table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> st
 
 
 def columns_of(table: Mapping[str, Any]) -> list[str]:
-    """The fields of a table that are shown: its own choice, less those that no row has."""
+    """Returns the fields of a table that are shown: its own choice, less those that no row has."""
     wanted = table.get("columns") or [*table["identity"], *table["metrics"]]
     return [name for name in wanted if any(row.get(name) is not None for row in table["rows"])]
 
 
 def note_of(row: Mapping[str, Any]) -> str:
-    """What must be said beside a row's numbers."""
+    """Returns what must be said beside a row's numbers."""
     parts = []
     if row["status"] != "ok":
         parts.append(f"{row['status']}: {row.get('reason', '')[:90]}")
@@ -38,21 +38,21 @@ def note_of(row: Mapping[str, Any]) -> str:
 
 
 def format_table(table: Mapping[str, Any]) -> str:
-    """A table of a result file, and the note that belongs to it."""
+    """Returns a table of a result file, and the note that belongs to it."""
     columns = columns_of(table)
     scales = {
-        name: time_scale(row.get(name) for row in table["rows"])
+        name: column_scale((row.get(name) for row in table["rows"]), table["metrics"][name]["unit"])
         for name in columns
-        if table["metrics"].get(name, {}).get("unit") == "s"
+        if name in table["metrics"]
     }
     notes = [note_of(row) for row in table["rows"]]
     headers = [
-        column_label(name, table["metrics"][name], scales.get(name, (1.0, ""))[1])
+        column_label(name, table["metrics"][name], scales[name][1])
         if name in table["metrics"]
         else name.replace("_", " ")
         for name in columns
     ]
-    cells = [[cell(row, name, table, scales.get(name, (1.0, ""))[0]) for name in columns] for row in table["rows"]]
+    cells = [[cell(row, name, table, scales.get(name, (None, ""))[0]) for name in columns] for row in table["rows"]]
     if any(notes):
         headers.append("note")
         cells = [[*line, note] for line, note in zip(cells, notes, strict=True)]
@@ -60,8 +60,8 @@ def format_table(table: Mapping[str, Any]) -> str:
     return f"{text}\n\n{table['note']}" if table.get("note") and text else text
 
 
-def cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float = 1.0) -> str:
-    """One value, with its spread where the row has one."""
+def cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float | None = None) -> str:
+    """Returns one value, with its spread where the row has one."""
     value, metric = row.get(name), table["metrics"].get(name)
     if metric is None:
         return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -73,7 +73,7 @@ def cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: flo
 
 
 def format_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """Figures to be reached, and whether they are."""
+    """Returns the figures to be reached, and whether they are."""
     words = {True: "met", False: "MISSED", None: ""}
     cells = [
         [
@@ -86,7 +86,7 @@ def format_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_section(section: Mapping[str, Any]) -> str:
-    """A section's tables, verdicts and notes."""
+    """Returns a section's tables, verdicts and notes."""
     pieces = []
     for table in section["tables"]:
         text = format_table(table)

@@ -16,7 +16,7 @@ from model.machine.measure import format_bytes
 
 @dataclass(frozen=True)
 class Metric:
-    """``better`` is ``lower``, ``higher`` or empty where neither is; ``unit`` says how numbers are written."""
+    """A quantity: ``better`` is ``lower``, ``higher`` or empty where neither is; ``unit`` says how it is written."""
 
     label: str
     unit: str
@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
     "eager_bytes": Metric("eager PyTorch moves", "bytes"),
     "eager_flops": Metric("eager, operations", "FLOP"),
     "unfused_bytes": Metric("ours unfused", "bytes"),
-    "linear_bytes": Metric("products move", "bytes"),
+    "linear_bytes": Metric("linear layers move", "bytes"),
     "other_bytes": Metric("norms etc. move", "bytes"),
     "gain": Metric("gain", "ratio", "higher"),
     "best_seconds": Metric("best", "s", "lower"),
@@ -95,17 +95,48 @@ METRICS: dict[str, Metric] = {
 }
 
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+#: A column of bytes whose least value is less than so much of its unit has a unit in each cell.
+_LEAST_OF_UNIT = 1e-3
 
 
 def time_scale(values: Iterable[float | None]) -> tuple[float, str]:
-    """The unit in which a column of seconds reads best: its value in seconds, and its name."""
+    """Returns the unit in which a column of seconds reads best: its size in seconds, and its name."""
     present = sorted(v for v in values if v)
     middle = present[len(present) // 2] if present else 1.0
     return next(((scale, name) for scale, name in _TIMES if middle >= scale), _TIMES[-1])
 
 
-def format_value(value: Any, unit: str, scale: float = 1.0) -> str:
-    """A metric for people; empty for None. ``scale`` is that of :func:`time_scale`, for seconds."""
+def byte_scale(values: Iterable[float | None]) -> tuple[float, str]:
+    """Returns the unit for the largest of some numbers of bytes: its size in bytes, and its name (GB is 10^9 bytes)."""
+    largest = max((v for v in values if v), default=1e9)
+    return next(((scale, name) for scale, name in _BYTES if largest >= scale), _BYTES[-1])
+
+
+def column_scale(values: Iterable[Any], unit: str) -> tuple[float | None, str]:
+    """Returns the unit that a column has in common: its size and its name; None and nothing where cells have their own.
+
+    Args:
+        values: of the column; None and text are passed over.
+        unit: of the metric, as in :class:`Metric`.
+    """
+    present = [v for v in values if v and isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if unit == "s":
+        return time_scale(present)
+    if unit != "bytes" or not present:
+        return None, ""
+    scale, name = byte_scale(present)
+    return (scale, name) if min(present) >= _LEAST_OF_UNIT * scale else (None, "")
+
+
+def format_value(value: Any, unit: str, scale: float | None = None) -> str:
+    """Returns a metric for people; empty for None.
+
+    Args:
+        value: of the metric.
+        unit: as in :class:`Metric`.
+        scale: of :func:`column_scale`, for seconds and bytes; by default seconds, and bytes with their unit.
+    """
     if value is None:
         return ""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -113,9 +144,9 @@ def format_value(value: Any, unit: str, scale: float = 1.0) -> str:
     if math.isnan(value):
         return "NaN"
     if unit == "s":
-        return significant(value / scale)
+        return significant(value / (scale or 1.0))
     if unit == "bytes":
-        return format_bytes(value)
+        return _format_bytes(value, scale)
     if unit == "B/s":
         return f"{value / 1e9:,.0f}"
     if unit == "FLOP":
@@ -134,8 +165,16 @@ def format_value(value: Any, unit: str, scale: float = 1.0) -> str:
     return significant(value)
 
 
+def _format_bytes(value: float, scale: float | None) -> str:
+    if scale is None:
+        return format_bytes(value) if value >= 1e6 or not value else f"{_format_bytes(value, 1e3)} kB"
+    digits = 2 if scale == 1e9 else 1
+    # What would be rounded to nothing keeps two digits.
+    return f"{value / scale:.2g}" if 0 < value / scale < 5 * 10**-digits else f"{value / scale:,.{digits}f}"
+
+
 def significant(value: float) -> str:
-    """Four digits, and no exponent where none is needed."""
+    """Returns a number with four digits, and no exponent where none is needed."""
     if value == 0:
         return "0"
     digits = max(0, 3 - math.floor(math.log10(abs(value))))
@@ -143,5 +182,6 @@ def significant(value: float) -> str:
 
 
 def column_label(name: str, metric: Mapping[str, Any], scale_name: str = "") -> str:
-    """A column's head."""
-    return f"{metric['label']}, {scale_name}" if metric["unit"] == "s" else str(metric["label"] or name)
+    """Returns a column's head: its label, and the unit of :func:`column_scale` where the column has one."""
+    label = str(metric["label"] or name)
+    return f"{label}, {scale_name}" if scale_name else label

@@ -1,4 +1,4 @@
-"""What becomes of an attempt: a row says so in its status, whatever happened."""
+"""The outcome of an attempt, which its row states whatever happened."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from triton.errors import TritonError
 
 from model.machine.measure import is_out_of_memory
 
-#: Of a row. ``wrong``: its check failed, so it was not timed. ``not reached``: time ran out before.
+#: The statuses of a row. ``wrong``: its check failed, so it was not timed. ``not reached``: time ran out before.
 STATUSES = ("ok", "out of memory", "failed", "wrong", "not available", "skipped", "not reached")
-#: Where a row's numbers come from. ``counted``: on tensors without memory; ``compiled``: read from binaries;
+#: The sources of a row's numbers. ``counted``: on tensors without memory; ``compiled``: read from binaries;
 #: ``reported``: by others.
 BASES = ("measured", "extrapolated", "predicted", "counted", "compiled", "reported")
 
@@ -17,12 +17,12 @@ class Unavailable(Exception):
     """An implementation that cannot take this call, or is not installed."""
 
 
-#: What an attempt may end with so that the others go on; Triton's compiler and launcher have errors of their own.
+#: Errors that an attempt may end with so that the others go on; Triton's compiler and launcher have their own.
 FAILURES = (Unavailable, RuntimeError, MemoryError, TritonError)
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """Status and reason of a row that could not be measured."""
+    """Returns status and reason of a row that could not be measured."""
     if isinstance(error, Unavailable):
         return {"status": "not available", "reason": str(error)}
     status = "out of memory" if is_out_of_memory(error) else "failed"

@@ -15,12 +15,12 @@ from model.errors import InputError
 from model.io.durable import write_text
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "swifti2v_kernels" / "configs"
-#: What was found, as opposed to what it was found for.
+#: The fields of what was found; all others say what it was found for.
 _FINDINGS = ("card", "seconds", "config", "gain", "provenance")
 
 
 def provenance(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What an entry's numbers depend on."""
+    """Returns what an entry's numbers depend on: date, versions, driver and commit."""
     git, packages = environment["git"] or {}, environment["packages"]
     return {
         "date": environment["date"][:10], "torch": packages["torch"], "triton": packages["triton"],
@@ -29,7 +29,7 @@ def provenance(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(table: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table with the entries in place of those for the same."""
+    """Returns the table with the entries in place of those for the same."""
     merged = {_key(entry): dict(entry) for entry in (*table["entries"], *entries)}
     return {**table, "entries": [entry for _, entry in sorted(merged.items())]}
 
@@ -52,7 +52,7 @@ def write_entries(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
 
 
 def dumps_table(table: Mapping[str, Any]) -> str:
-    """A line for each entry, so that changes can be read."""
+    """Returns the table as JSON with a line for each entry, so that changes can be read."""
     lines = [json.dumps(entry) for entry in table["entries"]]
     rest = {name: value for name, value in table.items() if name != "entries"}
     body = "[\n  " + ",\n  ".join(lines) + "\n ]" if lines else "[]"

@@ -1,4 +1,4 @@
-"""Figures, drawn from the rows of a result and from nothing else."""
+"""Plots, drawn from the rows of a result and from nothing else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.records.metrics import byte_scale
 from model.csg.sampler import SegmentPlan
 from model.errors import require
 from model.io.durable import replacing
@@ -19,7 +20,7 @@ LABELS = {"end_to_end": "end-to-end", "bidirectional": "CSG, bidirectional", "ca
 def plot_rows(rows: Sequence[dict[str, Any]], settings: dict[str, Any], device: str, folder: Path) -> list[Path]:
     """Draws time and peak memory of Stage II against clip length; returns the files ``time.png`` and ``memory.png``."""
     rows = [row for row in rows if row["status"] == "ok"]
-    scale, unit = (2**30, "GiB") if any(row["peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
+    scale, unit = byte_scale(row["peak_bytes"] for row in rows)
     title = f"{device}\n{settings['model']}, {settings['width']}x{settings['height']}, {settings['steps']} steps,"
     title += f" {settings['dtype']}"
     figures = (("time", "Stage II, seconds", "stage_two_seconds", 1), ("memory", f"Stage II, peak memory, {unit}",
@@ -48,11 +49,11 @@ def _plot(rows: Sequence[dict[str, Any]], title: str, path: Path, label: str, va
 
 
 def plot_attention(rows: Sequence[dict[str, Any]], matmul: float, device: str, path: Path) -> Path:
-    """Draws TFLOP/s of every implementation on every shape, with the matrix product's as a line."""
+    """Draws TFLOP/s of every implementation on every shape, with the matmul's as a line."""
     rows = [row for row in rows if row["status"] == "ok"]
     axes, figure = _axes((8.4, _bars_height(rows, "shape")))
     _bars(axes, rows, "shape", "tflops")
-    axes.axvline(matmul, color="#c0392b", linewidth=1, label="bf16 matrix product, same run")
+    axes.axvline(matmul, color="#c0392b", linewidth=1, label="bf16 matmul, same run")
     axes.set_xlim(0, 1.25 * max([matmul, *(row["tflops"] for row in rows)]))
     axes.set_xlabel("TFLOP/s")
     axes.set_title(f"{device}, attention in bfloat16", fontsize=9)
@@ -80,18 +81,18 @@ def plot_layers(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path
             **row,
             "group": f"{row['shape']}\ntimestep: {row['timesteps']}",
             "milliseconds": row["seconds"] * 1e3,
-            "gib": row["peak_bytes"] / 2**30,
+            "gigabytes": row["peak_bytes"] / 1e9,
         }
         for row in rows
         if row["status"] == "ok"
     ]
     title = f"{device}, one layer of the DiT in bfloat16"
-    return _side_by_side(rows, {"milliseconds": "milliseconds", "gib": "activations, peak, GiB"}, title, path)
+    return _side_by_side(rows, {"milliseconds": "milliseconds", "gigabytes": "activations, peak, GB"}, title, path)
 
 
 def plot_vae(rows: list[dict[str, Any]], device: str, path: Path) -> Path:
     """Draws time and peak memory of every implementation of one part of the VAE, side by side."""
-    scale, unit = (2**30, "GiB") if any(row["peak_bytes"] > 2**30 for row in rows) else (2**20, "MiB")
+    scale, unit = byte_scale(row["peak_bytes"] for row in rows)
     drawn = [
         {
             **row,
@@ -109,8 +110,8 @@ def plot_differences(untiled: Tensor, tiled: dict[str, Tensor], title: str, path
     """Draws a frame and where its tiled versions differ from it, all on one logarithmic scale.
 
     Args:
-        untiled: ``[3, H, W]`` in -1..1.
-        tiled: the same frame by name.
+        untiled: the frame ``[3, H, W]`` in -1..1, decoded whole.
+        tiled: the same frame decoded in tiles, by the names of the tilings.
     """
     height, width = untiled.shape[1:]
     figure = require("matplotlib.figure", "bench").Figure(
@@ -135,7 +136,7 @@ def plot_differences(untiled: Tensor, tiled: dict[str, Tensor], title: str, path
 
 
 def _side_by_side(rows: list[dict[str, Any]], values: dict[str, str], title: str, path: Path) -> Path:
-    """Bars of two values of the same rows, which share their groups."""
+    """Draws bars of two values of the same rows, which share their groups."""
     figure = require("matplotlib.figure", "bench").Figure(
         figsize=(10, _bars_height(rows, "group")), dpi=150, layout="constrained"
     )
@@ -150,12 +151,12 @@ def _side_by_side(rows: list[dict[str, Any]], values: dict[str, str], title: str
 
 
 def _bars_height(rows: list[dict[str, Any]], group: str) -> float:
-    """Inches that :func:`_bars` needs."""
+    """Returns the inches that :func:`_bars` needs."""
     return 0.22 * len(rows) + 0.2 * len({row[group] for row in rows}) + 1.5
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]], group: str, value: str) -> None:
-    """One bar a row, groups from top to bottom; ours in blue, the first of them darkest, inexact ones in yellow."""
+    """Draws one bar a row, groups from top to bottom; ours in blue, the first of them darkest, inexact in yellow."""
     first = next((row["provider"] for row in rows), None)
     line, ticks = 0.0, {}
     for name in dict.fromkeys(row[group] for row in rows):
@@ -197,7 +198,7 @@ def plot_plan(plan: SegmentPlan, path: Path) -> Path:
 
 
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
-    # Figure without pyplot: no display is looked for and no global state is left behind.
+    # Figure without pyplot: no display is looked for, and no global state stays.
     figure = require("matplotlib.figure", "bench").Figure(figsize=size, dpi=150, layout="constrained")
     return figure.subplots(), figure
 

@@ -16,7 +16,7 @@ SHIPPED = ROOT / "bench" / "results"
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """A result file, checked.
+    """Reads a result file and checks it.
 
     Raises:
         InputError: it is missing, cut off, of another version, or of another form; the message says which and where.
@@ -67,7 +67,7 @@ def _validator() -> Any:
 
 
 def label_of(path: str | Path, data: dict[str, Any]) -> str:
-    """How a file is called in comparisons: card, commit and date."""
+    """Returns a file's name in comparisons: card, commit and date."""
     environment = data["environment"]
     git = environment["git"] or {}
     commit = git["commit"][:7] if git.get("commit") else "no commit"
@@ -76,10 +76,10 @@ def label_of(path: str | Path, data: dict[str, Any]) -> str:
 
 
 def shipped_results() -> list[Path]:
-    """The result files in the repository."""
+    """Returns the result files in the repository."""
     return sorted(SHIPPED.glob("*/*.json"))
 
 
 def folder_name(device: str) -> str:
-    """Folder of a card's results: ``NVIDIA H200`` is ``nvidia-h200``."""
+    """Returns the folder of a card's results: ``NVIDIA H200`` is ``nvidia-h200``."""
     return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())

@@ -31,22 +31,21 @@ WIDE_SPREAD = 0.10
 
 
 class Table:
-    """Rows of one kind, added one by one."""
+    """A table of a result file: rows of one kind, added one by one."""
 
     def __init__(self, data: dict[str, Any], save: Callable[[], None]):
         self.data, self._save = data, save
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What has been added."""
+        """The rows that have been added."""
         return self.data["rows"]
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Adds a row; ``basis`` is ``measured`` unless it says otherwise.
 
         Raises:
-            ValueError: it lacks a field of the table's identity, repeats a row, or has a status or basis that there is
-                not.
+            ValueError: it lacks a field of the table's identity, repeats a row, or has an unknown status or basis.
         """
         row = {"status": "ok", "basis": "measured", **row}
         key = [row.get(name) for name in self.data["identity"]]
@@ -70,7 +69,7 @@ class Table:
 
 
 def spread_warning(row: Mapping[str, Any]) -> str | None:
-    """What to say of a time whose spread is wide; None of one whose spread is not."""
+    """Returns the warning of a time whose spread is wide; None where it is not."""
     low, high, middle = row.get("seconds_low"), row.get("seconds_high"), row.get("seconds")
     if not low or not high or not middle or (high - low) / middle <= WIDE_SPREAD:
         return None
@@ -93,15 +92,15 @@ class Section:
         columns: Sequence[str] = (),
         note: str = "",
     ) -> Table:
-        """A new table.
+        """Adds a table and returns it.
 
         Args:
-            name: by which comparisons match tables.
-            title: for people.
+            name: the name by which comparisons match tables.
+            title: the title for people.
             identity: the fields that tell a row from all others.
             metrics: the fields that are quantities, of ``bench.records.metrics.METRICS``.
-            columns: what is shown, in order; default identity and metrics.
-            note: what belongs beside it.
+            columns: the fields that are shown, in order; default identity and metrics.
+            note: a sentence that belongs beside the table.
         """
         described = {metric: asdict(METRICS[metric]) for metric in metrics}
         data = {"name": name, "title": title, "identity": list(identity), "metrics": described}
@@ -110,19 +109,19 @@ class Section:
         return Table(data, self._save)
 
     def set(self, **fields: Any) -> None:
-        """Ceilings, settings and the like."""
+        """Sets fields of the section: ceilings, settings and the like."""
         self.data.update(fields)
         self._save()
 
     def timeline(
         self, name: str, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], **details: Any
     ) -> None:
-        """A course of allocated bytes over seconds, with what began where.
+        """Adds a course of allocated bytes over seconds, with what began where.
 
         Args:
-            name: for people.
-            points: (seconds, bytes).
-            marks: (seconds, label).
+            name: the title for people.
+            points: pairs of seconds and bytes.
+            marks: pairs of seconds and label.
             details: ``basis``, ``limit`` and what else belongs to it.
         """
         data = {"name": name, "points": [list(p) for p in points], "marks": [list(m) for m in marks]}
@@ -140,7 +139,7 @@ class Section:
         self._save()
 
     def package_entries(self, table: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Measured choices for ``swifti2v_kernels/configs/<table>.json``; ``bench tune --from`` writes them there."""
+        """Keeps choices for ``swifti2v_kernels/configs/<table>.json``; ``bench tune --from`` writes them there."""
         self.data["package_entries"][table] = list(entries)
         self._save()
 
@@ -149,8 +148,8 @@ class Record:
     """A result file.
 
     Args:
-        path: of the file; it is written at once, and again whole whenever something is added.
-        environment: of :func:`bench.harness.environment.capture`.
+        path: where the file is; it is written at once, and again whole whenever something is added.
+        environment: the result of :func:`bench.harness.environment.capture`.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any]):
@@ -165,7 +164,7 @@ class Record:
 
     @contextmanager
     def section(self, name: str, title: str, settings: Mapping[str, Any]) -> Iterator[Section]:
-        """A section that is complete when the body is; if it is cut short, what there is stays and says so."""
+        """Adds a section that is complete when the block is; if that is cut short, what there is stays and says so."""
         data: dict[str, Any] = {"title": title, "status": "running", "reason": None, "started": now(), "seconds": None}
         data |= {"settings": dict(settings), "ceilings": None, "machine": None, "tables": [], "timelines": []}
         data |= {"verdicts": [], "notes": [], "package_entries": {}}
@@ -186,12 +185,12 @@ class Record:
 
 
 def now() -> str:
-    """The time, in UTC."""
+    """Returns the time of day and the date, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def dumps(data: Mapping[str, Any]) -> str:
-    """JSON that every reader takes: NaN and infinities, which JSON has not, become null."""
+    """Returns JSON that every reader takes: NaN and infinities, which JSON has not, become null."""
     return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""One page of result files: :func:`bench.report.page.build_page`; their tables in a README: ``bench.report.readme``."""
+"""Result files as one page (:func:`bench.report.page.build_page`) and as tables in Markdown files (``fill``)."""

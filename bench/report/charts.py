@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench.records.metrics import format_value, significant, time_scale
+from bench.records.metrics import byte_scale, format_value, significant, time_scale
 from bench.report.markup import Markup, tag
 
 WIDTH = 680
-#: Of a bar chart's labels on the left, and what its values need on the right.
+#: Pixels of a bar chart's labels on the left, and of its values on the right.
 _LABELS, _VALUES = 226, 150
 _LINE, _BAR = 20, 13
 #: Pixels of a character at the charts' 12 pixels, on the safe side.
@@ -23,7 +23,7 @@ _CHARACTER = 6.6
 
 
 class Bar(NamedTuple):
-    """One implementation; ``value`` is None where there is none, and ``text`` then says why."""
+    """The bar of one implementation; ``value`` is None where there is none, and ``text`` then says why."""
 
     label: str
     value: float | None
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """One configuration's seconds by method: (method, seconds, ours, basis)."""
+    """The seconds of one configuration by method; ``times`` has (method, seconds, ours, basis)."""
 
     label: str
     times: Sequence[tuple[str, float, bool, str]]
@@ -53,7 +53,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to pixels, evenly or by powers of ten."""
+    """An axis that turns values into pixels, evenly or by powers of ten."""
 
     low: float
     high: float
@@ -62,13 +62,13 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Where a value lies; what is outside lies on the edge."""
+        """Returns the pixel of a value; what is outside lies on the edge."""
         value = min(max(value, self.low), self.high)
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return round(self.start + (self.end - self.start) * (value - low) / (high - low), 1)
 
     def ticks(self) -> list[float]:
-        """Round values inside, about five."""
+        """Returns about five round values inside."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             steps = (1, 2, 5) if last - first <= 3 else (1,)
@@ -87,12 +87,12 @@ def bars(
     note: str = "",
     ceiling: tuple[float, str] | None = None,
 ) -> Markup:
-    """Horizontal bars in groups, each bar's value beside it.
+    """Draws horizontal bars in groups, each bar's value beside it.
 
     Args:
-        title: of the chart.
-        groups: label and bars.
-        note: what the values are.
+        title: title of the chart.
+        groups: pairs of label and bars.
+        note: a few words on what the values are.
         ceiling: a value that all are held against, and its name.
     """
     highest = [max((bar.value or 0 for bar in found), default=0) for _, found in groups]
@@ -133,7 +133,7 @@ def _bar(bar: Bar, axis: Axis, y: float) -> list[Markup]:
 
 
 def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, matmul_tflops: float) -> Markup:
-    """Operations per byte against TFLOP/s, under the two ceilings that were measured in the same run."""
+    """Draws TFLOP/s over operations per byte, under the two ceilings that were measured in the same run."""
     ridge, height = matmul_tflops * 1e12 / copy_bytes_per_second, 400
     xs, ys = [p.intensity for p in points] + [ridge], [p.tflops for p in points] + [matmul_tflops]
     x = Axis(min(xs) / 2, max(xs) * 3, 58, WIDTH - 24, log=True)
@@ -142,7 +142,7 @@ def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, 
     bottom = max(x.low, y.low * 1e12 / copy_bytes_per_second)
     roof = [(bottom, bottom * copy_bytes_per_second / 1e12), (ridge, matmul_tflops), (x.high, matmul_tflops)]
     marks.append(tag("polyline", points=" ".join(f"{x.at(a)},{y.at(b)}" for a, b in roof), class_="ceiling"))
-    label = f"matrix product {significant(matmul_tflops)} TFLOP/s"
+    label = f"matmul {significant(matmul_tflops)} TFLOP/s"
     marks.append(_text(label, x.end, y.at(matmul_tflops) - 6, "ceiling-label", anchor="end"))
     middle = math.sqrt(bottom * ridge)
     at = x.at(middle), y.at(middle * copy_bytes_per_second / 1e12)
@@ -163,7 +163,7 @@ def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, 
 
 
 def _point_labels(points: Sequence[Point], x: Axis, y: Axis, taken: list[Any]) -> list[Markup]:
-    """Names for our points, each once, where there is room; all have their names under the pointer."""
+    """Draws names for our points, each once, where there is room; all have their names under the pointer."""
     best: dict[str, Point] = {}
     for point in points:
         if point.ours and (point.label not in best or point.tflops > best[point.label].tflops):
@@ -194,7 +194,7 @@ def timeline(
     limit: float | None,
     basis: str,
 ) -> Markup:
-    """Allocated bytes over seconds, with what began where and, if there was one, the limit.
+    """Draws allocated bytes over seconds, with what began where and, if there was one, the limit.
 
     Counted courses have no time: they go over the tensors made and freed, in order.
     """
@@ -205,7 +205,7 @@ def timeline(
     over = "tensors made and freed, in order" if counted else f"time, {unit_name}"
     x = Axis(min(seconds), max(max(seconds), min(seconds) + 1e-9), 58, WIDTH - 24)
     y = Axis(0, 1.08 * max([*sizes, limit or 0, 1.0]), height - 40, top)
-    size, size_name = (2**30, "GiB") if y.high > 2**30 else (2**20, "MiB")
+    size, size_name = byte_scale([y.high])
     shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)
     drawn = _grid(*shown, over, f"{size_name} allocated", _plain, _plain)
     line = [(x.at(s), y.at(b)) for s, b in thinned(points)]
@@ -225,7 +225,7 @@ def timeline(
 
 
 def _timeline_marks(marks: Sequence[tuple[float, str]], x: Axis, y: Axis, counted: bool) -> list[Markup]:
-    """Vertical lines, with names in three rows above where there is room; all have theirs under the pointer."""
+    """Draws vertical lines, with names in three rows above where there is room; all have theirs under the pointer."""
     drawn, ends = [], [0.0] * 3
     for at, label in sorted(marks, key=lambda mark: mark[0]):
         tip = f"{label}: {at:,.0f}" if counted else f"{label}: {significant(at)} s"
@@ -241,7 +241,7 @@ def _timeline_marks(marks: Sequence[tuple[float, str]], x: Axis, y: Axis, counte
 
 
 def thinned(points: Sequence[tuple[float, float]], count: int = 800) -> list[tuple[float, float]]:
-    """At most so many points, the highest of each stretch, so that no peak is lost."""
+    """Returns at most ``count`` points, the highest of each stretch, so that no peak is lost."""
     if len(points) <= count:
         return list(points)
     size = math.ceil(len(points) / (count - 2))
@@ -250,26 +250,29 @@ def thinned(points: Sequence[tuple[float, float]], count: int = 800) -> list[tup
 
 
 def clips(title: str, found: Sequence[Clip]) -> Markup:
-    """Seconds of whole clips by method, one line a configuration, on a logarithmic axis; and how many times faster."""
+    """Draws the seconds of whole clips by method, a line a configuration, on a logarithmic axis; and the speedups."""
     seconds = [time for clip in found for _, time, _, _ in clip.times]
     height = 30 * len(found) + 62
     x = Axis(min(seconds) / 1.6, max(seconds) * 1.6, _LABELS, WIDTH - 74, log=True)
     marks = [tag("line", x1=x.at(t), x2=x.at(t), y1=24, y2=height - 38, class_="grid") for t in x.ticks()]
     marks += [_text(f"{t:,g}", x.at(t), height - 24, "tick", anchor="middle") for t in x.ticks()]
-    marks.append(
-        _text("seconds of the device, logarithmic", (x.start + x.end) / 2, height - 6, "tick", anchor="middle")
-    )
+    marks.append(_text("seconds, logarithmic", (x.start + x.end) / 2, height - 6, "tick", anchor="middle"))
     marks.append(_text("times faster", WIDTH, 13, "tick", anchor="end"))
     for i, clip in enumerate(found):
         y = 38 + 30 * i
         marks.append(_text(clip.label, 0, y + 4, "", limit=_LABELS - 10))
         ends = [x.at(time) for _, time, _, _ in clip.times]
         marks.append(tag("line", x1=min(ends), x2=max(ends), y1=y, y2=y, class_="link"))
+        near = max(ends) - min(ends) < 60
+        if near:
+            low, high = (significant(end(time for _, time, _, _ in clip.times)) for end in (min, max))
+            text = f"{low} s" if low == high else f"{low} - {high} s"
+            marks.append(_text(text, max((min(ends) + max(ends)) / 2, x.start), y - 9, "value", anchor="middle"))
         for method, time, ours, basis in clip.times:
             kind = f"point {'ours' if ours else 'other'}{'' if basis == 'measured' else ' unmeasured'}"
             tip = f"{clip.label}, {method}: {significant(time)} s, {basis}"
             marks.append(tag("circle", tag("title", tip), cx=x.at(time), cy=y, r=5, class_=kind))
-            if x.at(time) in (min(ends), max(ends)):
+            if x.at(time) in (min(ends), max(ends)) and not near:
                 marks.append(_text(f"{significant(time)} s", x.at(time), y - 9, "value", anchor="middle"))
         if clip.speedup is not None:
             marks.append(_text(f"{format_value(clip.speedup, 'ratio')}x", WIDTH, y + 4, "group", anchor="end"))
@@ -279,7 +282,7 @@ def clips(title: str, found: Sequence[Clip]) -> Markup:
 def _grid(
     x: Axis, y: Axis, x_label: str, y_label: str, x_text: Callable[[float], str], y_text: Callable[[float], str]
 ) -> list[Markup]:
-    """Lines at round values of both axes, and their names."""
+    """Draws lines at round values of both axes, and the axes' names."""
     marks = []
     for value in x.ticks():
         marks.append(tag("line", x1=x.at(value), x2=x.at(value), y1=y.start, y2=y.end, class_="grid"))
@@ -300,7 +303,7 @@ def _plain(value: float) -> str:
 def _text(
     text: str, x: float, y: float, kind: str, *, anchor: str | None = None, limit: float | None = None, **more: Any
 ) -> Markup:
-    """Text, cut to the pixels that there are; then the pointer reads it whole."""
+    """Draws text, cut to the pixels that there are; then the pointer reads it whole."""
     room = len(text) if limit is None else max(int(limit / _CHARACTER), 4)
     shown = text if len(text) <= room else f"{text[: room - 1]}\N{HORIZONTAL ELLIPSIS}"
     whole = tag("title", text) if shown != text else None
@@ -308,7 +311,7 @@ def _text(
 
 
 def _chart(kind: str, title: str, description: str, height: float, marks: Sequence[Markup]) -> Markup:
-    """The SVG with what it shows in words, in a box that scrolls where the screen is narrow."""
+    """Returns the SVG with what it shows in words, in a box that scrolls where the screen is narrow."""
     head = tag("title", title), tag("desc", description)
     box = f"0 0 {WIDTH} {round(height)}"
     svg = tag("svg", head, marks, viewBox=box, role="img", class_=f"chart {kind}")

@@ -1,16 +1,18 @@
-"""``python -m bench report``."""
+"""The command ``python -m bench report``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from bench.harness.registry import Benchmark
 from bench.records.comparison import labels_of
 from bench.records.read import SHIPPED, read_result, shipped_results
 from bench.records.write import dumps, make_folder
+from bench.report.fill import FORM, START, filled, marks_of
 from bench.report.page import build_page
-from bench.report.readme import generate
 from model.errors import InputError
 from model.io.durable import write_text
 
@@ -20,10 +22,10 @@ examples:
   python -m bench report                              the results in the repository, as out/report.html
   python -m bench report --quick                      the newest file of each card alone
   python -m bench report out/csg-*/result.json --out csg.html
-  python -m bench report --readme README.md           its tables, from the results in the repository
-  python -m bench report --readme README.md --check   exit with 2 if they are not up to date
+  python -m bench report --fill README.md docs/results/*.md             their tables, from the results in the repository
+  python -m bench report --fill README.md docs/results/*.md --check     exit with 2 if some are not up to date
 
-The page is one file that loads nothing. In a README what stands between the lines
+The page is one file that loads nothing. In a Markdown file what stands between the lines
 
   <!-- results: cpu csg/whole columns=frames,mode,stage_two_seconds,speedup frames=41|81 -->
   <!-- end of results -->
@@ -34,24 +36,31 @@ two clip lengths; csg/verdicts are the figures to be reached, and names with spa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all in bench/results")
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help=f"default {PAGE}")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the tables of this file instead of a page")
+    """Adds the options of this command alone."""
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="result files (default: all in bench/results)"
+    )
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help=f"where the page is written (default {PAGE})")
+    parser.add_argument(
+        "--fill", type=Path, nargs="+", metavar="FILE.md", help="fill the tables of Markdown files; makes no page"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where the tables would change")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page, or a README's tables."""
-    if args.readme is not None:
-        if args.files or args.out is not None or args.quick:
+    """Writes the page, or fills the tables of Markdown files."""
+    if args.fill is not None:
+        # A result file after --fill would be taken for a Markdown file.
+        results = any(path.suffix == ".json" for path in args.fill)
+        if args.files or args.out is not None or args.quick or results:
             raise InputError(
-                "readme: takes all results in the repository and writes no page; leave FILE, --out and --quick out"
+                "fill: takes all results in the repository and writes no page; leave result files, --out and --quick"
+                " out"
             )
-        _readme(args.readme, args.check, args.json)
+        _fill(args.fill, args.check, args.json)
         return
     if args.check:
-        raise InputError("check: expected --readme FILE beside it")
+        raise InputError("check: expected --fill FILE.md beside it")
     paths = args.files or shipped_results()
     if not paths:
         raise InputError(f"files: there are no results in {SHIPPED}; name some")
@@ -73,27 +82,44 @@ def run(args: argparse.Namespace) -> None:
     print(dumps({"page": str(out.resolve()), "files": files}), end="")
 
 
-def _readme(path: Path, check: bool, as_json: bool) -> None:
-    try:
-        before = path.read_text()
-    except OSError as error:
-        raise InputError(f"readme: {path} cannot be read: {error.strerror}") from error
-    after = generate(before, shipped_results(), path)
-    if check:
-        if after != before:
-            changed = [
-                i for i, (a, b) in enumerate(zip(before.split("\n"), after.split("\n"), strict=False), 1) if a != b
-            ]
-            where = f" (first at line {changed[0]})" if changed else ""
-            raise InputError(
-                f"readme: {path} is not what its results give{where}; run python -m bench report --readme {path}"
-            )
-    elif after != before:
-        _write(path, after)
+def _fill(paths: Sequence[Path], check: bool, as_json: bool) -> None:
+    """Fills all files or, where one asks for what is not there, none; with ``check`` fails where one would change."""
+    before = {}
+    for path in paths:
+        try:
+            before[path] = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"fill: {path} cannot be read: {getattr(error, 'strerror', 'not a text')}") from error
+    counts = {path: sum(mark["what"] is not None for mark in marks_of(text)) for path, text in before.items()}
+    if not any(counts.values()):
+        names = ", ".join(map(str, before))
+        raise InputError(f"fill: {names}: expected a table that begins with {START} {FORM} --> on a line of its own")
+    documents = {path: read_result(path) for path in shipped_results()}
+    after = {path: filled(text, documents, path) for path, text in before.items()}
+    stale = [path for path in before if after[path] != before[path]]
+    if check and stale:
+        lines = [
+            f"{path}, line {_first_difference(before[path], after[path])}: is not what the results give"
+            for path in stale
+        ]
+        raise InputError(
+            "fill: " + "\n".join(lines) + f"; run python -m bench report --fill {' '.join(map(str, stale))}"
+        )
+    for path in stale:
+        _write(path, after[path])
     if as_json:
-        print(dumps({"readme": str(path), "changed": after != before}), end="")
-    else:
-        print(f"{path} {'is up to date' if after == before else 'written'}")
+        found = [{"file": str(path), "tables": counts[path], "changed": path in stale} for path in before]
+        print(dumps({"filled": found}), end="")
+        return
+    for path, count in counts.items():
+        state = "written" if path in stale else "up to date"
+        print(f"{path}: {f'{count} tables, {state}' if count else 'has no tables to fill'}")
+
+
+def _first_difference(before: str, after: str) -> int:
+    """Returns the number of the first line in which two texts differ."""
+    pairs = zip_longest(before.split("\n"), after.split("\n"))
+    return next(i for i, (a, b) in enumerate(pairs, 1) if a != b)
 
 
 def _write(path: Path, text: str) -> None:
@@ -105,8 +131,8 @@ def _write(path: Path, text: str) -> None:
 
 BENCHMARK = Benchmark(
     name="report",
-    summary="one page of result files, or the tables of a README",
-    description="Makes one self-contained HTML page of result files, or writes their tables into a README.",
+    summary="one page of result files, or the tables of Markdown files",
+    description="Makes one self-contained HTML page of result files, or writes their tables into Markdown files.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     run=run,

@@ -1,25 +1,25 @@
-"""Which rows of result files become which charts."""
+"""The choice of charts: rows of result files become bars, rooflines, courses of memory and clips."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.records.metrics import METRICS, format_value, significant, time_scale
+from bench.records.metrics import METRICS, column_scale, format_value, significant, time_scale
 from bench.report import charts
 from bench.report.charts import Bar, Clip, Point
 from bench.report.markup import Markup
 
 #: The field of a table's identity whose values are held against each other; the others make the groups.
 COMPARED = ("provider", "method", "mode", "variant", "stage", "gpu")
-#: Of these the first that all rows of a table have is drawn: rates first, since they can stand on one axis whatever the
-#: size of the work.
+#: The first of these that all rows of a table have is drawn: rates first, since they can stand on one axis whatever
+#: the size of the work.
 SPEED = ("fraction_of_copy", "tflops", "frames_per_second", "total_seconds", "stage_two_seconds", "seconds")
 MEMORY = "peak_bytes"
 
 
 def bar_charts(table: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> list[Markup]:
-    """Speed and peak memory of everything that a table holds against each other; empty where it compares nothing."""
+    """Draws speed and peak memory of what a table holds against each other; empty where it compares nothing."""
     field = next((name for name in reversed(table["identity"]) if name in COMPARED), None)
     if field is None:
         return []
@@ -38,14 +38,16 @@ def bar_charts(table: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> 
 def _bars(
     table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str, Any] | None, failures: bool
 ) -> Markup:
-    """``failures``: whether rows without a result have their place; once is enough."""
+    """Draws one metric of a table; ``failures``: whether rows without a result have their place, once is enough."""
     groups: dict[str, list[Bar]] = {}
     metric = table["metrics"][name]
+    # Times may be far apart, and each has its own unit; bytes have one in a chart, as they have in a column.
+    unit = column_scale([row.get(name) for row in table["rows"]], "bytes") if metric["unit"] == "bytes" else (None, "")
     for row in table["rows"]:
         value, ok = row.get(name), row["status"] == "ok"
         if not (_is_number(value) if ok else failures):
             continue
-        text = _value_text(value, name, metric["unit"]) if ok else f"{row['status']}: {row.get('reason', '')}"
+        text = _value_text(value, name, metric["unit"], unit) if ok else f"{row['status']}: {row.get('reason', '')}"
         if ok and row["basis"] != "measured":
             text += f" {row['basis']}"
         label = str(row[field])
@@ -54,9 +56,9 @@ def _bars(
         )
     ceiling = None
     if name == "tflops" and ceilings and "matmul_tflops" in ceilings:
-        product = ceilings["matmul_tflops"]
+        matmul = ceilings["matmul_tflops"]
         dtype = ceilings.get("matmul_dtype", "a dtype that is not named")
-        ceiling = product, f"matrix product in {dtype}, {significant(product)} TFLOP/s"
+        ceiling = matmul, f"matmul in {dtype}, {significant(matmul)} TFLOP/s"
     elif name == "fraction_of_copy":
         ceiling = 1.0, "a copy, in the same run"
     better = {"lower": "shorter is better", "higher": "longer is better"}.get(metric["better"], "")
@@ -64,18 +66,18 @@ def _bars(
 
 
 def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str) -> str:
-    """What a row shares with those that it is held against."""
+    """Returns the words that a row shares with those that it is held against."""
     values = [(name, row[name]) for name in identity if name != field]
     return ", ".join(f"{value} {name}" if _is_number(value) else str(value) for name, value in values)
 
 
 def is_ours(row: Mapping[str, Any], label: str) -> bool:
-    """Whether a row is this project's own way: it says so, or else it is all but end-to-end."""
+    """Returns whether a row is this project's own way: it says so, or else it is all but end-to-end."""
     return bool(row["ours"]) if "ours" in row else "end-to-end" not in label.replace("_", "-")
 
 
 def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
-    """All rows of a section that have operations, bytes and seconds, under the section's ceilings, if it has both."""
+    """Draws all rows of a section that have operations, bytes and seconds; None where it lacks a ceiling."""
     ceilings = section.get("ceilings") or {}
     if not {"copy_bytes_per_second", "matmul_tflops"} <= ceilings.keys():
         return None
@@ -96,7 +98,7 @@ def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
 
 
 def timeline_charts(section: Mapping[str, Any], label: str) -> list[Markup]:
-    """The section's courses of memory."""
+    """Draws the section's courses of memory."""
     return [
         charts.timeline(f"{line['name']}{label}", line["points"], line["marks"], line.get("limit"), line["basis"])
         for line in section["timelines"]
@@ -105,44 +107,74 @@ def timeline_charts(section: Mapping[str, Any], label: str) -> list[Markup]:
 
 
 def whole_clips(documents: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> list[Clip]:
-    """Every configuration whose whole clips have a time, those of the paper first."""
-    found: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    """Returns every configuration whose whole clips have a time, those of the paper first, clips of one pass last."""
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for document, letter in zip(documents, letters, strict=True):
-        for row in clip_rows(document):
+        of_file = "" if len(documents) == 1 else f" ({letter})"
+        for row in (row for rows in clip_rows(document).values() for row in rows):
             reported = row["basis"] == "reported"
-            name = f"{row['model']}, {row['size']}" + ("" if reported or len(documents) == 1 else f" ({letter})")
-            rows = found.setdefault((name, reported), [])
+            rows = found.setdefault(
+                (0 if reported else 1, f"{row['model']}, {row['size']}{'' if reported else of_file}"), []
+            )
             if not any(reported and row["method"] == other["method"] for other in rows):
                 rows.append(row)
-    ordered = sorted(found.items(), key=lambda item: not item[0][1])
+        for section, rows in whole_rows(document).items():
+            settings = document["sections"][section]["settings"]
+            model = str(settings.get("model", section)).split(",")[0]
+            name = f"{model}, {settings.get('width')}x{settings.get('height')}{of_file}"
+            found[2, name] = [{**row, "method": row["mode"]} for row in rows]
     return [
         Clip(
             name,
             [(r["method"], r["total_seconds"], is_ours(r, r["method"]), r["basis"]) for r in rows],
-            max((r["speedup"] for r in rows if _is_number(r.get("speedup")) and is_ours(r, r["method"])), default=None),
+            _times_faster(rows) if last == 2 else max((r["speedup"] for r in rows if _is_own_speedup(r)), default=None),
         )
-        for (name, _), rows in ordered
+        for (last, name), rows in sorted(found.items(), key=lambda item: item[0][0])
     ]
 
 
-def clip_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows of whole clips by model, size and method that have a time."""
-    tables = [t for section in document["sections"].values() for t in section["tables"]]
-    return [
-        row
-        for table in tables
-        if table["identity"] == ["model", "size", "method"] and "total_seconds" in table["metrics"]
-        for row in table["rows"]
-        if row["status"] == "ok" and _is_number(row.get("total_seconds"))
-    ]
+def _is_own_speedup(row: Mapping[str, Any]) -> bool:
+    return _is_number(row.get("speedup")) and is_ours(row, row["method"])
 
 
-def _value_text(value: float, name: str, unit: str) -> str:
+def _times_faster(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns the end-to-end clip's time over that of our fastest; None where one is missing."""
+    ours = [row["total_seconds"] for row in rows if is_ours(row, row["method"])]
+    others = [row["total_seconds"] for row in rows if not is_ours(row, row["method"])]
+    return min(others) / min(ours) if ours and others else None
+
+
+def clip_rows(document: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns, by section, the rows of clips by model, size and method that have a time."""
+    return _timed_rows(document, ["model", "size", "method"])
+
+
+def whole_rows(document: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns, by section, the rows of the longest clip by frames and mode that was run whole and has a time."""
+    found = _timed_rows(document, ["frames", "mode"])
+    return {
+        name: [r for r in rows if r["frames"] == max(row["frames"] for row in rows)] for name, rows in found.items()
+    }
+
+
+def _timed_rows(document: Mapping[str, Any], identity: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name, section in document["sections"].items():
+        for table in section["tables"]:
+            if table["identity"] == identity and "total_seconds" in table["metrics"]:
+                rows = [r for r in table["rows"] if r["status"] == "ok" and _is_number(r.get("total_seconds"))]
+                if rows:
+                    found.setdefault(name, []).extend(rows)
+    return found
+
+
+def _value_text(value: float, name: str, unit: str, scaled: tuple[float | None, str]) -> str:
+    """Returns a bar's value with its unit; ``scaled``: the unit that all bars have, of :func:`column_scale`."""
     if unit == "s":
         scale, word = time_scale([value])
         return f"{significant(value / scale)} {word}"
     words = {"TFLOP/s": " TFLOP/s", "1/s": f" {METRICS[name].label}" if name in METRICS else " /s"}
-    return format_value(value, unit) + words.get(unit, "")
+    return f"{format_value(value, unit, scaled[0])}{words.get(unit, '')} {scaled[1]}".rstrip()
 
 
 def _is_number(value: Any) -> bool:

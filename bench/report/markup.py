@@ -6,21 +6,21 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-#: Elements that have no end.
+#: Elements that have no end tag.
 _VOID = ("br", "input", "link", "meta")
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is HTML already and is not escaped again."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """One element.
+    """Returns one element.
 
     Args:
-        name: of the element.
+        name: name of the element.
         children: text, which is escaped, markup, or lists of these; None is nothing.
         attributes: ``class_`` is ``class`` and ``data_value`` is ``data-value``; None and False leave one out, True
             writes its name alone.
@@ -36,7 +36,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(children: Iterable[Any], between: str = "") -> Markup:
-    """Children one after the other."""
+    """Returns children one after the other."""
     return Markup(between.join(_child(child) for child in children))
 
 

@@ -1,4 +1,4 @@
-"""What stands above the sections: the files and their machines, the figures to be reached, the paper beside ours."""
+"""The frame of a page: its title, the figures to be reached, and, last, the files and their machines."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ from typing import Any
 from bench.records.comparison import letter
 from bench.records.metrics import format_value, significant
 from bench.records.read import ROOT
-from bench.report import charts
-from bench.report.figures import clip_rows, is_ours, whole_clips
+from bench.report.answer import card_line, cudnn_version
 from bench.report.markup import Markup, tag
-from bench.report.tables import BASES, Cell, badge, plain_table, sortable, verdict_table
+from bench.report.tables import BASES, badge, plain_table, verdict_table
 
 TITLE = "swifti2v: benchmark results"
 
 Document = Mapping[str, Any]
 
 
-def page_header(documents: Sequence[Document]) -> Markup:
-    """Title, counts over all files, and what the badges mean."""
+def page_header(documents: Sequence[Document], clip: bool) -> Markup:
+    """Returns the title; and, where no clip says so (``clip``), the cards that the figures are from."""
+    newest = {d["environment"]["device"]: d for d in sorted(documents, key=lambda d: d["environment"]["date"])}
+    return tag("header", tag("h1", TITLE), None if clip else [card_line(document) for document in newest.values()])
+
+
+def legend() -> Markup:
+    """Returns what the badges mean, folded away."""
+    meanings = [*((badge(name), text) for name, text in BASES.items())]
+    meanings.append((badge("out of memory", "bad"), "no result; the note says why"))
+    words = [tag("div", tag("dt", word), tag("dd", text)) for word, text in meanings]
+    return tag("details", tag("summary", "What the badges mean"), tag("dl", words, class_="legend"), class_="meanings")
+
+
+def _counts(documents: Sequence[Document]) -> Markup:
+    """Returns how much there is in all files, and how much of it has no result."""
     sections = [section for document in documents for section in document["sections"].values()]
     rows = [row for section in sections for table in section["tables"] for row in table["rows"]]
-    verdicts = [verdict for section in sections for verdict in section["verdicts"]]
     cut = sum(section["status"] != "complete" for section in sections)
     machines = len({d["environment"]["device"] for d in documents})
     failed = sum(row["status"] != "ok" for row in rows)
@@ -33,23 +45,14 @@ def page_header(documents: Sequence[Document]) -> Markup:
         (f"{len(rows):,}", "rows", ""),
         (sum(row["basis"] == "measured" for row in rows), "of them measured", ""),
         (failed, "without a result", "bad" if failed else ""),
-        (sum(v["met"] is True for v in verdicts), "figures met", "good"),
-        (missed := sum(v["met"] is False for v in verdicts), "MISSED", "bad" if missed else ""),
         (cut, "incomplete sections", "bad" if cut else ""),
     ]
-    meanings = [*((badge(name), text) for name, text in BASES.items())]
-    meanings.append((badge("out of memory", "bad"), "no result; the note says why"))
-    legend = [tag("div", tag("dt", word), tag("dd", text)) for word, text in meanings]
-    return tag(
-        "header", tag("h1", TITLE),
-        tag("div", [tag("div", tag("b", f"{value}"), tag("span", text), class_=f"tile {kind}")
-                    for value, text, kind in tiles], class_="tiles"),
-        tag("details", tag("summary", "What the badges mean"), tag("dl", legend, class_="legend"), open=True),
-    )  # fmt: skip
+    return tag("div", [tag("div", tag("b", f"{value}"), tag("span", text), class_=f"tile {kind}")
+                       for value, text, kind in tiles if value], class_="tiles")  # fmt: skip
 
 
 def files_block(paths: Sequence[Path], documents: Sequence[Document], labels: Sequence[str]) -> Markup:
-    """The files and the machines that they come from."""
+    """Returns the files and the machines that they come from."""
     rows = []
     for i, (path, document) in enumerate(zip(paths, documents, strict=True)):
         environment, git = document["environment"], document["environment"]["git"] or {}
@@ -63,11 +66,12 @@ def files_block(paths: Sequence[Path], documents: Sequence[Document], labels: Se
     cards = [
         _environment(i, document, label) for i, (document, label) in enumerate(zip(documents, labels, strict=True))
     ]
-    return tag("section", tag("h2", "Files"), table, tag("div", cards, class_="panels"), id="files")
+    heading = tag("h2", "Files and machines")
+    return tag("section", heading, _counts(documents), table, tag("div", cards, class_="panels"), id="files")
 
 
 def _shown(path: Path) -> str:
-    """Within the repository from its root; elsewhere the name alone, since folders are nobody's business."""
+    """Returns a path from the repository's root; elsewhere the name alone, since folders are nobody's business."""
     resolved = Path(path).resolve()
     return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else resolved.name
 
@@ -77,7 +81,7 @@ def _environment(i: int, document: Document, label: str) -> Markup:
     gpu, packages = environment.get("gpu", {}), environment["packages"]
     capability, memory = gpu.get("capability"), gpu.get("memory_bytes")
     facts = {
-        "driver": gpu.get("driver"), "CUDA": gpu.get("cuda"), "cuDNN": gpu.get("cudnn"),
+        "driver": gpu.get("driver"), "CUDA": gpu.get("cuda"), "cuDNN": cudnn_version(gpu.get("cudnn")),
         **{name: version for name, version in packages.items() if version},
         "Python": environment.get("python"), "platform": environment.get("platform"),
         "CPU": environment.get("cpu"), "cores": environment.get("cpu_count"),
@@ -99,7 +103,7 @@ def _environment(i: int, document: Document, label: str) -> Markup:
 
 
 def _run(name: str, section: Mapping[str, Any]) -> list[Any]:
-    """A section's status, its seconds, how the card was before and after, and its ceilings."""
+    """Returns a section's status, its seconds, how the card was before and after, and its ceilings."""
     machine, ceilings = section.get("machine") or {}, section.get("ceilings") or {}
     before, after = machine.get("before") or {}, machine.get("after") or {}
 
@@ -109,17 +113,17 @@ def _run(name: str, section: Mapping[str, Any]) -> list[Any]:
 
     throttled = [badge(f"throttled: {word}", "bad") for word in after.get("throttling") or ()]
     status = badge(section["status"], "good" if section["status"] == "complete" else "bad", section.get("reason"))
-    copy, product = ceilings.get("copy_bytes_per_second"), ceilings.get("matmul_tflops")
+    copy, matmul = ceilings.get("copy_bytes_per_second"), ceilings.get("matmul_tflops")
     return [
         name, [status, throttled], "" if section.get("seconds") is None else f"{section['seconds']:,.1f}",
         course("clock_mhz"), course("power_watts"), course("temperature_celsius"),
         "" if copy is None else format_value(copy, "B/s"),
-        "" if product is None else f"{significant(product)} ({ceilings.get('matmul_dtype', '')})",
+        "" if matmul is None else f"{significant(matmul)} ({ceilings.get('matmul_dtype', '')})",
     ]  # fmt: skip
 
 
 def verdicts_block(documents: Sequence[Document]) -> Markup | None:
-    """The figures to be reached, of all files; None where there are none."""
+    """Returns the figures to be reached, of all files, the missed ones first; None where there are none."""
     found = [
         (letter(i), name, verdict)
         for i, document in enumerate(documents)
@@ -128,38 +132,8 @@ def verdicts_block(documents: Sequence[Document]) -> Markup | None:
     ]
     if not found:
         return None
-    return tag("section", tag("h2", "Figures to be reached"), verdict_table(found), id="figures")
-
-
-def paper_block(documents: Sequence[Document]) -> Markup | None:
-    """What the paper reports beside our own, where a file has both."""
-    letters = [letter(i) for i in range(len(documents))]
-    rows = [(at, row) for document, at in zip(documents, letters, strict=True) for row in clip_rows(document)]
-    if not any(row["basis"] == "reported" for _, row in rows) or all(row["basis"] == "reported" for _, row in rows):
-        return None
-    theirs = {is_ours(row, row["method"]): row for _, row in rows if row["basis"] == "reported"}
-    lines, said = [], set()
-    for at, row in sorted(rows, key=lambda pair: pair[1]["basis"] != "reported"):
-        reported, ours = row["basis"] == "reported", is_ours(row, row["method"])
-        if reported and row["method"] in said:
-            continue
-        said |= {row["method"]} if reported else set()
-        same = theirs.get(ours)
-        over = same["total_seconds"] / row["total_seconds"] if same and same["size"] == row["size"] else None
-        cells = [
-            Cell(badge(row["basis"]), row["basis"]), Cell(row["model"], row["model"]), Cell(row["size"], row["size"]),
-            Cell(row["method"], row["method"]),
-            Cell(tag("span", significant(row["total_seconds"]), class_="figure-value"), row["total_seconds"]),
-            Cell(format_value(row.get("speedup"), "ratio"), row.get("speedup")),
-            Cell("" if over is None or reported else format_value(over, "ratio"), over),
-            Cell("" if reported else at, at), Cell(row.get("basis_note", ""), row.get("basis_note"), "notes"),
-        ]  # fmt: skip
-        kind = f"{'ours ' if ours and not reported else ''}unmeasured {row['basis']}"
-        lines.append((kind if row["basis"] != "measured" else "ours" if ours else "", cells))
-    headers = ["basis", "model", "size", "method", "whole clip, s", "times faster", "the paper's time over this"]
-    note = "Times faster: than end-to-end with 50 steps and guidance, of the same model and size. The paper's card is"
-    note += " another, and so are its models' weights and its baseline's code."
-    chart = charts.clips("Seconds of one clip", whole_clips(documents, letters))
-    heading = tag("h2", "The paper beside ours")
-    return tag("section", heading, chart, sortable("the paper beside ours", [*headers, "file", "note"], lines),
-               tag("p", note, class_="note"), id="paper")  # fmt: skip
+    found.sort(key=lambda entry: {False: 0, True: 1, None: 2}[entry[2]["met"]])
+    missed, met = (sum(verdict["met"] is state for _, _, verdict in found) for state in (False, True))
+    counts = tag("p", tag("b", f"{missed} missed", class_="bad" if missed else None), ", ",
+                 tag("b", f"{met} met", class_="good"))  # fmt: skip
+    return tag("section", tag("h2", "Figures to be reached"), counts, verdict_table(found), id="figures")

@@ -8,26 +8,30 @@ from typing import Any
 
 from bench.records.comparison import compare_documents, count_verdicts, labels_of, letter
 from bench.records.comparison_text import summary, unmatched_lines
+from bench.report.answer import answer_block
 from bench.report.figures import bar_charts, roofline_chart, timeline_charts
 from bench.report.markup import Markup, tag
-from bench.report.overview import TITLE, Document, files_block, page_header, paper_block, verdicts_block
+from bench.report.overview import TITLE, Document, files_block, legend, page_header, verdicts_block
 from bench.report.tables import badge, comparison_table, data_table
 from model.errors import InputError
 
 #: Nothing may be loaded from anywhere: the browser itself holds the page to it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+#: Sections before the figures to be reached: the clip and its memory, then kernels; and those that follow.
+FIRST = ("csg", "memory", "operators", "attention", "vae", "dit")
+THEN = ("precision", "tune", "compile", "sanitize", "tests", "cost")
 #: Bars beyond which a chart is folded away.
 MANY_ROWS = 40
-#: Notes beyond which these are.
+#: Notes beyond which the notes of a section are folded away.
 MANY_NOTES = 6
 
 
 def build_page(paths: Sequence[Path], documents: Sequence[Document]) -> str:
-    """The page of some result files.
+    """Returns the page of some result files.
 
     Args:
-        paths: of the files, for their names.
-        documents: what is in them, of :func:`bench.records.read.read_result`.
+        paths: paths of the files, for their names.
+        documents: what is in the files, as :func:`bench.records.read.read_result` returns it.
 
     Raises:
         InputError: there are none.
@@ -46,37 +50,44 @@ def build_page(paths: Sequence[Path], documents: Sequence[Document]) -> str:
         tag("meta", name="color-scheme", content="light dark"), tag("link", rel="icon", href="data:,"),
         tag("style", Markup(here.with_name("page.css").read_text())),
     )  # fmt: skip
-    links = [
-        ("files", "Files"),
-        ("comparison", "Files against A"),
-        ("figures", "Figures to be reached"),
-        ("paper", "The paper beside ours"),
-    ]
-    verdicts, paper = verdicts_block(documents), paper_block(documents)
-    links = [
-        (at, text)
-        for at, text in links
-        if {"comparison": comparison, "figures": verdicts, "paper": paper}.get(at, True)
-    ]
-    links += [(f"section-{name.replace(' ', '-')}", titles[name]) for name in names]
-    navigation = tag("nav", [tag("a", text, href=f"#{at}") for at, text in links], aria_label="sections")
-    main = tag(
-        "main", files_block(paths, documents, labels), _compared(comparison) if comparison else None, verdicts, paper,
-        [_section(name, titles[name], documents, comparison) for name in names],
-    )  # fmt: skip
+    answer, verdicts = answer_block(documents), verdicts_block(documents)
+    parts: list[tuple[str, str, Markup | None]] = [("clip", "One clip", answer)]
+    parts += [_part(name, titles[name], documents, comparison) for name in FIRST if name in names]
+    parts.append(("figures", "Figures to be reached", verdicts))
+    parts.append(("comparison", "Files against A", _compared(comparison) if comparison else None))
+    parts += [_part(name, titles[name], documents, comparison) for name in _in_order(names) if name not in FIRST]
+    parts.append(("files", "Files and machines", files_block(paths, documents, labels)))
+    shown = [(at, text, part) for at, text, part in parts if part is not None]
+    navigation = tag("nav", [tag("a", text, href=f"#{at}") for at, text, _ in shown], aria_label="sections")
+    first, *rest = [part for _, _, part in shown]
+    main = tag("main", first, legend(), rest)
     script = tag("script", Markup(here.with_name("page.js").read_text()))
-    body = tag("body", page_header(documents), navigation, main, script)
+    body = tag("body", page_header(documents, answer is not None), navigation, main, script)
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Returns the sections in the order of a page; those that it does not know come last, as they were found."""
+    known = [*FIRST, *THEN]
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def _part(
+    name: str, title: str, documents: Sequence[Document], comparison: Mapping[str, Any] | None
+) -> tuple[str, str, Markup]:
+    at = f"section-{name.replace(' ', '-')}"
+    return at, title, _section(name, title, documents, comparison)
+
+
 def _section(name: str, title: str, documents: Sequence[Document], comparison: Mapping[str, Any] | None) -> Markup:
-    having = {i: d["sections"][name] for i, d in enumerate(documents) if name in d["sections"]}
+    # What ran on a GPU comes first; files keep their letters.
+    order = sorted(range(len(documents)), key=lambda i: documents[i]["environment"]["device_type"] == "cpu")
+    having = {i: documents[i]["sections"][name] for i in order if name in documents[i]["sections"]}
     several = len(documents) > 1
     pieces: list[Any] = [tag("h2", title, " ", tag("small", f"python -m bench {name}"))]
     pieces.append(tag("div", [_status(i, section, several) for i, section in having.items()], class_="states"))
     roofs = [roofline_chart(section, f"Roofline{_of(i, several)}") for i, section in having.items()]
-    lines = [chart for i, s in having.items() for chart in timeline_charts(s, _of(i, several))]
-    if drawn := [chart for chart in (*roofs, *lines) if chart is not None]:
+    if drawn := [chart for chart in roofs if chart is not None]:
         pieces.append(tag("div", drawn, class_="panels"))
     for table in dict.fromkeys(table["name"] for section in having.values() for table in section["tables"]):
         found = {i: t for i, s in having.items() for t in s["tables"] if t["name"] == table and t["rows"]}
@@ -87,6 +98,8 @@ def _section(name: str, title: str, documents: Sequence[Document], comparison: M
             if (compared["section"], compared["table"]) == (name, table):
                 pieces.append(tag("h4", "Side by side, as ratios over A"))
                 pieces.append(comparison_table(compared, len(documents)))
+    if lines := [chart for i, s in having.items() for chart in timeline_charts(s, _of(i, several))]:
+        pieces += [tag("h3", "Memory over time"), tag("div", lines, class_="panels")]
     return tag("section", pieces, id=f"section-{name.replace(' ', '-')}")
 
 
@@ -112,7 +125,7 @@ def _status(i: int, section: Mapping[str, Any], several: bool) -> Markup:
 
 
 def _panel(i: int, table: Mapping[str, Any], section: Mapping[str, Any], several: bool) -> Markup:
-    """A table of one file and its charts."""
+    """Returns a table of one file and its charts."""
     drawn = bar_charts(table, section.get("ceilings"))
     if drawn and len(table["rows"]) > MANY_ROWS:
         charted: Any = tag("details", tag("summary", f"charts of {len(table['rows'])} rows"), drawn)
@@ -134,7 +147,7 @@ def _comparison(documents: Sequence[Document], labels: Sequence[str]) -> dict[st
 
 
 def _compared(comparison: Mapping[str, Any]) -> Markup:
-    """What to know before the files are compared, and what was not."""
+    """Returns what to know before the files are compared, and what was not compared."""
     lines = [*comparison.get("apart", ()), *unmatched_lines(comparison)]
     heading = tag("h2", "Files against A")
     common = [i for i in range(1, len(comparison["labels"])) if count_verdicts(comparison, i)]

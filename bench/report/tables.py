@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from bench.records.comparison import letter
 from bench.records.comparison_text import WORDS, comparison_note
 from bench.records.markdown import columns_of
-from bench.records.metrics import column_label, format_value, time_scale
+from bench.records.metrics import column_label, column_scale, format_value
 from bench.report.markup import Markup, tag
 
-#: What the badges of a row say, in the order of the legend.
+#: The meanings of a row's badges, in the order of the legend.
 BASES = {
     "measured": "run on the card named, in the run named",
     "extrapolated": "measured on less (layers, steps, latent frames) and scaled; the note says from what",
@@ -23,7 +23,7 @@ BASES = {
 
 
 class Cell(NamedTuple):
-    """What is shown, and the number or text that it sorts by; None sorts last."""
+    """A cell: what is shown, and the number or text that it sorts by; None sorts last."""
 
     content: Any
     value: Any = None
@@ -31,19 +31,19 @@ class Cell(NamedTuple):
 
 
 def badge(word: str, kind: str = "", title: str | None = None) -> Markup:
-    """A word in a coloured box."""
+    """Returns a word in a coloured box."""
     return tag("span", word, class_=f"badge {kind or word.replace(' ', '-')}", title=title or BASES.get(word))
 
 
 def sortable(
     name: str, headers: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, tools: bool = True
 ) -> Any:
-    """A table.
+    """Returns a table.
 
     Args:
-        name: for who cannot see it.
-        headers: of the columns.
-        rows: each with its class and cells.
+        name: what the table is called, for who cannot see it.
+        headers: the heads of the columns.
+        rows: each row with its class and cells.
         tools: whether columns sort and rows can be filtered.
     """
     numeric = [any(isinstance(cells[i].value, (int, float)) for _, cells in rows) for i in range(len(headers))]
@@ -70,24 +70,24 @@ def _cell(cell: Cell) -> Markup:
 
 
 def data_table(table: Mapping[str, Any]) -> Markup:
-    """A table of a result file, every row with its badge and its notes."""
+    """Returns a table of a result file, every row with its badge and its notes."""
     columns, rows = columns_of(table), table["rows"]
     scales = {
-        name: time_scale(row.get(name) for row in rows)
+        name: column_scale((row.get(name) for row in rows), table["metrics"][name]["unit"])
         for name in columns
-        if table["metrics"].get(name, {}).get("unit") == "s"
+        if name in table["metrics"]
     }
     marked = any(row["basis"] != "measured" or row["status"] != "ok" for row in rows)
     notes = [_notes(row) for row in rows]
     headers = [
-        column_label(name, table["metrics"][name], scales.get(name, (1.0, ""))[1])
+        column_label(name, table["metrics"][name], scales[name][1])
         if name in table["metrics"]
         else name.replace("_", " ")
         for name in columns
     ]
     lines = []
     for row, note in zip(rows, notes, strict=True):
-        cells = [_data_cell(row, name, table, scales.get(name, (1.0, ""))[0]) for name in columns]
+        cells = [_data_cell(row, name, table, scales.get(name, (None, ""))[0]) for name in columns]
         if marked:
             badges = [badge(row["status"], "bad", row.get("reason"))] if row["status"] != "ok" else []
             badges += [badge(row["basis"])] if row["basis"] != "measured" or not badges else []
@@ -101,7 +101,7 @@ def data_table(table: Mapping[str, Any]) -> Markup:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    """The row's class."""
+    """Returns the classes of a row: whose it is, whether it failed, and its basis."""
     parts = ["ours"] if row.get("ours") else []
     parts += ["failed"] if row["status"] != "ok" else []
     return " ".join([*parts, *([f"unmeasured {row['basis']}"] if row["basis"] != "measured" else [])])
@@ -115,7 +115,7 @@ def _notes(row: Mapping[str, Any]) -> list[Markup]:
     return found
 
 
-def _data_cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float) -> Cell:
+def _data_cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float | None) -> Cell:
     value, metric = row.get(name), table["metrics"].get(name)
     if value is None:
         return Cell("")
@@ -131,13 +131,14 @@ def _data_cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scal
 
 
 def verdict_table(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Markup:
-    """Figures to be reached: (file, section, verdict)."""
+    """Returns the table of figures to be reached, from triples of file, section and verdict."""
     words = {True: badge("met", "good"), False: badge("MISSED", "bad"), None: tag("span", "no target", class_="muted")}
     lines = []
     for label, section, v in found:
         cells = [
-            Cell(words[v["met"]], {False: "0", True: "1", None: "2"}[v["met"]]), Cell(v["what"], v["what"]),
-            Cell(v["shape"], v["shape"]), Cell(f"{format_value(v['value'], 'number')} {v['unit']}".strip(), v["value"]),
+            Cell(words[v["met"]], {False: "0", True: "1", None: "2"}[v["met"]]), Cell(v["what"], v["what"], "words"),
+            Cell(v["shape"], v["shape"], "words"),
+            Cell(f"{format_value(v['value'], 'number')} {v['unit']}".strip(), v["value"]),
             Cell(format_value(v["wanted"], "number"), v["wanted"]), Cell(badge(v["basis"]), v["basis"]),
             Cell(section, section), Cell(label, label),
         ]  # fmt: skip
@@ -147,7 +148,7 @@ def verdict_table(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Markup
 
 
 def comparison_table(table: Mapping[str, Any], count: int) -> Markup:
-    """Rows of several files, side by side, with ratios over the first."""
+    """Returns rows of several files, side by side, with ratios over the first."""
     letters, lines = [letter(i) for i in range(count)], []
     for row in table["rows"]:
         bases = list(dict.fromkeys(basis for basis in row["bases"] if basis is not None))
@@ -160,7 +161,7 @@ def comparison_table(table: Mapping[str, Any], count: int) -> Markup:
             lines.append(("failed", [*head, *[Cell("")] * (2 * count), Cell(note, note, "notes")]))
         for name, values in row["values"].items():
             metric = table["metrics"][name]
-            scale, unit = time_scale(values) if metric["unit"] == "s" else (1.0, "")
+            scale, unit = column_scale(values, metric["unit"])
             label = f"{metric['label']}, {unit}" if unit else metric["label"]
             texts = [tag("span", format_value(v, metric["unit"], scale), class_="figure-value") for v in values]
             cells = [*head, Cell(label, label), *(Cell(t, v, "number") for t, v in zip(texts, values, strict=True))]
@@ -173,5 +174,5 @@ def comparison_table(table: Mapping[str, Any], count: int) -> Markup:
 
 
 def plain_table(name: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    """A small table that is only read."""
+    """Returns a small table that is only read."""
     return sortable(name, headers, [("", [Cell(text) for text in row]) for row in rows], tools=False)

@@ -1,4 +1,4 @@
-"""``python -m bench sanitize``."""
+"""The command ``python -m bench sanitize``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ the same place, differently rounded: that is Triton's (triton-lang/triton issue 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
-    parser.add_argument("--checks", metavar="NAME,...", default=",".join(TOOLS), help="of %(default)s (default both)")
+    """Adds the options of this command alone."""
+    parser.add_argument(
+        "--checks", metavar="NAME,...", default=",".join(TOOLS), help="checks to run, of %(default)s (default both)"
+    )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--tool", metavar="PROGRAM", help=f"default {NAME} in PATH or of a CUDA toolkit")
     parser.add_argument("--check", action="store_true", help="exit with an error unless all is clean")
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Both checks; without CUDA says what they would watch."""
+    """Runs both checks; without CUDA says what they would watch."""
     checks = [name.strip() for name in args.checks.split(",")]
     wrong = [name for name in checks if name not in TOOLS]
     if wrong:

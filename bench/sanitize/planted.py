@@ -11,13 +11,13 @@ SIZE = 256
 
 @triton.jit
 def planted_overrun_kernel(x_ptr, SIZE: tl.constexpr):
-    """Writes one element behind the end."""
+    """Writes one element beyond the end."""
     tl.store(x_ptr + 1 + tl.arange(0, SIZE), 1)
 
 
 @triton.jit
 def planted_race_kernel(x_ptr, SIZE: tl.constexpr):
-    """All threads write the same word of shared memory, each another number, and nothing is between them."""
+    """Writes the same word of shared memory from all threads, each another number, and nothing orders them."""
     x = tl.load(x_ptr + tl.arange(0, SIZE))
     total = tl.sum(x)  # the warps' parts meet in shared memory, so that there is some
     mine = tl.inline_asm_elementwise(
@@ -27,7 +27,7 @@ def planted_race_kernel(x_ptr, SIZE: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, SIZE), mine + total)
 
 
-#: By the check that must find it.
+#: The kernel that each check must find, by the check.
 PLANTED = {"memcheck": planted_overrun_kernel, "racecheck": planted_race_kernel}
 
 

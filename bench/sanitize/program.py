@@ -1,4 +1,4 @@
-"""What runs under compute-sanitizer: cases of the library, one after another, each kept in a file as it ends.
+"""The program that runs under compute-sanitizer: cases of the library, one after another, each kept as it ends.
 
 python -m bench.sanitize.program OUT.jsonl --cases 3,17
 python -m bench.sanitize.program OUT.jsonl --planted racecheck
@@ -24,7 +24,7 @@ from bench.sanitize.planted import PLANTED, run_planted
 
 @contextmanager
 def launched() -> Iterator[list[str]]:
-    """The names of the Triton and Gluon kernels that are launched in the body, in order."""
+    """Collects the names of the Triton and Gluon kernels that are launched while the block runs, in order."""
     from triton.runtime.jit import JITFunction
 
     names: list[str] = []
@@ -61,14 +61,14 @@ def run_cases(numbers: list[int], device: torch.device, path: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the cases, or the planted fault, that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize.program", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a line of JSON for each case")
     parser.add_argument("--cases", default="", help="their numbers, separated by commas")
     parser.add_argument("--planted", choices=[*PLANTED], help="a kernel with a fault instead")
     parser.add_argument("--seconds", type=float, default=120, help="ends the process if it takes longer")
     args = parser.parse_args()
-    # Also where the device does not come back; who waits outside cannot end what compute-sanitizer has started.
+    # The device may not come back, and who waits outside cannot end what compute-sanitizer has started.
     faulthandler.dump_traceback_later(args.seconds, exit=True)
     device = torch.device("cuda")
     if args.planted:

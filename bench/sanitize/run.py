@@ -20,13 +20,13 @@ from bench.sanitize.tool import command_of, errors_of, first_words
 
 #: The first port that compute-sanitizer may use, and how many a process may try.
 FIRST_PORT, PORTS = 49152, 16
-#: For a case, and for a process to begin; generous, since a tool may slow a kernel down a hundred times.
+#: Seconds for a case, and for a process to begin; generous, since a tool may slow a kernel down a hundred times.
 CASE_SECONDS, BEGIN_SECONDS = 45, 60
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process left: its report, the lines of the cases that ended in it, its exit code."""
+    """The outcome of a process: its report, the lines of the cases that ended in it, its exit code."""
 
     report: str
     lines: dict[int, dict[str, Any]]
@@ -34,22 +34,22 @@ class Outcome:
 
     @property
     def errors(self) -> int | None:
-        """That the report counts; None of one that is not whole."""
+        """The errors that the report counts; None where it is not whole."""
         return errors_of(self.report)
 
     def clean(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these cases ended well and nothing was found."""
+        """Returns whether all of these cases ended well and nothing was found."""
         ended = all(number in self.lines and "status" not in self.lines[number] for number in numbers)
         return ended and self.errors == 0 and self.code == 0
 
     @property
     def why(self) -> str:
-        """What there is to say of one that is not clean."""
+        """The reason why this outcome is not clean."""
         return first_words(self.report) or f"its process ended with {self.code} and said nothing"
 
 
 class Running:
-    """A process at work."""
+    """A process that runs cases under a check, and its report so far."""
 
     def __init__(self, tool: Path, check: str, numbers: Sequence[int], folder: Path, slot: int, planted: bool = False):
         self.numbers, self.slot = list(numbers), slot
@@ -68,7 +68,7 @@ class Running:
         )  # fmt: skip
 
     def outcome(self) -> Outcome | None:
-        """None while it runs."""
+        """Returns the outcome once the process has ended; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -78,14 +78,14 @@ class Running:
         return Outcome(report, {line["case"]: line for line in found}, code)
 
     def kill(self) -> None:
-        """Ends it."""
+        """Kills the process and waits for its end."""
         self._process.kill()
         self._process.wait()
         self._file.close()
 
 
 def find_planted(tool: Path, check: str, folder: Path) -> str | None:
-    """Why a check is not to be trusted on this machine; None if it finds the fault that is planted for it."""
+    """Returns why a check is not to be trusted on this machine; None if it finds the fault that is planted for it."""
     running = Running(tool, check, [], folder, 0, planted=True)
     try:
         while (outcome := running.outcome()) is None:
@@ -93,21 +93,21 @@ def find_planted(tool: Path, check: str, folder: Path) -> str | None:
     except BaseException:
         running.kill()
         raise
-    # By name, since a program that fails in another way is an error of the report too.
+    # The kernel must be named, since a program that fails in another way is an error of the report too.
     if outcome.errors and PLANTED[check].__name__ in outcome.report:
         return None
     return f"it did not find the fault planted for it: {outcome.why}"
 
 
 def watch_cases(tool: Path, check: str, numbers: Sequence[int], jobs: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for every case, as each is known.
+    """Yields a row for every case, as each is known.
 
     Args:
-        tool: compute-sanitizer.
-        check: of :data:`bench.sanitize.tool.TOOLS`.
-        numbers: of cases, in ``all_cases()``.
+        tool: the program compute-sanitizer.
+        check: one of :data:`bench.sanitize.tool.TOOLS`.
+        numbers: positions of the cases in ``all_cases()``.
         jobs: processes at once.
-        folder: for their reports.
+        folder: where their reports are written.
     """
     # Neighbours stay together: an operator that is not clean splits few processes.
     share = max(-(-len(numbers) // jobs), 1)
@@ -135,7 +135,7 @@ def watch_cases(tool: Path, check: str, numbers: Sequence[int], jobs: int, folde
 
 
 def _row(check: str, number: int, outcome: Outcome) -> dict[str, Any]:
-    """Of a case in a clean process, or alone in one."""
+    """Returns the row of a case in a clean process, or alone in one."""
     case, line = all_cases()[number], outcome.lines.get(number, {})
     kernels = line.get("kernels", [])
     row: dict[str, Any] = {"tool": check, "case": case.name, "operator": operator_name(case)}

@@ -11,9 +11,9 @@ from pathlib import Path
 from model.errors import InputError
 
 NAME = "compute-sanitizer"
-#: What each tool finds, for people. ``memcheck``: global, shared and local memory; ``racecheck``: shared memory.
+#: The faults that each tool finds: ``memcheck`` in global, shared and local memory, ``racecheck`` in shared memory.
 TOOLS = {
-    "memcheck": "accesses out of bounds or misaligned, bulk copies and warp-group products included",
+    "memcheck": "accesses out of bounds or misaligned, bulk copies and warp-group matmul included",
     "racecheck": "hazards between threads in shared memory, asynchronous copies included",
 }
 #: Only kernels of this form are watched: ours all end so, and those of torch and of its libraries have mangled names.
@@ -27,7 +27,7 @@ _LINE = re.compile(r"^=+ ?(.*)$", re.MULTILINE)
 
 
 def find_tool(given: str | None = None) -> Path:
-    """The program: as given, in PATH, or of a CUDA toolkit at its usual places.
+    """Returns the program: as given, in PATH, or of a CUDA toolkit at its usual places.
 
     Raises:
         InputError: there is none.
@@ -48,13 +48,13 @@ def find_tool(given: str | None = None) -> Path:
 
 
 def command_of(tool: Path, check: str, port: int, program: Sequence[str]) -> list[str]:
-    """The command line that runs ``program`` under one of the checks.
+    """Returns the command line that runs ``program`` under one of the checks.
 
     Args:
-        tool: of :func:`find_tool`.
-        check: of :data:`TOOLS`.
-        port: the first of those that it may use; calls that run at once need different ones.
-        program: and its arguments.
+        tool: as of :func:`find_tool`.
+        check: one of :data:`TOOLS`.
+        port: the first port that it may use; calls that run at once need different ones.
+        program: the program and its arguments.
     """
     options = ["--tool", check, "--target-processes", "application-only", "--destroy-on-device-error", "kernel"]
     options += ["--kernel-name", f"regex={KERNELS}", "--port", str(port), "--show-backtrace", "no"]
@@ -65,13 +65,13 @@ def command_of(tool: Path, check: str, port: int, program: Sequence[str]) -> lis
 
 
 def errors_of(text: str) -> int | None:
-    """How many errors or hazards a report counts; None of one that is not whole."""
+    """Returns how many errors or hazards a report counts; None where it is not whole."""
     found = _SUMMARY.findall(text)
     return int(found[-1]) if found else None
 
 
 def first_words(text: str) -> str | None:
-    """The first thing that a report says beyond its title, in one line; None if it says nothing."""
+    """Returns the first thing that a report says beyond its title, in one line; None if it says nothing."""
     words: list[str] = []
     for line in _LINE.findall(text):
         if line.strip() == "COMPUTE-SANITIZER" or _SUMMARY.match(f"= {line}"):

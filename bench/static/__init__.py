@@ -1,1 +1,1 @@
-"""``python -m bench compile``: what the compiler made of every kernel, without a GPU."""
+"""The benchmark ``python -m bench compile``, which reads what the compiler made of every kernel, without a GPU."""

@@ -1,20 +1,20 @@
 """The least time that a compiled loop can take on a card, from its instructions: a prediction, never a measurement.
 
-For one pass over the main loop, per streaming multiprocessor (SM), in cycles:
+These times are counted for one pass over the main loop, per streaming multiprocessor (SM), in cycles:
 
 * ``tensor``: multiply-adds over the tensor cores' rate;
 * ``exponent``, ``fma``, ``alu``, ``shared``, ``issue``: instructions of that kind over the rate of their unit (CUDA
   programming guide, throughput of native instructions), 4 schedulers an SM;
 * ``memory``: bytes fetched over 64 B a cycle from L2;
-* ``latency``: one group of warps alone: its products plus everything else it does one after the other (the larger of
-  its stall counts and its unit times). Where the code overlaps exponentials with a product in flight, half of the
-  products is hidden. A group is what runs without waiting for others: a warp-specialised consumer; with ``wgmma`` and
-  ``tcgen05`` otherwise the whole program, whose warps meet at a barrier around every product; with ``mma.sync`` one
-  warp a scheduler.
+* ``latency``: one group of warps alone: its matrix multiplications plus everything else it does one after the other
+  (the larger of its stall counts and its unit times). Where the code overlaps exponentials with a multiplication in
+  flight, half of the multiplications is hidden. A group is what runs without waiting for others: a warp-specialised
+  consumer; with ``wgmma`` and ``tcgen05`` otherwise the whole program, whose warps meet at a barrier around every
+  multiplication; with ``mma.sync`` one warp a scheduler.
 
 All groups of warps on an SM share the units; latency is paid by each for itself. The bound is the largest of these; the
-fraction is ``tensor`` over it. What is left out: L2 and DRAM misses, clocks under power limits, the start and the end
-of a program. Published kernels reach 0.55 to 0.79 of such a bound.
+fraction is ``tensor`` over it. L2 and DRAM misses, clocks under power limits, the start and the end of a program are
+left out. Published kernels reach 0.55 to 0.79 of such a bound.
 """
 
 from __future__ import annotations
@@ -51,44 +51,46 @@ _UNITS = {
     "shared": {"SHFL": 4, "LDSM": 16, "LDS": 8, "STS": 8, "STSM": 8},
 }
 _L2_BYTES_PER_CYCLE = 64
-#: Kinds of operands of 8 bits, as tensor-core opcodes begin for them, and their rate over that of bf16 with float32
-#: sums. Sources: vendor data sheets and architecture whitepapers.
+#: By kind of 8-bit operands: how tensor-core opcodes begin for it, and its rate over that of bf16 with float32 sums.
+#: Sources: vendor data sheets and architecture whitepapers.
 EIGHT_BITS = {
     "float8": (("QGMMA", "QMMA", "UTCQMMA"), {89: 2, 90: 2, 100: 2, 120: 2}),
     "int8": (("IGMMA", "IMMA", "UTCIMMA"), {80: 2, 86: 4, 89: 4, 90: 2, 100: 2, 120: 4}),
 }
-#: Tensor-core instructions of one warp alone.
+#: Tensor-core instructions that one warp runs alone.
 _BY_WARP = {"HMMA", "QMMA", "IMMA"}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """``fraction`` of the peak of what limits ideally (tensor cores, or memory for kernels without products)."""
+    """A bound as a ``fraction`` of the peak of the tensor cores, or of memory for kernels without matmul."""
 
     limit: str
     fraction: float
     cycles: Mapping[str, float]
-    #: Of the tensor cores for these operands, over that for bf16.
+    #: The tensor cores' rate for these operands over that for bf16.
     rate: int = 1
 
     def tflops(self, target: Target) -> float:
-        """The bound as TFLOP/s on the target's card; 0 for kernels without products."""
+        """Returns the bound as TFLOP/s on the target's card; 0 for kernels without matmul."""
         return self.fraction * self.rate * target.bf16_tflops if "tensor" in self.cycles else 0.0
 
 
 def occupancy(analysis: Analysis, shared_bytes: int, warps: int, target: Target) -> int:
-    """Programs that fit on one SM, by registers, shared memory and warps."""
+    """Returns the number of programs that fit on one SM, by registers, shared memory and warps."""
     registers = -(-analysis.registers // 8) * 8 * 32 * warps
     return min(65536 // registers, target.shared_per_sm // (shared_bytes + 1024), target.max_warps_per_sm // warps)
 
 
 def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: Target) -> Bound | None:
-    """The bound of the worst main loop (or of the whole program, without one).
+    """Returns the bound of the worst main loop, or of the whole program if it has none.
 
     Args:
-        work: of one pass (or program), all warps.
-        warps: those that run through the loop, of one program.
+        analysis: the instructions.
+        work: the work of all warps in one pass over the loop, or in the program.
+        warps: the warps of one program that run through the loop.
         programs: programs on one SM, by :func:`occupancy`.
+        target: the card.
     """
     if work.fma:
         if not analysis.loops or programs < 1:
@@ -121,14 +123,14 @@ def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Target) -> 
 
 
 def _rate(mix: Mapping[str, int], target: Target) -> int:
-    """Of the products in a loop; where it mixes kinds of operands, as if all were bf16."""
+    """Returns the tensor cores' rate in a loop over that for bf16; 1 where the loop mixes kinds of operands."""
     if any(name in mix for name in target.mma_opcodes):
         return 1
     return next((rates[target.capability] for names, rates in EIGHT_BITS.values() if mix.keys() & set(names)), 1)
 
 
 def _unit_times(mix: Mapping[str, int], target: Target) -> dict[str, float]:
-    """Cycles of one warp on every unit of its scheduler."""
+    """Returns the cycles of one warp on every unit of its scheduler."""
     times = {
         unit: float(sum(mix.get(name, 0) * rate for name, rate in rates.items())) for unit, rates in _UNITS.items()
     }

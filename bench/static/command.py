@@ -1,4 +1,4 @@
-"""``python -m bench compile``."""
+"""The command ``python -m bench compile``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
-    parser.add_argument("--targets", metavar="CC,CC,...", help=f"default {','.join(map(str, TARGETS))}")
+    """Adds the options that this benchmark alone has."""
+    parser.add_argument(
+        "--targets", metavar="CC,CC,...", help=f"capabilities of cards (default {','.join(map(str, TARGETS))})"
+    )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--check", action="store_true", help="exit with an error if any kernel has a fault")
     jobs = min(os.cpu_count() or 1, 8)
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Compiles, reads the binaries, and with ``--check`` objects."""
+    """Compiles the kernels, reads their binaries, and with ``--check`` fails if one has a fault."""
     targets, cases = _select(args)
     rows = report.compile_all(targets, cases, args.jobs)
     table = session.section.table(

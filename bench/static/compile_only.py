@@ -4,7 +4,7 @@
         segment_attention(q, [(k, v)], backend="triton")     # CPU tensors; nothing is launched
     kernels[0].binary, kernels[0].shared_bytes
 
-Every launch inside the block compiles its kernel for the capability, specialised on the real arguments, and records it.
+Every launch inside the body compiles its kernel for the capability, specialised on the real arguments, and records it.
 The launchers, their configurations, host descriptors and Gluon kernels are thus the ones that run on hardware.
 """
 
@@ -24,7 +24,7 @@ from swifti2v_kernels.common.target import TARGETS, interpreting, pretend_gpu
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One launch's kernel. ``constants`` are its compile-time arguments; ``error`` is None if it compiled."""
+    """The kernel of one launch: ``constants`` are its compile-time arguments; ``error`` is None if it compiled."""
 
     name: str
     constants: dict[str, Any]
@@ -41,7 +41,7 @@ class CompiledKernel:
 
 
 class _Driver:
-    """What Triton asks its driver for before a launch."""
+    """A driver that answers what Triton asks before a launch."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -76,17 +76,20 @@ class _Driver:
 
 
 def quiet_exit() -> None:
-    """Triton 3.9 prints a page about leaked objects when a process that compiled Gluon ends; it means nothing."""
+    """Silences stderr when the process ends.
+
+    Triton 3.9 prints a page about leaked objects there if the process has compiled Gluon; it means nothing.
+    """
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 @contextmanager
 def compiled_for(capability: int, compile: bool = True) -> Iterator[list[CompiledKernel]]:
-    """Launches inside compile for ``capability`` (two digits) and run nothing; yields the list that they fill.
+    """Makes launches in the body compile for a card and run nothing; yields the list of kernels that they fill.
 
     Args:
-        capability: two digits.
-        compile: False: they do not even compile, and the list stays empty; for what a launcher itself decides.
+        capability: the card's capability, two digits.
+        compile: whether launches compile; False leaves the list empty, for tests of what a launcher itself decides.
 
     Raises:
         RuntimeError: the process interprets kernels (``TRITON_INTERPRET=1``), so nothing can be compiled in it.

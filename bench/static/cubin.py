@@ -1,7 +1,7 @@
-"""What a compiled kernel contains: registers, spills, and the instructions of its loops, read from its machine code.
+"""Reading a compiled kernel's machine code: its registers, its spills, and the instructions of its loops.
 
-Uses the ``cuobjdump`` and ``nvdisasm`` that come with Triton, so nothing else must be installed. Results are kept by
-the hash of the binary, since disassembling is most of a warm report's time.
+The ``cuobjdump`` and ``nvdisasm`` that come with Triton are used, so nothing else must be installed. Results are kept
+by the hash of the binary, since disassembling is most of a warm report's time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.io.durable import write_text
 
-#: Changes with the meaning of a stored result.
+#: The version of stored results, which changes with their meaning.
 VERSION = 4
 TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")
 
@@ -33,7 +33,7 @@ class Loop:
     """An innermost loop with tensor-core instructions or, in a kernel that has none, with loads from global memory.
 
     ``stalls`` sums the fixed stall counts that the compiler wrote into the instructions: the least cycles that one warp
-    needs for one pass. ``overlapped`` says whether exponentials are computed while a product is in flight.
+    needs for one pass. ``overlapped`` says whether exponentials run while a matrix multiplication is in flight.
     """
 
     instructions: int
@@ -44,7 +44,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One kernel."""
+    """The contents of one kernel: registers, spills, counts of instructions by name, and its main loops."""
 
     registers: int
     spill_loads: int
@@ -55,7 +55,7 @@ class Analysis:
 
 
 def analyse(binary: bytes) -> Analysis:
-    """Reads a cubin, or the stored result of the same cubin."""
+    """Reads a cubin, or the stored result of the same cubin, and returns its analysis."""
     path = cache_directory() / f"{hashlib.sha256(binary).hexdigest()}-{VERSION}.json"
     if path.exists():
         stored = json.loads(path.read_text())
@@ -67,7 +67,7 @@ def analyse(binary: bytes) -> Analysis:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/swifti2v/cubin``, by default under ``~/.cache``."""
+    """Returns ``$XDG_CACHE_HOME/swifti2v/cubin``, by default below ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swifti2v" / "cubin"
 
 
@@ -110,7 +110,7 @@ def _read(listing: str, usage: str) -> Analysis:
 
 
 def _parse(listing: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """Instructions with their stall counts, and where the labels stand."""
+    """Returns the instructions with their stall counts, and the positions of labels."""
     instructions: list[tuple[str, int]] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -125,7 +125,7 @@ def _parse(listing: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
 
 
 def opcode(text: str) -> str:
-    """``@!P0 HMMA.16816.F32 R4, ...`` -> ``HMMA``."""
+    """Returns the name of an instruction: ``HMMA`` of ``@!P0 HMMA.16816.F32 R4, ...``."""
     text = re.sub(r"^@!?U?P\w+\s+", "", text)
     return text.split()[0].split(".")[0].rstrip(";")
 
@@ -133,7 +133,7 @@ def opcode(text: str) -> str:
 def _main_loops(
     instructions: list[tuple[str, int]], labels: dict[str, int], opcodes: list[str]
 ) -> list[tuple[int, int]]:
-    """Backward branches whose body does the kernel's work and holds no other such loop."""
+    """Returns first and last instruction of each backward branch that does the kernel's work, innermost ones only."""
     wanted = set(TENSOR_OPCODES) if set(TENSOR_OPCODES) & set(opcodes) else {"LDG"}
     loops = []
     for i, (text, _) in enumerate(instructions):
@@ -148,7 +148,10 @@ def _main_loops(
 
 
 def _overlaps(body: list[str]) -> bool:
-    """Whether most exponentials stand between a wait that leaves a product in flight and the wait for that product."""
+    """Returns whether most exponentials run while a matrix multiplication is in flight.
+
+    These stand between a wait that leaves a multiplication in flight and the wait for that multiplication.
+    """
     inside = outside = 0
     in_flight = False
     for text in body:

@@ -1,8 +1,8 @@
 """The static report: every kernel of the library, compiled for every GPU generation, without a GPU.
 
 Each case of each operator goes through the public function in compile-only mode (:mod:`bench.static.compile_only`); the
-binary is read (:mod:`bench.static.cubin`) and held against the card (:mod:`bench.static.bounds`). Nothing is executed:
-what the report predicts is a bound, not a speed.
+binary is read (:mod:`bench.static.cubin`) and compared with the card (:mod:`bench.static.bounds`). Nothing is executed:
+the report predicts a bound, not a speed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ IDENTITY = ("target", "case", "kernel", "tile")
 METRICS = ("registers", "spills", "shared_bytes", "programs_per_sm", "bound_fraction")
 COLUMNS = (*IDENTITY, *METRICS[:4], "mma", "main_loop", "bound_fraction", "bound")
 NOTE = (
-    "Predicted bound: model of bench/static/bounds.py for the card named, as a fraction of its peak (tensor cores, or"
-    " memory for kernels without products). It is not a measurement; published kernels reach 0.55 to 0.79 of"
-    " such bounds."
+    "The predicted bound is that of bench/static/bounds.py for the card named, as a fraction of its peak (tensor cores,"
+    " or memory for kernels without matmul). It is not a measurement; published kernels reach 0.55 to 0.79 of such"
+    " bounds."
 )
 
 
@@ -54,12 +54,12 @@ class Row:
     bound_fraction: float | None = None
     bound_tflops: float | None = None
     seconds: float = 0.0
-    computes_products: bool = False
-    #: Key of ``EIGHT_BITS`` for products of 8 bits; others are of 16.
+    has_matmul: bool = False
+    #: The key of ``EIGHT_BITS`` for operands of 8 bits; empty for those of 16.
     operands: str = ""
 
     def faults(self) -> list[str]:
-        """What ``--check`` objects to."""
+        """Returns the faults for which ``--check`` fails, in words."""
         if self.error is not None:
             return [f"does not compile: {self.error.strip().splitlines()[-1][:200]}"]
         faults = []
@@ -68,13 +68,15 @@ class Row:
         if self.shared_bytes > self.shared_limit:
             faults.append(f"shared memory: {self.shared_bytes} of {self.shared_limit} bytes")
         wanted = EIGHT_BITS[self.operands][0] if self.operands else TARGETS[self.capability].mma_opcodes
-        if self.computes_products and not set(self.mma.split("+")) & set(wanted):
+        if self.has_matmul and not set(self.mma.split("+")) & set(wanted):
             faults.append(f"tensor cores: expected {' or '.join(wanted)}, got {self.mma or 'none'}")
         return faults
 
 
 def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
-    """Rows in the order of targets and cases, of cases that the targets have a kernel for; progress on stderr.
+    """Compiles the cases that the targets have a kernel for; returns rows in the order of targets and cases.
+
+    Progress is shown on stderr.
 
     Raises:
         InputError: no target has a kernel for any of the cases.
@@ -98,7 +100,7 @@ def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
 
 
 def compile_case(capability: int, case: int) -> list[Row]:
-    """The kernels that one case launches on one target."""
+    """Returns a row for each kernel that one case launches on one target."""
     import torch
 
     with warnings.catch_warnings(), compiled_for(capability) as kernels:
@@ -133,13 +135,13 @@ def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
     )  # fmt: skip
 
 
-#: Pointers of 8 bits, as Triton writes them.
+#: The kinds of 8-bit operands by their pointer types, as Triton writes these.
 _OPERANDS = {"*fp8e4nv": "float8", "*i8": "int8"}
 _TILES = ("BLOCK_M", "BLOCK_N", "TAIL_N", "BLOCK_K", "BLOCK_C", "BLOCK_D", "BLOCK_H", "BLOCK_P", "BLOCK", "NUM_STAGES")
 
 
 def table_row(row: Row) -> dict[str, Any]:
-    """The row as a result file has it."""
+    """Returns a row as result files have it."""
     data: dict[str, Any] = {
         "target": f"sm_{row.capability}", "case": row.case, "kernel": row.kernel.removesuffix("_kernel"),
         "tile": row.config, "basis": "compiled",

@@ -1,4 +1,4 @@
-"""``python -m bench tune``."""
+"""The command ``python -m bench tune``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that only this benchmark has."""
     parser.add_argument("--kernels", metavar="TEXT", default="", help="only kernels and shapes with TEXT in their name")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for the search (default %(default)s)")
     parser.add_argument("--no-write", dest="write", action="store_false", help="leave the package's table as it is")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """The search; without CUDA what compiles, with predicted bounds."""
+    """Searches; without CUDA it tells what compiles, with predicted bounds."""
     if args.source is not None:
         _take_over(args.source, session)
         return
@@ -127,7 +127,7 @@ def _found(outcome: Outcome) -> dict[str, object]:
 
 
 def _static(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
-    """What compiles, and the bound that each is predicted to have."""
+    """Compiles candidates and adds rows of what compiles, and of the bounds that are predicted."""
     card = TARGETS[found[0].capability].card
     session.say(f"no CUDA device: nothing is timed and nothing written. For {card}, by compiling:")
     table = session.section.table(

@@ -1,5 +1,7 @@
-"""The search: candidates are compiled side by side, those that spill or do not fit are dropped, the rest is timed one
-by one, and the best take turns with the heuristic. What was measured is kept, so that a search can go on later.
+"""The search for the fastest configuration of a kernel.
+
+Candidates are compiled side by side, those that spill or do not fit are dropped, the rest is timed one by one, and the
+best take turns with the heuristic. What was measured is kept, so that a search can go on later.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ LEAST_GAIN = 1.02
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a candidate: why it is out, or None; and its predicted bound, of the card's peak."""
+    """A compiled candidate: why it is out, or None, and its predicted bound as a fraction of the card's peak."""
 
     obstacle: str | None
     bound: float | None
@@ -77,7 +79,7 @@ _CPU = torch.device("cpu")
 def compile_all(
     target: Target, candidates: Sequence[dict[str, Any]], jobs: int, real: bool = True
 ) -> Iterator[tuple[int, Compiled]]:
-    """Every candidate, as it is ready: its number, and what became of it for the worst of the target's cases."""
+    """Yields the number of every candidate as it is ready, and the result of its worst case among the target's."""
     numbers = [all_cases().index(case) for case in target.cases]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=quiet_exit) as pool:
@@ -99,7 +101,7 @@ def compile_all(
 
 
 class Journal:
-    """What was measured so far, a line each, in a file that outlives the process."""
+    """A file of all measurements so far, a line each, that outlives the process."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -117,11 +119,11 @@ class Journal:
                     file.write("\n")
 
     def key(self, target: Target, forced: dict[str, Any]) -> str:
-        """One measurement's name."""
+        """Returns the name of one measurement."""
         return f"{target.capability} {target.name} {json.dumps(forced, sort_keys=True)}"
 
     def add(self, target: Target, forced: dict[str, Any], seconds: float | None) -> None:
-        """Seconds of all cases together; None: it is out."""
+        """Writes down the seconds of all cases together, or None for a candidate that is out."""
         what = self.key(target, forced)
         self.known[what] = seconds
         with self.path.open("a") as file:
@@ -130,7 +132,7 @@ class Journal:
 
 @dataclass
 class Outcome:
-    """What a search of one target found."""
+    """The findings of the search for one target."""
 
     target: Target
     tried: int = 0
@@ -146,12 +148,12 @@ class Search:
     """Searches targets on one device.
 
     Args:
-        device: where.
+        device: where candidates are timed.
         quick, final: timers of single candidates, and of the finalists.
         journal: what is known from before.
-        jobs: compiling processes.
+        jobs: number of compiling processes.
         deadline: a monotonic time after which no candidate is begun.
-        most: candidates of a target at most; None for all.
+        most: number of candidates of a target at most; None for all.
     """
 
     device: torch.device
@@ -164,11 +166,11 @@ class Search:
 
     @property
     def late(self) -> bool:
-        """Whether the time is over."""
+        """True when the time is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def run(self, target: Target, say: Callable[[str], object] = lambda text: None) -> Outcome:
-        """One target: its best configuration, and by how much it is faster than the heuristic."""
+        """Searches one target; returns its best configuration, and by how much it is faster than the heuristic."""
         outcome = Outcome(target)
         candidates = target.candidates()[: self.most]
         unknown = [c for c in candidates if self.journal.key(target, c) not in self.journal.known]
@@ -198,7 +200,7 @@ class Search:
         return outcome
 
     def _seconds(self, target: Target, forced: dict[str, Any]) -> float | None:
-        """Of all cases together; None where one fails."""
+        """Returns the seconds of all cases together; None where one fails."""
         total = 0.0
         for case in target.cases:
             try:
@@ -213,7 +215,7 @@ class Search:
         return total
 
     def _decide(self, target: Target, finalists: Sequence[dict[str, Any]], outcome: Outcome) -> None:
-        """The finalists in turns with the heuristic; the winner must be right and clearly faster."""
+        """Measures the finalists in turns with the heuristic; the winner must be right and clearly faster."""
         if not finalists:
             outcome.reason = outcome.reason or "no candidate is left"
             return
@@ -258,7 +260,7 @@ class Search:
 
 
 def entry(outcome: Outcome, card: str, stamp: dict[str, Any]) -> dict[str, Any] | None:
-    """The table's entry for an outcome; None where the heuristic stays."""
+    """Returns the table's entry for an outcome; None where the heuristic stays."""
     if outcome.best is None:
         return None
     target = outcome.target

@@ -1,7 +1,7 @@
-"""What can be tuned: every launch of a case with a real size, and the configurations worth trying for it.
+"""The launches that can be tuned, those of cases with a real size, and the configurations worth trying for each.
 
-Found through the operators' own cases and the ``SPACE`` of their kernels' configurations: a new operator is here by
-being written.
+They are found through the operators' own cases and the ``SPACE`` of their kernels' configurations, so a new operator is
+here as soon as it is written.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Target:
 
     @property
     def name(self) -> str:
-        """For people, and as identity."""
+        """The target's name, for people and as identity."""
         return f"{self.kernel} {json.dumps(self.key)[1:-1]}".replace('"', "")
 
     def candidates(self) -> list[dict[str, Any]]:
-        """Fields to be forced, those that change little first; the heuristic is not among them."""
+        """Returns fields to be forced, those that change little first; the heuristic is not among them."""
         space = dict(type(self.heuristic).SPACE)
         combined = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
         own = {name: getattr(self.heuristic, name) for name in space}
@@ -44,12 +44,12 @@ class Target:
         return sorted(others, key=lambda found: sum(found[name] != own[name] for name in found))
 
     def config(self, forced: dict[str, Any]) -> Any:
-        """The whole configuration."""
+        """Returns the whole configuration with these fields forced."""
         return replace(self.heuristic, **forced)
 
 
 def targets(capability: int, text: str = "") -> list[Target]:
-    """All targets of a capability whose name contains ``text``, those with the most work first."""
+    """Returns all targets of a capability whose name contains ``text``, those with the most work first."""
     found: dict[str, list[tuple[Any, Case]]] = {}
     for case in all_cases():
         if case.real is None or case.least_capability > capability:
@@ -71,11 +71,11 @@ def targets(capability: int, text: str = "") -> list[Target]:
 
 
 def _work(cases: Sequence[Case]) -> float:
-    """Seconds on a card of 600 TFLOP/s and 4 TB/s, about."""
+    """Returns about the seconds that cases take on a card of 600 TFLOP/s and 4 TB/s."""
     costs = [case.real.cost for case in cases if case.real is not None]
     return sum(max(cost.flops / 6e14, cost.bytes / 4e12) for cost in costs)
 
 
 def shown(config: Any) -> str:
-    """A configuration in a few words."""
+    """Formats a configuration in a few words."""
     return " ".join(f"{field.name}={getattr(config, field.name)}" for field in fields(config))

@@ -1,4 +1,4 @@
-"""``python -m bench vae``."""
+"""The command ``python -m bench vae``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ fits, a third of its tiled peak, seams as in the untiled frame.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of its own."""
+    """Adds the options that only this benchmark has."""
     parts = (*PARTS, "layers", "all")
     parser.add_argument("--part", choices=parts, default="all", help="decode, encode, layers or all (default all)")
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only clips whose name contains TEXT")
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name")
     parser.add_argument(
-        "--directions", choices=(*PARTS, "all"), default="all", help="of the layers: decode, encode or all"
+        "--directions", choices=(*PARTS, "all"), default="all", help="direction of the layers: decode, encode or all"
     )
     parser.add_argument("--milliseconds", type=positive, default=100, help="time for each layer (default %(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="timed runs of each (default %(default)s)")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Layers and clips; without CUDA counts, and the same paths on a small VAE."""
+    """Measures layers and clips; without CUDA it counts, and runs the same paths on a small VAE."""
     available = QUICK_SHAPES if args.quick else SHAPES
     shapes = [shape for shape in available if args.shapes in str(shape)]
     if not shapes:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 
 def _check_layers(session: Session) -> None:
-    """Some layers of a small VAE by our kernels, interpreted, and by torch; there is no device to time them on."""
+    """Checks some layers of a small VAE by our kernels, interpreted, and by torch; nothing is there to time them on."""
     if not interpreting():
         session.say("no CUDA device: nothing is timed")
         run_interpreted(session, "some layers of a small VAE")
@@ -118,7 +118,7 @@ def measure_layers(
     update_table: bool = False,
     **ceilings: int,
 ) -> None:
-    """Every convolution by our kernel and by cuDNN."""
+    """Measures every convolution by our kernel and by cuDNN."""
     timer = session.timer(milliseconds)
     matmul = session.ceilings(None if session.cuda else timer, **ceilings).matmul_tflops
     table = session.section.table(
@@ -151,7 +151,7 @@ def measure_clips(
     limit: int | None = None,
     repeats: int = 3,
 ) -> None:
-    """Whole clips by every implementation."""
+    """Measures whole clips by every implementation."""
     note = (
         "Peak memory includes the weights and not the clip that is given; the brackets are least and most of the runs."
         " Seam: mean step across the borders of tiles over the mean step elsewhere. Weights are random: how much"
@@ -189,7 +189,7 @@ def measure_clips(
 
 
 def count(session: Session, shapes: Sequence[Shape], parts: Sequence[str], limit: int) -> None:
-    """Traffic, operations and predicted peaks at the real sizes, one settled latent frame."""
+    """Counts traffic, operations and predicted peaks at the real sizes, for one settled latent frame."""
     rows = count_rows(shapes, parts, limit)
     identity = ("version", "part", "size")
     metrics = ("bytes", "unfused_bytes", "eager_bytes", "ratio", "flops", "eager_flops")
@@ -225,7 +225,7 @@ def count(session: Session, shapes: Sequence[Shape], parts: Sequence[str], limit
     largest = [row for row in rows if row["size"] == rows[-1]["size"]]
     for form, text in FORMS.items():
         values = {f"{r['version']} {r['part']} {r['size']}": r["own"]["saved"].get(form, 0) for r in largest}
-        saved.add({"saves": text, "basis": "counted", **{k: f"{v / 2**30:.1f} GiB" for k, v in values.items()}})
+        saved.add({"saves": text, "basis": "counted", **{k: f"{v / 1e9:.1f} GB" for k, v in values.items()}})
     saved.data["columns"] = ["saves", *(f"{r['version']} {r['part']} {r['size']}" for r in largest)]
 
 

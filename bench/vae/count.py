@@ -1,7 +1,7 @@
-"""What can be said of the VAE without a GPU: bytes moved, operations, and which bytes fused forms save.
+"""Counts what can be said of the VAE without a GPU: bytes moved, operations, and the bytes that fused forms save.
 
-Counted on ``meta`` tensors of the real sizes, one settled latent frame, operator by operator: every operator reads its
-operands once and writes its results once, and no cache helps (``bench/dit/count.py``).
+The counts are made on ``meta`` tensors of the real sizes, for one settled latent frame, operator by operator: every
+operator reads its operands once and writes its results once, and no cache helps (``bench/dit/count.py``).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from model.errors import require
 from model.memory.vae_plan import META, SETTLED, plan_vae
 
 ITEMSIZE = 2
-#: What is fused, as the table names it.
+#: The table's names for what is fused.
 FORMS = {
     "history": "history and borders read in place, not concatenated",
-    "residual": "residual added by the product's store",
-    "norm": "the next norm and SiLU computed by the product's store",
+    "residual": "residual added by the convolution's store",
+    "norm": "the next norm and SiLU computed by the convolution's store",
     "upsample": "frames not enlarged before the convolution",
     "frames": "clamped, rounded and placed by the last store",
 }
 
 
 def saved_bytes(layer: Layer) -> dict[str, int]:
-    """By each fused form of one call: what the leanest separate operators would move more.
+    """Returns, by fused form of one call, the bytes that the leanest separate operators would move more.
 
-    Separate are one copy that concatenates history and pads at once; one operator that adds; one that norms and
-    activates; one that enlarges; and one that clamps, scales and rounds.
+    The separate operators are one copy that concatenates history and pads at once; one operator that adds; one that
+    norms and activates; one that enlarges; and one that clamps, scales and rounds.
     """
     frame = ITEMSIZE * layer.height * layer.width * layer.channels
     result = ITEMSIZE * layer.result_pixels * layer.columns
@@ -58,7 +58,7 @@ def saved_bytes(layer: Layer) -> dict[str, int]:
 
 
 def count_own(shape: Shape, part: str) -> dict[str, Any]:
-    """Bytes and operations of one settled latent frame by ours, and the bytes saved by form."""
+    """Returns bytes and operations of one settled latent frame by our VAE, and the bytes saved by form."""
     before = 0
     with FlopCounterMode(display=False) as flops, Traffic() as traffic, CudaOperators(traffic), Recorder() as recorder:
 
@@ -78,7 +78,7 @@ def count_own(shape: Shape, part: str) -> dict[str, Any]:
 
 
 def count_diffusers(shape: Shape, part: str) -> dict[str, Any] | None:
-    """Bytes and operations of one settled latent frame by diffusers' eager code; None where it is not installed."""
+    """Returns the bytes and operations of one settled latent frame by diffusers, eager; None if it is not installed."""
     try:
         model = diffusers_model(shape, torch.bfloat16, META)
     except Unavailable:
@@ -100,7 +100,7 @@ def _diffusers_clip(model: Any, shape: Shape, part: str, blocks: int) -> dict[st
 
 
 def count_rows(shapes: Sequence[Shape], parts: Sequence[str], limit: int) -> list[dict[str, Any]]:
-    """One row for every version, size and part: counts, and the predicted peaks untiled and within the limit."""
+    """Returns one row for every version, size and part: counts, and predicted peaks, untiled and within the limit."""
     rows = []
     wanted = [(shape, part) for shape in {(s.version, s.name): s for s in shapes}.values() for part in parts]
     for shape, part in require("tqdm", "bench").tqdm(wanted, "counting", leave=False, dynamic_ncols=True, disable=None):
@@ -112,7 +112,7 @@ def count_rows(shapes: Sequence[Shape], parts: Sequence[str], limit: int) -> lis
 
 
 def plans(shape: Shape, part: str, limit: int) -> dict[str, Any]:
-    """Predicted peaks in the dtypes that are the default: bfloat16 to decode, float32 to encode."""
+    """Predicts peaks in the dtypes that are the default: bfloat16 to decode, float32 to encode."""
     found = {}
     dtype = torch.bfloat16 if part == "decode" else torch.float32
     for name, most in (("untiled", None), ("limited", limit)):

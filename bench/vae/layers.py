@@ -49,12 +49,12 @@ class Layer:
     padding: tuple[int, ...]
     channels: int
     columns: int
-    #: Of the input; ``past`` are the frames before it.
+    #: Size of the input; ``past`` counts the frames before it.
     frames: int
     height: int
     width: int
     past: int = 0
-    #: What is fused behind it, and whether the sum itself is stored.
+    #: Operations fused after the convolution, and whether the sum itself is stored.
     norm: bool = False
     residual: bool = False
     keep_sum: bool = True
@@ -63,14 +63,14 @@ class Layer:
 
     @property
     def table_key(self) -> dict[str, Any]:
-        """How ``configs/conv3d.json`` knows it."""
+        """The key of the layer in ``configs/conv3d.json``."""
         kernel = {"upsample_conv2d": "upsample", "frames_out": "frames"}.get(self.operator, list(self.kernel))
         pixels = self.frames * self.height * self.width
         return {"kernel": kernel, "channels": [self.channels, self.columns], "pixels": pixels}
 
     @property
     def result_size(self) -> tuple[int, int, int]:
-        """Frames, rows and columns, before patches are unfolded."""
+        """The result's frames, rows and columns, before patches are unfolded."""
         scale = 2 if self.operator == "upsample_conv2d" else 1
         sides = zip((self.height, self.width), self.kernel[-2:], self.padding[::2], self.padding[1::2], strict=True)
         spans = (scale * size - taps + before + after for size, taps, before, after in sides)
@@ -79,12 +79,12 @@ class Layer:
 
     @property
     def result_pixels(self) -> int:
-        """Of all frames, before patches are unfolded."""
+        """The number of pixels of all frames of the result, before patches are unfolded."""
         return math.prod(self.result_size)
 
     @property
     def flops(self) -> int:
-        """Operations; a multiply-add is two."""
+        """The number of operations; a multiply-add is two."""
         taps = math.prod(self.kernel)
         if self.operator == "upsample_conv2d":
             return upsample_cost(self.result_pixels, self.channels, self.columns).flops
@@ -102,7 +102,7 @@ class Layer:
 
 
 class Recorder(TorchDispatchMode):
-    """``with Recorder() as recorder: ...; recorder.calls`` counts the convolutions of the body by their layers."""
+    """A mode that counts convolutions by their layers: ``with Recorder() as recorder: ...; recorder.calls``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _layer(name: str, given: dict[str, Any]) -> Layer:
 
 @contextmanager
 def all_kernels() -> Iterator[None]:
-    """In the body ``meta`` tensors take our kernels' operators, whatever was measured as faster."""
+    """Makes ``meta`` tensors take our kernels' operators while the block runs, whatever was measured as faster."""
     with pretend_gpu(90), patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}):
         yield
 
@@ -159,7 +159,7 @@ def settle(shape: Shape, part: str, settled: Callable[[], None]) -> None:
 
 
 def settled_layers(shape: Shape, part: str) -> Counter[Layer]:
-    """The convolutions of one settled latent frame, and how often each is called."""
+    """Returns the convolutions of one settled latent frame, and how often each is called."""
     with Recorder() as recorder:
         settle(shape, part, lambda: recorder.calls.clear())
     return recorder.calls
@@ -168,7 +168,7 @@ def settled_layers(shape: Shape, part: str) -> Counter[Layer]:
 def measure_layer(
     layer: Layer, calls: int, where: str, dtype: torch.dtype, device: torch.device, timer: Timer | None, matmul: float
 ) -> list[dict[str, Any]]:
-    """A row for each implementation, held against float32, then timed in turns. Both are right or none is timed.
+    """Returns a row for each implementation, checked against float32, then timed in turns if both are right.
 
     Without a ``timer`` they are only checked.
     """
@@ -207,7 +207,7 @@ def _all(rows: dict[str, dict[str, Any]], found: dict[str, str]) -> list[dict[st
 
 
 def make_inputs(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Tensors for a layer, scaled so that results are as large as inputs."""
+    """Returns tensors for a layer, scaled so that results are as large as inputs."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -220,7 +220,7 @@ def make_inputs(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[
     if layer.operator == "upsample_conv2d":
         # A phase has four taps, of which each stands for several of the nine.
         phases = 1.5 * scale * random(4, layer.columns, 2, 2, layer.channels)
-        return arguments | {"phases": phases} | _behind(layer, random)
+        return arguments | {"phases": phases} | _fused(layer, random)
     weight = scale * random(layer.columns, layer.channels, *layer.kernel)
     arguments |= {"weight": weight.contiguous(memory_format=torch.channels_last_3d), "past": past}
     if layer.operator == "frames_out":
@@ -228,21 +228,21 @@ def make_inputs(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[
         rows, columns = (layer.patch_size * n for n in size)
         out = torch.zeros(1, frames, rows, columns, 3, dtype=torch.uint8, device=device)
         return arguments | {"out": out, "patch_size": layer.patch_size}
-    return arguments | {"stride": layer.stride, "keep_sum": layer.keep_sum} | _behind(layer, random)
+    return arguments | {"stride": layer.stride, "keep_sum": layer.keep_sum} | _fused(layer, random)
 
 
-def _behind(layer: Layer, random: Callable[..., Tensor]) -> dict[str, Any]:
+def _fused(layer: Layer, random: Callable[..., Tensor]) -> dict[str, Any]:
     residual = random(1, *layer.result_size, layer.columns) if layer.residual else None
     return {"norm_weight": 1 + 0.1 * random(layer.columns) if layer.norm else None, "residual": residual}
 
 
 def numbers(results: Sequence[Tensor]) -> list[Tensor]:
-    """Results in float32; uint8 holds 127.5 v + 127.5."""
+    """Converts results to float32; uint8 holds 127.5 v + 127.5."""
     return [y.float() / 127.5 - 1 if y.dtype == torch.uint8 else y.float() for y in results]
 
 
 def call(layer: Layer, arguments: dict[str, Any], backend: str) -> list[Tensor]:
-    """The layer by a backend: all its results."""
+    """Runs the layer by a backend; returns all its results."""
     arguments = dict(arguments)
     if layer.operator == "frames_out":
         out = arguments["out"]
@@ -268,8 +268,10 @@ def call(layer: Layer, arguments: dict[str, Any], backend: str) -> list[Tensor]:
 
 
 def table_entries(environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries of ``configs/conv3d.json`` from measured rows. Layers that differ only in what is fused behind them share
-    one: the mean of their calls."""
+    """Returns entries of ``configs/conv3d.json`` from measured rows.
+
+    Layers that differ only in what is fused after them share one: the mean of their calls.
+    """
     major, minor = environment["gpu"]["capability"]
     head = {"capability": 10 * major + minor}
     sums: dict[str, tuple[dict[str, Any], Counter[str], Counter[str]]] = {}
@@ -286,7 +288,7 @@ def table_entries(environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -
 
 
 def unique_layers(shapes: Sequence[Shape], parts: Sequence[str]) -> list[tuple[Layer, int, str]]:
-    """All layers of all shapes, each once: with its calls and where it was met first."""
+    """Returns all layers of all shapes, each once, with its calls and the place where it was met first."""
     found: dict[Layer, tuple[int, str]] = {}
     for shape in {(s.version, s.width, s.height): s for s in shapes}.values():
         for part in parts:

@@ -1,4 +1,4 @@
-"""Measures the VAE's implementations: held against float32 first, then timed; everything that fails is a row."""
+"""Measures the VAE's implementations: each is checked against float32, then timed; everything that fails is a row."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 CHECKED = 2
 #: Runs longer than so many seconds are not repeated.
 LONG = 10.0
-#: What must be reached at 2K: time and peak of diffusers' fastest setting that fits, and of its tiles; and how far the
-#: seam measure may be from the untiled decode's, relatively.
+#: What must be reached at 2K: the time of diffusers' fastest setting that fits over ours; our peak over that of its
+#: tiles; and how far, relatively, the seam measure may be from the untiled decode's.
 SPEED_TARGET, PEAK_TARGET, SEAM_TARGET = 2.0, 1 / 3, 1e-3
 
 
 def clip_for(shape: Shape, part: str, blocks: int, device: torch.device) -> Tensor:
-    """Random latents, or a moving picture with edges, the same for everybody; of so many latent frames."""
+    """Makes the same clip of ``blocks`` latent frames for everybody: random latents, or a moving picture with edges."""
     rows, columns = shape.latent_size
     if part == "decode":
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def clip_for(shape: Shape, part: str, blocks: int, device: torch.device) -> Tens
 
 
 def seam(frames: Tensor, borders: tuple[Sequence[int], Sequence[int]]) -> float:
-    """Mean step across the borders of tiles, over the mean step between all other neighbouring rows and columns.
+    """Returns the mean step across the borders of tiles, over that between all other neighbouring rows and columns.
 
     Args:
         frames: ``[B, C, F, H, W]``.
@@ -79,7 +79,7 @@ def measure(
     folder: Path | None = None,
     report: Callable[[dict[str, Any]], Any],
 ) -> None:
-    """One row for every implementation of one part on one shape, each given to ``report``.
+    """Reports one row for every implementation of one part on one shape.
 
     A first run of each, alone on the device, gives its peak; then all that were right take turns. Rows are reported
     when all are there, also when the measurement is cut short.
@@ -115,14 +115,14 @@ def measure(
                     row["peak_bytes"] = run.first()
                     row |= {"seconds": run.cold, "runs": 1}
                     runs[provider.name] = run
-            # InputError: no plan keeps to the limit.
+            # An InputError says that no plan keeps to the limit.
             except (InputError, *FAILURES) as error:
                 row |= failure(error)
             runner = run = None
             release(device)
         _take_turns(rows, runs, repeats, device)
     finally:
-        # Also of a run that is cut short.
+        # A run that is cut short has its rows too.
         for row in rows.values():
             if row.get("status") == "ok" and "seconds" in row:
                 row["frames_per_second"] = shape.num_frames / row["seconds"]
@@ -134,7 +134,7 @@ def measure(
 
 
 def _take_turns(rows: dict[str, dict[str, Any]], runs: dict[str, _Run], repeats: int, device: torch.device) -> None:
-    """Times all, round by round. What takes long has been timed in its first run."""
+    """Measures the times of all, round by round; what takes long has been timed in its first run."""
     for _ in range(repeats):
         for name, run in runs.items():
             if rows[name]["status"] != "ok" or run.cold > LONG:
@@ -152,7 +152,7 @@ def _take_turns(rows: dict[str, dict[str, Any]], runs: dict[str, _Run], repeats:
 
 
 def reference(shape: Shape, part: str, device: torch.device) -> tuple[Tensor | None, str]:
-    """The first latent frames in float32, by diffusers' whole frame or else by ours, on the CPU, and whose it is."""
+    """Returns the first latent frames in float32 on the CPU, by diffusers untiled or else by us, and the source."""
     clip, reasons = clip_for(shape, part, CHECKED, device), []
     for name, load in (
         ("diffusers, float32", lambda: diffusers_runner(shape, part, torch.float32, device, False)),
@@ -180,7 +180,7 @@ def _checked(
     device: torch.device,
     pictures: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """Error and seam of the first latent frames; a plan's prediction."""
+    """Returns the error and the seam of the first latent frames, and a plan's prediction."""
     found = runner.exact(clip_for(shape, part, CHECKED, provider.clip_device(part, device))).float().cpu()
     row: dict[str, Any] = {"status": "ok", "error": None, "seam": None, "seam_untiled": None}
     if runner.planned is not None:
@@ -215,8 +215,10 @@ class _Run:
         return clip_for(self._shape, self._part, blocks or self._shape.blocks, self._place)
 
     def first(self) -> int:
-        """One run, timed as ``cold``; its peak beyond the clip that is given and, on CUDA, beyond what was there before
-        the model."""
+        """Runs once, timed as ``cold``; returns the peak in bytes.
+
+        The peak is counted beyond the clip that is given and, on CUDA, beyond what was there before the model.
+        """
         clip = self._clip()
         if self.device.type != "cuda":
             with TensorMemory([*self.runner.weights, clip]) as memory:
@@ -232,7 +234,7 @@ class _Run:
         return torch.cuda.max_memory_allocated() - given
 
     def again(self, clip: Tensor | None = None) -> None:
-        """Another timed run, within the limit beside what others hold."""
+        """Runs once more and keeps the time; the limit is beside what others hold."""
         clip = self._clip() if clip is None else clip
         limit = self.limit
         if limit is not None and self.device.type == "cuda":
@@ -252,14 +254,14 @@ class _Run:
 
 
 def release(device: torch.device) -> None:
-    """Gives the memory of models that are no longer referenced back."""
+    """Frees the memory of models that are no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures to be reached: every decode of ours at 2K against diffusers'."""
+    """Returns verdicts on the figures to be reached: every decode of ours at 2K against diffusers'."""
     verdicts = []
     decodes = [row for row in rows if row["part"] == "decode" and row["size"] == "2K" and row["status"] == "ok"]
     for key in dict.fromkeys((row["version"], row["frames"]) for row in decodes):

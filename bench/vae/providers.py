@@ -1,7 +1,7 @@
-"""The implementations that ``python -m bench vae`` compares: ours untiled and in tiles, and diffusers' of both.
+"""The implementations that ``python -m bench vae`` compares: our VAE and diffusers', untiled and in tiles.
 
-All have the same weights. Ours takes and gives a clip a piece at a time, as its users stream it; diffusers' takes the
-clip and returns it, which is all it offers.
+All have the same weights. Our VAE takes and gives a clip a piece at a time, as its users stream it; diffusers' takes
+the clip and returns it, which is all it offers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from model.memory.vae_plan import PlannedVAE, device_capability, plan_vae
 from model.vae.model import WHOLE
 from model.weights.load import random_weights
 
-#: Latent frames that ours is handed at once.
+#: Latent frames that our VAE is handed at once.
 PIECE = 3
-#: Of a limit on the allocator, for what it cannot use.
+#: The part of a limit that is planned for: the allocator cannot use all of it.
 FRAGMENTATION = 0.93
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A loaded model: ``run(clip)`` yields what a clip becomes, in pieces; of a decode by ours these are finished uint8
-    frames, for which ``exact(clip)`` gives the numbers."""
+    """A loaded model: ``run(clip)`` yields what a clip becomes, in pieces.
+
+    Our decode yields finished uint8 frames, for which ``exact(clip)`` gives the numbers.
+    """
 
     run: Callable[[Tensor], Iterator[Tensor]]
     exact: Callable[[Tensor], Tensor]
@@ -41,28 +43,28 @@ class Runner:
 
 @dataclass(frozen=True)
 class Provider:
-    """``load(shape, part, dtype, device, limit)`` builds the model."""
+    """An implementation, whose ``load(shape, part, dtype, device, limit)`` builds the model."""
 
     name: str
     load: Callable[[Shape, str, torch.dtype, torch.device, int | None], Runner]
     ours: bool = False
-    #: In tiles that keep to a limit.
+    #: It works in tiles that keep to a limit.
     limited: bool = False
 
     def clip_device(self, part: str, device: torch.device) -> torch.device:
-        """Where its clip waits: to be encoded within a limit, in host memory."""
+        """Returns where its clip waits: in host memory if it is encoded within a limit."""
         return torch.device("cpu") if self.limited and part == "encode" else device
 
 
 def weights(shape: Shape, device: torch.device) -> WanVAE:
-    """The same random weights for all on a device, in float32."""
+    """Returns the same random weights for all on a device, in float32."""
     return random_weights(WanVAE, shape.config, 0, device=device)
 
 
 def own_runner(
     shape: Shape, part: str, dtype: torch.dtype, device: torch.device, plan: VAEPlan, planned: PlannedVAE | None = None
 ) -> Runner:
-    """Ours by a plan."""
+    """Loads our VAE, which works by a plan."""
     vae = weights(shape, device).to_dtypes(encode=dtype, decode=dtype)
     if part == "decode":
         vae.drop_encoder()
@@ -85,7 +87,7 @@ def own_runner(
 
 
 def _split(clip: Tensor, most: int) -> Iterator[Tensor]:
-    """The first frame alone and then up to ``most``, none of them kept."""
+    """Yields the first frame alone and then up to ``most`` at once, none of them kept."""
     yield clip[:, :, :1]
     for start in range(1, clip.shape[2], most):
         yield clip[:, :, start : start + most]
@@ -106,7 +108,7 @@ def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, li
 
 
 def diffusers_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """diffusers' ``AutoencoderKLWan`` with our weights.
+    """Builds diffusers' ``AutoencoderKLWan`` with our weights.
 
     Raises:
         Unavailable: diffusers is not installed.
@@ -133,7 +135,7 @@ def diffusers_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> A
 
 
 def diffusers_runner(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, tiled: bool) -> Runner:
-    """diffusers', with its defaults where tiled."""
+    """Loads diffusers' VAE; tiles have its own default size and overlap."""
     model = diffusers_model(shape, dtype, device)
     borders: tuple[list[int], list[int]] = ([], [])
     if tiled:

@@ -1,4 +1,4 @@
-"""What ``python -m bench vae`` measures: versions, sizes and clip lengths, and their small stand-ins for a CPU."""
+"""The versions, sizes and clip lengths that ``python -m bench vae`` measures, and small stand-ins for a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTS = ("decode", "encode")
 
 @dataclass(frozen=True)
 class Shape:
-    """Frames of one size and number, through one version of the VAE."""
+    """A clip of one size and length, for one version of the VAE."""
 
     version: str
     name: str
@@ -26,19 +26,19 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """Latent frames."""
+        """The number of latent frames."""
         return 1 + (self.num_frames - 1) // self.config.temporal_stride
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
+        """The rows and columns of a latent frame."""
         return self.height // self.config.spatial_stride, self.width // self.config.spatial_stride
 
     def __str__(self) -> str:
         return f"{self.version}, {self.name}, {self.num_frames} frames"
 
     def reduced(self) -> Shape:
-        """A few thin channels, an eighth of the size in both directions, and about as many of diffusers' tiles."""
+        """Returns the shape with few channels, an eighth of its sides, and about as many of diffusers' tiles."""
         step = self.config.spatial_stride
         width, height = (n // 8 // step * step for n in (self.width, self.height))
         config = replace(self.config, base_dim=4, decoder_base_dim=4)

@@ -1,1 +1,1 @@
-"""What the commands share: ``options`` (their parsing, errors as one line) and ``request`` (what they ask for)."""
+"""Shared parts of the commands: ``options`` (their parsing, errors as one line) and ``request`` (resolved options)."""

@@ -1,4 +1,4 @@
-"""What the commands share: options, their parsing, and one line instead of a traceback for bad input."""
+"""Shared parts of the commands: options, their parsing, and one line instead of a traceback for bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from model.errors import InputError, NoMemoryError
 from model.machine.host import machine_memory
 from model.machine.measure import is_out_of_memory, parse_bytes
 from model.pipeline.components import Components
-from model.streaming.placement import PRODUCTS, STORAGES
+from model.streaming.placement import MATMUL, QUANTIZE
 from model.weights.lora import LoRA
 
 LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
@@ -73,7 +73,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 @contextmanager
 def no_interruption_lost() -> Iterator[None]:
-    """Raises an interruption once more that met a finalizer.
+    """Raises an interruption once more if it met a finalizer while the body runs.
 
     A finalizer and a weak reference's callback have no caller to raise to: Python prints what they raise and goes on,
     and a run that was told to stop would not.
@@ -84,7 +84,7 @@ def no_interruption_lost() -> Iterator[None]:
         if unraisable.exc_type is not KeyboardInterrupt:
             before(unraisable)
             return
-        # Later and from elsewhere: raised here and now it would meet the hook, which has no caller either.
+        # It is raised later and from another thread: here and now it would meet the hook, which has no caller either.
         timers.append(threading.Timer(0.02, _thread.interrupt_main))
         timers[-1].daemon = True
         timers[-1].start()
@@ -98,12 +98,12 @@ def no_interruption_lost() -> Iterator[None]:
             timer.cancel()
 
 
-#: What a disk says that has no room, or no leave, for more.
+#: Error numbers of a disk that is full, or that must not be written to.
 _DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``"2560x1408"`` -> ``(2560, 1408)``.
+    """Parses ``"2560x1408"`` as ``(2560, 1408)``.
 
     Raises:
         InputError: another form.
@@ -115,7 +115,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``"auto"``: CUDA where there is a GPU, else the CPU.
+    """Returns the device called ``name``; ``"auto"`` is CUDA where there is a GPU, else the CPU.
 
     Raises:
         InputError: the device is not there.
@@ -130,14 +130,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``"auto"``: bfloat16 on CUDA, float32 on the CPU."""
+    """Returns the dtype called ``name``; ``"auto"`` is bfloat16 on CUDA, float32 on the CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+    """Parses an integer of at least 1 (an argparse type)."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
@@ -145,7 +145,7 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
+    """Parses an integer of at least 0 (an argparse type)."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
@@ -153,7 +153,7 @@ def not_negative(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """The options that ``model.generate`` and the benchmarks share; ``device``: whether ``--device`` is one of them."""
+    """Adds the options that ``model.generate`` and the benchmarks share, ``--device`` among them if ``device`` is."""
     group = parser.add_argument_group("model")
     group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
     group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
@@ -164,7 +164,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
     group = parser.add_argument_group("segments")
     group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
     group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
-    group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours behind it (default 0)")
+    group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours after it (default 0)")
     group.add_argument(
         "--no-anchor", dest="anchor", action="store_false", help="an ablation: windows without the input image's block"
     )
@@ -189,7 +189,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
 
 
 def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto") -> None:
-    """The options of the memory planner (``model/memory/plan.py``); ``vram``: the default of ``--vram``."""
+    """Adds the options of the memory planner (``model/memory/plan.py``); ``vram`` is the default of ``--vram``."""
     group = parser.add_argument_group(
         "memory", "weights, tiles and formats are chosen so that a run fits; see model.plan"
     )
@@ -200,22 +200,22 @@ def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto
         "--ram", metavar="SIZE", default="auto", help="of the machine; none: no limit (default auto: what there is)"
     )
     group.add_argument(
-        "--storage",
-        choices=("auto", *STORAGES),
+        "--quantize",
+        choices=("auto", *QUANTIZE),
         default="auto",
-        help="of block weights: plain; file: 8 bits where the file has them so; float8 or int8, which change numbers"
-        " (default auto: plain or file)",
+        help="of layer weights: none; file: 8 bits where the file has them so; float8 or int8, which change numbers"
+        " (default auto: none or file)",
     )
     group.add_argument(
-        "--products",
-        choices=PRODUCTS,
+        "--matmul",
+        choices=MATMUL,
         default="plain",
-        help="8bit: block products in 8 bits, which changes numbers (default plain)",
+        help="of layer weights: plain; 8bit, which changes numbers (default plain)",
     )
 
 
 def parse_ram(text: str) -> int | None:
-    """``--ram``: ``auto`` is :func:`machine_memory`, ``none`` no limit.
+    """Returns the bytes of ``--ram``: ``auto`` is :func:`machine_memory`, ``none`` no limit.
 
     Raises:
         InputError: another form.
@@ -226,16 +226,16 @@ def parse_ram(text: str) -> int | None:
 
 
 def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
-    """The plan of the segment options.
+    """Returns the plan that the segment options ask for.
 
     Raises:
-        InputError: they make none.
+        InputError: there is no such plan.
     """
     return plan_segments(num_blocks, args.blocks, args.left, args.right, args.anchor)
 
 
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
-    """The options that name LoRAs, each as often as there are some."""
+    """Adds the options that name LoRAs, which may be repeated."""
     group = parser.add_argument_group(
         "LoRAs", "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated"
     )
@@ -251,10 +251,10 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_lora(text: str, expert: int = 1) -> LoRA:
-    """``"few_step.safetensors:0.8"`` -> ``LoRA("few_step.safetensors", 0.8)``; without a number the strength is 1.
+    """Parses ``"few_step.safetensors:0.8"`` as ``LoRA("few_step.safetensors", 0.8)``; the default strength is 1.
 
     Raises:
-        InputError: what follows the colon is no finite number.
+        InputError: the text after the colon is no finite number.
     """
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -266,7 +266,7 @@ def parse_lora(text: str, expert: int = 1) -> LoRA:
 
 
 def chosen_loras(args: argparse.Namespace) -> dict[str, list[LoRA]]:
-    """The LoRAs of the options, by part of the weights.
+    """Returns the LoRAs of the options, by part of the weights.
 
     Raises:
         InputError: one is not understood, or there are no ``--weights`` that it could go to.
@@ -286,7 +286,7 @@ def build_components(
     dtype: torch.dtype,
     loras: Mapping[str, Sequence[LoRA]] | None = None,
 ) -> Components:
-    """From ``--weights``, with ``loras`` by part, or else random ones of ``--preset`` (default tiny)."""
+    """Returns the models of ``--weights``, with ``loras`` by part, or random ones of ``--preset`` (default tiny)."""
     if args.weights is not None:
         return Components.from_directory(args.weights, dtype, device, loras)
     return Components.from_preset(args.preset or "tiny", args.seed, dtype, device)

@@ -1,4 +1,4 @@
-"""What a command asks for, resolved: models, sizes, segments, noise levels, and what tells one run from another."""
+"""The request of a command, resolved: models, sizes, segments, noise levels, and what tells one run from another."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _PATHS = ("photo", "out", "weights", "text_embeddings")
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """Of one command; ``arguments`` are its options with every default resolved and every path absolute."""
+    """The request of one command; ``arguments`` are its options, every default resolved and every path absolute."""
 
     arguments: dict[str, Any]
     components: Components
@@ -74,8 +74,8 @@ class ClipRequest:
         """Checks all that can be checked before anything runs.
 
         Args:
-            args: of ``model.generate``.
-            photo_size: (width, height), for the default size.
+            args: the options of ``model.generate``.
+            photo_size: (width, height) of the photograph, for the default size.
 
         Raises:
             InputError: something does not fit.
@@ -115,11 +115,12 @@ class ClipRequest:
 
     @property
     def window_blocks(self) -> int:
-        """Latent frames of the largest window."""
+        """The number of latent frames of the largest window."""
         return max(len(window.blocks) for window in self.plan)
 
     def memory(self) -> MemoryRequest:
-        """What its memory is planned for: the options ``--vram``, ``--ram``, ``--vae-memory`` and the machine."""
+        """Returns the request to the memory planner, from the models, ``--vram``, ``--ram``, ``--vae-memory`` and the
+        machine."""
         given = self.arguments
         card = Card.of(self.device)
         # What others hold of the card is not there to be planned with.
@@ -143,13 +144,13 @@ class ClipRequest:
             vram=vram,
             ram=parse_ram(given["ram"]),
             capability=None if card is None else card.capability,
-            storage=given["storage"],
-            products=given["products"],
+            quantize=given["quantize"],
+            matmul=given["matmul"],
             vae_limit=None if given["vae_memory"] == "auto" else parse_bytes("vae-memory", given["vae_memory"]),
         )
 
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
-        """The job of this request, as :class:`model.resume.state.RunState` keeps it.
+        """Returns the job of this request, as :class:`model.resume.state.RunState` keeps it.
 
         Args:
             memory: the plan by which it runs.
@@ -187,7 +188,7 @@ class ClipRequest:
                 "stage2_sigmas": self.sigmas_two,
                 "seed": given["seed"],
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "products": given["products"],
+                "matmul": given["matmul"],
             },
             "machine": {
                 "device": device_name(self.device),
@@ -214,13 +215,13 @@ def request_for(
     text_encoder: bool = False,
     **options: Any,
 ) -> MemoryRequest:
-    """The request for the models of a command.
+    """Returns the memory request for the models of a command.
 
     Args:
         components: the models.
         size: (width, height) of the clip.
         num_frames, plan, gpu: as for :class:`~model.memory.request.MemoryRequest`.
-        from_files: whether blocks can be read in every pass; None: where there are checkpoints.
+        from_files: whether layers can be read from files in every pass; None: where there are checkpoints.
         text_encoder: whether the run has UMT5.
         options: other fields of the request.
 
@@ -252,8 +253,10 @@ def request_for(
 
 
 def _encoder_bytes(components: Components, capability: int | None) -> int:
-    """Of the text encoder that there is, or of UMT5-XXL's; without a GPU it runs in float32
-    (model/pipeline/encoders.py)."""
+    """Returns the bytes of the text encoder that there is, or of UMT5-XXL's.
+
+    Without a GPU it runs in float32 (model/pipeline/encoders.py).
+    """
     itemsize, folder = 2 if capability else 4, None
     if components.weights is not None and (components.weights / "text_encoder").is_dir():
         folder = components.weights / "text_encoder"
@@ -287,7 +290,7 @@ def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defau
 
 
 def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text that means the same from any folder."""
+    """Returns the arguments with paths as text that means the same from any folder."""
     found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
     for name in _PATHS:
         if found[name] is not None:

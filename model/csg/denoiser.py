@@ -1,8 +1,8 @@
-"""Denoising a store of latents by one DiT: what a clip needs once is made once, every step is the same launches.
+"""Denoising of latents by one DiT: what a clip needs once is made once, and every step does the same launches.
 
-A :class:`Denoiser` owns the workspace, the text's keys and values, the modulation of all timesteps, and per *kind* of
-window (its number of blocks, which of them are given) tensors of fixed shape and place. A step changes two small
-tensors and runs; on CUDA it is captured as a graph the second time and replayed from then on.
+A :class:`Denoiser` owns the workspace, the keys and values of the text, the modulation of all timesteps, and for each
+*kind* of window (its number of blocks, and which of them are given) tensors of fixed shape and place. A step changes
+two small tensors and runs; on CUDA it is captured as a graph the second time and replayed from then on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from swifti2v_kernels import Rope3D, rope_3d
 
 
 class StepGraphs:
-    """Runs a step: the first time for a key as it is, the second time captured as a CUDA graph, then replayed.
+    """A runner of steps that captures each kind of step as a CUDA graph at its second run and replays it from then on.
 
-    The first run compiles kernels and lets libraries allocate their workspaces, which capturing forbids. Where graphs
-    are not used, ``reason`` says why.
+    The first run of a kind is an ordinary one: it compiles kernels and lets libraries allocate their workspaces, which
+    capturing forbids. Where graphs are not used, ``reason`` says why.
     """
 
     def __init__(self, device: torch.device, wanted: bool = True) -> None:
@@ -39,7 +39,12 @@ class StepGraphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """``step`` must do the same launches on the same memory every time that it is called with ``key``."""
+        """Runs ``step``, or replays the graph that was captured of it.
+
+        Args:
+            key: the kind of the step.
+            step: does the same launches on the same memory every time that it is called with ``key``.
+        """
         if self.reason is None and key in self._warm:
             if key not in self._graphs:
                 self._capture(key, step)
@@ -65,7 +70,7 @@ class StepGraphs:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A window's shape and the tensors that serve every window of that shape."""
+    """The tensors that serve every window of one kind: the same number of blocks, the same ones given."""
 
     tensors: WindowTensors
     #: 1 for blocks at the present timestep, 0 for those at timestep 0.
@@ -75,17 +80,18 @@ class _Kind:
 
 
 class Denoiser:
-    """Steps one DiT over windows of a latent store.
+    """A DiT with all that it needs to denoise the blocks of a clip, window by window and step by step.
 
     Args:
         dit: the model.
         text, image: as for :meth:`model.dit.model.WanDiT.context`.
-        latents: ``[1, z, S, h, w]`` float32: what is denoised, updated in place.
-        reference: ``[1, z, N, h, w]`` float32: what given blocks and reference channels are read from.
+        latents: ``[1, z, S, h, w]`` float32: the blocks that are denoised, updated in place.
+        reference: ``[1, z, N, h, w]`` float32: the clip's blocks, from which given blocks and reference channels are
+            read.
         sigmas: noise levels from 1 to 0.
-        max_blocks: of any window.
+        max_blocks: the largest number of blocks that a window has.
         cuda_graph: whether steps may be captured as CUDA graphs.
-        workspace: of another denoiser for the same model size and windows, to be shared.
+        workspace: the workspace of another denoiser for the same model size and windows, to be shared.
     """
 
     def __init__(
@@ -102,11 +108,11 @@ class Denoiser:
         workspace: Workspace | None = None,
     ) -> None:
         self.dit, self.latents, self.reference = dit, latents, reference
-        # A captured step would wait for its copies where it begins, and not where it needs them.
+        # A captured step would wait for copies of weights where it begins, and not where it needs them.
         streams = dit.stream is not None and dit.stream.copies
         self.graphs = StepGraphs(latents.device, cuda_graph and not streams)
         self.context = dit.context(text, image)
-        # Row 0 is timestep 0, that of given blocks; row i + 1 that of step i.
+        # Row 0 belongs to timestep 0, which given blocks carry; row i + 1 belongs to step i.
         timesteps = [0.0, *(NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1])]
         self.modulation = dit.modulate(latents.new_tensor([timesteps]))
         self._deltas = [after - sigma for sigma, after in pairwise(sigmas)]
@@ -135,10 +141,14 @@ class Denoiser:
 
         Args:
             blocks: index in the clip of every block, in window order.
-            slots: where in ``latents`` each block is denoised; -1 for a given block, which carries timestep 0.
+            slots: the index in ``latents`` at which each block is denoised; -1 for a given block, which carries
+                timestep 0.
             mask: value of each block's mask channels.
             remembered: given blocks whose keys and values are computed here, at timestep 0 and without a view of the
                 window, and read by every step (the causal mode).
+
+        Raises:
+            ValueError: ``blocks``, ``slots`` and ``mask`` do not have one entry a block each.
         """
         if not len(blocks) == len(slots) == len(mask) > 0:
             given = f"{len(blocks)}, {len(slots)} and {len(mask)}"
@@ -156,7 +166,7 @@ class Denoiser:
             self.dit.run(given.tensors, self.context, self.modulation, self.workspace, keep=kind.memory)
 
     def step(self, i: int) -> None:
-        """Step ``i`` of the schedule on the present window: updates its blocks in ``latents``.
+        """Runs step ``i`` of the schedule, from 0, on the present window, and updates its blocks in ``latents``.
 
         Raises:
             ValueError: no window is open, or the schedule has no such step.

@@ -3,22 +3,22 @@
 A *block* is one latent frame. Block 0 (the *anchor*) is the input image and is given; the others are generated M at a
 time. Segment s generates the *noisy* blocks ``a_s .. a_s + M - 1``; its window is
 
-    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [neighbours behind the segment] + [noisy blocks]
+    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [N_right neighbours after the segment] + [noisy blocks]
 
 with full bidirectional attention inside, so the tokens of a window are bounded by ``(1 + N_left + N_right + M)`` blocks
-whatever the clip's length. Neighbours are read from the reference sequence by block index. When a segment is done its
-blocks are written back into that sequence: a left neighbour is a generated block, a right neighbour is still the motion
-reference.
+whatever the clip's length. Neighbours are read from the reference sequence by block index. When a segment is done, its
+blocks are written back into that sequence: a neighbour before the segment is a generated block, one after it is still
+the motion reference.
 
 From the paper (arXiv 2605.06356): the window, the write-back, M = 3 and N = 1, channel concatenation of the reference.
 Ours, where the paper is silent: conditioning blocks carry timestep 0 and noisy blocks t; a block's channels are
 ``[latents | mask | reference]`` with mask 1 on conditioning blocks (the layout of Wan I2V, so its checkpoints can start
 it); rotary positions are the blocks' true indices in the clip; no block is in a window twice, so the first segment has
-no left neighbour besides the anchor; the last segment is short if M does not divide.
+no neighbour before it besides the anchor; the last segment is short if M does not divide the number of blocks.
 
 The plan, its windows and their noise are the library's (``swifti2v_kernels.SegmentPlan``), which also samples with DiTs
-of other makes (``swifti2v_kernels.sample_segments``). Here is the sampler for this project's own, which never holds a
-window's channels, keeps the keys and values of the causal mode, and replays its steps as CUDA graphs.
+of other makes (``swifti2v_kernels.sample_segments``). Here is the sampler for this project's own DiT, which never holds
+a window's channels, keeps the keys and values of the causal mode, and replays its steps as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ __all__ = [
 #: once a segment.
 MODES = ("end_to_end", "bidirectional", "causal")
 
+#: The number that makes Stage II's noise differ from Stage I's, which is drawn from the same seed.
 STAGE = 2
 
 #: Called after every denoising step with (segment, number of segments, step, number of steps), all counted from 1.
@@ -63,10 +64,16 @@ def plan_segments(
     neighbours_right: int = 0,
     anchor: bool = True,
 ) -> SegmentPlan:
-    """A :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
+    """Returns a :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
+
+    Args:
+        num_blocks: blocks of the clip, the anchor included.
+        blocks_per_segment: blocks that are generated together (M in the paper).
+        neighbours_left, neighbours_right: blocks before and after a segment that its window shows.
+        anchor: whether every window shows block 0.
 
     Raises:
-        InputError: they make none.
+        InputError: the numbers make no plan; the message says which one is wrong.
     """
     try:
         return SegmentPlan(num_blocks, blocks_per_segment, neighbours_left, neighbours_right, anchor)
@@ -75,7 +82,7 @@ def plan_segments(
 
 
 def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:
-    """The plan that ``mode`` runs: ``plan`` itself, or one window of all blocks for ``end_to_end``.
+    """Returns the plan that ``mode`` runs: ``plan`` itself, or one window of all blocks for ``end_to_end``.
 
     Raises:
         InputError: ``mode`` is unknown.
@@ -86,7 +93,7 @@ def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:
 
 
 def check_channels(config: DiTConfig, z: int) -> None:
-    """The DiT takes latents of ``z`` channels, alone or as ``[latents | mask | reference]``.
+    """Checks that a DiT takes latents of ``z`` channels, alone or as ``[latents | mask | reference]``.
 
     Raises:
         InputError: it takes neither.
@@ -117,23 +124,35 @@ def sample_latents(
     Args:
         dit: the Stage II model; its ``in_channels`` decides whether mask and reference are concatenated.
         reference: ``[1, z, num_blocks, h, w]`` float32 on the DiT's device: the input image's latent in block 0 and the
-            motion reference behind it. **Updated in place**: afterwards it holds the generated clip.
+            motion reference after it. **Updated in place**: at the end it holds the generated clip.
         text: embeddings ``[1, L, text_dim]``.
         image: CLIP tokens ``[1, 257, image_dim]`` for a DiT with an image embedding, else None.
         plan: the segments; ``mode="end_to_end"`` takes only ``num_blocks`` from it.
         sigmas: noise levels from 1 to 0 (:func:`model.csg.schedule.flow_sigmas`).
-        seed: of the noise, which is drawn per block.
+        seed: seed of the noise, which is drawn per block.
         mode: one of :data:`MODES`.
-        on_step: called after every step.
+        on_step: called after every step with segment, number of segments, step and number of steps, from 1.
         cuda_graph: on CUDA, capture the step of every kind of window and replay it; a warning says so where that fails.
-        done: segments whose blocks are in ``reference`` already, of an earlier run: it begins behind them.
+        done: number of segments whose blocks an earlier run has put into ``reference``; sampling begins after them.
 
     Yields:
         Blocks ``[1, z, m, h, w]``, in order, every block after the anchor and the ``done`` segments exactly once.
 
     Raises:
-        InputError: the mode is unknown, the reference does not have the plan's number of blocks, or the DiT does not
-            take latents of its number of channels.
+        InputError: the mode is unknown, the reference does not have the plan's number of blocks, the DiT does not take
+            latents of its number of channels, or the plan has fewer than ``done`` segments.
+
+    Example:
+        >>> import torch
+        >>> from model.config import get_preset
+        >>> from model.csg.schedule import flow_sigmas
+        >>> from model.weights.load import random_weights
+        >>> dit = random_weights(WanDiT, get_preset("tiny").stage_two, seed=0)
+        >>> reference, text = torch.zeros(1, 16, 5, 8, 8), torch.zeros(1, 512, dit.config.text_dim)
+        >>> plan = SegmentPlan(num_blocks=5, blocks_per_segment=3)
+        >>> segments = sample_latents(dit, reference, text, plan=plan, sigmas=flow_sigmas(2, 5.0), seed=1)
+        >>> [tuple(blocks.shape) for blocks in segments]
+        [(1, 16, 3, 8, 8), (1, 16, 1, 8, 8)]
     """
     plan = plan_for(mode, plan)
     if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:

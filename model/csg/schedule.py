@@ -20,7 +20,11 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def flow_sigmas(num_steps: int, shift: float) -> list[float]:
-    """``num_steps + 1`` noise levels from 1 to 0, evenly spaced and then shifted.
+    """Returns ``num_steps + 1`` noise levels from 1 to 0, evenly spaced and then shifted.
+
+    Args:
+        num_steps: Euler steps.
+        shift: more than 1 moves the steps towards the noise, 1 leaves them evenly spaced.
 
     Raises:
         InputError: ``num_steps`` is not positive or ``shift`` is not positive and finite.

@@ -15,11 +15,11 @@ from swifti2v_kernels import QuantizedRows, Rope3D, gated_residual, gated_residu
 
 
 def written_to(out: Tokens) -> dict[str, Any]:
-    """The arguments of a norm that write it there, quantised or not."""
+    """Returns the arguments by which a norm writes its result to ``out``, quantised if ``out`` is."""
     return {"out": out, "quantize": out.values.dtype} if isinstance(out, QuantizedRows) else {"out": out}
 
 
-class DiTBlock(nn.Module):
+class DiTLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward of one layer."""
 
     def __init__(self, config: DiTConfig):
@@ -46,18 +46,18 @@ class DiTBlock(nn.Module):
         parts: Sequence[Part],
         workspace: Workspace,
     ) -> None:
-        """The given parts of a window through the layer, in place.
+        """Computes the layer for the given parts of a window, in place.
 
         Args:
             x: the window's residual stream ``[B, L, C]``; updated in its parts.
-            n: its norm for this layer, ``[B, L, C]``; overwritten in its parts with that for the next. Quantised where
-                the layer's products are in 8 bits.
-            kept: where all tokens' keys and values go, ``[B, L, C]``.
+            n: the norm of ``x`` for this layer, ``[B, L, C]``; overwritten in the parts with that for the next layer.
+                Quantised where the layer's matmuls are in 8 bits.
+            kept: keys and values of all tokens are written there, ``[B, L, C]``.
             memory: further keys and values ``[B, L', H, D]`` that self-attention reads.
             context: keys and values of cross-attention, each with a softmax of its own.
-            rope: tables of the window.
-            modulation: ``[B, R, 6, C]``; ``following``: the next layer's, or None after the last.
-            block_map: row of the modulation for each block.
+            rope: rotation tables of the window.
+            modulation: ``[B, R, 6, C]``; ``following``: that of the next layer, or None after the last.
+            block_map: the row of the modulation for each block.
             parts: tokens to compute (the keys and values are those of all).
             workspace: buffers ``a``, ``b`` and ``hidden``.
         """
@@ -93,7 +93,10 @@ class DiTBlock(nn.Module):
         block_map: Tensor,
         workspace: Workspace,
     ) -> None:
-        """The tokens ``[1, m, C]`` from the window's ``start`` on; the stream crosses memory at three updates only."""
+        """Computes the layer for tokens ``[1, m, C]``, those from the window's ``start`` on, in place.
+
+        The residual stream crosses memory at three updates only.
+        """
         _, _, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
         rows = {"block_map": block_map, "eps": self.eps, "inplace": True}
         update = self.attn1.attend(n, [sources], rope, start, workspace)

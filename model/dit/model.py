@@ -7,8 +7,8 @@ One *block* of tokens is one latent frame. Against the published model four thin
 * ``block_index`` gives the blocks' true indices in the clip, so that a window of blocks is rotated as in the clip;
 * ``memory`` holds keys and values of blocks computed before, which self-attention reads as further sources (the causal
   ablation of CSG);
-* blocks of a window that are not to be generated (``targets``) are no queries of the last layer, since nothing reads
-  what would become of them.
+* blocks of a window that are not to be generated (all but ``targets``) are no queries of the last layer, since nothing
+  reads what would become of them.
 
 ``WanDiT.run`` is the step that samplers call: it reads latent stores, writes one, and allocates nothing beyond its
 workspace (``model/dit/workspace.py``) but one part's result where attention goes to torch's own, which returns a
@@ -18,7 +18,7 @@ activations in place.
 
 Module names are those of diffusers' ``WanTransformer3DModel``, so that its checkpoints load without a key map; order
 of operations and roundings are its own too (Wan2.1 and Wan2.2; see ``model/weights/load.py`` for the original key
-names).
+names). What Wan calls a transformer block is a *layer* here, in all names but ``WanDiT.blocks``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import DiTConfig
-from model.dit.layer import DiTBlock, written_to
+from model.dit.layer import DiTLayer, written_to
 from model.dit.parts import ConditionEmbedder, KeyValue
 from model.dit.workspace import Workspace, plan_parts
 from swifti2v_kernels import Rope3D, embed_window, norm_modulate, project_step, rope_3d
@@ -43,40 +43,40 @@ FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "n
 
 
 def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the DiT parameter ``name`` is kept when the model is loaded in ``dtype``."""
+    """Returns the dtype in which the DiT parameter ``name`` is kept when the model is loaded in ``dtype``."""
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and any(part in name for part in FLOAT32_PARAMETERS) else dtype
 
 
 class LayerStream(Protocol):
-    """What brings the weights of layers that do not stay on the device
-    (:class:`model.streaming.stream.BlockStream`)."""
+    """The source of the weights of layers that do not stay on the device
+    (:class:`model.streaming.stream.LayerStream`)."""
 
     @property
     def copies(self) -> bool:
-        """Whether layers come from somewhere else."""
+        """True where weights of layers are copied to the device in every pass."""
 
     @property
     def fixed(self) -> bool:
-        """Whether all parameters are the model's own, and stay what they are."""
+        """True where all parameters are the model's own, and stay what they are."""
 
     def walk(self) -> Iterator[nn.Module]:
-        """The layers in order, each usable until the next one is asked for."""
+        """Yields the layers in order, each usable until the next one is asked for."""
 
     def settle(self) -> None:
         """Ends what is under way for a pass that does not come, so that the model can be let go."""
 
 
 class Context(NamedTuple):
-    """Keys and values ``[B, L, H, D]`` of every layer's cross-attention: of the text and, with a CLIP branch of its own
-    keys, of the image."""
+    """The keys and values ``[B, L, H, D]`` of every layer's cross-attention: those of the text and, where the CLIP
+    branch has keys of its own, those of the image."""
 
     text: list[KeyValue]
     image: list[KeyValue] | None
 
 
 class Modulation(NamedTuple):
-    """What the timesteps of a clip modulate with, one row a timestep, in float32."""
+    """The shifts, scales and gates that the timesteps of a clip make, one row a timestep, in float32."""
 
     layers: Tensor  # [layers, B, R, 6, C]: shift, scale, gate of attention; shift, scale, gate of the feed-forward
     head: Tensor  # [B, R, 2, C]: shift, scale
@@ -112,59 +112,60 @@ class WanDiT(nn.Module):
         patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
+        # The layers. The name is part of Wan's state-dict keys, blocks.N., and of diffusers' API.
+        self.blocks = nn.ModuleList(DiTLayer(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        #: What brings the blocks' weights, and the dtype of their products' inputs if that is an 8-bit one; see
-        #: ``model/streaming/placed.py``. None: they are where the module is, and plain.
+        #: What brings the layers' weights, and the dtype of their matmuls' inputs if that is an 8-bit one; see
+        #: ``model/streaming/placed.py``. None: weights are where the module is, and in its dtype.
         self.stream: LayerStream | None = None
         self.eight_bits: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the large products (some small parameters stay in float32)."""
+        """The dtype of the large matmuls (some small parameters stay in float32)."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return self.patch_embedding.weight.device
 
     @property
     def owns_weights(self) -> bool:
-        """Whether its parameters are its weights: not where blocks are streamed, unpacked, or multiplied in 8 bits."""
+        """True where the parameters are the weights: no layer is streamed, unpacked or multiplied in 8 bits."""
         return self.eight_bits is None and (self.stream is None or self.stream.fixed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WanDiT:
         # What ``to()`` and its kin do would cut the parameters off the memory that weights come to.
         if not self.owns_weights:
-            raise RuntimeError("WanDiT: a model with streamed or 8-bit blocks cannot be moved or cast; load it anew")
+            raise RuntimeError("WanDiT: a model with streamed or 8-bit layers cannot be moved or cast; load it anew")
         return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module.
+        """Returns the state of the module, as torch defines it.
 
         Raises:
-            RuntimeError: blocks are streamed or in 8 bits, so that parameters hold now one block and then another.
+            RuntimeError: layers are streamed or in 8 bits, so that parameters hold now one layer and then another.
         """
         if not self.owns_weights:
-            raise RuntimeError("WanDiT: a model with streamed or 8-bit blocks has no state of its own; save its source")
+            raise RuntimeError("WanDiT: a model with streamed or 8-bit layers has no state of its own; save its source")
         return super().state_dict(*args, **kwargs)
 
-    def walk(self) -> Iterator[DiTBlock]:
-        """The blocks in order, each with its weights on the device until the next one is asked for."""
+    def walk(self) -> Iterator[DiTLayer]:
+        """Yields the layers in order, each with its weights on the device until the next one is asked for."""
         return iter(self.blocks) if self.stream is None else self.stream.walk()
 
     def settle(self) -> None:
-        """After the last pass: ends copies for a pass that does not come, so that the model can be let go."""
+        """Ends copies for a pass that does not come, so that the model can be let go after the last pass."""
         if self.stream is not None:
             self.stream.settle()
 
     def context(self, text: Tensor, image: Tensor | None = None) -> Context:
-        """Keys and values of all layers' cross-attention, which depend on text and image only: once for a clip.
+        """Computes keys and values of all layers' cross-attention, which depend on text and image only: once a clip.
 
-        They are kept for it: 2 * layers * L * dim elements, in 16 bits 94 MB for 512 tokens of text and Wan 1.3B and
-        419 MB for the 14B.
+        They are kept for the clip: 2 * layers * L * dim elements, in 16 bits 94 MB for 512 tokens of text and Wan 1.3B
+        and 419 MB for the 14B.
 
         Args:
             text: ``[B, L, text_dim]``; padded positions are zero vectors and are attended to, as in Wan.
@@ -184,22 +185,22 @@ class WanDiT(nn.Module):
                 given = f"{image.shape[0]} for {text.shape[0]} of text"
                 raise ValueError(f"image: expected as many batch entries as text, got {given}")
         texts, images = [], []
-        for block in self.walk():
-            texts.append(block.attn2.context(text))
+        for layer in self.walk():
+            texts.append(layer.attn2.context(text))
             if image is not None:
-                images.append(block.attn2.context(image, added=True))
+                images.append(layer.attn2.context(image, added=True))
         return Context(texts, images or None)
 
     def modulate(self, timestep: Tensor) -> Modulation:
-        """The modulation of every layer for timesteps ``[B, R]`` (0..1000): once a clip, whose timesteps are few."""
+        """Computes the modulation of every layer for timesteps ``[B, R]`` (0..1000): once a clip, which has few."""
         embedding, rows = self.condition_embedder.embed_timestep(timestep, self.dtype)
-        tables = torch.stack([block.scale_shift_table for block in self.blocks]).unsqueeze(2)
+        tables = torch.stack([layer.scale_shift_table for layer in self.blocks]).unsqueeze(2)
         wide = torch.promote_types(tables.dtype, torch.float32)
         head = self.scale_shift_table.to(wide) + embedding.unsqueeze(2).to(wide)
         return Modulation(tables.to(wide) + rows.to(wide), head)
 
     def workspace(self, window: WindowTensors) -> Workspace:
-        """A workspace for :meth:`run` on ``window`` and on all with blocks of the same size and no more of them."""
+        """Returns a workspace for :meth:`run` on ``window``, and on any with no more blocks of the same size."""
         batch, num_blocks = window.latents.shape[0], window.latent_index.shape[0]
         return Workspace.plan(
             self.config,
@@ -223,10 +224,11 @@ class WanDiT(nn.Module):
         memory: Sequence[KeyValue] | None = None,
         keep: Sequence[KeyValue] | None = None,
     ) -> None:
-        """One pass over a window, in ``workspace``.
+        """Runs one pass over a window, in ``workspace``.
 
         Args:
-            window: what is read. Its ``targets`` are predicted; with none, only keys and values are computed.
+            window: the tensors that are read. Its ``targets`` are predicted; with none, only keys and values are
+                computed.
             context: from :meth:`context`.
             modulation: from :meth:`modulate`.
             workspace: from :meth:`workspace`.
@@ -234,7 +236,7 @@ class WanDiT(nn.Module):
                 ``out[:, :, latent_index[i]]``; or, with ``step``, the latents that ``step * velocity`` is added to
                 (``window.latents`` itself: an Euler step of ``step = next_sigma - sigma``).
             memory: keys and values per layer ``[B, L', H, D]`` of other blocks, which every block here also attends to.
-            keep: per layer a pair ``[B, L, C]`` that this window's keys and values are written to.
+            keep: for every layer a pair ``[B, L, C]`` that this window's keys and values are written to.
 
         Raises:
             RuntimeError: the weights ask for gradients, which an update in place cannot give.
@@ -259,9 +261,9 @@ class WanDiT(nn.Module):
         norm_modulate(x, *modulation.layers[0, :, :, :2].unbind(2), block_map=rows, eps=config.eps, **written_to(n))
         parts = plan_parts(batch, block_len, range(num_blocks))
         wanted = plan_parts(batch, block_len, window.targets)
-        for i, block in enumerate(self.walk()):
+        for i, layer in enumerate(self.walk()):
             last = i + 1 == config.num_layers
-            block(
+            layer(
                 x,
                 n,
                 keep[i] if keep is not None else (workspace.take("k", *shape), workspace.take("v", *shape)),
@@ -331,7 +333,7 @@ class WanDiT(nn.Module):
         *,
         block_index: Sequence[int] | None = None,
     ) -> list[KeyValue]:
-        """Keys and values ``[B, L, H, D]`` of these blocks in every layer, to be passed on as ``memory``."""
+        """Returns keys and values ``[B, L, H, D]`` of these blocks in every layer, to be passed on as ``memory``."""
         window, modulation = self._plain(latents, timestep, block_index, targets=())
         self._check_context(text, image, latents.shape[0])
         shape = latents.shape[0], latents.shape[2] * self._block_len(window), self.config.dim
@@ -343,7 +345,7 @@ class WanDiT(nn.Module):
         return self.split_heads(keep)
 
     def split_heads(self, pairs: Sequence[KeyValue]) -> list[KeyValue]:
-        """``keep`` of :meth:`run`, ``[B, L, C]``, as ``memory``, ``[B, L, H, D]``: views."""
+        """Returns ``keep`` of :meth:`run`, ``[B, L, C]``, as ``memory``, ``[B, L, H, D]``: views."""
         heads = (self.config.num_heads, -1)
         return [(k.unflatten(2, heads), v.unflatten(2, heads)) for k, v in pairs]
 
@@ -354,7 +356,7 @@ class WanDiT(nn.Module):
         block_index: Sequence[int] | None,
         targets: Sequence[int] | None = None,
     ) -> tuple[WindowTensors, Modulation]:
-        """All channels in one tensor, every block at its own place."""
+        """Returns the window whose channels are all in one tensor, every block at its own place, and its modulation."""
         config, patch = self.config, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != config.in_channels or latents.shape[2] < 1:
             raise ValueError(f"latents: expected [B, {config.in_channels}, T, h, w], got {tuple(latents.shape)}")
@@ -380,7 +382,7 @@ class WanDiT(nn.Module):
         return window, self.modulate(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep)
 
     def _block_len(self, window: WindowTensors) -> int:
-        """Tokens of one block."""
+        """Returns the number of tokens of one block."""
         (height, width), patch = window.latents.shape[3:], self.config.patch_size
         return (height // patch[1]) * (width // patch[2])
 

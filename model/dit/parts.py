@@ -1,4 +1,4 @@
-"""The layers that a DiT block is made of, and the embeddings in front of it; names as in diffusers' Wan model."""
+"""The modules that a DiT layer is made of, and the embeddings before the layers; names as in diffusers' Wan model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swifti2v_kernels import (
 )
 
 KeyValue = tuple[Tensor, Tensor]
-#: Tokens [B, L, C], in the model's dtype or, where products are in 8 bits, quantised.
+#: Tokens [B, L, C], in the model's dtype or, where matmuls are in 8 bits, quantised.
 Tokens = Tensor | QuantizedRows
 
 
@@ -33,18 +33,18 @@ def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer whose products are in 8 bits: weights with a scale a row, inputs with one a token."""
+    """A linear layer whose matmul is in 8 bits: weights with a scale a row, inputs with one a token."""
 
     def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor):
         super().__init__()
         self.weight, self.scales, self.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, scales, bias))
 
     def forward(self, x: Tokens) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of the bias."""
+        """Maps ``[..., K]`` to ``[..., N]`` in the dtype of the bias."""
         return self.into(quantize_rows(x, self.weight.dtype) if isinstance(x, Tensor) else x, None)
 
     def into(self, x: QuantizedRows, out: Tensor | None, activation: str | None = None) -> Tensor:
-        """The same, written to ``out``."""
+        """Writes the result to ``out``, or to a new tensor without one, and returns it."""
         weight = QuantizedRows(self.weight, self.scales)
         return scaled_linear(x, weight, self.bias, activation=activation, dtype=self.bias.dtype, out=out)
 
@@ -53,7 +53,7 @@ Linear = nn.Linear | ScaledLinear
 
 
 def part_of(tokens: Tokens, batch: slice, start: int, stop: int) -> Tokens:
-    """A part of the tokens: a view."""
+    """Returns a view of the tokens ``start .. stop - 1`` of some batch entries."""
     if isinstance(tokens, QuantizedRows):
         return QuantizedRows(*(t[batch, start:stop] for t in tokens))
     return tokens[batch, start:stop]
@@ -62,9 +62,10 @@ def part_of(tokens: Tokens, batch: slice, start: int, stop: int) -> Tokens:
 def linear_into(
     layer: Linear, x: Tokens, out: Tensor, workspace: Workspace | None = None, activation: str | None = None
 ) -> Tensor:
-    """``layer(x)`` written to ``out``; x is [1, m, C] with contiguous rows.
+    """Writes ``layer(x)`` to ``out`` and returns it; x is [1, m, C] with contiguous rows.
 
-    ``activation`` is None or ``gelu_tanh``. What is not quantised and has to be goes through the workspace's ``rows``.
+    ``activation`` is None or ``gelu_tanh``. An input that still has to be quantised goes through the workspace's
+    ``rows``.
     """
     if isinstance(layer, ScaledLinear):
         if isinstance(x, Tensor):
@@ -91,7 +92,11 @@ class Attention(nn.Module):
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
     def keys_values(self, n: Tokens, rope: Rope3D, k: Tensor, v: Tensor) -> KeyValue:
-        """Of the normed tokens [B, L, C], written to ``k`` and ``v`` [B, L, C]; returns views [B, L, H, D] of these."""
+        """Writes keys and values of the normed tokens [B, L, C] to ``k`` and ``v`` [B, L, C].
+
+        Returns:
+            Views [B, L, H, D] of these.
+        """
         for b in range(k.shape[0]):
             rows = part_of(n, slice(b, b + 1), 0, k.shape[1])
             linear_into(self.to_k, rows, k[b : b + 1])
@@ -100,7 +105,7 @@ class Attention(nn.Module):
         return k, v.unflatten(2, (self.num_heads, -1))
 
     def context(self, tokens: Tensor, *, added: bool = False) -> KeyValue:
-        """Of the text (or, ``added``, the image) [B, L, C], without positions."""
+        """Returns keys and values of the text (or, ``added``, of the image) [B, L, C], without positions."""
         to_k, to_v = (self.add_k_proj, self.add_v_proj) if added else (self.to_k, self.to_v)
         weight = (self.norm_added_k if added else self.norm_k).weight
         k = norm_rope(to_k(tokens), weight, None, self.num_heads, eps=self.eps)
@@ -114,7 +119,7 @@ class Attention(nn.Module):
         start: int,
         workspace: Workspace,
     ) -> Tensor:
-        """Queries ``n`` [1, m, C], the window's tokens from ``start`` on, attend to each group of sources.
+        """Lets queries ``n`` [1, m, C], the window's tokens from ``start`` on, attend to each group of sources.
 
         The groups' softmaxes are separate and their results added (Wan's image branch). Returns the projected result
         in the workspace's buffer ``a``; uses ``b``, and ``hidden`` with two groups.
@@ -130,7 +135,7 @@ class Attention(nn.Module):
 
 
 class _Projection(nn.Module):
-    """``linear -> GELU`` under the name that diffusers gives it (``net.0.proj``)."""
+    """A ``linear -> GELU`` under the name that diffusers gives it (``net.0.proj``)."""
 
     def __init__(self, dim_in: int, dim_out: int, approximate: str):
         super().__init__()
@@ -142,19 +147,19 @@ class _Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``linear -> GELU -> linear``; the identity in the middle stands where diffusers has its dropout."""
+    """A feed-forward ``linear -> GELU -> linear``; the identity in the middle stands for diffusers' dropout."""
 
     def __init__(self, dim_in: int, hidden: int, dim_out: int, approximate: str = "tanh"):
         super().__init__()
         self.net = nn.Sequential(_Projection(dim_in, hidden, approximate), nn.Identity(), nn.Linear(hidden, dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim_in] -> [..., dim_out]."""
+        """Maps ``[..., dim_in]`` to ``[..., dim_out]``."""
         return self.net(x)
 
 
 class TwoLinears(nn.Module):
-    """``linear_1 -> activation -> linear_2`` of the timestep and text embedders."""
+    """The ``linear_1 -> activation -> linear_2`` of the timestep and text embedders."""
 
     def __init__(self, dim_in: int, dim_out: int, activation: nn.Module):
         super().__init__()
@@ -162,12 +167,12 @@ class TwoLinears(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim_in] -> [..., dim_out]."""
+        """Maps ``[..., dim_in]`` to ``[..., dim_out]``."""
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class ImageEmbedder(nn.Module):
-    """CLIP tokens [B, 257, image_dim] (or 514 with first and last frame) to the model width."""
+    """The projection of CLIP tokens [B, 257, image_dim] (or 514 with first and last frame) to the model width."""
 
     def __init__(self, image_dim: int, dim: int, pos_embed_seq_len: int | None):
         super().__init__()
@@ -178,7 +183,7 @@ class ImageEmbedder(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_seq_len, image_dim))
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, n, image_dim] -> [B, n, dim]."""
+        """Maps ``[B, n, image_dim]`` to ``[B, n, dim]``."""
         if self.pos_embed is not None:
             # Two images may come stacked on the batch axis, as diffusers hands them over.
             image = image.reshape(-1, self.pos_embed.shape[1], image.shape[-1]) + self.pos_embed
@@ -186,7 +191,7 @@ class ImageEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeddings of the timestep, the text and the image."""
+    """The embeddings of the timestep, the text and the image."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -199,7 +204,7 @@ class ConditionEmbedder(nn.Module):
             self.image_embedder = ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)
 
     def embed_timestep(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` -> embedding ``[B, T, C]`` (for the head) and modulation ``[B, T, 6, C]`` (for the blocks)."""
+        """Maps ``[B, T]`` to an embedding ``[B, T, C]`` (for the head) and modulation ``[B, T, 6, C]`` (for layers)."""
         half = self.freq_dim // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
         angle = timestep.float().unsqueeze(-1) * frequency

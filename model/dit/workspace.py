@@ -19,14 +19,14 @@ from model.config import DiTConfig
 from swifti2v_kernels import QuantizedRows
 
 #: Tokens of a part, at most: 22 tiles of 128 rows, a fifth of a block at 2560x1408. So many rows still fill a GPU with
-#: matrix products (264 tiles of 128 x 128 for 1,536 channels, two for each of the 132 multiprocessors of an H200; not
+#: matmuls (264 tiles of 128 x 128 for 1,536 channels, two for each of the 132 multiprocessors of an H200; not
 #: yet tuned on hardware), and the hidden activation of Wan 1.3B at 70,400 tokens is a quarter row of the stream.
 MAX_PART_TOKENS = 2816
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens ``start .. stop - 1`` of batch entry ``batch``, in equal shares of the blocks ``first .. last - 1``."""
+    """The tokens ``start .. stop - 1`` of batch entry ``batch``, in equal shares of blocks ``first .. last - 1``."""
 
     batch: int
     start: int
@@ -56,7 +56,7 @@ def plan_parts(batch: int, block_len: int, blocks: Iterable[int], max_tokens: in
 
 
 def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring indices as half-open ranges."""
+    """Yields runs of neighbouring indices as half-open ranges."""
     start = 0
     for i in range(1, len(blocks) + 1):
         if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
@@ -66,10 +66,10 @@ def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Named buffers, each as large as its largest use; :meth:`take` shapes one for a use."""
+    """The named buffers of a step, each as large as its largest use; :meth:`take` shapes one for a use."""
 
     buffers: dict[str, Tensor] = field(repr=False)
-    #: Of what is quantised before a product; None where products are in the model's dtype.
+    #: The dtype of what is quantised before a matmul; None where matmuls are in the model's dtype.
     eight_bits: torch.dtype | None = None
 
     @classmethod
@@ -85,10 +85,10 @@ class Workspace:
         max_tokens: int = MAX_PART_TOKENS,
         eight_bits: torch.dtype | None = None,
     ) -> Workspace:
-        """For windows of up to ``num_blocks`` blocks of ``block_len`` tokens.
+        """Allocates the buffers for windows of up to ``num_blocks`` blocks of ``block_len`` tokens.
 
         With ``eight_bits`` the normed stream is kept quantised to that dtype, and ``rows`` is a part's input of a
-        product.
+        matmul.
         """
         tokens = batch * num_blocks * block_len
         parts = plan_parts(1, block_len, range(num_blocks), max_tokens)
@@ -104,7 +104,7 @@ class Workspace:
         )
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The first elements of a buffer as a contiguous tensor of ``shape``.
+        """Returns the first elements of a buffer as a contiguous tensor of ``shape``.
 
         Raises:
             ValueError: the workspace was planned for less.
@@ -117,17 +117,19 @@ class Workspace:
         return self.buffers[name][: prod(shape)].view(shape)
 
     def take_rows(self, name: str, *shape: int) -> QuantizedRows:
-        """A quantised buffer: values of ``shape`` and a scale for each of their rows."""
+        """Returns a quantised buffer: values of ``shape`` and a scale for each of their rows."""
         return QuantizedRows(self.take(name, *shape), self.take(f"{name}.scales", *shape[:-1]))
 
     def normed(self, name: str, *shape: int) -> Tensor | QuantizedRows:
-        """Where a norm is written that only products read: quantised, if these are in 8 bits; in ``rows`` then, or
-        ``n`` for ``n``."""
+        """Returns the buffer for a norm that only matmuls read.
+
+        It is quantised if these are in 8 bits: ``rows``, or ``n`` for ``n``.
+        """
         if self.eight_bits is None:
             return self.take(name, *shape)
         return self.take_rows(name if name == "n" else "rows", *shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """The bytes of all buffers together."""
         return sum(buffer.nbytes for buffer in self.buffers.values())

@@ -1,1 +1,1 @@
-"""Files that people see: ``media`` (photographs, video), and ``durable`` (files that are whole or not there)."""
+"""Reading and writing files: ``media`` (photographs, video) and ``durable`` (files that are whole or not there)."""

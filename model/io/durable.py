@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: What the names of :func:`temporary_name` look like.
+#: The form of the names that :func:`temporary_name` gives.
 TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)\.tmp(?P<suffix>(\.[^.]*)?)", re.DOTALL)
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside ``path`` that ends as it does and belongs to this process: ``.clip.4711.tmp.mp4``."""
+    """Returns a hidden name next to ``path``, with its suffix, for this process alone: ``.clip.4711.tmp.mp4``."""
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; what is there at the end takes the place of ``path``, safely on disk.
+    """Yields a temporary name to write to; the file that is there at the end takes the place of ``path``, on disk.
 
     If the work inside fails, ``path`` is as it was and the temporary file is gone. A file that was open when its
     process was killed stays under its temporary name (:func:`remove_strays`).
@@ -37,19 +37,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, as :func:`replacing` does."""
+    """Writes a text file that is there as a whole or not at all (:func:`replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file inside its folder, in place of what has that name, and waits until the disk knows."""
+    """Renames a file inside its folder, replacing any file of that name, and waits until the name is on disk."""
     os.replace(source, target)
     sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in ``folder`` are on disk, where the system can say so (Windows cannot)."""
+    """Waits until the names of the files in ``folder`` are on disk, where the system can tell (Windows cannot)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_strays(folder: Path, *names: str) -> None:
-    """Removes the temporary files and folders of ``names`` that processes which are no more have left in ``folder``."""
+    """Removes temporary files and folders of ``names`` from ``folder`` if the processes that made them have ended."""
     wanted = {(Path(name).stem, Path(name).suffix) for name in names}
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
@@ -72,7 +72,7 @@ def remove_strays(folder: Path, *names: str) -> None:
 
 
 def _is_at_work(pid: int) -> bool:
-    """Whether another process of this number runs."""
+    """Returns whether another process of this number runs."""
     if pid == os.getpid():
         return False
     if os.name != "posix":

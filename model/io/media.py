@@ -1,4 +1,4 @@
-"""Photographs in, video files out. Pillow decodes and PyAV (FFmpeg) encodes; both are in the ``generate`` extra."""
+"""Reading photographs and writing video: Pillow decodes, PyAV (FFmpeg) encodes; the extra ``generate`` has both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SEAL = b"sha256 of the bytes before this box: "
 
 
 def open_image(path: str | Path) -> Any:
-    """A photograph as a PIL image in RGB, upright (EXIF orientation applied), transparency on white.
+    """Returns a photograph as a PIL image in RGB, upright (EXIF orientation applied), transparency on white.
 
     Raises:
         InputError: the file is missing, empty or not an image.
@@ -63,7 +63,7 @@ def open_image(path: str | Path) -> Any:
 def fit_image(image: Any, size: tuple[int, int], resize: tuple[int, int] | None = None) -> Tensor:
     """Scales a PIL image to cover ``size`` (width, height) and crops the centre.
 
-    With ``resize`` the result is then scaled to that size: the same framing at another resolution, for Stage I.
+    If ``resize`` is given, the result is then scaled to that size: the same framing at another resolution, for Stage I.
 
     Returns:
         ``[1, 3, 1, H, W]`` in -1..1.
@@ -78,10 +78,10 @@ def fit_image(image: Any, size: tuple[int, int], resize: tuple[int, int] | None 
 
 
 class VideoWriter:
-    """Writes frames to an H.264 MP4 as they come, in *pieces* that outlive the process.
+    """A writer of H.264 MP4 files that takes frames as they come, in *pieces* that outlive the process.
 
-    A piece is what lies between two calls of :meth:`end_piece`. It has an encoder of its own, so it starts with a key
-    frame and refers to no other piece, and is kept as a small MP4 file. The film is the pieces' packets one behind the
+    A piece has the frames between two calls of :meth:`end_piece`. It has an encoder of its own, so it starts with a key
+    frame and refers to no other piece, and is kept as a small MP4 file. The film is the packets of one piece after the
     other, nothing encoded again: the same frames in the same pieces are the same bytes, in one run or in several.
 
     After each piece ``NAME.partial.mp4`` is a film of all pieces so far, whatever happens then, SIGKILL included. If
@@ -93,18 +93,18 @@ class VideoWriter:
         width, height: pixels, both even.
         fps: frames a second.
         crf: quality of x264; 0 is lossless, 18 is visually lossless.
-        pieces: a folder in which the pieces stay, ``piece-0000.mp4`` and so on, so that another writer can go on behind
-            them. By default they are in a hidden folder beside ``path`` until the film is made.
+        pieces: a folder in which the pieces stay, ``piece-0000.mp4`` and so on, so that another writer can go on after
+            them. By default they are in a hidden folder next to ``path`` until the film is made.
 
     Attributes:
         film_frames: frames of the film that this writer has made so far, at :attr:`partial_path` or ``path``.
         num_pieces, num_frames: finished pieces, and frames of these and of the one begun. A new writer counts those
             that it found in ``pieces``, from the first on, up to one that is missing, damaged or encoded otherwise.
-        damaged: what is wrong with that one, in a sentence; empty if nothing is. Entering the writer renames it to
-            ``piece-0002.mp4.damaged`` and deletes those behind it.
+        damaged: a sentence about the damaged piece, if there is one. Entering the writer renames its file to
+            ``piece-0002.mp4.damaged`` and deletes the pieces after it.
 
     Raises:
-        InputError: another suffix, or a place that cannot be written to.
+        InputError: ``path`` has another suffix, or is a place that cannot be written to.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class VideoWriter:
 
     @property
     def num_pieces(self) -> int:
-        """Number of finished pieces."""
+        """The number of finished pieces."""
         return len(self._lengths)
 
     @property
     def partial_path(self) -> Path:
-        """Where the frames are until the work is finished."""
+        """The file that has the frames until the work is finished."""
         return self.path.with_suffix(".partial.mp4")
 
     def keep(self, pieces: int) -> None:
-        """Goes on behind the first ``pieces`` finished ones; drops the others.
+        """Keeps the first ``pieces`` finished pieces, to go on after them, and drops the others.
 
         Raises:
             ValueError: there are fewer, or another one is begun.
@@ -201,10 +201,10 @@ class VideoWriter:
 
     def _drop_others(self) -> None:
         """Makes the counted pieces the only ones in the folder."""
-        behind = [(number, path) for number, path in _pieces(self.pieces) if number >= self.num_pieces]
-        remove_strays(self.pieces, piece_name(self.num_pieces), *(path.name for _, path in behind))
-        # From the last one on, so that no gap is left whenever this ends.
-        for number, path in sorted(behind, reverse=True):
+        later = [(number, path) for number, path in _pieces(self.pieces) if number >= self.num_pieces]
+        remove_strays(self.pieces, piece_name(self.num_pieces), *(path.name for _, path in later))
+        # The last one first, so that no gap is left whenever this ends.
+        for number, path in sorted(later, reverse=True):
             if number == self._bad:
                 rename(path, path.with_name(f"{path.name}.damaged"))
             else:
@@ -219,7 +219,7 @@ class VideoWriter:
         self.film_frames = self.num_frames
 
     def _found(self) -> list[int]:
-        """Numbers of frames of the good pieces; tells of the first that is not."""
+        """Returns the numbers of frames of the good pieces, and records what is wrong with the next one, if any."""
         lengths: list[int] = []
         expected = None
         while (path := self.pieces / piece_name(len(lengths))).exists():
@@ -242,7 +242,7 @@ class VideoWriter:
 
 
 def piece_name(number: int) -> str:
-    """The name of a piece; they are counted from 0."""
+    """Returns the file name of a piece; pieces are counted from 0."""
     return f"piece-{number:04d}.mp4"
 
 
@@ -254,7 +254,7 @@ def _pieces(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 class _Encoder:
-    """Makes one piece: frames in, the bytes of an MP4 file out."""
+    """The encoder of one piece, which takes frames and gives the bytes of an MP4 file."""
 
     def __init__(self, av: ModuleType, width: int, height: int, fps: int, crf: int):
         self._av, self._tick = av, Fraction(1, fps)
@@ -279,7 +279,7 @@ class _Encoder:
         self.num_frames += 1
 
     def close(self) -> bytes:
-        """The file; nothing can be written behind it."""
+        """Ends the piece, to which nothing can be written any more, and returns the bytes of its file."""
         if self._bytes is None:
             self._mux(self._stream.encode())
             self._container.close()
@@ -294,7 +294,7 @@ class _Encoder:
 
 
 def _place(packet: Any, shown: int, number: int, tick: Fraction) -> None:
-    """Sets the time of a packet: the frame that it shows, and how many packets come before it.
+    """Sets the times of a packet: the frame that it shows, and how many packets come before it.
 
     x264 gives decoding times too, but those of pieces of one or two frames start later than those of longer ones.
     """
@@ -303,10 +303,10 @@ def _place(packet: Any, shown: int, number: int, tick: Fraction) -> None:
 
 
 def _join(av: ModuleType, pieces: Iterable[str | io.BytesIO], target: Path, fps: int) -> None:
-    """Writes the packets of pieces one behind the other to a file that can be played while it is still loading."""
+    """Writes the packets of one piece after the other to a file that can be played while it is still loading."""
     tick = Fraction(1, fps)
     stream, num_packets = None, 0
-    # In whole ticks. PyAV before 14 does not let the stream be given a time base.
+    # Times are in whole ticks. PyAV before 14 does not let the stream be given a time base.
     options = {"movflags": "faststart", "video_track_timescale": str(1000 * fps)}
     with av.open(str(target), "w", format="mp4", options=options) as film:
         for source in pieces:
@@ -327,7 +327,7 @@ def _join(av: ModuleType, pieces: Iterable[str | io.BytesIO], target: Path, fps:
 
 
 def _described(av: ModuleType, piece: bytes) -> tuple[Any, ...]:
-    """Number of frames of a piece, and what must be the same in all of a film."""
+    """Returns the number of frames of a piece, and the settings that must be the same in all pieces of a film."""
     with av.open(io.BytesIO(piece)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
@@ -335,12 +335,12 @@ def _described(av: ModuleType, piece: bytes) -> tuple[Any, ...]:
 
 
 def _sealed(piece: bytes) -> bytes:
-    """The file with its sha256 in a box behind it, of the kind that every reader of MP4 skips."""
+    """Returns the bytes of a file with their sha256 appended in a box that every reader of MP4 skips."""
     return piece + struct.pack(">I4s", 8 + len(_SEAL) + 32, b"free") + _SEAL + hashlib.sha256(piece).digest()
 
 
 def _unsealed(path: Path) -> bytes:
-    """The same without the box.
+    """Returns the bytes of a sealed file without the box that :func:`_sealed` has appended.
 
     Raises:
         ValueError: the file is not as it was written.
@@ -353,7 +353,7 @@ def _unsealed(path: Path) -> bytes:
 
 
 def check_video_path(path: str | Path) -> Path:
-    """``path`` if an MP4 can be written there. Its directory need not exist: the writer makes it.
+    """Returns ``path`` if an MP4 can be written there; its directory need not exist, since the writer makes it.
 
     Raises:
         InputError: another suffix, a directory, or a place that cannot be written.

@@ -1,1 +1,1 @@
-"""The machine: ``host`` memory, memory ``counted`` without a device, and ``measure`` (times, sizes, peaks)."""
+"""The machine that runs: ``host`` memory, memory ``counted`` without a device, ``measure`` (times, sizes, peaks)."""

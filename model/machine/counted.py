@@ -1,7 +1,7 @@
 """Live bytes of tensors on the CPU, where torch's allocator keeps no count, and of ``meta`` tensors, which hold none.
 
-A dispatch mode sees the result of every operator and follows the life of its storage. What it cannot see are buffers
-that an operator allocates and frees inside itself (a convolution's workspace, for example).
+A dispatch mode sees the result of every operator and follows the life of its memory. It cannot see buffers that an
+operator allocates and frees inside itself (a convolution's workspace, for example).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _elsewhere = False
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """What operators return in the body is not counted, now or later: it stands for memory that is not the device's."""
+    """Exempts what operators return in the body from all counts: it stands for memory that is not the device's."""
     global _elsewhere
     before, _elsewhere = _elsewhere, True
     try:
@@ -30,10 +30,10 @@ def elsewhere() -> Iterator[None]:
 
 
 class TensorMemory(TorchDispatchMode):
-    """``with TensorMemory(tensors) as memory: ...; memory.peak`` is the peak of bytes alive in the body.
+    """A mode that counts bytes alive: ``with TensorMemory(tensors) as memory: ...``, then ``memory.peak`` is the most.
 
     Counted are the given tensors, which existed before (weights, inputs), and all that operators return in the body;
-    a storage counts once, however many views of it there are.
+    memory counts once, however many views of it there are.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:

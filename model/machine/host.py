@@ -1,4 +1,4 @@
-"""Host memory: pinned, of exactly the size that is asked for, and what waits in it while the device is needed."""
+"""Host memory, pinned and of exactly the size that is asked for, in which tensors wait while the device is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = 4096
 
 
 class Host:
-    """Moves tensors away from ``device`` while they wait, if ``enabled`` and the device is not the CPU itself.
+    """Host memory to which tensors of ``device`` move while they wait, if ``enabled`` and the device is not the CPU.
 
     Copies are ordered with the work on the current stream; those to pinned memory do not stop it.
     """
@@ -30,7 +30,7 @@ class Host:
         self._pool = PinnedPool(device) if self.enabled and device.type == "cuda" else None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for what is assembled while tiles come and go."""
+        """Returns memory, not initialised, for what is assembled while tiles come and go."""
         if not self.enabled:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         if self._pool is None:
@@ -38,25 +38,25 @@ class Host:
         return self._pool.take(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def near(self, target: Tensor) -> Tensor:
-        """Memory on the device for what belongs into ``target``: itself where nothing is moved."""
+        """Returns memory on the device for what belongs into ``target``: ``target`` itself where nothing is moved."""
         return torch.empty(target.shape, dtype=target.dtype, device=self.device) if self.enabled else target
 
     def park(self, x: Tensor) -> Tensor:
-        """``x`` for later; itself where nothing is moved."""
+        """Returns ``x`` in host memory, for later, or ``x`` itself where nothing is moved."""
         if not self.enabled:
             return x
-        # A copy that stays dense even of a view into something larger.
+        # The copy is dense even if ``x`` is a view into something larger.
         return self.empty(x.shape, x.dtype).copy_(x, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Tensor:
-        """What was parked, or a part of it, on the device again."""
+        """Returns a parked tensor, or a part of it, on the device again."""
         return x.to(self.device, non_blocking=True) if self.enabled else x
 
 
 class PinnedPool:
     """Pinned buffers that are given out again when the tensors in them are gone.
 
-    Everything that reads or writes them is on one stream, so a buffer's next use is behind its last.
+    Everything that reads or writes them is on one stream, so a buffer's next use comes after its last.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class PinnedPool:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def take(self, size: int) -> Tensor:
-        """``size`` bytes, uint8; they come back by themselves."""
+        """Returns ``size`` bytes, uint8, which come back to the pool by themselves."""
         if not size:
             return torch.empty(0, dtype=torch.uint8)
         free = self._free[size]
@@ -82,15 +82,15 @@ def _give_back(pool: weakref.ref[PinnedPool], flat: Tensor) -> None:
 
 
 class _Lease(np.ndarray):
-    """A view that can be watched."""
+    """A view of a buffer whose end can be watched."""
 
 
 def pinned_bytes(size: int, device: torch.device) -> Tensor:
-    """``size`` bytes of host memory, uint8, that a GPU copies from and to without a stop.
+    """Returns ``size`` bytes of host memory, uint8, that a GPU copies from and to without a stop.
 
-    torch's own pinned memory is rounded up to a power of two (706 MB to 1 GiB) and never given back; this is registered
-    as it is, in whole pages that it shares with nothing. Where registering fails, the memory is an ordinary one, and a
-    warning says that copies are slower.
+    torch's own pinned memory is rounded up to a power of two (706 MB become 1,074 MB) and never given back; this memory
+    is registered as it is, in whole pages that it shares with nothing. Where registering fails, it stays ordinary
+    memory, and a warning says that copies are slower.
     """
     whole = -(-size // PAGE) * PAGE
     base = torch.empty(whole + PAGE, dtype=torch.uint8)
@@ -109,32 +109,34 @@ def pinned_bytes(size: int, device: torch.device) -> Tensor:
 
 
 def _unpin(address: int, device: torch.device) -> None:
-    # A copy may still read it.
+    # A copy may still read or write it.
     torch.cuda.synchronize(device)
     if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
         _clear_error(device)
 
 
 def _clear_error(device: torch.device) -> None:
-    """Takes back the error that a failed call has left, which the next launch, whatever it is, would report."""
+    """Clears the error that a failed call has left, which the next launch, whatever it is, would report."""
     try:
         torch.zeros(1, device=device)
     except RuntimeError:
-        return  # this was that launch
+        return  # this was the launch that reports it
 
 
 def release(device: torch.device) -> None:
-    """Gives the memory of a model that is no longer referenced back, before the next one arrives."""
+    """Gives back the memory of models that are no longer referenced, before the next one is loaded."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of this machine's memory, or less where the process's control group has less; None: it cannot be told.
+    """Returns bytes of this machine's memory, or of the process's control group where that has less.
+
+    None means that the system does not tell.
 
     Args:
-        root: of the file system that ``proc`` and ``sys`` are read from.
+        root: the folder in which ``proc`` and ``sys`` are.
     """
     sizes = []
     for line in _lines(root / "proc/meminfo"):
@@ -143,7 +145,7 @@ def machine_memory(root: Path = Path("/")) -> int | None:
     groups = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         number, names, path = line.split(":", 2)
-        if number == "0":  # version 2: a limit of any group above it holds too
+        if number == "0":  # version 2: the limits of the groups above hold too
             own = groups / path.lstrip("/")
             inside = [own, *own.parents][: len(Path(path.lstrip("/")).parts) + 1]
             files = [folder / "memory.max" for folder in inside]
@@ -159,7 +161,7 @@ def machine_memory(root: Path = Path("/")) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Of a file of the kernel's; none where it does not exist or may not be read."""
+    """Returns the lines of one of the kernel's files; none where it does not exist or may not be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

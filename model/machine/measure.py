@@ -1,7 +1,8 @@
-"""Time of the pipeline's stages and peak memory, on the CPU and on CUDA."""
+"""Measures the time of the pipeline's stages and peak memory, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class StageTimer:
-    """Adds up the time of named stages, each without the stages that run inside it.
+    """A clock that adds up the time of named stages, each without the stages that run inside it.
 
     The stages of the pipeline are nested iterators (the file pulls frames from the decoder, which pulls blocks from the
     sampler); the time between two marks is charged to the innermost stage. On CUDA the marks are device events, so
@@ -33,7 +34,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charges the body to ``name``."""
+        """Charges the time of the body to ``name``."""
         self._mark()
         self._stack.append(name)
         try:
@@ -43,7 +44,7 @@ class StageTimer:
             self._stack.pop()
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; the time that making each one takes is charged to ``name``."""
+        """Yields the items and charges the time that making each one takes to ``name``."""
         iterator = iter(items)
         while True:
             with self.stage(name):
@@ -55,7 +56,7 @@ class StageTimer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, in the order in which the stages first ended."""
+        """The seconds of each stage, in the order in which the stages first ended."""
         if self._cuda:
             torch.cuda.synchronize()
         totals: dict[str, float] = defaultdict(float)
@@ -75,7 +76,7 @@ class StageTimer:
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak bytes so far and what they count: the CUDA allocator's peak, or the process's largest resident size."""
+    """Returns peak bytes so far and what they count: the CUDA allocator's peak, or the largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
     import resource
@@ -84,7 +85,7 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident, whole process"
 
 
-#: What libraries say when a card's memory does not suffice, beside torch's own error.
+#: Messages by which libraries say that a card's memory does not suffice, besides torch's own error.
 _DEVICE_IS_FULL = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
@@ -94,7 +95,7 @@ _DEVICE_IS_FULL = (
 
 
 def full_memory(error: BaseException) -> str | None:
-    """``device`` or ``host``: whose lack of memory an exception is; None: it is something else."""
+    """Returns ``device`` or ``host`` if an exception says that its memory is full, and None if it says otherwise."""
     if isinstance(error, torch.OutOfMemoryError):
         return "device"
     # The CPU allocator raises a plain RuntimeError.
@@ -104,20 +105,28 @@ def full_memory(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a lack of memory, of the device or of the host."""
+    """Returns whether an exception says that the memory of the device or of the host is full."""
     return full_memory(error) is not None
 
 
 def format_bytes(count: float) -> str:
-    """``1.5 GiB``, ``12 MiB``."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    """Returns ``21.1 GB``, ``0.35 GB`` or ``4.1 MB``: units of 10^9 or 10^6 bytes, as cards are sold."""
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e10 else f"{count / 1e9:.2f} GB"
+
+
+def format_enough(count: float) -> str:
+    """Returns :func:`format_bytes` of a size rounded up, so that the text names a size that suffices."""
+    unit = 1e5 if count < 1e8 else 1e8 if count >= 1e10 else 1e7
+    return format_bytes(math.ceil(count / unit) * unit)
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """``"4GB"`` (4 * 10**9), ``"4GiB"`` (4 * 2**30), ``"500MB"`` or a number of bytes.
+    """Returns the bytes that a text names: ``"4GB"`` is 4 * 10**9, ``"4GiB"`` 4 * 2**30, ``"77"`` 77.
 
     Raises:
-        InputError: another form; the message begins with ``name``, the option that was given it.
+        InputError: the text is no size; the message begins with ``name``, the option that it was given to.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:

@@ -1,7 +1,7 @@
 """The memory planner: where weights are, tiles, and what a clip takes.
 
-request       what is planned; ``plan`` is the entry, ``report`` what it says
+request       the input; ``plan`` is the entry, ``report`` the result as text and JSON
 search        the whole run; ``stage_choice`` one DiT, ``vae_choice`` one place of the VAE
 vae_plan      the VAE alone: its tiles and peak; ``vae_places`` its four places in a clip
-stage_time    predicted seconds of a stage; ``stream_time`` of copies beside them; ``cost`` has the rates
+stage_time    predicted seconds of a stage; ``stream_time`` those of its copies; ``cost`` has the rates
 """

@@ -1,5 +1,5 @@
-"""Where everything is while a clip is made, so that it fits a card: which blocks of the DiTs stay on the device and
-which come from host memory or from files in every pass, in what form; the tiles of the VAE; and what that costs.
+"""The memory plan of a clip, so that it fits a card: which layers of the DiTs stay on the device and which come from
+host memory or from files in every pass, in what form; the tiles of the VAE; and what that costs.
 
 A clip is made in phases, one after the other. In each the device holds only this:
 
@@ -10,10 +10,10 @@ A clip is made in phases, one after the other. In each the device holds only thi
     Stage II   its DiT, and the decoder with its state
     decode     the same, while frames are decoded
 
-Every phase that has a choice has candidates with predicted seconds and bytes, which come from shapes alone. Of those
-that fit the fastest is taken; of equals the one with most blocks on the device, then with the fewest tiles. The order
-does not depend on the limit, so that with a higher one a plan's peak is never lower, nor is it slower, but for storage
-``auto``, which prefers weights as they are to faster ones in 8 bits: what is taken then did not fit before.
+Every phase that has a choice has candidates with predicted seconds and bytes, which come from shapes alone. The fastest
+of those that fit is taken; of equals the one with most layers on the device, then with the fewest tiles. The order does
+not depend on the limit, so that with a higher one a plan's peak is never lower, nor is it slower. The one exception is
+``quantize="auto"``, which prefers weights as they are to faster ones in 8 bits, where they did not fit before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 
 from model.errors import InputError
-from model.memory.report import MemoryPlan, Phase, StagePlan, enough_gigabytes, gigabytes
+from model.machine.measure import format_bytes, format_enough
+from model.memory.report import MemoryPlan, Phase, StagePlan
 from model.memory.request import HOST_USABLE, MemoryRequest
 from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, ReferenceChoice, Search, vae_held, vae_idle
 from model.memory.stage_choice import StageChoice, StageChoices
@@ -35,12 +36,12 @@ from model.memory.vae_places import USABLE, PipelinePlans
 
 
 def plan_memory(request: MemoryRequest) -> MemoryPlan:
-    """The fastest plan that fits.
+    """Plans the fastest way that fits.
 
-    Storage ``auto`` never changes numbers: block matrices stay in 8 bits where the checkpoint has them so (``file``),
-    else all are ``plain``. Only where no plan with these fits the host memory, and there is no checkpoint that blocks
-    could be read from in every pass, it is ``float8``, and a note of the plan says so. With 8-bit products it is
-    ``float8``, or ``int8`` on a card without float8 products. The reference is encoded in float32, unless only
+    ``quantize="auto"`` never changes numbers: layer matrices stay in 8 bits where the checkpoint has them so
+    (``file``), else none are quantised. Only where no such plan fits the host memory, and there is no checkpoint that
+    layers could be read from in every pass, it is ``float8``, and a note of the plan says so. With 8-bit matmuls it is
+    ``float8``, or ``int8`` on a card without float8 matmuls. The reference is encoded in float32, unless only
     bfloat16 fits.
 
     Raises:
@@ -53,20 +54,22 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
 
 
 def find_plan(request: MemoryRequest) -> MemoryPlan | None:
-    """As :func:`plan_memory`; None where no plan fits, without looking for what would."""
+    """Plans as :func:`plan_memory`; returns None where no plan fits, without looking for one that would."""
     return _best(Search(request), request.usable)
 
 
 def smallest_plan(request: MemoryRequest) -> MemoryPlan | None:
-    """The plan with the lowest peak on the device that the host memory allows, whatever the card has; None: it allows
-    none. Each of its phases is as fast as that peak lets it be."""
+    """Returns the plan with the lowest peak on the device that the host memory allows, whatever the card has.
+
+    Each of its phases is as fast as that peak lets it be. None: the host memory allows no plan.
+    """
     search = Search(replace(request, vram=None))
     least = search.least_peak()
     return None if least is None else _best(search, least)
 
 
 def _best(search: Search, limit: int | None) -> MemoryPlan | None:
-    """The fastest plan within ``limit`` bytes on the device."""
+    """Returns the fastest plan within ``limit`` bytes on the device, or None."""
     room = math.inf if limit is None else limit
     of = search.request.room
     condition, one = search.best_condition(of(room, "condition")), search.best_motion(of(room, "Stage I"))
@@ -132,7 +135,7 @@ def _stage_phase(name: str, choice: StageChoice, beside: Mapping[str, int], host
 
 def _most(held: Mapping[str, int]) -> str:
     name = max(held, key=lambda name: held[name])
-    return f"most memory: {name}, {gigabytes(held[name])}"
+    return f"most memory: {name}, {format_bytes(held[name])}"
 
 
 def _notes(search: Search, one: StageChoice, reference: ReferenceChoice, two: StageChoice, text: bool) -> Iterator[str]:
@@ -144,21 +147,21 @@ def _notes(search: Search, one: StageChoice, reference: ReferenceChoice, two: St
     if reference.encode.planned.request.dtype != torch.float32:
         yield "the reference is encoded in bfloat16, since float32 does not fit"
     if any(choice.placed.read for choice in stages.values()):
-        yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s, and to hold what blocks are kept in"
-        yield "what the CPU does to blocks of files in every pass (converting, quantising, LoRAs) is not predicted"
-    if request.products == "8bit":
-        yield "8-bit products are assumed to reach the share of their peak that 16-bit ones reach"
+        yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s, and to hold the form that layers are kept in"
+        yield "what the CPU does to layers of files in every pass (converting, quantising, LoRAs) is not predicted"
+    if request.matmul == "8bit":
+        yield "8-bit matmuls are assumed to reach the share of their peak that 16-bit ones reach"
     if request.text_encoder_bytes and not text:
         yield "seconds of the text encoder on the CPU are not predicted"
 
 
 def _refusal(request: MemoryRequest) -> str:
-    """Why no plan fits: what limits, the smallest plan, and what helps."""
+    """Returns why no plan fits: what limits, the smallest plan, and what helps."""
     free = replace(request, ram=None)
     if request.vae_limit is not None and smallest_plan(free) is None:
         plans = smallest_plan(replace(free, vae_limit=None))
         shown = "" if plans is None else f"; those of the smallest plan take more: {plans.vae_plans}"
-        return f"vae-memory: {gigabytes(request.vae_limit or 0)} are too little for any tiles{shown}"
+        return f"vae-memory: {format_bytes(request.vae_limit or 0)} are too little for any tiles{shown}"
     # More host memory helps where a plan would then fit the card; else a larger card has to.
     room = math.inf if request.usable is None else request.usable
     least = None if request.ram is None else Search(free).least_host(room)
@@ -183,14 +186,14 @@ def _too_little(
         helps.insert(0, "--mode bidirectional")
     if name == "ram":
         if not request.from_files:
-            helps.append("--weights, whose blocks can be read from files in every pass")
-        if request.storage in ("plain", "file"):
-            helps.append("--storage auto or float8")
+            helps.append("--weights, whose layers can be read from files in every pass")
+        if request.quantize in ("none", "file"):
+            helps.append("--quantize auto or float8")
     where = smallest.limiting if name == "vram" else max(smallest.phases, key=lambda phase: phase.host)
     if where.name == "text":
         helps = ["--text-embeddings in place of a text encoder (for model.plan: --no-text-encoder)"]
     return (
-        f"{name}: {gigabytes(given or 0)} are too little, since {share:.0%} of it are planned with and the smallest"
-        f" plan takes {gigabytes(needed)} in {where.name}; {enough_gigabytes(needed / share)} would do."
+        f"{name}: {format_bytes(given or 0)} are too little, since {share:.0%} of it are planned with and the smallest"
+        f" plan takes {format_bytes(needed)} in {where.name}; {format_enough(needed / share)} would do."
         f" What helps: {', '.join(helps)}. The smallest plan:\n{smallest}"
     )

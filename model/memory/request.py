@@ -1,4 +1,4 @@
-"""What a memory plan is for: models, clip, card and machine."""
+"""The request for a memory plan: models, clip, card and machine."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from model.errors import InputError
 from model.memory.cost.gpus import GPU
 from model.memory.vae_places import USABLE
 from model.sizes import check_frames, check_size, size_multiple
-from model.streaming.placement import NO_TENSORS, PRODUCTS, STORAGES
+from model.streaming.placement import MATMUL, NO_TENSORS, QUANTIZE
 
 #: ``auto``: what the checkpoint has; see :func:`model.memory.plan.plan_memory`.
-STORAGE_CHOICES = ("auto", *STORAGES)
-#: Compute capability, as two digits, from which on cards multiply float8.
-FLOAT8_PRODUCTS = 89
+QUANTIZE_CHOICES = ("auto", *QUANTIZE)
+#: The lowest compute capability, as two digits, of cards that multiply float8.
+FLOAT8_MATMUL = 89
 #: Share of a machine's memory that is planned with: the rest is the system's and other programs'.
 HOST_USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class DiTRequest:
-    """A DiT: its shape, and the tensors that its checkpoint holds in 8 bits
-    (:func:`model.streaming.placement.block_layout`)."""
+    """A DiT to be planned for: its shape, and the tensors that its checkpoint holds in 8 bits
+    (:func:`model.streaming.placement.layer_layout`)."""
 
     config: DiTConfig
     stored: Mapping[str, str] = field(default_factory=lambda: NO_TENSORS)
@@ -34,27 +34,27 @@ class DiTRequest:
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What a plan is for.
+    """A clip and a machine that a plan is made for.
 
     Args:
         stage_one, stage_two: the DiTs.
-        vae: of Stage II.
+        vae: the VAE of Stage II.
         size, motion_size: (width, height) of the target and of Stage I.
-        num_frames: of the clip.
+        num_frames: the number of frames of the clip.
         plan: its segments.
         gpu: the card whose seconds are predicted.
         low_noise: Wan2.2 A14B's second expert.
         motion_vae: Stage I's VAE where it is another one.
         mode: one of :data:`model.csg.sampler.MODES`.
-        steps, stage_one_steps: of the two stages.
-        dtype: of the DiTs and of the decoders.
+        steps, stage_one_steps: denoising steps of the two stages.
+        dtype: the dtype of the DiTs and of the decoders.
         vram: bytes of the card; None: no limit.
         ram: bytes of the machine's memory; None: no limit.
         capability: compute capability as two digits; None: a CPU.
-        storage: ``auto`` or one of :data:`model.streaming.placement.STORAGES`.
-        products: one of :data:`model.streaming.placement.PRODUCTS`.
-        from_files: whether the DiTs come from checkpoints, of which blocks can be read in every pass.
-        text_encoder_bytes: of its weights; 0: the run has none.
+        quantize: ``auto`` or one of :data:`model.streaming.placement.QUANTIZE`.
+        matmul: one of :data:`model.streaming.placement.MATMUL`.
+        from_files: whether the DiTs come from checkpoints, from which layers can be read in every pass.
+        text_encoder_bytes: the bytes of its weights; 0: the run has none.
         vae_limit: bytes for the VAE alone; None: no limit of its own.
         less: bytes that single phases may take at most, by name, where these have run out of memory.
 
@@ -79,15 +79,15 @@ class MemoryRequest:
     vram: int | None = None
     ram: int | None = None
     capability: int | None = 90
-    storage: str = "auto"
-    products: str = "plain"
+    quantize: str = "auto"
+    matmul: str = "plain"
     from_files: bool = False
     text_encoder_bytes: int = 0
     vae_limit: int | None = None
     less: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("storage", STORAGE_CHOICES), ("products", PRODUCTS), ("mode", MODES)):
+        for name, allowed in (("quantize", QUANTIZE_CHOICES), ("matmul", MATMUL), ("mode", MODES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("vram", "ram", "vae_limit"):
@@ -98,13 +98,13 @@ class MemoryRequest:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.text_encoder_bytes < 0:
             raise InputError(f"text_encoder_bytes: expected at least 0, got {self.text_encoder_bytes}")
-        if self.products == "8bit" and self.storage in ("plain", "file"):
-            raise InputError(f"products: 8bit goes with storage auto, float8 or int8, got {self.storage}")
-        too_old = self.capability is not None and self.capability < FLOAT8_PRODUCTS
-        if self.products == "8bit" and self.storage == "float8" and too_old:
+        if self.matmul == "8bit" and self.quantize in ("none", "file"):
+            raise InputError(f"matmul: 8bit goes with quantize auto, float8 or int8, got {self.quantize}")
+        too_old = self.capability is not None and self.capability < FLOAT8_MATMUL
+        if self.matmul == "8bit" and self.quantize == "float8" and too_old:
             raise InputError(
-                f"products: 8bit of float8 needs compute capability {FLOAT8_PRODUCTS / 10}, this card has"
-                f" {(self.capability or 0) / 10}; --storage int8 runs here"
+                f"matmul: 8bit of float8 needs compute capability {FLOAT8_MATMUL / 10}, this card has"
+                f" {(self.capability or 0) / 10}; --quantize int8 runs here"
             )
         check_size(*self.size, size_multiple(self.vae, self.stage_two.config))
         check_size(*self.motion_size, size_multiple(self.stage_one_vae, self.stage_one.config))
@@ -117,19 +117,19 @@ class MemoryRequest:
 
     @property
     def stage_one_vae(self) -> VAEConfig:
-        """The VAE of Stage I."""
+        """The configuration of Stage I's VAE."""
         return self.motion_vae or self.vae
 
     def room(self, limit: float, *phases: str) -> float:
-        """Bytes of the device that phases may take which have to do with the same choice."""
+        """Returns the bytes of the device for phases that share a choice: the smallest limit of any of them."""
         return min(limit, *(self.less.get(phase, limit) for phase in phases))
 
     @property
     def usable(self) -> int | None:
-        """Bytes of the card that are planned with (:data:`model.memory.vae_places.USABLE` of it)."""
+        """The bytes of the card that are planned with (:data:`model.memory.vae_places.USABLE` of it)."""
         return None if self.vram is None else int(USABLE * self.vram)
 
     @property
     def usable_host(self) -> int | None:
-        """Bytes of the machine's memory that are planned with (:data:`HOST_USABLE` of it)."""
+        """The bytes of the machine's memory that are planned with (:data:`HOST_USABLE` of it)."""
         return None if self.ram is None else int(HOST_USABLE * self.ram)

@@ -22,7 +22,7 @@ from model.memory.vae_plan import Request, meta_vae
 
 #: The process without any weights: interpreter, torch, CUDA's libraries and context. Assumed.
 PROCESS_BYTES = 3_000_000_000
-#: What the text encoder makes beside its weights, such as float32 scores of 64 heads. Assumed.
+#: The activations of the text encoder, such as float32 scores of 64 heads. Assumed.
 TEXT_WORK_BYTES = 500_000_000
 _FLOAT = 4
 
@@ -31,7 +31,7 @@ Held = dict[str, int]
 
 @dataclass(frozen=True)
 class ReferenceChoice:
-    """How the motion is decoded and the reference encoded: one beside the other, or one after the other."""
+    """A way to decode the motion and encode the reference: one beside the other, or one after the other."""
 
     motion: VAEUse
     encode: VAEUse
@@ -41,13 +41,13 @@ class ReferenceChoice:
 
     @property
     def device(self) -> int:
-        """Bytes at the worst moment."""
+        """The bytes on the device at the worst moment."""
         return sum(self.held.values())
 
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """Stage II, and the decoder beside it; ``clip`` are the bytes of what goes from one to the other."""
+    """A way to run Stage II and the decoder beside it; ``clip`` is the bytes that go from one to the other."""
 
     stage: StageChoice
     decode: VAEUse
@@ -55,20 +55,20 @@ class ClipChoice:
 
     @property
     def key(self) -> tuple[float, ...]:
-        """The order of choices."""
+        """The numbers by which choices are ordered, the smallest first."""
         spent = round(self.stage.time.total + self.decode.seconds, DIGITS)
         return self.stage.rank, spent, self.stage.streamed, self.decode.park, self.decode.order
 
     @property
     def device(self) -> int:
-        """Bytes while frames are decoded."""
+        """The bytes on the device while frames are decoded."""
         return self.stage.device + self.decode.peak + self.clip
 
 
 class Search:
-    """The candidates for one request. Its limit on the device is not looked at: it is an argument where one counts.
+    """The candidates for one request. Its limit on the device is not used here: methods take one as an argument.
 
-    ``host`` is what of the machine's memory there is for the process's data.
+    ``host`` is the part of the machine's memory that is left for the process's data.
     """
 
     def __init__(self, request: MemoryRequest) -> None:
@@ -77,7 +77,7 @@ class Search:
         self.vae_room = math.inf if r.vae_limit is None else r.vae_limit
         self.one, self.two = StageChoices(r, True), StageChoices(r, False)
         blocks, options = r.plan.num_blocks, {"gpu": r.gpu}
-        # What is small is cut on a GPU only where what waits is in host memory; a CPU has no other memory.
+        # On a GPU, small frames are cut into tiles only where waiting tiles are in host memory; a CPU has no other.
         small = options | {"untiled": r.capability is not None}
         masked = r.stage_one.config.in_channels != r.stage_one.config.out_channels
         given = (r.num_frames, blocks) if masked else (1, 1)
@@ -98,7 +98,7 @@ class Search:
         return Request(config, half, *size, dtype, r.capability, 1, 1)
 
     def vae_bytes(self, encode_dtype: torch.dtype = torch.float32) -> int:
-        """Of all weights of the VAEs, the target's encoder in this dtype."""
+        """Returns the bytes of all weights of the VAEs, the target's encoder in this dtype."""
         r = self.request
         total = half_bytes(r.vae, "encode", encode_dtype) + half_bytes(r.vae, "decode", r.dtype)
         if r.motion_vae is not None:
@@ -106,7 +106,7 @@ class Search:
         return total
 
     def _latents(self, low: bool) -> int:
-        """Bytes of the clip's latents in float32."""
+        """Returns the bytes of the clip's latents in float32."""
         request = self._request("encode", low, torch.float32)
         return _FLOAT * request.config.z_dim * self.request.plan.num_blocks * math.prod(request.latent_size)
 
@@ -114,18 +114,18 @@ class Search:
         return 3 * _FLOAT * math.prod(self.request.motion_size if low else self.request.size)
 
     def text_fits(self, room: float) -> bool:
-        """Whether the text encoder runs on the device."""
+        """Returns whether the text encoder runs on the device."""
         return self.request.text_encoder_bytes + TEXT_WORK_BYTES <= room
 
     @property
     def text_host(self) -> int:
-        """Bytes in host memory, through which the text encoder is read wherever it runs."""
+        """The bytes in host memory, through which the text encoder is read wherever it runs."""
         return self.request.text_encoder_bytes
 
     # The condition: all weights of the VAEs, the picture, and the list of latents beside their concatenation.
 
     def condition_held(self, use: VAEUse) -> Held:
-        """What is on the device, by name."""
+        """Returns the bytes on the device while the condition is encoded, by name."""
         rest = self.vae_bytes() - use.planned.peak.weights
         return vae_held("encoder", use) | {"other weights": rest, "clip": self._condition_clip}
 
@@ -134,7 +134,7 @@ class Search:
         return self._picture(True) + 2 * self._latents(True)
 
     def best_condition(self, room: float) -> VAEUse | None:
-        """The fastest that fits."""
+        """Returns the fastest plan of the condition that fits, or None."""
         left = room - self.vae_bytes() + self.condition.weights - self._condition_clip
         return self._first(self.condition, min(left, self.vae_room), self.host)
 
@@ -154,7 +154,7 @@ class Search:
         return 3 * self.request.num_frames * math.prod(self.request.motion_size) * self.request.dtype.itemsize
 
     def best_reference(self, room: float) -> ReferenceChoice | None:
-        """The fastest that fits, in float32 if one does."""
+        """Returns the fastest choice for the reference that fits, in float32 if one does, or None."""
         for dtype, encode in self.encode.items():
             found = self._references(dtype, encode, room)
             if found:
@@ -162,7 +162,7 @@ class Search:
         return None
 
     def _references(self, dtype: torch.dtype, encode: VAEPlace, room: float) -> list[ReferenceChoice]:
-        """The fastest of every kind."""
+        """Returns the fastest choice of every kind."""
         found: list[ReferenceChoice] = []
         for motion in self.motion.whole_frames():
             left = min(room - self._beside_rest(dtype), self.vae_room) - self._motion_idle(motion)
@@ -189,22 +189,22 @@ class Search:
         return place.smallest(host, kinds, self.vae_room + 1)
 
     def _beside_rest(self, dtype: torch.dtype) -> int:
-        """What is there beside what the two plans take: weights of other halves, and the clip's."""
+        """Returns the bytes beside what the two plans take: weights of other halves, and tensors of the clip."""
         return self._reference_clip + self.vae_bytes(dtype) - self.motion.weights - self.encode[dtype].weights
 
     def _motion_idle(self, motion: VAEUse) -> int:
-        """Of the motion's decoder while the encoder works: its weights and state, and the frames it has made."""
+        """Returns the bytes of the motion's decoder while the encoder works: weights, state, and the frames it made."""
         return sum(vae_idle("decoder", motion).values()) + self._low_frames
 
     @property
     def _low_frames(self) -> int:
-        """Bytes of the frames of one of the motion's latent frames; as a result they are counted in uint8."""
+        """The bytes of the frames of one of the motion's latent frames; as a result they are counted in uint8."""
         return self.motion.whole.result * self.request.dtype.itemsize
 
     def _beside(
         self, dtype: torch.dtype, motion: VAEUse, encode: VAEUse | None, room: float
     ) -> Iterator[ReferenceChoice]:
-        """The two as one stream, if they fit: one works while the other waits with its state."""
+        """Yields the two as one stream, if they fit: one works while the other waits with its state."""
         if encode is None:
             return
         vaes = (
@@ -238,66 +238,68 @@ class Search:
         return self.host - self.vae_bytes()
 
     def best_motion(self, room: float) -> StageChoice | None:
-        """The fastest that fits."""
+        """Returns the fastest choice for Stage I that fits, or None."""
         return self.one.best(room, self._motion_host)
 
-    # Stage II, with each number of streamed blocks, and the decoder beside it.
+    # Stage II, with each number of streamed layers, and the decoder beside it.
 
     def best_clip(self, room: float) -> ClipChoice | None:
-        """The fastest that fit together."""
+        """Returns the fastest Stage II and decoder that fit together, or None."""
 
         def found() -> Iterator[ClipChoice]:
-            for storage, streamed, least in self._clip_counts():
+            for quantize, streamed, least in self._clip_counts():
                 for park in (False, True):
-                    decode = self._decode(storage, streamed, room, self.host - least, park)
-                    yield from self._clip(storage, streamed, decode)
+                    decode = self._decode(quantize, streamed, room, self.host - least, park)
+                    yield from self._clip(quantize, streamed, decode)
 
         return min(found(), key=lambda choice: choice.key, default=None)
 
-    def _decode(self, storage: str, streamed: int, room: float, host: float, park: bool) -> VAEUse | None:
-        """The fastest decoder of a kind beside so many streamed blocks."""
-        left = room - self.two.placed(storage, streamed, None).device - self._clip_bytes(park)
+    def _decode(self, quantize: str, streamed: int, room: float, host: float, park: bool) -> VAEUse | None:
+        """Returns the fastest decoder of a kind beside so many streamed layers."""
+        left = room - self.two.placed(quantize, streamed, None).device - self._clip_bytes(park)
         return self.decode.first(min(left, self.vae_room), host, park)
 
     def _clip_bytes(self, park: bool) -> int:
-        """Of the segment that is decoded, and of the frames that were made last, unless they are in host memory."""
+        """Returns the bytes of the segment being decoded, and of its last frames unless they are in host memory."""
         longest = max(len(window.noisy) for window in self.request.plan)
         segment = longest * self._latents(False) // self.request.plan.num_blocks
         return segment if park else segment + self.decode.whole.result
 
     def _least_clip(self) -> int | None:
         sizes = []
-        for storage, streamed, least in self._clip_counts():
+        for quantize, streamed, least in self._clip_counts():
             decode = self._least(self.decode, self.host - least)
-            sizes += [choice.device for choice in self._clip(storage, streamed, decode)]
+            sizes += [choice.device for choice in self._clip(quantize, streamed, decode)]
         return min(sizes, default=None)
 
     def _clip_counts(self) -> Iterator[tuple[str, int, int]]:
-        """(storage, streamed blocks, bytes of host memory that these take at least)."""
-        for storage, streamed in self.two.pairs():
-            least = self.two.least_host(storage, streamed)
+        """Yields (quantize, number of streamed layers, bytes of host memory that these take at least)."""
+        for quantize, streamed in self.two.pairs():
+            least = self.two.least_host(quantize, streamed)
             if least <= self.host:
-                yield storage, streamed, least
+                yield quantize, streamed, least
 
-    def _clip(self, storage: str, streamed: int, decode: VAEUse | None) -> Iterator[ClipChoice]:
-        stage = None if decode is None else self.two.within(self.host - decode.host, storage, streamed)
+    def _clip(self, quantize: str, streamed: int, decode: VAEUse | None) -> Iterator[ClipChoice]:
+        stage = None if decode is None else self.two.within(self.host - decode.host, quantize, streamed)
         if decode is not None and stage is not None:
             yield ClipChoice(stage, decode, self._clip_bytes(decode.park))
 
     def least_host(self, room: float) -> int | None:
-        """Bytes of host memory that the process needs at least within ``room`` bytes on the device, or None where no
-        plan fits these. To be asked of a search without a limit on host memory."""
+        """Returns the least bytes of host memory with which a plan fits ``room`` bytes on the device, or None.
+
+        It is meant for a search without a limit on host memory.
+        """
         condition = self.best_condition(room)
         motion = (
-            self.one.least_host(storage, streamed)
-            for storage, streamed in self.one.pairs()
-            if self.one.placed(storage, streamed, None).device <= room
+            self.one.least_host(quantize, streamed)
+            for quantize, streamed in self.one.pairs()
+            if self.one.placed(quantize, streamed, None).device <= room
         )
         clip = (
             least + decode.host
-            for storage, streamed, least in self._clip_counts()
+            for quantize, streamed, least in self._clip_counts()
             for park in (False, True)
-            if (decode := self._decode(storage, streamed, room, math.inf, park)) is not None
+            if (decode := self._decode(quantize, streamed, room, math.inf, park)) is not None
         )
         references = (self._references(dtype, encode, room) for dtype, encode in self.encode.items())
         sizes = [
@@ -311,7 +313,7 @@ class Search:
         return PROCESS_BYTES + max(self.text_host, *(size for size in sizes if size is not None))
 
     def least_peak(self) -> int | None:
-        """The lowest peak on the device that the host memory allows, or None."""
+        """Returns the lowest peak on the device that the host memory allows, or None."""
         condition = self._least(self.condition, self.host)
         sizes = [
             None if condition is None else sum(self.condition_held(condition).values()),
@@ -326,16 +328,16 @@ class Search:
 
 @functools.cache
 def half_bytes(config: VAEConfig, half: str, dtype: torch.dtype) -> int:
-    """Of the weights of one half of a VAE."""
+    """Returns the bytes of the weights of one half of a VAE."""
     return sum(p.nbytes for p in meta_vae(config, dtype).weights_of(half))
 
 
 def vae_held(name: str, use: VAEUse) -> Held:
-    """What half of a VAE holds at its worst moment."""
+    """Returns the bytes that half of a VAE holds at its worst moment, by name."""
     idle = vae_idle(name, use)
     return idle | {f"{name}'s activations": use.peak - sum(idle.values())}
 
 
 def vae_idle(name: str, use: VAEUse) -> Held:
-    """What it holds while it waits."""
+    """Returns the bytes that half of a VAE holds while it waits, by name."""
     return {f"{name}'s weights": use.planned.peak.weights, f"{name}'s state": use.planned.peak.state}

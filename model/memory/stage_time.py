@@ -1,4 +1,4 @@
-"""Predicted seconds of a stage's DiT by where its blocks are: every pass over them, with its copies."""
+"""Predicted seconds of a stage's DiT by where its layers are: every pass over them, with its copies."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from model.memory.cost.gpus import GPU
 from model.memory.cost.profiles import get_profile, seconds_by_kind
 from model.memory.cost.work import Work
 from model.memory.stream_time import PassTime, pass_time
-from model.streaming.placement import BlockLayout, Placement
+from model.streaming.placement import LayerLayout, Placement
 
 PROFILE = "swifti2v"
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of all passes: of the blocks' work, of copies and reads, and of what remains of these beside it.
-    ``step`` is the longest pass."""
+    """The seconds of all passes: the layers' work, copies, reads, and the part of these two that work does not hide.
+
+    ``step`` is the longest pass.
+    """
 
     compute: float
     copy: float
@@ -28,43 +30,43 @@ class StageTime:
 
     @property
     def total(self) -> float:
-        """Of the stage."""
+        """The seconds of the stage."""
         return self.compute + self.exposed
 
 
-def work_seconds(work: Work, gpu: GPU, itemsize: int, storage: str = "plain", products: str = "plain") -> float:
-    """Of one pass with all weights on the device.
+def work_seconds(work: Work, gpu: GPU, itemsize: int, quantize: str = "none", matmul: str = "plain") -> float:
+    """Returns the seconds of one pass with all weights on the device.
 
     8-bit linear layers are assumed to reach the share of their peak that those in 16 bits reach; a card without float8
-    products makes them in 16 bits.
+    matmuls computes them in 16 bits.
     """
     spent = seconds_by_kind(work, gpu, get_profile(PROFILE), itemsize)
-    if products == "8bit" and "linear" in spent:
-        # int8 has the peak of float8 where there is one, and twice that of bf16 on cards before.
-        eight = gpu.fp8 or (2 * gpu.bf16 if storage == "int8" else gpu.bf16)
+    if matmul == "8bit" and "linear" in spent:
+        # int8 has the peak of float8 where there is one, and twice that of bf16 on older cards.
+        eight = gpu.fp8 or (2 * gpu.bf16 if quantize == "int8" else gpu.bf16)
         spent["linear"] *= itemsize / 2 * gpu.bf16 / eight
     return sum(spent.values())
 
 
-def unpack_seconds(layouts: Sequence[BlockLayout], gpu: GPU) -> float:
-    """Of unpacking the 8-bit matrices of all blocks once: each is read in 8 bits and written in the model's dtype."""
+def unpack_seconds(layouts: Sequence[LayerLayout], gpu: GPU) -> float:
+    """Returns the seconds to unpack all layers' 8-bit matrices once: read in 8 bits, written in the model's dtype."""
     moved = sum(e.nbytes + e.nbytes // e.dtype.itemsize for layout in layouts for e in layout.unpacked)
     return moved / (1e12 * gpu.bandwidth * get_profile(PROFILE).rates_for(gpu).bandwidth)
 
 
 def stage_time(
     passes: Iterable[tuple[int, Work]],
-    layouts: Sequence[BlockLayout],
+    layouts: Sequence[LayerLayout],
     placement: Placement,
     gpu: GPU,
     itemsize: int,
 ) -> StageTime:
-    """All passes of a stage.
+    """Predicts the seconds of all passes of a stage.
 
     Args:
-        passes: how often, and what.
-        layouts: of all blocks.
-        placement: of the blocks.
+        passes: how often, and the work of one.
+        layouts: the layouts of all layers.
+        placement: where the layers are, and their form.
         gpu: the card.
         itemsize: bytes of an element of the model's dtype.
     """
@@ -79,7 +81,7 @@ def stage_time(
             pass_time(
                 homes,
                 sizes,
-                work_seconds(work, gpu, itemsize, placement.storage, placement.products) + unpacking,
+                work_seconds(work, gpu, itemsize, placement.quantize, placement.matmul) + unpacking,
                 1e9 * gpu.host,
             ),
         )

@@ -1,7 +1,7 @@
-"""How long a pass over a DiT's blocks takes while some of them are copied, block by block in the order of
+"""The predicted time of a pass over a DiT's layers while some of them are copied, layer by layer in the order of
 ``model/streaming/stream.py``: two slots, one copy at a time, one file read at a time.
 
-A copy is hidden as far as the blocks that run meanwhile take longer. Nothing is measured: the rates are given.
+A copy is hidden as far as the layers that run meanwhile take longer. Nothing is measured: the rates are given.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 from model.streaming.stream import SLOTS
 
-#: Bytes a second read from a checkpoint by a memory-mapped file: an NVMe disk of PCI Express 3. Assumed.
+#: Bytes a second that are read from a memory-mapped checkpoint: an NVMe disk of PCI Express 3. Assumed.
 FILE_RATE = 3e9
-#: Passes after which one takes as long as the next.
+#: The number of passes after which one takes as long as the next.
 _SETTLED = 3
-#: Waiting that is rounding.
+#: The share of a pass below which waiting is rounding.
 _NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of one pass: of the blocks' work, of copies over the bus, of reading files, and what remains of the last
-    two beside the first."""
+    """The seconds of one pass: the layers' work, copies over the bus, reading files, and the part of the last two that
+    work does not hide."""
 
     compute: float
     copy: float
@@ -31,12 +31,12 @@ class PassTime:
 
     @property
     def total(self) -> float:
-        """From its first block to its last."""
+        """The seconds from the first layer to the last."""
         return self.compute + self.exposed
 
     @property
     def limit(self) -> str:
-        """What the seconds are made of."""
+        """A sentence that says what the seconds are made of."""
         if not self.copy:
             return "compute; weights are on the device"
         brought = f"reading files ({self.read:.2f} s" if self.read > self.copy else f"copies ({self.copy:.2f} s"
@@ -46,12 +46,12 @@ class PassTime:
 
 
 def pass_time(homes: Sequence[str], sizes: Sequence[int], compute: float, bus: float) -> PassTime:
-    """A pass in the middle of many.
+    """Predicts a pass in the middle of many.
 
     Args:
-        homes: of :meth:`model.streaming.placement.Placement.homes`.
-        sizes: bytes of each block as it is copied.
-        compute: seconds of the pass where all weights are on the device; its blocks take the same time.
+        homes: as from :meth:`model.streaming.placement.Placement.homes`.
+        sizes: bytes of each layer as it is copied.
+        compute: seconds of the pass where all weights are on the device; its layers take the same time.
         bus: bytes a second from pinned host memory to the device.
     """
     moving = [i for i, home in enumerate(homes) if home != "device"]
@@ -84,11 +84,11 @@ class _Run:
 
     @property
     def counts(self) -> tuple[float, int, int]:
-        """Seconds, bytes copied, and bytes read since the start."""
+        """The seconds, bytes copied, and bytes read since the start."""
         return self._now, self._copied_bytes, self._read_bytes
 
     def walk(self) -> None:
-        """One pass."""
+        """Advances the clock by one pass."""
         for index in range(len(self._homes)):
             place = self._places.get(index)
             if place is not None:

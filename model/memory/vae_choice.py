@@ -1,9 +1,9 @@
 """The choice of tiles for one half of the VAE in one place of the pipeline: candidates in the order of their predicted
 seconds, and the first that fits.
 
-Within a kind (what waits is on the device, or in host memory) more tiles have more halo and so take longer; what waits
-in host memory is copied there and back for every piece. The order does not depend on what there is room for, so more
-room never makes a choice slower, nor its peak smaller.
+There are two kinds: tiles that are not at work wait on the device, or in host memory. Within a kind more tiles have
+more halo and so take longer; what waits in host memory is copied there and back for every piece. The order does not
+depend on what there is room for, so more room never makes a choice slower, nor its peak smaller.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from model.memory.cost.work import Work
 from model.memory.vae_plan import MOST_FRAMES, Peak, PlannedVAE, Request, grids, meta_vae, predict
 from model.vae.tiles import VAEPlan
 
-#: Grids of tiles that are tried where what waits is on the device. More tiles have more state than less activations.
+#: The number of grids that are tried where tiles wait on the device. With more tiles, state grows faster than
+#: activations shrink.
 RESIDENT_GRIDS = 3
-#: The most tiles where what waits is in host memory: at 2K, more have less than a tenth less activations.
+#: The most tiles where they wait in host memory: at 2K, more save less than a tenth of the activations.
 MOST_TILES = 64
-#: Frames at once in a layer that are tried: the fewer, the less activations.
+#: The numbers of frames at once in a layer that are tried: the fewer, the less activations.
 FRAMES = (MOST_FRAMES, 1)
-#: Where the halves' code is described.
+#: The profile that describes the code of both halves.
 PROFILE = "swifti2v"
 
 
 @dataclass(frozen=True)
 class VAEUse:
-    """A plan in its place.
+    """A plan of half of the VAE in its place in the pipeline.
 
-    ``order`` is its rank among those of its kind; ``work_seconds`` are those of the layers, of which tiles' ``halos``
-    are so large a share of what whole frames take, and ``copy_seconds`` those of what goes to host memory and back;
-    ``host`` are the bytes that lie there, 0 where nothing waits there.
+    ``order`` is its rank among those of its kind. ``work_seconds`` are those of the layers; the tiles' ``halos`` add
+    this share of what whole frames take. ``copy_seconds`` are those of copies to host memory and back, and ``host``
+    is the bytes that wait there.
     """
 
     planned: PlannedVAE
@@ -48,24 +49,24 @@ class VAEUse:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device."""
+        """The peak bytes on the device."""
         return self.planned.peak.total
 
     @property
     def seconds(self) -> float:
-        """Of all."""
+        """The seconds of work and copies together."""
         return self.work_seconds + self.copy_seconds
 
     @property
     def limit(self) -> str:
-        """What the seconds are made of."""
+        """A sentence that says what the seconds are made of."""
         if self.park:
             return f"compute; {self.copy_seconds:.1f} s of {self.seconds:.1f} s are copies of waiting tiles"
         return f"compute; tiles' halos are {self.halos:.0%} more of it" if self.halos else "compute"
 
     @property
     def park(self) -> bool:
-        """Whether what waits is in host memory."""
+        """True if tiles wait in host memory."""
         return self.planned.plan.park
 
 
@@ -74,13 +75,13 @@ class VAEPlace:
     """One half of the VAE in one place of the pipeline.
 
     Args:
-        request: its half, size and dtype; ``piece`` as it is with tiles that wait in host memory. Without them latent
-            frames come one by one.
+        request: its half, size and dtype.
         frames: frames of pixels in all.
-        pieces: how many pieces of ``request.piece`` latent frames they come in.
-        untiled: whole frames where what waits is on the device.
-        gpu: whose seconds are predicted.
-        more: work of the same dtype beside it.
+        pieces: the number of pieces that these come in.
+        waiting: latent frames whose features and results wait in host memory, where tiles wait there.
+        gpu: the card whose seconds are predicted.
+        untiled: whether only whole frames are tried where nothing waits in host memory.
+        more: other work of the same dtype in the same place.
     """
 
     request: Request
@@ -93,15 +94,15 @@ class VAEPlace:
 
     @property
     def weights(self) -> int:
-        """Bytes of the half's weights."""
+        """The bytes of the half's weights."""
         return sum(p.nbytes for p in meta_vae(self.request.config, self.request.dtype).weights_of(self.request.part))
 
     def planned(self, plan: VAEPlan) -> PlannedVAE:
-        """The plan with its request."""
+        """Returns the plan together with its request."""
         return PlannedVAE(plan, self.request, None)
 
     def first(self, room: float, host_room: float, park: bool) -> VAEUse | None:
-        """The fastest of a kind within ``room`` bytes on the device and ``host_room`` in host memory, or None."""
+        """Returns the fastest of a kind within ``room`` bytes on the device and ``host_room`` on the host, or None."""
         if park and self.pieces > 1 and host_room < self.whole.state:
             return None
         for order, plan in enumerate(self._candidates(park, room)):
@@ -112,7 +113,7 @@ class VAEPlace:
         return None
 
     def smallest(self, host_room: float, kinds: tuple[bool, ...], below: float = math.inf) -> VAEUse | None:
-        """The one of these kinds with the lowest peak, if that is below a number of bytes; or None."""
+        """Returns the plan of these kinds with the lowest peak, if that is below a number of bytes, or None."""
         best: VAEUse | None = None
         for park in kinds:
             # The fewest frames at once have the least activations.
@@ -125,11 +126,11 @@ class VAEPlace:
         return best
 
     def whole_frames(self) -> list[VAEUse]:
-        """Without tiles and with nothing in host memory."""
+        """Returns the plans without tiles and with nothing in host memory."""
         return [self.use(VAEPlan(1, 1, frames, 1, False), order) for order, frames in enumerate(FRAMES)]
 
     def use(self, plan: VAEPlan, order: int = 0) -> VAEUse:
-        """What a plan takes here."""
+        """Returns what a plan takes in this place."""
         return _use(self, plan, order)
 
     def _use(self, plan: VAEPlan, order: int) -> VAEUse:
@@ -149,16 +150,16 @@ class VAEPlace:
         return VAEUse(planned, order, needed, redundancy - 1, copied / (1e9 * self.gpu.host), host)
 
     def redundancy(self, plan: VAEPlan) -> float:
-        """Operations over those of whole frames. They depend on the tiles alone."""
+        """Returns the operations over those of whole frames, which depend on the tiles alone."""
         return PlannedVAE(VAEPlan(plan.rows, plan.columns), self.request, None).redundancy if plan.tiles > 1 else 1.0
 
     @property
     def whole(self) -> Peak:
-        """Predicted bytes of whole frames."""
+        """The predicted bytes of whole frames."""
         return predict(self.request, VAEPlan())
 
     def _candidates(self, park: bool, room: float) -> Iterator[VAEPlan]:
-        """Plans of a kind, the fastest first; none that cannot fit ``room`` for what is always there."""
+        """Yields plans of a kind, the fastest first, but none whose permanent tensors alone exceed ``room``."""
         if park and self.request.capability is None:
             return  # a CPU has no other memory
         every = grids(self.request)

@@ -1,4 +1,4 @@
-"""How the VAE works in each of its four places in the pipeline, and the card that plans are for.
+"""The plans of the VAE in its four places in the pipeline, and the card that plans are for.
 
 condition: the photograph and grey frames at Stage I's size, encoded
 motion:    Stage I's result, decoded at its size
@@ -21,8 +21,8 @@ from model.memory.cost.gpus import chosen_gpu
 from model.memory.vae_plan import PlannedVAE, device_capability
 from model.vae.tiles import VAEPlans
 
-#: Share of a card's memory that is planned with, unless a limit is given: the rest is the CUDA context, what libraries
-#: take beside the allocator, and fragmentation.
+#: The share of a card's memory that is planned with, unless a limit is given: the rest is the CUDA context, what
+#: libraries take beside the allocator, and fragmentation.
 USABLE = 0.88
 
 
@@ -35,14 +35,14 @@ class Card:
 
     @classmethod
     def of(cls, device: torch.device) -> Card | None:
-        """The card that a device is; None for a CPU."""
+        """Returns the card that a device is; None for a CPU."""
         capability = device_capability(device)
         return None if capability is None else cls(capability, torch.cuda.get_device_properties(device).total_memory)
 
 
 @dataclass(frozen=True)
 class PipelinePlans:
-    """One plan for each place, and the dtype that the reference is encoded in."""
+    """The plans for the four places of the VAE, and the dtype that the reference is encoded in."""
 
     condition: PlannedVAE
     motion: PlannedVAE
@@ -51,12 +51,12 @@ class PipelinePlans:
 
     @property
     def encode_dtype(self) -> torch.dtype:
-        """float32, unless that does not fit."""
+        """The dtype that the reference is encoded in: float32, unless that does not fit."""
         return self.reference.request.dtype
 
     @property
     def tiles(self) -> VAEPlans:
-        """What a clip is made by."""
+        """The tiles of all four places, as the pipeline takes them."""
         places = (self.condition, self.motion, self.reference, self.decode)
         return VAEPlans(*(planned.plan for planned in places), self.encode_dtype)
 
@@ -66,14 +66,17 @@ class PipelinePlans:
             plan, request = planned.plan, planned.request
             grid = [min(n, size) for n, size in zip((plan.rows, plan.columns), request.latent_size, strict=True)]
             tiles = "untiled" if math.prod(grid) == 1 else f"{grid[0]} x {grid[1]} exact tiles"
-            host = ", what waits in host memory" if plan.park else ""
+            host = ", tiles wait in host memory" if plan.park else ""
             peak = "" if planned.limit is None else f", {format_bytes(planned.peak.total)} predicted"
             parts.append(f"{name} {str(request.dtype).removeprefix('torch.')}, {tiles}{host}{peak}")
         return f"VAE: {'; '.join(parts)}"
 
 
 def device_options(device: torch.device) -> dict[str, Any]:
-    """Of a request for what a device has: the card, and whose seconds are predicted. A CPU has no limit."""
+    """Returns the options of a request for a device: its memory, capability, and the card whose seconds are predicted.
+
+    A CPU has no limit.
+    """
     card = Card.of(device)
     memory, capability = (None, None) if card is None else (card.memory, card.capability)
     return {"vram": memory, "capability": capability, "gpu": chosen_gpu(None, memory or 0)}

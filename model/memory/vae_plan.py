@@ -1,4 +1,4 @@
-"""Which tiles and pieces the VAE works in, so that it fits in a given memory: the plan, its peak, and why.
+"""The plan of the tiles and pieces that the VAE works in, so that it fits in a given memory; its peak, and why.
 
 A plan's peak is not estimated from formulas, which would have to follow every change of the model. The model itself
 runs on ``meta`` tensors, which have shapes and no memory, until all layers have the history that they keep, and the
@@ -31,19 +31,19 @@ from swifti2v_kernels import pretend_gpu
 
 META = torch.device("meta")
 PARTS = ("decode", "encode")
-#: Tiles by rows and columns, in the order in which they are tried, and how many of them where nothing is parked: more
-#: tiles have smaller activations, but together more state, which then is all that counts.
+#: Tiles by rows and columns, in the order in which they are tried, and the number of grids that are tried where nothing
+#: is parked: more tiles have smaller activations, but together more state, which in the end is all that counts.
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 RESIDENT_GRIDS = 5
-#: The most frames at once in a layer: those of one latent frame.
+#: The most frames at once in a layer of the VAE: those of one latent frame.
 MOST_FRAMES = 4
-#: Latent frames after which no layer keeps anything new.
+#: The number of latent frames after which no layer keeps anything new.
 SETTLED = 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is for; see :func:`plan_vae`."""
+    """A part of the VAE, a size and a GPU that a plan is made for; see :func:`plan_vae`."""
 
     config: VAEConfig
     part: str
@@ -56,17 +56,17 @@ class Request:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
+        """The rows and columns of a latent frame."""
         stride = self.config.spatial_stride
         return self.height // stride, self.width // stride
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Predicted bytes on the device: ``total`` at the worst moment, and what of it is there all the time.
+    """The predicted bytes on the device: ``total`` at the worst moment, and the shares that are there all the time.
 
-    ``state`` are frames that layers remember between pieces, ``features`` what the tiles of a chunk read (decode) or
-    write (encode), ``result`` what a piece becomes; of each, what is not in host memory.
+    ``state`` is the frames that layers remember between pieces, ``features`` what the tiles of a chunk read (decode) or
+    write (encode), ``result`` what a piece becomes; each without its part in host memory.
     """
 
     total: int
@@ -77,13 +77,13 @@ class Peak:
 
     @property
     def working(self) -> int:
-        """What the tile at work holds at the worst moment: activations, and its state if that waits in host memory."""
+        """The bytes of the tile at work at the worst moment: activations, and its state if that waits on the host."""
         return self.total - self.weights - self.state - self.features - self.result
 
 
 @dataclass(frozen=True)
 class PlannedVAE:
-    """A plan and what it is for. ``print`` it for an explanation."""
+    """A plan with its request. ``print`` it for an explanation."""
 
     plan: VAEPlan
     request: Request
@@ -91,12 +91,12 @@ class PlannedVAE:
 
     @property
     def peak(self) -> Peak:
-        """Predicted bytes on the device."""
+        """The predicted bytes on the device."""
         return predict(self.request, self.plan)
 
     @property
     def redundancy(self) -> float:
-        """Operations over those of whole frames: what halos cost."""
+        """The operations over those of whole frames: the cost of halos."""
         return _flops(self.request, self.plan) / _flops(self.request, VAEPlan())
 
     def __str__(self) -> str:
@@ -136,13 +136,13 @@ def plan_vae(
     batch: int = 1,
     park: bool | None = None,
 ) -> PlannedVAE:
-    """The plan within a limit that is likely to be the fastest: few tiles, many frames at once, host memory last.
+    """Plans the VAE within a limit, likely the fastest way: few tiles, many frames at once, host memory last.
 
     Args:
-        config: of the VAE.
+        config: the shape of the VAE.
         part: ``decode`` or ``encode``.
         width, height: pixels.
-        dtype: of the part's weights and activations.
+        dtype: the dtype of the part's weights and activations.
         limit: bytes on the device for the VAE alone: its weights, and all that it makes of latents or frames given to
             it. None for no limit.
         capability: compute capability of the GPU as two digits, which decides what computes the layers; None for a CPU,
@@ -150,7 +150,7 @@ def plan_vae(
         piece: latent frames that are handed over at once: 3 are a segment of SwiftI2V. All of a clip are best where
             they are there: a tile that waits in host memory then waits only once.
         batch: clips side by side.
-        park: True or False: only plans that keep, or do not keep, in host memory what waits. None: both.
+        park: True or False: only plans whose waiting tiles are, or are not, in host memory. None: both.
 
     Raises:
         InputError: an argument does not fit, or no plan fits; the message says what the smallest one needs.
@@ -195,7 +195,7 @@ def plan_vae(
 
 
 def grids(request: Request) -> list[tuple[int, int]]:
-    """Tiles by rows and columns that are considered: landscape or portrait, more cuts along the longer side."""
+    """Returns the tiles by rows and columns that are considered: more cuts along the longer side."""
     rows, columns = request.latent_size
     turned = [grid if columns >= rows else grid[::-1] for grid in GRIDS]
     return list(dict.fromkeys((min(r, rows), min(c, columns)) for r, c in turned))
@@ -203,7 +203,7 @@ def grids(request: Request) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Some(VAEPlan):
-    """A plan of which only some tiles are run."""
+    """A plan that runs only some of its tiles."""
 
     cores: tuple[Region, ...] = ()
 
@@ -216,7 +216,7 @@ def _some(plan: VAEPlan, cores: Sequence[Region]) -> VAEPlan:
 
 
 class CountedHost(Host):
-    """Host memory of a run on ``meta`` tensors: what is there does not count."""
+    """The host memory of a run on ``meta`` tensors, whose tensors do not count."""
 
     def __init__(self, enabled: bool):
         super().__init__(META, enabled)
@@ -230,28 +230,28 @@ class CountedHost(Host):
 
 
 class _MetaFrames:
-    """Frames of a shape."""
+    """A source of frames that have a shape and no memory."""
 
     def __init__(self, *shape: int):
         self.shape = shape
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As :class:`model.vae.model.FrameSource` says."""
+        """Returns a crop of frames, as :class:`model.vae.model.FrameSource` says."""
         shape = (self.shape[0], stop - start, len(region.rows), len(region.columns), self.shape[1])
         return torch.empty(shape, device=device, dtype=dtype)
 
 
 @functools.cache
 def predict(request: Request, plan: VAEPlan) -> Peak:
-    """Predicted bytes on the device while a plan runs; see the top of the file."""
-    # One piece, long enough for every layer to have its history; what a longer or shorter one has more or less of is
+    """Predicts the bytes on the device while a plan runs; see the top of the file."""
+    # One piece is run, long enough for every layer to have its history; the difference of a longer or shorter one is
     # known.
     settled = replace(request, piece=SETTLED)
     vae = meta_vae(request.config, request.dtype)
     weights = vae.weights_of(request.part)
 
     def run(cores: Sequence[Region]) -> tuple[int, int]:
-        """The peak with these tiles alone, and what is remembered after it."""
+        """Returns the peak with these tiles alone, and the bytes that are remembered after it."""
         with _gpu(request), TensorMemory(weights) as memory:
             held, state = memory.live, 0
             for _ in _run(vae, settled, _some(plan, cores), CountedHost(plan.park)):
@@ -260,10 +260,10 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
 
     classes = _classes(request, plan)
     if plan.park:
-        # Tiles leave nothing behind: the largest one decides.
+        # Tiles leave nothing on the device: the largest one decides.
         total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
     else:
-        # Each tile is at work beside the states of all others; what two of a kind remember more than one is its state.
+        # Each tile is at work beside the states of all others; its state is what two of a kind remember more than one.
         total = state = 0
         for cores in classes:
             peak, alone = run(cores[:1])
@@ -280,7 +280,7 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
 
 @functools.cache
 def _flops(request: Request, plan: VAEPlan) -> int:
-    """Operations of two latent frames, halos included; a multiply-add is two."""
+    """Returns the operations of two latent frames, halos included; a multiply-add is two."""
     vae = meta_vae(request.config, request.dtype)
 
     def count(cores: Sequence[Region]) -> int:
@@ -294,7 +294,7 @@ def _flops(request: Request, plan: VAEPlan) -> int:
 
 
 def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
-    """The tiles of a plan; those of the same sizes, halos included, do and keep the same."""
+    """Returns the tiles of a plan in classes of the same sizes, halos included, which do and keep the same."""
     vae = meta_vae(request.config, request.dtype)
     tile = vae.decoder.tile if request.part == "decode" else vae.encoder.tile
     alike: dict[str, list[Region]] = {}
@@ -306,14 +306,14 @@ def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
 
 @functools.cache
 def meta_vae(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
-    """The model without memory, both halves in one dtype."""
+    """Returns the model without memory, both halves in one dtype."""
     with META:
         vae = WanVAE(config).to_dtypes(encode=dtype, decode=dtype)
     return vae.order_weights()
 
 
 def device_capability(device: torch.device) -> int | None:
-    """What :func:`plan_vae` calls ``capability``."""
+    """Returns a device's compute capability as two digits, as :func:`plan_vae` takes it; None for a CPU."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -325,7 +325,7 @@ def _gpu(request: Request) -> AbstractContextManager[None]:
 
 
 def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host) -> Iterator[None]:
-    """One piece through the model; nothing is kept of the result."""
+    """Runs one piece through the model and keeps nothing of the result; yields after every step."""
     rate, batch, rows = request.config.temporal_stride, request.batch, request.latent_size
     if request.part == "decode":
         latents = (torch.empty(batch, request.config.z_dim, request.piece, *rows, device=META) for _ in range(1))
@@ -340,14 +340,14 @@ def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host) -> Iterator[N
 
 
 def _feature_bytes(request: Request, vae: WanVAE) -> int:
-    """Of one latent frame, between the part that works on whole frames and the tiles."""
+    """Returns the bytes of one latent frame's features, between the part on whole frames and the tiles."""
     rows, columns = request.latent_size
     channels = vae.decoder.feature_channels if request.part == "decode" else vae.encoder.feature_channels
     return request.batch * rows * columns * channels * request.dtype.itemsize
 
 
 def _result_bytes(request: Request) -> int:
-    """Of what one latent frame becomes: uint8 frames, or latents."""
+    """Returns the bytes of what one latent frame becomes: uint8 frames, or latents."""
     rows, columns = request.latent_size
     config = request.config
     if request.part == "decode":

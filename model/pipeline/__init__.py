@@ -1,1 +1,1 @@
-"""One clip: ``stages`` (each a function), ``clip`` (in their order), ``components`` (the models), ``encoders``."""
+"""Making one clip: ``stages`` (a function each), ``clip`` (their order), ``components`` (the models), ``encoders``."""

@@ -1,5 +1,5 @@
-"""One clip through both stages: the functions of ``model/pipeline/stages.py`` in their order, each model there only
-while it is needed. ``model.generate`` and the benchmarks run this and differ in what they watch.
+"""One clip through both stages: the functions of ``model/pipeline/stages.py`` in their order, each model in memory
+only while it is needed. ``model.generate`` and the benchmarks run this and differ in what they watch.
 
     condition = make_condition(components, job, watcher)             Stage I, its clip upsampled and encoded
     for frames in make_frames(components, job, condition, watcher):  Stage II, decoded segment by segment
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ClipJob:
-    """What is made of which inputs.
+    """The clip that is wanted: its inputs, its segments, its schedules and its seed.
 
     ``picture`` is the input image at the target size and ``low_picture`` at Stage I's, ``[1, 3, 1, H, W]`` in -1..1;
     ``text`` an embedding ``[1, L, D]`` for both stages; ``image_one`` and ``image_two`` CLIP tokens for DiTs that read
@@ -50,32 +50,32 @@ class ClipJob:
     cuda_graph: bool = True
     #: Whether the VAEs leave the device while Stage I's DiT is on it.
     vae_waits: bool = False
-    #: Where the VAE keeps what waits; None: as its plans say.
+    #: Makes the host memory in which the VAE keeps what waits, told whether its plan parks; None: as its plans say.
     host: Callable[[bool], Host] | None = None
 
     def waiting(self, park: bool) -> Host | None:
-        """The host memory of a plan that parks or does not."""
+        """Returns the memory in which a plan that parks, or does not, keeps what waits; None: as the plan says."""
         return None if self.host is None else self.host(park)
 
 
 class Watcher:
-    """Is told where a clip is; this one does nothing. Others time stages, draw progress, or watch memory."""
+    """A listener that is told how far a clip is and does nothing; others time stages, draw progress, watch memory."""
 
     def stage(self, name: str) -> AbstractContextManager[object]:
-        """Around a stage: ``load``, ``Stage I``, ``reference``, ``file``."""
+        """Returns the context in which a stage runs: ``load``, ``Stage I``, ``reference`` or ``file``."""
         return nullcontext()
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Around the making of each item of a stage that streams: ``Stage II``, ``decode``."""
+        """Yields the items of a stage that streams, ``Stage II`` or ``decode``; each is made while this waits."""
         yield from items
 
     def step(self, name: str, done: int, total: int, where: str) -> None:
-        """After each step of a stage."""
+        """Hears of each step of a stage as soon as it is done: ``done`` of ``total``, and where that is in words."""
 
 
 @dataclass
 class Condition:
-    """What Stage II starts from; ``reference`` is updated in place."""
+    """The VAE and the reference that Stage II starts from; ``reference`` is updated in place."""
 
     vae: WanVAE
     reference: Tensor
@@ -89,14 +89,16 @@ def make_condition(
     motion: Tensor | None = None,
     on_motion: Callable[[Tensor], None] | None = None,
 ) -> Condition:
-    """Stage I and the hybrid reference; afterwards the VAE has a decoder only, and Stage I's DiT is gone.
+    """Runs Stage I and makes the hybrid reference of its result.
+
+    At the end Stage I's DiT and the VAE's encoder are released.
 
     Args:
         components: the models.
-        job: what is made.
-        watcher: is told where this is.
-        motion: Stage I's result, if an earlier run has made it.
-        on_motion: is given it otherwise.
+        job: the clip that is wanted.
+        watcher: is told of each stage and step.
+        motion: Stage I's latents ``[1, z, T, h, w]``, if an earlier run has made them.
+        on_motion: is given Stage I's latents if this run makes them.
     """
     watcher = watcher or Watcher()
     device, plans = job.text.device, job.vae_plans
@@ -126,7 +128,7 @@ def make_condition(
 
 
 def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_one: WanVAE, watcher: Watcher) -> Tensor:
-    """Stage I. Its condition is encoded before its DiT arrives, for which the VAEs make room if they must."""
+    """Runs Stage I: its condition is encoded before its DiT is loaded, for which the VAEs make room if they must."""
     device = job.text.device
 
     def loading(load: Callable[[], WanDiT]) -> Callable[[], WanDiT]:
@@ -171,7 +173,7 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
 
 
 def resumed_condition(components: Components, reference: Tensor, watcher: Watcher | None = None) -> Condition:
-    """That of an earlier run, whose ``reference`` is on the device."""
+    """Returns the condition of an earlier run, whose ``reference`` is on the device, with the VAE loaded again."""
     with (watcher or Watcher()).stage("load"):
         vae = components.vae()
         vae.drop_encoder()
@@ -188,15 +190,15 @@ def make_frames(
     done: Sequence[Tensor] = (),
     on_segment: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Frames ``[F, H, W, 3]`` uint8 on the device: of the anchor block, and of every segment as soon as it is done.
+    """Yields frames ``[F, H, W, 3]`` uint8 on the device: the anchor's, then each segment's as soon as it is done.
 
     Args:
         components: the models.
-        job: what is made.
-        condition: of :func:`make_condition`.
-        watcher: is told where this is.
-        done: blocks ``[1, z, m, h, w]`` of the first segments, of an earlier run; they are decoded again, since what
-            the decoder remembers of them is not kept.
+        job: the clip that is wanted.
+        condition: as returned by :func:`make_condition`.
+        watcher: is told of each stage and step.
+        done: blocks ``[1, z, m, h, w]`` of the first segments, which an earlier run has made; they are decoded again,
+            since what the decoder remembers of them is not kept.
         on_segment: is given the number of every other segment, from 1, and its blocks, before they are decoded.
     """
     watcher = watcher or Watcher()

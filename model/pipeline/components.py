@@ -1,6 +1,6 @@
-"""Where the parts of a pipeline come from: a directory of checkpoints, or a preset with seeded random weights.
+"""The parts of a pipeline, from a directory of checkpoints or from a preset with seeded random weights.
 
-Each part is built when it is asked for, so that a caller can let go of Stage I before Stage II arrives.
+Each part is built when it is asked for, so that a caller can let go of Stage I before Stage II is loaded.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ LORA_PARTS = ("stage1", "stage1_low_noise", "stage2")
 class Components:
     """Configurations of all parts, known at once, and functions that build them.
 
-    ``weights`` is the directory they come from, or None for random ones. ``low_noise`` is Wan2.2 A14B's second expert.
-    ``stored`` has, by part (:data:`LORA_PARTS`), the dtypes by name of matrices that its file holds in 8 bits and that
-    no LoRA changes.
+    ``weights`` is the directory of the checkpoints, or None for random weights. ``low_noise`` builds Wan2.2 A14B's
+    second expert. ``stored`` has, by part (:data:`LORA_PARTS`), the dtypes by name of the matrices that its file holds
+    in 8 bits and that no LoRA changes.
     """
 
     stage_one_config: DiTConfig
     stage_two_config: DiTConfig
     vae_config: VAEConfig
     stage_one_vae_config: VAEConfig
-    #: Those of DiTs take a :class:`~model.streaming.placement.Placement`, or nothing: all on the device.
+    #: A function that builds a DiT takes a :class:`~model.streaming.placement.Placement`; None: all on the device.
     stage_one: Callable[..., WanDiT]
     low_noise: Callable[..., WanDiT] | None
     stage_two: Callable[..., WanDiT]
@@ -60,7 +60,7 @@ class Components:
     stage_one_vae: Callable[[], WanVAE] | None
     weights: Path | None
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    #: Where each part of :data:`LAYOUT` that has weights of its own was found.
+    #: The place of each part of :data:`LAYOUT` that has weights of its own.
     parts: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,10 @@ class Components:
         _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
 
     def placed(self, stage_one: Placement, stage_two: Placement) -> Components:
-        """The same with the blocks of both stages' DiTs where these say; of two experts of Stage I both."""
+        """Returns components whose DiTs are built with their layers where the placements say.
+
+        Both experts of Stage I, if there are two, follow ``stage_one``.
+        """
         return replace(
             self,
             stage_one=functools.partial(self.stage_one, stage_one),
@@ -77,10 +80,15 @@ class Components:
         )
 
     def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
-        """CLIP tokens of a PIL image for ``"stage1"`` or ``"stage2"`` if its DiT reads them, else None.
+        """Returns CLIP tokens ``[1, 257, image_dim]`` of a PIL image, or None if the stage's DiT reads none.
+
+        Args:
+            stage: ``"stage1"`` or ``"stage2"``.
+            photo: the image in its own size.
+            device: the device that encodes.
 
         Raises:
-            InputError: it does, and there is no image encoder or one of another width.
+            InputError: the DiT reads tokens, and there is no image encoder or one of another width.
         """
         wanted = (self.stage_one_config if stage == "stage1" else self.stage_two_config).image_dim
         if wanted is None:
@@ -94,7 +102,7 @@ class Components:
 
     @classmethod
     def from_preset(cls, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Components:
-        """The shapes of a preset with random weights, which depend on ``seed`` and the kind of device."""
+        """Returns models of a preset's shapes with random weights, which depend on ``seed`` and the kind of device."""
         preset = get_preset(name)
         options = {"dtype": dtype, "device": device}
         return cls(
@@ -118,9 +126,13 @@ class Components:
         device: torch.device,
         loras: Mapping[str, Sequence[LoRA]] | None = None,
     ) -> Components:
-        """Checkpoints laid out as in :data:`LAYOUT`; all of them are checked here, none is read yet.
+        """Returns the models of a directory laid out as in :data:`LAYOUT`: all are checked here, none is read yet.
 
-        ``loras`` are merged into the DiTs as these are read, by part (:data:`LORA_PARTS`).
+        Args:
+            path: the directory.
+            dtype: dtype of the DiTs' large matrices and of the decoder.
+            device: the device of the models.
+            loras: by part (:data:`LORA_PARTS`), what is merged into a DiT as it is read.
 
         Raises:
             InputError: a part is missing or does not fit, or a LoRA does not fit its part.

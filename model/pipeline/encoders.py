@@ -1,4 +1,4 @@
-"""Text and image embeddings: UMT5 and CLIP by transformers, a file of precomputed ones, or the empty prompt.
+"""Embeddings of text and image: UMT5 and CLIP by transformers, a file of precomputed ones, or the empty prompt.
 
 Wan reads 512 text positions. The prompt's tokens come first, the rest are zero vectors, and the DiT attends to all.
 """
@@ -19,7 +19,10 @@ TEXT_LENGTH = 512
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
-    """Of the text encoder in a run on this device, wherever the encoder itself is: 11 GB, or 23 in float32."""
+    """Returns the dtype of the text encoder in a run on ``device``, wherever the encoder itself is.
+
+    It is 11 GB in bfloat16, for runs on a GPU, and 23 GB in float32.
+    """
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -32,12 +35,12 @@ def clean_prompt(prompt: str) -> str:
 def encode_prompt(
     prompt: str, weights: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The UMT5 embedding ``[1, 512, text_dim]`` of a prompt, zero behind its last token.
+    """Returns the UMT5 embedding ``[1, 512, text_dim]`` of a prompt in float32, zero after its last token.
 
     Args:
         prompt: any text; longer ones are cut at 512 tokens.
         weights: a directory with ``text_encoder`` and ``tokenizer``, as diffusers saves them.
-        dtype, device: of the encoder. It is 11 GB in bfloat16, loaded for this call and released.
+        dtype, device: dtype and device of the encoder, which is loaded for this call and released: 11 GB in bfloat16.
 
     Raises:
         InputError: transformers is missing or the directory does not hold an encoder.
@@ -59,7 +62,11 @@ def encode_prompt(
 
 
 def load_text_embedding(path: Path, text_dim: int) -> Tensor:
-    """A precomputed embedding ``[1, 512, text_dim]`` from a safetensors file with one tensor ``[L, D]``.
+    """Returns a precomputed embedding ``[1, 512, text_dim]``, zero after the rows that the file has.
+
+    Args:
+        path: a safetensors file with one tensor ``[L, text_dim]`` or ``[1, L, text_dim]``, L at most 512.
+        text_dim: the width that the DiTs read.
 
     Raises:
         InputError: the file is unreadable or its tensor has another shape.
@@ -83,18 +90,19 @@ def load_text_embedding(path: Path, text_dim: int) -> Tensor:
 
 
 def empty_text(text_dim: int) -> Tensor:
-    """The embedding ``[1, 512, text_dim]`` that stands for no text where there is no encoder: all zero."""
+    """Returns the embedding ``[1, 512, text_dim]`` that stands for no text where there is no encoder: all zero."""
     return torch.zeros(1, TEXT_LENGTH, text_dim)
 
 
 def encode_image(
     image: Any, weights: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The CLIP tokens ``[1, 257, image_dim]`` that Wan2.1 I2V attends to: the last but one hidden state.
+    """Returns the CLIP tokens ``[1, 257, image_dim]`` that Wan2.1 I2V attends to: the last but one hidden state.
 
     Args:
         image: the PIL image in its own size.
         weights: a directory with ``image_encoder`` and ``image_processor``, as diffusers saves them.
+        dtype, device: dtype and device of the encoder, which is loaded for this call and released.
 
     Raises:
         InputError: transformers is missing or the directory does not hold an encoder.

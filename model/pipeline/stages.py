@@ -1,4 +1,4 @@
-"""The two stages of SwiftI2V, each a function, and what joins them.
+"""The two stages of SwiftI2V, each a function, and the functions that join them.
 
     image -> encode -> Stage I (360P, few steps) -> z_low                           motion_condition, make_motion
     z_low -> decode -> upsample -> frame 0 := image -> encode -> z_ref              make_reference
@@ -28,25 +28,29 @@ from model.vae.model import WHOLE, WanVAE
 from model.vae.tiles import VAEPlan
 from model.vae.upsampled import UpsampledFrames, interpolation_matrix
 
+#: The number that makes Stage I's noise differ from Stage II's, which is drawn from the same seed.
 STAGE = 1
 
 
 def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks: int, plan: VAEPlan = WHOLE) -> Tensor:
-    """What Stage I is conditioned on.
+    """Returns the latents that Stage I is conditioned on.
 
     A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
     on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep
     0.
 
     Args:
-        vae: of Stage I.
-        config: of its DiT.
+        vae: Stage I's VAE.
+        config: the configuration of Stage I's DiT.
         picture: the input image at Stage I's size, ``[1, 3, 1, H, W]`` in -1..1.
-        num_blocks: latent frames.
-        plan: how they are encoded.
+        num_blocks: latent frames of the clip.
+        plan: how the frames are encoded.
 
     Returns:
         ``[1, z, num_blocks, h, w]`` float32.
+
+    Raises:
+        InputError: the DiT does not take latents of the VAE's number of channels.
     """
     check_channels(config, vae.config.z_dim)
     if config.in_channels == vae.config.z_dim:
@@ -69,16 +73,18 @@ def make_motion(
     on_step: Callable[[int, int], None] | None = None,
     cuda_graph: bool = True,
 ) -> Tensor:
-    """Stage I: the motion reference at low resolution, all blocks in one window.
+    """Runs Stage I: generates the motion reference at low resolution, all blocks in one window.
 
     Args:
-        dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert). It is let go when its steps are done.
-        condition: of :func:`motion_condition`.
-        text, image: text embedding and CLIP tokens as the DiT takes them.
-        sigmas: noise levels from 1 to 0.
-        seed: of the noise, which is drawn per block.
-        low_noise_dit: makes Wan2.2 A14B's second expert, used below ``boundary``, when the first one is gone.
-        on_step: called after every step with (step, number of steps).
+        dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert), which is released when its steps are done.
+        condition: latents ``[1, z, num_blocks, h, w]`` as returned by :func:`motion_condition`.
+        text: embeddings ``[1, L, text_dim]``.
+        image: CLIP tokens ``[1, 257, image_dim]`` for a DiT with an image embedding, else None.
+        sigmas: noise levels from 1 to 0 (:func:`model.csg.schedule.flow_sigmas`).
+        seed: seed of the noise, which is drawn per block.
+        low_noise_dit: makes Wan2.2 A14B's second expert, which takes over when the first one is released.
+        boundary: the noise level below which the second expert takes the steps.
+        on_step: called after every step with step and number of steps, from 1.
         cuda_graph: as for :func:`model.csg.sampler.sample_latents`.
 
     Returns:
@@ -141,20 +147,22 @@ def make_reference(
     motion_plan: VAEPlan = WHOLE,
     host: Host | None = None,
 ) -> Tensor:
-    """Hybrid reference: the motion decoded, upsampled, its first frame replaced by the image, and encoded again.
+    """Makes the hybrid reference: decodes the motion, upsamples it, puts the image first, and encodes it again.
 
-    One stream: each latent frame of the motion is decoded when its pixels are to be encoded, and these are upsampled
-    tile by tile as they are read, so that there is never a whole frame at the target size on the device, let alone a
-    clip. With a plan that parks (:class:`model.vae.tiles.VAEPlan`) every tile runs through the clip by itself; then the
-    whole motion is decoded first, at its own size, and kept in host memory.
+    All of it is one stream: each latent frame of the motion is decoded when its pixels are to be encoded, and these are
+    upsampled tile by tile as they are read, so that there is never a whole frame at the target size on the device, let
+    alone a clip. With a plan that parks (:class:`model.vae.tiles.VAEPlan`) every tile runs through the clip by itself;
+    then the whole motion is decoded first, at its own size, and kept in host memory.
 
     Args:
         motion: Stage I's latents ``[1, z_low, T, h, w]``.
-        motion_vae, vae: of Stage I and of Stage II; often the same.
+        motion_vae: Stage I's VAE, which decodes the motion.
+        vae: Stage II's VAE, which encodes the reference; often the same.
         picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
-        on_block: called after every block with (block, number of blocks), counted from 1.
-        plan, motion_plan: how frames of the target size are encoded, and the motion decoded.
-        host: where what waits is kept; by default as the plan says.
+        on_block: called after every block with block and number of blocks, from 1.
+        plan: how frames of the target size are encoded.
+        motion_plan: how the motion is decoded.
+        host: the memory that keeps what waits; by default as the plan says.
 
     Returns:
         ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
@@ -188,7 +196,7 @@ def make_reference(
             yield UpsampledFrames(low, rows, columns, picture if i == 0 else None, on_crop)
 
     def parked(decoded: Iterator[Tensor]) -> Tensor:
-        """All of the motion, in host memory."""
+        """Returns all frames of the motion, in host memory."""
         first = next(decoded)
         number = 1 + (num_blocks - 1) * motion_vae.config.temporal_stride
         whole = host.empty((*first.shape[:2], number, *first.shape[3:]), first.dtype)
@@ -198,7 +206,7 @@ def make_reference(
             start += low.shape[2]
         return whole
 
-    # A list has an end, behind which tiles have nothing to remember.
+    # A list has an end, after which tiles have nothing to remember.
     given = list(frames()) if plan.park else frames()
     return torch.cat([block.float() for block in vae.encode_stream(given, plan, host=host)], dim=2)
 
@@ -206,16 +214,18 @@ def make_reference(
 def decode_frames(
     vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE, host: Host | None = None
 ) -> Iterator[Tensor]:
-    """Frames ``[F, H, W, 3]`` uint8 of the anchor block and then of every segment as soon as it is there.
+    """Yields the frames of the anchor block and then those of every segment as soon as it is there.
 
     Args:
+        vae: Stage II's VAE.
         anchor: block 0, ``[1, z, 1, h, w]``.
-        segments: blocks ``[1, z, m, h, w]``.
+        segments: the blocks of each segment, ``[1, z, m, h, w]``.
         plan: how frames are decoded.
-        host: where what waits is kept; by default as the plan says.
+        host: the memory that keeps what waits; by default as the plan says.
 
     Yields:
-        The frames of one block; with a plan that parks, of a segment, since its tiles wait once for each of these.
+        Frames ``[F, H, W, 3]`` uint8 of one block; with a plan that parks, of a segment, since its tiles wait once for
+        each of these.
     """
     pieces = chain([anchor], segments)
     if not plan.park:

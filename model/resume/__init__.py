@@ -1,6 +1,6 @@
-"""Runs that go on from any end.
+"""Runs that can be ended at any moment and go on from there.
 
-state         the folder of a run; ``files`` its tensors, ``fingerprint`` what tells inputs apart
-changes       whether a run may go on with what it is given
-clip          a clip, kept as it is made
+state         the folder of a run; ``files`` writes its tensors, ``fingerprint`` tells inputs apart
+changes       what forbids a run to go on, and what makes the rest differ
+clip          a clip of which each result is kept as soon as it is made
 """

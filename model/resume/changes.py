@@ -1,4 +1,4 @@
-"""Whether a run can go on as another job, and what would be different then."""
+"""Differences between a stored run and the job it is to go on as: those that forbid it, and those that do not."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 #: Sections of a job in which a difference means that the rest of the run has other bits, not that it is another run.
 INEXACT = ("software", "machine")
-#: Sections that are kept for the reader and not compared: how the command was given, for example.
+#: Sections that are kept for the reader and not compared, such as the command as it was given.
 UNCOMPARED = ("arguments",)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Differences between a stored job and another, a sentence each: ``request.seed: 7 in the stored run, now 8``.
+    """The differences between a stored job and another, a line each: ``request.seed: 7 in the stored run, now 8``.
 
-    With one of ``forbidding`` the run cannot go on as this job. With one of ``inexact`` it can, and what is still to
-    come is not the same bit for bit as it would have been.
+    A run cannot go on as this job if there are any in ``forbidding``. With those in ``inexact`` it can, but what is
+    still to come is not the same bit for bit as it would have been.
     """
 
     forbidding: tuple[str, ...]
@@ -26,7 +26,7 @@ class Changes:
 
 
 def changes_between(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Differences between two jobs: sections, as JSON has them."""
+    """Returns the differences between two jobs, each a dictionary of sections as JSON has them."""
     found: dict[bool, list[str]] = {True: [], False: []}
     for section in sorted(stored.keys() | now.keys()):
         if section not in UNCOMPARED:

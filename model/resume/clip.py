@@ -1,10 +1,10 @@
-"""A clip that is never lost: each result is on disk as soon as it is there, and a run begins behind the last one.
+"""A clip that is never lost: each result is on disk as soon as it is there, and a run goes on after the last one.
 
     inputs       the picture at both sizes, text and image embeddings
     motion       Stage I's latents
     condition    the reference that Stage II starts from
     segment-n    the blocks of segment n
-    piece-n      its frames, encoded; piece 0 is the input image's frame
+    piece-n      the frames of segment n, encoded; piece 0 is the input image's frame
 
 A run that was killed, one that ran out of memory and is planned anew, and one that was never interrupted are the same
 code: :func:`make_clip` looks at what there is and makes the rest. On the same device and software the film is the
@@ -32,13 +32,13 @@ from model.pipeline.clip import ClipJob, Condition, Item, Watcher, make_conditio
 from model.pipeline.components import Components
 from model.resume.state import RunState
 
-#: Times that a run is planned anew with less memory after it ran out of it, and what each time is left of its peak.
+#: The most plans that a run tries when it runs out of memory, and the share of a peak that the next plan may take.
 MOST_PLANS = 3
 SHRINK = 0.85
 
 
 def piece_ends(plan: SegmentPlan, stride: int) -> list[int]:
-    """Frames of the film at the end of each piece: of the anchor, and of every segment."""
+    """Returns how many frames the film has at the end of each piece: the anchor's, and then every segment's."""
     ends = [1]
     for window in plan:
         ends.append(ends[-1] + stride * len(window.noisy))
@@ -47,7 +47,7 @@ def piece_ends(plan: SegmentPlan, stride: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ClipWork:
-    """What the work on a clip is done with: what is made, the models, what there is, and where the film goes.
+    """The work on a clip: the clip that is wanted, the models, the folder of the run, and the film.
 
     ``writer`` has the pieces of ``state`` and is entered. ``say`` prints a line.
     """
@@ -62,7 +62,7 @@ class ClipWork:
 
 @dataclass(frozen=True)
 class _Shortage:
-    """What memory did not suffice for: ``memory`` is ``device`` or ``host``, ``phase`` that of the plan."""
+    """A lack of memory: ``memory`` is ``device`` or ``host``, ``phase`` the phase of the plan, ``told`` the message."""
 
     memory: str
     phase: Phase
@@ -73,20 +73,21 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
     """Makes what is not there yet, and writes the film. Where memory does not suffice it is planned anew with less.
 
     Args:
-        work: what is done, with any plans of the VAE.
-        plan: of the memory.
+        work: the work; its VAE plans and placements are replaced by those of ``plan``.
+        plan: the first plan of the memory.
 
     Returns:
-        The plan that it was finished by.
+        The plan that the clip was finished by.
 
     Raises:
-        NoMemoryError: with the last plan too, or no smaller one exists. What was made stays in the state.
+        NoMemoryError: memory did not suffice for the last plan either, or no smaller one exists. Everything that was
+            made stays in the state.
     """
     for attempt in range(1, MOST_PLANS + 1):
         shortage = _attempt(work, plan)
         if shortage is None:
             return plan
-        # Out of the exception's reach, which would hold what was on the device.
+        # Only here, after the handler: the exception would keep alive what was on the device.
         release(work.job.text.device)
         if attempt == MOST_PLANS:
             raise NoMemoryError(f"{shortage.told}\n  and {MOST_PLANS} plans were tried")
@@ -102,18 +103,18 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
 
 
 def _with_less(plan: MemoryPlan, shortage: _Shortage) -> list[MemoryRequest]:
-    """Requests whose plans take less where there was too little, the first to be tried first."""
+    """Returns requests whose plans take less of the memory that was too little, in the order to try them."""
     if shortage.memory == "host":
         return [replace(plan.request, ram=int(SHRINK * plan.host_peak / HOST_USABLE))]
     name, taken = shortage.phase.name, [shortage.phase.device]
     if name == "Stage II":
-        # One choice with the decoder beside it, for which as much may be too little.
+        # The plan chooses Stage II together with the decoder, which may be the one for which memory is too little.
         taken.append(plan.phase("decode").device)
     return [replace(plan.request, less={**plan.request.less, name: int(SHRINK * size)}) for size in taken]
 
 
 def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:
-    """None, or what memory did not suffice for."""
+    """Makes the clip by ``plan`` and returns None, or the lack of memory that ended it."""
     watcher = _Stages(work.watcher)
     components, job = as_planned(work.components, work.job, plan)
     try:
@@ -127,7 +128,7 @@ def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:
 
 
 def as_planned(components: Components, job: ClipJob, plan: MemoryPlan) -> tuple[Components, ClipJob]:
-    """The models and the work as a plan wants them."""
+    """Returns the models with their layers, and the job with the VAE's tiles, where a plan wants them."""
     placed = components.placed(plan.stage_one.placement, plan.stage_two.placement)
     return placed, replace(job, vae_plans=plan.vae_plans.tiles, vae_waits=plan.vae_waits)
 
@@ -137,7 +138,7 @@ def _continue(work: ClipWork) -> None:
     ends = piece_ends(job.plan, work.components.vae_config.temporal_stride)
     condition = _condition(work)
     done, _ = state.finished_segments()
-    # What is behind the first segment that is missing is made again.
+    # Pieces after the first segment that is missing are made again.
     writer.keep(min(writer.num_pieces, len(done) + 1))
     while state.damaged:
         work.say(state.damaged.pop(0))
@@ -173,7 +174,7 @@ def _condition(work: ClipWork) -> Condition:
 
 
 class _Stages(Watcher):
-    """Passes everything on, and knows the innermost stage at work, also after an error in it."""
+    """A watcher that passes everything on and knows the innermost stage at work, also after an error in it."""
 
     def __init__(self, inner: Watcher) -> None:
         self._inner, self._stack = inner, ["load"]
@@ -209,7 +210,7 @@ class _Stages(Watcher):
 
 
 def _explain(error: BaseException, memory: str, plan: MemoryPlan, stage: str, device: torch.device) -> _Shortage:
-    """What held the memory: by the allocator, and by the plan."""
+    """Returns the lack of memory with a message on what held it, by the allocator and by the plan."""
     what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lines = [f"out of memory in {stage} ({what})"]
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Files of named tensors that know what they are: a hash of their name, their run and their contents."""
+"""Files of named tensors that carry a hash of their name, their run and their contents, so that damage is noticed."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from model.resume.fingerprint import add_tensors
 
 
 class DamagedError(Exception):
-    """What is wrong with a file."""
+    """A file is not as it was written, and the message says in which way."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
-    """Writes tensors, on any device, under a temporary name first.
+    """Writes tensors, on any device, to a file that is there as a whole or not at all.
 
     Args:
-        path: ending in ``.safetensors``.
-        tensors: by name.
+        path: a name that ends in ``.safetensors``.
+        tensors: the tensors by name.
         run: the digest of the run's job.
     """
-    # Copies: safetensors does not write tensors that share memory.
+    # Each tensor is copied, since safetensors does not write tensors that share memory.
     host = {
         key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
     data = require("safetensors.torch", "generate").save(host, metadata={"sha256": _digest(host, path.stem, run)})
-    # Not by its save_file, which writes to another temporary name, one that nobody would clean up.
+    # safetensors' own save_file writes to another temporary name, which nobody would clean up.
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def read_tensors(path: Path, run: str) -> dict[str, Tensor]:
-    """What :func:`write_tensors` wrote there for this run.
+    """Returns the tensors, on the CPU, that :func:`write_tensors` has written to ``path`` for this run.
 
     Raises:
-        DamagedError: it is not that any more, or was written under another name or for another run.
+        DamagedError: the file has changed since, or was written under another name or for another run.
     """
     safe_open = require("safetensors", "generate").safe_open
     try:
@@ -49,7 +49,7 @@ def read_tensors(path: Path, run: str) -> dict[str, Tensor]:
             recorded = (file.metadata() or {}).get("sha256")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except Exception as error:
-        # What a damaged header does depends on its bytes, and safetensors' own error is no OSError or ValueError.
+        # The error of a damaged header depends on its bytes, and safetensors' own is no OSError or ValueError.
         # Nothing but the reading of this file happens in here.
         raise DamagedError(f"not readable: {error}") from error
     if recorded is None:

@@ -1,4 +1,4 @@
-"""Fingerprints: whether the inputs of a run are those that it was begun with.
+"""Fingerprints, by which a run knows whether its inputs are those that it was begun with.
 
 Weights are told by samples, since reading 28 GB would take longer than a segment; every other file is read whole.
 """
@@ -21,18 +21,18 @@ _WHOLE = 1 << 16
 
 
 def fingerprint(path: str | Path) -> str:
-    """The fingerprint of a checkpoint: what :func:`model.weights.files.open_weights` opens there.
+    """Returns the fingerprint of a checkpoint that :func:`model.weights.files.open_weights` can open.
 
-    A sha256 over ``config.json`` and, in the order of the keys, every tensor's key, dtype, shape, and bytes: all of
-    them up to 64 KiB, those of the first and the last row beyond. Other training, another quantisation or merged LoRAs
-    change some of these; a file that is damaged only between the rows read does not. The name of the file, its
-    format (safetensors or pickle) and its division into shards are not part of it.
+    It is a sha256 over ``config.json`` and, in the order of the keys, every tensor's key, dtype, shape and bytes: all
+    bytes of a tensor of at most 65,536, those of the first and the last row of a larger one. Other training, another
+    quantisation or merged LoRAs change some of these; damage between the rows that are read does not. The name of the
+    file, its format (safetensors or pickle) and its division into shards are not part of it.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        InputError: nothing readable there.
+        InputError: there is nothing readable at ``path``.
     """
     path = Path(path)
     checkpoint = open_weights(path)
@@ -47,7 +47,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def fingerprint_file(path: str | Path, what: str = "file") -> str:
-    """The sha256 of a whole file (a photograph, a LoRA, text embeddings), 64 hexadecimal digits.
+    """Returns the sha256 of a whole file (a photograph, a LoRA, text embeddings), 64 hexadecimal digits.
 
     Raises:
         InputError: it cannot be read; the message begins with ``what``.
@@ -63,12 +63,12 @@ def fingerprint_file(path: str | Path, what: str = "file") -> str:
 
 
 def fingerprint_random(preset: str, seed: int) -> str:
-    """The fingerprint of the random weights of a preset, which are what it and the seed make them."""
+    """Returns the fingerprint of a preset's random weights, which depend on the preset and the seed alone."""
     return f"random weights of {preset}, seed {seed}"
 
 
 def add_tensors(digest: hashlib._Hash, key: str, dtype: str, shape: tuple[int, ...], tensors: Iterable[Tensor]) -> None:
-    """Adds a tensor to a hash: its key, dtype and shape as JSON, then the bytes of ``tensors``, parts of it."""
+    """Adds a tensor to a hash: its key, dtype and shape as JSON, then the bytes of its parts ``tensors``."""
     digest.update(json.dumps([key, dtype, list(shape)]).encode())
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,16 +1,16 @@
-"""What a run has made so far, on disk: a folder from which it can go on after any end, SIGKILL and power loss included.
+"""The folder that keeps what a run has made, so that it can go on after any end, SIGKILL and power loss included.
 
     job.json                  what is made, of which inputs, by which software on which device; written first
     inputs.safetensors        the picture at both sizes, text and image embeddings
     motion.safetensors        Stage I's latents
-    condition.safetensors     what Stage II starts from
+    condition.safetensors     the reference that Stage II starts from
     segment-0001.safetensors  the blocks of a segment, and so on
     piece-0000.mp4            the pieces of the film (:class:`model.io.media.VideoWriter`), if they are kept here
     lock                      held by the process that works here
 
 Every file is written under another name, flushed to disk and renamed, and carries the sha256 of what it holds. Each of
-the tensor files is made from those before it in this order, so saving one drops those behind it: what is there always
-belongs together.
+the tensor files is made from those before it in this order, so saving one drops those after it: the files that are
+there always belong together.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ _KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-\d{{4,}}\.mp4)(\
 class RunState:
     """The state of a run in a folder: :meth:`create` begins one, :meth:`open` goes on with it.
 
-    A context manager, or closed by :meth:`close`: until then no other process can open the folder (where the system
-    has such locks; they end with the process).
+    It is a context manager, or is closed by :meth:`close`: until then no other process can open the folder (where the
+    system has such locks; they end with the process).
 
     Attributes:
-        folder: where everything is.
-        job: as it was given to :meth:`create`, with the section ``software``.
-        damaged: what was wrong with files that were to be read, a sentence each. They were renamed to
+        folder: the folder that holds everything.
+        job: the job that was given to :meth:`create`, with the section ``software``.
+        damaged: a sentence for each file that was to be read and is damaged. Such files are renamed to
             ``NAME.damaged``.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any], lock: TextIO):
-        """For :meth:`create` and :meth:`open`."""
+        """Keeps the open lock file; use :meth:`create` or :meth:`open` instead of this."""
         self.folder, self.job = folder, job
         self.damaged: list[str] = []
         self._file = lock
 
     @classmethod
     def create(cls, folder: str | Path, job: Mapping[str, Any]) -> RunState:
-        """Begins a run.
+        """Begins a run in a folder.
 
         Args:
-            folder: made if it is not there; may hold other files, but no run.
-            job: everything that defines the run, as JSON has it, in sections (dictionaries); which of them may differ
-                when it goes on is said in ``model/resume/changes.py``. ``software`` is added here.
+            folder: is made if it is not there; it may hold other files, but no run.
+            job: everything that defines the run, as JSON has it, in sections (dictionaries);
+                ``model/resume/changes.py`` says which of them may differ when the run goes on. ``software`` is added.
 
         Raises:
             InputError: there is a run already, another process works there, or the folder cannot be written.
@@ -88,7 +88,7 @@ class RunState:
             raise InputError(f"run: {folder} cannot be written: {error}") from error
         try:
             if (folder / _FINISHED).exists():
-                # Of a run that was being removed.
+                # A run was being removed here, and its removal was broken off.
                 _discard(folder)
             found = sorted(path.name for path in folder.iterdir() if _is_known(path.name))
             if found:
@@ -108,10 +108,10 @@ class RunState:
 
     @classmethod
     def open(cls, folder: str | Path) -> RunState:
-        """Goes on with a run.
+        """Goes on with the run in a folder.
 
         Raises:
-            InputError: there is none, it cannot be read, or another process works on it.
+            InputError: there is no run, it cannot be read, or another process works on it.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -133,7 +133,7 @@ class RunState:
         return cls(folder, job, lock)
 
     def close(self) -> None:
-        """Lets others open the folder."""
+        """Releases the folder, so that others can open it."""
         self._file.close()
 
     def __enter__(self) -> RunState:
@@ -145,7 +145,7 @@ class RunState:
         self.close()
 
     def changes(self, job: Mapping[str, Any]) -> Changes:
-        """What is different in ``job``, given as to :meth:`create`, and in the software that runs now."""
+        """Returns what differs between this run and ``job``, in sections as for :meth:`create`, and in the software."""
         return changes_between(self.job, _as_json({**job, "software": software()}))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -155,36 +155,36 @@ class RunState:
             name: ``inputs``, ``motion``, ``condition``, or ``segment-0001`` and so on (:func:`segment_name`).
 
         Raises:
-            ValueError: another name.
+            ValueError: ``name`` is none of these.
         """
         place = self._place(name)
-        behind = [(rank, path) for rank, path in self._saved() if rank > _rank(name)]
-        # From the last one on, so that no gap is left whenever this ends.
-        for _, path in sorted(behind, reverse=True):
+        later = [(rank, path) for rank, path in self._saved() if rank > _rank(name)]
+        # The last one first, so that no gap is left whenever this ends.
+        for _, path in sorted(later, reverse=True):
             path.unlink()
-        if behind:
+        if later:
             sync_folder(self.folder)
         write_tensors(place, tensors, _job_digest(self.job))
 
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """:meth:`save` of what was there before, made again: nothing is dropped.
+        """Writes tensors that are the same as those saved before, made again, so that nothing is dropped.
 
         Raises:
-            ValueError: as :meth:`save`.
+            ValueError: ``name`` is none that :meth:`save` takes.
         """
         write_tensors(self._place(name), tensors, _job_digest(self.job))
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
-        """:meth:`save` for the blocks of a segment, counted from 1, as :meth:`finished_segments` reads them."""
+        """Saves the blocks of segment ``number``, from 1, as :meth:`finished_segments` reads them."""
         self.save(segment_name(number), {"blocks": blocks})
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """What :meth:`save` wrote under this name, on the CPU; None if it is not there or damaged.
+        """Returns the tensors that :meth:`save` wrote under ``name``, on the CPU; None if they are missing or damaged.
 
         A damaged file is renamed to ``NAME.safetensors.damaged`` and told of in :attr:`damaged`.
 
         Raises:
-            ValueError: a name that :meth:`save` does not take.
+            ValueError: ``name`` is none that :meth:`save` takes.
         """
         place = self._place(name)
         if not place.exists():
@@ -197,10 +197,10 @@ class RunState:
             return None
 
     def finished_segments(self) -> tuple[list[Tensor], list[str]]:
-        """The blocks of the segments from the first on, up to one that is missing or damaged; and what is wrong there.
+        """Returns the blocks of the segments before the first one missing or damaged, and what is wrong with that one.
 
-        To be asked for after ``condition``: if that has to be made again, so have the segments, and saving it drops
-        them. Files behind a damaged one stay until it is saved again.
+        This is to be asked for after ``condition`` was loaded: if that has to be made again, so have the segments, and
+        saving it drops them. Files after a damaged one stay until it is saved again.
         """
         told = len(self.damaged)
         segments: list[Tensor] = []
@@ -209,7 +209,7 @@ class RunState:
         return segments, self.damaged[told:]
 
     def remove(self) -> None:
-        """Deletes the run's files and closes it; the folder goes too unless it holds anything else.
+        """Deletes the run's files and closes it; the folder is deleted too unless it holds anything else.
 
         First of all the run is marked as finished, so that one whose removal is broken off is not taken for another.
         """
@@ -222,7 +222,7 @@ class RunState:
 
     @staticmethod
     def holds(folder: str | Path) -> bool:
-        """Whether there are files of a run, but for one that is finished and was being removed."""
+        """Returns whether a folder has files of a run that is not finished."""
         folder = Path(folder)
         if not folder.is_dir() or (folder / _FINISHED).exists():
             return False
@@ -230,10 +230,10 @@ class RunState:
 
     @classmethod
     def discard(cls, folder: str | Path) -> None:
-        """Deletes a run's files, whatever state they are in, so that another can begin there.
+        """Deletes a run's files, whatever state they are in, so that another run can begin in the folder.
 
         Raises:
-            InputError: another process works on it, or it cannot be deleted.
+            InputError: another process works on the run, or it cannot be deleted.
         """
         folder = Path(folder)
         try:
@@ -253,12 +253,12 @@ class RunState:
 
 
 def segment_name(number: int) -> str:
-    """The name of a segment's file for :meth:`RunState.save`; segments are counted from 1."""
+    """Returns the name of a segment's file for :meth:`RunState.save`; segments are counted from 1."""
     return f"segment-{number:04d}"
 
 
 def software() -> dict[str, str | None]:
-    """Versions of what computes and encodes; None for what is not installed."""
+    """Returns the versions of the software that computes and encodes; None for what is not installed."""
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "swifti2v_kernels": swifti2v_kernels.__version__,
@@ -272,7 +272,7 @@ def software() -> dict[str, str | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: the card's name, or the kind of processor."""
+    """Returns the name of a device: the card's name, or the kind of processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
@@ -283,13 +283,13 @@ def _discard(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if _is_known(path.name) and path.name != _FINISHED:
             path.unlink()
-    # Last: until then it says what the rest is.
+    # The mark that the run is finished goes last: until then it says what the rest is.
     for name in (_LOCK, _FINISHED):
         (folder / name).unlink(missing_ok=True)
 
 
 def _rank(name: str) -> int:
-    """The place of a file in the order in which they are made."""
+    """Returns the place of a tensor file in the order in which these are made."""
     match = _TENSORS.fullmatch(name)
     if match is None or match[2] == "0000":
         raise ValueError(f"name: expected inputs, motion, condition or segment-0001 and so on, got {name!r}")
@@ -297,7 +297,7 @@ def _rank(name: str) -> int:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a file is part of a run."""
+    """Returns whether a file of this name is part of a run."""
     return name in (_JOB, _FINISHED) or _KNOWN.fullmatch(name) is not None
 
 
@@ -306,7 +306,7 @@ def _consequence(name: str) -> str:
 
 
 def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file: tuples are lists."""
+    """Returns a job as it comes back from a file, where tuples are lists."""
     return json.loads(json.dumps(job, allow_nan=False))
 
 
@@ -329,7 +329,7 @@ def _read_job(path: Path) -> dict[str, Any]:
 
 
 def _remove_temporaries(folder: Path) -> None:
-    """Those of a run's files: its lock is held here, so nobody is writing them."""
+    """Removes temporary files of a run, which nobody is writing, since its lock is held here."""
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
         if match and _is_known(f"{match['stem']}{match['suffix']}"):
@@ -337,7 +337,7 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> TextIO:
-    """The lock file, locked until it is closed, unless the file system has no locks."""
+    """Returns the lock file, locked until it is closed, unless the file system has no locks."""
     file = (folder / _LOCK).open("a+")
     try:
         if fcntl is not None:

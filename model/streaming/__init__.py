@@ -1,1 +1,1 @@
-"""A DiT whose layers' weights are not all on the device: ``placement`` (where), ``placed`` (made so), ``stream``."""
+"""DiTs whose weights are not all on the device: ``placement`` decides where, ``placed`` builds, ``stream`` copies."""

@@ -1,4 +1,4 @@
-"""A DiT whose blocks live where a :class:`model.streaming.placement.Placement` says."""
+"""A DiT whose layers live where a :class:`model.streaming.placement.Placement` says."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from model.dit.model import WanDiT, dit_parameter_dtype
 from model.dit.parts import ScaledLinear
 from model.machine.counted import elsewhere
 from model.machine.host import pinned_bytes
-from model.streaming.placement import NO_TENSORS, SCALE, TABLE, BlockLayout, Placement, block_layout
-from model.streaming.stream import SLOTS, BlockStream, CopyEngine, DirectCopies, Source, StreamCopies
+from model.streaming.placement import NO_TENSORS, SCALE, TABLE, LayerLayout, Placement, layer_layout
+from model.streaming.stream import SLOTS, CopyEngine, DirectCopies, LayerStream, Source, StreamCopies
 from swifti2v_kernels import dequantize_rows
 
 
 class TensorSource(Protocol):
-    """Where a DiT's tensors come from, by their names in the model."""
+    """The source of a DiT's tensors, by their names in the model."""
 
     def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """The tensor in ``dtype``."""
+        """Reads a tensor in ``dtype``."""
 
     def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """A matrix ``[N, K]`` as values of ``kind`` and one float32 scale a row ``[N]``."""
+        """Reads a matrix ``[N, K]`` as values of ``kind`` and one float32 scale a row ``[N]``."""
 
 
 def place(
@@ -39,22 +39,22 @@ def place(
 ) -> WanDiT:
     """Gives a model without memory its weights.
 
-    A block that is copied in every pass has views of a slot as parameters, which hold its weights while
-    :meth:`WanDiT.walk` is at it and another block's at other times; so the state of such a model cannot be saved, nor
+    A layer that is copied in every pass has views of a slot as parameters, which hold its weights while
+    :meth:`WanDiT.walk` is at it and another layer's at other times; so the state of such a model cannot be saved, nor
     LoRAs applied to it. Merge them as it is loaded.
 
     Args:
         model: on ``meta``; it is changed and returned.
-        placement: of its blocks.
-        tensors: its weights; asked again in every pass for blocks that stay in files.
-        dtype: of the model.
+        placement: where its layers go.
+        tensors: its weights; asked again in every pass for layers that stay in files.
+        dtype: the dtype of the model.
         device: where it runs; ``meta`` to count.
-        stored: as for :func:`model.streaming.placement.block_layout`.
+        stored: as for :func:`model.streaming.placement.layer_layout`.
     """
     device = torch.device(device)
-    layers = model.config.num_layers
-    homes = placement.homes(layers)
-    layouts = [block_layout(model.config, dtype, placement, i, stored) for i in range(layers)]
+    count = model.config.num_layers
+    homes = placement.homes(count)
+    layouts = [layer_layout(model.config, dtype, placement, i, stored) for i in range(count)]
     moving = [i for i, home in enumerate(homes) if home != "device"]
     slots = _rooms([layouts[i] for i in moving], device)
     unpacked = _bytes(max(layout.unpacked_nbytes for layout in layouts), device)
@@ -62,7 +62,7 @@ def place(
         _set(model, name, tensors.plain(name, dit_parameter_dtype(name, dtype), device))
     sources: dict[int, Source] = {}
     unpack: dict[int, Callable[[], None]] = {}
-    for i, (block, layout, home) in enumerate(zip(model.blocks, layouts, homes, strict=True)):
+    for i, (layer, layout, home) in enumerate(zip(model.blocks, layouts, homes, strict=True)):
         fill = functools.partial(_fill, layout, tensors, f"blocks.{i}.")
         if home == "device":
             flat = _bytes(layout.nbytes, device)
@@ -70,16 +70,16 @@ def place(
         else:
             flat = slots[moving.index(i) % SLOTS]
             sources[i] = _source(fill, layout, home, device)
-        _bind(block, layout, flat, unpacked, placement)
+        _bind(layer, layout, flat, unpacked, placement)
         if layout.unpacked:
             unpack[i] = functools.partial(_unpack, _packed(layout, flat, unpacked))
     engine = _engine(slots, [layouts[i] for i in moving if homes[i] == "file"], device) if moving else None
-    model.eight_bits = placement.product_dtype
-    model.stream = BlockStream(list(model.blocks), sources, unpack, engine)
+    model.eight_bits = placement.matmul_dtype
+    model.stream = LayerStream(list(model.blocks), sources, unpack, engine)
     return model.requires_grad_(False).eval()
 
 
-def _rooms(layouts: list[BlockLayout], device: torch.device) -> list[Tensor]:
+def _rooms(layouts: list[LayerLayout], device: torch.device) -> list[Tensor]:
     size = max((layout.nbytes for layout in layouts), default=0)
     return [_bytes(size, device) for _ in range(min(len(layouts), SLOTS))]
 
@@ -88,7 +88,7 @@ def _bytes(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _source(fill: Callable[..., None], layout: BlockLayout, home: str, device: torch.device) -> Source:
+def _source(fill: Callable[..., None], layout: LayerLayout, home: str, device: torch.device) -> Source:
     if device.type == "meta":
         return lambda target: None
     if home == "file":
@@ -102,15 +102,15 @@ def _source(fill: Callable[..., None], layout: BlockLayout, home: str, device: t
     return flat
 
 
-def _engine(slots: list[Tensor], from_files: list[BlockLayout], device: torch.device) -> CopyEngine:
+def _engine(slots: list[Tensor], from_files: list[LayerLayout], device: torch.device) -> CopyEngine:
     if device.type != "cuda":
         return DirectCopies(slots)
     size = max((layout.nbytes for layout in from_files), default=0)
     return StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if from_files else [])
 
 
-def _fill(layout: BlockLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
-    """Writes a block; ``device`` is where its tensors are made."""
+def _fill(layout: LayerLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
+    """Writes a layer's weights to ``flat``; ``device`` is where its tensors are made."""
     scales = {entry.name: entry for entry in layout.stored if entry.name.endswith(SCALE)}
     for entry in layout.stored:
         name = prefix + entry.name
@@ -122,23 +122,23 @@ def _fill(layout: BlockLayout, tensors: TensorSource, prefix: str, flat: Tensor,
             entry.view(flat).copy_(tensors.plain(name, entry.dtype, device))
 
 
-def _bind(block: nn.Module, layout: BlockLayout, flat: Tensor, unpacked: Tensor, placement: Placement) -> None:
-    """Makes views of the buffers the block's parameters."""
+def _bind(layer: nn.Module, layout: LayerLayout, flat: Tensor, unpacked: Tensor, placement: Placement) -> None:
+    """Makes views of the buffers the parameters of a layer."""
     views = {entry.name: entry.view(flat) for entry in layout.stored}
-    if placement.products == "8bit":
-        for name, module in list(block.named_modules()):
+    if placement.matmul == "8bit":
+        for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 parts = [views.pop(f"{name}.{leaf}") for leaf in ("weight", f"weight{SCALE}", "bias")]
-                _set_module(block, name, ScaledLinear(*parts))
+                _set_module(layer, name, ScaledLinear(*parts))
     else:
         views |= {entry.name: entry.view(unpacked) for entry in layout.unpacked}
     for name, view in views.items():
         if not name.endswith(SCALE):
-            _set(block, name, view)
+            _set(layer, name, view)
 
 
-def _packed(layout: BlockLayout, flat: Tensor, unpacked: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Values, scales, and where they are unpacked to, of every matrix in 8 bits: views."""
+def _packed(layout: LayerLayout, flat: Tensor, unpacked: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Returns views of every matrix in 8 bits: its values, its scales, and the place that it is unpacked to."""
     views = {entry.name: entry.view(flat) for entry in layout.stored}
     return [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
 

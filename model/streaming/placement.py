@@ -1,15 +1,16 @@
-"""Where the weights of a DiT's blocks are while it runs, and how they are written: the decision, and its bytes.
+"""The decision where the weights of a DiT's layers are while it runs and how they are written, and its bytes.
 
-    device   a block stays there
+    device   a layer stays there
     host     it waits in pinned host memory and is copied into one of two slots on the device in every pass
     file     it is read from its checkpoint, memory-mapped, in every pass, and goes the same way
 
-Streamed blocks lie evenly between those that stay, so that each copy has several blocks' work to hide behind. What is
-not in a block (embeddings, head, modulation tables) is small and always on the device.
+Streamed layers lie evenly between those that stay, so that each copy is hidden by the work of several layers. What is
+not in a layer (embeddings, head, modulation tables) is small and always on the device.
 
-Matrices may be written in 8 bits, with one scale a row. They are then either unpacked into one block's room on the
-device just before their block runs, so that products are those of the model's dtype and the result is, bit for bit,
-that of a model loaded from the same 8-bit numbers; or multiplied as they are (``products``), which is another result.
+Matrices may be written in 8 bits, with one scale a row (``quantize``). They are then either unpacked into the room of
+one layer on the device just before that layer runs, so that matmuls are those of the model's dtype and the result is,
+bit for bit, that of a model loaded from the same 8-bit numbers; or multiplied as they are (``matmul``), which gives
+another result.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import torch
 from torch import Tensor
 
 from model.config import DiTConfig
-from model.dit.layer import DiTBlock
+from model.dit.layer import DiTLayer
 from model.dit.model import WanDiT, dit_parameter_dtype
 from model.errors import InputError
 from model.streaming.stream import SLOTS
 
-#: How block matrices are written: in the model's dtype; 8 bits where the checkpoint has them in 8 bits; or all so.
-STORAGES = ("plain", "file", "float8", "int8")
-PRODUCTS = ("plain", "8bit")
-#: Every tensor in a buffer begins at a multiple of this.
+#: How layer matrices are written: in the model's dtype; in 8 bits where the checkpoint has them so; or all in 8 bits.
+QUANTIZE = ("none", "file", "float8", "int8")
+#: How layer matrices are multiplied: in the model's dtype, or in 8 bits.
+MATMUL = ("plain", "8bit")
+#: Every tensor in a buffer begins at a multiple of this number of bytes.
 ALIGNMENT = 256
 SCALE = ".scale"
-#: Of a block, but not of its buffer: all blocks' are read at once when a clip begins.
+#: A parameter of a layer that is not in its buffer: those of all layers are read at once when a clip begins.
 TABLE = "scale_shift_table"
 NO_TENSORS: Mapping[str, str] = MappingProxyType({})
 
@@ -45,10 +47,10 @@ class Placement:
     """The decision for one DiT.
 
     Args:
-        resident: blocks that stay on the device; None: all.
-        pinned: of the others, how many wait in pinned host memory; None: all. The rest is read from files.
-        storage: one of :data:`STORAGES`.
-        products: ``plain``, or ``8bit``: activations are quantised too, one scale a token (W8A8).
+        resident: the number of layers that stay on the device; None: all.
+        pinned: the number of the others that wait in pinned host memory; None: all. The rest is read from files.
+        quantize: one of :data:`QUANTIZE`: the form of layer weights.
+        matmul: ``plain``, or ``8bit``: activations are quantised too, one scale a token (W8A8).
 
     Raises:
         InputError: a value is unknown, or they do not go together.
@@ -56,21 +58,21 @@ class Placement:
 
     resident: int | None = None
     pinned: int | None = None
-    storage: str = "plain"
-    products: str = "plain"
+    quantize: str = "none"
+    matmul: str = "plain"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("storage", STORAGES), ("products", PRODUCTS)):
+        for name, allowed in (("quantize", QUANTIZE), ("matmul", MATMUL)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("resident", "pinned"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise InputError(f"{name}: expected None or at least 0, got {getattr(self, name)}")
-        if self.products == "8bit" and self.storage not in ("float8", "int8"):
-            raise InputError(f"products: 8bit goes with storage float8 or int8, got {self.storage}")
+        if self.matmul == "8bit" and self.quantize not in ("float8", "int8"):
+            raise InputError(f"matmul: 8bit goes with quantize float8 or int8, got {self.quantize}")
 
     def homes(self, num_layers: int) -> tuple[str, ...]:
-        """``device``, ``host`` or ``file`` for every block."""
+        """Returns ``device``, ``host`` or ``file`` for every layer."""
         kept = num_layers if self.resident is None else min(self.resident, num_layers)
         streamed = _spread(num_layers - kept, num_layers)
         pinned = len(streamed) if self.pinned is None else min(self.pinned, len(streamed))
@@ -79,21 +81,21 @@ class Placement:
         return tuple("file" if i in from_file else "host" if i in moving else "device" for i in range(num_layers))
 
     @property
-    def product_dtype(self) -> torch.dtype | None:
-        """Of quantised activations; None where products are plain."""
-        if self.products == "plain":
+    def matmul_dtype(self) -> torch.dtype | None:
+        """The dtype of quantised activations; None where matmuls are plain."""
+        if self.matmul == "plain":
             return None
-        return torch.int8 if self.storage == "int8" else torch.float8_e4m3fn
+        return torch.int8 if self.quantize == "int8" else torch.float8_e4m3fn
 
 
 def _spread(count: int, total: int) -> list[int]:
-    """``count`` of ``total`` indices, evenly."""
+    """Returns ``count`` of ``total`` indices, evenly spread."""
     return [(2 * k + 1) * total // (2 * count) for k in range(count)]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a block in a flat buffer of bytes."""
+    """A tensor of a layer in a flat buffer of bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -102,29 +104,29 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """The bytes of the tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
     def view(self, flat: Tensor) -> Tensor:
-        """The tensor in a buffer."""
+        """Returns the tensor as a view of a buffer."""
         return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """A block's tensors in one flat buffer, and, of matrices in 8 bits that are unpacked, those in another."""
+class LayerLayout:
+    """The places of a layer's tensors in one flat buffer, and of its unpacked matrices, if any, in another."""
 
     stored: tuple[Entry, ...]
     unpacked: tuple[Entry, ...]
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Of the buffer that is kept or copied."""
+        """The bytes of the buffer that is kept or copied."""
         return _end(self.stored)
 
     @property
     def unpacked_nbytes(self) -> int:
-        """Of the buffer that is made of it just before the block runs."""
+        """The bytes of the buffer that matrices are unpacked into just before the layer runs."""
         return _end(self.unpacked)
 
 
@@ -136,42 +138,42 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def block_layout(
+def layer_layout(
     config: DiTConfig,
     dtype: torch.dtype,
     placement: Placement,
     index: int = 0,
     stored: Mapping[str, str] = NO_TENSORS,
-) -> BlockLayout:
-    """How block ``index`` is written.
+) -> LayerLayout:
+    """Returns the layout of layer ``index``.
 
     Args:
-        config: of the DiT.
-        dtype: of the model.
-        placement: of its blocks.
-        index: which block.
+        config: the shape of the DiT.
+        dtype: the dtype of the model.
+        placement: where its layers are, and their form.
+        index: the index of the layer.
         stored: dtypes, by name, of the tensors that the checkpoint holds in 8 bits and that are taken as they are.
     """
     given = {name: stored[full] for name in _shapes(config) if (full := f"blocks.{index}.{name}") in stored}
-    return _layout(config, dtype, placement.storage, placement.products, tuple(sorted(given.items())))
+    return _layout(config, dtype, placement.quantize, placement.matmul, tuple(sorted(given.items())))
 
 
 @functools.lru_cache(maxsize=256)
 def _layout(
-    config: DiTConfig, dtype: torch.dtype, storage: str, products: str, given: tuple[tuple[str, str], ...]
-) -> BlockLayout:
+    config: DiTConfig, dtype: torch.dtype, quantize: str, matmul: str, given: tuple[tuple[str, str], ...]
+) -> LayerLayout:
     known = dict(given)
     stored: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     unpacked: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for name, shape in _shapes(config).items():
-        kind = _eight_bits(storage, products, len(shape), known.get(name))
+        kind = _eight_bits(quantize, matmul, len(shape), known.get(name))
         if kind is None:
             stored.append((name, shape, dit_parameter_dtype(f"blocks.0.{name}", dtype)))
             continue
         stored += [(name, shape, kind), (name + SCALE, shape[:1], torch.float32)]
-        if products == "plain":
+        if matmul == "plain":
             unpacked.append((name, shape, dtype))
-    return BlockLayout(_placed(stored), _placed(unpacked))
+    return LayerLayout(_placed(stored), _placed(unpacked))
 
 
 def _placed(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[Entry, ...]:
@@ -181,32 +183,32 @@ def _placed(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tupl
     return tuple(entries)
 
 
-def _eight_bits(storage: str, products: str, rank: int, given: str | None) -> torch.dtype | None:
-    """The 8-bit dtype that a tensor is kept in, or None: plain. Only matrices are ever in 8 bits."""
-    if rank != 2 or storage == "plain" or (storage == "file" and given is None):
+def _eight_bits(quantize: str, matmul: str, rank: int, given: str | None) -> torch.dtype | None:
+    """Returns the 8-bit dtype that a tensor is kept in, or None. Only matrices are ever in 8 bits."""
+    if rank != 2 or quantize == "none" or (quantize == "file" and given is None):
         return None
-    if storage == "int8":
+    if quantize == "int8":
         return torch.int8
-    # Products take e4m3 only.
-    if given == "float8_e5m2" and products == "plain":
+    # 8-bit matmuls take e4m3 only.
+    if given == "float8_e5m2" and matmul == "plain":
         return torch.float8_e5m2
     return torch.float8_e4m3fn
 
 
 @functools.cache
 def _shapes(config: DiTConfig) -> Mapping[str, tuple[int, ...]]:
-    """Of the tensors of one block that its buffer holds."""
+    """Returns the shapes of the tensors of one layer that its buffer holds."""
     with torch.device("meta"):
-        block = DiTBlock(config)
-    return {name: tuple(p.shape) for name, p in block.named_parameters() if name != TABLE}
+        layer = DiTLayer(config)
+    return {name: tuple(p.shape) for name, p in layer.named_parameters() if name != TABLE}
 
 
 @dataclass(frozen=True)
 class PlacedBytes:
-    """Bytes of a placed DiT.
+    """The bytes of a placed DiT.
 
-    ``fixed`` is what is not in blocks, ``resident`` the blocks that stay, ``slots`` the room for those that are copied,
-    ``unpacked`` that of one block's unpacked matrices: all on the device. ``pinned`` are the blocks in host memory and
+    ``fixed`` is what is not in layers, ``resident`` the layers that stay, ``slots`` the room for those that are copied,
+    ``unpacked`` that of one layer's unpacked matrices: all on the device. ``pinned`` are the layers in host memory and
     ``staging`` the two buffers there that files are read into. ``copied`` crosses the bus in every pass, and ``read``
     comes from files.
     """
@@ -222,20 +224,20 @@ class PlacedBytes:
 
     @property
     def device(self) -> int:
-        """On the device."""
+        """The bytes on the device."""
         return self.fixed + self.resident + self.slots + self.unpacked
 
     @property
     def host(self) -> int:
-        """In host memory."""
+        """The bytes in host memory."""
         return self.pinned + self.staging
 
 
 def placed_bytes(
     config: DiTConfig, dtype: torch.dtype, placement: Placement, stored: Mapping[str, str] = NO_TENSORS
 ) -> PlacedBytes:
-    """What a placement takes; arguments as for :func:`block_layout`."""
-    layouts = [block_layout(config, dtype, placement, i, stored) for i in range(config.num_layers)]
+    """Returns the bytes that a placement takes; arguments as for :func:`layer_layout`."""
+    layouts = [layer_layout(config, dtype, placement, i, stored) for i in range(config.num_layers)]
     homes = placement.homes(config.num_layers)
     sizes = {home: [x.nbytes for x, at in zip(layouts, homes, strict=True) if at == home] for home in set(homes)}
     moving = [*sizes.get("host", ()), *sizes.get("file", ())]

@@ -1,13 +1,13 @@
-"""Blocks whose weights come to the device while other blocks run.
+"""The stream of layers whose weights come to the device while other layers run.
 
-Blocks that do not stay on the device share two slots there, one after the other. While a block runs in one slot, the
+Layers that do not stay on the device share two slots there, one after the other. While a layer runs in one slot, the
 next is copied into the other:
 
-    compute stream   ... | wait ready[0] | block 3 | free[0] | wait ready[1] | block 5 | free[1] | ...
-    copy stream      ... | block 5 -> slot 1       | wait free[0] | block 7 -> slot 0 | ...
+    compute stream   ... | wait ready[0] | layer 3 | free[0] | wait ready[1] | layer 5 | free[1] | ...
+    copy stream      ... | layer 5 -> slot 1       | wait free[0] | layer 7 -> slot 0 | ...
 
 The device allocates nothing for it, and nothing waits but for what it needs: the compute stream for the copy of its
-block, a copy for the block before it in its slot. A copy is hidden where the blocks that run meanwhile take longer.
+layer, a copy for the layer before it in its slot. A copy is hidden where the layers that run meanwhile take longer.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-#: How many blocks that do not stay share the device.
+#: The number of slots on the device, which layers that do not stay share.
 SLOTS = 2
-#: A block's bytes: in host memory, or a function that fills a buffer there with them.
+#: The bytes of a layer in host memory, or a function that fills a buffer there with them.
 Source = Tensor | Callable[[Tensor], None]
 
 
 class CopyEngine(Protocol):
-    """Copies sources into slots, beside the work on the current stream."""
+    """An engine that copies sources into slots, beside the work on the current stream."""
 
     def fetch(self, slot: int, source: Source) -> None:
-        """Starts a copy as soon as what was queued before the slot's last :meth:`release` is done."""
+        """Starts a copy as soon as the work queued before the slot's last :meth:`release` is done."""
 
     def wait(self, slot: int) -> None:
-        """Work queued from now on begins after the slot's last copy."""
+        """Makes work that is queued from now on begin after the slot's last copy."""
 
     def release(self, slot: int) -> None:
-        """Work queued until now is the last that reads the slot."""
+        """Marks the work queued until now as the last that reads the slot."""
 
     def settle(self, slot: int) -> None:
-        """What was asked for and nobody has waited for is done or given up, for the host."""
+        """Ends or gives up, on the host, what was asked for and nobody has waited for."""
 
 
 class DirectCopies:
-    """Where there is one kind of memory and one order of work: a copy is done when it is asked for."""
+    """An engine for one kind of memory and one order of work: a copy is done when it is asked for."""
 
     def __init__(self, slots: Sequence[Tensor]) -> None:
         self.slots = list(slots)
 
     def fetch(self, slot: int, source: Source) -> None:
-        """Copies."""
+        """Copies the source into the slot at once."""
         target = self.slots[slot]
         if isinstance(source, Tensor):
             target[: source.numel()].copy_(source)
@@ -56,17 +56,17 @@ class DirectCopies:
             source(target)
 
     def wait(self, slot: int) -> None:
-        """Nothing to wait for."""
+        """Does nothing, since the copy is done."""
 
     def release(self, slot: int) -> None:
-        """Nothing waits."""
+        """Does nothing, since no copy waits for the slot."""
 
     def settle(self, slot: int) -> None:
-        """Nothing is under way."""
+        """Does nothing, since no copy is under way."""
 
 
 class StreamCopies:
-    """Copies on a CUDA stream of their own; files are read by a thread, into ``staging`` in pinned memory first."""
+    """An engine that copies on a CUDA stream of its own; a thread reads files into ``staging``, in pinned memory."""
 
     def __init__(self, slots: Sequence[Tensor], staging: Sequence[Tensor] = ()) -> None:
         self.slots, self.staging = list(slots), list(staging)
@@ -82,7 +82,7 @@ class StreamCopies:
             slot.record_stream(self._stream)
 
     def fetch(self, slot: int, source: Source) -> None:
-        """Queues the copy, behind the reading of its file if it has one."""
+        """Queues the copy, after the reading of its file if it has one."""
         self.settle(slot)
         if isinstance(source, Tensor):
             self._copy(slot, source)
@@ -92,24 +92,24 @@ class StreamCopies:
             self._reads[slot] = self._reader.submit(self._read, slot, source)
 
     def wait(self, slot: int) -> None:
-        """The host waits for the reading of a file, the stream for the copy."""
+        """Lets the host wait for the reading of a file, and the stream for the copy."""
         reading, self._reads[slot] = self._reads[slot], None
         if reading is not None:
             reading.result()
         torch.cuda.current_stream(self.slots[slot].device).wait_event(self._ready[slot])
 
     def settle(self, slot: int) -> None:
-        """Waits for a reading that nobody has waited for, whatever becomes of it: it would write into the slot."""
+        """Awaits or cancels a reading that nobody has waited for, since it would write into the slot."""
         reading, self._reads[slot] = self._reads[slot], None
         if reading is not None and not reading.cancel():
             reading.exception()
 
     def release(self, slot: int) -> None:
-        """Marks the present end of the stream."""
+        """Marks the present end of the stream as the last use of the slot."""
         self._free[slot].record(torch.cuda.current_stream(self.slots[slot].device))
 
     def _read(self, slot: int, fill: Callable[[Tensor], None]) -> None:
-        # Until then the buffer is the source of the slot's last copy.
+        # Until the slot's last copy is done, the buffer is its source.
         self._ready[slot].synchronize()
         fill(self.staging[slot])
         self._copy(slot, self.staging[slot])
@@ -121,39 +121,39 @@ class StreamCopies:
             self._ready[slot].record(self._stream)
 
 
-class BlockStream:
-    """The order of a pass over all blocks: :meth:`walk`.
+class LayerStream:
+    """The order of a pass over all layers: :meth:`walk`.
 
     Args:
-        blocks: of the model; the parameters of those in ``sources`` are views of a slot: of the j-th of them, slot
-            ``j % SLOTS``.
-        sources: by index, the blocks that are copied.
-        unpack: by index, what makes a block's matrices of their 8-bit form, on the current stream.
-        engine: what copies; None where nothing does.
+        layers: the layers of the model; the parameters of those in ``sources`` are views of a slot: those of the j-th
+            of them, of slot ``j % SLOTS``.
+        sources: by index, the bytes of the layers that are copied.
+        unpack: by index, functions that make a layer's matrices of their 8-bit form, on the current stream.
+        engine: what copies; None where no layer is copied.
     """
 
     def __init__(
         self,
-        blocks: Sequence[nn.Module],
+        layers: Sequence[nn.Module],
         sources: Mapping[int, Source],
         unpack: Mapping[int, Callable[[], None]],
         engine: CopyEngine | None,
     ) -> None:
         if sources and engine is None:
-            raise ValueError("engine: expected one for blocks that are copied, got None")
-        self._blocks, self._unpack, self._engine = blocks, dict(unpack), engine
+            raise ValueError("engine: expected one for layers that are copied, got None")
+        self._layers, self._unpack, self._engine = layers, dict(unpack), engine
         self._sources = [sources[i] for i in sorted(sources)]
         self._places = {i: j for j, i in enumerate(sorted(sources))}
         self._held: list[int | None] = [None] * SLOTS
 
     @property
     def copies(self) -> bool:
-        """Whether blocks come from somewhere else."""
+        """True where weights of layers are copied to the device in every pass."""
         return bool(self._sources)
 
     @property
     def fixed(self) -> bool:
-        """Whether all parameters are the model's own, and stay what they are."""
+        """True where all parameters are the model's own, and stay what they are."""
         return not self._sources and not self._unpack
 
     def settle(self) -> None:
@@ -164,17 +164,17 @@ class BlockStream:
                 self._held[slot] = None
 
     def walk(self) -> Iterator[nn.Module]:
-        """The blocks in order, each usable until the next one is asked for."""
+        """Yields the layers in order, each usable until the next one is asked for."""
         for place in range(min(SLOTS, len(self._sources))):
             self._bring(place)
-        for index, block in enumerate(self._blocks):
+        for index, layer in enumerate(self._layers):
             place = self._places.get(index)
             if place is not None:
                 self._await(place)
             if index in self._unpack:
                 self._unpack[index]()
             try:
-                yield block
+                yield layer
             finally:
                 if place is not None and self._engine is not None:
                     self._engine.release(place % SLOTS)
@@ -182,7 +182,7 @@ class BlockStream:
                 self._bring(self._following(place))
 
     def _following(self, place: int) -> int:
-        """What comes into the slot next, in this pass or in another."""
+        """Returns the place of the layer that comes into the slot next, in this pass or in another."""
         return place + SLOTS if place + SLOTS < len(self._sources) else place % SLOTS
 
     def _bring(self, place: int) -> None:

@@ -1,1 +1,1 @@
-"""The Wan autoencoder: ``model``, ``encoder``, ``decoder``, ``layers``; ``tiles`` cuts frames exactly."""
+"""The Wan autoencoder: ``model``, its ``encoder``, ``decoder`` and ``layers``; ``tiles`` cuts frames exactly."""

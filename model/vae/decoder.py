@@ -23,9 +23,9 @@ from model.vae.layers import (
     RMSNorm,
     State,
     Upsample,
-    blocks_need,
     channels_last,
-    run_blocks,
+    resnets_need,
+    run_resnets,
 )
 from model.vae.tiles import Region, conv_padding
 from swifti2v_kernels import frames_out
@@ -34,9 +34,9 @@ from swifti2v_kernels import frames_out
 class PlainUpStage(nn.Module):
     """A decoder stage of Wan2.1: residual blocks, then upsampling to half the channels."""
 
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
+    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, up: bool, temporal: bool):
         super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
+        dims = [dim_in] + [dim_out] * num_resnets
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.upsamplers = nn.ModuleList([Upsample(dim_out, dim_out // 2, temporal)] if up else [])
 
@@ -49,9 +49,9 @@ class PlainUpStage(nn.Module):
 class ResidualUpStage(nn.Module):
     """A decoder stage of Wan2.2: residual blocks and upsampling, plus the stage's repeated input."""
 
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, up: bool, temporal: bool):
+    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, up: bool, temporal: bool):
         super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
+        dims = [dim_in] + [dim_out] * num_resnets
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.upsampler = Upsample(dim_out, dim_out, temporal) if up else None
         self.dim_out, self.rate = dim_out, 2 if temporal else 1
@@ -63,10 +63,12 @@ class ResidualUpStage(nn.Module):
         return self.upsampler
 
     def shortcut(self, x: Tensor, have: Region, want: Region, start: int, count: int) -> Tensor:
-        """The stage's input at the size of its output: frames ``start ..`` of [B, T * rate, h, w, C'] over ``want``.
+        """Returns the stage's input at the size of its output, over the region ``want``.
 
-        Output channel c of the pixel (row, column) in the cell of an input pixel, and of the frame among the ``rate``
-        that it becomes, is input channel ``((c * rate + frame) * 4 + row * 2 + column) // copies``.
+        ``x`` holds the input ``[B, T, h, w, C]`` over ``have``. The result is ``[B, count, h', w', C']``: frames from
+        ``start`` on of the ``T * rate`` that the input becomes. Output channel c of the pixel (row, column) in the cell
+        of an input pixel, and of the frame among the ``rate`` that it becomes, is input channel
+        ``((c * rate + frame) * 4 + row * 2 + column) // copies``.
         """
         cells = want.halved()
         rows, columns = cells.within(have)
@@ -85,7 +87,7 @@ class ResidualUpStage(nn.Module):
 
 @dataclass(frozen=True)
 class Level:
-    """What one step of the tail computes for a tile: the region it reads, of the enlarged frame, and its result's."""
+    """The regions that one step of the tail works on for a tile: its input, the enlarged frame, and its result."""
 
     read: Region
     enlarged: Region
@@ -94,7 +96,10 @@ class Level:
 
 @dataclass(frozen=True)
 class DecoderTile:
-    """A tile on its way through a clip: ``core`` is its part of the latents, ``frames`` what layers handle at once."""
+    """A tile on its way through a clip.
+
+    ``core`` is its part of the latents, and ``frames`` the number of frames that layers handle at once.
+    """
 
     core: Region
     levels: list[Level]
@@ -103,12 +108,12 @@ class DecoderTile:
 
     @property
     def regions(self) -> list[Region]:
-        """All that is computed of frames of any size."""
+        """All regions that are computed for the tile, in frames of any size."""
         return [region for level in self.levels for region in (level.read, level.enlarged, level.result)]
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, h, w, z] to frames."""
+    """The half of the VAE that makes frames ``[B, F, H, W, 3]`` of latents ``[B, T, h, w, z]``."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -132,33 +137,33 @@ class Decoder(nn.Module):
 
     @property
     def feature_channels(self) -> int:
-        """Channels of all that the head leaves for the tail."""
+        """The number of channels of all features that the head leaves for the tail."""
         return self.num_features * self.conv_in.out_channels
 
     def head(self, z: Tensor, state: State) -> list[Tensor]:
-        """Whole latent frames to the tail's input, one or two of [B, T, h, w, C]."""
+        """Computes the tail's input, one or two tensors ``[B, T, h, w, C]``, from whole latent frames."""
         stage, whole = self.up_blocks[0], Region.whole(*z.shape[2:4])
         x, normed = self.conv_in(z, whole, whole, state, norm_weight=self.mid_block.resnets[0].norm1.weight)
         features = Features(x, normed, whole)
         del x, normed
         self.mid_block(features, state, stage.resnets[0].norm1, keep=True)
         shortcut = [features.x] if self.num_features == 2 else []
-        run_blocks(stage.resnets, features, whole, state, None, overwrite=not shortcut)
+        run_resnets(stage.resnets, features, whole, state, None, overwrite=not shortcut)
         return [features.take("x"), *shortcut]
 
     def tile(self, core: Region, frames: int, state: State) -> DecoderTile:
-        """The tile ``core`` of the latents, with what each step of the tail computes for it."""
+        """Returns the tile ``core`` of the latents, with the regions that each step of the tail works on for it."""
         want = self.conv_out.needs(self._features(core))
         levels = []
         for before, stage in reversed(list(itertools.pairwise(self.up_blocks))):
-            enlarged = blocks_need(stage.resnets, want)
+            enlarged = resnets_need(stage.resnets, want)
             levels.append(Level(before.up.needs(enlarged), enlarged, want))
             want = levels[-1].read
         return DecoderTile(core, levels[::-1], frames, state)
 
     @staticmethod
     def cut(features: list[Tensor], tile: DecoderTile) -> list[Tensor]:
-        """What a tile reads of the features that :meth:`head` has left, as views."""
+        """Returns views of the features that :meth:`head` has left: the part that a tile reads."""
         rows, columns = tile.levels[0].read.within(Region.whole(*features[0].shape[2:4]))
         return [x[:, :, rows, columns] for x in features]
 
@@ -166,22 +171,23 @@ class Decoder(nn.Module):
         """Writes the frames of one tile.
 
         Args:
-            inputs: of :meth:`cut`, in the order of the clip.
-            tile: of :meth:`tile`.
-            out: frames [B, F, H, W, 3] of the tile, uint8 or floating, to be filled.
+            inputs: the tile's part of the next features, as returned by :meth:`cut`.
+            tile: the tile and its state, as returned by :meth:`tile`.
+            out: frames ``[B, F, H, W, 3]`` of the tile, uint8 or floating, to be filled.
         """
         self._enlarge(0, inputs, [tile.levels[0].read] * len(inputs), tile, out)
 
     def _enlarge(self, step: int, inputs: list[Tensor], have: list[Region], tile: DecoderTile, out: Tensor) -> int:
-        """From the output of stage ``step``, and where the stage has a shortcut also its input, to the frames.
+        """Runs the tail from stage ``step`` on and returns how many frames it has written.
 
-        ``have`` are their regions. Returns how many frames were written.
+        ``inputs`` are the output of that stage and, where the stage has a shortcut, its input; ``have`` are their
+        regions.
         """
         stage, following, level, state = self.up_blocks[step], self.up_blocks[step + 1], tile.levels[step], tile.state
         last, temporal = step + 2 == len(self.up_blocks), stage.up.time_conv is not None
         pieces = max(tile.frames // 2, 1) if temporal else tile.frames
         written = 0
-        for x, *behind in zip(*(part.split(pieces, dim=1) for part in inputs), strict=True):
+        for x, *given in zip(*(part.split(pieces, dim=1) for part in inputs), strict=True):
             # Of the two frames that a shortcut makes of the clip's first one, the second counts.
             skipped = int(temporal and stage.up not in state.started)
             source = level.read if temporal else have[0]
@@ -189,15 +195,15 @@ class Decoder(nn.Module):
             for start in range(0, doubled.shape[1], tile.frames):
                 part = doubled[:, start : start + tile.frames]
                 options = {"norm_weight": following.resnets[0].norm1.weight}
-                if behind:
+                if given:
                     first = start + skipped
-                    shortcut = stage.shortcut(behind[0], have[1], level.enlarged, first, part.shape[1])
+                    shortcut = stage.shortcut(given[0], have[1], level.enlarged, first, part.shape[1])
                     options |= {"residual": shortcut, "out": shortcut}
                     del shortcut
                 features = Features(*stage.up.enlarge(part, source, level.enlarged, state, **options), level.enlarged)
                 del part, options
-                inner = [features.x] if behind and not last else []
-                run_blocks(
+                inner = [features.x] if given and not last else []
+                run_resnets(
                     following.resnets, features, level.result, state, self.norm_out if last else None,
                     overwrite=not inner, keep=not last,
                 )  # fmt: skip
@@ -221,5 +227,5 @@ class Decoder(nn.Module):
         return x.shape[1]
 
     def _features(self, core: Region) -> Region:
-        """A tile of the latents in the features before the last convolution."""
+        """Returns the region of the features before the last convolution that a tile of the latents becomes."""
         return core.scaled(2 ** (len(self.up_blocks) - 1))

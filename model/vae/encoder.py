@@ -21,8 +21,8 @@ from model.vae.layers import (
     ResidualBlock,
     RMSNorm,
     State,
-    blocks_need,
-    run_blocks,
+    resnets_need,
+    run_resnets,
 )
 from model.vae.tiles import Region
 from swifti2v_kernels import rms_norm_silu
@@ -31,17 +31,18 @@ from swifti2v_kernels import rms_norm_silu
 class ResidualDownStage(nn.Module):
     """An encoder stage of Wan2.2: residual blocks and downsampling, plus the stage's averaged input."""
 
-    def __init__(self, dim_in: int, dim_out: int, num_blocks: int, down: bool, temporal: bool):
+    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, down: bool, temporal: bool):
         super().__init__()
-        dims = [dim_in] + [dim_out] * num_blocks
+        dims = [dim_in] + [dim_out] * num_resnets
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
         self.downsampler = Downsample(dim_out, temporal) if down else None
         self.dim_out, self.rate, self.factor = dim_out, 2 if temporal else 1, 2 if down else 1
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """The stage's input [B, T, h, w, C] at the size of its output: means over cells and groups of channels.
+        """Returns the stage's input ``[B, T, h, w, C]`` at the size of its output: means over cells and channels.
 
-        A clip's first frame stands alone; of the two that would be averaged the one before it is zero.
+        Channels are averaged in groups. A clip's first frame stands alone: of the two that would be averaged, the one
+        before it is zero.
         """
         batch, frames, height, width, channels = x.shape
         group = channels * self.rate * self.factor**2 // self.dim_out
@@ -55,17 +56,20 @@ class ResidualDownStage(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of either version: its blocks, its downsampling, and with a shortcut the module that computes it."""
+    """A stage of either version: its residual blocks, its downsampling, and the module of its shortcut, if any."""
 
-    blocks: list[ResidualBlock]
+    resnets: list[ResidualBlock]
     down: Downsample | None
     shortcut: ResidualDownStage | None
 
 
 @dataclass(frozen=True)
 class EncoderTile:
-    """A tile on its way through a clip: ``core`` is its part of the latents, ``pixels`` the region of the frame that it
-    reads, and for each stage the regions of its input, of its blocks' output and of its own output."""
+    """A tile on its way through a clip.
+
+    ``core`` is its part of the latents, ``pixels`` the region of the frame that it reads, and ``stages`` has for each
+    stage the regions of its input, of its residual blocks' output and of its own output.
+    """
 
     core: Region
     pixels: Region
@@ -75,18 +79,18 @@ class EncoderTile:
 
     @property
     def regions(self) -> list[Region]:
-        """All that is computed of frames of any size."""
+        """All regions that are computed for the tile, in frames of any size."""
         return [self.pixels, *(region for stage in self.stages for region in stage)]
 
 
 class Encoder(nn.Module):
-    """Frames to the moments of the latents."""
+    """The half of the VAE that makes moments ``[B, T, h, w, 2z]`` of the latents from frames ``[B, F, H, W, 3]``."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         last = len(config.dim_mult) - 1
-        self.num_blocks, self.residual = config.num_res_blocks, config.residual
+        self.num_resnets, self.residual = config.num_res_blocks, config.residual
         self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
         self.down_blocks = nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
@@ -105,8 +109,8 @@ class Encoder(nn.Module):
 
     @property
     def feature_channels(self) -> int:
-        """Channels of what the legs leave for the body."""
-        return self.stages[-1].blocks[0].conv1.in_channels
+        """The number of channels of the features that the legs leave for the body."""
+        return self.stages[-1].resnets[0].conv1.in_channels
 
     @property
     def stages(self) -> list[Stage]:
@@ -114,26 +118,31 @@ class Encoder(nn.Module):
         layers = list(self.down_blocks)
         if self.residual:
             return [Stage(list(stage.resnets), stage.downsampler, stage) for stage in layers]
-        size = self.num_blocks + 1
+        size = self.num_resnets + 1
         parts = [layers[i : i + size] for i in range(0, len(layers), size)]
-        return [Stage(p[: self.num_blocks], p[-1] if len(p) == size else None, None) for p in parts]
+        return [Stage(p[: self.num_resnets], p[-1] if len(p) == size else None, None) for p in parts]
 
     def tile(self, core: Region, frames: int, state: State) -> EncoderTile:
-        """The tile ``core`` of the latents, with what each stage computes for it."""
+        """Returns the tile ``core`` of the latents, with the regions that each stage computes for it."""
         want, regions = core, []
         for stage in reversed(self.stages[:-1]):
             assert stage.down is not None
             out = stage.down.needs(want)
-            read = blocks_need(stage.blocks, out)
+            read = resnets_need(stage.resnets, out)
             regions.append((read, out, want))
             want = read
         return EncoderTile(core, self.conv_in.needs(want), regions[::-1], frames, state)
 
     def legs(self, x: Tensor, tile: EncoderTile, out: Tensor) -> int:
-        """Frames [B, T, h, w, 3 or 12] over ``tile.pixels``, the clip's first one alone, to features at the size of the
-        latents, written to the front of ``out`` [B, T', h', w', C]; returns how many."""
+        """Writes features of some frames, at the size of the latents, to the front of ``out``; returns how many.
+
+        Args:
+            x: frames ``[B, T, h, w, 3 or 12]`` over ``tile.pixels``; the clip's first frame comes alone.
+            tile: the tile and its state, as returned by :meth:`tile`.
+            out: features ``[B, T', h', w', C]`` of the tile, to be filled.
+        """
         read = tile.stages[0][0]
-        norm = self.stages[0].blocks[0].norm1.weight
+        norm = self.stages[0].resnets[0].norm1.weight
         written = 0
         for part in x.split(tile.frames, dim=1):
             features = Features(*self.conv_in(part, tile.pixels, read, tile.state, norm_weight=norm), read)
@@ -158,8 +167,8 @@ class Encoder(nn.Module):
             options = {"residual": shortcut, "out": shortcut}
             del shortcut
         if step + 1 < len(tile.stages):
-            options["norm_weight"] = following.blocks[0].norm1.weight
-        run_blocks(stage.blocks, features, middle, state, None, overwrite=True)
+            options["norm_weight"] = following.resnets[0].norm1.weight
+        run_resnets(stage.resnets, features, middle, state, None, overwrite=True)
         result = down(features.take("x"), middle, want, state, **options)
         shrunk = Features(*result, want) if isinstance(result, tuple) else Features(result, None, want)
         del result, options
@@ -167,7 +176,10 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _paired(features: Features, down: Downsample, state: State) -> bool:
-        """After the clip's first frame, a temporal downsampling needs an even number: the odd one waits."""
+        """Leaves an even number of frames, as temporal downsampling needs it; returns whether any are left.
+
+        An odd frame waits in ``state`` for the next ones. The clip's first frame passes alone.
+        """
         if down not in state.started:
             return True
         x, normed = features.take("x"), features.take("normed")
@@ -180,15 +192,15 @@ class Encoder(nn.Module):
         return even > 0
 
     def body(self, x: Tensor, state: State) -> Tensor:
-        """Whole frames of features, what the legs have left, to moments [B, T, h, w, 2z]."""
+        """Computes moments ``[B, T, h, w, 2z]`` from whole frames of the features that the legs have left."""
         whole = Region.whole(*x.shape[2:4])
-        blocks = self.stages[-1].blocks
+        resnets = self.stages[-1].resnets
         # Wan2.2 adds the last stage's input to its output, whose numbers of channels are equal.
         shortcut = x if self.residual else None
-        features = Features(x, rms_norm_silu(x, blocks[0].norm1.weight), whole)
+        features = Features(x, rms_norm_silu(x, resnets[0].norm1.weight), whole)
         del x
         first = self.mid_block.resnets[0].norm1
-        run_blocks(blocks, features, whole, state, None if self.residual else first, overwrite=shortcut is None)
+        run_resnets(resnets, features, whole, state, None if self.residual else first, overwrite=shortcut is None)
         if shortcut is not None:
             features.x = features.take("x") + self.down_blocks[-1].shortcut(shortcut)
             features.normed = rms_norm_silu(features.x, first.weight)

@@ -5,7 +5,7 @@ A layer is told the region that the next one needs (``want``) and takes from its
 lies. Between calls, a layer's history is in the :class:`State` of the tile and clip; the modules hold weights only.
 
 Norms belong to the operators before them: a convolution is told the weight of the norm that follows and returns the
-normed and activated frames beside, or instead of, its own. Where activations come and go is written out
+normed and activated frames besides, or instead of, its own. Where activations come and go is written out
 (:class:`Features`), because a frame at 2560x1408 with 96 channels is 0.7 GB and Python keeps what a caller names.
 """
 
@@ -40,7 +40,7 @@ class Features:
 
 @dataclass
 class State:
-    """What a clip has left behind in the layers of one tile: their last frames, and frames that wait for a partner."""
+    """The history of a clip in the layers of one tile: their last frames, and frames that wait for a partner."""
 
     #: Weights in the form that the operators take, by module; shared by all tiles of a stream.
     prepared: dict[nn.Module, Tensor]
@@ -49,7 +49,7 @@ class State:
     started: set[nn.Module] = field(default_factory=set)
 
     def weight(self, module: nn.Module, make: Callable[[], Tensor]) -> Tensor:
-        """The prepared weight of ``module``, made at its first use."""
+        """Returns the weight of ``module`` as operators take it; ``make`` makes it at its first use."""
         if module not in self.prepared:
             self.prepared[module] = make()
         return self.prepared[module]
@@ -66,34 +66,37 @@ class State:
         self.past[module] = last
 
     def first(self, module: nn.Module) -> bool:
-        """Whether ``module`` is at the clip's first frame; asked once for each of its calls."""
+        """Returns whether ``module`` is at the clip's first frame; it asks once in each of its calls."""
         if module in self.started:
             return False
         self.started.add(module)
         return True
 
     def clear(self) -> None:
-        """Forgets everything: the clip has ended."""
+        """Forgets all frames, since the clip has ended."""
         self.past, self.waiting = {}, {}
 
     def move(self, how: Callable[[Any], Any]) -> None:
-        """Applies ``how`` to every tensor: to host memory, or back."""
+        """Replaces every tensor by ``how`` of it, which brings it to host memory or back."""
         self.past = {module: how(x) for module, x in self.past.items()}
         self.waiting = {module: [how(x) for x in parts] for module, parts in self.waiting.items()}
 
 
 class CausalConv3d(nn.Conv3d):
-    """3D convolution padded in time at the front only, by zeros or by the frames that the state remembers."""
+    """A 3D convolution that is padded in time at the front only, by zeros or by the frames that the state remembers."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
         super().__init__(dim_in, dim_out, kernel)
 
     def needs(self, want: Region) -> Region:
-        """The input that this output depends on."""
+        """Returns the region of the input that the output ``want`` depends on."""
         return want.grown(self.kernel_size[1] // 2)
 
     def forward(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
-        """[B, T, h, w, C] -> [B, T, h', w', C']; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
+        """Returns ``[B, T, h', w', C']`` over ``want`` of ``x`` ``[B, T, h, w, C]`` over ``have``.
+
+        ``options`` are those of :func:`swifti2v_kernels.causal_conv3d`.
+        """
         padding = conv_padding(have, want, self.kernel_size[1] // 2)
         weight = channels_last(self, state)
         y = causal_conv3d(x, weight, self.bias, past=state.past.get(self), padding=padding, **options)
@@ -102,7 +105,10 @@ class CausalConv3d(nn.Conv3d):
 
 
 def channels_last(conv: nn.Conv2d | nn.Conv3d, state: State) -> Tensor:
-    """The weight ``[C', C, kt, kh, kw]`` of a convolution as the operators read it. Loaded weights are so already."""
+    """Returns the weight ``[C', C, kt, kh, kw]`` of a convolution with its channels last, as the operators read it.
+
+    Loaded weights are so already.
+    """
 
     def make() -> Tensor:
         weight = conv.weight if conv.weight.ndim == 5 else conv.weight.unsqueeze(2)
@@ -112,7 +118,7 @@ def channels_last(conv: nn.Conv2d | nn.Conv3d, state: State) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """``x / |x| * sqrt(C) * gamma`` over channels; computed by the operators."""
+    """The weight of a norm ``x / |x| * sqrt(C) * gamma`` over channels, which the operators compute."""
 
     def __init__(self, dim: int, spatial_dims: int = 3):
         super().__init__()
@@ -120,12 +126,12 @@ class RMSNorm(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[C]"""
+        """The norm's weight ``[C]``."""
         return self.gamma.flatten()
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and convolution, added to the (projected) input."""
+    """A residual block: twice norm, SiLU and convolution, added to the input or its projection."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -135,21 +141,21 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1)) if dim_in != dim_out else None
 
     def needs(self, want: Region) -> Region:
-        """The input that this output depends on."""
+        """Returns the region of the input that the output ``want`` depends on."""
         return self.conv1.needs(self.conv2.needs(want))
 
     def forward(
         self, features: Features, want: Region, state: State, norm: RMSNorm | None, *, overwrite: bool, keep: bool
     ) -> None:
-        """Replaces the features: normed by ``norm`` too, if there is one.
+        """Replaces the features by the result, which is normed by ``norm`` too if there is one.
 
         Args:
-            features: ``x``, and ``normed`` by :attr:`norm1`.
+            features: the input, normed by :attr:`norm1`, and its sum ``x``.
             want: the region of the result.
-            state: of the tile.
-            norm: what stands before the next convolution.
-            overwrite: the result may take the memory of ``x``.
-            keep: the sum is needed, and not only what is normed.
+            state: the state of the tile.
+            norm: the norm before the next convolution.
+            overwrite: whether the result may take the memory of ``x``.
+            keep: whether the sum is needed besides the normed frames.
         """
         have, middle = features.region, self.conv2.needs(want)
         hidden = self.conv1(features.take("normed"), have, middle, state, norm_weight=self.norm2.weight, keep_sum=False)
@@ -171,15 +177,15 @@ class ResidualBlock(nn.Module):
             features.normed = result
 
 
-def blocks_need(blocks: Iterable[ResidualBlock], want: Region) -> Region:
-    """The input that the output of blocks in a row depends on."""
-    for block in reversed(list(blocks)):
-        want = block.needs(want)
+def resnets_need(resnets: Iterable[ResidualBlock], want: Region) -> Region:
+    """Returns the region of the input that the output ``want`` of residual blocks in a row depends on."""
+    for resnet in reversed(list(resnets)):
+        want = resnet.needs(want)
     return want
 
 
-def run_blocks(
-    blocks: Iterable[ResidualBlock],
+def run_resnets(
+    resnets: Iterable[ResidualBlock],
     features: Features,
     want: Region,
     state: State,
@@ -188,19 +194,22 @@ def run_blocks(
     overwrite: bool,
     keep: bool = True,
 ) -> None:
-    """Blocks in a row, each computing what the next one needs; arguments as for :class:`ResidualBlock`."""
-    blocks = list(blocks)
-    for i, block in enumerate(blocks):
-        rest = blocks[i + 1 :]
+    """Runs residual blocks in a row, each for the region that the next one needs.
+
+    Arguments are those of :class:`ResidualBlock`.
+    """
+    resnets = list(resnets)
+    for i, resnet in enumerate(resnets):
+        rest = resnets[i + 1 :]
         following = rest[0].norm1 if rest else norm
-        # Only what the first one reads may be somebody else's.
-        block(
-            features, blocks_need(rest, want), state, following, overwrite=overwrite or i > 0, keep=keep or bool(rest)
+        # Only the input of the first one may be read by others.
+        resnet(
+            features, resnets_need(rest, want), state, following, overwrite=overwrite or i > 0, keep=keep or bool(rest)
         )
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the pixels of each frame."""
+    """Single-head self-attention over the pixels of each frame, added to its input."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -208,7 +217,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, h, w, C] -> the same shape; whole frames."""
+        """Returns the result for whole frames ``x`` ``[B, T, h, w, C]``, in the same shape."""
         tokens = x.flatten(2, 3).flatten(0, 1)
         # The mean square of a pixel is bounded from below by what diffusers bounds its length with.
         y = norm_modulate(tokens, norm="rms", weight=self.norm.weight, eps=1e-24 / tokens.shape[2])
@@ -220,7 +229,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution, on whole frames."""
+    """A residual block, attention and a residual block at the lowest resolution, on whole frames."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -228,7 +237,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
 
     def forward(self, features: Features, state: State, norm: RMSNorm, *, keep: bool) -> None:
-        """Replaces the features; arguments as for :class:`ResidualBlock`."""
+        """Replaces the features by the result; arguments are those of :class:`ResidualBlock`."""
         first, last = self.resnets
         first(features, features.region, state, None, overwrite=True, keep=True)
         features.x = self.attentions[0](features.take("x"))
@@ -237,7 +246,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the frame and, if ``temporal``, the frame rate after the clip's first frame."""
+    """A layer that halves the frame's sides and, if ``temporal``, the frame rate after the clip's first frame."""
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
@@ -246,13 +255,16 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def needs(self, want: Region) -> Region:
-        """The input that this output depends on: rows 2r, 2r + 1 and 2r + 2 for row r."""
+        """Returns the region of the input that ``want`` depends on: rows 2r, 2r + 1 and 2r + 2 for row r."""
         doubled = want.scaled(2)
         return Region(*(type(s)(s.start, min(s.stop + 1, s.size), s.size) for s in doubled))
 
     def forward(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
-        """[B, T, h, w, C] -> [B, T', h', w', C]; of a ``temporal`` one, T is 1 for the clip's first frame and even
-        after it. ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
+        """Returns ``[B, T', h', w', C]`` over ``want`` of ``x`` ``[B, T, h, w, C]`` over ``have``.
+
+        Where time is halved too, T is 1 for the clip's first frame and even after it. ``options`` are those of
+        :func:`swifti2v_kernels.causal_conv3d`.
+        """
         rows, columns = have
         padding = (
             rows.start - 2 * want.rows.start, 2 * want.rows.stop + 1 - rows.stop,
@@ -276,7 +288,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the frame and, if ``temporal``, the frame rate after the clip's first frame."""
+    """A layer that doubles the frame's sides and, if ``temporal``, the frame rate after the clip's first frame."""
 
     def __init__(self, dim: int, dim_out: int, temporal: bool):
         super().__init__()
@@ -285,16 +297,19 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def needs(self, want: Region) -> Region:
-        """The input that this output depends on."""
+        """Returns the region of the input that the output ``want`` depends on."""
         return want.grown(1).halved()
 
     def double_frames(self, x: Tensor, have: Region, want: Region, state: State) -> Tensor:
-        """[B, T, h, w, C] -> [B, 2T, h', w', C], but the clip's first frame as it is; only of a ``temporal`` one."""
+        """Returns ``[B, 2T, h', w', C]`` over ``want`` of ``x`` ``[B, T, h, w, C]``: two frames of each.
+
+        The clip's first frame stays one. The layer must be ``temporal``.
+        """
         conv = self.time_conv
         assert conv is not None
         rows, columns = want.within(have)
         if state.first(self):
-            # It is neither doubled nor part of the history of the second.
+            # The first frame is neither doubled nor part of the history of the second.
             return x[:, :, rows, columns]
         batch, frames, _, _, channels = x.shape
         weight, past = channels_last(conv, state), state.past.get(conv)
@@ -306,8 +321,10 @@ class Upsample(nn.Module):
         return out
 
     def enlarge(self, x: Tensor, have: Region, want: Region, state: State, **options: Any) -> Any:
-        """[B, T, h, w, C] -> [B, T, h', w', C'], ``want`` being pixels of the larger frame; ``options`` as for
-        :func:`swifti2v_kernels.upsample_conv2d`."""
+        """Returns ``[B, T, h', w', C']`` of ``x`` ``[B, T, h, w, C]``: the region ``want`` of frames twice as large.
+
+        ``options`` are those of :func:`swifti2v_kernels.upsample_conv2d`.
+        """
         conv = self.resample[1]
         phases = state.weight(conv, lambda: fold_upsample_weight(conv.weight))
         padding = conv_padding(have.scaled(2), want)

@@ -6,8 +6,9 @@ last frames of its input in a *state*, and a clip may be pushed through in piece
 * the encoder takes the first frame and then groups of 4, one latent frame each;
 * the decoder takes one latent frame at a time, the first of which gives 1 frame and every other 4.
 
-In space a :class:`model.vae.tiles.VAEPlan` cuts the frame into tiles that read their true surroundings. Neither
-changes the result beyond rounding. Which plan fits in how much memory is the business of ``model/memory/vae_plan.py``.
+In space a :class:`model.vae.tiles.VAEPlan` cuts the frame into tiles that read their true surroundings. Neither pieces
+nor tiles change the result by more than rounding. Which plan fits in how much memory is found by
+``model/memory/vae_plan.py``.
 
 Encoder and decoder share no weights and may have different dtypes: decoding in bfloat16 is practically lossless,
 encoding the conditioning image in it is not. Module names are those of diffusers' ``AutoencoderKLWan``; see
@@ -29,36 +30,50 @@ from model.vae.encoder import Encoder
 from model.vae.layers import CausalConv3d, State
 from model.vae.tiles import Region, VAEPlan
 
-#: The whole frame, and one latent frame at a time.
+#: The plan without tiles: the whole frame, and one latent frame at a time.
 WHOLE = VAEPlan()
 
 
 class FrameSource(Protocol):
     """Frames that can be asked for a part, and need not exist as a whole."""
 
-    #: (B, 3, F, H, W)
+    #: The shape of the whole video, ``(B, 3, F, H, W)``.
     shape: Sequence[int]
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Frames ``start .. stop - 1`` over ``region``, [B, F, h, w, 3] in -1..1."""
+        """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]`` in -1..1."""
         ...
 
 
 class _TensorFrames:
-    """A video in memory, ``[B, 3, F, H, W]``."""
+    """The frames of a video ``[B, 3, F, H, W]`` that is in memory."""
 
     def __init__(self, video: Tensor):
         self.video, self.shape = video, video.shape
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As :meth:`FrameSource.crop`."""
+        """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]`` in -1..1."""
         rows, columns = (slice(span.start, span.stop) for span in region)
         part = self.video[:, :, start:stop, rows, columns].permute(0, 2, 3, 4, 1)
         return torch.empty(part.shape, device=device, dtype=dtype).copy_(part)
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder between video [B, 3, F, H, W] in -1..1 and normalised latents [B, z, T, h, w]."""
+    """Encoder and decoder between video ``[B, 3, F, H, W]`` in -1..1 and normalised latents ``[B, z, T, h, w]``.
+
+    The weights are those of :func:`model.load_vae`. A clip whose frames are too large for the memory is cut into tiles
+    by a :class:`model.VAEPlan`; :func:`model.plan_vae` finds one that fits.
+
+    Example:
+        >>> from model.config import get_preset
+        >>> from model.weights.load import random_weights
+        >>> vae = random_weights(WanVAE, get_preset("tiny").vae, seed=0)
+        >>> latents = vae.encode(torch.zeros(1, 3, 5, 32, 48))
+        >>> latents.shape
+        torch.Size([1, 16, 2, 4, 6])
+        >>> vae.decode(latents, VAEPlan(rows=2, columns=2)).shape
+        torch.Size([1, 3, 5, 32, 48])
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -69,21 +84,21 @@ class WanVAE(nn.Module):
 
     @property
     def encode_dtype(self) -> torch.dtype:
-        """Dtype of the encoder's weights."""
+        """The dtype of the encoder's weights."""
         return self.quant_conv.weight.dtype
 
     @property
     def decode_dtype(self) -> torch.dtype:
-        """Dtype of the decoder's weights."""
+        """The dtype of the decoder's weights."""
         return self.post_quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return self.post_quant_conv.weight.device
 
     def to_dtypes(self, *, encode: torch.dtype | None = None, decode: torch.dtype | None = None) -> WanVAE:
-        """Casts the weights of either half in place; None leaves them."""
+        """Casts the weights of encoder and decoder in place, each unless its dtype is None, and returns the model."""
         if encode is not None:
             self.encoder.to(encode)
             self.quant_conv.to(encode)
@@ -93,25 +108,31 @@ class WanVAE(nn.Module):
         return self
 
     def order_weights(self) -> WanVAE:
-        """Puts the weights into the memory order that the convolutions read, channels last, in place."""
+        """Puts the weights, in place, into the order that convolutions read, channels last, and returns the model."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for p in self.parameters():
             p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
         return self
 
     def weights_of(self, part: str) -> list[Tensor]:
-        """The weights that ``decode`` or ``encode`` needs."""
+        """Returns the weights that ``part``, which is ``decode`` or ``encode``, needs."""
         half = (self.decoder, self.post_quant_conv) if part == "decode" else (self.encoder, self.quant_conv)
         return [p for module in half for p in module.parameters()]
 
     def drop_encoder(self) -> None:
-        """Lets the encoder's weights go; what is left can only decode."""
+        """Releases the encoder's weights; from then on the model can only decode."""
         self.encoder = self.quant_conv = None
 
     def encode(self, video: Tensor | FrameSource, plan: VAEPlan = WHOLE) -> Tensor:
-        """Video ``[B, 3, F, H, W]`` in -1..1 to latents ``[B, z, T, h, w]``: the mode, normalised per channel.
+        """Encodes a video to latents: the mode of their distribution, normalised per channel.
 
-        ``F = 1 + n * temporal_stride`` frames give ``T = 1 + n``; H and W are multiples of the spatial stride.
+        Args:
+            video: ``[B, 3, F, H, W]`` in -1..1, with ``F = 1 + n * temporal_stride`` frames and multiples of the
+                spatial stride as H and W.
+            plan: the tiles.
+
+        Returns:
+            ``[B, z, 1 + n, h, w]`` in the encoder's dtype.
 
         Raises:
             ValueError: the shape of ``video`` does not fit, or it holds NaN.
@@ -122,10 +143,15 @@ class WanVAE(nn.Module):
         return next(self.encode_stream([video], plan))
 
     def decode(self, latents: Tensor, plan: VAEPlan = WHOLE) -> Tensor:
-        """Latents ``[B, z, T, h, w]`` to video ``[B, 3, F, H, W]`` in the decoder's dtype, clamped to -1..1.
+        """Decodes latents to a video that is in memory as a whole; :meth:`decode_stream` gives it in pieces.
 
-        The video is as large as it is: where that is too much, :meth:`decode_stream` gives it in pieces. With a plan
-        that parks, it is in host memory.
+        Args:
+            latents: ``[B, z, T, h, w]``.
+            plan: the tiles.
+
+        Returns:
+            ``[B, 3, F, H, W]`` in the decoder's dtype, clamped to -1..1, with ``F = 1 + (T - 1) * temporal_stride``;
+            in host memory with a plan that parks.
 
         Raises:
             ValueError: the shape of ``latents`` does not fit, or they hold NaN.
@@ -135,12 +161,19 @@ class WanVAE(nn.Module):
     def encode_stream(
         self, pieces: Iterable[Tensor | FrameSource], plan: VAEPlan = WHOLE, *, host: Host | None = None
     ) -> Iterator[Tensor]:
-        """As :meth:`encode`, piece by piece: yields latents ``[B, z, t, h, w]`` as soon as their frames are there.
+        """Encodes a video piece by piece: yields latents as soon as their frames are there.
 
         Args:
-            pieces: the first has ``1 + n * temporal_stride`` frames, every other ``n * temporal_stride``.
-            plan: how each piece is worked through.
-            host: where what waits is kept; by default as the plan says.
+            pieces: parts of a video ``[B, 3, F, H, W]`` in -1..1; the first has ``1 + n * temporal_stride`` frames,
+                every other ``n * temporal_stride``.
+            plan: the tiles that each piece is worked through in.
+            host: the memory that keeps what waits; by default as the plan says.
+
+        Yields:
+            ``[B, z, t, h, w]`` for each piece, in the encoder's dtype.
+
+        Raises:
+            ValueError: the shape of a piece does not fit, or it holds NaN.
         """
         stride = self.config.temporal_stride
         host = Host(self.device, plan.park) if host is None else host
@@ -162,15 +195,27 @@ class WanVAE(nn.Module):
     def decode_stream(
         self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
     ) -> Iterator[Tensor]:
-        """As :meth:`decode`, piece by piece: yields each piece's frames ``[B, 3, f, H, W]``, whose memory
-        has the channels last."""
+        """Decodes latents piece by piece: yields the frames of each piece as soon as it is there.
+
+        Args:
+            pieces: parts of latents ``[B, z, T, h, w]``, with any number of latent frames each.
+            plan: the tiles that each piece is worked through in.
+            host: the memory that keeps what waits; by default as the plan says.
+
+        Yields:
+            ``[B, 3, f, H, W]`` for each piece, in the decoder's dtype, clamped to -1..1, with the channels last in
+            memory.
+
+        Raises:
+            ValueError: the shape of a piece does not fit, or it holds NaN.
+        """
         for frames in self._decode(pieces, plan, host, self.decode_dtype):
             yield frames.permute(0, 4, 1, 2, 3)
 
     def decode_frames(
         self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
     ) -> Iterator[Tensor]:
-        """As :meth:`decode_stream`, but uint8 frames ``[B, f, H, W, 3]``, which the last layer writes itself."""
+        """Decodes as :meth:`decode_stream` does, to uint8 frames ``[B, f, H, W, 3]``, which the last layer writes."""
         return self._decode(pieces, plan, host, torch.uint8)
 
     def _decode(
@@ -192,7 +237,7 @@ class WanVAE(nn.Module):
             yield stream.frames(piece.pop(), dtype, is_last)
 
     def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents' channels, [z]."""
+        """Returns mean and standard deviation of the latents' channels, ``[z]`` each."""
         config = self.config
         mean, std = (torch.tensor(v, device=device, dtype=dtype) for v in (config.latents_mean, config.latents_std))
         return mean, std
@@ -210,7 +255,7 @@ class WanVAE(nn.Module):
 
 
 def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each piece, and whether it is known to be the last: of a generator, no end is. No piece is kept."""
+    """Yields each piece and whether it is known to be the last, which no piece of a generator is; keeps none."""
     count = len(pieces) if isinstance(pieces, Sequence) else None
     iterator, box, number = iter(pieces), [], 0
     while True:
@@ -234,7 +279,7 @@ class _Decoding:
 
     @torch.no_grad()
     def frames(self, latents: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
-        """:meth:`run` into new frames [B, F, H, W, 3]."""
+        """Returns the next latent frames decoded into new frames ``[B, F, H, W, 3]``, as :meth:`run` decodes them."""
         config, count = self.vae.config, latents.shape[2]
         rate, (height, width) = config.temporal_stride, (config.spatial_stride * n for n in self.size)
         number = count * rate - (rate - 1 if self.done == 0 else 0)
@@ -244,8 +289,13 @@ class _Decoding:
 
     @torch.no_grad()
     def run(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
-        """Writes the next latent frames [B, z, t, h, w] to the front of ``frames`` [B, F, H, W, 3] and returns how many
-        frames these are; after the last, nothing is kept."""
+        """Decodes the next latent frames to the front of ``frames`` and returns how many frames these are.
+
+        Args:
+            latents: the next latent frames, ``[B, z, t, h, w]``.
+            frames: ``[B, F, H, W, 3]``, uint8 or floating, to be filled.
+            is_last: whether the clip ends here, so that nothing is kept.
+        """
         check_finite("latents", latents, self.done)
         count = latents.shape[2]
         chunk, written = self.plan.chunk or count, 0
@@ -255,7 +305,7 @@ class _Decoding:
         return written
 
     def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
-        """All tiles of some latent frames, written to the front of ``frames``; returns how many frames these are."""
+        """Decodes all tiles of some latent frames to the front of ``frames``; returns how many frames these are."""
         vae, host = self.vae, self.host
         # The clip's first latent frame goes alone: it becomes one frame, and every other as many as the stride.
         alone = int(self.done == 0)
@@ -287,7 +337,7 @@ class _Decoding:
         return sum(counts)
 
     def _denormalised(self, latents: Tensor) -> Tensor:
-        """[B, z, T, h, w] of any dtype to what conv_in reads: [B, T, h, w, z], written once."""
+        """Returns latents ``[B, z, T, h, w]`` of any dtype as conv_in reads them: ``[B, T, h, w, z]``, written once."""
         vae = self.vae
         dtype, device = vae.decode_dtype, vae.device
         batch, channels, *rest = latents.shape
@@ -310,8 +360,11 @@ class _Encoding:
 
     @torch.no_grad()
     def run(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
-        """The frames between ``bounds``, a latent frame each, to latents [B, z, t, h, w]; after the last, nothing is
-        kept."""
+        """Encodes the frames between ``bounds``, of which each two enclose one latent frame.
+
+        Returns:
+            ``[B, z, t, h, w]``. If ``is_last``, the clip ends here and nothing is kept.
+        """
         step = self.plan.chunk or len(bounds)
         starts = range(0, len(bounds) - 1, step)
         parts = [self._chunk(source, bounds[i : i + step + 1], is_last and i == starts[-1]) for i in starts]
@@ -363,17 +416,18 @@ def _shares(count: int, most: int) -> list[int]:
 
 
 def _folded(x: Tensor, patch: int) -> Tensor:
-    """Frames [B, T, H, W, 3] to [B, T, h, w, 3 * patch**2]: features by colour, pixel column and pixel row."""
+    """Returns frames ``[B, T, H, W, 3]`` as ``[B, T, h, w, 3 * patch**2]``, by colour, pixel column and pixel row."""
     cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, T, h, rows, w, columns, 3]
     return cells.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
 
 
 def check_finite(name: str, latents: Tensor, before: int) -> None:
-    """Latents [B, z, t, h, w] have no NaN and no infinity, which a picture would not show. Reads one number from the
-    device, where the work before it is waited for.
+    """Checks that latents ``[B, z, t, h, w]`` have no NaN and no infinity, which a picture would not show.
+
+    One number is read from the device, so this waits for the work before it.
 
     Raises:
-        ValueError: they have; the message names the latent frames, of which ``before`` came earlier.
+        ValueError: they have; the message names the latent frames, of which ``before`` came in earlier pieces.
     """
     if latents.is_meta or bool(torch.isfinite(latents).all()):
         return

@@ -26,60 +26,67 @@ class Span:
         return self.stop - self.start
 
     def grown(self, pixels: int) -> Span:
-        """With so many more on both sides, within the frame."""
+        """Returns this span with ``pixels`` more on both sides, cut off at the frame's borders."""
         return Span(max(self.start - pixels, 0), min(self.stop + pixels, self.size), self.size)
 
     def scaled(self, factor: int) -> Span:
-        """The same place in a frame ``factor`` times as large."""
+        """Returns the same place in a frame ``factor`` times as large."""
         return Span(self.start * factor, self.stop * factor, self.size * factor)
 
     def halved(self) -> Span:
-        """The pixels of a frame of half the size that cover these."""
+        """Returns the pixels of a frame of half the size that cover these."""
         return Span(self.start // 2, -(-self.stop // 2), self.size // 2)
 
     def within(self, other: Span) -> slice:
-        """Where these are in memory that holds ``other``."""
+        """Returns the place of this span in memory that holds ``other``.
+
+        Raises:
+            ValueError: this span is not part of ``other``.
+        """
         if other.size != self.size or not other.start <= self.start < self.stop <= other.stop:
             raise ValueError(f"span: {self} is not within {other}")
         return slice(self.start - other.start, self.stop - other.start)
 
 
 class Region(NamedTuple):
-    """Rows and columns of a frame."""
+    """A rectangle of a frame: a span of its rows and one of its columns."""
 
     rows: Span
     columns: Span
 
     @classmethod
     def whole(cls, height: int, width: int) -> Region:
-        """All of a frame."""
+        """Returns the region that is all of a frame of ``height`` x ``width`` pixels."""
         return cls(Span(0, height, height), Span(0, width, width))
 
     @property
     def pixels(self) -> int:
-        """How many."""
+        """The number of pixels in this region."""
         return len(self.rows) * len(self.columns)
 
     def grown(self, pixels: int) -> Region:
-        """:meth:`Span.grown` of both."""
+        """Returns this region with ``pixels`` more on all sides, cut off at the frame's borders."""
         return Region(self.rows.grown(pixels), self.columns.grown(pixels))
 
     def scaled(self, factor: int) -> Region:
-        """:meth:`Span.scaled` of both."""
+        """Returns the same place in a frame ``factor`` times as large on both axes."""
         return Region(self.rows.scaled(factor), self.columns.scaled(factor))
 
     def halved(self) -> Region:
-        """:meth:`Span.halved` of both."""
+        """Returns the pixels of a frame of half the size on both axes that cover these."""
         return Region(self.rows.halved(), self.columns.halved())
 
     def within(self, other: Region) -> tuple[slice, slice]:
-        """:meth:`Span.within` of both."""
+        """Returns the place of this region, rows and columns, in memory that holds ``other``."""
         return self.rows.within(other.rows), self.columns.within(other.columns)
 
 
 def conv_padding(have: Region, want: Region, halo: int = 1) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right padding (negative: pixels left out) of a convolution of ``2 * halo + 1`` taps whose
-    input holds ``have`` and whose output is ``want``. More than 0 only at the frame's borders."""
+    """Returns top, bottom, left and right padding of a convolution that makes ``want`` from ``have``.
+
+    The convolution has ``2 * halo + 1`` taps on each axis. Padding is more than 0 only at the frame's borders; a
+    negative number says how many pixels of the input are left out.
+    """
     return tuple(
         side for h, w in zip(have, want, strict=True) for side in (h.start - w.start + halo, w.stop - h.stop + halo)
     )  # type: ignore[return-value]
@@ -87,20 +94,31 @@ def conv_padding(have: Region, want: Region, halo: int = 1) -> tuple[int, int, i
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """How the VAE works through a clip.
+    """A plan of how the VAE works through a clip: its tiles, and what is in memory at a time.
 
     Layers whose reach is the whole frame (next to the latents: the middle block attends over it) always run on whole
-    frames. All others run tile by tile on a grid of ``rows x columns`` tiles of the latents, and so many frames at a
-    time.
+    frames. All others run tile by tile on a grid of ``rows`` x ``columns`` tiles of the latents. Tiles read their true
+    surroundings, so every plan gives the same result but for rounding; it chooses between memory and time.
+
+    Attributes:
+        rows, columns: tiles of a frame, from top to bottom and from left to right.
+        frames: the most frames that any layer handles at once.
+        chunk: latent frames that go through a tile before the next tile; None: all that there are.
+        park: whether that which waits (the tiles' states between chunks; features and frames of a chunk) is kept in
+            host memory.
+
+    Raises:
+        ValueError: a number is below 1.
+
+    Example:
+        >>> [(len(tile.rows), len(tile.columns)) for tile in VAEPlan(rows=2, columns=2).regions(height=5, width=8)]
+        [(2, 4), (2, 4), (3, 4), (3, 4)]
     """
 
     rows: int = 1
     columns: int = 1
-    #: The most frames that any layer handles at once.
     frames: int = 4
-    #: Latent frames that go through a tile before the next tile; None: all that there are.
     chunk: int | None = 1
-    #: What waits (the tiles' states between chunks; features and frames of a chunk) lies in host memory.
     park: bool = False
 
     def __post_init__(self) -> None:
@@ -112,11 +130,14 @@ class VAEPlan:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles."""
+        """The number of tiles of a frame."""
         return self.rows * self.columns
 
     def regions(self, height: int, width: int) -> list[Region]:
-        """The tiles of latent frames of this size, by row and column; sizes differ by one at most."""
+        """Returns the tiles of a latent frame of this size, row by row; their sides differ by one at most.
+
+        There are fewer than ``rows`` x ``columns`` where the frame has fewer latent pixels than that.
+        """
         rows, columns = (
             [Span(size * i // n, size * (i + 1) // n, size) for i in range(n)]
             for size, n in ((height, min(self.rows, height)), (width, min(self.columns, width)))
@@ -125,11 +146,11 @@ class VAEPlan:
 
 
 class VAEPlans(NamedTuple):
-    """One plan for each place where a clip needs a VAE: Stage I's condition, its result, the reference, the clip."""
+    """The plans of all places where a clip needs a VAE: Stage I's condition and result, the reference, the clip."""
 
     condition: VAEPlan
     motion: VAEPlan
     reference: VAEPlan
     decode: VAEPlan
-    #: What the reference is encoded in.
+    #: The dtype in which the reference is encoded.
     encode_dtype: torch.dtype

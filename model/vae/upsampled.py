@@ -1,8 +1,8 @@
-"""The hybrid reference as frames that never exist as a whole: the motion upsampled where and when it is read.
+"""The hybrid reference's frames, which never exist as a whole: the motion is upsampled where and when it is read.
 
 Bicubic interpolation is linear in the frame and separable: a crop of the upsampled frame is ``R[rows] @ frame @
-C[columns].T``, with the matrices that interpolate rows and columns. These come from torch's own interpolation of the
-unit matrix, so that any cut of the frame has the pixels of the whole.
+C[columns].T``, where ``R`` and ``C`` interpolate rows and columns. These matrices come from torch's own interpolation
+of the unit matrix, so that any crop of the frame has the pixels of the whole.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from model.vae.tiles import Region
 
 
 def interpolation_matrix(size: int, target: int, device: torch.device) -> Tensor:
-    """``[target, size]``: bicubic interpolation of one axis (half-pixel centres, edges repeated)."""
-    # As rows of an image of the same width, whose columns the interpolation leaves alone.
+    """Returns the matrix ``[target, size]`` of bicubic interpolation on an axis: half-pixel centres, edges repeated."""
+    # The unit matrix is an image of which only the number of rows changes, so no column is interpolated.
     unit = torch.eye(size).view(1, 1, size, size)
     return F.interpolate(unit, (target, size), mode="bicubic", align_corners=False)[0, 0].to(device)
 
 
 class UpsampledFrames:
-    """Low-resolution frames as a :class:`model.vae.model.FrameSource` of another size.
+    """A :class:`model.vae.model.FrameSource` of low-resolution frames that are upsampled where they are read.
 
     Args:
         low: ``[B, 3, F, h, w]`` in -1..1, on any device.
-        rows, columns: of :func:`interpolation_matrix`, ``[H, h]`` and ``[W, w]``, on the device that reads.
+        rows, columns: matrices ``[H, h]`` and ``[W, w]`` of :func:`interpolation_matrix`, on the device that reads.
         first: the clip's first frame at the new size, ``[B, 3, 1, H, W]``, which replaces frame 0.
-        on_crop: called whenever frames of a tile were read, with how many.
+        on_crop: called with the number of frames whenever a tile's frames were read.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class UpsampledFrames:
         self.shape = (*low.shape[:3], rows.shape[0], columns.shape[0])
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Frames ``start .. stop - 1`` over ``region``, [B, F, h, w, 3], clamped to -1..1."""
+        """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]``, clamped to -1..1."""
         shape = (self.shape[0], stop - start, len(region.rows), len(region.columns), 3)
         out = torch.empty(shape, device=device, dtype=dtype)
         y, x = (slice(span.start, span.stop) for span in region)

@@ -1,4 +1,4 @@
-"""Files of tensors: finding them, and opening them without reading more than their headers.
+"""Files of tensors: they are found, and opened without reading more than their headers.
 
 Safetensors and, with ``weights_only=True``, pickles; nothing is ever unpickled into code.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from model.errors import InputError, require
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: dtypes, as torch has them, of which weights and factors may be.
+#: The dtypes, by torch's names, that weights and factors may have.
 FLOATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 _INDEX = ".index.json"
 _DTYPES = {
@@ -48,12 +48,12 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """The number of bytes in the file."""
         kind = getattr(torch, self.dtype, None)
         return self.numel * (kind.itemsize if isinstance(kind, torch.dtype) else 1)
 
@@ -74,7 +74,7 @@ class WeightFiles:
 
 @contextmanager
 def looking_at(path: Path) -> Iterator[None]:
-    """Turns what the system says against looking at a path (no permission, too long a name) into an InputError."""
+    """Turns a system's refusal to look at a path (no permission, too long a name) into an InputError."""
     try:
         yield
     except OSError as error:
@@ -85,7 +85,7 @@ def open_weights(path: Path) -> WeightFiles:
     """Opens a file, a sharded index or a directory.
 
     Raises:
-        InputError: nothing readable there, shards are missing, or a key is in two of them.
+        InputError: nothing readable is there, shards are missing, or a key is in two of them.
     """
     files = tuple(weight_files(path))
     config = read_json(path if path.is_dir() else path.parent, "config.json")
@@ -105,7 +105,7 @@ def open_weights(path: Path) -> WeightFiles:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in ``folder/name``; empty without such a file.
+    """Returns the object in ``folder/name``; empty without such a file.
 
     Raises:
         InputError: the file is not JSON, or holds no object.
@@ -123,7 +123,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that together hold one model: those of a sharded index, one file, or all shards of one set.
+    """Returns the files that together hold one model: those of a sharded index, one file, or all shards of one set.
 
     Raises:
         InputError: there is none, or more than one candidate; or shards are missing or not named inside its folder.
@@ -173,7 +173,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _is_inside(name: Any) -> bool:
-    """Whether this names something below the folder that it is looked up in, on any system."""
+    """Returns whether a name means something below the folder that it is looked up in, on any system."""
     if not isinstance(name, str) or not name:
         return False
     # Windows' rules know both slashes and drives.
@@ -182,7 +182,7 @@ def _is_inside(name: Any) -> bool:
 
 
 def _open(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of one file and the metadata of its header."""
+    """Opens one file and returns its tensors and the metadata of its header."""
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
     if file.suffix == ".gguf":
@@ -214,7 +214,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
 
 
 def _dtype_name(name: str) -> str:
-    """torch's name for a dtype of safetensors: ``F32`` -> ``float32``; lower case where torch has none."""
+    """Returns torch's name for a dtype of safetensors (``float32`` for ``F32``); lower case where torch has none."""
     if name in _DTYPES:
         return _DTYPES[name]
     kind = {"F": "float", "I": "int", "U": "uint"}.get(name[0])

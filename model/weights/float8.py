@@ -3,8 +3,9 @@
 Two generations of names are in use. The older files have ``<layer>.scale_weight`` and a marker tensor ``scaled_fp8``;
 the newer ones have ``<layer>.weight_scale`` and name the format of every layer, in a uint8 tensor
 ``<layer>.comfy_quant`` holding JSON or in the header's ``_quantization_metadata``. Scales of activations
-(``scale_input``, ``input_scale``) serve 8-bit products, which are not computed here, and are left aside. Plain float8
-files have no scales. Everything else (integers, 4-bit floats, scales by block) is named as what it is and not read.
+(``scale_input``, ``input_scale``) serve static 8-bit matmuls, which are not computed here, and are left aside. Plain
+float8 files have no scales. Everything else (integers, 4-bit floats, block-wise scales) is named as what it is and not
+read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from model.errors import InputError
 from model.weights.files import FLOATS, StoredTensor, WeightFiles
 
-#: dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
+#: The dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
 EIGHT_BIT_FLOATS = ("float8_e4m3fn", "float8_e5m2")
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -53,11 +54,11 @@ class ScaledTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
+        """The shape of the tensor."""
         return self.stored.shape
 
     def wide(self, device: torch.device | str) -> Tensor:
-        """A contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.
+        """Returns a contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.
 
         Raises:
             InputError: the scale is not finite.
@@ -74,7 +75,7 @@ class ScaledTensor:
         return wide.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (wide.ndim - 1)))
 
     def eight_bits(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The float8 values of a matrix as they are stored, and one float32 scale a row, on the device.
+        """Reads the float8 values of a matrix as they are stored, and one float32 scale a row, to the device.
 
         Raises:
             InputError: the scale is not finite.
@@ -89,7 +90,7 @@ class ScaledTensor:
         return self.stored.read().to(device), scales.to(device)
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """In ``dtype`` on the device, rounded once."""
+        """Reads the tensor in ``dtype`` to the device, rounded once."""
         if self.scale is None:
             return self.stored.read().to(device, dtype)
         return self.wide(device).to(dtype)
@@ -97,7 +98,7 @@ class ScaledTensor:
 
 @dataclass(frozen=True)
 class PlainWeights:
-    """A checkpoint's tensors without what only describes them.
+    """The weights of a checkpoint, without the tensors that only describe them.
 
     ``formats`` counts the layers by quantisation, and ``problem`` says why some of them cannot be read, if so.
     """
@@ -108,7 +109,7 @@ class PlainWeights:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
+        """The shape of every tensor."""
         return {key: tensor.shape for key, tensor in self.tensors.items()}
 
 
@@ -116,7 +117,7 @@ def plain_weights(files: WeightFiles) -> PlainWeights:
     """Pairs weights with their scales.
 
     Raises:
-        InputError: what says how a layer is quantised cannot be read.
+        InputError: the description of how a layer is quantised cannot be read.
     """
     tensors = files.tensors
     formats = _named_formats(files)
@@ -151,12 +152,12 @@ def plain_weights(files: WeightFiles) -> PlainWeights:
 
 
 def _describes(key: str) -> bool:
-    """Whether a tensor says something about others and is no weight itself."""
+    """Returns whether a tensor describes others and is no weight itself."""
     return key.split(".")[-1] == _MARKER or key.endswith((_FORMAT, *_INPUT_SCALES))
 
 
 def _named_formats(files: WeightFiles) -> dict[str, str]:
-    """``{layer: format}`` where the file says so."""
+    """Returns ``{layer: format}`` for the layers whose format the file names."""
     layers: dict[str, Any] = {}
     try:
         if _METADATA in files.metadata:
@@ -179,7 +180,7 @@ def _problem(
     given: str | None,
     tensors: Mapping[str, StoredTensor],
 ) -> str | None:
-    """The name of a quantisation that cannot be read, or None."""
+    """Returns the name of a quantisation that cannot be read, or None."""
     if given is not None and given not in _READ_FORMATS:
         return given
     if not key.endswith(".weight"):
@@ -196,7 +197,7 @@ def _problem(
 
 
 def _is_by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
+    """Returns whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
     return all(size == 1 for size in scale) or (scale[:1] == weight[:1] and all(size == 1 for size in scale[1:]))
 
 

@@ -1,4 +1,4 @@
-"""Names of tensors: from the Wan repositories' own checkpoints to diffusers' names, and the shapes back to a config.
+"""Names of tensors, from the Wan repositories' own to diffusers', and configurations from the shapes of tensors.
 
 The modules here carry diffusers' names, so a diffusers checkpoint needs no map. Original checkpoints (also as
 repackaged for ComfyUI, with a prefix) are renamed by the tables below. Mind that the original's ``norm3`` is the norm
@@ -18,7 +18,7 @@ from model.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: Number of a stage in a key; longer ones number nothing, and Python refuses to make integers of the longest.
+#: The number of a stage in a key; longer ones number nothing, and Python refuses to make integers of the longest.
 _INDEX = r"\d{1,4}"
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "model.", "vae.")
@@ -73,7 +73,7 @@ _VAE_RULES = [
 
 
 _ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
-_ORIGINAL_BLOCK = (
+_ORIGINAL_LAYER = (
     *(f"self_attn.{name}" for name in _ATTENTION),
     *(f"cross_attn.{name}" for name in (*_ATTENTION, "k_img", "v_img", "norm_k_img")),
     "norm3",
@@ -86,7 +86,7 @@ _ORIGINAL_MODULES = (
     "time_projection.1",
     *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)),
     "head.head",
-    *(f"blocks.0.{name}" for name in _ORIGINAL_BLOCK),
+    *(f"blocks.0.{name}" for name in _ORIGINAL_LAYER),
 )
 _BARE_PARAMETERS = ("blocks.0.modulation", "head.modulation", "img_emb.emb_pos")
 
@@ -98,7 +98,7 @@ def _apply(rules: list[tuple[str, str]], key: str) -> str:
 
 
 def dit_name(key: str) -> str:
-    """This project's name for one DiT parameter under either naming."""
+    """Returns this project's name for one DiT parameter under either naming."""
     return _apply(_DIT_RULES, key)
 
 
@@ -110,24 +110,24 @@ _WITHOUT_DOTS = {name.replace(".", "_"): name for name in (*_MODULES, *_ORIGINAL
 
 
 def is_dit_parameter(name: str) -> bool:
-    """Whether some Wan DiT has a parameter of this name (of this project)."""
+    """Returns whether some Wan DiT has a parameter of this name (of this project)."""
     return re.sub(r"^blocks\.\d+\.", "blocks.0.", name) in _PARAMETERS
 
 
 def dotted(module: str) -> str:
-    """A DiT module's name with its dots, of which kohya's LoRA files make underscores; unchanged if it is not one."""
-    block = re.match(r"blocks_(\d+)_", module)
-    if block is None:
+    """Returns a DiT module's name with dots, which kohya's LoRA files write as underscores; other names as they are."""
+    layer = re.match(r"blocks_(\d+)_", module)
+    if layer is None:
         return _WITHOUT_DOTS.get(module, module)
-    name = _WITHOUT_DOTS.get(f"blocks_0_{module[block.end() :]}")
-    return module if name is None else name.replace("blocks.0.", f"blocks.{block[1]}.")
+    name = _WITHOUT_DOTS.get(f"blocks_0_{module[layer.end() :]}")
+    return module if name is None else name.replace("blocks.0.", f"blocks.{layer[1]}.")
 
 
 def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
-    """``{key without prefix: key}`` for the prefixes that repackagers add to all keys.
+    """Returns ``{key without prefix: key}`` for the prefixes that repackagers add to all keys.
 
-    Of a file that holds several parts of a pipeline, without those of the parts that are not ``part`` (a key of
-    :data:`PARTS`); keys that belong to none stay as they are.
+    A file may hold several parts of a pipeline. Keys of parts other than ``part`` (a key of :data:`PARTS`) are then
+    left out; keys that belong to no part stay as they are.
     """
     keys = list(keys)
     parts = {key: name for key in keys for name, prefixes in PARTS.items() if key.startswith(prefixes)}
@@ -141,18 +141,18 @@ def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
 
 
 def is_original(keys: Iterable[str]) -> bool:
-    """Whether these are names of the Wan repositories rather than of diffusers."""
+    """Returns whether these are names of the Wan repositories rather than of diffusers."""
     marks = ("self_attn.", "text_embedding.", "time_embedding.", ".residual.", ".middle.", "head.head.")
     return any(mark in key for key in keys for mark in marks)
 
 
 def dit_key_map(keys: Iterable[str]) -> Callable[[str], str]:
-    """A function from a checkpoint's DiT keys to this project's names."""
+    """Returns a function from a checkpoint's DiT keys to this project's names."""
     return dit_name if is_original(keys) else (lambda key: key)
 
 
 def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
-    """A function from a checkpoint's VAE keys to this project's names (both versions)."""
+    """Returns a function from a checkpoint's VAE keys to this project's names (both versions)."""
     keys = list(keys)
     if not is_original(keys):
         return lambda key: key
@@ -188,12 +188,12 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers keys have; one far too high for the others is then surplus, and asks for no model."""
+    """Counts the different numbers in keys; one far too high for the others is then surplus, and asks for no model."""
     return len({m[1] for m in (re.match(pattern, key) for key in shapes) if m})
 
 
 def _sizes(shapes: Shapes, key: str, dims: int, part: str) -> tuple[int, ...]:
-    """The shape of a tensor that decides, which has ``dims`` dimensions."""
+    """Returns the shape of a tensor that decides, which has ``dims`` dimensions."""
     shape = shapes.get(key)
     if shape is None:
         raise InputError(f"not a Wan {part} checkpoint: tensor {key!r} is missing")
@@ -205,7 +205,7 @@ def _sizes(shapes: Shapes, key: str, dims: int, part: str) -> tuple[int, ...]:
 
 
 def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTConfig:
-    """The configuration of a DiT from its tensors' shapes (this project's names) and the original ``config.json``.
+    """Infers a DiT's configuration from its tensors' shapes (this project's names) and the original ``config.json``.
 
     Raises:
         InputError: a tensor that decides is missing or has another number of dimensions, the configuration holds no
@@ -244,7 +244,7 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
 
 
 def infer_vae_config(shapes: Shapes) -> VAEConfig:
-    """The configuration of a VAE from its tensors' shapes (this project's names).
+    """Infers a VAE's configuration from its tensors' shapes (this project's names).
 
     Raises:
         InputError: a tensor that decides is missing or has another number of dimensions, or the latent statistics of

@@ -29,7 +29,7 @@ from model.weights.keys import dit_key_map, infer_dit_config, infer_vae_config, 
 from model.weights.lora import LoRA, LoRASet
 from swifti2v_kernels import quantize_rows
 
-# Tensors that published checkpoints carry and no forward pass uses (diffusers ignores them too).
+# Tensors of published checkpoints that no forward pass uses (diffusers ignores them too).
 _UNUSED = ("norm_added_q",)
 
 #: Names, inside the directory of a whole pipeline, of its DiT and its VAE.
@@ -55,18 +55,18 @@ def load_dit(
             with a ``transformer`` folder), or a file, directory or index of shards with the key names of the Wan
             repositories; float8 with or without scales, as ComfyUI ships it, and its files of a whole pipeline too.
         config: overrides what is read from ``config.json`` or inferred from the tensors.
-        dtype: of the large products; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
+        dtype: the dtype of the large matmuls; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
         device: where the weights go.
         loras: merged into each tensor as it is read, at the checkpoint's precision: rounded to ``dtype`` once.
-        placement: where the weights of its blocks live while it runs, and in how many bits
+        placement: where the weights of its layers live while it runs, and in how many bits
             (:class:`model.streaming.placement.Placement`); None: on the device, in ``dtype``.
 
     Returns:
         The model in evaluation mode, without gradients.
 
     Raises:
-        InputError: nothing loadable there, or tensors are missing, surplus or misshapen (all of them named); a
-            quantisation that is not read here; or a LoRA that does not fit (:class:`~model.weights.lora.LoRAMismatch`).
+        InputError: nothing loadable is there; tensors are missing, surplus or misshapen (all of them named); it has a
+            quantisation that is not read here; or a LoRA does not fit (:class:`~model.weights.lora.LoRAMismatch`).
     """
     checkpoint, config = _open_dit(Path(path), config)
     if placement is None:
@@ -77,7 +77,7 @@ def load_dit(
 
 
 def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
-    """``{name: dtype}`` of a DiT checkpoint's matrices in 8 bits that no LoRA changes, without reading them.
+    """Returns ``{name: dtype}`` of a DiT checkpoint's matrices in 8 bits that no LoRA changes, without reading them.
 
     Raises:
         InputError: as :func:`load_dit`.
@@ -88,7 +88,7 @@ def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str,
 
 
 def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
-    """The configuration of the checkpoint that :func:`load_dit` would load, checked without reading its tensors.
+    """Returns the configuration of a DiT that :func:`load_dit` would load, checked without reading its tensors.
 
     Raises:
         InputError: as :func:`load_dit`.
@@ -99,10 +99,10 @@ def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
 
 
 def dit_config(path: str | Path) -> DiTConfig:
-    """The configuration of a checkpoint, whether or not its tensors are all there and readable.
+    """Returns the configuration of a checkpoint, whether or not its tensors are all there and readable.
 
     Raises:
-        InputError: it cannot be told.
+        InputError: the configuration cannot be told.
     """
     return _open_dit(Path(path), None)[1]
 
@@ -131,7 +131,7 @@ def load_vae(
 
 
 def inspect_vae(path: str | Path) -> VAEConfig:
-    """As :func:`inspect_dit`, for :func:`load_vae`."""
+    """Returns the configuration of a VAE that :func:`load_vae` would load, checked without reading its tensors."""
     checkpoint, config = _open_vae(Path(path), None)
     checkpoint.check(WanVAE, config)
     return config
@@ -176,10 +176,10 @@ def random_weights(
     device: torch.device | str = "cpu",
     placement: Placement | None = None,
 ) -> Model:
-    """A model with seeded random weights of the usual magnitude: for tests, and for timing at real sizes.
+    """Returns a model with seeded random weights of the usual magnitude: for tests, and for timing at real sizes.
 
     Matrices and kernels are normal with variance 1 / fan_in, norms are 1, biases 0. The numbers depend on the kind of
-    device, since they are drawn where they are used, and not on the placement (of a DiT's blocks).
+    device, since they are drawn where they are used, and not on the placement (of a DiT's layers).
     """
     with torch.device("meta"), elsewhere():
         model = kind(config)
@@ -191,7 +191,7 @@ def random_weights(
 
 
 class _RandomTensors:
-    """Each tensor drawn from a seed of its own, so that they can be asked for in any order and again."""
+    """Random tensors, each drawn from a seed of its own, so that they can be asked for in any order and again."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, device: torch.device | str) -> None:
         self.shapes, self._device = shapes, torch.device(device)
@@ -221,7 +221,7 @@ def _assign(model: Model, state: dict[str, Tensor]) -> Model:
 
 
 def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
-    """The part inside a pipeline directory, or the path itself."""
+    """Returns the path of the part inside a pipeline directory, or the path itself."""
     with looking_at(path):
         if path.is_dir() and not (path / "config.json").exists():
             return next((path / part for part in parts if (path / part).exists()), path)
@@ -267,7 +267,7 @@ class _Checkpoint:
         return _assign(model, state)
 
     def in_eight_bits(self, chosen: LoRASet) -> dict[str, str]:
-        """Dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
+        """Returns the dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
         return {
             name: tensor.stored.dtype
             for name, tensor in self._tensors.items()
@@ -275,7 +275,7 @@ class _Checkpoint:
         }
 
     def plain(self, name: str, chosen: LoRASet, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A tensor with its LoRAs, rounded once."""
+        """Reads a tensor and adds its LoRAs, rounded once."""
         if name in chosen:
             return chosen.add_to(name, self._tensors[name].wide(device)).to(dtype)
         return self._tensors[name].load(dtype, device)
@@ -283,7 +283,7 @@ class _Checkpoint:
     def eight_bits(
         self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str
     ) -> tuple[Tensor, Tensor]:
-        """A matrix in 8 bits: as it is stored, where it is so, and else quantised."""
+        """Reads a matrix in 8 bits: as it is stored if that is the same kind, else quantised."""
         tensor = self._tensors[name]
         if name not in chosen and str(kind).removeprefix("torch.") == tensor.stored.dtype:
             return tensor.eight_bits(device)
@@ -291,7 +291,7 @@ class _Checkpoint:
         return quantize_rows(chosen.add_to(name, wide) if name in chosen else wide, kind)
 
     def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
-        """The model without memory, if every tensor of it is there with the right shape and no other, and its LoRAs."""
+        """Returns the model without memory, and its LoRAs, if exactly its tensors are there in the right shapes."""
         if self._problem is not None:
             raise InputError(f"weights: {self.path} is {self._problem}")
         model = self._build(kind, config)
@@ -314,7 +314,7 @@ class _Checkpoint:
         return model, LoRASet(loras, expected)
 
     def _build(self, kind: type[Model], config: Any) -> Model:
-        """The model without memory."""
+        """Builds the model without memory."""
         layers = config.num_layers if kind is WanDiT else len(config.dim_mult) * config.num_res_blocks
         # A layer has tensors. A number far beyond theirs would be built for hours before they are missed.
         if layers > len(self.shapes):
@@ -331,7 +331,7 @@ class _Checkpoint:
 
 
 class _CheckpointTensors:
-    """A checkpoint's tensors with LoRAs, as :func:`model.streaming.placed.place` asks for them."""
+    """The tensors of a checkpoint with LoRAs, as :func:`model.streaming.placed.place` asks for them."""
 
     def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet) -> None:
         self._checkpoint, self._chosen = checkpoint, chosen

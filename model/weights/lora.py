@@ -29,12 +29,12 @@ _APPLIED: WeakKeyDictionary[WanDiT, ref[AppliedLoRAs]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file and how strongly it counts.
+    """A LoRA file and the strength with which it is added.
 
     Args:
         path: a file, or a directory that holds one (PEFT's ``adapter_model.safetensors`` with its configuration).
-        strength: factor of everything it adds; 0 is none of it, and it may be negative.
-        expert: 1 or 2: for which expert of Wan2.2 A14B, where the file holds tensors for both.
+        strength: factor of everything that it adds; 0 adds nothing, and it may be negative.
+        expert: 1 or 2: the expert of Wan2.2 A14B whose tensors are taken, where the file holds tensors for both.
 
     Raises:
         InputError: the strength is no finite number that float32 can hold, or there is no such expert.
@@ -51,7 +51,7 @@ class LoRA:
 
 
 class LoRAMismatch(InputError):
-    """LoRAs that do not fit a model. ``problems`` are all of them; the message lists the first 20."""
+    """An error for LoRAs that do not fit a model. ``problems`` has all faults; the message lists the first 20."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
@@ -84,7 +84,7 @@ class LoRASet:
         self.check_strengths([lora.strength for lora in self.loras])
 
     def check_strengths(self, strengths: Sequence[float]) -> None:
-        """Whether these strengths, one for each LoRA, can be multiplied by the scales in the files.
+        """Checks that these strengths, one for each LoRA, can be multiplied by the scales in the files.
 
         Raises:
             InputError: a strength is no finite number, or a product is one that float32 cannot hold.
@@ -116,7 +116,7 @@ class LoRASet:
 
 
 def misfits(file: LoRAFile, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Every key of a LoRA file that does not fit a model with these parameters, with the reason."""
+    """Returns every key of a LoRA file that does not fit a model with these parameters, with the reason."""
     where = file.path.name
     problems = [f"{where}: {key}" for key in file.unmatched]
     for name, deltas in file.deltas.items():
@@ -147,14 +147,14 @@ def merge_loras(dit: WanDiT, loras: Sequence[LoRA]) -> None:
 
 
 def apply_loras(dit: WanDiT, loras: Sequence[LoRA]) -> AppliedLoRAs:
-    """As :func:`merge_loras`, but so that strengths can be changed and the LoRAs taken off again.
+    """Merges LoRAs as :func:`merge_loras` does, but strengths can be changed and the LoRAs taken off again.
 
-    The steps of :class:`~model.dit.model.WanDiT` read weights in fused products and in captured CUDA graphs, where no
-    hook of a module is called, and a product of its own for each LoRA would cost every step two more multiplications
+    The steps of :class:`~model.dit.model.WanDiT` read weights in fused matmuls and in captured CUDA graphs, where no
+    hook of a module is called, and matmuls of its own for each LoRA would cost every step two more multiplications
     and a buffer outside the planned workspace. So the weights are merged in place here as well, at the addresses that
-    graphs know, and what they were is kept in host memory: as many bytes as the parameters that the LoRAs touch (for
-    all attention and feed-forward weights of a 14B in bfloat16 about 28 GB). Steps then cost what they cost without
-    LoRAs.
+    graphs know, and the former weights are kept in host memory: as many bytes as the parameters that the LoRAs touch
+    (for all attention and feed-forward weights of a 14B in bfloat16 about 28 GB). Steps then cost what they cost
+    without LoRAs.
 
     Raises:
         LoRAMismatch, InputError: as for :func:`merge_loras`.
@@ -164,7 +164,7 @@ def apply_loras(dit: WanDiT, loras: Sequence[LoRA]) -> AppliedLoRAs:
 
 
 class AppliedLoRAs:
-    """LoRAs on a model, made by :func:`apply_loras`; as a context manager it takes them off at the end.
+    """The LoRAs on a model, made by :func:`apply_loras`; as a context manager it takes them off at the end.
 
     The files must stay where they are, since changed strengths read them again. A
     :class:`~model.csg.denoiser.Denoiser` made before a change keeps text keys and modulations of the former weights.
@@ -258,14 +258,14 @@ def _shapes(dit: WanDiT) -> dict[str, tuple[int, ...]]:
 
 
 def _wide(parameter: Tensor) -> Tensor:
-    """A contiguous copy in float32, or wider where the parameter is."""
+    """Returns a contiguous copy in float32, or wider where the parameter is."""
     wide = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
 
 
 def _check_free(dit: WanDiT) -> None:
     if not dit.owns_weights:
-        raise InputError("loras: this model's blocks are streamed or in 8 bits; give load_dit the LoRAs instead")
+        raise InputError("loras: this model's layers are streamed or in 8 bits; give load_dit the LoRAs instead")
     applied = _APPLIED.get(dit)
     if applied is not None and applied() is not None:
         raise InputError("loras: some are applied to this model already; remove() them first, or give all in one call")

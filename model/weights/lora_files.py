@@ -1,7 +1,7 @@
 """LoRA files: what they add to which parameter of a DiT, under this project's names.
 
 Three spellings of a module are read: the Wan repositories' (LightX2V, ComfyUI, DiffSynth), diffusers' (PEFT), and
-either of them with underscores for dots (kohya, musubi). What a file may hold for a module, and what that adds:
+either of them with underscores for dots (kohya, musubi). A file may hold for a module, and adds by that:
 
 =============================================  ================================================================
 ``lora_down`` / ``lora_A`` [r, in],            ``scale * up @ down`` to the weight; of a convolution also in its own
@@ -54,7 +54,7 @@ _PARTS = (
     ("diff_b", re.compile(r"\.diff_b$")),
     ("diff_m", re.compile(r"\.diff_m$")),
 )
-#: Adapters that are no sums of products: what they would add depends on more than these factors.
+#: Adapters that are no low-rank sums: what they would add depends on more than two factors.
 _REFUSED = {
     ".lora_magnitude_vector": "DoRA",
     ".dora_scale": "DoRA",
@@ -69,7 +69,7 @@ _SECOND_EXPERT = re.compile(r"(base_model\.model\.)?transformer_2\.")
 _FIRST_EXPERT = re.compile(r"(base_model\.model\.)?transformer\.")
 _METADATA = "lora_adapter_metadata"
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
-#: Scales are factors of products in float32, which must be able to hold them.
+#: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
@@ -78,7 +78,7 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weight
 class Delta:
     """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or times a tensor (one).
 
-    ``keys`` are the factors' own, in their order, and the alpha's.
+    ``keys`` are the keys of the factors, in their order, and that of the alpha.
     """
 
     keys: tuple[str, ...]
@@ -87,19 +87,19 @@ class Delta:
 
     @property
     def rank(self) -> int | None:
-        """Inner width of the product; None where there is none."""
+        """The inner width of ``up @ down``; None for a tensor alone."""
         return self.factors[1].shape[0] if len(self.factors) == 2 else None
 
     @property
     def has_product(self) -> bool:
-        """Whether two factors have the same inner width; True for a tensor alone."""
+        """True where two factors have the same inner width, and for a tensor alone."""
         if len(self.factors) == 1:
             return True
         up, down = self.factors
         return up.numel == up.shape[0] * down.shape[0]
 
     def misfits(self, shape: tuple[int, ...]) -> list[str]:
-        """The keys that cannot be added to a parameter of this shape, with their shapes; none if they can."""
+        """Returns the keys that cannot be added to a parameter of this shape, with their shapes; none if they can."""
         if len(self.factors) == 1:
             fits = _plain_shape(self.factors[0].shape) == _plain_shape(shape)
         else:
@@ -118,7 +118,7 @@ class Delta:
         ]
 
     def add_to(self, total: Tensor, strength: float) -> None:
-        """Adds it to ``total``, contiguous and at least float32, in place."""
+        """Adds ``strength`` times the addition to ``total``, contiguous and at least float32, in place."""
         factors = [factor.read().to(total.device, total.dtype) for factor in self.factors]
         if len(factors) == 1:
             total.add_(factors[0].view_as(total), alpha=strength * self.scale)
@@ -129,7 +129,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What a file adds, by parameter name.
+    """The additions of a LoRA file, by parameter name.
 
     ``unmatched`` are its keys that mean nothing here, each with the reason; ``left_out`` counts the tensors of the
     expert that was not asked for.
@@ -143,12 +143,12 @@ class LoRAFile:
 
     @property
     def ranks(self) -> Counter[int]:
-        """How many products have which rank."""
+        """The number of pairs of factors of every rank."""
         return Counter(delta.rank for deltas in self.deltas.values() for delta in deltas if delta.rank is not None)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is a LoRA (or another adapter of its kind)."""
+    """Returns whether a file with these keys is a LoRA (or another adapter of its kind)."""
     certain = [pattern for part, pattern in _PARTS if part != "alpha"]
     return any(any(pattern.search(key) for pattern in certain) or any(mark in key for mark in _REFUSED) for key in keys)
 
@@ -158,11 +158,11 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
 
     Args:
         path: a file, or a directory with ``adapter_model`` or ``pytorch_lora_weights`` or one safetensors file in it.
-        expert: 1 or 2: whose tensors to take where the file holds those of both experts of Wan2.2 A14B
+        expert: 1 or 2: the one whose tensors are taken where the file holds those of both experts of Wan2.2 A14B
             (``transformer.`` and ``transformer_2.``). A file without such prefixes is any expert's.
 
     Raises:
-        InputError: no LoRA there, none for this expert, or another kind of adapter (named).
+        InputError: there is no LoRA, none for this expert, or another kind of adapter (named).
     """
     with looking_at(path):
         path = _file(path)
@@ -203,7 +203,7 @@ class _Part:
 
 
 class _AdapterConfig:
-    """PEFT's description of an adapter: where the scale comes from if the file has no alphas."""
+    """PEFT's description of an adapter, from which the scale comes if the file has no alphas."""
 
     def __init__(self, path: Path, source: str, values: Mapping[str, Any]):
         self._path, self._source, self._values = path, source, values
@@ -226,7 +226,7 @@ class _AdapterConfig:
 
     @classmethod
     def find(cls, path: Path, metadata: Mapping[str, str], expert: str) -> _AdapterConfig:
-        """From the header, where diffusers may put the expert's name before every entry, or from beside the file."""
+        """Reads the header, where diffusers may put the expert's name before every entry, or a file beside the LoRA."""
         if _METADATA not in metadata:
             return cls(path, "adapter_config.json", read_json(path.parent, "adapter_config.json"))
         try:
@@ -237,7 +237,7 @@ class _AdapterConfig:
         return cls(path, _METADATA, named)
 
     def scale(self, module: str, rank: int) -> float:
-        """Scale of a module's product, 1 where nothing is said.
+        """Returns the scale of a module's ``up @ down``, 1 where nothing is said.
 
         Raises:
             InputError: the module has another rank than this says, so that it describes another file.
@@ -259,7 +259,7 @@ class _AdapterConfig:
 
 
 def _file(path: Path) -> Path:
-    """The file of a directory that holds one LoRA."""
+    """Returns the file of a directory that holds one LoRA, or the path of a file."""
     if not path.exists():
         raise InputError(f"lora: {path} does not exist")
     if not path.is_dir():
@@ -272,7 +272,7 @@ def _file(path: Path) -> Path:
 
 
 def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, _Part]], list[str]]:
-    """``{module: {part: tensor}}``, and the keys that are no part of a LoRA."""
+    """Returns ``{module: {part: tensor}}``, and the keys that are no part of a LoRA."""
     modules: dict[str, dict[str, _Part]] = defaultdict(dict)
     unmatched = []
     for key, tensor in tensors.items():
@@ -300,7 +300,7 @@ def _without_prefixes(key: str) -> str:
 def _module_deltas(
     path: Path, module: str, parts: dict[str, _Part], config: _AdapterConfig, unmatched: list[str]
 ) -> list[tuple[str, Delta]]:
-    """What the tensors of one module add to its parameters; those that can add nothing go to ``unmatched``."""
+    """Returns the additions to the parameters of one module; keys that can add nothing go to ``unmatched``."""
     found = []
     parts = _sound(parts, unmatched)
     weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
@@ -328,7 +328,7 @@ def _module_deltas(
 
 
 def _sound(parts: dict[str, _Part], unmatched: list[str]) -> dict[str, _Part]:
-    """The parts without factors and differences that fit no parameter whatever; these go to ``unmatched``.
+    """Returns the parts without factors and differences that can fit no parameter; these go to ``unmatched``.
 
     The counterpart of such a factor goes with it, and so do their alpha and bias.
     """
@@ -341,7 +341,7 @@ def _sound(parts: dict[str, _Part], unmatched: list[str]) -> dict[str, _Part]:
 
 
 def _unsound(name: str, tensor: StoredTensor) -> str | None:
-    """Why a tensor cannot be this part of any LoRA, or None."""
+    """Returns why a tensor cannot be this part of any LoRA, or None."""
     if name == "alpha":
         return None
     if tensor.dtype not in FLOATS:
@@ -386,7 +386,7 @@ def _naming(keys: Iterable[str]) -> str:
 
 
 def _plain_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without leading ones, which some files drop."""
+    """Returns the shape without leading ones, which some files drop."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

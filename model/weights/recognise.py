@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from the names of its tensors and its ``config.json``: Wan's parts, and others by name."""
+"""Recognition of a checkpoint by the names of its tensors and its ``config.json``: Wan's parts, and other models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.weights.lora_files import is_lora
 
 @dataclass(frozen=True)
 class Kind:
-    """``part`` is what this project would use it as, None for what it has no use for; ``lacks`` says why then."""
+    """The kind of a checkpoint. ``part`` is its use in this project, or None, and ``lacks`` then says why."""
 
     name: str
     part: str | None
@@ -22,8 +22,8 @@ class Kind:
 
 
 _OUR_DIT = "this project's DiT has no"
-#: Relatives of Wan, which have its keys and more: a key of theirs, and what reads it. The first three have keys that
-#: nothing else has, and may come without Wan's in a file of their own.
+#: Relatives of Wan, which have its keys and more: a key of theirs, its model, and the part that reads it. The first
+#: three have keys that no other model has, and may come without Wan's in a file of their own.
 _RELATIVES = (
     (r"^vace_(blocks|patch_embedding)\.", "Wan VACE", "control blocks (vace_blocks)"),
     (r"^(face_adapter|motion_encoder)\.", "Wan Animate", "face and motion branches (face_adapter, motion_encoder)"),
@@ -32,7 +32,7 @@ _RELATIVES = (
     (r"^ref_conv\.", "Wan Fun Control", "convolution of a reference image (ref_conv)"),
     (r"^audio_proj\.", "Wan with an audio branch (MultiTalk, HuMo)", "audio branch (audio_proj)"),
 )
-#: Other families: a key that tells them, and what they are built of.
+#: Other families: a key that tells them, their names, and what they are built of.
 _FAMILIES = (
     (r"^(audio_patchify_proj|av_ca_)", "LTX-2", "joint audio and video blocks (audio_patchify_proj)"),
     (r"^(patchify_proj\.|adaln_single\.)", "LTX-Video", "single adaptive norm (patchify_proj, adaln_single)"),
@@ -57,7 +57,7 @@ _SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}
 
 
 def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
-    """The kind of a checkpoint with these keys (without a repackager's prefix), or None if it is not known."""
+    """Returns the kind of a checkpoint with these keys (without a repackager's prefix), or None if it is not known."""
     if is_lora(keys):
         return Kind("LoRA", "LoRA")
 
@@ -99,7 +99,7 @@ def _encoder(any_key: Any, config: Mapping[str, Any]) -> Kind | None:
 
 
 def _transformers(wanted: str, config: Mapping[str, Any]) -> str | None:
-    """Why transformers cannot load it, or None."""
+    """Returns why transformers cannot load an encoder, or None."""
     given = config.get("model_type")
     if given == wanted:
         return None
@@ -108,7 +108,7 @@ def _transformers(wanted: str, config: Mapping[str, Any]) -> str | None:
 
 
 def describe_dit(config: DiTConfig) -> str:
-    """The variant in words: task, size and shape."""
+    """Returns the variant of a DiT in words: task, size and shape."""
     size = _SIZES.get((config.dim, config.num_layers), "own size")
     shape = f"width {config.dim}, {config.num_layers} layers, {config.in_channels} -> {config.out_channels} channels"
     return f"{_task(config, size)}, {size} ({shape})"
@@ -129,7 +129,7 @@ def _task(config: DiTConfig, size: str) -> str:
 
 
 def describe_vae(config: VAEConfig) -> str:
-    """Version and strides in words."""
+    """Returns version and strides of a VAE in words."""
     version = "2.2" if config.residual else "2.1"
     return (
         f"version {version} ({config.temporal_stride}x{config.spatial_stride}x{config.spatial_stride},"
@@ -138,7 +138,7 @@ def describe_vae(config: VAEConfig) -> str:
 
 
 def check_encoder(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
-    """Size of a text or image encoder of transformers in words.
+    """Returns the size of a text or image encoder of transformers in words.
 
     Raises:
         InputError: the tensors are not those of the configuration; transformers would fill in random ones.

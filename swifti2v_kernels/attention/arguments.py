@@ -19,9 +19,20 @@ Source = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class BlockWindow:
-    """A local mask: the queries of block i see the keys of blocks ``i - left .. i + right`` of the first source.
+    """A local mask over blocks of tokens, for the first source of :func:`swifti2v_kernels.segment_attention`.
 
-    ``block_len`` is in tokens; the last block may be short. Other sources (an anchor, a text) are seen by all queries.
+    The queries of block i see the keys of blocks ``i - left .. i + right``. Other sources (an anchor, a text) are seen
+    by all queries. No mask is stored: the kernels leave out the keys that a block does not see.
+
+    Attributes:
+        block_len: tokens of a block; the last block may be shorter.
+        left: blocks before its own that a block sees.
+        right: blocks after its own that a block sees.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 12, 2, 64)
+        >>> segment_attention(q, [(k, v)], window=BlockWindow(block_len=4, left=1)).shape
+        torch.Size([1, 12, 2, 64])
     """
 
     block_len: int
@@ -30,7 +41,7 @@ class BlockWindow:
 
 
 class Call(NamedTuple):
-    """A checked call: lists throughout, empty sources left out."""
+    """A checked call of segment attention: lists throughout, without the sources that are empty or seen by no query."""
 
     q: list[Tensor]
     sources: list[Source]
@@ -50,7 +61,7 @@ def check_call(
     window: BlockWindow | None,
     out: Tensor | Sequence[Tensor] | None,
 ) -> Call:
-    """The call as lists, or the error that says which argument is wrong."""
+    """Returns the call as lists, or raises an error that says which argument is wrong."""
     queries = [q] if isinstance(q, Tensor) else list(q)
     if not 1 <= len(queries) <= MAX_VIEWS:
         raise ValueError(f"q: expected a tensor or 1 to {MAX_VIEWS} of them, got {len(queries)}")
@@ -154,7 +165,7 @@ def _check_window(
 
 
 def check_overlaps(out: Sequence[Tensor], q: Sequence[Tensor], sources: Sequence[Source]) -> None:
-    """Outputs overlap neither themselves, nor each other, nor an input.
+    """Checks that outputs overlap neither themselves, nor each other, nor an input.
 
     Raises:
         ValueError: they do, or may.

@@ -1,4 +1,4 @@
-"""Attention as models call it: what is compiled, checked, timed and tuned."""
+"""Calls of attention as models make them, with which its kernels are compiled, checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .segment_attention import cost as attention_cost
 
 
 class _AttentionInputs(NamedTuple):
-    """Tensors for one case, all of them slices of fused qkv buffers ``[B, L, 3, H, D]``, as the model has them."""
+    """The tensors of one case, all of them slices of fused qkv buffers ``[B, L, 3, H, D]``, as the model has them."""
 
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
@@ -51,7 +51,10 @@ class _AttentionInputs(NamedTuple):
 
 
 def _attention_work(constants: Mapping[str, Any]) -> Work:
-    """One tile of keys: two products; k and v loaded. The Hopper kernel's two consumers run for themselves."""
+    """Returns the work on one tile of keys: two matrix multiplications, and k and v loaded.
+
+    The Hopper kernel's two consumers do not wait for each other.
+    """
     tile = constants["BLOCK_N"] * constants["BLOCK_D"]
     return Work(2 * constants["BLOCK_M"] * tile, 2 * 2 * tile, 2 if "NUM_K" in constants else 1)
 
@@ -87,7 +90,10 @@ def _attention_cases() -> list[Case]:
 
 
 def _attention_real(shape: str, inputs: _AttentionInputs, heads: int, *key_lens: int) -> RealSize:
-    """As many queries as keys, or those of the first source under a window of 3 of its 21 blocks."""
+    """Returns a case's call at real size.
+
+    There are as many queries as keys, or under a window of 3 of 21 blocks as many as the first source has.
+    """
     queries = key_lens[0] if inputs.window else sum(key_lens)
     window = None if inputs.window is None else BlockWindow(queries // 21, 1, 1)
     whole = inputs._replace(
@@ -116,7 +122,7 @@ _MERGE_REAL = RealSize(
 
 
 def _merge_work(constants: Mapping[str, Any]) -> Work:
-    """One program, two parts of 16 bits."""
+    """Returns the work of one program: two parts of 16 bits read and one written."""
     return Work(0, 3 * constants["BLOCK"] * (2 * constants["HEAD_DIM"] + 4))
 
 

@@ -1,4 +1,4 @@
-"""Which implementation serves a call of segment attention that the reference does not, and its launch.
+"""The choice of a kernel for those calls of segment attention that the reference does not serve, and its launch.
 
 Ours are ``hopper`` and ``portable``; ``sdpa-cudnn`` and ``sdpa-flash`` are torch's own attention, for plain dense
 calls.
@@ -25,7 +25,7 @@ from .arguments import Source
 def choose_kernel(
     q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
 ) -> tuple[str, str]:
-    """Which implementation serves a call that the Triton backend takes, and why; no view is empty."""
+    """Returns which implementation serves a call that the Triton backend takes, and why; no view is empty."""
     capability = capability_of(q[0].device)
     head_dim, dtype = q[0].shape[3], q[0].dtype
     dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
@@ -42,9 +42,9 @@ def choose_kernel(
 
 
 def torch_takes(*views: Tensor) -> bool:
-    """Whether torch's attention can be trusted with these views: 16-byte aligned, strides multiples of 16 bytes.
+    """Returns whether torch's attention can be trusted with views: 16-byte aligned, strides multiples of 16 bytes.
 
-    Of fake tensors, which have no address, what lies before the view in its storage is what is known.
+    Fake tensors have no address; the offset of the view in its storage stands for it.
     """
     return all(
         (x.storage_offset() * x.itemsize if is_fake(x) else x.data_ptr()) % 16 == 0
@@ -56,7 +56,7 @@ def torch_takes(*views: Tensor) -> bool:
 def own_kernel(
     q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool
 ) -> tuple[str, str]:
-    """Which of our kernels takes the call, and why."""
+    """Returns which of our kernels takes the call, and why."""
     capability = capability_of(q[0].device)
     if capability == 90:
         hopper = _hopper_module()
@@ -68,7 +68,7 @@ def own_kernel(
 
 
 def _hopper_module() -> ModuleType | None:
-    """None where this Triton's Gluon is missing or has other names."""
+    """Returns the Hopper kernel's module, or None where this Triton's Gluon is missing or has other names."""
     try:
         return importlib.import_module(".hopper", __package__)
     except (ImportError, AttributeError):
@@ -86,7 +86,7 @@ def launch(
     attends: Sequence[int],
     window: tuple[int, int, int] | None,
 ) -> None:
-    """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel named."""
+    """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel of this name."""
     filled = [i for i, x in enumerate(q) if x.numel()]
     q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
     lses = [lse[i] for i in filled] if lse else None
@@ -115,7 +115,7 @@ def launch(
 def prepare(
     q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
 ) -> str:
-    """Checks what only real tensors can tell, and names the kernel; ``none`` where there are no queries."""
+    """Checks what only real tensors can tell, and returns the kernel's name; ``none`` where there are no queries."""
     queries = [x for x in q if x.numel()]
     if not queries:
         return "none"
@@ -126,7 +126,7 @@ def prepare(
 
 
 def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """torch's attention [B, L, H, D] by the back end named, or the next one that takes the call."""
+    """Returns torch's attention [B, L, H, D] by the back end of this name, or by the next one that takes the call."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     order = order[::-1] if name == "sdpa-flash" else order
     with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):

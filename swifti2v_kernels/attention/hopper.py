@@ -3,8 +3,9 @@
 The portable kernel's warps all do the same at the same time, so the tensor cores wait during every softmax. Here a
 program has three roles: one warp that only issues TMA loads (the producer) and two groups of four warps (the
 consumers), each with 64 query rows and 240 registers a thread. Each consumer issues ``q @ k`` of the next tile and
-``p @ v`` of this one together and computes the softmax while the second product runs; the two consumers are not
-synchronised with each other. Loads, products and exponentials thus overlap, which is the structure of FlashAttention-3.
+``p @ v`` of this one together and computes the softmax while the second of them runs; the two consumers are not
+synchronised with each other. Loads, matrix multiplications and exponentials thus overlap, which is the structure of
+FlashAttention-3.
 
 Shared memory: the queries of both consumers, and ``num_stages`` tiles each of k and of v. Four barriers a stage:
 ``k_full``/``v_full`` (the TMA engine has written it) and ``k_empty``/``v_empty`` (both consumers have read it). Stage
@@ -14,7 +15,7 @@ Sources: their ragged tiles (each source has one of 1 to ``block_n`` rows) come 
 all other tiles jump over. The consumers know nothing else of the sources: only the producer must tell them apart.
 
 Contract, beyond the portable kernel's: capability 9.0, 16-bit, at most 3 non-empty sources that TMA can address, no
-valid lengths and no block window (rows behind the visible ones must read as zeros, as they do behind a tensor's end).
+valid lengths and no block window (rows after the visible ones must read as zeros, as they do past a tensor's end).
 Gluon has no interpreter: the protocol is proved by simulation and the compiled code by its report; the portable kernel
 is the oracle on hardware, and takes over where Gluon is not available.
 
@@ -44,14 +45,14 @@ from .portable import LOG2E, describe, descriptors_possible, unspecialised
 
 #: ``async_load`` in newer Triton (where the old name only raises), ``async_copy_global_to_shared`` in 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-#: With four, both compilers spill.
+#: With four sources, both compilers spill.
 MAX_SOURCES = 3
 HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """``block_n`` keys a tile; ``num_stages`` tiles in flight; the query rows of a program are 64 for each consumer."""
+    """Sizes of a launch: ``block_n`` keys a tile, ``num_stages`` tiles in flight, 64 query rows for each consumer."""
 
     block_n: int
     num_stages: int
@@ -61,7 +62,10 @@ class HopperConfig:
 
     @classmethod
     def heuristic(cls, head_dim: int) -> HopperConfig:
-        """128 keys a tile: 64 double the barriers per product. Stages fill the shared memory (160 of 227 KiB)."""
+        """Returns tiles of 128 keys, since 64 double the barriers, and stages that fill shared memory.
+
+        With a head_dim of 128 they take 164 of its 232 kB.
+        """
         return cls(128, 2) if head_dim > 64 else cls(128, 4)
 
 
@@ -115,7 +119,7 @@ def _consume_tiles(
     q_tile, ring, tiles, p, acc, m_i, l_i, scale,
     LAYOUT_S: gl.constexpr, LAYOUT_O: gl.constexpr, LAYOUT_P: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """All tiles but the first; on entry and exit ``p`` is the previous tile, not yet multiplied by v."""
+    """Consumes all tiles but the first; on entry and exit ``p`` is the previous tile, not yet multiplied by v."""
     k_smem, v_smem, k_full, k_empty, v_full, v_empty = ring
     ragged, num_ragged, total = tiles
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -147,7 +151,7 @@ def _consume_tiles(
 
 @gluon.jit
 def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.constexpr, CONSUMER: gl.constexpr):
-    """64 query rows, from ``start + 64 * CONSUMER``.
+    """Computes 64 query rows, from ``start + 64 * CONSUMER`` on.
 
     ``views``: pointers at row 0 of this head, with token strides. ``tiles``: the rows of the ragged tiles, 8 bits each,
     how many of these there are, and how many tiles in all.
@@ -213,13 +217,13 @@ def _consume(views, q_len, start, tiles, scale, q_smem, ring, HAS_LSE: gl.conste
 @gluon.jit(do_not_specialize=["heads"])
 def segment_attention_hopper_kernel(
     Q, OUT, LSE,  # per query view: [B, L, H, D], [B, L, H, D], [B, H, L] float32 or None
-    K0, K1, K2, V0, V1, V2,  # descriptors of [B, H, L, D], tiles of [1, 1, BLOCK_N, D]; None behind NUM_K
+    K0, K1, K2, V0, V1, V2,  # descriptors of [B, H, L, D], tiles of [1, 1, BLOCK_N, D]; None from NUM_K on
     q_strides, out_strides,  # per view: (batch, token, head)
     q_lens, k_lens, attends, heads, scale,  # integers by unspecialised()
     NUM_K: gl.constexpr, NUM_STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """128 queries of one head; the roles of its warps are at the top of the file."""
+    """Computes 128 queries of one head; the roles of its warps are described at the top of the file."""
     DTYPE: gl.constexpr = K0.dtype
     ROWS: gl.constexpr = BLOCK_M // 2
     i_m, i_h, i_b = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -307,7 +311,7 @@ def obstacle(
     valid_lengths: Sequence[Tensor | None],
     windowed: bool,
 ) -> str | None:
-    """Why this kernel cannot take a call on capability 9.0; None if it can. No view is empty."""
+    """Returns why this kernel cannot take a call on capability 9.0, or None if it can. No view is empty."""
     if q[0].dtype.itemsize != 2 or q[0].shape[3] not in HEAD_DIMS:
         return f"head_dim {q[0].shape[3]} in {q[0].dtype}"
     if len(sources) > MAX_SOURCES:

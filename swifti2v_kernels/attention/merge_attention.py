@@ -1,10 +1,10 @@
-"""Combining partial attention results: the softmax over a union of keys, from softmaxes over its parts.
+"""Merging of attention results: the attention to a union of keys, from the attentions to its parts.
 
     lse = log(sum_i exp(lse_i))
     out = sum_i exp(lse_i - lse) * out_i
 
-Exact: with the parts' own log-sum-exps this is the attention to all keys at once. Used for contexts whose part was
-computed before, for sources on other devices (context parallelism), and to join results of different kernels.
+The result is exact: with the parts' own log-sum-exps it is the attention to all keys at once. It serves contexts whose
+part was computed before, sources on other devices (context parallelism), and results of different kernels.
 
 | tensor       | shape        | dtype            | layout                                              |
 |--------------|--------------|------------------|-----------------------------------------------------|
@@ -12,8 +12,12 @@ computed before, for sources on other devices (context parallelism), and to join
 | lse_i        | [B, H, L]    | fp32             | any strides; natural logarithm, -inf for no keys    |
 | out, lse     | as out_0, lse_0 | as out_0; fp32 | contiguous                                          |
 
-Sums are float32. One pass: n * B * H * L * (D + 1) elements read and B * H * L * (D + 1) written, where plain PyTorch
-writes every weighted part. FLOPs: about 2 * n * B * H * L * D. Timed on an NVIDIA H200 only.
+Sums are float32. The kernel makes one pass: it reads n * B * H * L * (D + 1) elements and writes B * H * L * (D + 1),
+where plain PyTorch also writes every weighted part and reads it again. FLOPs: about 2 * n * B * H * L * D.
+
+Limits: at most 24 parts. The kernel takes fp32, fp16 and bf16 of any head_dim on NVIDIA GPUs of compute capability 8.0
+or newer and has no derivative; the PyTorch reference, which has one, computes all other calls, among them those whose
+inputs need gradients. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ MAX_PARTS = 24
 
 
 def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The formula above, differentiable; shapes as in :func:`merge_attention`."""
+    """Computes the formula above in PyTorch, differentiable; shapes as in :func:`merge_attention`."""
     stacked = torch.stack(list(lses))  # [n, B, H, L]
     lse = stacked.logsumexp(0)
     none = torch.isneginf(lse)
@@ -73,21 +77,25 @@ def _choose(*, outputs: Sequence[Tensor], lses: Sequence[Tensor], backend: str) 
 def merge_attention(
     outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the union of keys from attentions to its parts.
+    """Merges attentions to parts of the keys into the attention to all of them.
+
+    With ``lse_i`` the log-sum-exp of part i, the result is ``lse = log(sum_i exp(lse_i))`` and
+    ``out = sum_i exp(lse_i - lse) * out_i``.
 
     Args:
-        outputs: per part ``[B, L, H, D]``, all of one dtype. At most 24.
-        lses: per part ``[B, H, L]`` float32 (float64 for float64 outputs): natural logarithm of the sum of
-            exponentials, -inf where the part has no keys.
-        backend: ``auto``, ``torch`` or ``triton``.
+        outputs: the attention to each part, ``[B, L, H, D]``, all of one dtype; at most 24.
+        lses: the log-sum-exp of each part, ``[B, H, L]`` float32 (float64 for float64 outputs): natural logarithm of
+            the sum of exponentials, -inf where the part has no keys. ``segment_attention(..., return_lse=True)``
+            returns both.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``(out, lse)`` as one part, so that merges can be nested.
+        The pair ``(out, lse)``, shaped as one part, so that merges can be nested.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 1, 6, 2, 8).unbind(0)
         >>> parts = [segment_attention(q, [(k[:, s], v[:, s])], return_lse=True) for s in (slice(0, 2), slice(2, 6))]
         >>> out, lse = merge_attention(*zip(*parts))
@@ -126,7 +134,7 @@ def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
 
 
 def cost(batch: int, heads: int, head_dim: int, length: int, parts: int, itemsize: int = 2) -> Cost:
-    """Least cost of one merge."""
+    """Returns the least cost of one merge."""
     rows = batch * heads * length
     one = rows * (head_dim * itemsize + 4)
     return Cost(2 * parts * rows * head_dim, parts * one, one)

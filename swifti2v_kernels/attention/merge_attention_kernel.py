@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``merge_attention``: one program owns ``BLOCK`` tokens of one head."""
+"""The Triton kernel of ``merge_attention``: one program owns ``BLOCK`` tokens of one head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def merge_attention_fwd_kernel(
     length, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The formula of ``merge_attention.py`` for one tile of tokens."""
+    """Computes the formula of ``merge_attention.py`` for one tile of tokens."""
     i_l, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64)
     o_l, o_d = (i_l * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.arange(0, BLOCK_D)

@@ -14,7 +14,7 @@ softmax in float32 and base 2. What is particular:
 * **Two address forms.** Pointers with a scalar base and one shared int32 offset tile (two sets of pointers would spill
   on 8.x), or 4-D tensor descriptors on Hopper and data-centre Blackwell. Rows are placed by int64 arithmetic.
 
-head_dim 96 is computed as 128 with zeros: a third more products than needed.
+A head_dim of 96 is computed as 128 with zeros: a third more arithmetic than needed.
 
 Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile``.
 """
@@ -49,7 +49,7 @@ class PortableConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, head_dim: int, num_sources: int, aligned: bool) -> PortableConfig:
-        """The configuration used where no measured one exists; every one is checked for spills by the compile report.
+        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
         Args:
             capability: two digits, None for the interpreter.
@@ -75,7 +75,7 @@ class PortableConfig:
 
 @triton.jit
 def _attend(acc, l_i, m_i, q, k, v, keep, scale, MASKED: tl.constexpr):
-    """One tile of keys: k [BLOCK_D, BLOCK_N], v [BLOCK_N, BLOCK_D]; ``keep`` marks its valid keys."""
+    """Adds one tile of keys to the sums: k [BLOCK_D, BLOCK_N], v [BLOCK_N, BLOCK_D]; ``keep`` marks its valid keys."""
     s = tl.dot(q, k)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         s = tl.where(keep[None, :], s, float("-inf"))
@@ -92,7 +92,7 @@ def _attend_pointers(
     acc, l_i, m_i, q, k_ptr, v_ptr, k_sl, v_sl, rows, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of one source; the pointers stand at its first visible row, of which there are ``rows``."""
+    """Adds all tiles of one source to the sums; the pointers stand at the first of its ``rows`` visible rows."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offset = o_n[:, None] * k_sl + o_d[None, :]
     v_offset = o_n[:, None] * v_sl + o_d[None, :]
@@ -122,13 +122,13 @@ def _attend_descriptors(
     acc, l_i, m_i, q, k_desc, v_desc, i_b, i_h, low, high, scale,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of one source's rows ``low .. high - 1``."""
+    """Adds the tiles of one source's rows ``low .. high - 1`` to the sums, read through descriptors."""
     end = low + (high - low) // BLOCK_N * BLOCK_N
     if end < high:
         keep = tl.arange(0, BLOCK_N) < high - end
         k = k_desc.load([i_b, i_h, end, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([i_b, i_h, end, 0]).reshape(BLOCK_N, BLOCK_D)
-        # Rows behind a valid length or a window are other data; were one NaN, its weight of 0 would not help.
+        # Rows past a valid length or a window are other data; were one NaN, its weight of 0 would not help.
         v = tl.where(keep[:, None], v, 0.0)
         acc, l_i, m_i = _attend(acc, l_i, m_i, q, k.T, v, keep, scale, True)
     for i_n in tl.range(low, end, BLOCK_N):
@@ -140,7 +140,7 @@ def _attend_descriptors(
 
 @triton.jit
 def _visible_rows(length, valid_ptr, i_b, seen, j, first_block, window, WINDOWED: tl.constexpr, SUBSETS: tl.constexpr):
-    """Rows ``low .. high - 1`` of source ``j`` that this program's queries see.
+    """Returns ``low`` and ``high``: this program's queries see the rows ``low .. high - 1`` of source ``j``.
 
     ``window`` is (block_len, left, right), for source 0; ``first_block`` the queries' own block; bit j of ``seen`` says
     whether this query view sees the source at all.
@@ -169,7 +169,7 @@ def segment_attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WINDOWED: tl.constexpr, SUBSETS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head against every key it sees; see the top of the file."""
+    """Computes one tile of queries of one head against every key it sees; see the top of the file."""
     NUM_Q: tl.constexpr = len(Q)
     NUM_K: tl.constexpr = len(k_lens)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -256,7 +256,7 @@ def segment_attention_fwd_kernel(
 
 
 def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
-    """Integers as a kernel argument for which Triton compiles once; the kernel shifts them back by 4.
+    """Returns integers as a kernel argument for which Triton compiles once; the kernel shifts them back by 4.
 
     Triton specialises the integers of a tuple on being 1 and on being a multiple of 16, whatever ``do_not_specialize``
     says: calls of other lengths would compile again. ``16 * n + 1`` is neither.
@@ -265,7 +265,7 @@ def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
 
 
 def descriptors_possible(sources: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether TMA can address every source: 16-byte aligned, strides multiples of 16 bytes."""
+    """Returns whether TMA can address every source: 16-byte aligned, strides multiples of 16 bytes."""
     return all(
         x.dtype.itemsize == 2
         and x.data_ptr() % 16 == 0
@@ -276,7 +276,7 @@ def descriptors_possible(sources: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 
 def describe(x: Tensor, block: list[int], make: Any = TensorDescriptor, **kwargs: Any) -> Any:
-    """Host descriptor of ``x`` [B, L, H, D] as [B, H, L, D], so that rows behind L read as zeros."""
+    """Returns a host descriptor of ``x`` [B, L, H, D] as [B, H, L, D], so that rows from L on read as zeros."""
     x = x.transpose(1, 2)
     # The stride of an axis of one is never used, but must pass the descriptor's alignment rule.
     strides = [s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)] + [1]
@@ -298,12 +298,15 @@ def launch_portable(
     """Writes ``out`` (and ``lse``); arguments are checked by the caller.
 
     Args:
-        q, out: views ``[B, L, H, D]``, none of them empty.
+        q: views ``[B, L, H, D]``, none of them empty.
         sources: pairs ``(k, v)`` of views ``[B, L, H, D]``, none of them empty.
+        out: views ``[B, L, H, D]``, one for each of ``q``.
         lse: views ``[B, H, L]``, contiguous float32; None if not wanted.
         valid_lengths: per source ``[B]`` integers or None.
+        scale: factor on the logits.
         attends: per query view, bit j says whether it sees source j.
         window: ``(block_len, left, right)`` in source 0, for one query view.
+        config: tile sizes and launch options.
     """
     batch, _, heads, head_dim = q[0].shape
     block_d = triton.next_power_of_2(head_dim)

@@ -20,7 +20,10 @@ def segment_attention_reference(
     window: BlockWindow | None,
     return_lse: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The formula of ``segment_attention.py``, piece by piece of the queries; differentiable. Masks are slices."""
+    """Computes the formula of ``segment_attention.py``, differentiable, piece by piece of the queries.
+
+    Queries of one piece see the same keys, so that masks are slices.
+    """
     out, lse = [], []
     for view, visible in zip(q, attends, strict=True):
         results = []
@@ -37,14 +40,14 @@ def segment_attention_reference(
 
 
 def _joined(views: list[Tensor]) -> Tensor:
-    """Along the tokens; one view is not copied."""
+    """Returns the views concatenated along the tokens; a single view is not copied."""
     return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
 
 def _pieces(
     num_queries: int, sources: Sequence[Source], visible: Sequence[int], window: BlockWindow | None
 ) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-    """Ranges of queries that see the same keys, with these: (start, stop, [(source, first row, last row + 1)])."""
+    """Yields ranges of queries that see the same keys: (start, stop, [(source, first row, last row + 1)])."""
     everything = [(j, 0, sources[j][0].shape[1]) for j in visible]
     if window is None or num_queries == 0:
         yield 0, num_queries, everything
@@ -70,7 +73,7 @@ def _attend(
     if not return_lse and valid is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
     wide = torch.promote_types(q.dtype, torch.float32)
-    if valid is not None:  # whatever lies behind a valid length, even NaN, must not count
+    if valid is not None:  # whatever lies past a valid length, even NaN, must not count
         k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
     logits = scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
     if valid is not None:

@@ -3,7 +3,7 @@
     out = softmax(scale * q @ concat(k_1 .. k_n)^T) @ concat(v_1 .. v_n)
     lse = log(sum(exp(scale * q @ concat(k_1 .. k_n)^T)))
 
-A window of Conditional Segment-wise Generation, a cached context, the text of an MMDiT block and plain cross-attention
+A window of Conditional Segment-wise Generation, a cached context, the text of an MMDiT layer and plain cross-attention
 are all this one operation: the softmax runs over the union of the sources, so their order does not matter, and nothing
 is concatenated. Queries and outputs may be several views too.
 
@@ -15,8 +15,9 @@ is concatenated. Queries and outputs may be several views too.
 | out, one or n | [B, Lq, H, D]  | as q                         | as q; contiguous if not given                |
 | lse, one or n | [B, H, Lq]     | fp32                         | contiguous                                   |
 
-Products accumulate in float32, the softmax is float32 and base 2; p is rounded to the inputs' dtype for ``p @ v``, as
-in every fused attention. Sums run in the order of tiles, so results of different backends differ by rounding only.
+Both matrix multiplications accumulate in float32, the softmax is float32 and base 2; its weights p are rounded to the
+inputs' dtype for ``p @ v``, as in every fused attention. Sums run in the order of tiles, so results of different
+backends differ by rounding only.
 
 FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
 ``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
@@ -26,6 +27,11 @@ Backends: the reference (``reference.py``: any device and dtype, differentiable)
 with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
 ``explain(segment_attention, ...)`` says which of them a call takes. Beyond the H200 the kernels are not yet timed on
 hardware.
+
+Limits: q, k and v have the same number of heads and the same head_dim; at most 24 sources and 24 query views. Masks are
+given by structure (``valid_lengths``, ``attends``, ``window``), never as a tensor; there is no causal mask over tokens
+and no dropout. The kernels take a head_dim of 64, 96 or 128 in fp16 and bf16 on NVIDIA GPUs of compute capability 8.0
+or newer and have no derivative: the reference computes all other calls, among them those whose inputs need gradients.
 """
 
 from __future__ import annotations
@@ -148,19 +154,23 @@ def segment_attention(
     out: Tensor | Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor | list[Tensor] | tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
-    """Attention of ``q`` to the union of several key/value sources, read where they are.
+    """Computes the attention of ``q`` to the union of several key/value sources, which are read where they are.
+
+    The result is ``softmax(scale * q @ concat(k_1 .. k_n)^T) @ concat(v_1 .. v_n)``, and nothing is concatenated.
 
     Args:
-        q: queries ``[B, Lq, H, D]``, or a list of such views.
-        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]``; ``L_i`` may differ and may be 0, but not all of them. At
-            most 24 pairs.
+        q: queries ``[B, Lq, H, D]`` with contiguous D, or a list of such views.
+        sources: pairs ``(k, v)``, each ``[B, L_i, H, D]`` in the dtype of ``q``; ``L_i`` may differ and may be 0, but
+            not all of them. At most 24 pairs.
         scale: factor on the logits, positive; default ``D ** -0.5``.
         valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count
             (padded text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
         attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning
             queries that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
-        window: a local mask over blocks, for one query view as long as the first source.
-        return_lse: also return the logarithm (base e) of the sum of exponentials, for :func:`merge_attention`.
+        window: a local mask over blocks (:class:`swifti2v_kernels.BlockWindow`), for one query view as long as the
+            first source.
+        return_lse: also return the logarithm (base e) of the sum of exponentials, for
+            :func:`swifti2v_kernels.merge_attention`.
         out: where to write, views shaped as ``q`` that overlap neither each other nor an input.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
@@ -171,7 +181,7 @@ def segment_attention(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> q = torch.randn(1, 5, 2, 8)
         >>> window, text = torch.randn(2, 1, 7, 2, 8), torch.randn(2, 1, 3, 2, 8)
         >>> segment_attention(q, [tuple(window), tuple(text)]).shape
@@ -207,7 +217,7 @@ def segment_attention(
 
 
 def _obstacle(call: Call) -> str | None:
-    """Why the kernels cannot take this call."""
+    """Returns why the kernels cannot take this call, or None if they can."""
     q = call.q[0]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*call.q, *(x for pair in call.sources for x in pair))):
         return "an input needs gradients, and the kernels have no backward"
@@ -235,7 +245,7 @@ def cost(
     itemsize: int = 2,
     pairs: int | None = None,
 ) -> Cost:
-    """Least cost of one call; ``pairs`` (query, key) per head and batch entry, default all of them."""
+    """Returns the least cost of one call; ``pairs`` (query, key) per head and batch entry, default all of them."""
     rows = batch * heads * head_dim * itemsize
     pairs = query_len * key_len if pairs is None else pairs
     return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)

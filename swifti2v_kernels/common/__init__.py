@@ -1,7 +1,7 @@
-"""What all operators share.
+"""Parts that all operators share.
 
 checks        arguments: one line that names the argument, what was given and what is allowed
-dispatch      kernel or reference, and :func:`explain`
+dispatch      kernel or reference, and ``explain``
 registration  the names that operators are registered under
 target        the GPUs that kernels are for
 configs       which configuration a kernel is launched with; ``tables`` reads the measured ones

@@ -1,4 +1,4 @@
-"""Named calls of an operator: what the compile report compiles, and what is checked, timed and tuned on hardware."""
+"""Named calls of the operators: the compile report compiles them, and hardware runs check, time and tune them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class RealSize:
-    """A case's call as a real model makes it: ``inputs`` are uninitialised tensors, ``cost`` is its least cost."""
+    """The call of a case as a real model makes it: ``inputs`` are uninitialised tensors, ``cost`` is its least cost."""
 
     shape: str
     inputs: Callable[[torch.device], Arguments]
@@ -27,7 +27,7 @@ class RealSize:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: ``operator(*args, **kwargs)`` with ``args, kwargs = inputs(device)``, small tensors of fixed content.
+    """A named call, ``operator(*args, **kwargs)`` with ``args, kwargs = inputs(device)``: small tensors, fixed values.
 
     Sizes are small, but alignment, strides and numbers of views are those of real calls, so that the compiled code is
     the same. Where ``real`` is given, the case is timed and tuned at that size.
@@ -36,20 +36,20 @@ class Case:
     name: str
     operator: Callable[..., Any]
     inputs: Callable[[torch.device], Arguments]
-    #: From a compiled kernel's constants.
+    #: The work of one pass over the kernel's main loop, from the constants that it was compiled with.
     work: Callable[[Mapping[str, Any]], Work]
     real: RealSize | None = None
-    #: Of the GPUs that have this kernel at all: float8 needs 89. On older ones the call takes the PyTorch path.
+    #: The least capability of the GPUs that have this kernel: float8 needs 89. On older ones PyTorch computes the call.
     least_capability: int = 80
 
     def run(self, device: torch.device) -> Any:
-        """The call itself."""
+        """Makes the call on ``device`` and returns its result."""
         args, kwargs = self.inputs(device)
         return self.operator(*args, **kwargs)
 
 
 def all_cases() -> Iterator[Case]:
-    """``CASES`` of every family's ``cases.py``, in alphabetical order of the families."""
+    """Yields the ``CASES`` of every family's ``cases.py``, in alphabetical order of the families."""
     folders = importlib.import_module(PACKAGE).__path__
     for file in sorted(path for folder in folders for path in Path(folder).glob("*/cases.py")):
         yield from importlib.import_module(f"{PACKAGE}.{file.parent.name}.cases").CASES

@@ -12,7 +12,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
-    """``[B, L, H, D]`` views with contiguous D that fit ``like`` in all but L.
+    """Checks that views are ``[B, L, H, D]`` with contiguous D and fit ``like`` in all but L.
 
     Raises:
         TypeError: not a tensor.
@@ -32,7 +32,7 @@ def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Every value of a vector lies in ``low .. high``.
+    """Checks that every value of a vector lies in ``low .. high``.
 
     On the CPU the values are read and named. On a GPU, reading them would stop the stream, so the check runs there: a
     violation ends the process's CUDA work with the message. Under ``torch.compile`` likewise.
@@ -49,7 +49,9 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
 
 
 def check_index(name: str, index: Tensor, length: int | None, low: int, high: int, device: torch.device) -> None:
-    """``index`` is a contiguous int32 vector on ``device``, of ``length`` entries (None: any but 0) in ``low..high``.
+    """Checks that ``index`` is a contiguous int32 vector on ``device`` with ``length`` entries in ``low..high``.
+
+    Without a ``length`` it may have any number of entries but 0.
 
     Values are read and checked on the CPU only. On a GPU that would stop the stream, and checking them there would cost
     five launches beside every kernel: each operator says what it does with an entry out of range instead (NaN, or
@@ -73,7 +75,7 @@ def check_index(name: str, index: Tensor, length: int | None, low: int, high: in
 
 
 def check_store(name: str, store: Tensor, like: Tensor | None = None) -> None:
-    """``[B, z, S, h, w]`` with contiguous w and at least one block, that fits ``like`` in B, h, w and device.
+    """Checks that a store is ``[B, z, S, h, w]`` with contiguous w and a block, and fits ``like`` in B, h, w, device.
 
     Raises:
         TypeError: not a tensor.
@@ -99,7 +101,9 @@ def check_store(name: str, store: Tensor, like: Tensor | None = None) -> None:
 def check_parameter(
     name: str, x: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Contiguous, not empty, of this shape (letters: any size) and dtype (None: any floating one), on ``device``.
+    """Checks that ``x`` is contiguous, on ``device``, and of this shape and dtype.
+
+    Letters in the shape stand for any size but 0, and None for any floating dtype.
 
     Raises:
         TypeError: not a tensor.
@@ -127,7 +131,7 @@ def check_frames(
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
 ) -> None:
-    """``[B, T, h, w, C]`` of this shape (letters: any size but 0) and dtype, C contiguous.
+    """Checks that frames are ``[B, T, h, w, C]`` of this shape (letters: any size but 0) and dtype, C contiguous.
 
     Raises:
         TypeError: not a tensor.
@@ -148,7 +152,7 @@ def check_frames(
 
 
 def check_vector(name: str, x: Tensor | None, length: int, like: Tensor) -> None:
-    """None, or contiguous ``[length]`` in the dtype and on the device of ``like``.
+    """Checks that ``x`` is None, or contiguous ``[length]`` in the dtype and on the device of ``like``.
 
     Raises:
         TypeError: not a tensor.
@@ -166,7 +170,7 @@ def check_vector(name: str, x: Tensor | None, length: int, like: Tensor) -> None
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether both name the same elements in the same order."""
+    """Returns whether both views name the same elements in the same order."""
     if a.data_ptr() != b.data_ptr() or a.shape != b.shape or a.dtype != b.dtype:
         return False
     # The stride of an axis of one is never used.
@@ -176,7 +180,7 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 def check_targets(
     targets: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | None], rows: Sequence[str]
 ) -> None:
-    """What may be written: distinct elements, apart from each other and from the inputs.
+    """Checks what is to be written: distinct elements, apart from each other and from the inputs.
 
     Args:
         targets: what is written, by argument.
@@ -202,9 +206,10 @@ def check_targets(
 
 
 def overlapping(a: Tensor, b: Tensor) -> bool:
-    """Whether two strided views share an element, or may: True where that cannot be decided cheaply.
+    """Returns whether two strided views share an element, or may: True where that cannot be decided cheaply.
 
-    Exact for slices of one buffer: along some axis these are disjoint intervals, or they share an element.
+    The answer is exact for slices of one buffer: along some axis these are disjoint intervals, or they share an
+    element.
     """
     if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
         return False
@@ -221,7 +226,10 @@ def overlapping(a: Tensor, b: Tensor) -> bool:
 
 
 def _disjoint_along_an_axis(a: Tensor, b: Tensor, origin: int) -> bool:
-    """Reads both offsets as indices of a buffer with the views' strides; False where a view would leave that buffer."""
+    """Returns whether the views are disjoint along an axis of a buffer that has their strides and begins at ``origin``.
+
+    False where a view would leave that buffer.
+    """
     offset_a, offset_b = a.storage_offset() - origin, b.storage_offset() - origin
     disjoint = False
     larger = None
@@ -240,7 +248,7 @@ def _disjoint_along_an_axis(a: Tensor, b: Tensor, origin: int) -> bool:
 
 
 def self_overlapping(x: Tensor) -> bool:
-    """Whether two indices of ``x`` name the same element, or may."""
+    """Returns whether two indices of ``x`` name the same element, or may."""
     needed = 1
     for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride < needed:

@@ -1,5 +1,5 @@
-"""Which configuration a kernel is launched with: measured on the card's kind where there is a measurement, else a
-heuristic that its file documents.
+"""The configurations that kernels are launched with: measured on the card's kind where there is a measurement, else
+made by a heuristic that the kernel's file documents.
 
 Measured ones are entries of ``configs/tuned.json``, written by ``python -m bench tune`` on real hardware:
 
@@ -27,7 +27,7 @@ _seen: list[tuple[str, int, dict[str, Any], Any]] | None = None
 
 
 def configured(kernel: str, capability: int | None, heuristic: Config, **key: int | str) -> Config:
-    """The configuration of one launch.
+    """Returns the configuration of one launch.
 
     Args:
         kernel: its name in the table.
@@ -54,8 +54,7 @@ def _measured(kernel: str, capability: int, key: tuple[tuple[str, int | str], ..
 
 @contextmanager
 def force_config(kernel: str, **fields: Any) -> Iterator[None]:
-    """Within it, launches of ``kernel`` take these fields in place of the heuristic's, and others what they would: for
-    tuners."""
+    """Makes launches of ``kernel`` take these fields in place of the heuristic's while the block runs, for tuners."""
     before = dict(_forced)
     _forced[kernel] = fields
     try:
@@ -67,7 +66,7 @@ def force_config(kernel: str, **fields: Any) -> Iterator[None]:
 
 @contextmanager
 def seen_configs() -> Iterator[list[tuple[str, int, dict[str, Any], Any]]]:
-    """Yields the list to which launches within it add (kernel, capability, key, heuristic)."""
+    """Yields a list to which every launch within the block adds its (kernel, capability, key, heuristic)."""
     global _seen
     before, _seen = _seen, []
     try:

@@ -1,4 +1,4 @@
-"""What an operator costs at least: the numbers behind benchmarks and reports."""
+"""The least cost of an operator's call, which benchmarks and reports hold its time against."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Cost:
 
     @property
     def bytes(self) -> int:
-        """Least traffic in both directions."""
+        """The least traffic in both directions, in bytes."""
         return self.bytes_read + self.bytes_written
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass over a kernel's main loop does, for all warps of a program; of a whole program without a loop.
+    """The work of one pass over a kernel's main loop, for all warps of a program; without a loop, of a whole program.
 
     ``fma`` are multiply-adds on the tensor cores; ``loaded`` bytes that the program fetches, which may come from L2.
     ``groups`` are the parts of a program that run through the loop without waiting for each other.

@@ -1,4 +1,4 @@
-"""Who computes an operator: its PyTorch reference or its Triton kernels. The choice can be asked for, not only guessed.
+"""The choice between an operator's PyTorch reference and its Triton kernels, which :func:`explain` tells for any call.
 
 ``backend="auto"`` takes the kernels for CUDA tensors (and on the CPU under ``TRITON_INTERPRET=1``) and the reference
 for everything that the kernels do not cover: other devices and dtypes, and inputs that need gradients. The environment
@@ -25,7 +25,13 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a call: ``backend`` (torch or triton), the implementation behind it, and why."""
+    """The answer of :func:`swifti2v_kernels.explain`: what computes a call, and why.
+
+    Attributes:
+        backend: ``torch`` or ``triton``, as operators take it as their argument.
+        implementation: the kernel or the library function of that backend, such as ``hopper`` or ``reference``.
+        reason: why it is this one, such as ``the kernels cover this call``.
+    """
 
     backend: str
     implementation: str
@@ -39,7 +45,7 @@ _CHOOSERS: dict[Callable[..., Any], Callable[..., Choice]] = {}
 
 
 def explained_by(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks an operator: ``chooser`` takes all of its arguments by name and says what would compute the call."""
+    """Returns a decorator for operators; ``chooser`` takes all arguments of a call by name and gives its choice."""
 
     def mark(operator: Callable[..., Any]) -> Callable[..., Any]:
         _CHOOSERS[operator] = chooser
@@ -49,12 +55,20 @@ def explained_by(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]
 
 
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
-    """What would compute ``operator(*args, **kwargs)``, without computing it.
+    """Returns what would compute ``operator(*args, **kwargs)``, without computing it.
+
+    Args:
+        operator: a function of this library, such as :func:`swifti2v_kernels.segment_attention`.
+        *args: positional arguments of the call in question.
+        **kwargs: keyword arguments of the call in question.
+
+    Returns:
+        The backend, the implementation and the reason; printed, one line.
 
     Raises:
         ValueError: the operator has one implementation only, or the arguments break its contract.
 
-    Example:
+    Examples:
         >>> q = torch.randn(1, 5, 2, 64)
         >>> print(explain(segment_attention, q, [(q, q)]))
         torch: reference (kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)
@@ -68,7 +82,7 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
 
 def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why a forward kernel for 16 and 32 bits cannot take a call with these tensors; None if it can."""
+    """Returns why a forward kernel for 16 and 32 bits cannot take a call with these tensors, or None if it can."""
     present = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return "an input needs gradients, and the kernel has no backward"
@@ -81,12 +95,12 @@ def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
 # Constant for one process: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def environment_backend() -> str:
-    """What the environment asks for; ``auto`` where it asks for nothing."""
+    """Returns the backend that the environment asks for; ``auto`` where it asks for none."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 
 def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
-    """Backend and reason.
+    """Returns the backend that computes a call, and the reason.
 
     Args:
         requested: the operator's ``backend`` argument.

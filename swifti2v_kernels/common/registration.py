@@ -1,4 +1,4 @@
-"""What this copy of the package is called, and so the namespace that its operators are registered in.
+"""The name of this copy of the package, and so the namespace that its operators are registered in.
 
 A process may hold several copies under different names (the Hub's ``kernels`` loads each under a name of its own). Each
 registers a namespace of its own, so that none takes another's place: ``swifti2v`` for ``swifti2v_kernels``.
@@ -16,7 +16,7 @@ NAMESPACE = "swifti2v" if PACKAGE == "swifti2v_kernels" else re.sub(r"\W", "_", 
 
 
 def add_op_namespace_prefix(operator: str) -> str:
-    """``swifti2v::norm_rope`` for ``norm_rope``: what :func:`torch.library.custom_op` is given.
+    """Returns ``swifti2v::norm_rope`` for ``norm_rope``, which :func:`torch.library.custom_op` is given.
 
     The Hub's kernel-builder asks for a function of this name.
     """
@@ -24,5 +24,5 @@ def add_op_namespace_prefix(operator: str) -> str:
 
 
 def registered(operator: str) -> Any:
-    """``torch.ops.swifti2v.norm_rope`` for ``norm_rope``, which is registered already."""
+    """Returns ``torch.ops.swifti2v.norm_rope`` for ``norm_rope``, which is registered already."""
     return getattr(getattr(torch.ops, NAMESPACE), operator)

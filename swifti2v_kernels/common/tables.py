@@ -28,16 +28,16 @@ from .registration import PACKAGE
 @functools.cache
 @torch.compiler.assume_constant_result
 def load_table(name: str) -> list[dict[str, Any]]:
-    """Entries of ``configs/<name>.json``."""
+    """Returns the entries of ``configs/<name>.json``."""
     text = resources.files(PACKAGE).joinpath("configs", f"{name}.json").read_text()
     return json.loads(text)["entries"]
 
 
 def fastest(name: str, match: Mapping[str, Any], size: str, value: int) -> tuple[str | None, str]:
-    """Name of the fastest measured backend and where it was measured; None without a measurement.
+    """Returns the name of the fastest measured backend, None without a measurement, and where it was measured.
 
     Args:
-        name: of the table.
+        name: the table's name.
         match: fields that must be equal.
         size: the field whose value is the nearest, by ratio, to ``value`` in the measurement that counts.
     """

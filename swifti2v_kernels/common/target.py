@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """What one capability offers; the card named is the one that the rates and the peak belong to.
+    """The GPUs of one compute capability; the card named is the one that the rates and the peak belong to.
 
-    Rates are per streaming multiprocessor (SM) and clock. Shared memory is what one block may ask for, in bytes.
+    Rates are per streaming multiprocessor (SM) and clock. Shared memory is what one program may ask for, in bytes.
     Sources: CUDA programming guide (limits and throughput tables), vendor data sheets (clocks, bandwidth).
     """
 
@@ -27,14 +27,14 @@ class Target:
     shared_per_block: int
     shared_per_sm: int
     max_warps_per_sm: int
-    #: Fused multiply-adds of dense bf16 products with float32 sums; GeForce cards run these at half rate.
+    #: Fused multiply-adds of dense bf16 matmuls with float32 sums; GeForce cards run these at half rate.
     bf16_fma: int
-    #: Opcodes of the tensor-core instructions that a bf16 product must show in the compiled code.
+    #: Opcodes of the tensor-core instructions that a bf16 matmul must show in the compiled code.
     mma_opcodes: tuple[str, ...]
 
     @property
     def bf16_tflops(self) -> float:
-        """Dense bf16 peak in TFLOP/s, two operations a multiply-add."""
+        """The dense bf16 peak in TFLOP/s, two operations a multiply-add."""
         return 2 * self.bf16_fma * self.sms * self.clock_ghz / 1000
 
 
@@ -56,10 +56,19 @@ _pretended: int | None = None
 
 @contextmanager
 def pretend_gpu(capability: int) -> Iterator[None]:
-    """Within it, calls with CPU or ``meta`` tensors are those of a GPU of this capability (two digits).
+    """Makes calls with CPU or ``meta`` tensors choose as on a GPU of this capability while the block runs.
 
     With ``meta`` tensors nothing runs: planners see which operators would, and what they return. Launches on CPU
     tensors are for compilers' reports, which catch them.
+
+    Args:
+        capability: the compute capability as two digits, 90 for 9.0.
+
+    Examples:
+        >>> q = torch.empty(1, 512, 8, 128, dtype=torch.bfloat16, device="meta")
+        >>> with pretend_gpu(80):
+        ...     print(explain(segment_attention, q, [(q, q)]))
+        triton: portable (capability 8.0)
     """
     global _pretended
     before, _pretended = _pretended, capability
@@ -70,12 +79,14 @@ def pretend_gpu(capability: int) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    """Returns whether Triton kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def capability_of(device: torch.device) -> int | None:
-    """Compute capability as two digits (90 for 9.0) of what a launch on ``device`` is for; None for the interpreter.
+    """Returns the compute capability that a launch on ``device`` is for, as two digits (90 for 9.0).
+
+    For the interpreter that is None.
 
     Raises:
         ValueError: kernels cannot run on this device; the message says what would let them.
@@ -91,19 +102,19 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one, since Triton launches there and not where the tensors are."""
+    """Makes ``device`` the current one while the block runs, since Triton launches there and not by the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def for_gpu(device: torch.device) -> bool:
-    """Whether a call with tensors on ``device`` is, or within :func:`pretend_gpu` stands for, one on a GPU."""
+    """Returns whether a call with tensors on ``device`` is one on a GPU, or stands for one (:func:`pretend_gpu`)."""
     return device.type == "cuda" or (_pretended is not None and not interpreting())
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def device_obstacle(device: torch.device) -> str | None:
-    """Why no kernel of this library runs on ``device``; None if they do."""
+    """Returns why no kernel of this library runs on ``device``, or None if they do."""
     if device.type != "cuda":
         if interpreting() or _pretended is not None:
             return None

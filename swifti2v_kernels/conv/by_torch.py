@@ -26,8 +26,10 @@ HALVES = (torch.float16, torch.bfloat16)
 def conv_sums(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """``[B, T', h', w', C']``, in float32 at least, but by cuDNN in the dtype of ``x``; arguments as in
-    :func:`swifti2v_kernels.causal_conv3d`."""
+    """Returns the convolution ``[B, T', h', w', C']`` in float32 at least, but by cuDNN in the dtype of ``x``.
+
+    Arguments are as in :func:`swifti2v_kernels.causal_conv3d`.
+    """
     if for_gpu(x.device) and _conv3d_works(x.dtype):
         return _by_cudnn(x, past, weight, bias, stride, padding)
     return _by_taps(x, past, weight, bias, stride, padding)
@@ -64,7 +66,7 @@ def _by_taps(
 
 
 def _conv2d(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Each frame by itself: [B, T, h, w, C] -> [B, T, h', w', C']."""
+    """Returns each frame convolved by itself: [B, T, h, w, C] -> [B, T, h', w', C']."""
     frames, surplus = _symmetric(x, stride, padding)
     y = F.conv2d(frames.flatten(0, 1).permute(0, 3, 1, 2), kernel, None, tuple(stride[1:]), surplus[::2])
     return _without(y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]), padding, surplus)
@@ -91,7 +93,10 @@ def _by_cudnn(
 
 
 def _symmetric(x: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """What torch can pad itself, the same on both sides, where that costs a row that is thrown away and no copy."""
+    """Returns the input and a padding equal on both sides, which torch makes itself.
+
+    That costs a row or column that is thrown away and no copy. Under a stride, unequal sides are padded here instead.
+    """
     top, bottom, left, right = padding
     if min(padding) < 0:
         x = x[:, :, max(-top, 0) : x.shape[2] - max(-bottom, 0), max(-left, 0) : x.shape[3] - max(-right, 0)]
@@ -102,7 +107,7 @@ def _symmetric(x: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tupl
 
 
 def _without(y: Tensor, padding: Sequence[int], surplus: tuple[int, int, int, int]) -> Tensor:
-    """Drops the rows and columns of the result that only a symmetric padding has made."""
+    """Returns the result without the rows and columns that only a symmetric padding has made."""
     if surplus == (0, 0, 0, 0):
         return y
     top, bottom, left, right = (s - max(p, 0) for s, p in zip(surplus, padding, strict=True))
@@ -110,7 +115,7 @@ def _without(y: Tensor, padding: Sequence[int], surplus: tuple[int, int, int, in
 
 
 def cudnn_conv3d_fault(torch_version: str, cudnn_version: int | None, dtype: torch.dtype) -> str | None:
-    """What is known to be wrong with 3D convolutions of this torch and cuDNN; None if nothing is.
+    """Returns what is known to be wrong with 3D convolutions of this torch and cuDNN, or None if nothing is.
 
     Args:
         torch_version: as ``torch.__version__``.
@@ -142,8 +147,9 @@ def _conv3d_works(dtype: torch.dtype) -> bool:
 
 
 def cudnn_preference(x: Tensor, columns: int, kernel: Sequence[int] | str) -> str | None:
-    """Why cuDNN takes a call on a GPU that a kernel could take; None where the kernel does, there is no GPU, or
-    the environment names the backend.
+    """Returns why cuDNN takes a call on a GPU that a kernel could take, or None.
+
+    That is None where the kernel takes it, where there is no GPU, and where the environment names the backend.
 
     Args:
         x: the input ``[B, T, h, w, C]``.

@@ -1,4 +1,4 @@
-"""Convolutions as the Wan VAEs call them: what is compiled, checked, timed and tuned."""
+"""Calls of convolutions as the Wan VAEs make them, with which their kernels are compiled, checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .upsample_conv2d import upsample_conv2d
 
 
 class _ConvInputs(NamedTuple):
-    """Tensors of one case: a tile with a halo on two sides within larger frames, and its history."""
+    """The tensors of one case: a tile with a halo on two sides within larger frames, and its history."""
 
     channels: int
     columns: int
@@ -61,8 +61,10 @@ class _ConvInputs(NamedTuple):
 
 
 def _work(constants: Mapping[str, Any]) -> Work:
-    """One step of channels of one tap: pixels and weights of 16 bits. The norm of many channels is a kernel of its own,
-    without a product."""
+    """Returns the work of one step of channels of one tap: pixels and weights of 16 bits.
+
+    The norm of many channels is a kernel of its own, without matrix multiplications.
+    """
     if "BLOCK_N" not in constants:
         return Work(0, 2 * 2 * constants["C"] * constants["BLOCK_M"])
     rows, columns, depth = constants["BLOCK_M"], constants["BLOCK_N"] + constants.get("TAIL_N", 0), constants["BLOCK_K"]
@@ -70,13 +72,13 @@ def _work(constants: Mapping[str, Any]) -> Work:
 
 
 def _work_float32(constants: Mapping[str, Any]) -> Work:
-    """One step too, but float32 products are no work for tensor cores."""
+    """Returns the work of one step in float32, whose matrix multiplications the tensor cores do not take."""
     rows, columns, depth = constants["BLOCK_M"], constants["BLOCK_N"] + constants["TAIL_N"], constants["BLOCK_K"]
     return Work(0, 4 * (rows + columns) * depth)
 
 
 def _conv_real(inputs: _ConvInputs, frames: int, rows: int, columns: int) -> RealSize:
-    """As the decoder of Wan2.1 (up to 384 channels) or 2.2 makes it for 2560x1408, one latent frame."""
+    """Returns a call as the decoder of Wan2.1 (up to 384 channels) or 2.2 makes it for 2560x1408, one latent frame."""
     whole = inputs._replace(frames=frames, size=(rows, columns), new=torch.empty)
     pixels, results = frames * rows * columns, 1 + (inputs.norm and inputs.residual)
     least = conv_cost(
@@ -131,7 +133,7 @@ _CONV_CASES = [
 
 
 class _UpsampleInputs(NamedTuple):
-    """Tensors of one case: a tile with a halo on two sides."""
+    """The tensors of one case: a tile with a halo on two sides."""
 
     channels: int
     columns: int
@@ -160,7 +162,7 @@ class _UpsampleInputs(NamedTuple):
 
 
 def _upsample_real(inputs: _UpsampleInputs, frames: int, rows: int, columns: int) -> RealSize:
-    """As the decoder of Wan2.1 or 2.2 makes it for 2560x1408, one latent frame."""
+    """Returns a call as the decoder of Wan2.1 or 2.2 makes it for 2560x1408, one latent frame."""
     whole = inputs._replace(frames=frames, size=(rows, columns), new=torch.empty)
     least = upsample_cost(
         4 * frames * rows * columns, inputs.channels, inputs.columns, residual=inputs.residual, results=1 + inputs.norm
@@ -194,7 +196,7 @@ _UPSAMPLE_CASES = [
 
 
 class _FramesInputs(NamedTuple):
-    """Tensors of one case: a tile with a halo on two sides, into a part of larger frames."""
+    """The tensors of one case: a tile with a halo on two sides, into a part of larger frames."""
 
     channels: int
     patch_size: int = 1
@@ -217,7 +219,7 @@ class _FramesInputs(NamedTuple):
 
 
 def _frames_real(inputs: _FramesInputs, rows: int, columns: int) -> RealSize:
-    """As the decoder of Wan2.1 or 2.2 makes it for 2560x1408, four frames."""
+    """Returns a call as the decoder of Wan2.1 or 2.2 makes it for 2560x1408, four frames."""
     whole = inputs._replace(frames=4, size=(rows, columns), new=torch.empty)
     least = frames_cost(4 * rows * columns, inputs.channels, 27, inputs.patch_size)
     return RealSize(f"decode 2560x1408, 4 x {columns}x{rows}", whole, least)

@@ -1,4 +1,4 @@
-"""Causal 3D convolution of a video autoencoder, with what stands behind it.
+"""Causal 3D convolution of a video autoencoder, with the residual and the norm that follow it.
 
     y[t, i, j] = bias + sum over taps (a, b, c) of
                  weight[:, :, a, b, c] @ frames[st*(t+1)-kt+a, sh*i-top+b, sw*j-left+c]
@@ -19,14 +19,19 @@ padding leaves out pixels of ``x`` that only other layers need.
 | bias, norm_weight     | [C']                 | contiguous                                                         |
 | residual, out, normed | [B, T', h', w', C']  | as x; T' = T // st                                                 |
 
-All in one dtype: float16, bfloat16 or float32 (float64: torch). Products are summed in float32; the sum with bias and
-residual is rounded once, and the norm reads the rounded value. Every result pixel is summed in the same order wherever
-it lies in a tile, so the kernel's result does not depend on how a frame is cut.
+All in one dtype: float16, bfloat16 or float32 (float64: torch). Sums are float32; the sum with bias and residual is
+rounded once, and the norm reads the rounded value. Every result pixel is summed in the same order wherever it lies in a
+tile, so the kernel's result does not depend on how a frame is cut.
 
 Why fused: eager PyTorch concatenates history and clip, pads a copy of that, convolves, adds the residual, and norms in
 float32 by seven operators. Here a pixel is read once for all (taps come from cache), and what is written is what the
-next layer reads. FLOPs: 2 * B * T' * h' * w' * C' * C * kt * kh * kw. Least traffic, in elements of a frame: C read and
-C' written, one C' more for each of residual and second result. Timed on an NVIDIA H200 only.
+next layer reads. FLOPs: 2 * B * T' * h' * w' * C' * C * kt * kh * kw. Least traffic, in elements a pixel: C read and
+C' written, one C' more for each of residual and second result.
+
+Limits: the kernel takes up to 3 taps in time on NVIDIA GPUs of compute capability 8.0 or newer, and has the norm in it
+for up to 192 output channels (beyond, ``rms_norm_silu`` follows). It has no derivative: PyTorch (on a GPU: cuDNN)
+computes the calls whose inputs need gradients, and those that ``configs/conv3d.json`` measured as faster there. Neither
+groups nor dilation. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -70,7 +75,7 @@ def causal_conv3d_reference(
     residual: Tensor | None,
     norm_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``out`` and ``normed`` above, differentiable; arguments as in :func:`causal_conv3d`."""
+    """Returns ``out`` and ``normed`` of the formula above, differentiable; arguments as in :func:`causal_conv3d`."""
     y = conv_sums(x, past, weight, bias, stride, padding)
     if residual is not None:
         y = y + residual.to(y.dtype)
@@ -118,7 +123,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     chosen, reason = _backend(backend, arguments)
     x = arguments["x"]
-    kind = "implicit product" if chosen == "triton" else "cudnn" if for_gpu(x.device) else "reference"
+    kind = "implicit GEMM" if chosen == "triton" else "cudnn" if for_gpu(x.device) else "reference"
     fused = chosen == "triton" and arguments["weight"].shape[0] <= MAX_OWNED_CHANNELS
     apart = arguments["norm_weight"] is not None and not fused
     return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
@@ -142,8 +147,11 @@ def causal_conv3d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolves frames causally, adds a residual, and norms and activates the sum for the next layer.
 
+    ``out`` is the convolution plus ``bias`` and ``residual``, and ``normed`` is
+    ``SiLU(out / max(|out|, 1e-12) * sqrt(C') * norm_weight)`` with ``|.|`` over the channels of a pixel.
+
     Args:
-        x: ``[B, T, h, w, C]``, channels contiguous.
+        x: frames ``[B, T, h, w, C]``, channels contiguous.
         weight: ``[C', C, kt, kh, kw]`` in ``torch.channels_last_3d`` memory. ``kt = 1`` is a 2D convolution of every
             frame; of a ``[C', C, kh, kw]`` one, in ``torch.channels_last`` memory, pass ``weight.unsqueeze(2)``.
         bias: ``[C']`` or None.
@@ -153,7 +161,7 @@ def causal_conv3d(
             the kernel on all sides.
         residual: ``[B, T', h', w', C']``, added to the result.
         norm_weight: ``[C']``; with it, the normed and activated sum is computed too.
-        keep_sum: with ``norm_weight``, False: only the normed sum is wanted and the sum itself is not stored.
+        keep_sum: False, with ``norm_weight``, returns the normed sum alone and does not store the sum itself.
         out: where the sum is written: ``residual`` itself, or memory that overlaps no input.
         normed: where the normed sum is written: memory that overlaps no input.
         backend: ``auto``, ``torch`` (on a GPU: cuDNN) or ``triton``; see :mod:`swifti2v_kernels.common.dispatch`.
@@ -167,7 +175,7 @@ def causal_conv3d(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(32, 16, 3, 3, 3).to(memory_format=torch.channels_last_3d)
         >>> clip = torch.randn(1, 5, 8, 12, 16)
         >>> first = causal_conv3d(clip[:, :2], weight)
@@ -240,7 +248,7 @@ def _check(
     out: Tensor | None,
     normed: Tensor | None,
 ) -> None:
-    """What can be known without addresses."""
+    """Checks what can be known of a call without addresses."""
     check_frames("x", x)
     check_kernel("weight", weight, x)
     columns = weight.shape[0]
@@ -270,7 +278,10 @@ def _check_outputs(
     out: Tensor | None,
     normed: Tensor | None,
 ) -> None:
-    """A program reads its residual before it writes its sum; others read x and the parameters meanwhile."""
+    """Checks that outputs overlap nothing that is still to be read.
+
+    A program reads its residual before it writes its sum; others read x and the parameters meanwhile.
+    """
     inputs = {"x": x, "weight": weight, "bias": bias, "past": past, "norm_weight": norm_weight}
     check_targets({"out": out}, {**inputs, "residual": residual}, ("residual",))
     check_targets({"normed": normed}, {**inputs, "residual": residual, "out": out}, ())
@@ -279,13 +290,14 @@ def _check_outputs(
 def cost(
     pixels: int, channels: int, columns: int, taps: int, *, residual: bool = False, results: int = 1, itemsize: int = 2
 ) -> Cost:
-    """Least cost of one call.
+    """Returns the least cost of one call.
 
     Args:
-        pixels: of the result, of all frames; those read are taken to be as many.
-        channels, columns: C and C'.
+        pixels: pixels of the result in all frames; those read are taken to be as many.
+        channels: C, input channels.
+        columns: C', output channels.
         taps: kt * kh * kw.
-        residual: one is added.
+        residual: whether one is added.
         results: tensors written, 1 or 2.
         itemsize: bytes of an element.
     """

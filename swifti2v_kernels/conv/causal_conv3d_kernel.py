@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``causal_conv3d``: an implicit product with bias, residual and the next norm behind it.
+"""The Triton kernel of ``causal_conv3d``: an implicit GEMM, then bias, residual and the next norm.
 
 * **No input is assembled.** The history and the clip stay where they are: a tap in time chooses a base address; a tap
   in space that leaves the input is masked. What is before the clip is not computed at all.
@@ -37,7 +37,7 @@ def causal_conv3d_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the formula of ``causal_conv3d.py``."""
+    """Computes one tile of the formula of ``causal_conv3d.py``."""
     TILES_N: tl.constexpr = (CO + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     i_m, i_n = tl.program_id(0) // TILES_N, tl.program_id(0) % TILES_N
     t, b = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)

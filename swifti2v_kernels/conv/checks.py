@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..common.checks import check_frames
 
-#: A norm behind a convolution needs one program to own all channels of its pixels.
+#: A norm after a convolution, in its kernel, needs one program to own all channels of its pixels.
 MAX_OWNED_CHANNELS = 192
 
 
 def check_kernel(name: str, weight: Tensor, x: Tensor, columns: int | str = "C'") -> None:
-    """``[C', C, kt, kh, kw]`` in the dtype and on the device of ``x``, channels last in memory.
+    """Checks that a kernel is ``[C', C, kt, kh, kw]`` in the dtype and on the device of ``x``, channels last in memory.
 
     Raises:
         TypeError: not a tensor.
@@ -38,7 +38,7 @@ def check_kernel(name: str, weight: Tensor, x: Tensor, columns: int | str = "C'"
 
 
 def check_past(past: Tensor | None, x: Tensor, taps: int) -> None:
-    """None, or up to ``taps - 1`` frames shaped as those of ``x``.
+    """Checks that ``past`` is None, or up to ``taps - 1`` frames shaped as those of ``x``.
 
     Raises:
         TypeError: not a tensor.
@@ -53,13 +53,13 @@ def check_past(past: Tensor | None, x: Tensor, taps: int) -> None:
 
 
 def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
-    """Zeros on each side (top, bottom, left, right) that leave the size of a frame as it is, for odd kernels."""
+    """Returns the zeros (top, bottom, left, right) that leave the size of a frame as it is, for odd kernels."""
     top, left = weight.shape[3] // 2, weight.shape[4] // 2
     return top, top, left, left
 
 
 def check_padding(padding: Sequence[int]) -> None:
-    """Four integers: top, bottom, left, right.
+    """Checks that the padding is four integers: top, bottom, left, right.
 
     Raises:
         TypeError: not a sequence.
@@ -69,7 +69,7 @@ def check_padding(padding: Sequence[int]) -> None:
 
 
 def check_stride(stride: Sequence[int]) -> None:
-    """Three positive integers: time, rows, columns.
+    """Checks that the stride is three positive integers: time, rows, columns.
 
     Raises:
         TypeError: not a sequence.
@@ -89,7 +89,7 @@ def _check_integers(name: str, values: Sequence[int], expected: str, count: int)
 
 
 def stride_obstacle(*frames: Tensor | None) -> str | None:
-    """Why a kernel cannot address these inputs; None if it can: shifts by two rows are numbers of 32 bits."""
+    """Returns why a kernel cannot address these inputs, or None if it can: shifts by two rows are 32-bit numbers."""
     for x in frames:
         if x is not None and max(x.stride()[2:4]) >= 2**30:
             return f"kernels take row and column strides below 2**30 elements, got {tuple(x.stride()[2:4])}"
@@ -97,7 +97,7 @@ def stride_obstacle(*frames: Tensor | None) -> str | None:
 
 
 def output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int, int]:
-    """Frames, rows and columns of the result.
+    """Returns the numbers of frames, rows and columns of the result.
 
     Raises:
         ValueError: there would be none.

@@ -16,7 +16,10 @@
 
 Why fused: separately, the features are written and read, permuted to pixels, clamped, scaled, cast, permuted to
 channels last and copied into the frame: 60 bytes a pixel of 3 bytes. FLOPs: 2 * B * T * h' * w' * 3 p^2 * C * taps.
-Timed on an NVIDIA H200 only.
+
+Limits: the kernel takes up to 3 taps in time and 128 features on NVIDIA GPUs of compute capability 8.0 or newer and has
+no derivative: PyTorch (on a GPU: cuDNN) computes all other calls. Three colours; uint8 has no NaN. Timed on an NVIDIA
+H200 only.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def frames_out_reference(
     padding: Sequence[int],
     patch_size: int,
 ) -> Tensor:
-    """The formula above; writes and returns ``out``; arguments as in :func:`frames_out`."""
+    """Computes the formula above into ``out`` and returns it; arguments as in :func:`frames_out`."""
     v = conv_sums(x, past, weight, bias, (1, 1, 1), padding)
     if patch_size > 1:
         v = v.unflatten(4, (3, patch_size, patch_size)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
@@ -101,7 +104,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     chosen, reason = _backend(backend, arguments)
     in_torch = "cudnn" if for_gpu(arguments["x"].device) else "reference"
-    return Choice(chosen, in_torch if chosen == "torch" else "implicit product", reason)
+    return Choice(chosen, in_torch if chosen == "torch" else "implicit GEMM", reason)
 
 
 @explained_by(_choose)
@@ -116,7 +119,10 @@ def frames_out(
     patch_size: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolves the last features of a decoder to colours and stores them as frames.
+    """Convolves the last features of a decoder to colours and stores them as finished frames.
+
+    With ``v`` the convolution plus ``bias``, patches unfolded to pixels, a uint8 frame is
+    ``min(floor(127.5 * clamp(v, -1, 1) + 128), 255)`` and a floating one ``clamp(v, -1, 1)``.
 
     Args:
         x: normed and activated features ``[B, T, h, w, C]``, channels contiguous.
@@ -131,19 +137,19 @@ def frames_out(
         backend: ``auto``, ``torch`` (on a GPU: cuDNN) or ``triton``, as for :func:`swifti2v_kernels.causal_conv3d`.
 
     Returns:
-        ``out``. uint8 has no NaN: what becomes of one is undefined there.
+        ``out`` itself. What becomes of a NaN in uint8, which has none, is undefined.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> features, weight = torch.randn(1, 2, 8, 12, 96), torch.randn(3, 96, 3, 3, 3) / 51
         >>> clip = torch.zeros(1, 9, 16, 12, 3, dtype=torch.uint8)
         >>> weight = weight.to(memory_format=torch.channels_last_3d)
         >>> frames_out(features, weight, None, clip[:, 3:5, 8:]).shape
         torch.Size([1, 2, 8, 12, 3])
 
-    Source: head of the Wan VAE's decoder (diffusers ``AutoencoderKLWan``); -1..1 to 0..255 as its video processor.
+    Source: head of the Wan VAE's decoder (diffusers ``AutoencoderKLWan``), whose video processor maps -1..1 to 0..255.
     """
     padding = same_padding(weight) if padding is None and isinstance(weight, Tensor) and weight.ndim == 5 else padding
     arguments: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "out": out, "past": past}
@@ -181,7 +187,7 @@ def _check(
     padding: Sequence[int] | None,
     patch_size: int,
 ) -> None:
-    """What can be known without addresses."""
+    """Checks what can be known of a call without addresses."""
     check_frames("x", x)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size: expected a positive integer, got {patch_size!r}")
@@ -201,14 +207,15 @@ def _check_output(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor |
 
 
 def cost(pixels: int, channels: int, taps: int, patch_size: int = 1, itemsize: int = 2, out_itemsize: int = 1) -> Cost:
-    """Least cost of one call.
+    """Returns the least cost of one call.
 
     Args:
         pixels: feature pixels of all frames.
         channels: C.
         taps: kt * kh * kw.
         patch_size: p.
-        itemsize, out_itemsize: bytes of an element of ``x`` and of ``out``.
+        itemsize: bytes of an element of ``x``.
+        out_itemsize: bytes of an element of ``out``.
     """
     features = 3 * patch_size**2
     read = (pixels * channels + features * channels * taps) * itemsize

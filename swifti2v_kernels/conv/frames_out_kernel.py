@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels.
+"""The Triton kernel of ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels.
 
 Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases frames_out``.
 """
@@ -28,7 +28,7 @@ def frames_out_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the formula of ``frames_out.py``."""
+    """Computes one tile of the formula of ``frames_out.py``."""
     CO: tl.constexpr = 3 * P * P
     t, b = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

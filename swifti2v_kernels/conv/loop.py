@@ -1,10 +1,10 @@
-"""What the convolution kernels share: the implicit product, and their tile sizes.
+"""The parts that the convolution kernels share: the implicit GEMM, and their tile sizes.
 
 A program owns ``BLOCK_M`` pixels of one frame and ``BLOCK_N + TAIL_N`` output channels. Channel counts of video
 autoencoders are sums of two powers of two (96, 160, 192): two accumulators that share the loaded pixels cover them
 without idle columns, and one program can then own all channels of a pixel, which a norm in its epilogue needs.
 
-The product is one flat loop over taps and channels; nested loops are pipelined worse, since their loads start anew with
+The GEMM is one flat loop over taps and channels; nested loops are pipelined worse, since their loads start anew with
 each. Padding is a mask, and a frame before the first is another base address: nothing is copied to be read.
 """
 
@@ -23,7 +23,7 @@ from .checks import MAX_OWNED_CHANNELS
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tile sizes and launch options of one shape class on one capability; ``tail_n`` 0 is none."""
+    """Tile sizes and launch options of one shape class on one capability; a ``tail_n`` of 0 is no second tile."""
 
     block_m: int
     block_n: int
@@ -31,7 +31,7 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
-    #: What a thread may use; None: what the compiler wants.
+    #: Registers that a thread may use; None: as many as the compiler wants.
     registers: int | None = None
 
     SPACE: ClassVar = {
@@ -44,18 +44,19 @@ class ConvConfig:
 
     @property
     def columns(self) -> int:
-        """Output channels of a program."""
+        """The output channels of one program."""
         return self.block_n + self.tail_n
 
     @classmethod
     def heuristic(cls, capability: int | None, channels: int, columns: int, itemsize: int, owned: bool) -> ConvConfig:
-        """The configuration used where no measured one exists; every one is checked for spills by the compile report.
+        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
         Args:
             capability: two digits, None for the interpreter.
-            channels, columns: input and output channels.
+            channels: input channels.
+            columns: output channels.
             itemsize: bytes of an element.
-            owned: one program must own all columns of a pixel.
+            owned: whether one program must own all columns of a pixel.
         """
         block_n, tail_n = _columns(columns, MAX_OWNED_CHANNELS if owned else 128)
         if not owned and -(-columns // (block_n + tail_n)) * (block_n + tail_n) > 1.1 * columns:
@@ -79,7 +80,10 @@ class ConvConfig:
 
 
 def _columns(columns: int, limit: int) -> tuple[int, int]:
-    """Two powers of two (from 16; the second may be 0) that cover ``columns`` or an even share within ``limit``."""
+    """Returns two powers of two, from 16, that cover ``columns`` or an even share within ``limit``.
+
+    The second may be 0.
+    """
     shares = -(-columns // limit)
     share = max(-(-columns // shares), 16)
     block = 1 << (share.bit_length() - 1)
@@ -90,7 +94,7 @@ def _columns(columns: int, limit: int) -> tuple[int, int]:
 
 
 def aligned(*views: Tensor | None) -> bool:
-    """Whether every pixel of the views starts at a multiple of 16 bytes."""
+    """Returns whether every pixel of the views starts at a multiple of 16 bytes."""
     present = [x for x in views if x is not None]
     return all(
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in (*x.stride()[:4], x.shape[4]))
@@ -103,8 +107,11 @@ def locate(
     X, PAST, x_strides, past_strides, b, first, row, column, num_past,
     MIXED: tl.constexpr,
 ):  # fmt: skip
-    """The frames under the three taps in time and where in them the first pixels lie: (frames, offsets, row strides,
-    column strides). Frame ``first`` is the earliest; those before 0 are in PAST. ``MIXED``: PAST has other strides."""
+    """Returns the frames under the three taps in time and where in them the first pixels lie: (frames, offsets, row
+    strides, column strides).
+
+    Frame ``first`` is the earliest; those before 0 are in PAST. ``MIXED``: PAST has other strides.
+    """
     x0 = X + b * x_strides[0] + tl.cast(first, tl.int64) * x_strides[1]
     x1 = x0 + x_strides[1]
     x2 = x1 + x_strides[1]
@@ -131,7 +138,10 @@ def conv_product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all taps and channels, [BLOCK_M, BLOCK_N] and [BLOCK_M, TAIL_N], in float32. Outside is zero."""
+    """Returns the sums over all taps and channels, [BLOCK_M, BLOCK_N] and [BLOCK_M, TAIL_N], in float32.
+
+    Pixels outside of the input are zero.
+    """
     frames, offsets, row_strides, column_strides = place
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     o_n = first_column + tl.arange(0, BLOCK_N)
@@ -180,7 +190,7 @@ def conv_product(
 
 @triton.jit
 def _sum(acc, o_n, m, BIAS, RESIDUAL, p_residual, CO: tl.constexpr, dtype: tl.constexpr):
-    """Bias and residual added, rounded as stored."""
+    """Returns the sum with bias and residual, rounded as it is stored."""
     if BIAS is not None:
         acc += tl.load(BIAS + o_n, mask=o_n < CO, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL is not None:
@@ -209,7 +219,7 @@ def conv_store(
     residual_strides, out_strides, normed_strides,
     dtype: tl.constexpr, CO: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds bias and residual and stores the rounded sum, and its RMSNorm with SiLU. A norm needs all columns."""
+    """Adds bias and residual and stores the rounded sum, and its RMSNorm with SiLU; a norm needs all columns."""
     o_n = first_column + tl.arange(0, BLOCK_N)
     m = m_m[:, None] & (o_n < CO)[None, :]
     p_residual = None

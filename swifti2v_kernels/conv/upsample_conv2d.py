@@ -7,9 +7,10 @@
 
 Of the three rows under a result two are copies of one, so their weights can be added up beforehand: a result is a 2x2
 convolution of x, with other weights for even and odd rows and columns (four *phases*, made once by
-:func:`fold_upsample_weight`). 16 products for four results instead of 36, and the largest tensor of a decoder is never
-stored. Sums of weights are made in float32 and rounded once: on random weights of a standard normal that moves a
-bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result itself does (1.7e-3); in float32 by 4e-8.
+:func:`fold_upsample_weight`). Four results take 16 multiplications a channel instead of 36, and the largest tensor of a
+decoder, the upsampled frame, is neither written nor read. Sums of weights are made in float32 and rounded once: on
+random weights of a standard normal that moves a bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the
+result itself does (1.7e-3); in float32 by 4e-8.
 
 | tensor                | shape              | layout                                                               |
 |-----------------------|--------------------|----------------------------------------------------------------------|
@@ -21,8 +22,11 @@ bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the result i
 All in one dtype: float16, bfloat16 or float32 (float64: torch); sums as in ``causal_conv3d``, which see for ``padding``
 (here in pixels of the upsampled frame), for the norm and for why any cut of a frame gives the same pixels.
 
-FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read. Timed on an
-NVIDIA H200 only.
+FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read.
+
+Limits: a factor of two and a 3x3 convolution alone. The kernel runs on NVIDIA GPUs of compute capability 8.0 or newer,
+has the norm in it for up to 192 output channels, and has no derivative: PyTorch (on a GPU: cuDNN) computes the calls
+whose inputs need gradients, and those that were measured as faster there. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -46,14 +50,25 @@ from .checks import MAX_OWNED_CHANNELS, check_padding, stride_obstacle
 
 
 def fold_upsample_weight(weight: Tensor) -> Tensor:
-    """The phases ``[4, C', 2, 2, C]`` of a 3x3 convolution ``[C', C, 3, 3]``, in its dtype.
+    """Returns the four phases of a 3x3 convolution, which :func:`upsample_conv2d` takes in place of its weight.
+
+    A result pixel of even or odd row and column sees two copies of the same input pixels; the weights of copies are
+    added up in float32 and rounded once. Do it once, when a model is loaded.
+
+    Args:
+        weight: the convolution after the upsampling, ``[C', C, 3, 3]``.
+
+    Returns:
+        Phases ``[4, C', 2, 2, C]`` in the dtype of ``weight``, contiguous.
 
     Raises:
-        ValueError: another kernel.
+        ValueError: the weight is not ``[C', C, 3, 3]``.
 
-    Example:
+    Examples:
         >>> fold_upsample_weight(torch.randn(8, 16, 3, 3)).shape
         torch.Size([4, 8, 2, 2, 16])
+
+    Source: the sub-pixel identity of nearest-neighbour upsampling.
     """
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight: expected [C', C, 3, 3], got {list(weight.shape)}")
@@ -75,7 +90,7 @@ def upsample_conv2d_reference(
     norm_weight: Tensor | None,
     padding: Sequence[int],
 ) -> tuple[Tensor, Tensor | None]:
-    """``out`` and ``normed`` above, differentiable; arguments as in :func:`upsample_conv2d`."""
+    """Returns ``out`` and ``normed`` of the formula above, differentiable; arguments as in :func:`upsample_conv2d`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
     batch, frames, height, width, _ = x.shape
@@ -134,7 +149,7 @@ def _flops(x, phases, bias, residual, norm_weight, padding, out, normed, *args, 
 def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     chosen, reason = _backend(backend, list(arguments.values()))
-    kind = "implicit product" if chosen == "triton" else "cudnn" if for_gpu(arguments["x"].device) else "reference"
+    kind = "implicit GEMM" if chosen == "triton" else "cudnn" if for_gpu(arguments["x"].device) else "reference"
     fused = chosen == "triton" and arguments["phases"].shape[1] <= MAX_OWNED_CHANNELS
     apart = arguments["norm_weight"] is not None and not fused
     return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
@@ -153,11 +168,14 @@ def upsample_conv2d(
     normed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Doubles frames by nearest neighbours and convolves them 3x3, by phases.
+    """Doubles the rows and columns of frames by nearest neighbours and convolves them 3x3, without the doubled frame.
+
+    ``out`` is that convolution plus ``bias`` and ``residual``, and ``normed`` is
+    ``SiLU(out / max(|out|, 1e-12) * sqrt(C') * norm_weight)`` with ``|.|`` over the channels of a pixel.
 
     Args:
-        x: ``[B, T, h, w, C]``, channels contiguous.
-        phases: of :func:`fold_upsample_weight`, in the dtype of ``x``.
+        x: frames ``[B, T, h, w, C]``, channels contiguous.
+        phases: the weight ``[4, C', 2, 2, C]`` as :func:`fold_upsample_weight` makes it, in the dtype of ``x``.
         bias: ``[C']`` or None.
         padding: zeros beyond the top, bottom, left and right of the upsampled frame, at most 1; negative ones leave out
             its pixels.
@@ -174,7 +192,7 @@ def upsample_conv2d(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> frames, weight = torch.randn(1, 2, 8, 12, 16), torch.randn(8, 16, 3, 3)
         >>> upsample_conv2d(frames, fold_upsample_weight(weight)).shape
         torch.Size([1, 2, 16, 24, 8])
@@ -229,7 +247,7 @@ def _check(
     out: Tensor | None,
     normed: Tensor | None,
 ) -> None:
-    """What can be known without addresses."""
+    """Checks what can be known of a call without addresses."""
     check_frames("x", x)
     check_parameter("phases", phases, (4, "C'", 2, 2, x.shape[4]), x.dtype, x.device)
     columns = phases.shape[1]
@@ -257,7 +275,10 @@ def _check_outputs(
     out: Tensor | None,
     normed: Tensor | None,
 ) -> None:
-    """A program reads its residual before it writes its sum; others read x and the parameters meanwhile."""
+    """Checks that outputs overlap nothing that is still to be read.
+
+    A program reads its residual before it writes its sum; others read x and the parameters meanwhile.
+    """
     inputs = {"x": x, "phases": phases, "bias": bias, "norm_weight": norm_weight}
     check_targets({"out": out}, {**inputs, "residual": residual}, ("residual",))
     check_targets({"normed": normed}, {**inputs, "residual": residual, "out": out}, ())
@@ -266,12 +287,13 @@ def _check_outputs(
 def cost(
     pixels: int, channels: int, columns: int, *, residual: bool = False, results: int = 1, itemsize: int = 2
 ) -> Cost:
-    """Least cost of one call.
+    """Returns the least cost of one call.
 
     Args:
-        pixels: of the result, of all frames; a quarter is read.
-        channels, columns: C and C'.
-        residual: one is added.
+        pixels: pixels of the result in all frames; a quarter as many are read.
+        channels: C, input channels.
+        columns: C', output channels.
+        residual: whether one is added.
         results: tensors written, 1 or 2.
         itemsize: bytes of an element.
     """

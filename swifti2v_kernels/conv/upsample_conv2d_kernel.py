@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``upsample_conv2d``: a program owns pixels of one phase, two apart in rows and columns.
+"""The Triton kernel of ``upsample_conv2d``: a program owns pixels of one phase, two apart in rows and columns.
 
 The four phases of the same input pixels are neighbours in the order of programs, so that three of them find these in
 L2. Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases upsample_conv2d``.
@@ -30,7 +30,7 @@ def upsample_conv2d_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one phase of the formula of ``upsample_conv2d.py``."""
+    """Computes one tile of one phase of the formula of ``upsample_conv2d.py``."""
     TILES_N: tl.constexpr = (CO + BLOCK_N + TAIL_N - 1) // (BLOCK_N + TAIL_N)
     i = tl.program_id(0)
     i_n, phase, i_m = i % TILES_N, (i // TILES_N) % 4, i // (TILES_N * 4)

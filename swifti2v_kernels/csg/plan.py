@@ -3,12 +3,12 @@
 A *block* is one latent frame. Block 0 (the *anchor*) is the input image and is given; the others are generated M at a
 time. Segment s generates the *noisy* blocks ``a_s .. a_s + M - 1``; its window is
 
-    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [neighbours behind the segment] + [noisy blocks]
+    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [N_right neighbours after the segment] + [noisy blocks]
 
 so the tokens of a window are bounded by ``(1 + N_left + N_right + M)`` blocks whatever the clip's length. Given blocks
-are read by index from one sequence, the *reference*: the input image and, behind it, a rough version of the clip (a
-motion reference). When a segment is done its blocks are written back there: a left neighbour is a generated block, a
-right neighbour is still the rough one. Source: SwiftI2V, arXiv 2605.06356.
+are read by index from one sequence, the *reference*: the input image and, after it, a rough version of the clip (a
+motion reference). When a segment is done its blocks are written back there: a neighbour before a segment is a generated
+block, one after it is still the rough one. Source: SwiftI2V, arXiv 2605.06356.
 
 Each piece is usable alone; :func:`swifti2v_kernels.sample_segments` puts them together.
 """
@@ -25,34 +25,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """The blocks of one segment's window, by index in the clip."""
+    """The blocks of one segment's window, by index in the clip.
+
+    Attributes:
+        conditioning: the given blocks: anchor, neighbours before and neighbours after the segment.
+        noisy: the blocks that the segment generates.
+    """
 
     conditioning: tuple[int, ...]
     noisy: tuple[int, ...]
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """All blocks in window order: conditioning first."""
+        """All blocks of the window in its order, the conditioning ones first."""
         return self.conditioning + self.noisy
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """How a clip of ``num_blocks`` blocks is cut into segments.
+    """The cut of a clip into segments; iterating over it yields each segment's :class:`swifti2v_kernels.Window`.
 
     Args:
         num_blocks: latent frames of the clip, the anchor included.
         blocks_per_segment: M, the noisy blocks of a segment.
-        neighbours_left, neighbours_right: conditioning blocks before and behind the noisy ones.
+        neighbours_left: conditioning blocks before the noisy ones.
+        neighbours_right: conditioning blocks after the noisy ones.
         anchor: whether the input image's block is in every window; False is the paper's ablation, in which it is only
             the neighbour of the first segment.
 
     Raises:
         ValueError: fewer than 2 blocks, no block a segment, or a negative number of neighbours.
 
-    Example:
+    Examples:
         >>> [window.blocks for window in SegmentPlan(6)]
         [(0, 1, 2, 3), (0, 3, 4, 5)]
+
+    Source: Conditional Segment-wise Generation of SwiftI2V (arXiv 2605.06356).
     """
 
     num_blocks: int
@@ -73,15 +81,15 @@ class SegmentPlan:
 
     @classmethod
     def end_to_end(cls, num_blocks: int) -> SegmentPlan:
-        """One segment of all blocks but the anchor."""
+        """Returns the plan with one segment, which has all blocks but the anchor."""
         return cls(num_blocks, max(num_blocks - 1, 1), 0, 0)
 
     def __len__(self) -> int:
-        """Number of segments."""
+        """Returns the number of segments."""
         return -(-(self.num_blocks - 1) // self.blocks_per_segment)
 
     def __iter__(self) -> Iterator[Window]:
-        """The windows in the order in which they are generated."""
+        """Yields the windows in the order in which they are generated."""
         for start in range(1, self.num_blocks, self.blocks_per_segment):
             stop = min(start + self.blocks_per_segment, self.num_blocks)
             left = range(max(start - self.neighbours_left, int(self.anchor)), start)
@@ -90,15 +98,29 @@ class SegmentPlan:
 
     @property
     def max_window_blocks(self) -> int:
-        """Bound on the blocks of any window, independent of the clip's length."""
+        """The largest number of blocks that a window may have, independent of the clip's length."""
         return self.anchor + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
 
 
 def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise ``[1, C, len(blocks), h, w]`` float32 on the CPU, each block from a generator of its own.
+    """Returns standard normal noise for some blocks of a clip, each block from a generator of its own.
 
-    A block's noise depends on ``seed``, ``stage`` (1 or 2), its index in the clip and its ``shape`` ``(C, h, w)`` only:
-    not on the segmentation, on the other blocks or on the device.
+    A block's noise depends on ``seed``, ``stage``, its index in the clip and its ``shape`` only: not on the
+    segmentation, on the other blocks or on the device.
+
+    Args:
+        seed: the clip's seed, not negative.
+        stage: 1 or 2, the stage of SwiftI2V that uses the noise.
+        blocks: indices of the blocks in the clip.
+        shape: ``(C, h, w)`` of a block.
+
+    Returns:
+        ``[1, C, len(blocks), h, w]`` float32 on the CPU.
+
+    Examples:
+        >>> both, last = (block_noise(0, 2, blocks, (16, 4, 6)) for blocks in ([3, 4], [4]))
+        >>> both.shape, torch.equal(both[:, :, 1:], last)
+        (torch.Size([1, 16, 2, 4, 6]), True)
     """
     drawn = []
     for block in blocks:
@@ -109,7 +131,7 @@ def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, 
 
 
 def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_channels: int | None = None) -> Tensor:
-    """The blocks of a window as one tensor, as most DiTs take them.
+    """Returns the blocks of a window as one tensor, as most DiTs take them.
 
     (:func:`swifti2v_kernels.embed_window` makes a window's tokens without this tensor, for a DiT whose patch embedding
     is at hand.)
@@ -118,9 +140,9 @@ def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_
         reference: the whole clip ``[B, z, N, h, w]``: conditioning blocks, and with ``mask_channels`` the reference of
             every block, are read from it by index.
         latents: the noisy blocks ``[B, z, m, h, w]``, in the order of ``window.noisy``.
-        window: which blocks.
-        mask_channels: None: the latents alone. A number n: the channels are ``[latents | n of mask | reference]``, with
-            mask 1 on conditioning blocks and 0 on noisy ones. Wan I2V has n = 4, which makes 36 of 16 channels; 0
+        window: the blocks that are asked for.
+        mask_channels: None gives the latents alone. A number n gives the channels ``[latents | n of mask | reference]``
+            with mask 1 on conditioning blocks and 0 on noisy ones. Wan I2V has n = 4, which makes 36 of 16 channels; 0
             leaves the mask out.
 
     Returns:
@@ -129,7 +151,7 @@ def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_
     Raises:
         ValueError: the two do not fit each other or the window, or ``mask_channels`` is negative.
 
-    Example:
+    Examples:
         >>> window = Window((0, 3), (4, 5))
         >>> assemble_window(torch.zeros(1, 16, 9, 4, 6), torch.zeros(1, 16, 2, 4, 6), window, mask_channels=4).shape
         torch.Size([1, 36, 4, 4, 6])

@@ -1,11 +1,11 @@
-"""Conditional Segment-wise Generation with a video DiT of any make, behind an adapter of one method.
+"""Conditional Segment-wise Generation with a video DiT of any make, which an adapter of one method wraps.
 
     for each window of the plan:
         x = noise of its noisy blocks
         for each step: x = step(x, model(assemble_window(reference, x, window), sigma, window), i)
         reference[noisy blocks] = x
 
-What a DiT must offer, and what is lost where it does not, is said at :class:`WindowModel`.
+:class:`WindowModel` says what a DiT must offer, and what is lost where it does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class WindowModel(Protocol):
-    """What :func:`sample_segments` asks of a DiT. Any function with these parameters is one.
+    """The interface that :func:`sample_segments` calls a DiT by; any function with these parameters has it.
 
     Text, images, guidance, dtype and device of the weights are the adapter's own business. Classifier-free guidance is
     a model of two models: ``lambda *window: scale * with_text(*window) + (1 - scale) * without_text(*window)``.
@@ -51,14 +51,14 @@ class WindowModel(Protocol):
     """
 
     def __call__(self, latents: Tensor, sigma: float, window: Window, /) -> Tensor:
-        """The velocity ``noise - clean`` of a window.
+        """Returns the velocity ``noise - clean`` of a window.
 
         Args:
-            latents: ``[B, C, W, h, w]``, as :func:`swifti2v_kernels.assemble_window` makes it, float32 or wider: the
-                adapter casts it to its weights' dtype.
+            latents: the window ``[B, C, W, h, w]`` as :func:`swifti2v_kernels.assemble_window` makes it, float32 or
+                wider; the adapter casts it to its weights' dtype.
             sigma: noise level in 0..1 of the blocks ``window.noisy``; that of the others is 0. Most flow-matching DiTs
                 call ``1000 * sigma`` the timestep.
-            window: which blocks of the clip these are.
+            window: the indices of these blocks in the clip.
 
         Returns:
             ``[B, z, m, h, w]`` for the noisy blocks, or ``[B, z, W, h, w]`` for the whole window, of which the last m
@@ -86,14 +86,14 @@ def sample_segments(
     No gradients are recorded. Blocks are kept in float32 between the steps, or in float64 if the reference is.
 
     Args:
-        model: the DiT behind an adapter.
+        model: the DiT, wrapped in an adapter (:class:`swifti2v_kernels.WindowModel`).
         reference: ``[B, z, num_blocks, h, w]`` on the device that the model takes its input on: the input image's
-            latent in block 0 and the motion reference behind it. **Updated in place**: afterwards it holds the clip.
+            latent in block 0 and the motion reference after it. **Updated in place**: in the end it holds the clip.
         plan: the segments; ``mode="end_to_end"`` takes only ``num_blocks`` from it.
         sigmas: noise levels from 1 to 0, one more than there are steps (``scheduler.sigmas`` in diffusers).
         seed: draws the noise of each block by :func:`swifti2v_kernels.block_noise`, stage 2; one seed for each batch
             entry.
-        noise: instead of ``seed``: that of the whole clip, shaped as the reference.
+        noise: the noise of the whole clip, shaped as the reference, instead of ``seed``.
         mask_channels: whether and how mask and reference are concatenated (:func:`swifti2v_kernels.assemble_window`).
         mode: ``bidirectional``, or ``end_to_end`` for one window of all blocks. SwiftI2V's ``causal`` mode, in which
             conditioning blocks do not see noisy ones, needs a DiT that keeps keys and values and is not offered here.
@@ -110,6 +110,17 @@ def sample_segments(
         ValueError: an argument does not fit (at the call), or what ``model`` or ``step`` returns does not (as it runs).
         TypeError: the reference is not of floating point, the model cannot be called, or ``model`` or ``step`` returns
             something else than a tensor.
+
+    Examples:
+        >>> def model(latents, sigma, window):  # stands for a DiT
+        ...     return latents[:, :, len(window.conditioning) :]
+        >>> reference, plan = torch.randn(1, 16, 6, 4, 6), SegmentPlan(num_blocks=6)
+        >>> segments = sample_segments(model, reference, plan=plan, sigmas=[1.0, 0.5, 0.0], seed=0)
+        >>> [tuple(blocks.shape) for blocks in segments]
+        [(1, 16, 3, 4, 6), (1, 16, 2, 4, 6)]
+
+    Source: Conditional Segment-wise Generation of SwiftI2V (arXiv 2605.06356); Euler steps of flow matching
+    (arXiv 2210.02747).
     """
     if not callable(model):
         raise TypeError(f"model: expected a WindowModel, which is called, got {type(model).__name__}")
@@ -162,7 +173,7 @@ def _euler(sigmas: list[float]) -> Step:
 def _noise_source(
     reference: Tensor, seed: int | Sequence[int] | None, noise: Tensor | None
 ) -> Callable[[Window], Tensor]:
-    """What draws the noise ``[B, z, m, h, w]`` of a window's noisy blocks, or of several seeds."""
+    """Returns a function that draws the noise ``[B, z, m, h, w]`` of a window's noisy blocks."""
     if (seed is None) == (noise is None):
         raise ValueError(f"seed, noise: expected one of the two, got {'neither' if seed is None else 'both'}")
     if noise is not None:
@@ -177,7 +188,7 @@ def _noise_source(
 
 
 def _of_noisy_blocks(velocity: Tensor, x: Tensor, window_blocks: int) -> Tensor:
-    """The last blocks of what the model returned, in the dtype of ``x``."""
+    """Returns the last blocks of what the model returned, the noisy ones, in the dtype of ``x``."""
     if not isinstance(velocity, Tensor):
         raise TypeError(f"model: expected it to return a tensor, got {type(velocity).__name__}")
     batch, z, num_noisy, *size = x.shape

@@ -1,4 +1,4 @@
-"""Hooks that a host puts around its modules, and where a module's own ``forward`` is beneath them.
+"""Hooks that a host puts around its modules, and the place of a module's own ``forward`` beneath them.
 
 accelerate keeps the wrapped ``forward`` in an attribute of the module, diffusers in the references of a registry, torch
 beside it. All of them may be put on and taken off at any time.
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-#: Of diffusers and accelerate: they change where and in which dtype weights are, and nothing else.
+#: Hooks of diffusers and accelerate that change where and in which dtype weights are, and nothing else.
 _MOVING_HOOKS = {
     *("GroupOffloadingHook", "LazyPrefetchGroupOffloadingHook", "LayerExecutionTrackerHook"),
     *("LayerwiseCastingHook", "PeftInputAutocastDisableHook", "AlignDevicesHook", "CpuOffload"),
@@ -20,28 +20,28 @@ _MOVING_HOOKS = {
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something happens when ``module`` is called that reading its parameters would miss."""
+    """Returns whether something happens when ``module`` is called that reading its parameters would miss."""
     return bool(hook_kinds(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def hooked_inside(*modules: nn.Module | None) -> bool:
-    """Whether one of the modules or of those within them has hooks, which may keep what it is given or returns."""
+    """Returns whether one of the modules or of those within them has hooks, which may keep its input or output."""
     return any(hooked(part) for root in modules if root is not None for part in root.modules())
 
 
 def only_moves(module: nn.Module) -> bool:
-    """Whether the hooks on ``module``, if any, only bring its weights and take them away again (or cast them)."""
+    """Returns whether the hooks on ``module``, if any, only bring its weights and take them away (or cast them)."""
     return hook_kinds(module) <= _MOVING_HOOKS and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def watched(module: nn.Module, *apart: nn.Module) -> bool:
-    """Whether modules within ``module``, but not within ``apart``, have hooks that may change what passes through."""
+    """Returns whether modules within ``module``, but not within ``apart``, have hooks that may change their data."""
     children = (child for child in module.children() if not any(child is other for other in apart))
     return any(not only_moves(part) for child in children for part in child.modules())
 
 
 def hook_kinds(module: nn.Module) -> set[str]:
-    """Class names of the hooks that accelerate and diffusers have on ``module``."""
+    """Returns the class names of the hooks that accelerate and diffusers have on ``module``."""
     registry = getattr(module, "_diffusers_hook", None)
     found = list(registry.hooks.values()) if registry is not None else []
     outer = getattr(module, "_hf_hook", None)
@@ -51,7 +51,7 @@ def hook_kinds(module: nn.Module) -> set[str]:
 
 
 def forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where callables of the chain around ``forward`` are kept, from the outside in."""
+    """Yields holder and attribute of every callable in the chain around ``forward``, from the outside in."""
     if "forward" in module.__dict__:
         yield module, "forward"
     if "_old_forward" in module.__dict__:  # accelerate's hooks
@@ -64,7 +64,7 @@ def forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def own_forward(module: nn.Module) -> tuple[Any, str] | None:
-    """The slot that holds the class's own forward, the innermost of the chain; None if there is no such slot."""
+    """Returns the slot with the class's own forward, the innermost of the chain, or None if there is no such slot."""
     for holder, attribute in forward_slots(module):
         value = getattr(holder, attribute)
         if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward:
@@ -73,7 +73,7 @@ def own_forward(module: nn.Module) -> tuple[Any, str] | None:
 
 
 def foreign_forward(module: nn.Module) -> str | None:
-    """Why the chain around ``forward`` cannot be entered: something else stands where the class's own should."""
+    """Returns why the chain around ``forward`` cannot be entered, or None: something else is in the class's place."""
     if own_forward(module) is None and next(forward_slots(module), None) is not None:
         return "its forward has been replaced already"
     return None

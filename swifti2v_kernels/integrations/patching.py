@@ -1,4 +1,4 @@
-"""Replacing parts of a host's modules so that it can be undone: planned first, then all or nothing.
+"""Replacement of parts of a host's modules, which can be undone: planned first, then all or nothing.
 
 A :class:`Recipe` says what one kind of host module must look like and what replaces it. :func:`plan_patches` looks for
 everything that recipes know and raises :class:`HostChanged` before anything is touched if one of them no longer fits.
@@ -24,19 +24,22 @@ _RECORD = "_swifti2v_patches"
 
 
 class HostChanged(RuntimeError):
-    """The host's code is not what the replacement was written for; nothing was changed."""
+    """The error that a host's code is not what a replacement was written for; nothing was changed then.
+
+    The message names the version of the host, and the attribute or parameter in which it differs.
+    """
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What replaces one kind of host module.
+    """The replacement for one kind of host module, and what that module must look like.
 
     Args:
         host: class name of the module, or of its attention processor if ``processor`` is given.
         feature: ``attention``, ``norms`` or ``vae``.
         by: what replaces it, for the report.
         needs: attributes of the module that the replacement reads, dotted; or a function of the module that gives them.
-        parameters: names of the parameters of the host's ``forward`` (or of the processor's ``__call__``); None:
+        parameters: names of the parameters of the host's ``forward`` (or of the processor's ``__call__``), or None if
             ``fits`` looks at them.
         forward: ``forward(module, ...)`` that replaces the module's own.
         processor: makes an attention processor from the present one.
@@ -77,7 +80,7 @@ class Patch:
         setattr(holder, attribute, self.replacement)
 
     def undo(self) -> bool:
-        """Puts the original back; False if something else has taken the replacement's place since."""
+        """Puts the original back; returns False if something else has taken the replacement's place since."""
         if self.recipe.processor is not None:
             if self.module.processor is not self.replacement:
                 return False
@@ -108,9 +111,14 @@ class Line:
 
 @dataclass
 class Report:
-    """What was replaced, and what was not and why. ``restore()`` undoes it.
+    """An account of what was replaced, and of what was not and why; printed, it is a table.
 
-    ``dry_run``: nothing was replaced; ``replaced`` is what would be.
+    Attributes:
+        title: the first line.
+        dry_run: whether nothing was replaced; ``replaced`` is then what would be.
+        replaced: the kinds of modules that were replaced, by what.
+        left: the kinds of modules that were not, with the reason.
+        roots: the models that were changed.
     """
 
     title: str
@@ -120,7 +128,11 @@ class Report:
     roots: list[nn.Module] = field(default_factory=list, repr=False)
 
     def restore(self) -> Report:
-        """Puts the host's own code back, as :func:`restore_module` does for each of the modules."""
+        """Puts the host's own code back in all models of this report.
+
+        Returns:
+            A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
+        """
         result = Report("restored")
         for root in self.roots:
             result.left += restore_module(root).left
@@ -140,12 +152,12 @@ class Report:
 def plan_patches(
     component: str, root: nn.Module, recipes: Sequence[Recipe], wanted: Mapping[str, bool], host_version: str
 ) -> tuple[list[Patch], list[Line], list[Line]]:
-    """Everything in ``root`` that recipes know.
+    """Plans the replacement of everything in ``root`` that recipes know.
 
     Args:
         component: name of ``root`` for the report.
         root: the host's model; looked through, not changed.
-        recipes: what is known.
+        recipes: the kinds of modules that are known.
         wanted: whether each feature was asked for.
         host_version: for the error, such as ``diffusers 0.42.1``.
 
@@ -189,7 +201,7 @@ def plan_patches(
 
 
 def apply_patches(root: nn.Module, patches: Sequence[Patch]) -> None:
-    """Applies all of them, or none if one fails, and remembers them in ``root``."""
+    """Applies all patches, or none if one fails, and remembers them in ``root``."""
     done: list[Patch] = []
     try:
         for patch in patches:
@@ -204,7 +216,7 @@ def apply_patches(root: nn.Module, patches: Sequence[Patch]) -> None:
 
 
 class _Record(list[Patch]):
-    """What was done to a module: goes with a copy of it, not into a pickle, where its functions would be missing."""
+    """The patches of a module: they go with a copy of it, not into a pickle, where their functions would be missing."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
         return _Record(copy.deepcopy(patch, memo) for patch in self)
@@ -224,10 +236,12 @@ def patch_models(
     """Replaces everything known in several models, or nothing in any of them, and fills the report.
 
     Args:
-        report: ``dry_run``: only this is filled.
-        models: named. What is patched already is restored first, so that its own code is seen; if this call fails, it
-            stays restored.
-        recipes, wanted, host_version: as for :func:`plan_patches`.
+        report: the report to fill; with its ``dry_run`` nothing else is done.
+        models: the models by name. One that is patched already is restored first, so that its own code is seen; if this
+            call fails, it stays restored.
+        recipes: the kinds of modules that are known.
+        wanted: whether each feature was asked for.
+        host_version: the host and its version, for the error.
         look: a host's own checks of a model, and what it names as left.
 
     Raises:
@@ -267,8 +281,8 @@ def patch_models(
 def restore_module(root: nn.Module) -> Report:
     """Undoes :func:`apply_patches`, in ``root`` and in modules within it.
 
-    Its report names what is not where it was put: others have replaced it, or a chain of hooks hides it. That is
-    remembered, so that it can be tried again.
+    The report returned names what is not where it was put: others have replaced it, or a chain of hooks hides it. That
+    is remembered, so that it can be tried again.
     """
     report = Report("restored")
     for module in root.modules():
@@ -282,7 +296,7 @@ def restore_module(root: nn.Module) -> Report:
 
 
 def is_patched(root: nn.Module) -> bool:
-    """Whether patches of this module, or of one within it, are remembered."""
+    """Returns whether patches of this module, or of one within it, are remembered."""
     return any(_RECORD in module.__dict__ for module in root.modules())
 
 
@@ -302,7 +316,7 @@ def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
 
 
 def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
-    """A class of the host's name, or a ``forward`` put into the host's class, that is not the host's own code."""
+    """Returns why a module's class, or the ``forward`` put into it, is not the host's own code; None if it is."""
     if recipe.package is None:
         return None
     owner: type = type(module.processor) if recipe.processor else type(module)
@@ -348,7 +362,7 @@ def _set_processor(module: nn.Module, processor: Any) -> None:
 
 
 def _grouped(lines: Iterator[Line] | list[Line], component: str) -> list[Line]:
-    """One line for all of a kind that were treated alike; a single one keeps its full name."""
+    """Returns one line for all modules of a kind that were treated alike; a single one keeps its full name."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line.host, line.text), []).append(line)

@@ -1,4 +1,4 @@
-"""Any model's attention on our kernels: calls of torch's own attention are routed, none of its names is replaced.
+"""Any model's attention on our kernels: calls of torch's own attention are routed, none of torch's names is replaced.
 
     with replace_sdpa(model) as calls:
         model(x)
@@ -13,7 +13,7 @@ reading it, which would stop the GPU.
 Not seen: calls in other threads, and those inside functions that a mode sees as a whole
 (``torch.nn.MultiheadAttention``, ``torch.jit`` code, compiled C++). ``torch.compile`` takes the mode as part of the
 state that it guards: a compiled model is compiled once more inside the block, counts at every run, and has its own
-graph back behind it. Dynamo breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True``
+graph back after it. Dynamo breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True``
 may refuse there.
 """
 
@@ -37,15 +37,19 @@ from ..common.dispatch import BACKENDS, explain
 
 @dataclass
 class AttentionCalls:
-    """Calls of a host's attention: ``implementations`` counts those that were served by what served them, and
-    ``not_served`` the others by reason; these went where they would have gone anyway."""
+    """Counts of a model's attention calls; printed, one line for each kind of call.
+
+    Attributes:
+        implementations: the calls that our operator served, by the implementation that computed them.
+        not_served: the other calls, by the reason; they went where they would have gone anyway.
+    """
 
     implementations: Counter[str] = field(default_factory=Counter)
     not_served: Counter[str] = field(default_factory=Counter)
 
     @property
     def served(self) -> int:
-        """How many calls our operator served."""
+        """The number of calls that our operator served."""
         return self.implementations.total()
 
     def __str__(self) -> str:
@@ -56,21 +60,26 @@ class AttentionCalls:
 
 @contextmanager
 def replace_sdpa(module: nn.Module | None = None, *, backend: str = "auto") -> Iterator[AttentionCalls]:
-    """Routes torch's attention to our kernels within the block.
+    """Routes calls of torch's attention to our kernels while the block runs.
+
+    Every call of ``torch.nn.functional.scaled_dot_product_attention`` that the kernels can serve goes to
+    :func:`swifti2v_kernels.segment_attention`, and every other one to torch.
 
     Args:
-        module: only calls while its ``forward`` runs; default all calls of this thread.
-        backend: of :func:`swifti2v_kernels.segment_attention`. ``auto`` serves what the kernels take; ``triton`` also
-            raises where they cannot take a call that fits the operator; ``torch`` serves with the operator's reference.
+        module: a module to which the routing is confined: only calls while its ``forward`` runs are routed. Default:
+            all calls of this thread.
+        backend: backend of :func:`swifti2v_kernels.segment_attention`. ``auto`` serves what the kernels take;
+            ``triton`` also raises where they cannot take a call that fits the operator; ``torch`` serves with the
+            operator's reference.
 
     Yields:
-        The counts, which grow while the block runs.
+        The counts of the calls, which grow while the block runs.
 
     Raises:
         TypeError: ``module`` is not a module.
         ValueError: an unknown backend.
 
-    Example:
+    Examples:
         >>> q = torch.randn(1, 2, 5, 64)
         >>> with replace_sdpa(backend="torch") as calls:
         ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -105,12 +114,16 @@ def attend(
     valid_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | None:
-    """Attention ``[B, L, H, D]`` by our operator, or None if it cannot serve the call; counted either way.
+    """Returns attention ``[B, L, H, D]`` by our operator, or None if it cannot serve the call; counted either way.
 
     Args:
-        q, k, v: ``[B, L, H, D]``, of any kind that a host may have.
-        calls: where it is counted.
-        scale, valid_lengths, backend: as of :func:`swifti2v_kernels.segment_attention`, for the one source.
+        q: queries ``[B, L, H, D]``, of any kind that a host may have.
+        k: keys, likewise.
+        v: values, likewise.
+        calls: the counts that the call is added to.
+        scale: factor on the logits; default ``D ** -0.5``.
+        valid_lengths: None or integers ``[B]``, how many keys of each entry count.
+        backend: ``auto``, ``torch`` or ``triton``, as for :func:`replace_sdpa`.
     """
     reason = _misfit(q, k, v, scale)
     if reason is None:
@@ -125,22 +138,25 @@ def attend(
 
 
 class _Routing(TorchFunctionMode):
-    """A mode is a thread's own, hooks are not: a forward in another thread must not open this one."""
+    """The mode that routes calls, for one thread.
+
+    A mode is a thread's own, hooks are not: a forward in another thread must not open this one.
+    """
 
     def __init__(self, calls: AttentionCalls, backend: str, everywhere: bool) -> None:
         super().__init__()
         self.calls, self.backend = calls, backend
-        #: Forwards of the module that run now, nested; one that never ends stands for everywhere.
+        #: Number of the module's forwards that run now, nested; one that never ends stands for everywhere.
         self.depth = 1 if everywhere else 0
         self.thread = _thread()
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook."""
+        """Counts a forward of the module that begins, as its forward pre-hook."""
         if _thread() == self.thread:
             self.depth += 1
 
     def end(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Forward hook."""
+        """Counts a forward of the module that ends, as its forward hook."""
         if _thread() == self.thread:
             self.depth -= 1
 
@@ -177,7 +193,7 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """torch's signature; ``[B, H, L, D]``."""
+    """Returns the attention ``[B, H, L, D]`` of a call of torch's function, or None if our operator cannot serve it."""
     for asked, reason in (
         (attn_mask is not None, "attn_mask is given"),
         (is_causal, "is_causal"),
@@ -197,7 +213,7 @@ def _sdpa(
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What torch's attention would be given: autocast comes after the mode."""
+    """Returns ``x`` as torch's attention would be given it: autocast comes after the mode."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
@@ -205,7 +221,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _misfit(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
-    """Why a call is not one of the operator's; torch's attention takes more kinds."""
+    """Returns why a call is not one of the operator's, or None if it is; torch's attention takes more kinds."""
     if any(type(x) not in (Tensor, nn.Parameter) for x in (q, k, v)):
         return "a subclass of Tensor"
     if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:

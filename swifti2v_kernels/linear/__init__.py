@@ -1,7 +1,7 @@
 """Linear layers, and numbers in 8 bits with one scale a row.
 
-linear_gelu      torch's own fused product and activation, without a kernel of ours
-scaled_linear    products in 8 bits
+linear_gelu      torch's own fused matmul and activation, without a kernel of ours
+scaled_linear    matmuls in 8 bits
 quantize_rows    16 bits to 8; ``dequantize_rows`` back; ``rows`` is their type, ``rounding`` what kernels share
 cases            named calls: what is compiled, checked, timed and tuned
 

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits as DiTs call them: what is compiled, checked, timed and tuned."""
+"""Calls of 8-bit linear layers as DiTs make them, with which their kernels are compiled, checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scaled_linear import scaled_linear
 
 
 class _ScaledInputs(NamedTuple):
-    """Tensors of one case. Real calls have more columns, by which only the number of programs grows."""
+    """The tensors of one case. Real calls have more columns, by which only the number of programs grows."""
 
     kind: torch.dtype
     depth: int
@@ -41,13 +41,13 @@ class _ScaledInputs(NamedTuple):
 
 
 def _scaled_work(constants: Mapping[str, Any]) -> Work:
-    """One step: the products of one tile of rows with two of columns."""
+    """Returns the work of one step: one tile of rows times two of columns."""
     rows, columns, depth = constants["BLOCK_M"], 2 * constants["BLOCK_N"], constants["BLOCK_K"]
     return Work(rows * columns * depth, (rows + columns) * depth)
 
 
 def _scaled_real(inputs: _ScaledInputs, columns: int) -> RealSize:
-    """A fifth of a block of 2560x1408, as the DiT takes them."""
+    """Returns a call for a fifth of a block's tokens at 2560x1408, the part that the DiT computes at a time."""
     whole = inputs._replace(columns=columns, rows=2816, new=torch.empty)
     least = scaled_cost(2816, inputs.depth, columns, gelu=inputs.activation is not None)
     return RealSize(f"2816 x {inputs.depth} to {columns}", whole, least)
@@ -79,7 +79,7 @@ def _quantize_inputs(channels: int, dtype: torch.dtype, rows: int = 64, new=torc
 
 
 def _quantize_work(constants: Mapping[str, Any]) -> Work:
-    """One program's rows, 16 bits in and 8 out."""
+    """Returns the work of one program: its rows, 16 bits in and 8 out."""
     return Work(0, 3 * constants["C"] * constants["BLOCK_M"])
 
 
@@ -104,7 +104,7 @@ def _dequantize_inputs(channels: int, kind: torch.dtype, rows: int = 64, new=tor
 
 
 def _dequantize_work(constants: Mapping[str, Any]) -> Work:
-    """One program's tile, 8 bits in and 16 out."""
+    """Returns the work of one program: its tile, 8 bits in and 16 out."""
     return Work(0, 3 * constants["BLOCK_C"] * constants["BLOCK_M"])
 
 

@@ -1,4 +1,4 @@
-"""Rows from 8 bits and a scale each: the step from weights as they are stored to weights that a product takes.
+"""Dequantisation of rows of 8 bits with a scale each: from weights as they are stored to weights that a matmul takes.
 
     out = values * scales[..., None]
 
@@ -8,11 +8,14 @@
 | scales | [...]    | float32                          | numbers that flatten to [M], such as one number expanded  |
 | out    | [..., C] | bf16, fp16, fp32                 | as values                                                 |
 
-In float32, rounded once: bit for bit ``(values.float() * scales[..., None]).to(dtype)``.
+It is computed in float32 and rounded once: bit for bit ``(values.float() * scales[..., None]).to(dtype)``.
 
-Why a kernel: a DiT that keeps its weights in 8 bits does this once a layer and step, to every weight. M * C elements
-cost 1 byte read and 2 written; eager PyTorch writes float32 twice and reads it twice, 19 bytes. float8 is decoded with
-integer instructions, so that GPUs without it have the kernel too. FLOPs: 2 an element. Not yet timed on hardware.
+Why a kernel: a DiT that keeps its weights in 8 bits does this once a layer and step, to every weight. An element costs
+1 byte read and 2 written; eager PyTorch writes float32 twice and reads it twice, 19 bytes. float8 is decoded with
+integer instructions, so that GPUs without it have the kernel too. FLOPs: 2 an element.
+
+Limits: the kernel runs on NVIDIA GPUs of compute capability 8.0 or newer and has no derivative; PyTorch computes all
+other calls, and its path is differentiable by the scales. Not yet timed on hardware.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from .rows import EIGHT_BITS, check_rows
 
 
 def dequantize_rows_reference(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The formula above, differentiable by the scales."""
+    """Computes the formula above in PyTorch, differentiable by the scales."""
     return (values.float() * scales.unsqueeze(-1)).to(dtype)
 
 
@@ -67,13 +70,13 @@ def dequantize_rows(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``values * scales[..., None]``.
+    """Dequantises rows of 8 bits: returns ``values * scales[..., None]`` in ``dtype``.
 
     Args:
         values: ``[..., C]`` in float8_e4m3fn, float8_e5m2 or int8: rows with contiguous channels that flatten to
             ``[M, C]`` without a copy.
         scales: float32 ``[...]``, one a row; one for all is ``scale.expand(values.shape[:-1])``.
-        dtype: of the result: float32, float16 or bfloat16.
+        dtype: dtype of the result: float32, float16 or bfloat16.
         out: where to write, shaped and laid out as ``values``, in ``dtype``; overlaps no input. With it a kernel
             allocates nothing.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
@@ -84,7 +87,7 @@ def dequantize_rows(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> dequantize_rows(torch.tensor([[2, -3], [4, 5]], dtype=torch.int8), torch.tensor([1.0, 0.5])).tolist()
         [[2.0, -3.0], [2.0, 2.5]]
 
@@ -124,5 +127,5 @@ def _check(values: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | Non
 
 
 def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:
-    """Least cost of one call."""
+    """Returns the least cost of one call."""
     return Cost(2 * rows * channels, rows * (channels + 4), rows * channels * itemsize)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``dequantize_rows``: a program owns a tile of elements, since no row has to be whole."""
+"""The Triton kernel of ``dequantize_rows``: a program owns a tile of elements, since no row has to be whole."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from ..common.configs import configured
 from ..common.target import capability_of
 
-#: FORMAT by dtype.
+#: The kernel's constant FORMAT for each dtype.
 FORMATS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
 
 @dataclass(frozen=True)
 class DequantizeConfig:
-    """``block_m`` rows by ``block_c`` channels a program, by ``num_warps`` warps."""
+    """The tile of a program: ``block_m`` rows by ``block_c`` channels, computed by ``num_warps`` warps."""
 
     block_m: int
     block_c: int
@@ -29,17 +29,20 @@ class DequantizeConfig:
 
     @classmethod
     def heuristic(cls) -> DequantizeConfig:
-        """512 channels are 16 bytes a thread of one warp and divide the widths of DiTs; 32 elements a thread."""
+        """Returns tiles of 512 channels, 16 bytes a thread of one warp, which divide the widths of DiTs.
+
+        A thread has 32 elements.
+        """
         return cls(8, 512, 4)
 
 
 @triton.jit
 def _decoded(bits, FORMAT: tl.constexpr):
-    """float32 of 8-bit numbers, which float32 holds exactly.
+    """Returns 8-bit numbers as float32, which holds them exactly.
 
     float8 is decoded by hand, since GPUs before 8.9 cannot. The bits of an e4m3 number are moved to where float32 has
-    them, whose exponents are then less by 127 - 7: a product with 2**120 makes that good, for subnormals as well. It
-    has no infinity: the largest pattern is NaN. e5m2 is the upper byte of a float16.
+    them, whose exponents are then less by 127 - 7: a factor of 2**120 makes that good, for subnormals as well. It has
+    no infinity: the largest pattern is NaN. e5m2 is the upper byte of a float16.
     """
     if FORMAT == 0:
         return bits.to(tl.float32)
@@ -57,7 +60,7 @@ def dequantize_rows_fwd_kernel(
     num_rows,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """The formula of ``dequantize_rows.py`` for BLOCK_M rows and BLOCK_C channels."""
+    """Computes the formula of ``dequantize_rows.py`` for BLOCK_M rows and BLOCK_C channels."""
     TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_m = tl.program_id(0) // TILES
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

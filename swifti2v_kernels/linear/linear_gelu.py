@@ -1,4 +1,4 @@
-"""The first half of a feed-forward: a linear layer with GELU (tanh) in the epilogue of its product.
+"""The first half of a feed-forward: a linear layer with GELU (tanh) in the epilogue of its matmul.
 
     out = gelu_tanh(x @ weight^T + bias)
 
@@ -9,15 +9,17 @@
 | bias   | [N]      | as x                   | contiguous                              |
 | out    | [..., N] | as x                   | contiguous                              |
 
-The byte count, for M tokens of C channels and N = F * C hidden ones: the product writes M * N elements; GELU as a pass
-of its own reads and writes them once more, 2 * F * C elements a token. For Wan 1.3B (F = 5.83) that is 11.7 times a
-row of the residual stream, as much as everything else that is not a product in the block; at 70,400 tokens in 16 bits
-2.5 GB a layer. In place of a second buffer it also saves M * N elements of memory.
+Why fused: for M tokens of C channels and N = F * C hidden ones, the matmul writes M * N elements; GELU as a pass of its
+own reads and writes them once more, 2 * F * C elements a token. For Wan 1.3B (F = 5.83) that is 11.7 times a row of the
+residual stream, as much as everything else in a layer that is not a matmul; at 70,400 tokens in 16 bits 2.5 GB a layer.
+In place of a second buffer it also saves M * N elements of memory.
 
 torch already has the epilogue: on CUDA ``aten::_addmm_activation`` is one cuBLASLt call with ``EPILOGUE_GELU_BIAS``,
-which saves all of it. A kernel of ours could only lose by being a slower matrix product, so there is none. On the CPU,
-where that operator means the exact GELU, and in graphs that ``torch.compile`` fuses itself, it is a linear layer and a
-GELU in place.
+which saves all of it. A kernel of ours could only lose by being a slower matmul, so there is none. On the CPU, where
+that operator means the exact GELU, in graphs that ``torch.compile`` fuses itself, and where an input needs gradients,
+it is a linear layer and a GELU.
+
+Limits: x, weight and bias are of one dtype, and the only activation is the tanh form of GELU.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ..common.dispatch import Choice, explained_by
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The formula above, differentiable."""
+    """Computes the formula above in PyTorch, differentiable."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -43,18 +45,18 @@ def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> C
     if torch.compiler.is_compiling():
         return Choice("torch", "reference", "torch.compile fuses it")
     if x.device.type == "cuda" and torch.version.hip is None:
-        return Choice("torch", "cuBLASLt epilogue", "bias and GELU in the product's last store")
+        return Choice("torch", "cuBLASLt epilogue", "bias and GELU in the matmul's last store")
     return Choice("torch", "linear, GELU in place", f"no fused tanh GELU on {x.device.type}")
 
 
 @explained_by(_choose)
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
+    """Computes ``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
 
     Args:
-        x: ``[..., K]``.
-        weight: ``[N, K]``, as in ``torch.nn.Linear``.
-        bias: ``[N]``.
+        x: ``[..., K]``: rows that flatten to ``[M, K]`` without a copy.
+        weight: ``[N, K]`` contiguous, as in ``torch.nn.Linear``, in the dtype of ``x``.
+        bias: ``[N]`` in the dtype of ``x``.
         out: where to write, ``[..., N]`` contiguous; overlaps no input.
 
     Returns:
@@ -63,7 +65,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     Raises:
         TypeError, ValueError: a type, shape, dtype or layout does not fit; the message names the argument.
 
-    Example:
+    Examples:
         >>> linear_gelu(torch.randn(1, 30, 96), torch.randn(256, 96), torch.randn(256)).shape
         torch.Size([1, 30, 256])
 
@@ -118,7 +120,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> None:
 
 
 def cost(tokens: int, channels: int, hidden: int, itemsize: int = 2, *, fused: bool = True) -> Cost:
-    """Least cost of one call; ``fused=False`` adds the pass that the epilogue saves, for comparison."""
+    """Returns the least cost of one call; ``fused=False`` adds the pass that the epilogue saves, for comparison."""
     extra = 0 if fused else tokens * hidden * itemsize
     return Cost(
         2 * tokens * channels * hidden + 8 * tokens * hidden,

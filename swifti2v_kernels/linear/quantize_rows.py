@@ -1,4 +1,4 @@
-"""Rows to 8 bits with a scale each: what stands before a product of 8-bit numbers where no norm can make them.
+"""Quantisation of rows to 8 bits with a scale each, for the input of an 8-bit matmul that no norm has quantised.
 
     scale = max|x| / LARGEST                                                            (over the channels of a row)
     value = round(x / scale)                                           (to nearest, ties to even; LARGEST: 448 or 127)
@@ -9,14 +9,17 @@
 | values | [..., C] | float8_e4m3fn, int8            | as x                                                       |
 | scales | [...]    | float32                        | numbers that flatten to [M]                                |
 
-In float32, rounded once; rows of zeros and rows with a NaN or an infinity are told in
-:mod:`swifti2v_kernels.linear.rows`. Lossy: a value is off by at most half a step, 1/16 of itself in float8 and
+It is computed in float32 and rounded once; :mod:`swifti2v_kernels.linear.rows` says what becomes of rows of zeros and
+of rows with a NaN or an infinity. It is lossy: a value is off by at most half a step, 1/16 of itself in float8 and
 1/254 of its row's largest in int8.
 
 Why a kernel: a row is read once and stays in registers between its maximum and its values, so that M * C elements of
 16 bits cost 3 bytes each (2 read, 1 written, and 4 a row for the scale); eager PyTorch, with its float32 copies, 39.
 The norms of ``norm/adaln.py`` do the same to their results with ``quantize=``, without reading them again; this
-operator is for the inputs of a block's other products. FLOPs: about 5 an element. Not yet timed on hardware.
+operator is for the inputs of a layer's other matmuls. FLOPs: about 5 an element.
+
+Limits: the kernel takes rows of up to 16,384 channels on NVIDIA GPUs of compute capability 8.0 (int8) or 8.9 (float8)
+or newer; PyTorch computes all other calls. There is no derivative. Not yet timed on hardware.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ MAX_CHANNELS = 16384
 
 
 def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """The formula above."""
+    """Computes the formula above in PyTorch, without gradients."""
     return quantized_reference(x.to(torch.promote_types(x.dtype, torch.float32)), dtype)
 
 
@@ -83,7 +86,10 @@ def quantize_rows(
     out: QuantizedRows | None = None,
     backend: str = "auto",
 ) -> QuantizedRows:
-    """Rounds every row to 8 bits, with a scale of its own; the result has no gradients.
+    """Rounds every row to 8 bits with a scale of its own; the result has no gradients.
+
+    The scale is ``max|x| / LARGEST`` over the channels of a row, with LARGEST 448 for float8 and 127 for int8, and a
+    value is ``round(x / scale)``.
 
     Args:
         x: ``[..., C]``: rows with contiguous channels that flatten to ``[M, C]`` without a copy, any stride apart.
@@ -93,18 +99,18 @@ def quantize_rows(
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        Values ``[..., C]`` in ``dtype`` and float32 scales ``[...]``, the tensors of ``out`` if it was given. A row
-        of zeros has scale 1, one with a NaN or an infinity scale NaN.
+        The pair of values ``[..., C]`` in ``dtype`` and float32 scales ``[...]``, those of ``out`` if it was given. A
+        row of zeros has scale 1, one with a NaN or an infinity scale NaN.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> values, scales = quantize_rows(torch.tensor([[1.0, -2.0, 254.0], [0.0, 0.0, 0.0]]), torch.int8)
         >>> values.tolist(), scales.tolist()
         ([[0, -1, 127], [0, 0, 0]], [2.0, 1.0])
 
-    Source: symmetric quantisation of activations by token, as for 8-bit products of transformers.
+    Source: symmetric quantisation of activations by token, as for 8-bit matmuls of transformers (arXiv 2208.07339).
     """
     _check(x, dtype, out)
     chosen, _ = pick_backend(backend, _obstacle(x, dtype))
@@ -137,5 +143,5 @@ def _obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:
-    """Least cost of one call."""
+    """Returns the least cost of one call."""
     return Cost(5 * rows * channels, rows * channels * itemsize, rows * (channels + 4))

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``quantize_rows``: a program owns a few whole rows."""
+"""The Triton kernel of ``quantize_rows``: a program owns a few whole rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rows import LARGEST, QuantizedRows
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``block_m`` rows a program, by ``num_warps`` warps."""
+    """The share of a program: ``block_m`` rows, computed by ``num_warps`` warps."""
 
     block_m: int
     num_warps: int
@@ -26,8 +26,10 @@ class QuantizeConfig:
 
     @classmethod
     def heuristic(cls, block_c: int) -> QuantizeConfig:
-        """For rows padded to ``block_c`` channels: 32 values a thread, which are read once and stay in registers until
-        the row's scale is known."""
+        """Returns the configuration for rows padded to ``block_c`` channels, with 32 values a thread.
+
+        They are read once and stay in registers until the row's scale is known.
+        """
         return cls(max(4096 // block_c, 1), min(max(block_c // 1024, 4), 16))
 
 
@@ -38,7 +40,7 @@ def quantize_rows_fwd_kernel(
     num_rows,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """The formula of ``quantize_rows.py`` for BLOCK_M rows."""
+    """Computes the formula of ``quantize_rows.py`` for BLOCK_M rows."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.arange(0, BLOCK_C)
     m_m = o_m < num_rows

@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def magnitude(x):
-    """|x| as int32, which has the order of the numbers; a NaN is above an infinity, so a maximum does not lose it."""
+    """Returns |x| as int32, which has the order of the numbers; a NaN is above an infinity, so a maximum keeps it."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def row_scale(largest, LARGEST: tl.constexpr):
-    """The scale of rows whose largest :func:`magnitude` is given."""
+    """Returns the scale of rows whose largest :func:`magnitude` is given."""
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # LEAST_SCALE
     return tl.where(largest < 0x7F800000, scale, float("nan"))
@@ -22,7 +22,7 @@ def row_scale(largest, LARGEST: tl.constexpr):
 
 @triton.jit
 def channels_of_8_bits(BLOCK_C: tl.constexpr):
-    """``0 .. BLOCK_C - 1`` for a store of 8-bit numbers made from 16-bit ones.
+    """Returns ``0 .. BLOCK_C - 1`` for a store of 8-bit numbers made from 16-bit ones.
 
     The compiler gives all of a kernel's rows the layout of its widest access. That would be 16 numbers a thread here,
     so that 16-bit rows are read in two parts, and fewer threads have nothing to do where C is not a power of two.
@@ -32,7 +32,7 @@ def channels_of_8_bits(BLOCK_C: tl.constexpr):
 
 @triton.jit
 def rounded(x, scale, element: tl.constexpr):
-    """``x / scale`` rounded to the type ``element``, int8 or float8; ``scale`` is broadcast.
+    """Returns ``x / scale`` rounded to the type ``element``, int8 or float8; ``scale`` is broadcast.
 
     Nothing has to be clamped: no |x| is above LARGEST * scale by more than float32's rounding, which is far less than
     half of a step.

@@ -1,4 +1,4 @@
-"""Rows in 8 bits: values and one scale a row.
+"""Rows in 8 bits, each with a scale: their type, their formula and the checks that operators share.
 
     scale = max|row| / LARGEST        value = round(row / scale)        row ~ value * scale
 
@@ -31,21 +31,32 @@ FLOAT8_CAPABILITY = 89
 
 
 class QuantizedRows(NamedTuple):
-    """``values * scales[..., None]``: activations [..., C] with a scale a token, or weights [N, K] with one an output.
+    """Rows in 8 bits, which stand for ``values * scales[..., None]``.
 
-    ``values`` are float8_e4m3fn or int8 (weights from files also float8_e5m2), ``scales`` float32 [...].
+    They are activations ``[..., C]`` with a scale a token, or weights ``[N, K]`` with a scale an output.
+    :func:`swifti2v_kernels.quantize_rows` makes them, and so do the adaptive norms with ``quantize``;
+    :func:`swifti2v_kernels.scaled_linear` multiplies them.
+
+    Attributes:
+        values: ``[..., C]`` in float8_e4m3fn or int8 (weights from files also float8_e5m2).
+        scales: float32 ``[...]``, one a row.
+
+    Examples:
+        >>> rows = quantize_rows(torch.randn(2, 5, 32), torch.int8)
+        >>> rows.values.dtype, rows.scales.shape
+        (torch.int8, torch.Size([2, 5]))
     """
 
     values: Tensor
     scales: Tensor
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """Both tensors by the names that messages give them."""
+        """Returns the two tensors by the names that messages give them."""
         return {f"{name}.values": self.values, f"{name}.scales": self.scales}
 
 
 def quantized_reference(rows: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """The formula above for float32 or float64 ``rows`` [..., C]; without gradients."""
+    """Rounds float32 or float64 ``rows`` [..., C] to 8 bits by the formula above, without gradients."""
     rows = rows.detach()
     scales = rows.abs().amax(dim=-1).float() / LARGEST[dtype]
     finite = scales.isfinite()
@@ -57,12 +68,12 @@ def quantized_reference(rows: Tensor, dtype: torch.dtype) -> QuantizedRows:
 
 
 def new_rows(like: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """Unwritten rows, shaped as ``like`` [..., C]."""
+    """Returns unwritten rows, shaped as ``like`` [..., C]."""
     return QuantizedRows(like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape[:-1], dtype=torch.float32))
 
 
 def written(out: QuantizedRows | None, rows: QuantizedRows) -> QuantizedRows:
-    """``rows``, copied to ``out`` where there is one."""
+    """Returns ``rows``, or ``out`` with a copy of them where there is one."""
     if out is None:
         return rows
     out.values.copy_(rows.values)
@@ -71,17 +82,17 @@ def written(out: QuantizedRows | None, rows: QuantizedRows) -> QuantizedRows:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Rows are quantised to ``dtype``.
+    """Checks that ``dtype`` is one that rows are quantised to.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it is not.
     """
     if dtype not in LARGEST:
         raise ValueError(f"{name}: expected {' or '.join(map(str, LARGEST))}, got {dtype}")
 
 
 def check_out(name: str, out: QuantizedRows, like: Tensor, dtype: torch.dtype) -> None:
-    """``out`` can hold the rows of ``like`` [..., C] in ``dtype``.
+    """Checks that ``out`` can hold the rows of ``like`` [..., C] in ``dtype``.
 
     Raises:
         TypeError: not a pair of tensors.
@@ -105,8 +116,9 @@ def check_out(name: str, out: QuantizedRows, like: Tensor, dtype: torch.dtype) -
 
 
 def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
-    """The leading axes of ``x`` flatten to one axis of rows without a copy; ``trailing`` axes of channels (1, none: 0),
-    contiguous and not empty, stay.
+    """Checks that the leading axes of ``x`` flatten to one axis of rows without a copy.
+
+    The ``trailing`` axes of channels (1, or 0 for none) stay; they are contiguous and not empty.
 
     Raises:
         TypeError: not a tensor.
@@ -128,8 +140,10 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
 # Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def float8_obstacle(does: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel that ``does`` something with rows of ``dtype`` (``multiply``, ``round to``) exists for ``device``,
-    which has kernels; None if one does."""
+    """Returns why there is no kernel for rows of ``dtype`` on ``device``, which has other kernels, or None if there is.
+
+    ``does`` is what that kernel does with them, for the message: ``multiply`` or ``round to``.
+    """
     capability = capability_of(device)
     if dtype == torch.int8 or capability is None or capability >= FLOAT8_CAPABILITY:
         return None

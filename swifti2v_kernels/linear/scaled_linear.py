@@ -1,4 +1,4 @@
-"""A linear layer on rows of 8 bits (W8A8): one product on the tensor cores, with scales, bias and GELU in its end.
+"""A linear layer on rows of 8 bits (W8A8): one matmul on the tensor cores, with scales, bias and GELU in its epilogue.
 
     out = act((x.values @ weight.values^T) * x.scales[:, None] * weight.scales[None, :] + bias)
 
@@ -11,18 +11,21 @@
 | bias           | [N]      | fp32, fp16, bf16                   | contiguous                                        |
 | out            | [..., N] | bf16, fp16, fp32                   | contiguous                                        |
 
-Products of int8 are summed in int32, exactly; of float8 in float32, on GPUs whose tensor cores keep fewer bits in parts
-of 64 or 128 channels (``scaled_linear_kernel.py`` says why). Scales, from the left to the right, bias and activation
-are float32, and the result is rounded once. What 8 bits lose was lost before: ``quantize_rows`` made the operands.
+int8 is summed in int32, exactly; float8 in float32, on GPUs whose tensor cores keep fewer bits in parts of 64 or 128
+channels (``scaled_linear_kernel.py`` says why). Scales, from the left to the right, bias and activation are float32,
+and the result is rounded once. What 8 bits lose was lost before: ``quantize_rows`` made the operands.
 
 FLOPs: 2 * M * N * K, at twice the rate of 16 bits or more. Least traffic: (M + N) * K bytes read and M * N elements
-written. Against a product with an epilogue of its own for each of scales, bias and GELU it saves reading and writing
-M * N elements as many times.
+written. Against a matmul with a pass of its own for each of scales, bias and GELU it saves reading and writing M * N
+elements as many times.
 
 Backends: the kernel, by default, since it does all in one pass; with ``backend="torch"`` the reference below or, on a
-GPU that has them, torch's own 8-bit products: ``torch._scaled_mm`` (float8 to bf16 on 9.0; GELU and a bias of another
-dtype then round once more) and ``torch._int_mm`` (int8; scales and the rest are passes of their own). Not yet timed on
-hardware.
+GPU that has them, torch's own 8-bit matmuls: ``torch._scaled_mm`` (float8 to bf16 on 9.0; GELU and a bias of another
+dtype then round once more) and ``torch._int_mm`` (int8; scales and the rest are passes of their own).
+
+Limits: the kernel takes K and N that are multiples of 16, on NVIDIA GPUs of compute capability 8.0 (int8) or 8.9
+(float8) or newer, and up to 131,071 channels of int8, which int32 can sum. Rows of 8 bits have no derivative. Not yet
+timed on hardware.
 """
 
 from __future__ import annotations
@@ -47,14 +50,14 @@ _SCALES = (torch.float32, torch.float64)
 ALIGNMENT = 16
 #: Up to here offsets within a tile fit into 32 bits.
 MAX_STRIDE = 2**23
-#: Up to here a sum of products of int8 fits into 32 bits.
+#: Up to here a sum over channels of int8 fits into 32 bits.
 MAX_INT8_CHANNELS = 2**17 - 1
 
 
 def scaled_linear_reference(
     x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, activation: str | None, dtype: torch.dtype
 ) -> Tensor:
-    """The formula above in float32, or float64 where scales are; products of int8 in float64 on the CPU."""
+    """Computes the formula above in float32, or float64 where scales are; int8 is multiplied in float64 on the CPU."""
     wide = torch.promote_types(x.scales.dtype, torch.float32)
     exact = torch.float64 if x.values.dtype == torch.int8 and x.values.device.type == "cpu" else wide
     sums = F.linear(x.values.to(exact), weight.values.to(exact)).to(wide)
@@ -109,7 +112,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     x, weight, bias, dtype = (arguments[name] for name in ("x", "weight", "bias", "dtype"))
     chosen, reason = pick_backend(backend, _obstacle(x, weight, bias))
-    return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused product", reason)
+    return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused matmul", reason)
 
 
 @explained_by(_choose)
@@ -123,7 +126,9 @@ def scaled_linear(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``x @ weight.T``, both in 8 bits with a scale a row, plus ``bias``, activated, in ``dtype``.
+    """Computes ``act(x @ weight.T + bias)`` from activations and weights in 8 bits with a scale a row.
+
+    The result is ``act((x.values @ weight.values.T) * x.scales[..., None] * weight.scales + bias)``, in one pass.
 
     Args:
         x: activations: values ``[..., K]`` float8_e4m3fn or int8, rows that flatten without a copy, channels
@@ -131,7 +136,7 @@ def scaled_linear(
         weight: values ``[N, K]`` contiguous, in the dtype of those of ``x``; scales ``[N]`` float32, one an output.
         bias: ``[N]`` float32, float16 or bfloat16, or None.
         activation: None or ``gelu_tanh``.
-        dtype: of the result: bfloat16, float16 or float32.
+        dtype: dtype of the result: bfloat16, float16 or float32.
         out: where to write, ``[..., N]`` in ``dtype``, contiguous; overlaps no input.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`). The kernel takes K and
             N that are multiples of 16, float8 on GPUs of compute capability 8.9 and newer. There are no gradients.
@@ -142,7 +147,7 @@ def scaled_linear(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> x, weight = torch.randn(2, 5, 32), torch.randn(48, 32)
         >>> y = scaled_linear(quantize_rows(x), quantize_rows(weight), torch.randn(48), activation="gelu_tanh")
         >>> y.shape, y.dtype
@@ -180,7 +185,7 @@ def scaled_linear(
 
 
 def _flat(x: QuantizedRows) -> QuantizedRows:
-    """[M, K] and [M], views."""
+    """Returns the rows as views of shape [M, K] and [M]."""
     return QuantizedRows(x.values.view(-1, x.values.shape[-1]), x.scales.view(-1))
 
 
@@ -204,7 +209,7 @@ def _obstacle(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> s
 
 
 def _row_stride(values: Tensor) -> int:
-    """Elements from one row to the next."""
+    """Returns the number of elements from one row to the next."""
     strides = [s for n, s in zip(values.shape[:-1], values.stride()[:-1], strict=True) if n != 1]
     return strides[-1] if strides else values.shape[-1]
 
@@ -212,16 +217,16 @@ def _row_stride(values: Tensor) -> int:
 # Constant for a device: under torch.compile it is read once, at trace time.
 @torch.compiler.assume_constant_result
 def _scales_by_rows(device: torch.device) -> bool:
-    """Whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
+    """Returns whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
     return device.type == "cuda" and torch.version.hip is None and capability_of(device) == 90
 
 
 def _by_torch(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> str:
-    """Which of torch's products computes the call."""
+    """Returns which of torch's matmuls computes the call, or ``reference``."""
     columns, depth = weight.values.shape
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x.scales, weight.scales, bias)):
         return "reference"
-    # Both want rows of 16 bytes without gaps, and the product of int8 more than 16 of them.
+    # Both want rows of 16 bytes without gaps, and torch._int_mm more than 16 of them.
     dense = x.values.is_contiguous() and x.scales.is_contiguous() and columns % 16 == 0 and depth % 16 == 0
     if x.values.device.type != "cuda" or torch.version.hip is not None or not dense or x.scales.dtype == torch.float64:
         return "reference"
@@ -240,7 +245,7 @@ def _check(
     dtype: torch.dtype,
     out: Tensor | None,
 ) -> None:
-    """What can be known without addresses. Scales of float64 are for references alone."""
+    """Checks what can be known of a call without addresses; scales of float64 are for references alone."""
     for name, rows in (("x", x), ("weight", weight)):
         if not isinstance(rows, QuantizedRows):
             raise TypeError(f"{name}: expected QuantizedRows, got {type(rows).__name__}")
@@ -277,17 +282,19 @@ def _check(
 
 
 def _check_out(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, out: Tensor) -> None:
-    """What only addresses tell: programs read their rows and columns while others write."""
+    """Checks what only addresses tell: programs read their rows and columns while others write."""
     check_targets({"out": out}, {**x.parts("x"), **weight.parts("weight"), "bias": bias}, ())
 
 
 def cost(rows: int, depth: int, columns: int, itemsize: int = 2, *, gelu: bool = False) -> Cost:
-    """Least cost of one call.
+    """Returns the least cost of one call.
 
     Args:
-        rows, depth, columns: M, K and N.
+        rows: M, rows of ``x``.
+        depth: K, channels of a row.
+        columns: N, outputs.
         itemsize: bytes of an element of ``out`` and ``bias``.
-        gelu: the result is activated, which counts as eight operations.
+        gelu: whether the result is activated, which counts as eight operations.
     """
     flops = 2 * rows * depth * columns + (8 * rows * columns if gelu else 0)
     read = (rows + columns) * (depth + 4) + columns * itemsize

@@ -1,9 +1,9 @@
-"""The Triton kernel behind ``scaled_linear``: a product of 8-bit rows on the tensor cores, scales and all in its end.
+"""The Triton kernel of ``scaled_linear``: a matmul of 8-bit rows on the tensor cores, all the rest in its epilogue.
 
-* **Two products a step, side by side.** A program owns two neighbouring tiles of columns and multiplies the same rows
-  with both: rows are fetched once for both; what float8 sums are added up from (below) is half as large; and for GPUs
-  of 8.x Triton does not carry a step's first operands around the loop, which in 8 bits took four times as many
-  instructions as the products themselves, or eight times.
+* **Two tiles of columns a step, side by side.** A program owns two neighbouring tiles of columns and multiplies the
+  same rows with both: rows are fetched once for both; what float8 sums are added up from (below) is half as large; and
+  for GPUs of 8.x Triton does not carry a step's first operands around the loop, which in 8 bits took four times as many
+  instructions as the multiplications themselves, or eight times.
 * **float8 sums are added up in float32 step by step** where tensor cores do not keep float32: on 8.9 and 9.0 a running
   sum has 14 bits, and the rest is cut off with every 32 channels (arXiv 2411.10958, 2412.19437; of 12.0 it is not known
   here). Simulated, a sum over 13,824 channels is 1.1 % off, most of it a shrinkage, where rounding both operands to
@@ -38,7 +38,7 @@ class ScaledConfig:
     """Tile sizes and launch options of one shape class on one capability."""
 
     block_m: int
-    #: Columns of one product; a program owns two times as many.
+    #: Columns of one tile; a program owns two.
     block_n: int
     #: Channels of one step.
     block_k: int
@@ -55,11 +55,11 @@ class ScaledConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, float8: bool) -> ScaledConfig:
-        """The configuration used where no measured one exists; every one is checked for spills by the compile report.
+        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
         Args:
             capability: two digits, None for the interpreter.
-            float8: the operands are float8, not int8.
+            float8: whether the operands are float8, not int8.
         """
         if capability is None:
             return cls(16, 16, 64, 4, 1)
@@ -81,11 +81,11 @@ def _multiply(
     x, p_weight, o_weight, o_k, left, acc,
     WHOLE: tl.constexpr, ADD_UP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the product of ``x`` [rows, channels] with one tile of weights; ``left`` channels are there."""
+    """Returns ``acc`` plus ``x`` [rows, channels] times one tile of weights, of which ``left`` channels are there."""
     # [BLOCK_K, BLOCK_N]
     w = tl.load(p_weight + o_weight) if WHOLE else tl.load(p_weight + o_weight, mask=o_k[:, None] < left, other=0.0)
     if ADD_UP:
-        # A limit on inexact sums keeps the compiler from folding the addition into the product.
+        # A limit on inexact sums keeps the compiler from folding the addition into the multiplication.
         acc += tl.dot(x, w, max_num_imprecise_acc=BLOCK_K)
     else:
         acc = tl.dot(x, w, acc, out_dtype=acc.dtype)
@@ -97,7 +97,7 @@ def _write(
     acc, x_scale, p_out, o_m, m_m, o_n, WEIGHT_SCALES, BIAS,
     N: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``o_n`` of rows ``o_m`` from ``p_out`` on."""
+    """Writes columns ``o_n`` of rows ``o_m``, counted from ``p_out``."""
     m_n = o_n < N
     y = acc.to(tl.float32) * x_scale[:, None] * tl.load(WEIGHT_SCALES + o_n, mask=m_n, other=0.0)[None, :]
     if BIAS is not None:
@@ -118,7 +118,7 @@ def scaled_linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Two tiles of the formula of ``scaled_linear.py``. ``ADD_UP``: see above."""
+    """Computes two tiles of the formula of ``scaled_linear.py``. ``ADD_UP``: float8 sums are added up step by step."""
     TILES_N: tl.constexpr = (N + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
     WHOLE: tl.constexpr = K % BLOCK_K == 0
     group = tl.program_id(0) // (GROUP_M * TILES_N)
@@ -169,8 +169,10 @@ def launch_scaled_linear(
     gelu: bool,
     out: Tensor,
 ) -> None:
-    """Writes ``out`` [M, N], which is not empty, from ``values`` [M, K], ``scales`` [M] and ``weight`` [N, K];
-    arguments are checked by the caller."""
+    """Writes ``out`` [M, N], not empty, from ``values`` [M, K], ``scales`` [M] and ``weight`` [N, K].
+
+    Arguments are checked by the caller.
+    """
     rows, depth = values.shape
     columns = weight.shape[0]
     capability, float8 = capability_of(out.device), values.dtype == torch.float8_e4m3fn

@@ -1,4 +1,4 @@
-"""Adaptive norms and gated residuals of a DiT block, modulated per block of tokens.
+"""Adaptive norms and gated residuals of a DiT layer, modulated per block of tokens.
 
     gated_residual:                x' = x + gate[r(t)] * update
     norm_modulate:                 y = (norm(x) * weight + bias) * (1 + scale[r(t)]) + shift[r(t)]
@@ -21,15 +21,18 @@ Statistics, modulation and sums are float32 (float64 for float64 input). x' is r
 reads the rounded value, as PyTorch code that stores it would; y is rounded once.
 
 With ``quantize``, y is float8_e4m3fn or int8 with one float32 scale a token (:mod:`swifti2v_kernels.linear.rows`),
-rounded once too: from the float32 row in registers, never through x's dtype. A product of 8-bit numbers can take it as
-it is; a pass of its own would read and write all of y once more. float8 needs compute capability 8.9.
+rounded once too: from the float32 row in registers, never through x's dtype. ``scaled_linear`` takes it as it is; a
+pass of its own would read and write all of y once more.
 
-Why fused: a DiT block adds three updates to its residual stream, each followed by a norm. Separately, an update moves
+Why fused: a DiT layer adds three updates to its residual stream, each followed by a norm. Separately, an update moves
 3 tensors (x and update read, x' written) and a norm 2 (x' read, y written); together they move 4 instead of 5, and
 eager PyTorch in 16 bits, which stores every float32 intermediate, 33. Least traffic, in elements of B * L * C:
 norm_modulate 1 read and 1 written (eager 18 in all), gated_residual 2 and 1 (15), the fused form 2 and 2 (33); a
-quantised y is half of a written one in 16 bits. FLOPs: about 8 an element, 5 more to quantise it. Timed on an NVIDIA
-H200 only; quantised not yet timed on hardware.
+quantised y is half of a written one in 16 bits. FLOPs: about 8 an element, 5 more to quantise it.
+
+Limits: the kernel takes up to 8,192 channels on NVIDIA GPUs of compute capability 8.0 or newer (8.9 for float8) and has
+no derivative: the PyTorch reference, which has one unless it quantises, computes the calls whose inputs need gradients.
+Timed on an NVIDIA H200 only; quantised not yet timed on hardware.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from .adaln_arguments import check_outputs, prepare
 
 
 def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
-    """``x'`` above, differentiable."""
+    """Returns ``x'`` of the formula above, differentiable."""
     if gate is None:
         return (_wide(x) + _wide(update)).to(x.dtype)
     gate = _rows(gate, block_map)
@@ -68,7 +71,7 @@ def norm_modulate_reference(
     eps: float,
     quantize: torch.dtype | None = None,
 ) -> Tensor | QuantizedRows:
-    """``y`` above, differentiable unless quantised."""
+    """Returns ``y`` of the formula above, differentiable unless quantised."""
     y, width = _wide(x), x.shape[2:]
     weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
     if norm == "layer":
@@ -87,7 +90,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
-    """[B, T, 1, C], in float32 at least; NaN for a row that is not there."""
+    """Returns the modulation of every block, [B, T, 1, C], in float32 at least; NaN for a row that is not there."""
     if block_map is None:
         return _wide(modulation).unsqueeze(2)
     rows = block_map.clamp(0, modulation.shape[1] - 1)
@@ -157,21 +160,26 @@ def norm_modulate(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor | QuantizedRows:
-    """``(norm(x) * weight + bias) * (1 + scale) + shift`` with ``shift`` and ``scale`` chosen per block.
+    """Norms tokens over their channels and modulates them with a shift and a scale chosen per block.
+
+    The result is ``(norm(x) * weight + bias) * (1 + scale) + shift``. A block is one latent frame of the tokens.
 
     Args:
-        x: tokens ``[B, L, C]``.
-        shift, scale: ``[B, R, C]``, both or neither.
+        x: tokens ``[B, L, C]``, channels contiguous.
+        shift: modulation rows ``[B, R, C]``, or None with ``scale`` None.
+        scale: modulation rows ``[B, R, C]``, or None with ``shift`` None.
         block_map: int32 ``[T]``, T divides L: block i of the tokens uses row ``block_map[i]``. Default: T = R and row
             i, so R = 1 is one modulation for all tokens. A row that does not exist is an error on the CPU and gives
             NaN on a GPU, where reading the map would stop the stream.
-        weight, bias: affine parameters ``[C]`` of the norm.
-        norm: ``layer`` or ``rms``.
+        weight: factors ``[C]`` on the normed channels, or None.
+        bias: summands ``[C]`` of the normed channels, or None.
+        norm: ``layer`` (LayerNorm) or ``rms`` (RMSNorm).
         eps: added to the variance (or mean square).
-        quantize: ``torch.float8_e4m3fn`` or ``torch.int8``: the result is :class:`QuantizedRows` with a scale a token.
+        quantize: ``torch.float8_e4m3fn`` or ``torch.int8`` for a result in 8 bits,
+            :class:`swifti2v_kernels.QuantizedRows` with a scale a token.
         out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input. With ``quantize``
-            :class:`QuantizedRows` that overlap no input.
-        inplace: overwrite ``x``; the same as ``out=x``. Not with ``quantize``.
+            :class:`swifti2v_kernels.QuantizedRows` that overlap no input.
+        inplace: whether to overwrite ``x``; the same as ``out=x``. Not with ``quantize``.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
@@ -181,7 +189,7 @@ def norm_modulate(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> x, table = torch.randn(1, 30, 96), torch.randn(1, 2, 2, 96)  # 3 blocks of 10 tokens, 2 noise levels
         >>> shift, scale = table.unbind(2)
         >>> norm_modulate(x, shift, scale, block_map=torch.tensor([0, 1, 1], dtype=torch.int32)).shape
@@ -215,14 +223,15 @@ def gated_residual(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """``x + gate * update`` with ``gate`` chosen per block.
+    """Adds an update to tokens, gated per block: ``x + gate * update``.
 
     Args:
-        x, update: tokens ``[B, L, C]``, of one dtype.
-        gate: ``[B, R, C]``; None for a plain sum.
-        block_map: as for :func:`norm_modulate`.
-        inplace: overwrite ``x``.
-        backend: ``auto``, ``torch`` or ``triton``.
+        x: tokens ``[B, L, C]``, channels contiguous: the residual stream.
+        update: tokens ``[B, L, C]`` in the dtype of ``x``.
+        gate: modulation rows ``[B, R, C]``; None for a plain sum.
+        block_map: int32 ``[T]``, the row of ``gate`` for each block, as for :func:`swifti2v_kernels.norm_modulate`.
+        inplace: whether to overwrite ``x``.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
         ``[B, L, C]`` in the dtype of ``x`` (``x`` itself with ``inplace``).
@@ -230,7 +239,7 @@ def gated_residual(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> x, update = torch.randn(2, 1, 30, 96)
         >>> gated_residual(x, update, torch.zeros(1, 3, 96)).equal(x)
         True
@@ -265,25 +274,37 @@ def gated_residual_norm_modulate(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | QuantizedRows]:
-    """:func:`gated_residual`, then :func:`norm_modulate` of its result, in one pass over memory.
+    """Adds a gated update to tokens, then norms and modulates the sum, in one pass over memory.
+
+    The results are ``x' = x + gate * update`` and ``y = (norm(x') * weight + bias) * (1 + scale) + shift``: what
+    :func:`swifti2v_kernels.gated_residual` and then :func:`swifti2v_kernels.norm_modulate` compute.
 
     Args:
-        x, update: tokens ``[B, L, C]``, of one dtype.
-        gate: ``[B, R, C]``; None for a plain sum.
-        shift, scale, block_map, weight, bias, norm, eps, quantize: as for :func:`norm_modulate`.
+        x: tokens ``[B, L, C]``, channels contiguous: the residual stream.
+        update: tokens ``[B, L, C]`` in the dtype of ``x``.
+        gate: modulation rows ``[B, R, C]``; None for a plain sum.
+        shift: modulation rows ``[B, R, C]``, or None with ``scale`` None.
+        scale: modulation rows ``[B, R, C]``, or None with ``shift`` None.
+        block_map: int32 ``[T]``, the row of gate, shift and scale for each block; default: its own.
+        weight: factors ``[C]`` on the normed channels, or None.
+        bias: summands ``[C]`` of the normed channels, or None.
+        norm: ``layer`` (LayerNorm) or ``rms`` (RMSNorm).
+        eps: added to the variance (or mean square).
+        quantize: ``torch.float8_e4m3fn`` or ``torch.int8`` for a ``y`` in 8 bits,
+            :class:`swifti2v_kernels.QuantizedRows` with a scale a token.
         out: where to write ``y``: ``update`` itself, or memory that overlaps no input. With ``quantize``
-            :class:`QuantizedRows` that overlap no input.
-        inplace: overwrite ``x`` with ``x'``.
-        backend: ``auto``, ``torch`` or ``triton``.
+            :class:`swifti2v_kernels.QuantizedRows` that overlap no input.
+        inplace: whether to overwrite ``x`` with ``x'``.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``(x', y)``, both ``[B, L, C]`` in the dtype of ``x``; with ``quantize`` y is :class:`QuantizedRows`, without
-        gradients.
+        The pair ``(x', y)``, both ``[B, L, C]`` in the dtype of ``x``; with ``quantize`` y is
+        :class:`swifti2v_kernels.QuantizedRows`, without gradients.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> x, update = torch.randn(2, 1, 30, 96)
         >>> gate, shift, scale = torch.randn(3, 1, 3, 96)
         >>> x, y = gated_residual_norm_modulate(x, update, gate, shift, scale, inplace=True)
@@ -327,8 +348,10 @@ def cost(
     quantize: bool = False,
     itemsize: int = 2,
 ) -> Cost:
-    """Least cost of one call with or without an update to add, a norm and its rounding to 8 bits; the modulation and
-    the scales are negligible."""
+    """Returns the least cost of one call with or without an update to add, a norm and its rounding to 8 bits.
+
+    The modulation and the scales are negligible.
+    """
     elements = batch * length * channels
     out = update * itemsize + norm * (1 if quantize else itemsize)
     return Cost((2 * update + 8 * norm + 5 * quantize) * elements, (1 + update) * elements * itemsize, out * elements)

@@ -24,7 +24,10 @@ def check_outputs(
     update: Tensor | None,
     parameters: Mapping[str, Any],
 ) -> None:
-    """A program reads all of its row of x and update before it writes, but others read the parameters meanwhile."""
+    """Checks that outputs overlap nothing that is still to be read.
+
+    A program reads all of its row of x and update before it writes, but others read the parameters meanwhile.
+    """
     parameters = {name: p for name, p in parameters.items() if isinstance(p, Tensor)}
     if isinstance(y_out, QuantizedRows):
         # Of another dtype than x and update, so they are never the whole of one.
@@ -52,7 +55,7 @@ def prepare(
     out: Tensor | QuantizedRows | None = None,
     quantize: torch.dtype | None = None,
 ) -> tuple[str, str]:
-    """Checks a call and says which backend takes it, and why."""
+    """Checks a call and returns which backend takes it, and why."""
     _check_tokens("x", x, None)
     if update is not None:
         _check_tokens("update", update, x)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``norm_modulate``, ``gated_residual`` and ``gated_residual_norm_modulate``."""
+"""The Triton kernel of ``norm_modulate``, ``gated_residual`` and ``gated_residual_norm_modulate``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER, RMS = 1, 2
 
 @dataclass(frozen=True)
 class AdalnConfig:
-    """``block_m`` tokens a program, one after the other, by ``num_warps`` warps."""
+    """The share of a program: ``block_m`` tokens, one after the other, computed by ``num_warps`` warps."""
 
     block_m: int
     num_warps: int
@@ -28,7 +28,7 @@ class AdalnConfig:
 
     @classmethod
     def heuristic(cls, block_c: int) -> AdalnConfig:
-        """For rows padded to ``block_c`` channels.
+        """Returns the configuration for rows padded to ``block_c`` channels.
 
         Few warps with many channels each (up to 32 a thread, 128-bit loads) spend the fewest instructions on a row's
         two reductions: compiled for 9.0, a token of 1536 channels takes 184 issue cycles with 2 warps and 364 with 8,
@@ -40,7 +40,7 @@ class AdalnConfig:
 
 @triton.jit
 def _row(base, row, num_rows, stride, o_c, m_c):
-    """One modulation row in float32; NaN for a row that is not there."""
+    """Returns one modulation row in float32; NaN for a row that is not there."""
     inside = (row >= 0) & (row < num_rows)
     row = tl.where(inside, row, 0).to(tl.int64)
     values = tl.load(base + row * stride + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -61,7 +61,7 @@ def adaln_fwd_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr,
     LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """The formulas of ``adaln.py`` for BLOCK_M tokens of one block, so that their modulation is the same rows."""
+    """Computes the formulas of ``adaln.py`` for BLOCK_M tokens of one block, which have the same modulation rows."""
     i_m, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(block_len, BLOCK_M)
     i_block = i_m // tiles
@@ -111,7 +111,7 @@ def adaln_fwd_kernel(
 
 
 def register_limit(channels: int, num_warps: int) -> dict[str, int]:
-    """The launch option for a quantised row of up to 24 channels a thread, of which a program loads 8 at a time.
+    """Returns the launch option for a quantised row of up to 24 channels a thread, loaded 8 at a time.
 
     Left alone, the compiler takes 160 registers a thread for it, with which one program of 8 warps fits on an SM; it
     needs no more than 128, with which two do. From 32 channels on it would spill.

@@ -1,4 +1,4 @@
-"""Norms, gated residuals and rotations as DiTs and VAEs call them: what is compiled, checked, timed and tuned."""
+"""Calls of norms, residuals and rotations as DiTs and VAEs make them: compiled, checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def _adaln_inputs(  # type: ignore[no-untyped-def]
 
 
 def _adaln_work(rows: float) -> Callable[[Mapping[str, Any]], Work]:
-    """One token of 16 bits; ``rows`` of x, update, x' and y are read or written, a quantised one for half."""
+    """Returns the work on one token of 16 bits, of which ``rows`` of x, update, x' and y are read or written.
+
+    A quantised row counts for half.
+    """
     return lambda constants: Work(0, int(rows * 2 * constants["C"]))
 
 
@@ -129,7 +132,7 @@ def _rope_inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) 
 
 
 def _rope_work(constants: Mapping[str, Any]) -> Work:
-    """One token of q or k, 16 bits, read and written."""
+    """Returns the work on one token of q or k, 16 bits, read and written."""
     return Work(0, 2 * 2 * constants["HEADS"] * constants["HEAD_DIM"])
 
 
@@ -175,13 +178,13 @@ def _silu_inputs(channels: int, dtype: torch.dtype, frames: int = 2, rows: int =
 
 
 def _silu_real(channels: int, frames: int, rows: int, columns: int) -> RealSize:
-    """As a decoder for 2560x1408 makes it, one latent frame."""
+    """Returns a call as a decoder for 2560x1408 makes it, one latent frame."""
     inputs = _silu_inputs(channels, torch.bfloat16, frames, rows, columns, torch.empty)
     return RealSize(f"{frames} x {columns}x{rows}", inputs, silu_cost(frames * rows * columns, channels))
 
 
 def _silu_work(constants: Mapping[str, Any]) -> Work:
-    """One program's pixels, 16 bits in and out."""
+    """Returns the work of one program: its pixels, 16 bits in and out."""
     return Work(0, 2 * 2 * constants["C"] * constants["BLOCK_M"])
 
 

@@ -19,8 +19,12 @@ q and k are usually slices of a fused projection's output [B, L, 3*H*D]: they ar
 written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
 tabled per axis (from other models also per token); the norm is float32 and rounded once, the rotation too.
 
-Traffic: q and k read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its float32
-products and strided copies, moves 35. FLOPs: about 10 an element. Timed on an NVIDIA H200 only.
+Why fused: q and k are read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its
+float32 intermediates and strided copies, moves 35 * B * L * H * D. FLOPs: about 10 an element.
+
+Limits: the kernel takes an even head_dim and up to 16,384 channels a token on NVIDIA GPUs of compute capability 8.0 or
+newer and has no derivative: the PyTorch reference, which has one, computes all other calls. Every head is turned by the
+same angles. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ MAX_CHANNELS = 16384
 def norm_rope_reference(
     x: Tensor, weight: Tensor, rope: Rope3D | None, num_heads: int, start: int, eps: float, layout: str
 ) -> Tensor:
-    """The formula above for q or for k, differentiable: ``[B, L, H*D]`` to ``[B, L, H, D]``."""
+    """Computes the formula above for q or for k, differentiable: ``[B, L, H*D]`` to ``[B, L, H, D]``."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     if weight.shape[0] != x.shape[2]:
@@ -129,7 +133,10 @@ def _check_outputs(
     q_out: Tensor,
     k_out: Tensor | None,
 ) -> None:
-    """A program reads its whole token before it writes it, so in place is safe; others read weights and tables."""
+    """Checks that outputs overlap nothing that is still to be read.
+
+    A program reads its whole token before it writes it, so in place is safe; others read weights and tables.
+    """
     tables = {f"rope.{axis}": table for axis, table in zip("thw", rope, strict=False)}
     parameters = {"q_weight": q_weight, "k_weight": k_weight, **tables}
     check_targets({"q": q_out}, {"q": q, "k": k, **parameters}, ("q",))
@@ -165,27 +172,32 @@ def qk_norm_rope(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of ``q`` and ``k``, split into heads, and 3D RoPE, by one launch.
+    """Norms queries and keys (RMSNorm), splits them into heads and rotates them (3D RoPE), by one launch.
+
+    Norm: ``y = x / sqrt(mean(x^2) + eps) * weight``. Rotation: each pair of channels (a, b) becomes
+    ``(a cos - b sin, a sin + b cos)`` by the angle of its token's position (block, row, column).
 
     Args:
-        q, k: outputs of the projections, ``[B, L, H * D]``. Without ``rope`` their lengths may differ.
-        q_weight, k_weight: norm weights, both ``[H * D]`` (the mean is over all heads, Wan) or both ``[D]`` (over each
-            head).
-        rope: tables of :func:`rope_3d` with ``L = blocks * height * width`` or of :func:`rope_from_tokens`, or None
-            (cross-attention).
+        q: queries ``[B, L, H * D]``, the output of their projection, channels contiguous.
+        k: keys ``[B, L, H * D]`` in the dtype of ``q``. Without ``rope`` the lengths of q and k may differ.
+        q_weight: norm weight of the queries, ``[H * D]`` (the mean is over all heads, Wan) or ``[D]`` (over each head).
+        k_weight: norm weight of the keys, shaped as ``q_weight``.
+        rope: tables of :func:`swifti2v_kernels.rope_3d` with ``L = blocks * height * width`` or of
+            :func:`swifti2v_kernels.rope_from_tokens`, or None (cross-attention).
         num_heads: ``H``.
         eps: added to the mean square.
-        layout: of the pairs, ``interleaved`` (Wan, HunyuanVideo, LTX-Video) or ``half`` (Cosmos, most language models).
-        inplace: overwrite ``q`` and ``k``; the results are views of them.
+        layout: layout of the pairs, ``interleaved`` (Wan, HunyuanVideo, LTX-Video) or ``half`` (Cosmos, most language
+            models).
+        inplace: whether to overwrite ``q`` and ``k``; the results are then views of them.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``(q, k)``, each ``[B, L, H, D]`` in the dtype of its input.
+        The pair ``(q, k)``, each ``[B, L, H, D]`` in the dtype of its input.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(1, 3 * 2 * 4, 3 * 96).chunk(3, dim=2)  # views of a fused projection
         >>> rope = rope_3d([0, 9, 10], 2, 4, head_dim=24)
         >>> q, k = qk_norm_rope(q, k, torch.ones(96), torch.ones(96), rope, num_heads=4, inplace=True)
@@ -221,15 +233,20 @@ def norm_rope(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`qk_norm_rope` of one tensor, which may be a part of the window's tokens.
+    """Norms queries or keys (RMSNorm), splits them into heads and rotates them (3D RoPE), for a part of the tokens.
+
+    It is :func:`swifti2v_kernels.qk_norm_rope` for one tensor, whose tokens may be those of a window from ``start`` on.
 
     Args:
-        x: ``[B, L, H * D]``.
-        weight: ``[H * D]`` or ``[D]``.
+        x: queries or keys ``[B, L, H * D]``, channels contiguous.
+        weight: norm weight ``[H * D]`` (the mean is over all heads) or ``[D]`` (over each head).
         rope: tables of the whole window, or None.
         num_heads: ``H``.
         start: position of the first token of ``x`` in the window.
-        eps, layout, inplace, backend: as for :func:`qk_norm_rope`.
+        eps: added to the mean square.
+        layout: layout of the pairs, ``interleaved`` or ``half``.
+        inplace: whether to overwrite ``x``; the result is then a view of it.
+        backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
         ``[B, L, H, D]`` in the dtype of ``x``.
@@ -237,7 +254,7 @@ def norm_rope(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> rope = rope_3d([0, 9, 10], 2, 4, head_dim=24)
         >>> norm_rope(torch.randn(1, 10, 96), torch.ones(96), rope, num_heads=4, start=14).shape
         torch.Size([1, 10, 4, 24])
@@ -330,6 +347,9 @@ def _obstacle(tensors: Sequence[Tensor], num_heads: int) -> str | None:
 
 
 def cost(batch: int, length: int, channels: int, *, tensors: int = 2, itemsize: int = 2) -> Cost:
-    """Least cost of one call for ``tensors`` of q and k; weights and tables are negligible."""
+    """Returns the least cost of one call for one or both (``tensors``) of q and k.
+
+    Weights and tables are negligible.
+    """
     elements = tensors * batch * length * channels
     return Cost(10 * elements, elements * itemsize, elements * itemsize)

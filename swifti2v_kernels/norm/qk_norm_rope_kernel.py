@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``qk_norm_rope`` and ``norm_rope``."""
+"""The Triton kernel of ``qk_norm_rope`` and ``norm_rope``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..common.target import capability_of
 
 @dataclass(frozen=True)
 class NormRopeConfig:
-    """``block_m`` tokens a program, one after the other, by ``num_warps`` warps."""
+    """The share of a program: ``block_m`` tokens, one after the other, computed by ``num_warps`` warps."""
 
     block_m: int
     num_warps: int
@@ -24,7 +24,7 @@ class NormRopeConfig:
 
     @classmethod
     def heuristic(cls, block_h: int, block_d: int) -> NormRopeConfig:
-        """For tokens padded to ``block_h`` heads of ``block_d`` channels.
+        """Returns the configuration for tokens padded to ``block_h`` heads of ``block_d`` channels.
 
         Up to 32 channels a thread, in 128-bit loads; the norm's weights are loaded once a program, so 4 tokens make
         them a quarter of the traffic, from cache.
@@ -34,7 +34,7 @@ class NormRopeConfig:
 
 @triton.jit
 def _load_pairs(base, o_h, o_p, m_h, m_p, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """[H, D] as first and second members of the pairs, each [BLOCK_H, BLOCK_P] float32."""
+    """Loads [H, D] as first and second members of the pairs, each [BLOCK_H, BLOCK_P] float32."""
     BLOCK_H: tl.constexpr = o_h.shape[0]
     BLOCK_P: tl.constexpr = o_p.shape[0]
     if INTERLEAVED:
@@ -71,7 +71,7 @@ def _store_pairs(
 
 @triton.jit
 def _turn(row_t, row_h, row_w, o_p, m_p, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr):
-    """Cosine and sine of every pair of a token, each from its axis's row; the rows are shifted to start at pair 0."""
+    """Returns cosine and sine of every pair of a token, each from its axis's row, shifted so as to start at pair 0."""
     row = tl.where(o_p < PAIRS_T, row_t, tl.where(o_p < PAIRS_T + PAIRS_H, row_h, row_w)) + 2 * o_p
     return tl.load(row, mask=m_p, other=0.0)[None, :], tl.load(row + 1, mask=m_p, other=0.0)[None, :]
 
@@ -86,7 +86,7 @@ def norm_rope_fwd_kernel(
     PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, PAIRS_W: tl.constexpr,
     PER_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The formulas of ``qk_norm_rope.py`` for BLOCK_M tokens of q (third axis of the grid: 0) or of k (1)."""
+    """Computes the formulas of ``qk_norm_rope.py`` for BLOCK_M tokens of q (third axis of the grid: 0) or of k (1)."""
     first_token, b = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
     # Of one type for q and k, whichever of them Triton takes for 64 bits.
     q_sl, k_sl = tl.cast(q_sl, tl.int64), tl.cast(k_sl, tl.int64)

@@ -1,4 +1,4 @@
-"""RMSNorm over the channels of every pixel, then SiLU: what stands before each convolution of a video autoencoder.
+"""RMSNorm over the channels of every pixel, then SiLU: the step before each convolution of a video autoencoder.
 
     y = x / max(|x|, 1e-12) * sqrt(C) * weight                                      (|.| over the channels of a pixel)
     out = y * sigmoid(y)
@@ -8,11 +8,14 @@
 | x, out | [B, T, h, w, C] | fp32, fp16, bf16 (fp64: torch) | any strides but channels contiguous                |
 | weight | [C]             | as x                           | contiguous                                         |
 
-In float32, rounded once. Where one program of ``causal_conv3d`` owns all channels this is part of its epilogue and
-costs nothing but the store; this operator is for all else: many channels, and convolutions by cuDNN.
+It is computed in float32 and rounded once. Where one program of ``causal_conv3d`` owns all channels this is part of its
+epilogue and costs nothing but the store; this operator is for all else: many channels, and convolutions by cuDNN.
 
-Least traffic: each element read and written once; eager PyTorch (``F.normalize``, two products, SiLU, float32 copies)
-moves 20 times an element of 16 bits. FLOPs: about 8 an element. Timed on an NVIDIA H200 only.
+Why fused: each element is read and written once; eager PyTorch (``F.normalize``, two multiplications, SiLU, float32
+copies) moves 20 times an element of 16 bits. FLOPs: about 8 an element.
+
+Limits: the kernel takes up to 4,096 channels on NVIDIA GPUs of compute capability 8.0 or newer and has no derivative:
+the PyTorch reference, which has one, computes all other calls. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ MAX_CHANNELS = 4096
 
 
 def rms_norm_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """The formula above, differentiable."""
+    """Computes the formula above in PyTorch, differentiable."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Clamped before the root, whose gradient at 0 is infinite.
     length = wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
@@ -68,8 +71,11 @@ def _choose(x: Tensor, weight: Tensor, out: Tensor | None, backend: str) -> Choi
 def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Norms every pixel over its channels, scales it and applies SiLU.
 
+    The result is ``y * sigmoid(y)`` with ``y = x / max(|x|, 1e-12) * sqrt(C) * weight``, where ``|.|`` is over the
+    channels of a pixel.
+
     Args:
-        x: ``[B, T, h, w, C]``, channels contiguous.
+        x: frames ``[B, T, h, w, C]``, channels contiguous.
         weight: ``[C]`` in the dtype of ``x``.
         out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
@@ -80,7 +86,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it.
 
-    Example:
+    Examples:
         >>> frames = torch.randn(1, 2, 8, 12, 96)
         >>> rms_norm_silu(frames, torch.ones(96), out=frames) is frames
         True
@@ -119,5 +125,5 @@ def _obstacle(x: Tensor, weight: Tensor, out: Tensor | None) -> str | None:
 
 
 def cost(pixels: int, channels: int, itemsize: int = 2) -> Cost:
-    """Least cost of one call; the weight is negligible."""
+    """Returns the least cost of one call; the weight is negligible."""
     return Cost(8 * pixels * channels, pixels * channels * itemsize, pixels * channels * itemsize)

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``rms_norm_silu``: a program owns a few whole pixels of one frame."""
+"""The Triton kernel of ``rms_norm_silu``: a program owns a few whole pixels of one frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..common.target import capability_of
 
 @dataclass(frozen=True)
 class NormConfig:
-    """``block_m`` pixels a program, by ``num_warps`` warps."""
+    """The share of a program: ``block_m`` pixels, computed by ``num_warps`` warps."""
 
     block_m: int
     num_warps: int
@@ -25,7 +25,10 @@ class NormConfig:
 
     @classmethod
     def heuristic(cls, block_c: int) -> NormConfig:
-        """For pixels padded to ``block_c`` channels: 32 values a thread, loaded 16 bytes at a time."""
+        """Returns the configuration for pixels padded to ``block_c`` channels, with 32 values a thread.
+
+        They are loaded 16 bytes at a time.
+        """
         return cls(max(4096 // block_c, 1), 4)
 
 
@@ -36,7 +39,7 @@ def rms_norm_silu_fwd_kernel(
     height, width,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The formula of ``rms_norm_silu.py`` for BLOCK_M pixels."""
+    """Computes the formula of ``rms_norm_silu.py`` for BLOCK_M pixels."""
     t, b = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.arange(0, BLOCK_C)

@@ -10,8 +10,15 @@ from torch import Tensor
 
 
 class Rope3D(NamedTuple):
-    """Cosines and sines per axis, each ``[positions, pairs, 2]`` in float32; made by :func:`rope_3d` or
-    :func:`rope_from_tokens`."""
+    """The tables of a 3D rotary embedding: cosines and sines of each axis, float32.
+
+    :func:`swifti2v_kernels.rope_3d` and :func:`swifti2v_kernels.rope_from_tokens` make them.
+
+    Attributes:
+        t: ``[blocks, pairs, 2]`` for the blocks of the window, by their index in the clip.
+        h: ``[rows, pairs, 2]`` for the rows of tokens.
+        w: ``[columns, pairs, 2]`` for the columns of tokens.
+    """
 
     t: Tensor
     h: Tensor
@@ -28,21 +35,27 @@ def rope_3d(
     theta: float = 10000.0,
     device: torch.device | str | None = None,
 ) -> Rope3D:
-    """Rotary tables for blocks of ``height x width`` tokens at the given indices of the clip.
+    """Returns rotary tables for blocks of ``height x width`` tokens at the given indices of the clip.
+
+    Pair j of an axis with d channels is turned by the angle ``position * theta ** (-2 * j / d)``, computed in float64.
 
     Args:
         block_index: index in the clip of every block of the window, in window order.
-        height, width: token rows and columns of a block.
+        height: rows of tokens of a block.
+        width: columns of tokens of a block.
         head_dim: channels of one head (even).
         axis_dims: channels of the axes (t, h, w), even, with sum ``head_dim``; default as in Wan. HunyuanVideo has
             (16, 56, 56).
         theta: base of the frequencies.
         device: where the tables live; default CPU.
 
+    Returns:
+        Three tables ``[positions, pairs, 2]`` of cosines and sines in float32, for block, row and column.
+
     Raises:
         ValueError: ``head_dim`` is odd or smaller than 6, or ``axis_dims`` does not fit it.
 
-    Example:
+    Examples:
         >>> [tuple(table.shape) for table in rope_3d([0, 9, 10], 8, 16, 128)]
         [(3, 22, 2), (8, 21, 2), (16, 21, 2)]
 
@@ -64,22 +77,25 @@ def rope_3d(
 
 
 def rope_from_tokens(cos: Tensor, sin: Tensor) -> Rope3D:
-    """Rotary tables of models that give the angles per token instead of per axis.
+    """Returns rotary tables for models that give the angles per token instead of per axis.
 
     Args:
-        cos, sin: ``[L, pairs]``, of every token's pairs of channels. Of tables that repeat each value for both members
-            of a pair, as diffusers' do, pass ``cos[:, 0::2]`` and ``sin[:, 0::2]``.
+        cos: cosines ``[L, pairs]`` for every token's pairs of channels. From a table that repeats each value for both
+            members of a pair, as diffusers' do, pass ``cos[:, 0::2]``.
+        sin: sines ``[L, pairs]``, likewise.
 
     Returns:
-        A table for L tokens, whatever their places: ``t`` is ``[L, pairs, 2]``, the other axes are empty.
+        A table for L tokens, whatever their places; its ``t`` is ``[L, pairs, 2]``, and the other axes are empty.
 
     Raises:
-        ValueError: other shapes, or shapes that differ.
+        ValueError: the two are not ``[L, pairs]``, or their shapes differ.
 
-    Example:
+    Examples:
         >>> angle = torch.outer(torch.arange(10.0), torch.tensor([1.0, 0.1]))
         >>> [tuple(table.shape) for table in rope_from_tokens(angle.cos(), angle.sin())]
         [(10, 2, 2), (1, 0, 2), (1, 0, 2)]
+
+    Source: rotary tables per token of HunyuanVideo and LTX-Video in diffusers.
     """
     if cos.ndim != 2 or cos.shape != sin.shape:
         raise ValueError(f"cos, sin: expected both [L, pairs], got {list(cos.shape)} and {list(sin.shape)}")

@@ -1,4 +1,4 @@
-"""A DiT's first and last layer on windows of latent frames, read and written where they are stored.
+"""A DiT's patch embedding and its head on windows of latent frames, read and written where they are stored.
 
 embed_window  gathers blocks, joins mask and reference, embeds patches
 project_step  norm, projection to patches, and the sampler's step, in place

@@ -1,4 +1,4 @@
-"""A window's first and last layer as DiTs call them: what is compiled, checked, timed and tuned."""
+"""Calls of patch embedding and head as DiTs make them for windows: compiled, checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .project_step import project_step
 
 
 class _EmbedInputs(NamedTuple):
-    """Tensors for one case: a window of four blocks, one of them given, in stores of seven and nine."""
+    """The tensors of one case: a window of four blocks, one of them given, in stores of seven and nine."""
 
     width: int
     z: int
@@ -52,19 +52,19 @@ class _EmbedInputs(NamedTuple):
 
 
 def _embed_work(constants: Mapping[str, Any]) -> Work:
-    """One step of features: pixels of 4 bytes gathered, a tile of 16-bit weights loaded."""
+    """Returns the work of one step of features: pixels of 4 bytes gathered, a tile of 16-bit weights loaded."""
     rows, columns, depth = (constants[f"BLOCK_{x}"] for x in "MNK")
     return Work(rows * columns * depth, (4 * rows + 2 * columns) * depth)
 
 
 def _work_float32(constants: Mapping[str, Any]) -> Work:
-    """One step too, but float32 products are no work for tensor cores."""
+    """Returns the work of one step in float32, whose matrix multiplications the tensor cores do not take."""
     rows, columns, depth = (constants[f"BLOCK_{x}"] for x in "MNK")
     return Work(0, 4 * (rows + columns) * depth)
 
 
 def _embed_real(shape: str, inputs: _EmbedInputs, rows: int, columns: int) -> RealSize:
-    """Two given blocks and three noisy ones."""
+    """Returns a call at real size: a window of two given blocks and three noisy ones."""
     whole = inputs._replace(batch=1, size=(rows, columns), index=(-1, -1, 0, 1, 2), new=torch.empty)
     features = 4 * (inputs.z + inputs.mask_channels + inputs.z_ref)
     return RealSize(
@@ -99,7 +99,7 @@ _EMBED_CASES = [
 
 
 class _ProjectInputs(NamedTuple):
-    """Tensors for one case: a window of four blocks, three of them targets, in a store of seven."""
+    """The tensors of one case: a window of four blocks, three of them targets, in a store of seven."""
 
     width: int
     z: int
@@ -130,13 +130,13 @@ class _ProjectInputs(NamedTuple):
 
 
 def _project_work(constants: Mapping[str, Any]) -> Work:
-    """One step of channels: tokens and weights of 16 bits."""
+    """Returns the work of one step of channels: tokens and weights of 16 bits."""
     rows, columns, depth = (constants[f"BLOCK_{x}"] for x in "MNK")
     return Work(rows * columns * depth, 2 * (rows + columns) * depth)
 
 
 def _project_real(shape: str, inputs: _ProjectInputs, rows: int, columns: int) -> RealSize:
-    """Two given blocks and three targets."""
+    """Returns a call at real size: a window of two given blocks and three targets."""
     whole = inputs._replace(batch=1, size=(rows, columns), index=(-1, -1, 0, 1, 2), new=torch.empty)
     return RealSize(shape, whole, project_cost(1, 3 * rows * columns // 4, inputs.width, 4 * inputs.z))
 

@@ -1,10 +1,10 @@
-"""Tokens of a window straight from the stores of latents that its blocks lie in.
+"""Patch embedding of a window straight from the stores of latents that its blocks lie in.
 
     token[t, y, x] = W @ patch(concat(latents[latent_index[t]], mask[t], reference[reference_index[t]]), y, x) + bias
 
 The T blocks of a window (a block is one latent frame) are wherever their indices say, in any order: noisy ones in
 ``latents``; given ones, index -1, in ``reference``. Gathering them, joining the channels, cutting patches and the
-product of the patch embedding are one kernel: no tensor of the window's pixels or patches exists.
+matmul of the patch embedding are one kernel: no tensor of the window's pixels or patches exists.
 
 | tensor          | shape                 | dtype            | layout                                            |
 |-----------------|-----------------------|------------------|---------------------------------------------------|
@@ -16,12 +16,15 @@ product of the patch embedding are one kernel: no tensor of the window's pixels 
 | out             | [B, T*(h/p)*(w/q), C] | as weight        | any batch and token strides, C contiguous         |
 
 C_in is z (latents alone) or z + m + z_ref (latents, m mask channels of one value a block, reference; Wan I2V:
-16 + 4 + 16). Channels are rounded to the dtype of ``weight``, products and the bias are float32, the token is rounded
+16 + 4 + 16). Channels are rounded to the dtype of ``weight``, sums and the bias are float32, the token is rounded
 once. Sums run in the order of tiles, so results of different backends differ by rounding only.
 
 FLOPs: 2 * B * T*(h/p)*(w/q) * C * C_in*p*q. Least traffic: the blocks and the weight read once, the tokens written
 once. Against ``torch.cat`` and a Conv3d it saves the copies of the window's channels, in the stores' dtype and in the
-weight's. Timed on an NVIDIA H200 only.
+weight's.
+
+Limits: patches of one latent frame. The kernel runs on NVIDIA GPUs of compute capability 8.0 or newer and has no
+derivative: the PyTorch reference, which has one, computes all other calls. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ def embed_window_reference(
     reference_index: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """The formula above, differentiable; arguments as in :func:`embed_window`."""
+    """Computes the formula above in PyTorch, differentiable; arguments as in :func:`embed_window`."""
     num_blocks = latents.shape[2] if latent_index is None else latent_index.shape[0]
     x, inside = _gather(latents, latent_index, num_blocks, weight.dtype)
     if reference is not None:
@@ -76,7 +79,7 @@ def embed_window_reference(
 
 
 def _gather(store: Tensor, index: Tensor | None, num_blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Blocks ``[B, z, T, h, w]`` of a store, any one where the index lies outside, and whether it lies inside."""
+    """Returns the blocks ``[B, z, T, h, w]`` of a store, any one for an index outside, and which are inside."""
     if index is None:
         index = torch.arange(num_blocks, device=store.device)
     last = store.shape[2] - 1
@@ -134,17 +137,20 @@ def embed_window(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Patch embedding of a window whose blocks are read where they are.
+    """Embeds the patches of a window whose blocks are read where they are stored.
+
+    Token (t, y, x) is ``W @ patch(concat(latents[latent_index[t]], mask[t], reference[reference_index[t]]), y, x)``
+    plus ``bias``, with the weight as a matrix W.
 
     Args:
         latents: store of noisy latents ``[B, z, S, h, w]``, any strides but w contiguous; h and w are multiples of the
             patch. Stride 0 (``expand``) is fine.
-        weight: of the patch embedding, ``[C, C_in, 1, p, q]`` contiguous, as Conv3d has it. ``C_in`` is ``z``, or
-            ``z + m + z_ref`` for channels in the order latents, mask, reference.
+        weight: weight ``[C, C_in, 1, p, q]`` of the patch embedding, contiguous, as Conv3d has it. ``C_in`` is ``z``,
+            or ``z + m + z_ref`` for channels in the order latents, mask, reference.
         bias: ``[C]`` in the dtype of ``weight``.
         reference: store ``[B, z_ref, N, h, w]`` of given blocks, of any floating dtype; any strides but w contiguous.
         latent_index: int32 ``[T]`` on the device: block i of the window is ``latents[:, :, latent_index[i]]``, in any
-            order and repeated if need be; -1: the block is given, and its latents are those of ``reference``, which
+            order and repeated if need be. At -1 the block is given, and its latents are those of ``reference``, which
             must then have z channels. Default ``0 .. S-1``.
         reference_index: int32 ``[T]``: the index of each block in ``reference``; default ``0 .. T-1``.
         mask: float32 ``[T]``: the value of all m mask channels of each block (1: given). For ``m > 0`` only.
@@ -158,7 +164,7 @@ def embed_window(
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> latents, given = torch.randn(1, 16, 5, 4, 6), torch.randn(1, 16, 9, 4, 6)
         >>> weight = torch.randn(32, 36, 1, 2, 2)
         >>> index, mask = torch.tensor([4, -1, 0], dtype=torch.int32), torch.tensor([0.0, 1.0, 0.0])
@@ -191,7 +197,7 @@ def _check(
     mask: Tensor | None,
     out: Tensor | None,
 ) -> tuple[int, int, int]:
-    """What can be known without values and addresses; returns the shape of the tokens."""
+    """Checks what can be known of a call without values and addresses; returns the shape of the tokens."""
     check_store("latents", latents)
     if reference is not None:
         check_store("reference", reference, latents)
@@ -232,7 +238,7 @@ def _check(
 def _check_reference(
     reference: Tensor | None, reference_index: Tensor | None, latents: Tensor, in_channels: int, num_blocks: int
 ) -> int:
-    """Returns the number of mask channels."""
+    """Checks the reference and returns the number of mask channels."""
     z = latents.shape[1]
     if reference is None:
         if reference_index is not None:
@@ -271,7 +277,7 @@ def _check_contents(
     mask: Tensor | None,
     out: Tensor,
 ) -> None:
-    """What only real tensors can tell: values of indices, and addresses."""
+    """Checks what only real tensors can tell: values of indices, and addresses."""
     if latents.device.type == "cpu":
         if latent_index is not None:
             has_given = reference is not None and reference.shape[1] == latents.shape[1]
@@ -286,13 +292,16 @@ def _check_contents(
 def cost(
     batch: int, tokens: int, features: int, width: int, mask_features: int = 0, itemsize: int = 2, store: int = 4
 ) -> Cost:
-    """Least cost of one window.
+    """Returns the least cost of one window.
 
     Args:
-        batch, tokens: entries, and tokens of each: blocks times patches of a block.
-        features: K, channels of the weight times pixels of a patch; ``mask_features`` of them are not read.
+        batch: entries of the batch.
+        tokens: tokens of an entry: blocks times patches of a block.
+        features: K, channels of the weight times pixels of a patch.
         width: C.
-        itemsize, store: bytes of an element of the weight and of the stores.
+        mask_features: how many of the features are of the mask, which is not read.
+        itemsize: bytes of an element of the weight.
+        store: bytes of an element of the stores.
     """
     read = batch * tokens * (features - mask_features) * store + width * (features + 1) * itemsize
     return Cost(2 * batch * tokens * features * width, read, batch * tokens * width * itemsize)

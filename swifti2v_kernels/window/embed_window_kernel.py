@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``embed_window``: one program owns ``block_m`` tokens and ``block_n`` of their channels.
+"""The Triton kernel of ``embed_window``: one program owns ``block_m`` tokens and ``block_n`` of their channels.
 
 * **Pixels are gathered, not copied.** A token's address is its block's, row's and column's, a feature's that of its
   channel and pixel; their sum is where the element lies. Tiles may straddle blocks, so short blocks waste no rows.
@@ -41,7 +41,7 @@ class EmbedConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, width: int, itemsize: int) -> EmbedConfig:
-        """The configuration used where no measured one exists; every one is checked for spills by the compile report.
+        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
         Args:
             capability: two digits, None for the interpreter.
@@ -73,8 +73,10 @@ def embed_window_fwd_kernel(
     GIVEN: tl.constexpr, CONDITIONED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the formula of ``embed_window.py``. ``GIVEN``: index -1 names a block of the reference.
-    ``CONDITIONED``: the weight has channels for the reference."""
+    """Computes one tile of the formula of ``embed_window.py``.
+
+    ``GIVEN``: index -1 names a block of the reference. ``CONDITIONED``: the weight has channels for the reference.
+    """
     K: tl.constexpr = IN_CHANNELS * PATCH_H * PATCH_W
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     i_m, i_n = tl.program_id(0) // TILES_N, tl.program_id(0) % TILES_N

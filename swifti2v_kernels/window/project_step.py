@@ -4,8 +4,8 @@
     out[:, :, latent_index[i]] = velocity                                               (step is None)
     out[:, :, latent_index[i]] += step * velocity                                       (Euler: sigma_next - sigma)
 
-For the blocks i of the window that are targets (a block is one latent frame); the others cost nothing. Neither the
-normalised tokens nor the velocity exist as tensors, and the update needs no gather and no scatter of blocks.
+This is done for the blocks i of the window that are targets (a block is one latent frame); the others cost nothing.
+Neither the normalised tokens nor the velocity exist as tensors, and the update needs no gather or scatter of blocks.
 
 | tensor                  | shape                 | dtype            | layout                                          |
 |-------------------------|-----------------------|------------------|-------------------------------------------------|
@@ -15,13 +15,17 @@ normalised tokens nor the velocity exist as tensors, and the update needs no gat
 | latent_index, block_map | [T]                   | int32            | contiguous                                      |
 | out                     | [B, z, S, h, w]       | fp32, fp16, bf16 | any strides, w contiguous                       |
 
-Statistics (Chan's merge of chunks' means and centred sums), modulation, products, bias and update are float32. The
-modulated token is rounded to the dtype of ``x`` before the product, as in torch; the velocity is not rounded before the
+Statistics (Chan's merge of chunks' means and centred sums), modulation, sums, bias and update are float32. The
+modulated token is rounded to the dtype of ``x`` before the matmul, as in torch; the velocity is not rounded before the
 update, and the result once. Sums run in the order of tiles, so results of different backends differ by rounding only.
 
 FLOPs: 2 * B * tokens * C * p*q*z, of target blocks alone. Least traffic: their tokens and the weight read once, their
 latents read (with a step) and written once. Against separate operators it saves the normalised tokens (written and
-read), the velocity and its copies in another layout. Timed on an NVIDIA H200 only.
+read), the velocity and its copies in another layout.
+
+Limits: patches of one latent frame. The kernel takes up to 256 features (p * q * z) on NVIDIA GPUs of compute
+capability 8.0 or newer and has no derivative: the PyTorch reference, which has one, computes all other calls. Timed on
+an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -57,7 +61,10 @@ def project_step_reference(
     patch_size: Sequence[int],
     eps: float,
 ) -> Tensor:
-    """The formula above, differentiable; arguments as in :func:`project_step`. Writes and returns ``out``."""
+    """Computes the formula above in PyTorch, differentiable; writes and returns ``out``.
+
+    Arguments are as in :func:`project_step`.
+    """
     num_slots, height, width = out.shape[2:]
     ph, pw = patch_size[1:]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -146,18 +153,22 @@ def project_step(
 ) -> Tensor:
     """Normalises, modulates and projects the target blocks of a window, and steps their latents in place.
 
+    The velocity is ``unpatchify(weight @ (LayerNorm(x) * (1 + scale) + shift) + bias)``; without ``step`` it is
+    written, with ``step`` the latents become ``latents + step * velocity``.
+
     Args:
         x: tokens ``[B, T*(h/p)*(w/q), C]`` by block, row and column, C contiguous.
         weight: ``[p*q*z, C]`` contiguous, in the dtype of ``x``; features by pixel row, pixel column and channel, the
             channel fastest.
         bias: ``[p*q*z]`` in the dtype of ``x``, or None.
-        shift, scale: ``[B, R, C]`` of any floating dtype, C contiguous.
+        shift: modulation rows ``[B, R, C]`` of any floating dtype, C contiguous.
+        scale: modulation rows ``[B, R, C]``, likewise.
         out: store of latents ``[B, z, S, h, w]``, any strides but w contiguous, written in place. Its elements are
             distinct and overlap no input.
-        latent_index: int32 ``[T]`` on the device: block i of ``x`` goes to ``out[:, :, latent_index[i]]``; -1: it is
+        latent_index: int32 ``[T]`` on the device: block i of ``x`` goes to ``out[:, :, latent_index[i]]``. At -1 it is
             no target and is skipped. Others are distinct. Default ``0 .. S-1``, with T = S.
-        block_map: int32 ``[T]``: the row of ``shift`` and ``scale`` of each block. Default: its own, with R = T, or the
-            only one, with R = 1.
+        block_map: int32 ``[T]``: the row of ``shift`` and ``scale`` for each block. Default: its own, with R = T, or
+            the only one, with R = 1.
         step: None writes the velocity, for other solvers. A number, or a float32 tensor of one element on the device
             (which a CUDA graph reads anew), adds ``step * velocity``: Euler with ``step = sigma_next - sigma``.
         patch_size: ``(1, p, q)``.
@@ -165,13 +176,13 @@ def project_step(
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``out``. Index values are checked on the CPU only; on a GPU, a ``block_map`` out of range makes its block's
-        velocity NaN, a ``latent_index`` out of range writes nothing, and of equal ones any may win.
+        ``out`` itself. Index values are checked on the CPU only; on a GPU, a ``block_map`` out of range makes its
+        block's velocity NaN, a ``latent_index`` out of range writes nothing, and of equal ones any may win.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.
 
-    Example:
+    Examples:
         >>> latents = torch.randn(1, 16, 5, 4, 6)
         >>> x, weight = torch.randn(1, 3 * 2 * 3, 32), torch.randn(64, 32)
         >>> shift, scale = torch.randn(1, 3, 2, 32).unbind(2)
@@ -213,7 +224,7 @@ def _check(
     step: float | Tensor | None,
     patch_size: Sequence[int],
 ) -> None:
-    """What can be known without values and addresses."""
+    """Checks what can be known of a call without values and addresses."""
     check_store("out", out)
     batch, z, num_slots, height, width = out.shape
     if len(patch_size) != 3 or patch_size[0] != 1 or min(patch_size) < 1:
@@ -282,7 +293,7 @@ def _check_contents(
     block_map: Tensor | None,
     step: float | Tensor | None,
 ) -> None:
-    """What only real tensors can tell: values of indices, and addresses."""
+    """Checks what only real tensors can tell: values of indices, and addresses."""
     if x.device.type == "cpu":
         if block_map is not None:
             check_range("block_map", block_map, 0, shift.shape[1] - 1)
@@ -299,14 +310,16 @@ def _check_contents(
 def cost(
     batch: int, tokens: int, width: int, features: int, itemsize: int = 2, store: int = 4, update: bool = True
 ) -> Cost:
-    """Least cost of one call.
+    """Returns the least cost of one call.
 
     Args:
-        batch, tokens: entries, and tokens of each in target blocks.
+        batch: entries of the batch.
+        tokens: tokens of an entry in target blocks.
         width: C.
         features: p*q*z.
-        itemsize, store: bytes of an element of ``x`` and of ``out``.
-        update: with a step, which also reads the latents.
+        itemsize: bytes of an element of ``x``.
+        store: bytes of an element of ``out``.
+        update: whether there is a step, which also reads the latents.
     """
     latents = batch * tokens * features * store
     read = (batch * tokens * width + features * (width + 1)) * itemsize + (latents if update else 0)

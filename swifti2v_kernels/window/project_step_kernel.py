@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``project_step``: one program owns ``block_m`` tokens of one block, with all features.
+"""The Triton kernel of ``project_step``: one program owns ``block_m`` tokens of one block, with all features.
 
 * **Programs do not straddle blocks**, so shift and scale are vectors, and a block that is no target costs one load.
 * **Two passes over the tokens**, the second of them from cache: statistics, then normalise, modulate and project. The
@@ -41,7 +41,7 @@ class ProjectConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, block_n: int, itemsize: int) -> ProjectConfig:
-        """The configuration used where no measured one exists; every one is checked for spills by the compile report.
+        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
         Args:
             capability: two digits, None for the interpreter.
@@ -62,7 +62,7 @@ def _write(
     velocity, o_n, p_m, m_m, BIAS, out_strides, factor,
     N: tl.constexpr, Z: tl.constexpr, PATCH_W: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """Features ``o_n`` of a tile of tokens, ``velocity`` [tokens, features], whose first pixels are at ``p_m``."""
+    """Writes features ``o_n`` of a tile, ``velocity`` [tokens, features]; the tokens' first pixels are at ``p_m``."""
     velocity = velocity.T
     m_n = o_n < N
     if BIAS is not None:
@@ -88,8 +88,10 @@ def project_step_fwd_kernel(
     C: tl.constexpr, Z: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, UPDATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the formula of ``project_step.py``. ``UPDATE``: add ``factor``, or what STEP holds, times the
-    velocity to what OUT holds."""
+    """Computes one tile of the formula of ``project_step.py``.
+
+    ``UPDATE``: ``factor``, or what STEP holds, times the velocity is added to what OUT holds.
+    """
     N: tl.constexpr = Z * PATCH_H * PATCH_W
     block_len = rows * columns
     tiles = tl.cdiv(block_len, BLOCK_M)

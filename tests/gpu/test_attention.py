@@ -23,7 +23,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel leaves unwritten shows as NaN."""
+    """Makes memory that a kernel leaves unwritten show as NaN."""
     stock = Tensor.new_empty
     monkeypatch.setattr(
         Tensor, "new_empty", lambda self, *args, **kwargs: stock(self, *args, **kwargs).fill_(float("nan"))
@@ -33,7 +33,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def qkv(
     length: int, heads: int = 2, head_dim: int = 128, batch: int = 2, dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """Slices of one buffer whose surroundings are NaN."""
+    """Returns slices of one buffer whose surroundings are NaN."""
     buffer = torch.full((batch, length + 2, 3, heads, head_dim), float("nan"), device="cuda", dtype=dtype)
     inner = buffer[:, 1:-1]
     inner.normal_(0.1, 0.8)
@@ -75,7 +75,7 @@ def test_every_case_of_the_compile_report_runs(case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_random_splits(head_dim: int, dtype: torch.dtype) -> None:
-    """Own kernels, the public function and merged calls, over random sources with random lengths."""
+    """Our kernels, the public function and merged calls equal float64 over random sources with random lengths."""
     choose = random.Random(head_dim)
     for _ in range(20):
         lengths = [choose.choice((1, 31, 64, 127, 128, 129, 300, 1000)) for _ in range(choose.randint(1, 5))]
@@ -97,7 +97,7 @@ def test_random_splits(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [70_400, 140_000])
 @pytest.mark.parametrize("sources", [1, 3])
 def test_long_sequences(tokens: int, sources: int) -> None:
-    """A 2K window, and more than 131,072 tokens; sampled rows against float64."""
+    """A 2K window, and more than 131,072 tokens, equal float64 in sampled rows."""
     q, k, v = qkv(tokens, batch=1)
     cuts = [tokens * i // sources for i in range(sources + 1)]
     pairs = [(k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
@@ -111,7 +111,7 @@ def test_long_sequences(tokens: int, sources: int) -> None:
 
 
 def test_offsets_beyond_two_to_the_31_elements() -> None:
-    """The second batch entry and the last heads lie behind 2**31 elements of one buffer."""
+    """The second batch entry and the last heads may lie more than 2**31 elements into one buffer."""
     buffer = torch.empty(2, 140_000, 3, 24, 128, device="cuda", dtype=torch.bfloat16)  # 2.6e9 elements, 4.8 GiB
     buffer.normal_(0.1, 0.8)
     q, k, v = buffer.unbind(2)
@@ -158,9 +158,11 @@ def test_the_choice_is_this_card_s() -> None:
 @pytest.mark.parametrize(("shift", "longer"), [(1, 0), (4, 0), (0, 4), (1, 4), (8, 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_views_that_are_not_aligned(dtype: torch.dtype, shift: int, longer: int) -> None:
-    """Of q, k and v in turn and of all: views that begin so many elements into a buffer, and whose tokens lie so many
-    further apart than they are long. The public function is right wherever torch's attention, cuDNN's above all, could
-    have taken the call; it may take the last, which is aligned."""
+    """Views of q, k and v, in turn and all, may begin at any element, with tokens farther apart than they are long.
+
+    The public function is right wherever torch's attention, cuDNN's above all, could have taken the call; it may take
+    the last, which is aligned.
+    """
     for moved in ("q", "k", "v", "qkv"):
         views = []
         for name in "qkv":

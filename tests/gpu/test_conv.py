@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 100, 180
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel leaves unwritten shows as NaN."""
+    """Makes memory that a kernel leaves unwritten show as NaN."""
     stock = Tensor.new_empty
 
     def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -35,19 +35,19 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_synchronisation() -> Iterator[None]:
-    """Tests switch this mode on around what must not wait, and compare after switching it off."""
+    """Switches this mode off after a test; tests switch it on around what must not wait, and compare afterwards."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 def check(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Close, and without a NaN; ``dtype`` is the coarsest that was computed with."""
+    """Checks that a result is close and has no NaN; ``dtype`` is the coarsest that was computed with."""
     assert torch.isfinite(actual).all()
     assert relative_error(actual, expected) < KERNEL[str(dtype or actual.dtype).removeprefix("torch.")]
 
 
 def view(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers ``[B, T, h, w, C]`` as a slice of a larger buffer that is NaN everywhere else."""
+    """Returns normal numbers ``[B, T, h, w, C]`` as a slice of a larger buffer that is NaN everywhere else."""
     batch, frames, height, width, channels = shape
     buffer = torch.full((batch, frames + 2, height + 3, width + 3, channels), float("nan"), device=DEVICE, dtype=dtype)
     inner = buffer[:, 1:-1, 1:-2, 2:-1]
@@ -55,13 +55,13 @@ def view(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def parameters(columns: int, channels: int, kernel: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Weight, bias and norm weight."""
+    """Returns weight, bias and norm weight."""
     weight, bias = weights(columns, channels, kernel, dtype)
     return weight.to(DEVICE), bias.to(DEVICE), (torch.rand(columns) + 0.5).to(DEVICE, dtype)
 
 
 def pixels_of(v: Tensor, patch: int) -> Tensor:
-    """Features (colour, column, row) as pixels."""
+    """Returns features (colour, column, row) as pixels."""
     return v.unflatten(4, (3, patch, patch)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
 
 
@@ -70,7 +70,7 @@ def bytes_of(v: Tensor) -> Tensor:
 
 
 def randomised(case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The weight is the second argument of every operator."""
+    """Returns a case's arguments with random numbers; the weight is the second argument of every operator."""
     arguments, options = case.inputs(torch.device(DEVICE))
     for x in (*arguments, *options.values()):
         if isinstance(x, Tensor) and x.is_floating_point():
@@ -101,7 +101,7 @@ def test_every_convolution_of_the_compile_report_runs(case: Any) -> None:
 
 @pytest.mark.parametrize("case", cases_of(upsample_conv2d), ids=lambda case: case.name)
 def test_every_upsampling_of_the_compile_report_runs(case: Any) -> None:
-    """Against the phases as they are: results of even and odd rows and columns by convolutions of their own."""
+    """Every case equals its phases as they are: even and odd rows and columns by convolutions of their own."""
     (x, phases, bias), options = randomised(case)
     gamma, residual, (top, bottom, left, right) = (options.get(k) for k in ("norm_weight", "residual", "padding"))
     batch, frames, height, width, _ = x.shape
@@ -155,7 +155,7 @@ def test_every_norm_of_the_compile_report_runs(case: Any) -> None:
 def test_convolution_at_real_widths(
     channels: int, columns: int, kernel: tuple[int, int, int], stride: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    """A tile with a halo on two sides and its history, the residual in place, in poisoned surroundings."""
+    """A tile with a halo on two sides and its history is convolved, the residual in place, in poisoned surroundings."""
     x = view(1, 2, HEIGHT, WIDTH, channels, dtype=dtype)
     past = view(1, 2, HEIGHT, WIDTH, channels, dtype=dtype) if kernel[0] == 3 else None
     weight, bias, gamma = parameters(columns, channels, kernel, dtype)
@@ -187,7 +187,7 @@ def test_convolution_at_real_widths(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "columns"), [(192, 96), (384, 192), (160, 160), (384, 384)])
 def test_upsampling_at_real_widths(channels: int, columns: int, dtype: torch.dtype) -> None:
-    """Against the weight that was folded; padding that leaves out more than a halo's pixel too."""
+    """Upsampling equals that with the weight before folding, also where padding leaves out more than a halo."""
     x = view(1, 2, HEIGHT // 2, WIDTH // 2, channels, dtype=dtype)
     weight, bias, gamma = parameters(columns, channels, (1, 3, 3), dtype)
     phases = fold_upsample_weight(weight[:, :, 0])
@@ -206,7 +206,7 @@ def test_upsampling_at_real_widths(channels: int, columns: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "patch"), [(96, 1), (160, 2), (256, 2)])
 def test_frames_at_real_widths(channels: int, patch: int, dtype: torch.dtype) -> None:
-    """Into a part of larger frames, of which the rest stays."""
+    """Frames are written into a part of larger frames, of which the rest stays."""
     x, past = (view(1, 2, HEIGHT, WIDTH, channels, dtype=dtype) for _ in range(2))
     weight, bias, _ = parameters(3 * patch * patch, channels, (3, 3, 3), dtype)
     options: dict[str, Any] = {"past": past, "padding": (1, 0, 0, 1), "patch_size": patch, "backend": "triton"}
@@ -275,7 +275,7 @@ def test_any_cut_in_space_gives_the_same_bits(channels: int) -> None:
 
 
 def test_frames_beyond_two_to_the_31_elements() -> None:
-    """One frame of 2.2e9 elements is convolved, normed in place, and made by upsampling; its ends against float64."""
+    """One frame of 2.2e9 elements is convolved, normed in place, and made by upsampling; its ends equal float64."""
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free device memory")
     height, width, channels = 4800, 4704, 96
@@ -299,7 +299,7 @@ def test_frames_beyond_two_to_the_31_elements() -> None:
 
 
 def test_offsets_beyond_two_to_the_31_elements() -> None:
-    """Of the history and of the frames written, along columns."""
+    """History and written frames may reach beyond 2**31 elements along columns."""
     if torch.cuda.mem_get_info()[0] < 10 * 2**30:
         pytest.skip("needs 10 GiB of free device memory")
     far = torch.empty(5 * 2**29 + 4096, device=DEVICE, dtype=torch.bfloat16)
@@ -319,7 +319,7 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 def test_cudnn_behind_the_same_calls(dtype: torch.dtype) -> None:
-    """Also where its 3D convolutions are known not to work; float32 may be TF32."""
+    """cuDNN computes the same calls, also where its 3D convolutions are known not to work; float32 may be TF32."""
     limit = ACROSS_DEVICES_TF32 if dtype == torch.float32 else KERNEL[str(dtype).removeprefix("torch.")]
     x, past = (view(1, 4, HEIGHT // 2, WIDTH // 2, 96, dtype=dtype) for _ in range(2))
     for kernel, stride, padding in (
@@ -347,7 +347,7 @@ def test_cudnn_behind_the_same_calls(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_one_graph_without_waiting_for_the_device(backend: str) -> None:
-    """A captured piece of a decoder, replayed with other frames."""
+    """A captured piece of a decoder is replayed with other frames."""
     x, past = (view(1, 2, HEIGHT // 2, WIDTH // 2, 192, dtype=torch.bfloat16) for _ in range(2))
     weight, bias, gamma = parameters(192, 192, (3, 3, 3), torch.bfloat16)
     head, head_bias, _ = parameters(3, 192, (3, 3, 3), torch.bfloat16)
@@ -408,9 +408,9 @@ def test_a_compiled_model_equals_an_eager_one(dtype: torch.dtype) -> None:
 
 
 def test_the_choice_is_this_card_s() -> None:
-    """Kernels in 16 bits unless cuDNN was measured to be faster; for float32 cuDNN."""
+    """Kernels take 16 bits unless cuDNN was measured to be faster; cuDNN takes float32."""
     for dtype in (torch.bfloat16, torch.float32):
         x, (weight, bias, _) = view(1, 2, 8, 8, 96, dtype=dtype), parameters(96, 96, (3, 3, 3), dtype)
         choice = explain(causal_conv3d, x, weight, bias)
-        assert choice.implementation in (("implicit product", "cudnn") if dtype == torch.bfloat16 else ("cudnn",))
+        assert choice.implementation in (("implicit GEMM", "cudnn") if dtype == torch.bfloat16 else ("cudnn",))
         assert "measured" in choice.reason or "cover" in choice.reason or "float32" in choice.reason

@@ -1,4 +1,4 @@
-"""On a CUDA device: the whole path runs there, and agrees with the CPU on the same weights and noise."""
+"""The whole path runs on a CUDA device, and agrees with the CPU on the same weights and noise."""
 
 from __future__ import annotations
 

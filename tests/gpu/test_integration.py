@@ -34,7 +34,10 @@ def moved(value: Any) -> Any:
     "name", ["Wan 2.1 image-to-video (CLIP)", "Wan 2.2 TI2V-5B", "HunyuanVideo", "LTX-Video", "CogVideoX", "Mochi"]
 )
 def test_bfloat16_is_as_near_to_float32_as_diffusers_is(name: str, offload: str | None, hosts: Any) -> None:
-    """With group offloading on a stream, a weight that is read before its copy is waited for would show here."""
+    """A model in bfloat16 is as near to float32 as diffusers' own.
+
+    Under group offloading on a stream, a weight that is read before its copy is waited for would show here.
+    """
     from swifti2v_kernels.integrations.diffusers import accelerate, restore
 
     model = hosts.MODELS[name]

@@ -17,7 +17,7 @@ from model.weights.load import load_dit, random_weights
 from tests.support.tolerances import BFLOAT16_MODEL, relative_error
 
 pytestmark = pytest.mark.gpu
-#: Blocks of 40 MB: a copy takes longer than such a block's work on few tokens, so that a missing wait shows.
+#: Layers of 40 MB: a copy takes longer than such a layer's work on few tokens, so that a missing wait shows.
 CONFIG = DiTConfig(num_heads=10, ffn_dim=3584, num_layers=8, text_dim=64)
 CUDA = torch.device("cuda")
 WHERE = [{}, {"resident": 0}, {"resident": 3}, {"resident": 2, "pinned": 2}, {"resident": 0, "pinned": 0}]
@@ -34,31 +34,31 @@ def model(placement: Placement | None) -> WanDiT:
     return random_weights(WanDiT, CONFIG, 1, dtype=torch.bfloat16, device=CUDA, placement=placement)
 
 
-@pytest.mark.parametrize("storage", ["plain", "float8", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "float8", "int8"])
 @pytest.mark.parametrize("where", WHERE, ids=str)
-def test_where_weights_live_changes_nothing(where: dict, storage: str) -> None:
-    """Many passes, one behind the other, while nothing waits for the device."""
+def test_where_weights_live_changes_nothing(where: dict, quantize: str) -> None:
+    """Many passes, one right after the other while nothing waits for the device, give the same numbers."""
     with torch.no_grad():
-        expected = model(Placement(storage=storage))(*inputs())
-        streamed = model(Placement(**where, storage=storage))
+        expected = model(Placement(quantize=quantize))(*inputs())
+        streamed = model(Placement(**where, quantize=quantize))
         found = [streamed(*inputs()) for _ in range(6)]
         assert all(torch.equal(one, expected) for one in found)
 
 
-@pytest.mark.parametrize("storage", ["float8", "int8"])
-def test_products_in_8_bits_are_near(storage: str) -> None:
-    """float8 needs compute capability 8.9; without it torch's path computes the same."""
+@pytest.mark.parametrize("quantize", ["float8", "int8"])
+def test_products_in_8_bits_are_near(quantize: str) -> None:
+    """Matmuls in 8 bits are near: float8 needs compute capability 8.9; without it torch's path computes the same."""
     with torch.no_grad():
         expected = model(None)(*inputs())
-        found = [model(Placement(**w, storage=storage, products="8bit"))(*inputs()) for w in WHERE[:3]]
+        found = [model(Placement(**w, quantize=quantize, matmul="8bit"))(*inputs()) for w in WHERE[:3]]
     assert all(torch.equal(one, found[0]) for one in found)
-    assert relative_error(found[0], expected) < {"float8": 0.15, "int8": 0.06}[storage] + BFLOAT16_MODEL
+    assert relative_error(found[0], expected) < {"float8": 0.15, "int8": 0.06}[quantize] + BFLOAT16_MODEL
 
 
 def test_a_pass_allocates_what_one_with_resident_weights_does() -> None:
     """Copies and unpacking take nothing of the allocator: the same number of allocations, and the same peak above."""
     counts, above = [], []
-    for placement in (Placement(), Placement(resident=0), Placement(resident=2, storage="float8")):
+    for placement in (Placement(), Placement(resident=0), Placement(resident=2, quantize="float8")):
         dit = model(placement)
         latents, timestep, text = inputs()
         with torch.no_grad():
@@ -80,10 +80,10 @@ def test_a_pass_allocates_what_one_with_resident_weights_does() -> None:
     assert len(set(above)) == 1, above
 
 
-@pytest.mark.parametrize("storage", ["plain", "float8"])
+@pytest.mark.parametrize("quantize", ["none", "float8"])
 @pytest.mark.parametrize("where", WHERE, ids=str)
-def test_the_device_holds_what_was_promised(where: dict, storage: str) -> None:
-    placement = Placement(**where, storage=storage)
+def test_the_device_holds_what_was_promised(where: dict, quantize: str) -> None:
+    placement = Placement(**where, quantize=quantize)
     promised = placed_bytes(CONFIG, torch.bfloat16, placement).device
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -133,7 +133,7 @@ def test_pinned_buffers_are_given_out_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "placement", [Placement(storage="float8"), Placement(storage="int8", products="8bit")], ids=str
+    "placement", [Placement(quantize="float8"), Placement(quantize="int8", matmul="8bit")], ids=str
 )
 def test_steps_with_8_bit_weights_are_replayed_as_graphs(placement: Placement) -> None:
     """Unpacking is part of the captured step."""

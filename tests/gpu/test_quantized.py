@@ -29,21 +29,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _no_synchronisation() -> Iterator[None]:
-    """An operator that waits for the device is an error while this mode is on; tests compare after switching it off."""
+    """Switches this mode off after a test: while it is on, an operator that waits for the device is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(params=KINDS, ids=str)
 def kind(request: pytest.FixtureRequest) -> torch.dtype:
-    """What this device's kernels round to."""
+    """A dtype of 8 bits that this device's kernels round to."""
     if request.param == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("rounding to float8 needs compute capability 8.9")
     return request.param
 
 
 def without_waiting(call: Callable[[], Any]) -> Any:
-    """Its result, after a call that compiles; it allocates nothing and waits for nothing."""
+    """Returns the result of a call after one that compiles, and checks that it neither allocates nor waits."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -56,7 +56,7 @@ def without_waiting(call: Callable[[], Any]) -> Any:
 
 
 def rows(*shape: int, kind: torch.dtype) -> QuantizedRows:
-    """Memory that a kernel has to write: NaN, or 127."""
+    """Returns memory that a kernel has to write: NaN, or 127."""
     values = torch.full(shape, 127, dtype=torch.uint8, device="cuda").view(kind)
     return QuantizedRows(values, torch.full(shape[:-1], float("nan"), device="cuda"))
 
@@ -94,7 +94,7 @@ def test_rows_that_are_not_ordinary_are_those_of_the_cpu(kind: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stored", STORED, ids=str)
 def test_every_code_is_decoded_bit_for_bit(stored: torch.dtype, dtype: torch.dtype) -> None:
-    """On every GPU, also where Triton has no float8."""
+    """Every code is decoded bit for bit on every GPU, also where Triton has no float8."""
     values = torch.arange(256, dtype=torch.uint8).view(stored).expand(8, 256).contiguous()
     scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
     expected = (values.float() * scales[:, None]).to(dtype)
@@ -119,7 +119,7 @@ def test_dequantize_rows(shape: tuple[int, int], stored: torch.dtype) -> None:
 @pytest.mark.parametrize("channels", [96, 3072, 5120])
 @pytest.mark.parametrize("block_len", [1, 7, 700])
 def test_quantised_norms(channels: int, block_len: int, dtype: torch.dtype, kind: torch.dtype) -> None:
-    """The stream's bits are those without; codes are the nearest to the norm in float64, by float32's error."""
+    """The stream's bits are those without quantisation, and codes are the nearest to the norm in float64."""
     x, update = torch.randn(2, 1, 5 * block_len, channels, device="cuda").to(dtype)
     shift, scale, gate = torch.randn(1, 2, 6, channels, device="cuda").unbind(2)[:3]
     block_map = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32, device="cuda")

@@ -29,14 +29,14 @@ SUMS = {torch.float8_e4m3fn: 3e-4, torch.int8: KERNEL["float32"]}
 
 @pytest.fixture(autouse=True)
 def _needs_float8(request: pytest.FixtureRequest) -> None:
-    """Older GPUs take the reference for float8, of which the other files have the tests."""
+    """Skips float8 on older GPUs, which take the reference; the other files test that."""
     kind = request.node.callspec.params.get("kind") if hasattr(request.node, "callspec") else None
     if kind == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
 
 
 def rows(count: int, channels: int, kind: torch.dtype, gap: int = 0) -> QuantizedRows:
-    """Rows of different sizes, a part of a buffer whose other bytes are NaN, or -1."""
+    """Returns rows of different sizes, a part of a buffer whose other bytes are NaN, or -1."""
     made = quantize_rows(torch.randn(count, channels, device="cuda") * torch.rand(count, 1, device="cuda"), kind)
     buffer = torch.full((count, channels + gap), -1, dtype=torch.int8, device="cuda").view(kind)
     buffer[:, :channels].copy_(made.values)
@@ -44,14 +44,14 @@ def rows(count: int, channels: int, kind: torch.dtype, gap: int = 0) -> Quantize
 
 
 def exact(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """In float64, with the scales in the operands."""
+    """Returns the result in float64, with the scales in the operands."""
     wide = [r.values.double() * r.scales.double().unsqueeze(-1) for r in (x, weight)]
     y = F.linear(*wide, None if bias is None else bias.double())
     return y if activation is None else F.gelu(y, approximate="tanh")
 
 
 def sample(x: QuantizedRows) -> tuple[QuantizedRows, Tensor]:
-    """At most 64 rows, the first and the last among them, and which."""
+    """Returns at most 64 rows, the first and the last among them, and which they are."""
     chosen = torch.linspace(0, len(x.scales) - 1, min(64, len(x.scales)), device="cuda").long()
     return QuantizedRows(*(part.view(torch.int8)[chosen].view(part.dtype) if part.itemsize == 1 else part[chosen]
                            for part in x)), chosen  # fmt: skip
@@ -69,11 +69,11 @@ def test_every_case_of_the_compile_report_runs(case: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("channels", "columns"), LAYERS)
 def test_layers_of_real_models(channels: int, columns: int, kind: torch.dtype) -> None:
-    """From one token on, full tiles and ragged ones; what float8 loses in its sums shows in float32."""
+    """Any number of tokens gives full tiles and ragged ones; what float8 loses in its sums shows in float32."""
     weight, bias = rows(columns, channels, kind), torch.randn(columns, device="cuda")
     for tokens in (1, 77, 2816, 2900):
         x = rows(tokens, channels, kind, gap=32)
-        assert explain(scaled_linear, x, weight, bias).implementation == "fused product"
+        assert explain(scaled_linear, x, weight, bias).implementation == "fused matmul"
         out = torch.full((tokens, columns), float("nan"), device="cuda")
         scaled_linear(x, weight, bias, dtype=torch.float32, out=out)
         assert torch.isfinite(out).all()
@@ -88,7 +88,7 @@ def test_layers_of_real_models(channels: int, columns: int, kind: torch.dtype) -
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("tokens", "channels", "columns"), [(3, 16, 16), (130, 80, 272), (65, 1552, 48)])
 def test_sizes_that_fill_no_tile(tokens: int, channels: int, columns: int, kind: torch.dtype) -> None:
-    """Beside the result nothing is written."""
+    """Nothing is written beside the result where sizes fill no tile."""
     x, weight, bias = rows(tokens, channels, kind, gap=16), rows(columns, channels, kind), None
     buffer = torch.full((tokens + 2, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
     scaled_linear(x, weight, bias, out=buffer[1:-1])
@@ -99,7 +99,7 @@ def test_sizes_that_fill_no_tile(tokens: int, channels: int, columns: int, kind:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 def test_against_torchs_own_products(kind: torch.dtype, activation: str | None) -> None:
-    """Where the card and torch have them; in their own layout, into ``out`` and with a bias of either kind."""
+    """torch's matmuls agree where the card has them, in their layout, into ``out`` and with either kind of bias."""
     x, weight = rows(2816, 1536, kind), rows(8960, 1536, kind)
     for dtype in (torch.bfloat16, torch.float32):
         bias = torch.randn(8960, device="cuda", dtype=dtype)
@@ -148,7 +148,7 @@ def test_one_graph_takes_the_numbers_of_the_moment(kind: torch.dtype) -> None:
 
 
 def test_offsets_beyond_two_to_the_31_elements() -> None:
-    """The last tokens of a feed-forward's hidden ones, and of its results."""
+    """The last tokens of a feed-forward's hidden ones, and of its results, may lie beyond 2**31 elements."""
     tokens, channels, columns = 160_000, 13_824, 16
     values = torch.zeros(tokens, channels, device="cuda", dtype=torch.int8)  # 2.2e9 bytes
     x = QuantizedRows(values, torch.rand(tokens, device="cuda"))

@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _no_synchronisation() -> Iterator[None]:
-    """An operator that waits for the device is an error while this mode is on; tests compare after switching it off."""
+    """Switches this mode off after a test: while it is on, an operator that waits for the device is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -144,7 +144,7 @@ def test_the_gelu_epilogue_is_the_tanh_one(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replayed_steps_equal_launched_ones(tiny_dit, mode: str, dtype: torch.dtype, monkeypatch) -> None:
-    """Three windows, the last of another kind; captured from the second step of each kind on."""
+    """Three windows, the last of another kind, equal launched steps; each kind is captured from its second step on."""
     reference, text = torch.randn(1, 4, 8, 4, 6, device="cuda"), torch.randn(1, 7, 16, device="cuda")
     made, stock = [], denoise.StepGraphs.__init__
 
@@ -166,7 +166,7 @@ def test_replayed_steps_equal_launched_ones(tiny_dit, mode: str, dtype: torch.dt
 
 
 def test_a_step_allocates_nothing_on_the_gpu() -> None:
-    """Beyond one part for torch's own attention, which has no output argument."""
+    """A step allocates nothing but one part for torch's own attention, which has no output argument."""
     config = DiTConfig(
         num_heads=8, head_dim=64, num_layers=2, ffn_dim=1024, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
     )

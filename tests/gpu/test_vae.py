@@ -24,14 +24,14 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def _released() -> Iterator[None]:
-    """What other tests have left does not count."""
+    """Releases the memory that other tests have left, which does not count."""
     release(DEVICE)
     yield
     release(DEVICE)
 
 
 def model(version: str, part: str, dtype: torch.dtype) -> WanVAE:
-    """One half of a VAE of the real size; the other is not on the device."""
+    """Returns one half of a VAE of the real size; the other is not on the device."""
     vae = random_weights(WanVAE, CONFIGS[version], 0, device=DEVICE).to_dtypes(encode=dtype, decode=dtype)
     if part == "decode":
         vae.drop_encoder()
@@ -80,7 +80,7 @@ def test_bfloat16_is_near_float32(version: str) -> None:
 
 
 def held_at_the_peak(run: Callable[[], None]) -> str:
-    """What a wrong prediction is told with."""
+    """Returns what was held at the peak, which a wrong prediction is told with."""
     meter = CudaMeter(DEVICE)
     with meter.watch():
         run()
@@ -92,7 +92,7 @@ def held_at_the_peak(run: Callable[[], None]) -> str:
 @pytest.mark.parametrize("part", ["decode", "encode"])
 @pytest.mark.parametrize("plan", [VAEPlan(), VAEPlan(2, 2, frames=2), VAEPlan(2, 4, chunk=None, park=True)], ids=str)
 def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VAEPlan) -> None:
-    """Within the 10 % that are promised, at 720p."""
+    """The predicted peak at 720p is within the 10 % that are promised."""
     width, height, config = 1280, 704, CONFIGS[version]
     request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3, 1)
     before = torch.cuda.memory_allocated()  # workspaces of libraries, and graphs of other tests

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel leaves unwritten shows as NaN."""
+    """Makes memory that a kernel leaves unwritten show as NaN."""
     stock = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -30,7 +30,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(actual: Tensor, expected: Tensor, *dtypes: torch.dtype) -> None:
-    """NaN where the reference has it and nowhere else."""
+    """Checks a result, which is NaN where the reference has it and nowhere else."""
     assert torch.equal(actual.isnan(), expected.isnan())
     written = ~expected.isnan()
     coarse = max((actual.dtype, *dtypes), key=lambda x: torch.finfo(x).eps)
@@ -38,7 +38,7 @@ def check(actual: Tensor, expected: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def window(dtype: torch.dtype = torch.bfloat16, width: int = 1536) -> tuple[list[Tensor], dict[str, Any]]:
-    """Wan I2V's channels, unsorted blocks of which one is given, NaN in those not named."""
+    """Returns Wan I2V's channels, unsorted blocks of which one is given, and NaN in those not named."""
     latents, reference = (store(16, n, (16, 24), torch.float32, device="cuda") for n in (7, 9))
     latents[:, :, [1, 2]], reference[:, :, [1, 2]] = float("nan"), float("nan")
     weight = (torch.randn(width, 36, 1, 2, 2, device="cuda") / 12).to(dtype)
@@ -49,7 +49,7 @@ def window(dtype: torch.dtype = torch.bfloat16, width: int = 1536) -> tuple[list
 
 
 def head(dtype: torch.dtype = torch.bfloat16, z: int = 16, width: int = 1536) -> tuple[list[Tensor], dict[str, Any]]:
-    """Three targets of four blocks; the tokens of the other are NaN, and so are the blocks that are no targets."""
+    """Returns three targets of four blocks; the tokens of the other are NaN, and so are blocks that are no targets."""
     out = store(z, 7, (16, 24), torch.float32, device="cuda")
     out[:, :, [1, 2]] = float("nan")
     x = (2 * torch.randn(2, 4 * 96, width, device="cuda") + 1).to(dtype)
@@ -102,7 +102,7 @@ def test_poisoned_surroundings(dtype: torch.dtype) -> None:
 
 
 def test_indices_out_of_range_touch_nothing_else() -> None:
-    """No exception on a GPU: NaN tokens, NaN velocity, or nothing written; the torch path does the same."""
+    """Indices out of range give NaN tokens, NaN velocity, or nothing written, as on the torch path."""
     arguments, options = window()
     good = embed_window(*arguments, **options).unflatten(1, (4, -1))
     wrong = options | {"latent_index": int32(6, -2, 7, 3, device="cuda")}
@@ -151,7 +151,7 @@ def test_one_graph_steps_with_the_indices_and_sigmas_of_the_moment() -> None:
 
 
 def test_offsets_beyond_two_to_the_31_elements() -> None:
-    """The last blocks of the second entry of stores, and the last tokens, lie behind 2**31 elements."""
+    """The last blocks of the second entry of stores, and the last tokens, may lie beyond 2**31 elements."""
     latents = torch.empty(2, 16, 72_000, 32, 32, device="cuda", dtype=torch.bfloat16)  # 2.4e9 elements, 4.4 GiB
     last = latents.shape[2] - 1
     latents[:, :, [0, last]] = torch.randn(2, 16, 2, 32, 32, device="cuda").bfloat16()

@@ -1,4 +1,4 @@
-"""In bfloat16 a diffusers model on our operators is as far from float32 as on its own code."""
+"""A diffusers model in bfloat16 on our operators is as far from float32 as on its own code."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def test_the_page_is_made_from_the_stored_results() -> None:
 
 
 def test_every_pair_that_is_tested_is_in_the_table(request: pytest.FixtureRequest) -> None:
-    """Of the tests collected in this session; the interpreter's are another one."""
+    """Every pair of the tests collected in this session is in the table; the interpreter's are another session's."""
     stored = {(row["model"], row["feature"]) for row in compatibility.load()}
     assert request.config.stash[COMPATIBILITY] <= stored, "run pytest --compatibility"
 

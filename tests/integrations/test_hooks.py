@@ -30,7 +30,7 @@ def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def in_blocks(module: nn.Module, *parts: str) -> list[nn.Module]:
-    """Modules of the blocks one of whose names begins with one of ``parts``."""
+    """Returns the modules of the layers whose names begin with one of ``parts``."""
     found = [(path.split("."), m) for path, m in module.named_modules() if "blocks." in path and "refiner" not in path]
     return [m for path, m in found if path[-1].startswith(parts)]
 
@@ -48,7 +48,7 @@ def changed(_: nn.Module, args: Any, out: Any) -> Any:
 )
 @every_model
 def test_hooks_of_torch_run(name: str, parts: tuple[str, ...]) -> None:
-    """On all norms, all projections, or all of the feed-forwards; those on projections mix tokens."""
+    """Hooks on all norms, all projections, or all of the feed-forwards run; those on projections mix tokens."""
     module, inputs = make(name)
     plain = run(module, inputs)
     for part in in_blocks(module, *parts):
@@ -60,7 +60,7 @@ def test_hooks_of_torch_run(name: str, parts: tuple[str, ...]) -> None:
 
 
 def overwritten(module: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """Modules that are given or return what is no longer the same after the run."""
+    """Returns the modules that are given or return what is no longer the same after the run."""
     kept: list[tuple[str, Tensor, Tensor]] = []
     hooks = []
     for path, part in module.named_modules():
@@ -79,7 +79,7 @@ def overwritten(module: nn.Module, inputs: dict[str, Any]) -> set[str]:
 
 @every_model
 def test_what_modules_return_and_are_given_is_not_overwritten(name: str) -> None:
-    """As caches keep it from one step to the next; but for what diffusers itself overwrites."""
+    """Nothing that a cache could keep between steps is overwritten, but for what diffusers itself overwrites."""
     module, inputs = make(name)
     before = overwritten(module, inputs)
     accelerate(module)
@@ -88,7 +88,7 @@ def test_what_modules_return_and_are_given_is_not_overwritten(name: str) -> None
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("Wan")])
 def test_other_norms_in_a_wan_block(name: str) -> None:
-    """Trained copies that PEFT puts in the norm's place, and a norm of another kind."""
+    """Trained copies that PEFT puts in the norm's place, and a norm of another kind, are called."""
     module, inputs = make(name)
     module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["norm2"]))
     with torch.no_grad():
@@ -128,7 +128,7 @@ def mine(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: 
 
 @pytest.mark.parametrize("way", ["class", "same name", "subclass"])
 def test_other_peoples_code_is_left_and_named(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward put into diffusers' class, a class of the same name from elsewhere, and a subclass."""
+    """A forward put into diffusers' class, a class of the same name from elsewhere and a subclass are left, named."""
     module, inputs = make(WAN)
     host = transformer_wan.WanTransformerBlock
     if way == "class":
@@ -148,7 +148,7 @@ def test_other_peoples_code_is_left_and_named(way: str, monkeypatch: pytest.Monk
 
 
 def test_an_attention_backend_that_is_active_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within ``attention_backend(...)`` diffusers' processors compute; a model is not accelerated there at all."""
+    """diffusers' processors compute within ``attention_backend(...)``, and a model is not accelerated there at all."""
     module, inputs = make(WAN)
     expected = run(module, inputs)
     accelerate(module)
@@ -187,7 +187,7 @@ def test_what_is_chosen_after_is_there_when_restored() -> None:
 
 
 def test_projections_that_diffusers_fuses_in_between() -> None:
-    """Its own processors for that take our place and give it back: we are restored then."""
+    """diffusers' own processors for fused projections take our place and give it back: we are restored then."""
     module, inputs = make("CogVideoX")
     expected = run(module, inputs)
     accelerate(module)
@@ -201,7 +201,7 @@ def test_projections_that_diffusers_fuses_in_between() -> None:
 
 
 def test_parts_and_wholes() -> None:
-    """A block accelerated by itself is restored with its model, and patched anew with it."""
+    """A layer accelerated by itself is restored with its model, and patched anew with it."""
     module, inputs = make(WAN)
     expected = run(module, inputs)
     accelerate(module.blocks[0])

@@ -1,4 +1,4 @@
-"""What the replacements of diffusers' blocks do in parts or row by row, to be smaller: the same, wherever it is cut."""
+"""Replacements that compute in parts or row by row, to be smaller, give the same wherever it is cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.tolerances import PARITY, relative_error
 
 @pytest.mark.parametrize("name", MODELS)
 def test_feed_forwards_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 7 tokens: the last one is shorter, and batch entries are parts of their own."""
+    """Parts of 7 tokens give the same: the last one is shorter, and batch entries are parts of their own."""
     monkeypatch.setattr(norms, "PART_TOKENS", 7)
     model = MODELS[name]
     module = build(model, HEAD_DIM[name])
@@ -47,7 +47,7 @@ def test_hooks_on_a_feed_forward_see_it_whole_and_once(monkeypatch: pytest.Monke
 
 
 def test_modulation_is_summed_as_in_diffusers() -> None:
-    """float32 sums of a 16-bit timestep embedding and a table of either precision."""
+    """Sums of a 16-bit timestep embedding and a table of either precision are float32, as in diffusers."""
     temb = torch.randn(2, 5, 6, 24).bfloat16()
     for table in (torch.randn(6, 24), torch.randn(6, 24).bfloat16()):
         row = norms.modulation_rows(table, temb)

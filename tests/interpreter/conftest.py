@@ -1,7 +1,6 @@
 """Tests of this folder run the kernels in Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/interpreter``.
 
-Triton decides at its first import whether it interprets, so they need a process of their own; plain ``pytest`` starts
-it (tests/test_processes.py).
+Triton decides at its first import whether it interprets, so they need a process of their own.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_merge_compiles_as_one_graph() -> None:
 
 
 def adaln_block(x: Tensor, update: Tensor, table: Tensor, rows: Tensor) -> list[Tensor]:
-    """A foreign module's use: into new tensors and in place, on a part of a larger tensor."""
+    """Computes as a foreign module would: into new tensors and in place, on a part of a larger tensor."""
     shift, scale, gate = table.unbind(2)
     y = norm_modulate(2 * x, shift, scale, block_map=rows)
     stream = x + 1
@@ -105,7 +105,7 @@ def adaln_block(x: Tensor, update: Tensor, table: Tensor, rows: Tensor) -> list[
 
 
 def rope_block(x: Tensor, weight: Tensor, one: Tensor) -> list[Tensor]:
-    """Slices of a fused projection in place, unsorted blocks, and a single token."""
+    """Computes slices of a fused projection in place, unsorted blocks, and a single token."""
     qkv = x @ one
     q, k, v = qkv.chunk(3, dim=2)
     rope = rope_3d([5, 0, 2], 2, 2, 24)

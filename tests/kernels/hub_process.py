@@ -18,7 +18,7 @@ BACKEND, BLOCKED, CHECKOUT, *FOLDERS = sys.argv[1:]
 
 
 class Without:
-    """Another finder, which does not find what is blocked."""
+    """A finder in place of another, which does not find the packages that are blocked."""
 
     def __init__(self, finder: Any) -> None:
         self.finder = finder
@@ -27,7 +27,7 @@ class Without:
         return getattr(self.finder, name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """None for what is blocked, as for any package that is not installed."""
+        """Returns None for a blocked package, as for any that is not installed."""
         return None if name.split(".")[0] in BLOCKED.split(",") else self.finder.find_spec(name, path, target)
 
 
@@ -38,20 +38,20 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
 class Called(TorchDispatchMode):
-    """Collects the namespaces of the operators that are called."""
+    """A mode that collects the namespaces of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.namespaces: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Calls on."""
+        """Notes the operator's namespace and calls it."""
         self.namespaces.add(func.namespace)
         return func(*args, **(kwargs or {}))
 
 
 def attention_error(kernel: ModuleType) -> float:
-    """Against a softmax over concatenated keys, in float64."""
+    """Returns the error against a softmax over concatenated keys, in float64."""
     q = torch.randn(2, 40, 3, 64)
     sources = [(torch.randn(2, length, 3, 64), torch.randn(2, length, 3, 64)) for length in (24, 17)]
     keys, values = (torch.cat(x, dim=1).double() for x in zip(*sources, strict=True))
@@ -62,7 +62,7 @@ def attention_error(kernel: ModuleType) -> float:
 
 
 def norm_error(kernel: ModuleType) -> float:
-    """Of a modulated LayerNorm whose three blocks of tokens have two rows of modulation, in float64."""
+    """Returns the error in float64 of a modulated LayerNorm whose three blocks of tokens have two modulation rows."""
     x, (shift, scale) = torch.randn(2, 12, 96), torch.randn(2, 2, 2, 96)
     rows = torch.tensor([0, 1, 1])
     wide = x.double()
@@ -74,13 +74,13 @@ def norm_error(kernel: ModuleType) -> float:
 
 
 def namespaces() -> set[str]:
-    """Those of all copies that have registered their operators."""
+    """Returns the namespaces of all copies that have registered their operators."""
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     return {name[0] for name in names if name[1].split(".")[0] == "segment_attention"}
 
 
 def load(loader: Callable[[], ModuleType]) -> tuple[ModuleType, list[str]]:
-    """A copy, and the namespaces that came with it."""
+    """Loads a copy and returns it with the namespaces that came with it."""
     before = namespaces()
     kernel = loader()
     return kernel, sorted(namespaces() - before)

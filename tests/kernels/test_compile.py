@@ -1,4 +1,4 @@
-"""Kernels compiled for every GPU generation, without one, through the public functions; and what the report says."""
+"""Kernels compiled for every GPU generation, without one, through the public functions; and the report on them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", TARGETS)
 def test_every_target_compiles_without_spills(capability: int, own_cache) -> None:
-    """A call of two sources, head_dim 128; all cases are checked by ``python -m bench compile --check``."""
+    """A call of two sources with head_dim 128 compiles without spills.
+
+    ``python -m bench compile --check`` checks all cases.
+    """
     kernel = compiled("segment_attention d128 2 sources", capability)
     row = report._row(cases_of(segment_attention)[1], kernel, TARGETS[capability])
     assert row.faults() == []
@@ -73,7 +77,10 @@ def test_lengths_do_not_recompile() -> None:
 
 
 def test_one_token_stride_beyond_32_bits_compiles() -> None:
-    """Of q alone: both branches that choose between q and k must keep one type. Untouched pages cost no memory."""
+    """A long token stride of q alone compiles: both branches that choose between q and k keep one type.
+
+    Untouched pages cost no memory.
+    """
     far = torch.empty(2**31 + 96, dtype=torch.bfloat16).as_strided((1, 2, 96), (0, 2**31, 1))
     near, weight = torch.ones(1, 2, 96, dtype=torch.bfloat16), torch.ones(96)
     with compiled_for(90) as kernels:
@@ -82,7 +89,10 @@ def test_one_token_stride_beyond_32_bits_compiles() -> None:
 
 
 def test_hopper_overlaps_the_softmax_with_a_product(own_cache) -> None:
-    """What warp specialisation is for; ptxas undoes it silently where a barrier wait is missing."""
+    """The softmax runs while a matmul does.
+
+    That is what warp specialisation is for; ptxas undoes it silently where a barrier wait is missing.
+    """
     special = analyse(compiled("segment_attention d128", 90).binary)
     assert all(loop.overlapped for loop in special.loops)
     assert not any(loop.overlapped for loop in analyse(compiled("segment_attention d96", 90).binary).loops)
@@ -105,7 +115,7 @@ def test_explain_names_the_kernel_that_compiles() -> None:
 
 
 def test_a_spill_is_found(monkeypatch, own_cache) -> None:
-    """128 rows on 4 warps need more registers than there are."""
+    """A spill is found, since 128 rows on 4 warps need more registers than there are."""
     bad = PortableConfig(128, 64, 4, 2)
     monkeypatch.setattr(PortableConfig, "heuristic", classmethod(lambda cls, *args: bad))
     kernel = compiled("segment_attention d128", 89)
@@ -116,13 +126,13 @@ def test_a_spill_is_found(monkeypatch, own_cache) -> None:
 
 def test_what_check_objects_to() -> None:
     good = report.Row(
-        "segment_attention", 89, "k", "", None, shared_bytes=1, shared_limit=2, mma="HMMA", computes_products=True
+        "segment_attention", 89, "k", "", None, shared_bytes=1, shared_limit=2, mma="HMMA", has_matmul=True
     )
     assert good.faults() == []
     assert "spills: 0 loads, 3 stores" in dataclasses.replace(good, spill_stores=3).faults()
     assert "shared memory: 3 of 2 bytes" in dataclasses.replace(good, shared_bytes=3).faults()
     assert "tensor cores: expected HMMA, got none" in dataclasses.replace(good, mma="").faults()
-    assert dataclasses.replace(good, mma="", computes_products=False).faults() == []
+    assert dataclasses.replace(good, mma="", has_matmul=False).faults() == []
     assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults()
 
 
@@ -153,7 +163,7 @@ def test_check_fails_on_a_fault(monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_every_operator_of_the_library_has_cases() -> None:
-    """Found by being there: what has a kernel and no case would be in no report."""
+    """Every operator with a kernel has cases, found by being there; without one it would be in no report."""
     import swifti2v_kernels
 
     plain = {"BlockWindow", "Choice", "QuantizedRows", "Rope3D", "__version__", "explain", "pretend_gpu", "rope_3d"}
@@ -172,7 +182,10 @@ def test_results_are_kept_by_the_binary(monkeypatch, own_cache) -> None:
 
 
 def test_bounds_by_hand() -> None:
-    """64 products of 2048 multiply-adds on 8 warps of a 4090, with 100 exponentials a warp: 4096 and 1600 cycles."""
+    """Bounds are those counted by hand.
+
+    64 times 2048 multiply-adds on 8 warps of a 4090, with 100 exponentials a warp, are 4096 and 1600 cycles.
+    """
     loop = Loop(200, 300, {"HMMA": 64, "MUFU": 100}, False)
     bound = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**20, 0), 8, 1, TARGETS[89])
     assert bound is not None

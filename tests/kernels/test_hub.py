@@ -34,7 +34,7 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed_package(folder: Path, name: str, text: str) -> Path:
-    """A copy of the package with ``text`` at the end of one of its files."""
+    """Returns a copy of the package with ``text`` at the end of one of its files."""
     copy = shutil.copytree(PACKAGE, folder / "swifti2v_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / name).open("a") as file:
         file.write(text)
@@ -42,7 +42,7 @@ def changed_package(folder: Path, name: str, text: str) -> Path:
 
 
 def loaded(backend: str, *folders: Path, installed: bool = False) -> list[dict[str, Any]]:
-    """What a process without the library, or with it after them, says of each copy that it loads.
+    """Returns what a process without the library, or with it after them, says of each copy that it loads.
 
     It has no numpy either, but for Triton's interpreter, which is written in it.
     """
@@ -97,7 +97,7 @@ def test_gathered_init_names_what_is_there(gathered: Path) -> None:
 
 
 def test_operators_are_named_as_kernel_builder_wants(gathered: Path) -> None:
-    """It rejects a decorator of torch.library whose first argument is not a call of a function of this name."""
+    """The first argument of torch.library's decorators is a call of the function that kernel-builder looks for."""
     found = 0
     for file in gathered.glob("torch-ext/**/*.py"):
         for node in ast.parse(file.read_text()).body:
@@ -125,7 +125,7 @@ def test_loads_and_computes_alone(backend: str, gathered: Path) -> None:
 
 
 def test_two_versions_in_one_process(gathered: Path, tmp_path: Path) -> None:
-    """Each under its own name; and the second of two copies that are the same is the first."""
+    """Each version is loaded under its own name; of two copies that are the same the second is the first."""
     gather(tmp_path / "other", changed_package(tmp_path, "__init__.py", '\n__version__ = "another"\n'))
     same = shutil.copytree(gathered, tmp_path / "same")
     first, other, again = loaded("triton", gathered, tmp_path / "other", same)

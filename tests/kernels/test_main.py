@@ -1,4 +1,4 @@
-"""``python -m swifti2v_kernels``: what a bug report needs, and nothing that is not so."""
+"""``python -m swifti2v_kernels`` says what a bug report needs, and nothing that is not so."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPERATORS = {operator_name(case) for case in all_cases()}
 
 
 def by_operator(lines: list[str]) -> dict[str, list[str]]:
-    """What is said of each operator."""
+    """Returns what is said of each operator."""
     found: dict[str, list[str]] = {}
     for line in lines:
         name, said = line.split(maxsplit=1)
@@ -45,7 +45,7 @@ def test_without_a_gpu_every_operator_says_why_no_kernel_serves_it(capsys: pytes
 
 @pytest.mark.parametrize("capability", [86, 90])
 def test_on_a_gpu_every_choice_is_counted(capability: int) -> None:
-    """As a GPU of this capability would be served; nothing is launched."""
+    """Every call of a GPU of this capability is counted by its choice; nothing is launched."""
     with pretend_gpu(capability):
         said = by_operator(describe_kernels(CPU))
     assert set(said) == OPERATORS
@@ -65,7 +65,7 @@ def test_on_a_gpu_every_choice_is_counted(capability: int) -> None:
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert describe_device(torch.device("cuda:1")) == "cuda:1: NVIDIA H200, compute capability 9.0, 140.0 GiB"
+    assert describe_device(torch.device("cuda:1")) == "cuda:1: NVIDIA H200, compute capability 9.0, 150.3 GB"
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "abacus", "meta", "cpu:x"])

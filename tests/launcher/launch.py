@@ -33,7 +33,7 @@ class StubDriver(nvidia.CudaDriver):
 
 
 def main(capability: int, texts: list[str]) -> None:
-    """One line for every case whose name contains a text, between the stub's own."""
+    """Prints one line for every case whose name contains a text, between the stub's own."""
     warnings.simplefilter("ignore")
     driver.set_active(StubDriver(capability))
     with pretend_gpu(capability):

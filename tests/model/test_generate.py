@@ -1,4 +1,4 @@
-"""``python -m model.generate`` as its user runs it: presets, checkpoints saved by diffusers, and bad input."""
+"""The command ``python -m model.generate`` as a user runs it: presets, checkpoints of diffusers, and bad input."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(p
 
 
 def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
-    """Factors of rank 2 for one layer of the tests' DiTs, and their product."""
+    """Saves factors of rank 2 for one linear layer of the tests' DiTs, and returns the path and their product."""
     down, up = torch.randn(2, 48), torch.randn(48, 2)
     save_file({f"{expert}{module}.lora_A.weight": down, f"{expert}{module}.lora_B.weight": up}, path)
     return up @ down
 
 
 def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path, capsys):
-    """At their strengths; the second expert takes its own tensors of a file for both."""
+    """LoRAs are merged at their strengths; the second expert takes its own tensors of a file for both."""
     weights, file, both = tmp_path / "weights", tmp_path / "lora.safetensors", tmp_path / "both.safetensors"
     save_weights(weights)
     saved_diffusers_dit(weights / "stage1_low_noise", in_channels=12, out_channels=4)
@@ -235,7 +235,7 @@ def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path,
 
 
 def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
-    """In a process whose PyAV cannot be imported."""
+    """A process that cannot import PyAV says which pip command installs it."""
     hidden = tmp_path / "hidden" / "av.py"
     hidden.parent.mkdir()
     hidden.write_text("raise ModuleNotFoundError('No module named av', name='av')")

@@ -1,4 +1,4 @@
-"""``python -m model.inspect``: what a file is, in every layout that the tests can write, and whether it loads."""
+"""``python -m model.inspect`` says what a file is, in every layout that the tests can write, and whether it loads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(path, state, metadata=None):
 
 
 def lora(state, module, rank=4, prefix="diffusion_model."):
-    """Factors for one module of an original checkpoint."""
+    """Returns factors for one module of an original checkpoint."""
     out, width = state[f"{module}.weight"].shape
     return {
         f"{prefix}{module}.lora_down.weight": torch.zeros(rank, width),
@@ -51,7 +51,7 @@ def lora(state, module, rank=4, prefix="diffusion_model."):
 
 
 def test_an_original_file_with_prefix_and_scaled_float8(tmp_path):
-    """Counted by hand: every tensor, byte and parameter; and it does load."""
+    """The report agrees with tensors, bytes and parameters counted by hand, and the file does load."""
     state = original(CLIP_DIT)
     stored, _ = float8_with_scales(state)
     stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
@@ -241,7 +241,7 @@ FAMILIES = {
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("key", [*RELATIVES, *FAMILIES])
 def test_other_models_are_called_by_name_and_said_not_to_load(key, prefix, tmp_path):
-    """Relatives of Wan have all of its tensors and more."""
+    """Relatives of Wan, which have all of its tensors and more, are named and do not load."""
     state = {key: torch.zeros(2)} | (original(TINY_DIT) if key in RELATIVES else {"other.weight": torch.zeros(2)})
     file = saved(tmp_path / "model.safetensors", {prefix + name: tensor for name, tensor in state.items()})
     report = inspect_checkpoint(file)
@@ -250,7 +250,7 @@ def test_other_models_are_called_by_name_and_said_not_to_load(key, prefix, tmp_p
 
 
 def test_the_control_blocks_of_vace_alone_are_told_from_other_files(tmp_path):
-    """As others ship them, without the rest of Wan; an audio projection alone could be anything's."""
+    """The control blocks of VACE are recognised without the rest of Wan; an audio projection alone is unknown."""
     report = inspect_checkpoint(saved(tmp_path / "vace.safetensors", {"vace_blocks.0.norm3.bias": torch.zeros(2)}))
     assert (report.kind, report.exit_code) == ("Wan VACE", 1)
     report = inspect_checkpoint(saved(tmp_path / "audio.safetensors", {"audio_proj.weight": torch.zeros(2)}))
@@ -319,7 +319,7 @@ def test_unreadable_and_unknown_files_exit_with_2(tmp_path, capsys):
 
 
 def test_a_directory_is_all_of_its_checkpoints_and_the_worst_exit_code(tmp_path, capsys):
-    """A pipeline as diffusers saves it, the layout of --weights, a Wan repository's, and a folder of files."""
+    """All checkpoints are reported: of a diffusers pipeline, a --weights folder, a Wan repository, a folder of files."""
     saved_diffusers_dit(tmp_path / "pipeline" / "transformer")
     saved_diffusers_vae(tmp_path / "pipeline" / "vae", base_dim=3, z_dim=4, num_res_blocks=1)
     save_text_encoder(tmp_path / "pipeline")
@@ -372,7 +372,7 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
 
 
 def test_the_command_runs_as_a_module_and_shows_its_help(tmp_path):
-    """As a module it must not stand before Python's own ``inspect``, which torch imports."""
+    """The module does not hide Python's own ``inspect``, which torch imports."""
     saved_diffusers_dit(tmp_path / "dit")
     command = [sys.executable, "-m", "model.inspect"]
     result = subprocess.run([*command, str(tmp_path / "dit")], cwd=ROOT, capture_output=True, text=True, check=True)

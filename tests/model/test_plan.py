@@ -1,5 +1,5 @@
 """``python -m model.plan`` and the options that it shares with ``model.generate``: what is asked for is planned, and
-bad input is one line that names its option."""
+bad input gives one line that names its option."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = ("--preset", "1.3b", "--size", "256x128", "--frames", "17", "--ram", "64
 
 
 def told(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What the command prints."""
+    """Returns what the command prints."""
     assert main(list(options)) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -45,7 +45,7 @@ def test_a_plan_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text encoder on the CPU" in out
     starts = [line[2:11].strip() for line in out.splitlines()[9:15]]
     assert starts == ["text", "condition", "Stage I", "reference", "Stage II", "decode"]
-    assert "Stage II  all 30 blocks on the device; as they are" in out
+    assert "Stage II  all 30 layers on the device; as they are" in out
 
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_limits_are_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row a card in the order given, a refused one with its reason's first line; in JSON a list."""
+    """Several limits give a row each, in order, a refused one with the first line of its reason; in JSON a list."""
 
     def refusing(wanted: MemoryRequest) -> MemoryPlan:
         if wanted.vram < GB:
@@ -71,7 +71,7 @@ def test_several_limits_are_a_table(capsys: pytest.CaptureFixture[str], monkeypa
     assert "RTX 4080" in rows[0]
     assert rows[1] == "0.40 GB  vram: 0.40 GB are too little"
     assert "RTX 4060" in rows[2]
-    assert "30 plain" in rows[2]
+    assert "30 in 16 bits" in rows[2]
     assert "more about it" not in "".join(rows)
     assert "predicted" in rows[-1]
     read = json.loads(told(capsys, *options, "--json"))
@@ -86,7 +86,7 @@ def test_several_limits_are_a_table(capsys: pytest.CaptureFixture[str], monkeypa
         (("--frames", "33"), {"num_frames": 33}),
         (("--mode", "causal"), {"mode": "causal"}),
         (("--steps", "8", "--stage1-steps", "6"), {"steps": 8, "stage_one_steps": 6}),
-        (("--storage", "int8", "--products", "8bit"), {"storage": "int8", "products": "8bit"}),
+        (("--quantize", "int8", "--matmul", "8bit"), {"quantize": "int8", "matmul": "8bit"}),
         (("--gpu", "H200"), {"gpu": GPUS["H200"], "capability": 90}),
         (("--ram", "none"), {"ram": None}),
         (("--ram", "24GiB"), {"ram": 24 * 2**30}),
@@ -141,7 +141,7 @@ def test_components_say_what_is_in_8_bits_and_in_files() -> None:
 
 
 def test_a_device_is_planned_for_as_the_card_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a CPU, which has no limit, as none."""
+    """A device is planned for as its card, and a CPU, which has no limit, as none."""
     cpu = device_options(torch.device("cpu"))
     assert (cpu["vram"], cpu["capability"]) == (None, None)
     monkeypatch.setattr(plan.Card, "of", lambda device: Card(89, 24 * GB))
@@ -151,7 +151,7 @@ def test_a_device_is_planned_for_as_the_card_that_it_is(monkeypatch: pytest.Monk
 def test_a_gpu_that_is_there_is_the_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its memory and its speed; a larger limit than it has is another card's."""
+    """The default is the memory and speed of the GPU that is there; a larger limit than it has is another card's."""
     card = type("Properties", (), {"total_memory": 24 * 2**30})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *given: "NVIDIA GeForce RTX 4090")
@@ -175,7 +175,7 @@ def test_a_gpu_that_is_there_is_the_default(
         (("--vram", "8GB", "--preset", "3b"), "error: preset: unknown '3b'"),
         (("--vram", "8GB", "--weights", "missing"), "error: weights: missing does not exist"),
         (("--vram", "8GB", "--vae-memory", "x"), "error: vae-memory: expected a size such as 12GB"),
-        (("--vram", "8GB", "--storage", "plain", "--products", "8bit"), "error: products: 8bit goes with storage auto"),
+        (("--vram", "8GB", "--quantize", "none", "--matmul", "8bit"), "error: matmul: 8bit goes with quantize auto"),
         (("--vram", "8GB", "--stage1-lora", "x.safetensors"), "error: lora: expected --weights too"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -231,7 +231,7 @@ def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixtu
         PRESETS["5b"].vae, "decode", 640, 352, dtype=torch.float16, limit=2 * GB, capability=120, piece=3
     )
     assert data == {
-        "schema": 1, "basis": "predicted", "width": 640, "height": 352, "piece": 3, "capability": 120,
+        "schema": 2, "basis": "predicted", "width": 640, "height": 352, "piece": 3, "capability": 120,
         "limit_bytes": 2 * GB,
         "vae": {"decode": {**asdict(planned.plan), "dtype": "float16", "peak_bytes": planned.peak.total}},
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixtu
     ("options", "message"),
     [
         (("--vae", "--size", "100x100"), "multiples of 8, got 100x100"),
-        (("--vae", "decode", "--size", "640x352", "--vae-memory", "1MB"), "error: vae-memory: 1.0 MiB is too little"),
+        (("--vae", "decode", "--size", "640x352", "--vae-memory", "1MB"), "error: vae-memory: 1.0 MB is too little"),
         (("--vae", "both", "--vram", "4GB"), "--gpu, --vae-memory, --json; got --vram too"),
         (("--vae", "--no-text-encoder", "--stage2-lora", "x"), "; got --no-text-encoder, --stage2-lora too"),
         (("--piece", "3"), "piece: goes with --vae"),

@@ -23,7 +23,7 @@ POINTERS = PortableConfig(64, 32, 4, 2)
 
 
 def qkv(length: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of exactly this length: one row more would be out of bounds."""
+    """Returns tensors of exactly this length: one row more would be out of bounds."""
     return [torch.randn(1, length, 2, head_dim, dtype=torch.float32).to("cuda", dtype) for _ in range(3)]
 
 
@@ -44,7 +44,7 @@ def test_attention_stays_inside(lengths: tuple[int, ...], head_dim: int) -> None
 
 
 def test_masks_stay_inside() -> None:
-    """Two query views with their own sources, a valid length, and a window of blocks."""
+    """Two query views with their own sources, a valid length, and a window of blocks stay inside."""
     views = [qkv(n, 64, torch.float16) for n in (40, 70)]
     sources = [(k, v) for _, k, v in views]
     out = [torch.empty_like(q) for q, _, _ in views]

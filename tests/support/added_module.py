@@ -1,4 +1,4 @@
-"""A room put beside those of a package for the time of a test: what is found by being written must find it."""
+"""A module added to a package for the time of a test: whatever finds modules by their being there must find it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unittest.mock import patch
 def added_module(
     package: ModuleType, folder: Path, file: str, text: str, found: Callable[[], object]
 ) -> Iterator[None]:
-    """``extra/FILE`` with this text in the package's path; ``found`` is the cached search that must not remember it."""
+    """Adds ``extra/FILE`` with this text to the package's path; the cached search ``found`` must not remember it."""
     (folder / "extra").mkdir(parents=True, exist_ok=True)
     (folder / "extra" / file).write_text(text)
     importlib.invalidate_caches()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``[B, L, H, D]`` in float64 and the log-sum-exp ``[B, H, L]``; ``mask`` [B, Lq, Lk]: True where seen."""
+    """Returns ``[B, L, H, D]`` in float64 and the log-sum-exp ``[B, H, L]``; ``mask`` [B, Lq, Lk] is True if seen."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     logits = scale * q @ k.transpose(2, 3)
     if mask is not None:
@@ -26,7 +26,7 @@ def cat_attention(
     valid_lengths: Sequence[Tensor | None] | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over concatenated sources; keys behind a valid length are masked and their values zeroed."""
+    """Returns the same over concatenated sources; keys past a valid length are masked and their values zeroed."""
     batch = q.shape[0]
     keys, values, masks = [], [], []
     for (k, v), n in zip(sources, valid_lengths or [None] * len(sources), strict=True):

@@ -1,4 +1,4 @@
-"""What tests of benchmarks share: a session without a command, a timer that knows its answer, a progress bar."""
+"""Helpers for tests of benchmarks: a session without a command, a timer that knows its answer, a progress bar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def timer(calls: dict[str, Any]) -> dict[str, Timing]:
 
 @contextmanager
 def session(folder: Path, name: str = "test", **options: Any) -> Iterator[Session]:
-    """A section of its own in a results folder."""
+    """Returns a section of its own in a results folder."""
     folder.mkdir(parents=True, exist_ok=True)
     record = Record(folder / RESULT, capture(CPU))
     args = argparse.Namespace(**{"json": False, "quick": False, "out": folder, **options})
@@ -40,14 +40,14 @@ def session(folder: Path, name: str = "test", **options: Any) -> Iterator[Sessio
 
 
 def new_table(folder: Path, identity: tuple[str, ...], metrics: tuple[str, ...]) -> Table:
-    """A table on disk."""
+    """Returns a table on disk."""
     with session(folder) as found:
         return found.section.table("rows", "rows", identity=identity, metrics=metrics)
 
 
 @contextmanager
 def old_garbage_left() -> Iterator[None]:
-    """What is there already is not gone through whenever a model is let go, which takes longer than toy sizes do."""
+    """Leaves out what is there already when garbage is collected, which takes longer than toy sizes do."""
     gc.collect()
     gc.freeze()
     try:
@@ -57,11 +57,11 @@ def old_garbage_left() -> Iterator[None]:
 
 
 def read_section(folder: Path) -> dict[str, Any]:
-    """The only section of a results folder, its tables by name."""
+    """Returns the only section of a results folder, its tables by name."""
     (section,) = json.loads((folder / RESULT).read_text())["sections"].values()
     return section | {"tables": {table["name"]: table for table in section["tables"]}}
 
 
 def rows_of(folder: Path, table: str) -> list[dict[str, Any]]:
-    """Rows of one table of a results folder."""
+    """Returns the rows of one table of a results folder."""
     return read_section(folder)["tables"][table]["rows"]

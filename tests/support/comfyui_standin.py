@@ -47,7 +47,7 @@ SEEN: list[dict[str, Any]] = []
 def attention_pytorch(
     q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
 ):  # type: ignore[no-untyped-def]
-    """``[B, L, H*D]``, or ``[B, H, L, D]`` with ``skip_reshape``."""
+    """Computes attention of ``[B, L, H*D]``, or of ``[B, H, L, D]`` with ``skip_reshape``."""
     SEEN.append(kwargs)
     if not skip_reshape:
         dim_head = q.shape[2] // heads
@@ -75,7 +75,7 @@ def install(patch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class WanSelfAttention(nn.Module):
-    """Queries and keys are neither normed nor rotated here."""
+    """A self-attention in which queries and keys are neither normed nor rotated."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class WanT2VCrossAttention(WanSelfAttention):
 
 
 class WanModel(nn.Module):
-    """Two layers of self- and cross-attention."""
+    """A model with two layers of self- and cross-attention."""
 
     def __init__(self, dim: int = 48, num_heads: int = 2) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class WanModel(nn.Module):
 
 
 class BaseModel(nn.Module):
-    """comfy/model_base.py: what a patcher of a diffusion model holds."""
+    """The object that a patcher of a diffusion model holds, as in comfy/model_base.py."""
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class BaseModel(nn.Module):
 
 
 class ModelPatcher:
-    """Clones share the module, and what its patches have replaced."""
+    """A patcher whose clones share the module, and what its patches have replaced."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -165,7 +165,7 @@ LOADED: list[ModelPatcher] = []
 
 
 def load_models_gpu(models: list[ModelPatcher]) -> None:
-    """Each with its own patches, in place of a clone that may be loaded."""
+    """Loads each patcher with its own patches, in place of a clone that may be loaded."""
     for model in models:
         LOADED[:] = [other for other in LOADED if not model.is_clone(other)]
         model.unpatch_model()
@@ -195,7 +195,7 @@ class VAE:
 
 
 def load_custom_node(path: Path) -> tuple[dict[str, type], dict[str, str]]:
-    """A folder of ``custom_nodes`` as ComfyUI imports it: under a name made of its path, not of its package."""
+    """Imports a folder of ``custom_nodes`` as ComfyUI does: under a name made of its path, not of its package."""
     name = str(path).replace(".", "_x_")
     location = path / "__init__.py" if path.is_dir() else path
     spec = importlib.util.spec_from_file_location(name, os.fspath(location))
@@ -211,7 +211,7 @@ def load_custom_node(path: Path) -> tuple[dict[str, type], dict[str, str]]:
 
 
 def execute(node: type, **given: Any) -> tuple[Any, ...]:
-    """One node of a graph: its declared inputs, with their defaults, and as many results as it declares."""
+    """Runs one node of a graph: its declared inputs, with their defaults, and as many results as it declares."""
     inputs = {}
     for name, (kind, options) in node.INPUT_TYPES()["required"].items():
         assert isinstance(kind, str)
@@ -223,7 +223,7 @@ def execute(node: type, **given: Any) -> tuple[Any, ...]:
 
 
 def run(model: ModelPatcher, *inputs: Tensor) -> Tensor:
-    """What a sampler does: the model, with the options of its patcher."""
+    """Runs the model as a sampler does, with the options of its patcher."""
     load_models_gpu([model])
     with torch.no_grad():
         return model.model.diffusion_model(*inputs, transformer_options=model.model_options["transformer_options"])

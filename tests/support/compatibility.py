@@ -46,7 +46,7 @@ no version: a stand-in that follows the host's published interface. An empty cel
 
 
 def pairs(item: pytest.Item) -> Iterator[Pair]:
-    """(model, feature) that a test speaks for."""
+    """Yields every (model, feature) that a test speaks for."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     for mark in item.iter_markers("compatibility"):
         model = mark.kwargs.get("model", parameters.get("name"))
@@ -57,7 +57,7 @@ def pairs(item: pytest.Item) -> Iterator[Pair]:
 
 
 def host_version(item: pytest.Item) -> str:
-    """Of the host that a test runs, or ``yes`` for a stand-in."""
+    """Returns the version of the host that a test runs, or ``yes`` for a stand-in."""
     mark = item.get_closest_marker("compatibility")
     host = "diffusers" if mark is None else mark.kwargs.get("host", "diffusers")
     return "yes" if host == "stand-in" else importlib.metadata.version(host)
@@ -71,7 +71,7 @@ class Recorder:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-        """A pair has passed if all of its tests have; with one skipped it is not known."""
+        """Notes the outcome of a test: a pair has passed if all of its tests have; with one skipped it is not known."""
         outcome: Any = yield
         report = outcome.get_result()
         if report.when != "call" and report.passed:
@@ -104,12 +104,12 @@ class Recorder:
 
 
 def load() -> list[dict[str, Any]]:
-    """The rows kept so far."""
+    """Returns the rows kept so far."""
     return json.loads(STORE.read_text()) if STORE.exists() else []
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The page."""
+    """Returns the text of the page."""
     features = sorted({row["feature"] for row in rows}, key=_order)
     tested = sorted({row["version"] for row in rows} - {"yes"}, key=_version)
     lines = ["| " + " | ".join(["model", *features]) + " |", "|" + "---|" * (len(features) + 1)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def scattered(shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers ``[B, T, h, w, C]`` as a slice of a larger buffer that is NaN everywhere else."""
+    """Returns normal numbers ``[B, T, h, w, C]`` as a slice of a larger buffer that is NaN everywhere else."""
     batch, frames, height, width, channels = shape
     buffer = torch.full((batch, frames + 2, height + 3, width + 3, channels), float("nan"), dtype=dtype)
     view = buffer[:, 1:-1, 1:-2, 2:-1]
@@ -18,7 +18,7 @@ def scattered(shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> T
 
 
 def weights(columns: int, channels: int, kernel: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A kernel of variance 1 / fan_in with channels last in memory, and a bias."""
+    """Returns a kernel of variance 1 / fan_in with channels last in memory, and a bias."""
     weight = torch.randn(columns, channels, *kernel) / (channels * kernel[0] * kernel[1] * kernel[2]) ** 0.5
     return weight.to(dtype).to(memory_format=torch.channels_last_3d), torch.randn(columns).to(dtype)
 
@@ -32,7 +32,7 @@ def convolved(
     padding: Sequence[int] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Zeros, history and clip as one tensor, padded or cropped, through ``F.conv3d``."""
+    """Convolves zeros, history and clip as one tensor, padded or cropped, through ``F.conv3d``."""
     kt, kh, kw = weight.shape[2:]
     top, bottom, left, right = (kh // 2, kh // 2, kw // 2, kw // 2) if padding is None else padding
     frames = x.double() if past is None else torch.cat((past.double(), x.double()), 1)
@@ -46,7 +46,7 @@ def convolved(
 
 
 def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int] = (1, 1, 1, 1)) -> Tensor:
-    """``F.interpolate`` and a 3x3 convolution of ``[C', C, 3, 3]``."""
+    """Upsamples through ``F.interpolate`` and a 3x3 convolution of ``[C', C, 3, 3]``."""
     flat = F.interpolate(x.double().flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest-exact")
     top, bottom, left, right = padding
     y = F.conv2d(F.pad(flat, (left, right, top, bottom)), weight.double(), None if bias is None else bias.double())
@@ -54,5 +54,5 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[
 
 
 def normed(y: Tensor, gamma: Tensor) -> Tensor:
-    """RMSNorm over the channels, then SiLU."""
+    """Computes RMSNorm over the channels, then SiLU."""
     return F.silu(F.normalize(y.double(), dim=-1) * gamma.double() * y.shape[-1] ** 0.5)

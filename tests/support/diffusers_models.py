@@ -18,13 +18,13 @@ VERSION = tuple(map(int, diffusers.__version__.split(".")[:2]))
 
 
 def needs_group_offload() -> None:
-    """Before 0.41 diffusers offloads groups where there is an accelerator only."""
+    """Skips a test where diffusers is older than 0.41, which offloads groups where there is an accelerator only."""
     if VERSION < (0, 41) and not torch.accelerator.is_available():
         pytest.skip(f"diffusers {diffusers.__version__} offloads groups where there is an accelerator only")
 
 
 class Model(NamedTuple):
-    """One kind: its name in the documentation, how it is made for a head_dim, and inputs for a forward pass."""
+    """One kind of model: its name in the documentation, how it is made for a head_dim, and inputs for a forward."""
 
     name: str
     make: Callable[[int], nn.Module]
@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
 
 def build(model: Model, head_dim: int, seed: int = 0) -> nn.Module:
-    """In evaluation mode and float32; biases, norms and modulation tables are no longer trivial."""
+    """Returns a model in evaluation mode and float32; biases, norms and modulation tables are no longer trivial."""
     torch.manual_seed(seed)
     module = model.make(head_dim).eval()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def build(model: Model, head_dim: int, seed: int = 0) -> nn.Module:
 
 
 def run(module: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The sample, without gradients."""
+    """Returns the sample, without gradients."""
     with torch.no_grad():
         return module(**inputs, return_dict=False)[0]
 

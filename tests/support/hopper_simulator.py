@@ -4,7 +4,7 @@ Gluon has no interpreter. This one executes the kernel's own Python source with 
 as unkind as it may be:
 
 * a TMA load makes its tile NaN at once and fills it a random moment later, when it also completes its barrier;
-* an asynchronous product reads its operands either when it is issued or when it is waited for, at random;
+* an asynchronous matmul reads its operands either when it is issued or when it is waited for, at random;
 * waiting for a barrier that nobody completes is reported as a deadlock.
 
 It finds wrong indices, phases and masks, reads of tiles that are not there yet, and tiles given back too early. It
@@ -27,7 +27,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 
 class ProtocolError(AssertionError):
-    """The kernel broke a rule of the hardware."""
+    """The error that the kernel broke a rule of the hardware."""
 
 
 class Barrier:
@@ -97,7 +97,7 @@ class Shared:
 
 
 class Pointer:
-    """Elements of a storage: a base and an offset, which may be a tensor of offsets."""
+    """A pointer to elements of a storage: a base and an offset, which may be a tensor of offsets."""
 
     def __init__(self, memory: Tensor, offset: Any) -> None:
         self.memory, self.offset = memory, offset
@@ -116,7 +116,7 @@ class Descriptor:
 
 
 class Product:
-    """An asynchronous matrix product that has perhaps not read its operands yet."""
+    """An asynchronous matmul that has perhaps not read its operands yet."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         self.compute, self.value, self.done = compute, None, False
@@ -128,7 +128,7 @@ class Product:
 
 
 class _Warps(threading.local):
-    """Products in flight, per partition."""
+    """The matmuls in flight, per partition."""
 
     def __init__(self) -> None:
         self.products: list[Product] = []

@@ -1,4 +1,4 @@
-"""Who imports whom, read from the sources: lazy imports and those for type checking count too."""
+"""The graph of imports, read from the sources: lazy imports and those for type checking count too."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def imported(file: Path, module: str, everywhere: bool = True) -> Iterator[tuple[str, str | None, int]]:
-    """(module, name in it or None, number of leading dots) of every import in a file, dots resolved.
+    """Yields (module, name in it or None, number of leading dots) of every import in a file, dots resolved.
 
     Args:
         file: the source.
         module: its dotted name.
-        everywhere: also inside functions, classes and conditions.
+        everywhere: whether to look inside functions, classes and conditions too.
     """
     tree = ast.parse(file.read_text())
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
@@ -27,7 +27,7 @@ def imported(file: Path, module: str, everywhere: bool = True) -> Iterator[tuple
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
-    """The files of a package by dotted name."""
+    """Returns the files of a package by dotted name."""
     names = {}
     for file in (root / package).rglob("*.py"):
         names[".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = file
@@ -35,7 +35,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 
 
 def graph(root: Path, package: str) -> dict[str, set[str]]:
-    """By module of a package, the modules of the same package that it imports."""
+    """Returns the modules of a package that each of them imports, by module."""
     known = modules(root, package)
     edges: dict[str, set[str]] = {}
     for module, file in known.items():

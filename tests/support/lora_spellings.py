@@ -25,7 +25,7 @@ OUTER = [
 
 
 def inputs(dit):
-    """Latents, timestep, text and image for one forward."""
+    """Returns latents, timestep, text and image for one forward."""
     config = dit.config
     image = None if config.image_dim is None else torch.randn(1, 257, config.image_dim)
     latents = torch.randn(1, config.in_channels, 3, 4, 6)
@@ -33,7 +33,7 @@ def inputs(dit):
 
 
 def agrees(ours, theirs):
-    """Whether both predict the same."""
+    """Returns whether two models predict the same."""
     given = inputs(ours)
     with torch.no_grad():
         return relative_error(ours(*given), theirs(*given).sample) < PARITY
@@ -48,7 +48,7 @@ def same(state, dit):
 
 
 def factors(dit, modules, rank=3, seed=0):
-    """``{module: (down, up)}`` for weights of ``dit``, large enough to matter."""
+    """Returns ``{module: (down, up)}`` for weights of ``dit``, large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -63,7 +63,7 @@ def product(down, up):
 
 
 def spelled(pairs, prefix="", down="lora_A", up="lora_B", name=lambda module: module):
-    """A LoRA's tensors under some spelling."""
+    """Returns a LoRA's tensors under some spelling."""
     state = {}
     for module, (a, b) in pairs.items():
         state[f"{prefix}{name(module)}.{down}.weight"] = a.clone()
@@ -82,7 +82,7 @@ def saved(path, state, metadata=None):
 
 
 def lightx2v(dit, alpha=None):
-    """A file with everything that LightX2V's hold, and ``{parameter: what it adds}``, written out."""
+    """Returns a file with everything that LightX2V's hold, and ``{parameter: what it adds}``, written out."""
     pairs = factors(dit, [*MODULES, *OUTER], seed=2)
     state = spelled(pairs, "diffusion_model.", "lora_down", "lora_up", original_module)
     if alpha is not None:
@@ -110,5 +110,5 @@ MODULE = "diffusion_model.blocks.0.self_attn.q"
 
 
 def pair(rank=4):
-    """The two factors of MODULE, for a width of 128."""
+    """Returns the two factors of MODULE, for a width of 128."""
     return {f"{MODULE}.lora_down.weight": torch.ones(rank, 128), f"{MODULE}.lora_up.weight": torch.ones(128, rank)}

@@ -19,7 +19,7 @@ TEXT = 11_360_000_000
 
 
 def request(preset: str = "14b-1.3b", vram: float | None = None, frames: int = 81, **changes: Any) -> MemoryRequest:
-    """That of a preset, on an RTX 4090's speed unless changed."""
+    """Returns the request of a preset, at an RTX 4090's speed unless changed."""
     chosen = PRESETS[preset]
     size = chosen.width, chosen.height
     options = {"gpu": GPUS["RTX 4090"], "capability": 89} | changes

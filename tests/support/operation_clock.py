@@ -1,6 +1,6 @@
 """A clock that runs by what is computed: a second for every element that operators return.
 
-On it the same work takes the same time, whatever else the machine does, so that what is said of times can be exact.
+The same work takes the same time on it, whatever else the machine does, so that what is said of times can be exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class OperationClock(TorchDispatchMode):
-    """Within it time passes for the modules that :meth:`install` gave it to."""
+    """A mode in which time passes for the modules that :meth:`install` gave it to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +27,14 @@ class OperationClock(TorchDispatchMode):
         return result
 
     def seconds(self) -> float:
-        """Now."""
+        """Returns the time that it is now."""
         return float(self.elements)
 
     def install(self, patch: pytest.MonkeyPatch, *modules: ModuleType) -> OperationClock:
-        """These modules' ``time`` is this clock. They collect no garbage, which takes longer than toy sizes do."""
+        """Makes this clock the ``time`` of these modules.
+
+        They collect no garbage, which takes longer than toy sizes do.
+        """
         for module in modules:
             patch.setattr(module, "release", lambda device: None)
             patch.setattr(module, "time", SimpleNamespace(perf_counter=self.seconds, monotonic=self.seconds))

@@ -9,5 +9,5 @@ from swifti2v_kernels.common.case import Case, all_cases
 
 
 def cases_of(*operators: Callable[..., Any]) -> list[Case]:
-    """The cases of these operators."""
+    """Returns the cases of these operators."""
     return [case for case in all_cases() if case.operator in operators]

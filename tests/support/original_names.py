@@ -55,7 +55,7 @@ _VAE_BLOCK = [
 
 
 def original_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DiT's state under the original names."""
+    """Returns a DiT's state under the original names."""
     renamed = {}
     for name, tensor in state.items():
         if name == "scale_shift_table":
@@ -71,7 +71,7 @@ def original_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def original_module(module: str) -> str:
-    """The original name of a DiT module such as ``blocks.0.attn1.to_q``."""
+    """Returns the original name of a DiT module such as ``blocks.0.attn1.to_q``."""
     (name,) = original_dit({f"{module}.weight": torch.empty(0)})
     return name.removesuffix(".weight")
 
@@ -83,9 +83,9 @@ def float8_with_scales(
     dtype: torch.dtype = torch.float8_e4m3fn,
     by_row: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The layers' matrices in float8, the largest number of each (or of each row) at the end of the range.
+    """Returns the tensors of a file whose matrices are float8, and what they stand for, in float32.
 
-    Returns the tensors of the file and what they stand for, in float32.
+    The largest number of each matrix (or of each row) is at the end of the range.
     """
     stored, meant = {}, {}
     for name, tensor in state.items():
@@ -100,7 +100,7 @@ def float8_with_scales(
 
 
 def original_vae(state: Mapping[str, Tensor], num_res_blocks: int, residual: bool) -> dict[str, Tensor]:
-    """A VAE's state under the original names of version 2.2 (``residual``) or 2.1."""
+    """Returns a VAE's state under the original names of version 2.2 (``residual``) or 2.1."""
     renamed = {}
     for name, tensor in state.items():
         side, _, rest = name.partition(".")

@@ -9,21 +9,21 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def codes(dtype: torch.dtype) -> Tensor:
-    """All finite values that rows are rounded to, ascending, in float64; -0 and int8's -128 are not among them."""
+    """Returns all finite values that rows are rounded to, ascending, in float64, without -0 and int8's -128."""
     values = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     values = values[values.isfinite() & (values.abs() <= LARGEST[dtype])]
     return values.unique()
 
 
 def true_scales(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of rows [..., C], in float64."""
+    """Returns the scales of rows [..., C], in float64."""
     return x.double().abs().amax(-1) / LARGEST[dtype]
 
 
 def excess(values: Tensor, scales: Tensor, x: Tensor) -> float:
-    """How much farther the values are from ``x / scales`` than the nearest codes, at most, relative to what they are.
+    """Returns how much farther the values are from ``x / scales`` than the nearest codes, at most, relative to them.
 
-    0 for perfect rounding; float32's last bit is 1e-7.
+    It is 0 for perfect rounding; float32's last bit is 1e-7.
     """
     quotient = x.double() / scales.double().unsqueeze(-1)
     table = codes(values.dtype).to(x.device)
@@ -34,7 +34,7 @@ def excess(values: Tensor, scales: Tensor, x: Tensor) -> float:
 
 
 def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A row of scale 1 with every number in the middle between two codes, and what they round to: the even codes."""
+    """Returns a row of scale 1 with every middle between two codes, and what they round to: the even codes."""
     table = codes(dtype)
     low, high = table[:-1], table[1:]
     # int8: even numbers; float8: those whose pattern ends in 0.

@@ -14,7 +14,7 @@ TWO_STAGE, END_TO_END = "two stages, CSG", "end-to-end, 50 steps, guidance"
 
 
 def environment(device: str = H200, date: str = "2026-11-26T10:00:00+00:00", **changes: Any) -> dict[str, Any]:
-    """A machine; ``changes`` replace fields."""
+    """Returns the environment of a machine; ``changes`` replace fields."""
     gpu = {"capability": [9, 0], "multiprocessors": 132, "memory_bytes": 141 * 2**30, "cuda": "13.0", "cudnn": 91200,
            "driver": "580.65", "power_limit_watts": 700.0, "max_clock_mhz": 1980}  # fmt: skip
     packages = {"torch": "2.13.0+cu130", "triton": "3.6.0", "numpy": "2.3.4", "diffusers": None}
@@ -24,13 +24,13 @@ def environment(device: str = H200, date: str = "2026-11-26T10:00:00+00:00", **c
 
 
 def sample(path: Path, device: str = H200, *, faster: float = 1.0, **changes: Any) -> Path:
-    """A campaign's file: sections of every kind, complete, cut short and failed; with every basis.
+    """Writes a campaign's file: sections of every kind, complete, cut short and failed; with every basis.
 
     Args:
-        path: of the file.
-        device: of its environment.
-        faster: what all times are divided by.
-        changes: of the environment.
+        path: where the file is written.
+        device: the device of its environment.
+        faster: the factor that all times are divided by.
+        changes: changes of the environment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = Record(path, environment(device, **changes))
@@ -112,11 +112,11 @@ def _clips(section: Section, faster: float) -> None:
     table = section.table("clips", "end-to-end against two stages with CSG, one clip", identity=identity,
                           metrics=metrics)  # fmt: skip
     for model, ours, theirs in (("1.3b", 52.0, 4200.0), ("14b", 160.0, 18300.0)):
-        note = f"from 3 of {30 if model == '1.3b' else 40} blocks, 1 of 4 steps"
+        note = f"from 3 of {30 if model == '1.3b' else 40} layers, 1 of 4 steps"
         row = {"model": model, "size": "2K", "basis": "extrapolated", "basis_note": note}
         ours, theirs = ours / faster, theirs / faster
         table.add(
-            row | {"method": TWO_STAGE, "total_seconds": ours, "speedup": theirs / ours, "peak_bytes": 23 * 2**30}
+            row | {"method": TWO_STAGE, "total_seconds": ours, "speedup": theirs / ours, "peak_bytes": 23 * 10**9}
         )
         table.add(row | {"method": END_TO_END, "total_seconds": theirs, "speedup": 1.0, "tokens": 295_680})
     late = {"model": "5b", "size": "2K", "method": TWO_STAGE, "status": "not reached"}
@@ -132,11 +132,11 @@ def _clips(section: Section, faster: float) -> None:
 
 
 def _timeline(section: Section) -> None:
-    gib = 2**30
-    points = [(0.05 * i, gib * (3 + (i % 40) * 0.1 + (6 if 200 < i < 700 else 0))) for i in range(1000)]
+    gigabyte = 10**9
+    points = [(0.05 * i, gigabyte * (3 + (i % 40) * 0.1 + (6 if 200 < i < 700 else 0))) for i in range(1000)]
     marks = [(0.0, "load"), (2.0, "Stage I"), (10.0, "reference"), (14.0, "segment 1"), (20.0, "segment 2"),
              (26.0, "segment 3"), (35.0, "decode"), (48.0, "file")]  # fmt: skip
-    section.timeline("memory of one clip", points, marks, limit=24 * gib)
+    section.timeline("memory of one clip", points, marks, limit=24 * gigabyte)
 
 
 def _kernels(section: Section) -> None:

@@ -31,7 +31,7 @@ VIDEO_PIXELS = 3.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``|actual - expected| / |expected|`` in float64."""
+    """Returns ``|actual - expected| / |expected|`` in float64."""
     assert actual.shape == expected.shape, (tuple(actual.shape), tuple(expected.shape))
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()

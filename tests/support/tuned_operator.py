@@ -22,7 +22,7 @@ from swifti2v_kernels.common.cost import Cost, Work
 
 @dataclass(frozen=True)
 class Config:
-    """Of an operator that is not there."""
+    """The configuration of an operator that is not there."""
 
     block: int
     warps: int
@@ -77,7 +77,7 @@ def compiler(obstacle: Callable[[dict[str, Any]], str | None]) -> Any:
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """A target of two cases, of which every candidate compiles."""
+    """Returns a target of two cases, of which every candidate compiles."""
     for noted in (launched, broken, wrong):
         noted.clear()
     monkeypatch.setattr(search, "compile_all", compiler(lambda forced: None))
@@ -86,7 +86,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Target:
 
 
 def by_config(calls: dict[str, Any], spread: float = 0.0) -> dict[str, Timing]:
-    """A timer: each call takes what SECONDS say of the launch that it makes."""
+    """Times calls by the configuration that each launches: it takes what SECONDS say."""
     found = {}
     for name, call in calls.items():
         call()
@@ -97,5 +97,8 @@ def by_config(calls: dict[str, Any], spread: float = 0.0) -> dict[str, Timing]:
 
 
 def never(*given: Any, **options: Any) -> Any:
-    """In place of what must not be called; no ``except Exception`` takes what it raises for a failed candidate."""
+    """Fails the test where it stands in place of what must not be called.
+
+    No ``except Exception`` takes what it raises for a failed candidate.
+    """
     pytest.fail("compiled or measured again")

@@ -14,7 +14,7 @@ from tests.support.wan_original import Decoder3d, Encoder3d, Resample, ResidualB
 
 
 class _ComfyCausalConv3d(nn.Conv3d):
-    """Leaves the padding of frames to the convolution, and may take its past out of the list of slots itself."""
+    """A convolution that leaves the padding of frames to torch's, and may take its past out of the list of slots."""
 
     comfy_cast_weights = False
 
@@ -78,7 +78,7 @@ class _ComfyResidualBlock21(_ComfyResidualBlock22):
 
 
 class _ComfyResample21(_ComfyResample22):
-    """Halves the frame rate with a second slot, where a single frame waits for its partner."""
+    """A resampling that halves the frame rate with a second slot, where a single frame waits for its partner."""
 
     def forward(self, x, feat_cache=None, feat_idx=[0], final=False):  # noqa: B006
         if self.mode != "downsample3d" or feat_cache is None:
@@ -106,7 +106,7 @@ class _ComfyEncoder21(Encoder3d):
 
 
 class _ComfyDecoder21(Decoder3d):
-    """Goes on with two frames at a time where there are more, and returns the pieces."""
+    """A decoder that goes on with two frames at a time where there are more, and returns the pieces."""
 
     def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
         x = self.run_middle(cached(self.conv1, x, feat_cache, feat_idx), feat_cache, feat_idx)
@@ -126,7 +126,7 @@ class _ComfyDecoder21(Decoder3d):
 
 
 class WanVAE(WanVAE_):
-    """ComfyUI's, in which version 2.1 takes two frames or latents a chunk, and a single image has no cache."""
+    """The VAE of ComfyUI, in which version 2.1 takes two frames or latents a chunk, and a single image has no cache."""
 
     def __init__(self, *layout, residual):
         if residual:

@@ -17,7 +17,7 @@ from torch import nn
 
 
 def last_two(x, slot=None):
-    """What a convolution leaves in its slot: the last two frames of its input, the older one perhaps from the slot."""
+    """Returns what a convolution leaves in its slot: its input's last two frames, the older perhaps from the slot."""
     frames = x[:, :, -2:].clone()
     if frames.shape[2] < 2 and slot is not None:
         frames = torch.cat((slot[:, :, -1:], frames), dim=2)
@@ -25,7 +25,7 @@ def last_two(x, slot=None):
 
 
 def cached(conv, x, feat_cache, feat_idx):
-    """The published way to call a convolution with the next slot."""
+    """Calls a convolution with the next slot, in the published way."""
     if feat_cache is None:
         return conv(x)
     index = feat_idx[0]
@@ -211,7 +211,7 @@ class Up_ResidualBlock(nn.Module):
 
 
 class Coder(nn.Module):
-    """What both directions share: ``conv1``, ``middle`` and ``head`` around or before the stages."""
+    """The parts that encoder and decoder share: ``conv1``, ``middle`` and ``head`` around or before the stages."""
 
     def __init__(self, kit, dim_in, first, middle, last, dim_out):
         super().__init__()
@@ -286,7 +286,10 @@ WAN = SimpleNamespace(CausalConv3d=CausalConv3d, Resample=Resample, ResidualBloc
 
 
 class WanVAE_(nn.Module):
-    """Latents are unscaled. ``residual``: version 2.2, whose pixels come and go in patches of 2x2."""
+    """The VAE itself, whose latents are unscaled.
+
+    ``residual``: version 2.2, whose pixels come and go in patches of 2x2.
+    """
 
     def __init__(
         self, dim, dec_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, residual, kit=WAN,
@@ -305,14 +308,14 @@ class WanVAE_(nn.Module):
         return [None] * sum(isinstance(m, self.encoder.kit.CausalConv3d) for m in coder.modules())
 
     def encode(self, x):
-        """[B, 3, 1 + 4n, H, W] -> the means [B, z, 1 + n, h, w]."""
+        """Returns the means [B, z, 1 + n, h, w] of a clip [B, 3, 1 + 4n, H, W]."""
         x, slots = self.patchify(x), self.slots(self.encoder)
         chunks = [x[:, :, :1], *x[:, :, 1:].split(4, dim=2)] if x.shape[2] > 1 else [x]
         out = torch.cat([self.encoder(chunk, feat_cache=slots, feat_idx=[0]) for chunk in chunks], dim=2)
         return self.conv1(out).chunk(2, dim=1)[0]
 
     def decode(self, z):
-        """[B, z, 1 + n, h, w] -> [B, 3, 1 + 4n, H, W]"""
+        """Returns the clip [B, 3, 1 + 4n, H, W] of latents [B, z, 1 + n, h, w]."""
         slots = self.slots(self.decoder)
         out = [
             self.decoder(frame, feat_cache=slots, feat_idx=[0], first_chunk=i == 0)

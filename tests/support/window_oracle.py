@@ -13,7 +13,7 @@ from torch import Tensor
 def store(
     z: int, blocks: int, size: tuple[int, int], dtype: torch.dtype, batch: int = 2, device: str = "cpu"
 ) -> Tensor:
-    """``[B, z, blocks, h, w]`` inside a buffer of NaN that has gaps on every axis; blocks outermost but the batch."""
+    """Returns ``[B, z, blocks, h, w]`` inside a buffer of NaN with gaps on every axis; blocks are outermost but one."""
     buffer = torch.full((batch, blocks + 1, z + 2, size[0] + 1, size[1] + 2), float("nan"), dtype=dtype, device=device)
     inner = buffer[:, :blocks, 1:-1, :-1, 1:-1]
     inner.copy_(torch.randn(inner.shape))
@@ -34,7 +34,7 @@ def convolved(
     reference_index: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """What ``embed_window`` returns, by ``torch.cat`` and ``conv3d``."""
+    """Returns what ``embed_window`` returns, by ``torch.cat`` and ``conv3d``."""
     frames = range(latents.shape[2]) if latent_index is None else latent_index.tolist()
     shown = range(len(frames)) if reference_index is None else reference_index.tolist()
     blocks = []
@@ -66,7 +66,7 @@ def stepped(
     patch_size: Sequence[int] = (1, 2, 2),
     eps: float = 1e-6,
 ) -> Tensor:
-    """What ``project_step`` leaves in ``out``, in float64 and elsewhere."""
+    """Returns what ``project_step`` leaves in ``out``, in float64 and elsewhere."""
     result = out.double().clone()
     slots = range(out.shape[2]) if latent_index is None else latent_index.tolist()
     rows = (

@@ -1,4 +1,4 @@
-"""What is predicted: the two stages, their VAEs, the clip, its steps and windows."""
+"""The configuration that is predicted: the two stages, their VAEs, the clip, its steps and windows."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is made and how.
+    """The models, the clip, and how it is made.
 
     Args:
         stage_one: the DiT of Stage I; None: there is none, and Stage II makes all blocks end to end.
         stage_two: the DiT of Stage II.
-        vae: of Stage II.
-        stage_one_vae: of Stage I; None: the same.
-        width, height, num_frames: of the clip.
-        stage_one_steps, steps: of the two stages.
+        vae: the VAE of Stage II.
+        stage_one_vae: the VAE of Stage I; None: the same.
+        width, height, num_frames: the size of the clip.
+        stage_one_steps, steps: denoising steps of the two stages.
         guidance: a second forward for every step of Stage II; Stage I has its guidance distilled into it.
         blocks_per_segment, neighbours_left, neighbours_right: M and N of the windows.
         mode: one of ``model.csg.sampler.MODES``.
-        dtype: of the DiTs and of the decoders.
-        encode_dtype: of the encoders; float32 unless that does not fit, as in ``model.memory.vae_places``.
+        dtype: the dtype of the DiTs and of the decoders.
+        encode_dtype: the dtype of the encoders; float32 unless that does not fit, as in ``model.memory.vae_places``.
 
     Raises:
         InputError: a value does not fit; the message names it.
@@ -73,7 +73,7 @@ class Configuration:
 
     @classmethod
     def for_preset(cls, name: str, **changes: Any) -> Configuration:
-        """That of a preset of ``model.config``, with ``changes`` to its fields.
+        """Returns the configuration of a preset of ``model.config``, with ``changes`` to its fields.
 
         Raises:
             InputError: the preset is unknown, or a change does not fit.
@@ -84,7 +84,7 @@ class Configuration:
 
     @classmethod
     def end_to_end(cls, config: DiTConfig, vae_config: VAEConfig, **changes: Any) -> Configuration:
-        """One DiT that makes the whole clip at its size: 50 steps with guidance, unless changed.
+        """Returns the configuration of one DiT that makes the whole clip: 50 steps with guidance, unless changed.
 
         Raises:
             InputError: a change does not fit.
@@ -93,18 +93,18 @@ class Configuration:
 
     @property
     def motion_vae(self) -> VAEConfig:
-        """The VAE of Stage I."""
+        """The configuration of Stage I's VAE."""
         return self.stage_one_vae or self.vae
 
     @property
     def plan(self) -> SegmentPlan:
-        """The segments."""
+        """The segments of the clip."""
         blocks = check_frames(self.num_frames, self.vae.temporal_stride)
         segments = plan_segments(blocks, self.blocks_per_segment, self.neighbours_left, self.neighbours_right)
         return plan_for(self.mode, segments)
 
     @property
     def motion_size(self) -> tuple[int, int]:
-        """Width and height of Stage I's frames."""
+        """The width and height of Stage I's frames."""
         config = self.stage_two if self.stage_one is None else self.stage_one
         return stage_one_size(self.width, self.height, size_multiple(self.motion_vae, config))

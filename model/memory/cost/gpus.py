@@ -1,6 +1,6 @@
-"""Graphics cards: what their data sheets promise, and nothing measured.
+"""The table of graphics cards: what their data sheets promise, and nothing measured.
 
-Peaks are dense (without sparsity) and of bf16 products that are summed in float32, which GeForce cards run at half
+Peaks are dense (without sparsity) and of bf16 matmuls that are summed in float32, which GeForce cards run at half
 rate. ``host`` is what a copy from pinned memory reaches over the card's PCI Express bus: 50 GB/s of the 63 of version
 5.0 with 16 lanes, 25 of the 31.5 of version 4.0, and half of that with 8 lanes.
 """
@@ -17,7 +17,7 @@ from model.errors import InputError
 
 @dataclass(frozen=True)
 class GPU:
-    """One card.
+    """The numbers of one card.
 
     ``architecture`` is what efficiencies depend on; ``capability`` the compute capability as two digits. Peaks are in
     TFLOP/s (0: the card has no such units), ``bandwidth`` in TB/s, ``memory`` in GB, ``host`` in GB/s.
@@ -35,7 +35,7 @@ class GPU:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the whole card."""
+        """The bytes of the card's whole memory."""
         return round(self.memory * 1e9)
 
 
@@ -77,7 +77,7 @@ CLASSES = ((8, "RTX 4060"), (12, "RTX 4070"), (16, "RTX 4080"), (24, "RTX 4090")
 
 
 def get_gpu(name: str) -> GPU:
-    """The card called ``name``.
+    """Returns the card called ``name``.
 
     Raises:
         InputError: there is none; the message lists those that exist.
@@ -88,20 +88,22 @@ def get_gpu(name: str) -> GPU:
 
 
 def gpu_named(name: str) -> GPU | None:
-    """The card of the table whose name is in a device's, such as ``NVIDIA GeForce RTX 4090``; None: there is none."""
+    """Returns the card whose name is part of a device's, such as ``NVIDIA GeForce RTX 4090``; None: there is none."""
     found = [known for known in GPUS if known.lower() in name.lower()]
     return GPUS[max(found, key=len)] if found else None
 
 
 def gpu_of_class(memory: int) -> GPU:
-    """A card that is sold with so many bytes: a GeForce up to 32 GB, then an H100 or H200."""
+    """Returns a card that is sold with so many bytes: a GeForce up to 32 GB, then an H100 or H200."""
     # A card has up to its number of GiB.
     return GPUS[next((name for most, name in CLASSES if memory <= most * 2**30), "H200")]
 
 
 def chosen_gpu(name: str | None, memory: int) -> GPU:
-    """The card that seconds are predicted for: the one that was named, else the CUDA device if it is in the table and
-    has that much memory, else one of the memory's class.
+    """Returns the card that seconds are predicted for.
+
+    It is the one that was named, else the CUDA device if it is in the table and has that much memory, else one of the
+    memory's class.
 
     Raises:
         InputError: the name is unknown.

@@ -1,4 +1,4 @@
-"""A whole clip, part by part: operations, bytes and peak memory, and predicted seconds on a card.
+"""The cost of a whole clip, part by part: operations, bytes and peak memory, and predicted seconds on a card.
 
     Stage I     condition   the picture and grey frames at Stage I's size, encoded
                 motion      Stage I's DiT, all blocks in one window
@@ -11,7 +11,7 @@ Without a Stage I (:meth:`Configuration.end_to_end`) the target itself is made a
 denoise, decode.
 
 Peaks are those of ``model``: the DiT's workspace is what its planner allocates, and the VAE's peak is counted by
-running it on tensors without memory. What else is on the card at that moment is part of a peak: the decoder and its
+running it on tensors without memory. All else that is on the card at that moment is part of a peak: the decoder and its
 state beside Stage II, Stage II beside the decoder.
 """
 
@@ -29,7 +29,7 @@ from model.memory.cost.configuration import DTYPES, Configuration
 from model.memory.cost.gpus import GPU
 from model.memory.cost.profiles import NARROW, WIDE, Profile, seconds
 from model.memory.cost.windows import whole_step, window_passes, windows_memory
-from model.memory.cost.work import Product, Traffic, Work, total
+from model.memory.cost.work import Matmul, Traffic, Work, total
 from model.memory.vae_places import USABLE
 from model.memory.vae_plan import PlannedVAE, meta_vae, plan_vae
 from model.memory.vae_plan import predict as peak_of
@@ -42,9 +42,9 @@ STAGES = ("Stage I", "reference", "Stage II", "decode")
 class Part:
     """One part of the pipeline for a whole clip.
 
-    ``peak_bytes`` is all that is on the card while it runs, ``weight_bytes`` those of it that are weights of a DiT,
-    each of which is read once in every one of ``forwards``. ``host_bytes`` are copied between the card and host memory,
-    where states of tiles wait. ``note`` says how the VAE works through the frames.
+    ``peak_bytes`` is all that is on the card while it runs, and ``weight_bytes`` its share of DiT weights, each of
+    which is read once in every one of ``forwards``. ``host_bytes`` are copied between the card and host memory, where
+    states of tiles wait. ``note`` says how the VAE works through the frames.
     """
 
     name: str
@@ -59,18 +59,18 @@ class Part:
 
     @property
     def flops(self) -> Mapping[str, int]:
-        """Operations by kind (``model.memory.cost.work.KINDS``), halos of tiles included."""
+        """The operations by kind (``model.memory.cost.work.KINDS``), halos of tiles included."""
         return self.work.flops
 
     @property
     def bytes(self) -> int:
-        """Traffic of this project's operators, operands of products included."""
+        """The bytes that this project's operators move, operands of matmuls included."""
         return self.work.bytes
 
 
 @dataclass(frozen=True)
 class PredictedPart:
-    """A part on a card. ``streamed``: its weights come from host memory in every forward, since they do not fit."""
+    """A part on a card. ``streamed`` says that its weights do not fit and come from host memory in every forward."""
 
     part: Part
     seconds: float
@@ -80,7 +80,7 @@ class PredictedPart:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of a configuration on a card, and what was assumed, a sentence each."""
+    """The predicted seconds of a configuration on a card, and its assumptions, a sentence each."""
 
     configuration: Configuration
     gpu: GPU
@@ -90,30 +90,33 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of all parts."""
+        """The seconds of all parts."""
         return sum(predicted.seconds for predicted in self.parts)
 
     @property
     def by_stage(self) -> dict[str, float]:
-        """Seconds of each of :data:`STAGES` that the configuration has."""
+        """The seconds of each of :data:`STAGES` that the configuration has."""
         stages = dict.fromkeys(predicted.part.stage for predicted in self.parts)
         return {s: sum(p.seconds for p in self.parts if p.part.stage == s) for s in stages}
 
     @property
     def peak_bytes(self) -> int:
-        """Most of all parts."""
+        """The highest peak of any part."""
         return max(predicted.part.peak_bytes for predicted in self.parts)
 
 
 def whole_work(configuration: Configuration, config: DiTConfig, latent_size: tuple[int, int], steps: int) -> Work:
-    """All blocks of the clip in one window, as ``model.pipeline.stages.make_motion`` takes them, unguided."""
+    """Returns the work of all blocks in one window, as ``model.pipeline.stages.make_motion`` takes them, unguided."""
     itemsize = configuration.dtype.itemsize
     step = whole_step(config, configuration.plan.num_blocks, latent_size, itemsize)
     return dit.context(config, itemsize=itemsize) + dit.modulation(config, steps + 1, itemsize) + steps * step
 
 
 def segments_work(configuration: Configuration, latent_size: tuple[int, int]) -> Work:
-    """All windows and steps of Stage II, as ``model.csg.sampler.sample_latents`` takes them, without guidance."""
+    """Returns the work of all windows and steps of Stage II, as ``model.csg.sampler.sample_latents`` takes them.
+
+    Guidance is not included.
+    """
     config, itemsize, steps = configuration.stage_two, configuration.dtype.itemsize, configuration.steps
     works = [dit.context(config, itemsize=itemsize), dit.modulation(config, steps + 1, itemsize)]
     for window in configuration.plan:
@@ -123,22 +126,25 @@ def segments_work(configuration: Configuration, latent_size: tuple[int, int]) ->
 
 
 def resize_work(low: tuple[int, int], size: tuple[int, int], num_frames: int) -> Work:
-    """Frames but the first interpolated from ``low`` (width, height) to ``size``, by two products in float32."""
+    """Returns the work of interpolating all frames but the first from ``low`` (width, height) to ``size``.
+
+    It is two matmuls in float32.
+    """
     (w, h), (width, height) = low, size
     frames = num_frames - 1
-    products = (
-        Product("resize", 2 * 3 * frames * height * h * w, h),
-        Product("resize", 2 * 3 * frames * height * w * width, w),
+    matmuls = (
+        Matmul("resize", 2 * 3 * frames * height * h * w, h),
+        Matmul("resize", 2 * 3 * frames * height * w * width, w),
     )
     moved = 4.0 * 3 * frames * (w * h + 2 * w * height + 3 * width * height)
-    return Work(products, between=Traffic.same(moved))
+    return Work(matmuls, between=Traffic.same(moved))
 
 
 def parts(configuration: Configuration, *, memory: int | None = None, capability: int = 90) -> list[Part]:
-    """The parts of a clip in their order.
+    """Returns the parts of a clip in their order.
 
     Args:
-        configuration: what is made.
+        configuration: models and clip.
         memory: bytes of the card, of which :data:`model.memory.vae_places.USABLE` are planned with: the VAE works in
             tiles where it must. None, or where no tiles fit: untiled.
         capability: compute capability of the card as two digits, which decides what computes the VAE's layers.
@@ -221,7 +227,7 @@ class _Planner:
     def _condition(
         self, stage: str, dit_config: DiTConfig, config: VAEConfig, size: tuple[int, int], beside: int
     ) -> Part:
-        """The picture and grey frames, encoded beside the DiT; for a DiT without mask channels the picture only."""
+        """Returns the encoding of the picture and grey frames beside the DiT; without mask channels, of the picture."""
         c = self.configuration
         frames, pieces = (
             (c.num_frames, c.plan.num_blocks) if dit_config.in_channels != dit_config.out_channels else (1, 1)
@@ -241,7 +247,7 @@ class _Planner:
         piece: int = 1,
         frames: int | None = None,
     ) -> tuple[Part, PlannedVAE]:
-        """One half of the VAE with ``beside`` bytes of something else on the card, and its plan.
+        """Returns one half of the VAE with ``beside`` bytes of something else on the card, and its plan.
 
         The clip, or the first ``frames`` of it, comes in so many ``pieces`` of ``piece`` latent frames."""
         c = self.configuration
@@ -263,7 +269,7 @@ class _Planner:
     def _plan(
         self, config: VAEConfig, half: str, size: tuple[int, int], dtype: torch.dtype, beside: int, piece: int
     ) -> tuple[PlannedVAE, int]:
-        """The first plan that fits, and what is beside it: if it must be, nothing; if nothing fits, untiled."""
+        """Returns the first plan that fits, and the bytes beside it: none if it must be; untiled if no plan fits."""
         options = {"dtype": dtype, "capability": self.capability, "piece": piece}
         for taken in dict.fromkeys((beside, 0)) if self.limit is not None else ():
             if self.limit <= taken:
@@ -280,10 +286,10 @@ def _latent_size(config: VAEConfig, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def predict(configuration: Configuration, gpu: GPU, profile: Profile) -> Prediction:
-    """Predicted seconds of every part on ``gpu`` by code of ``profile``, and what was assumed for them.
+    """Predicts the seconds of every part on ``gpu`` by code of ``profile``, and returns the assumptions too.
 
-    A part that does not fit is predicted as if it did; but where without weights it does, these come from host memory
-    once in every forward, and the part takes that long if its products take less.
+    A part that does not fit is predicted as if it did; but where it fits without weights, these come from host memory
+    once in every forward, and the part takes that long if its matmuls take less.
     """
     usable = int(USABLE * gpu.memory_bytes)
     predicted = []
@@ -312,7 +318,7 @@ def _general(c: Configuration, gpu: GPU, profile: Profile) -> list[str]:
         f"Rates on {gpu.architecture} are {rates.basis}: of {gpu.bf16:g} TFLOP/s dense bf16 long attention reaches"
         f" {long:.2f}, linear layers {rates.linear:.2f}, convolutions of up to {NARROW} channels {narrow:.2f} and from"
         f" {WIDE} on {wide:.2f}; of {gpu.bandwidth:g} TB/s the rest reaches {rates.bandwidth:.2f}.",
-        "Products hide the traffic of their operands; what moves between products is added; nothing else overlaps, and"
+        "Matmuls hide the traffic of their operands; what moves between matmuls is added; nothing else overlaps, and"
         " launches cost nothing.",
         stages,
         "Operations and memory are those of this project's model, whatever the code.",

@@ -1,6 +1,6 @@
-"""How fast code of three kinds runs products and moves bytes, as fractions of what a card's data sheet promises.
+"""The rates at which code of three kinds runs matmuls and moves bytes, as fractions of a card's data sheet.
 
-    seconds = sum over products of flops / (peak * fraction)  +  bytes between products / (bandwidth * fraction)
+    seconds = sum over matmuls of flops / (peak * fraction)  +  bytes between matmuls / (bandwidth * fraction)
 
 A fraction depends on an extent (:class:`Curve`). Nothing overlaps: kernels of one stream run one after another. Float32
 runs on the tensor cores as TF32, at half the rate of bf16 on every card of the table, and moves twice the bytes.
@@ -13,7 +13,7 @@ repositories publish; convolutions on Hopper to diffusers' decoder, measured on 
 Wan2.2 publishes for it.
 
 ``swifti2v``: this project. On Hopper its numbers are measured, on an NVIDIA H200 (2026-11-26, torch 2.11, triton 3.6;
-the card's bf16 matrix product in the same run: 795 TFLOP/s, its copy: 4,239 of 4,800 GB/s): attention 640 TFLOP/s over
+the card's bf16 matmul in the same run: 795 TFLOP/s, its copy: 4,239 of 4,800 GB/s): attention 640 TFLOP/s over
 70,400 keys and 573 over 17,600; linear layers 770 to 800; norms at 0.85 to 0.95 of the copy; convolutions, upsampling,
 last convolution and frame attention from the decoder's split at 2560x1408. Attention to 512 keys was not timed alone:
 its fraction is fitted to whole layers and stands for what else a layer has.
@@ -22,10 +22,10 @@ Float32 in the VAE is cuDNN's in all profiles; on Hopper its rates are fitted to
 
 **On other architectures everything of ``swifti2v`` is assumed**, from published peers. Attention is that of torch's own
 kernels, which one dense source takes until a measured table says otherwise: A100 0.68 (FlashAttention-2 is published at
-0.6 to 0.7), GeForce 0.88 to 0.90 (at 0.9 to 0.99), L40S 0.60 (it has the A100's ratio of exponentials to products, and
-less clock under load), B200 0.60 (cuDNN is published at 0.6 to 0.7). Linear layers are what published matrix products
+0.6 to 0.7), GeForce 0.88 to 0.90 (at 0.9 to 0.99), L40S 0.60 (it has the A100's ratio of exponentials to matmuls, and
+less clock under load), B200 0.60 (cuDNN is published at 0.6 to 0.7). Linear layers are what published matmuls
 reach (A100 267, B200 1,722 TFLOP/s), less a tenth; bandwidth is nine tenths of published copies (A100 1.70, RTX 5090
-1.51, B200 5.98 TB/s). Convolutions are near Hopper's, and less where the kernel does not use the card's own products
+1.51, B200 5.98 TB/s). Convolutions are near Hopper's, and less where the kernel does not use the card's own matmuls
 (B200). ``reference`` is assumed on RTX 5090, L40S and B200.
 """
 
@@ -44,7 +44,7 @@ from model.memory.cost.work import UNFOLDED, Work
 
 @dataclass(frozen=True)
 class Curve:
-    """A fraction by extent: given points, linear in the logarithm of the extent between them, constant beyond."""
+    """A fraction that depends on an extent: given points, linear in its logarithm between them, constant beyond."""
 
     points: tuple[tuple[int, float], ...]
 
@@ -57,11 +57,11 @@ class Curve:
 
     @classmethod
     def constant(cls, fraction: float) -> Curve:
-        """The same for every extent."""
+        """Returns a curve with the same fraction for every extent."""
         return cls(((1, fraction),))
 
     def at(self, extent: int) -> float:
-        """The fraction for an extent."""
+        """Returns the fraction for an extent."""
         i = bisect([known for known, _ in self.points], extent)
         if i in (0, len(self.points)):
             return self.points[min(i, len(self.points) - 1)][1]
@@ -71,7 +71,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rates:
-    """Fractions on one architecture; ``basis`` says in a few words where they come from."""
+    """The fractions on one architecture; ``basis`` says in a few words where they come from."""
 
     attention: Curve
     linear: float
@@ -82,7 +82,7 @@ class Rates:
     basis: str
 
     def fraction(self, kind: str, extent: int) -> float:
-        """Of the dense bf16 peak."""
+        """Returns the fraction of the dense bf16 peak."""
         if kind in ("self_attention", "cross_attention"):
             return self.attention.at(extent)
         if kind in ("convolution", "upsample"):
@@ -97,7 +97,7 @@ class Rates:
 #: Float32 without tensor cores has between a half (GeForce) and a 28th (B200) of the bf16 peak. One fraction is assumed
 #: for all: it decides about a tenth of a second of a clip at 2K.
 RESIZE = 1 / 32
-#: Channels up to which convolutions are narrow, and from which on they are wide.
+#: The channels up to which convolutions are narrow, and from which on they are wide.
 NARROW, WIDE = 192, 256
 
 
@@ -134,7 +134,7 @@ _SHORT = 512
 
 
 def _attention(long: float) -> tuple[tuple[int, float], ...]:
-    """Of cards that were not measured: short keys cost what they cost on Hopper, in proportion."""
+    """Returns the curve of cards that were not measured: short keys cost what they cost on Hopper, in proportion."""
     return ((_SHORT, round(0.3 * long, 3)), (8192, long))
 
 
@@ -160,19 +160,19 @@ _SWIFTI2V = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Code of one kind. ``form`` is the field of :class:`model.memory.cost.work.Traffic` that it moves between
-    products."""
+    """A kind of code. ``form`` is the field of :class:`model.memory.cost.work.Traffic` that it moves between
+    matmuls."""
 
     name: str
     form: str
     folded: bool
     rates: Mapping[str, Rates]
-    #: What the VAE's float32, by cuDNN's convolutions in all profiles, moves between products.
+    #: The same for the VAE in float32, where all profiles use cuDNN's convolutions.
     float32: str
     description: str
 
     def rates_for(self, gpu: GPU) -> Rates:
-        """The fractions on a card."""
+        """Returns the fractions on a card."""
         return self.rates[gpu.architecture]
 
 
@@ -194,7 +194,7 @@ PROFILES: Mapping[str, Profile] = {
 
 
 def get_profile(name: str) -> Profile:
-    """The profile called ``name``.
+    """Returns the profile called ``name``.
 
     Raises:
         InputError: there is none; the message lists those that exist.
@@ -205,12 +205,12 @@ def get_profile(name: str) -> Profile:
 
 
 def seconds_by_kind(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -> dict[str, float]:
-    """Predicted seconds by kind of product, and ``between`` products.
+    """Predicts seconds by kind of matmul, and ``between`` matmuls.
 
     Args:
-        work: what is done; its bytes are those of elements of ``itemsize`` bytes.
-        gpu: where.
-        profile: by what code.
+        work: matmuls and bytes, those of elements of ``itemsize`` bytes.
+        gpu: the card.
+        profile: the kind of code.
         itemsize: 2 for float16 and bfloat16, 4 for float32.
 
     Raises:
@@ -223,15 +223,15 @@ def seconds_by_kind(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -
     if itemsize == 4 and "convolution" in work.flops:
         rates, form = _FLOAT32[gpu.architecture], profile.float32
     spent: dict[str, float] = defaultdict(float)
-    for product in work.products:
-        flops = product.flops * (UNFOLDED if product.kind == "upsample" and not profile.folded else 1)
+    for matmul in work.matmuls:
+        flops = matmul.flops * (UNFOLDED if matmul.kind == "upsample" and not profile.folded else 1)
         # Interpolation is float32 whatever the rest is, and its fraction is of the bf16 peak.
-        peak = 1e12 * gpu.bf16 * (1 if product.kind == "resize" else 2 / itemsize)
-        spent[product.kind] += flops / (peak * rates.fraction(product.kind, product.extent))
+        peak = 1e12 * gpu.bf16 * (1 if matmul.kind == "resize" else 2 / itemsize)
+        spent[matmul.kind] += flops / (peak * rates.fraction(matmul.kind, matmul.extent))
     spent["between"] = getattr(work.between, form) / (1e12 * gpu.bandwidth * bandwidth)
     return dict(spent)
 
 
 def seconds(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -> float:
-    """Predicted seconds of all of it; arguments as for :func:`seconds_by_kind`."""
+    """Predicts the seconds of all work; arguments as for :func:`seconds_by_kind`."""
     return sum(seconds_by_kind(work, gpu, profile, itemsize).values())

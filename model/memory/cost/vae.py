@@ -1,10 +1,10 @@
 """Operations and bytes of the VAE, in closed form: the list of its convolutions, stage by stage, for a whole clip.
 
 A convolution of kt x kh x kw taps from C to C' channels has ``2 kt kh kw C C'`` operations a result pixel; zeros round
-a frame and in front of a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T of latents, has 1 + 2 (T - 1) frames in
-between. What deserves a word:
+a frame and before a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T of latents, has 1 + 2 (T - 1) frames in
+between. Three things deserve a word:
 
-* Nearest upsampling is folded into the 3x3 convolution behind it, as the kernels of this project do it: 4 of 36 taps
+* Nearest upsampling is folded into the 3x3 convolution after it, as the kernels of this project do it: 4 of 36 taps
   for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`model.memory.cost.work.UNFOLDED`
   times as many.
 * A temporal up- or downsampling passes the clip's first frame as it is.
@@ -24,27 +24,27 @@ from typing import Any
 
 from model.config import VAEConfig
 from model.errors import InputError
-from model.memory.cost.work import Product, Traffic, Work
+from model.memory.cost.work import Matmul, Traffic, Work
 from model.sizes import check_frames
 
-#: Channels up to which a convolution's store also norms: ``swifti2v_kernels``' own number.
+#: The most channels with which a convolution also norms what it stores: ``swifti2v_kernels``' own number.
 MAX_OWNED_CHANNELS = 192
-#: Bytes that eager code moves between products in 16 bits, for every element that a causal convolution reads: casts of
+#: Bytes that eager code moves between matmuls in 16 bits, for every element that a causal convolution reads: casts of
 #: the norm, SiLU, concatenation of history, padding, copies into the layout of cuDNN.
 EAGER_CONVOLUTION = 58.0
-#: For every element that a convolution of one tap reads; and of an upsampling, for every element before it, every one
-#: of the enlarged frame (which passes through float32), and every one of its result.
+#: The same for every element that a convolution of one tap reads; and for an upsampling: for every element before it,
+#: every one of the enlarged frame (which passes through float32), and every one of its result.
 EAGER_POINT = 6.0
 EAGER_UPSAMPLE = (6.0, 14.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One layer over a whole clip; ``frames``, ``height`` and ``width`` are those of its result.
+    """A convolution over a whole clip; ``frames``, ``height`` and ``width`` are those of its result.
 
-    ``norm`` says that a norm and SiLU follow, ``sum_kept`` that somebody reads what is normed, ``residual`` that
-    something is added. ``calls``: how often the layer runs, once a latent frame; each call but the first also reads the
-    last frames of the one before.
+    ``norm`` says that a norm and SiLU follow, ``sum_kept`` that the sum before the norm is read too, ``residual`` that
+    something is added. ``calls`` is how often it runs, once a latent frame; each call but the first also reads the last
+    frames of the one before.
     """
 
     name: str
@@ -63,37 +63,37 @@ class Convolution:
 
     @property
     def pixels(self) -> int:
-        """Of the result, of all frames."""
+        """The pixels of the result, in all frames."""
         return self.frames * self.height * self.width
 
     @property
     def inputs(self) -> int:
-        """Elements that are read, each counted once."""
+        """The elements that are read, each counted once."""
         scale = 4 if self.kind == "upsample" else 1
         return self.channels * self.pixels * prod(self.stride) // scale
 
     @property
     def history(self) -> int:
-        """Elements of earlier frames that are read."""
+        """The elements of earlier frames that are read."""
         kept = max(self.kernel[0] - self.stride[0], 0)
         return kept * (self.calls - 1) * self.channels * self.height * self.width
 
     @property
     def copied(self) -> int:
-        """Elements that are read or written to keep a history: none where it is all that a call has read."""
+        """The elements that are read or written to keep a history: none where it is all that a call has read."""
         read = self.stride[0] * -(-self.frames // self.calls)
         return 0 if read == self.kernel[0] - self.stride[0] else 2 * self.history
 
     @property
     def flops(self) -> int:
-        """Operations, the upsampling ones folded."""
+        """The operations, with upsampling folded."""
         taps = 4 if self.kind == "upsample" else prod(self.kernel)
         return 2 * taps * self.channels * self.columns * self.pixels
 
     def work(self, itemsize: int) -> Work:
-        """Its operations and bytes with elements of ``itemsize`` bytes."""
+        """Returns operations and bytes with elements of ``itemsize`` bytes."""
         result = self.columns * self.pixels
-        # The store of a convolution norms what it has all channels of; else the norm is an operator of its own.
+        # A convolution norms as it stores if one program has all channels; else the norm is an operator of its own.
         owned = self.norm and self.columns <= MAX_OWNED_CHANNELS
         apart = 2 * result * (self.norm and not owned) + self.copied
         written = result * (1 + (owned and self.sum_kept)) + result * self.residual
@@ -101,7 +101,7 @@ class Convolution:
         joined = 2 * (self.inputs + self.history) if self.kernel[0] > 1 else 0
         separate = joined + self.copied + 2 * result * self.norm + 3 * result * self.residual
         return Work(
-            (Product(self.kind, self.flops, extent),),
+            (Matmul(self.kind, self.flops, extent),),
             float(itemsize * (self.inputs + self.history + written + prod(self.kernel) * self.channels * self.columns)),
             Traffic(float(itemsize * apart), float(itemsize * separate), itemsize / 2 * self._eager()),
         )
@@ -125,25 +125,25 @@ class _Frames:
     def convolution(
         self, name: str, kernel: tuple[int, int, int], channels: int, columns: int, **more: Any
     ) -> Convolution:
-        """One whose result these are."""
+        """Returns a convolution whose result is these frames."""
         size = {"frames": self.frames, "height": self.height, "width": self.width, "calls": self.calls}
         return Convolution(name, kernel, channels, columns, **size, **more)
 
     def block(self, name: str, channels: int, columns: int, norm: bool = True) -> Iterator[Convolution]:
-        """A residual block, and whether a norm follows it."""
+        """Yields the convolutions of a residual block; ``norm`` says that a norm follows it."""
         yield self.convolution(f"{name}.conv1", (3, 3, 3), channels, columns, norm=True, sum_kept=False)
         if channels != columns:
             yield self.convolution(f"{name}.conv_shortcut", (1, 1, 1), channels, columns)
         yield self.convolution(f"{name}.conv2", (3, 3, 3), columns, columns, norm=norm, residual=True)
 
     def middle(self, channels: int) -> Iterator[Convolution]:
-        """The residual blocks round the attention, which is :func:`attention`."""
+        """Yields the residual blocks around the attention, which is :func:`attention`."""
         yield from self.block("mid_block.0", channels, channels, norm=False)
         yield from self.block("mid_block.1", channels, channels)
 
 
 def decoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
-    """The convolutions of the decoder for a clip of ``num_frames`` frames of width x height pixels.
+    """Returns the convolutions of the decoder for a clip of ``num_frames`` frames of width x height pixels.
 
     Raises:
         InputError: the size or the number of frames does not fit the VAE.
@@ -175,7 +175,7 @@ def decoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list
 
 
 def encoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
-    """The convolutions of the encoder; arguments and errors as for :func:`decoder`."""
+    """Returns the convolutions of the encoder; arguments and errors as for :func:`decoder`."""
     calls = _latents(config, width, height, num_frames).calls
     dims = [config.base_dim * m for m in (1, *config.dim_mult)]
     last = len(config.dim_mult) - 1
@@ -202,24 +202,24 @@ def encoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list
 
 
 def attention(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
-    """The attention over each latent frame in the middle of ``part``, with its norm, projections and sum."""
+    """Returns the work of the attention over each latent frame in ``part``, with its norm, projections and sum."""
     at = _latents(config, width, height, num_frames)
     base = config.decoder_base_dim if part == "decode" else config.base_dim
     channels = base * config.dim_mult[-1]
     pixels = at.height * at.width
     flops, projections = 4 * at.frames * pixels**2 * channels, 8 * at.frames * pixels * channels**2
-    products = (Product("frame_attention", flops, channels), Product("linear", projections, channels))
+    matmuls = (Matmul("frame_attention", flops, channels), Matmul("linear", projections, channels))
     row = float(itemsize * at.frames * pixels * channels)
-    return Work(products, 10 * row + itemsize * 4 * channels**2, Traffic.same(5 * row))
+    return Work(matmuls, 10 * row + itemsize * 4 * channels**2, Traffic.same(5 * row))
 
 
 def work(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
-    """Decoding or encoding a clip.
+    """Returns the work of decoding or encoding a clip.
 
     Args:
-        config: of the VAE.
+        config: the shape of the VAE.
         part: ``decode`` or ``encode``.
-        width, height, num_frames: of the clip of pixels.
+        width, height, num_frames: the size of the clip in pixels.
         itemsize: bytes of an activation.
 
     Raises:
@@ -235,7 +235,7 @@ def work(config: VAEConfig, part: str, width: int, height: int, num_frames: int,
 
 
 def _shortcuts(config: VAEConfig, layers: list[Convolution], itemsize: int) -> int:
-    """Bytes of the parameter-free shortcuts round the stages of Wan2.2.
+    """Returns the bytes of the parameter-free shortcuts around the stages of Wan2.2.
 
     In the decoder each stage's input is copied to its place in the output. In the encoder it is put into cells (read
     and written) and these are averaged.

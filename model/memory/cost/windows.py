@@ -1,4 +1,4 @@
-"""What a pass of a DiT does, by window and mode, and what denoising windows holds."""
+"""The work of a pass of a DiT, by window and mode, and the memory of denoising windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.memory.cost.work import Work
 
 
 def whole_step(config: DiTConfig, num_blocks: int, latent_size: tuple[int, int], itemsize: int = 2) -> Work:
-    """One step of all blocks of a clip in one window, as ``model.pipeline.stages.make_motion`` takes it."""
+    """Returns one step of all blocks of a clip in one window, as ``model.pipeline.stages.make_motion`` takes it."""
     tokens = dit.tokens_per_block(config, latent_size)
     # A DiT without mask channels is given its first block.
     targets = num_blocks - (config.in_channels == config.out_channels)
@@ -21,7 +21,7 @@ def whole_step(config: DiTConfig, num_blocks: int, latent_size: tuple[int, int],
 def window_passes(
     config: DiTConfig, window: Window, mode: str, latent_size: tuple[int, int], itemsize: int = 2
 ) -> tuple[Work | None, Work]:
-    """What a window of Stage II costs once, if anything, and in every step (``model.csg.sampler.sample_latents``)."""
+    """Returns a Stage II window's work done once, if any, and in every step (``model.csg.sampler.sample_latents``)."""
     tokens = dit.tokens_per_block(config, latent_size)
     given, noisy = len(window.conditioning) * tokens, len(window.noisy) * tokens
     if mode == "causal":
@@ -44,15 +44,15 @@ def windows_memory(
     contexts: int = 1,
     eight_bits: torch.dtype | None = None,
 ) -> dit.DiTMemory:
-    """Peak of denoising the windows of a plan.
+    """Returns the peak of denoising the windows of a plan.
 
     Args:
-        config: of the DiT.
-        plan: of the clip, for this mode (:func:`model.csg.sampler.plan_for`).
+        config: the shape of the DiT.
+        plan: the segments of the clip, for this mode (:func:`model.csg.sampler.plan_for`).
         mode: one of ``model.csg.sampler.MODES``.
         latent_size: rows and columns of a latent frame.
         steps, dtype, contexts, eight_bits: as for :func:`model.memory.cost.dit.memory`.
-        denoised_blocks: blocks of the store of latents; None: of the longest segment.
+        denoised_blocks: blocks of the store of latents; None: those of the longest segment.
     """
     windows = list(plan)
     given, noisy = (max(map(len, blocks)) for blocks in zip(*((w.conditioning, w.noisy) for w in windows), strict=True))

@@ -1,8 +1,9 @@
-"""What a part of the pipeline has to do: matrix products by kind, and the bytes that cross memory.
+"""The work of a part of the pipeline: matmuls by kind, and the bytes that cross memory.
 
-Products are counted exactly. Their operands cross memory once each (``operand_bytes``), which a good product hides
-behind its arithmetic. What lies between products (norms, gates, rotations, copies) is bound by memory and is counted by
-how it is written (:class:`Traffic`). Its arithmetic is not counted, as it is nowhere in such counts.
+Convolutions and attention are matmuls too. Matmuls are counted exactly. Their operands cross memory once each
+(``operand_bytes``), which the arithmetic of a good matmul hides. What lies between matmuls (norms, gates, rotations,
+copies) is bound by memory and is counted by how it is written (:class:`Traffic`). Its arithmetic is not counted, as it
+is nowhere in such counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-#: Kinds of products. The *extent* of one is what its rate depends on.
+#: The kinds of matmuls. The *extent* of one is the size that its rate depends on.
 KINDS: Mapping[str, str] = {
     "self_attention": "extent: keys",
     "cross_attention": "extent: keys",
@@ -21,16 +22,16 @@ KINDS: Mapping[str, str] = {
     "upsample": "a 3x3 convolution of an enlarged frame, folded into 4 of 36 taps a phase; extent: input channels",
     "last_convolution": "to few channels; extent: these",
     "frame_attention": "one wide head over the pixels of a frame; extent: its channels",
-    "resize": "interpolation as products in float32, without tensor cores; extent: pixels that are summed over",
+    "resize": "interpolation as matmuls in float32, without tensor cores; extent: pixels that are summed over",
 }
 
-#: Operations of an upsampling convolution that is not folded (3x3 taps over every pixel) over those of one that is.
+#: The operations of an upsampling convolution that is not folded (3x3 taps over every pixel) over those of one that is.
 UNFOLDED = 36 / 16
 
 
 @dataclass(frozen=True)
-class Product:
-    """Operations of all products of one kind and extent."""
+class Matmul:
+    """The operations of all matmuls of one kind and extent."""
 
     kind: str
     flops: int
@@ -44,10 +45,10 @@ class Product:
 
 
 class Traffic(NamedTuple):
-    """Bytes that move between products, by how the code is written.
+    """The bytes that move between matmuls, by how the code is written.
 
     ``fused``: the operators of ``swifti2v_kernels``. ``separate``: the leanest operators that do one thing each, around
-    products that fuse nothing; what float32 takes in the VAE. ``eager``: plain PyTorch with its casts and copies.
+    matmuls that fuse nothing, as for float32 in the VAE. ``eager``: plain PyTorch with its casts and copies.
     """
 
     fused: float = 0.0
@@ -56,59 +57,59 @@ class Traffic(NamedTuple):
 
     @classmethod
     def same(cls, moved: float) -> Traffic:
-        """However it is written."""
+        """Returns the same bytes however the code is written."""
         return cls(moved, moved, moved)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Products, one entry a kind and extent, and bytes. Works add up and can be repeated: ``4 * step + context``."""
+    """The matmuls, one entry a kind and extent, and bytes. Works add up and can be repeated: ``4 * step + context``."""
 
-    products: tuple[Product, ...] = ()
+    matmuls: tuple[Matmul, ...] = ()
     operand_bytes: float = 0.0
     between: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "products", _merged(self.products))
+        object.__setattr__(self, "matmuls", _merged(self.matmuls))
 
     @property
     def flops(self) -> dict[str, int]:
-        """Operations by kind, kinds without any left out."""
+        """The operations by kind, kinds without any left out."""
         totals: dict[str, int] = defaultdict(int)
-        for product in self.products:
-            totals[product.kind] += product.flops
+        for matmul in self.matmuls:
+            totals[matmul.kind] += matmul.flops
         return dict(totals)
 
     @property
     def total_flops(self) -> int:
-        """Operations of all products."""
-        return sum(product.flops for product in self.products)
+        """The operations of all matmuls."""
+        return sum(matmul.flops for matmul in self.matmuls)
 
     @property
     def bytes(self) -> int:
-        """Traffic of the fused form: operands and results of products, and what is between them."""
+        """The bytes of the fused form: operands and results of matmuls, and what is between them."""
         return round(self.operand_bytes + self.between.fused)
 
     def __add__(self, other: Work) -> Work:
         between = Traffic(*(a + b for a, b in zip(self.between, other.between, strict=True)))
-        return Work((*self.products, *other.products), self.operand_bytes + other.operand_bytes, between)
+        return Work((*self.matmuls, *other.matmuls), self.operand_bytes + other.operand_bytes, between)
 
     def __mul__(self, times: float) -> Work:
         if times < 0:
             raise ValueError(f"times: expected at least 0, got {times}")
-        products = tuple(Product(p.kind, round(times * p.flops), p.extent) for p in self.products)
-        return Work(products, times * self.operand_bytes, Traffic(*(times * moved for moved in self.between)))
+        matmuls = tuple(Matmul(p.kind, round(times * p.flops), p.extent) for p in self.matmuls)
+        return Work(matmuls, times * self.operand_bytes, Traffic(*(times * moved for moved in self.between)))
 
     __rmul__ = __mul__
 
 
 def total(works: Iterable[Work]) -> Work:
-    """The sum; of none, no work."""
+    """Returns the sum of works; that of none is no work."""
     return sum(works, Work())
 
 
-def _merged(products: Iterable[Product]) -> tuple[Product, ...]:
+def _merged(matmuls: Iterable[Matmul]) -> tuple[Matmul, ...]:
     totals: dict[tuple[str, int], int] = defaultdict(int)
-    for product in products:
-        totals[product.kind, product.extent] += product.flops
-    return tuple(Product(kind, flops, extent) for (kind, extent), flops in totals.items())
+    for matmul in matmuls:
+        totals[matmul.kind, matmul.extent] += matmul.flops
+    return tuple(Matmul(kind, flops, extent) for (kind, extent), flops in totals.items())

@@ -1,6 +1,6 @@
 """ComfyUI custom nodes: a loaded model's attention, and a Wan VAE, on our operators.
 
-This folder is one for ``ComfyUI/custom_nodes``: linked or copied there, or imported there by an ``__init__.py`` with
+This folder goes into ``ComfyUI/custom_nodes``: linked or copied there, or imported there by an ``__init__.py`` with
 
     from swifti2v_kernels.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

@@ -27,11 +27,16 @@ _log = logging.getLogger(__name__)
 
 
 def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, AttentionCalls]:
-    """A clone of the ``ModelPatcher`` whose attention goes to our kernels, and the counts of its calls.
+    """Clones a ComfyUI ``MODEL`` so that the clone's attention goes to our kernels.
 
     Args:
-        model: a ``MODEL``; it is not changed. An override that it has already is given what we cannot serve.
-        backend: as for :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
+        model: a ``MODEL`` (``ModelPatcher``); it is not changed. An override that it has already is given what we
+            cannot serve.
+        backend: ``auto``, ``torch`` or ``triton``, as for
+            :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
+
+    Returns:
+        The clone, and the counts of its attention calls, which grow as it runs.
 
     Raises:
         HostChanged: this version of ComfyUI has no such override, or its patcher another interface.
@@ -54,7 +59,10 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
 
 
 def make_override(calls: AttentionCalls, previous: Override | None, backend: str = "auto") -> Override:
-    """What ComfyUI calls as ``override(function, q, k, v, heads, ...)``; ``previous`` or the function has the rest."""
+    """Returns the override that ComfyUI calls as ``override(function, q, k, v, heads, ...)``.
+
+    Calls that our kernels cannot serve go to ``previous``, or to the function where there is none.
+    """
 
     def override(function: Override, *args: Any, **kwargs: Any) -> Tensor:
         kinds = len(calls.implementations) + len(calls.not_served)
@@ -84,9 +92,10 @@ def _serve(
     enable_gqa: bool = False,
     **rest: Any,
 ) -> Tensor | None:
-    """``[B, L, H*D]``, or ``[B, H, L, D]`` with ``skip_reshape``; the result likewise by ``skip_output_reshape``.
+    """Returns the attention of a call, or None if our kernels cannot serve it; it is counted either way.
 
-    What else is given (``transformer_options``, permission for low precision) does not concern us.
+    Tensors are ``[B, L, H*D]``, or ``[B, H, L, D]`` with ``skip_reshape``, and the result likewise by
+    ``skip_output_reshape``. Other arguments (``transformer_options``, permission for low precision) do not concern us.
     """
     if mask is not None:
         reason = "mask is given"
@@ -107,7 +116,7 @@ def _serve(
 
 
 def _describe(model: Any) -> str:
-    """What was patched, for the log."""
+    """Returns what was patched, in words for the log."""
     diffusion = getattr(model, "diffusion_model", model)
     name = type(diffusion).__name__
     if not any(kind.__name__ == "WanModel" for kind in type(diffusion).__mro__):

@@ -1,4 +1,4 @@
-"""What the nodes need of ComfyUI, and the message where it is missing."""
+"""The check that ComfyUI has what the nodes need, and the message where it has not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..patching import HostChanged
 
 
 def need(owner: Any, owner_name: str, *attributes: str) -> None:
-    """Each of the attributes is there.
+    """Checks that an object of ComfyUI has the attributes that a node reads.
 
     Raises:
         HostChanged: one is not; the message names it.

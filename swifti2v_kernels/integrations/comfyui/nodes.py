@@ -11,7 +11,7 @@ _ENABLED = ("BOOLEAN", {"default": True, "tooltip": "Off: the input is passed on
 
 
 class SwiftI2VAttention:
-    """``MODEL`` to ``MODEL``."""
+    """The node that takes a ``MODEL`` and returns one whose attention is on our kernels."""
 
     DESCRIPTION = (
         "Attention of the model on the SwiftI2V kernels. Calls that they cannot serve (masks, other head sizes) go"
@@ -24,17 +24,17 @@ class SwiftI2VAttention:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """ComfyUI's description of the inputs."""
+        """Returns the inputs as ComfyUI wants them described."""
         tooltip = "A Wan model, or any other that uses ComfyUI's optimized attention."
         return {"required": {"model": ("MODEL", {"tooltip": tooltip}), "enabled": _ENABLED}}
 
     def patch(self, model: Any, enabled: bool) -> tuple[Any]:
-        """The model for the output."""
+        """Returns the model for the node's output: a clone on our kernels, or the input itself where it is off."""
         return (accelerate_attention(model)[0] if enabled else model,)
 
 
 class SwiftI2VVAE:
-    """``VAE`` to ``VAE``."""
+    """The node that takes a ``VAE`` and returns one whose layers are on our kernels, if it is Wan's."""
 
     DESCRIPTION = (
         "Convolutions, norms and upsampling of a Wan VAE (2.1 or 2.2) on the SwiftI2V kernels. Any other VAE is passed"
@@ -47,11 +47,11 @@ class SwiftI2VVAE:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """ComfyUI's description of the inputs."""
+        """Returns the inputs as ComfyUI wants them described."""
         return {"required": {"vae": ("VAE", {"tooltip": "A Wan VAE, version 2.1 or 2.2."}), "enabled": _ENABLED}}
 
     def patch(self, vae: Any, enabled: bool) -> tuple[Any]:
-        """The VAE for the output."""
+        """Returns the VAE for the node's output: one on our kernels, or the input where it is off or not Wan's."""
         return (accelerate_vae(vae)[0] if enabled else vae,)
 
 

@@ -19,16 +19,19 @@ from .host import need
 
 _log = logging.getLogger(__name__)
 
-#: By module: its object patches and the report. A module may show our forwards when it is looked at again, because the
-#: patcher that has them is loaded.
+#: The object patches and the report of each module. They are kept, because a module may show our forwards when it is
+#: looked at again: the patcher that has them is loaded then.
 _PLANS: WeakKeyDictionary[nn.Module, tuple[dict[str, MethodType], Report]] = WeakKeyDictionary()
 
 
 def accelerate_vae(vae: Any) -> tuple[Any, Report]:
-    """A ``VAE`` that shares the module and weights of the given one and decodes and encodes on our operators.
+    """Copies a ComfyUI ``VAE`` so that the copy decodes and encodes on our operators; it shares module and weights.
 
     Args:
         vae: a ``VAE``; it is not changed. One that is not Wan's is returned itself.
+
+    Returns:
+        The copy, and a report of what was replaced and what was not.
 
     Raises:
         HostChanged: this version of ComfyUI has another interface.

@@ -3,11 +3,11 @@
     from swifti2v_kernels.integrations.diffusers import accelerate
     accelerate(pipe)
 
-Attention processors are replaced through diffusers' own interface; the adaptive norms and residuals of a block, for
-which there is none, by the block's ``forward``, beneath whatever hooks it has. Of weights nothing is kept:
-projections are called as modules, so LoRA layers, offloading and quantised layers keep working. Known are Wan (2.1,
-2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan
-transformer a model that is sampled segment by segment.
+Attention processors are replaced through diffusers' own interface; the adaptive norms and residuals of a layer, for
+which there is none, by the ``forward`` of the layer's module, beneath whatever hooks it has. Weights are neither copied
+nor converted: projections are called as modules, so LoRA, offloading and quantised linear layers keep working. Known
+are Wan (2.1, 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, and the Wan VAE.
+:class:`DiffusersWanWindow` makes a Wan transformer a model that is sampled segment by segment.
 """
 
 from __future__ import annotations
@@ -31,27 +31,33 @@ def accelerate(
     vae: bool = True,
     dry_run: bool = False,
 ) -> Report:
-    """Replaces what is known in a diffusers pipeline or model by our operators, and prints what it did.
+    """Puts our operators into a diffusers pipeline or model wherever they are known to fit, and prints what it did.
+
+    The pipeline is used as before and gives the same result up to rounding. Offloading, LoRA and ``torch.compile`` may
+    come before or after; a model that is compiled already is compiled anew at its next call. Inputs that need gradients
+    take the differentiable PyTorch path of the operators.
 
     Args:
         pipe_or_module: a ``DiffusionPipeline``, or one of its models. A model that was accelerated before is restored
             first, so the last call decides.
-        attention: attention processors: norm and rotation of queries and keys fused, text and video read as two
-            sources instead of being concatenated.
-        norms: adaptive norms, gates and residuals of the blocks.
-        vae: convolutions, norms and upsampling of the Wan VAE.
-        dry_run: only report what would be replaced.
+        attention: whether to replace attention processors: norm and rotation of queries and keys are fused, text and
+            video read as two sources instead of being concatenated.
+        norms: whether to replace the adaptive norms, gates and residuals of the layers.
+        vae: whether to replace the convolutions, norms and upsampling of the Wan VAE.
+        dry_run: whether only to report what would be replaced.
 
     Returns:
-        What was replaced, and what was not and why; its ``restore()`` undoes it.
+        A report of what was replaced, and of what was not and why. Its ``restore()`` undoes it.
 
     Raises:
         TypeError: neither a pipeline nor a module.
         HostChanged: this version of diffusers differs from what a replacement was written for, in an attribute that the
             message names. Nothing is changed then.
 
-    Offloading, LoRA and ``torch.compile`` may come before or after; a model that is compiled already is compiled anew
-    at its next call. Inputs that need gradients take the differentiable PyTorch path of the operators.
+    Examples:
+        >>> pipe = WanImageToVideoPipeline.from_pretrained(...)  # doctest: +SKIP
+        >>> report = accelerate(pipe)  # doctest: +SKIP
+        >>> report.restore()  # doctest: +SKIP
     """
     import diffusers
 
@@ -72,7 +78,7 @@ def restore(pipe_or_module: Any) -> Report:
     """Undoes :func:`accelerate`: afterwards a model computes with diffusers' own code, bit for bit as before.
 
     Args:
-        pipe_or_module: what was accelerated, or a part of it that was accelerated by itself.
+        pipe_or_module: the pipeline or model that was accelerated, or a part of it that was accelerated by itself.
 
     Returns:
         A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.

@@ -1,4 +1,4 @@
-"""Attention processors of all diffusers models on our operators: what they share."""
+"""The parts that our attention processors for all models of diffusers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..hooks import hook_kinds, hooked, hooked_inside, only_moves
 
 
 class Processor:
-    """An attention processor in place of diffusers' own, which it keeps for what it does not take.
+    """An attention processor in place of diffusers' own, which it keeps for the calls that it does not take.
 
     The class attributes are diffusers' protocol: ``set_attention_backend`` and ``enable_parallelism`` write them. Where
     somebody has chosen a backend or context parallelism, diffusers' own processor computes.
@@ -25,7 +25,7 @@ class Processor:
         self.original = original
 
     def declines(self, attn: nn.Module, *shared: nn.Module | None) -> bool:
-        """Whether diffusers' own processor is to be called instead.
+        """Returns whether diffusers' own processor is to be called instead.
 
         Args:
             attn: the attention module.
@@ -35,21 +35,23 @@ class Processor:
         self.hand_back()
         if self._attention_backend is not None or self._parallel_config is not None or chosen_backend() is not None:
             return True
-        # Skips attention by catching the call of torch's that is in diffusers' own processor.
+        # This hook skips attention by catching the call of torch's that is in diffusers' own processor.
         if "AttentionProcessorSkipHook" in hook_kinds(attn):
             return True
         return any(not only_moves(module) for module in shared if module is not None)
 
     def hand_back(self) -> None:
-        """Gives the original what was chosen since, for when it computes."""
+        """Gives the original processor the backend and parallelism chosen since, for when it computes."""
         for name in ("_attention_backend", "_parallel_config"):
             if hasattr(self.original, name):
                 setattr(self.original, name, getattr(self, name))
 
 
 def chosen_backend() -> str | None:
-    """The attention backend that is active for the whole process, if it is not the usual one: by
-    ``attention_backend(...)``, ``set_attention_backend`` or an environment variable."""
+    """Returns the attention backend that is active for the whole process, or None if it is the usual one.
+
+    ``attention_backend(...)``, ``set_attention_backend`` or an environment variable choose it.
+    """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     active, _ = _AttentionBackendRegistry.get_active_backend()
@@ -57,7 +59,7 @@ def chosen_backend() -> str | None:
 
 
 def backend_is_free(attn: nn.Module) -> str | None:
-    """Why an attention module is left alone: a backend or context parallelism was chosen for it before."""
+    """Returns why an attention module is left alone, a backend or parallelism chosen for it before, or None."""
     backend = getattr(attn.processor, "_attention_backend", None)
     if backend is not None:
         return f"the attention backend {getattr(backend, 'value', backend)} was chosen for it"
@@ -68,12 +70,12 @@ def backend_is_free(attn: nn.Module) -> str | None:
 
 
 def may_overwrite(*producers: nn.Module | None) -> bool:
-    """Whether outputs of these modules are ours to overwrite: nobody can have kept them, and no gradient needs them."""
+    """Returns whether outputs of these modules may be overwritten: nobody has kept them, and no gradient needs them."""
     return not torch.is_grad_enabled() and not hooked_inside(*producers)
 
 
 def token_rope(rotary_emb: tuple[Tensor, Tensor] | None) -> Rope3D | None:
-    """From diffusers' (cos, sin), each ``[L, D]`` or ``[1, L, 1, D]`` with every value twice."""
+    """Returns the tables of diffusers' (cos, sin), each ``[L, D]`` or ``[1, L, 1, D]`` with every value twice."""
     if rotary_emb is None:
         return None
     cos, sin = (table.reshape(-1, table.shape[-1])[:, 0::2] for table in rotary_emb)
@@ -81,13 +83,16 @@ def token_rope(rotary_emb: tuple[Tensor, Tensor] | None) -> Rope3D | None:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, L, H, D]`` turned by ``cos`` and ``sin``, which broadcast to ``[B, L, H, D / 2]``: PyTorch, float32."""
+    """Returns ``x [B, L, H, D]`` turned by ``cos`` and ``sin``, which broadcast to ``[B, L, H, D / 2]``.
+
+    PyTorch computes it, in float32.
+    """
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def rms_parameters(norm: nn.Module | None, x: Tensor) -> tuple[Tensor, float] | None:
-    """Weight and epsilon of an RMSNorm that the fused operator can take over for ``x``, else None.
+    """Returns weight and epsilon of an RMSNorm that the fused operator can take over for ``x``, else None.
 
     A module with hooks is called, since its weight may be on another device until then.
     """
@@ -108,9 +113,9 @@ def norm_rotate_pair(
     rope: Rope3D | None,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys of one projection, ``[B, L, H*D]`` each, normed and rotated: ``[B, L, H, D]``, by one launch.
+    """Returns queries and keys ``[B, L, H*D]`` normed and rotated as ``[B, L, H, D]``, by one launch if possible.
 
-    ``inplace``: where the projections' outputs are (:func:`may_overwrite`).
+    ``inplace``: they are overwritten (:func:`may_overwrite`).
     """
     first, second = rms_parameters(norm_q, q), rms_parameters(norm_k, k)
     same = first is not None and second is not None and q.shape[2] == k.shape[2] and first[1] == second[1]
@@ -120,7 +125,10 @@ def norm_rotate_pair(
 
 
 def norm_rotate(x: Tensor, norm: nn.Module | None, heads: int, rope: Rope3D | None, inplace: bool) -> Tensor:
-    """One projection's output, ``[B, L, H*D]``, normed (over the width or per head) and rotated: ``[B, L, H, D]``."""
+    """Returns a projection's output ``[B, L, H*D]``, normed and rotated, as ``[B, L, H, D]``.
+
+    The norm is over the width or per head.
+    """
     parameters = rms_parameters(norm, x)
     if parameters is not None:
         weight, eps = parameters
@@ -135,15 +143,15 @@ def norm_rotate(x: Tensor, norm: nn.Module | None, heads: int, rope: Rope3D | No
 
 
 def prefix_lengths(mask: Tensor) -> Tensor:
-    """How many text tokens of each entry count, int32 ``[B]``, from a mask ``[B, L]``, true where they do.
+    """Returns how many text tokens of each entry count, int32 ``[B]``, from a mask ``[B, L]``, true where they do.
 
-    The mask must be padded behind the text, as those of the text encoders are; anything else stops with this message
+    The mask must be padded after the text, as those of the text encoders are; anything else stops with this message
     (on a GPU, where reading the mask would stop the stream, by an assertion on the device).
     """
     mask = mask.to(torch.bool)
     lengths = mask.sum(dim=1, dtype=torch.int32)
     expected = torch.arange(mask.shape[1], device=mask.device) < lengths.unsqueeze(1)
     torch._assert_async(
-        (mask == expected).all(), "attention_mask: expected text padded behind its tokens; restore() takes any mask"
+        (mask == expected).all(), "attention_mask: expected padding after the text only; restore() takes any mask"
     )
     return lengths

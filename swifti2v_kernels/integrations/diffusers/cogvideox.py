@@ -1,4 +1,4 @@
-"""CogVideoX in diffusers: joint attention of text and video, and the adaptive norms of its blocks."""
+"""CogVideoX in diffusers: joint attention of text and video, and the adaptive norms of its layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 
 
 class CogVideoXProcessor(Processor):
-    """Joint attention; the LayerNorm of queries and keys and their rotation stay PyTorch's."""
+    """Joint attention of text and video; the LayerNorm of queries and keys and their rotation stay PyTorch's."""
 
     def __call__(
         self,
@@ -24,7 +24,7 @@ class CogVideoXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As diffusers' ``CogVideoXAttnProcessor2_0``."""
+        """Computes the attention that diffusers' ``CogVideoXAttnProcessor2_0`` computes."""
         shared = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, *attn.to_out
         if self.declines(attn, *shared) or attention_mask is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -41,7 +41,7 @@ class CogVideoXProcessor(Processor):
         return video, text
 
 
-def _block(
+def _layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -49,7 +49,7 @@ def _block(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if watched(self, self.attn1):  # and would see one stream, not both
+    if watched(self, self.attn1):  # a hook would see one stream, not both
         arguments = hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
         return type(self).forward(self, *arguments)
     streams = token_rows(hidden_states), token_rows(encoder_hidden_states)
@@ -73,7 +73,7 @@ def _block(
 
 
 def _modulations(norm: nn.Module, temb: Tensor) -> list[tuple[Tensor, ...]]:
-    """(shift, scale, gate) of the video and of the text, each ``[B, 1, C]``."""
+    """Returns (shift, scale, gate) of the video and of the text, each ``[B, 1, C]``."""
     parts = norm.linear(norm.silu(temb)).unsqueeze(1).chunk(6, dim=2)
     return [tuple(parts[:3]), tuple(parts[3:])]
 
@@ -96,6 +96,6 @@ RECIPES = (
             *("attn1", "ff"),
         ),
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "attention_kwargs"),
-        forward=_block,
+        forward=_layer,
     ),
 )

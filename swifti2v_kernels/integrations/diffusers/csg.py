@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ...csg.plan import Window
 from ..patching import HostChanged
 
-#: Of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
+#: Text tokens of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
 _TEXT_TOKENS = 512
-#: What Wan calls the noisiest timestep.
+#: The noisiest timestep of Wan.
 _TIMESTEPS = 1000
-#: What is read of the transformer, dotted.
+#: Attributes of the transformer that are read, dotted.
 _NEEDS = (
     "config.in_channels",
     "config.out_channels",
@@ -36,27 +36,33 @@ _NEEDS = (
 
 
 class DiffusersWanWindow:
-    """A diffusers ``WanTransformer3DModel`` as a :class:`swifti2v_kernels.WindowModel`.
+    """An adapter that makes a diffusers ``WanTransformer3DModel`` a :class:`swifti2v_kernels.WindowModel`.
 
-    Every block gets its own timestep on the path of Wan2.2 TI2V, a timestep per token, which the weights of all Wan
-    versions take. It costs memory: the modulation is ``[B, tokens, 6, C]``, in float32 while a layer runs. For a window
-    of 70,400 tokens and C = 1536 that is 2.6 GB.
+    :func:`swifti2v_kernels.sample_segments` then generates a clip with it segment by segment. Every block (latent
+    frame) gets its own timestep on the path of Wan2.2 TI2V, a timestep per token, which the weights of all Wan versions
+    take. It costs memory: the modulation is ``[B, tokens, 6, C]``, in float32 while a layer runs. For a window of
+    70,400 tokens and C = 1536 that is 2.6 GB.
 
-    Of Wan2.2 A14B's two experts each is a model of its own: ``lambda latents, sigma, window: (high if sigma >= 0.9 else
-    low)(latents, sigma, window)``. A transformer may be compiled, by blocks (``compile_repeated_blocks()``) or as a
-    whole, which breaks the graph at ``rope`` (so not with ``fullgraph=True``). It serves one call at a time: another
-    thread would find the positions of the first.
+    Wan2.2 A14B has two experts, each of which is a model of its own: ``lambda latents, sigma, window: (high if sigma >=
+    0.9 else low)(latents, sigma, window)``. A transformer may be compiled, layer by layer
+    (``compile_repeated_blocks()``) or as a whole, which breaks the graph at ``rope`` (so not with ``fullgraph=True``).
+    It serves one call at a time: another thread would find the positions of the first.
 
     Args:
-        transformer: on the device of the latents it will be called with.
+        transformer: the transformer, on the device of the latents it will be called with.
         text: embeddings ``[1 or B, L, text_dim]``; with a CLIP branch L is 512.
         image: CLIP tokens for a transformer that has an image embedding, as its pipeline makes them, for as many batch
             entries as ``text``; else None.
-        attention_kwargs: passed on, such as ``{"scale": 0.5}`` for a LoRA.
+        attention_kwargs: passed on to the transformer, such as ``{"scale": 0.5}`` for a LoRA.
 
     Raises:
         HostChanged: the transformer lacks something that is read of it; the message names it.
         ValueError: text or image do not fit the transformer, or its patch spans several latent frames.
+
+    Examples:
+        >>> model = DiffusersWanWindow(pipe.transformer, prompt_embeds)  # doctest: +SKIP
+        >>> options = {"plan": SegmentPlan(num_blocks=21), "mask_channels": model.mask_channels}  # doctest: +SKIP
+        >>> segments = sample_segments(model, reference, sigmas=sigmas, seed=0, **options)  # doctest: +SKIP
     """
 
     def __init__(
@@ -86,7 +92,9 @@ class DiffusersWanWindow:
 
     @property
     def mask_channels(self) -> int | None:
-        """For :func:`swifti2v_kernels.sample_segments`: 4 for Wan I2V (36 channels of 16), None for latents alone.
+        """The ``mask_channels`` of :func:`swifti2v_kernels.sample_segments` for this transformer.
+
+        They are 4 for Wan I2V (36 channels of 16), and None for one that takes latents alone.
 
         Raises:
             ValueError: the transformer's input is neither.
@@ -104,7 +112,12 @@ class DiffusersWanWindow:
         return rest
 
     def __call__(self, latents: Tensor, sigma: float, window: Window, /) -> Tensor:
-        """The velocity ``[B, z, W, h, w]`` of a window.
+        """Returns the velocity ``[B, z, W, h, w]`` of a window.
+
+        Args:
+            latents: the window ``[B, C, W, h, w]`` as :func:`swifti2v_kernels.assemble_window` makes it.
+            sigma: noise level in 0..1 of the blocks ``window.noisy``.
+            window: the indices of these blocks in the clip.
 
         Raises:
             ValueError: the latents or the window do not fit the transformer.
@@ -145,7 +158,7 @@ class DiffusersWanWindow:
 
 
 class _Positions:
-    """While it is entered, a module ``rope`` returns the tables of frames at ``blocks`` instead of 0, 1, 2, ..."""
+    """A context in which a module ``rope`` returns the tables of frames at given blocks instead of 0, 1, 2, ..."""
 
     def __init__(self, rope: nn.Module, patch: Sequence[int]) -> None:
         self.rope, self.patch = rope, tuple(patch)
@@ -166,7 +179,7 @@ class _Positions:
         if not self.hooked:
             raise HostChanged(
                 "transformer: its module rope was not called, so the window's blocks had no true positions; if it is"
-                " compiled as a whole, compile its blocks instead (compile_repeated_blocks)"
+                " compiled as a whole, compile its layers instead (compile_repeated_blocks)"
             )
 
     def _replace(self, module: Any, inputs: Any, output: Any) -> tuple[Tensor, ...]:
@@ -181,7 +194,7 @@ class _Positions:
 
 
 def _in_place_of_time(table: Tensor, frames: Tensor, blocks: Sequence[int], t_dim: int) -> Tensor:
-    """``table`` ``[1, tokens, 1, D]`` with the rows of ``blocks`` in its first ``t_dim`` columns."""
+    """Returns ``table`` ``[1, tokens, 1, D]`` with the rows of ``blocks`` in its first ``t_dim`` columns."""
     num_blocks = len(blocks)
     if table.ndim != 4 or table.shape[1] % num_blocks or frames.shape != (1, max(blocks) + 1, *table.shape[2:]):
         raise HostChanged(

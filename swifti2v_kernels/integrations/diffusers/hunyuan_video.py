@@ -1,7 +1,7 @@
 """HunyuanVideo in diffusers (text, latent-concatenated and token-replaced images, FramePack): joint attention, norms.
 
-Video and text stay two streams: their queries, keys and values are views of their own to ``segment_attention``, and the
-single-stream blocks no longer concatenate them at every layer.
+Video and text stay two streams: their queries, keys and values are views of their own to ``segment_attention``, and no
+single-stream layer concatenates them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 
 
 class HunyuanVideoProcessor(Processor):
-    """Joint attention of video and text: projections of their own (dual blocks) or in common (single blocks)."""
+    """Joint attention of video and text, with projections of their own (dual layers) or in common (single layers)."""
 
     def __call__(
         self,
@@ -29,7 +29,10 @@ class HunyuanVideoProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As diffusers' ``HunyuanVideoAttnProcessor2_0``; of masks, the model's own over keys ``[B, 1, 1, L]``."""
+        """Computes the attention that diffusers' ``HunyuanVideoAttnProcessor2_0`` computes.
+
+        The only mask that it takes is the model's own over keys, ``[B, 1, 1, L]``.
+        """
         x, text = hidden_states, encoder_hidden_states
         known_mask = attention_mask is None or (attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1))
         shared = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k) if attn.add_q_proj is None else ()
@@ -63,7 +66,7 @@ class HunyuanVideoProcessor(Processor):
 
 
 class _Modulation:
-    """The ``parts`` of an adaptive norm's projection, ``[B, R, C]`` each, and which row a block of tokens takes.
+    """The ``parts`` of an adaptive norm's projection, ``[B, R, C]`` each, and the row that each latent frame takes.
 
     With a token-replaced image the first frame's tokens have the modulation of timestep 0 (row 0), the others row 1.
     """
@@ -77,7 +80,7 @@ class _Modulation:
         self.shift, self.scale, self.gate, *self.mlp = rows.chunk(parts, dim=2)
 
 
-def _dual_block(
+def _dual_layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -87,7 +90,10 @@ def _dual_block(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both kinds: those without a replaced image are given the last two as well, and make no use of them."""
+    """Replaces the ``forward`` of dual-stream layers, with and without a replaced image.
+
+    Those without are given the last two arguments as well, and make no use of them.
+    """
     arguments = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
     if not (only_moves(self.norm1) and only_moves(self.norm1_context)):
         return type(self).forward(self, *arguments)
@@ -114,7 +120,7 @@ def _dual_block(
     return results[0], results[1]
 
 
-def _single_block(
+def _single_layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -124,12 +130,12 @@ def _single_block(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both kinds, as of the dual blocks."""
+    """Replaces the ``forward`` of single-stream layers, with and without a replaced image, as :func:`_dual_layer`."""
     arguments = (
         *(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb),
         *(token_replace_emb, num_tokens),
     )
-    if watched(self, self.attn):  # and would see one stream, not both
+    if watched(self, self.attn):  # a hook would see one stream, not both
         return type(self).forward(self, *arguments)
     x, text = token_rows(hidden_states), token_rows(encoder_hidden_states)
 
@@ -152,15 +158,15 @@ def _single_block(
     return results[0], results[1]
 
 
-def _plain_norm(block: nn.Module) -> str | None:
-    norm = block.norm1 if hasattr(block, "norm1") else block.norm
+def _plain_norm(layer: nn.Module) -> str | None:
+    norm = layer.norm1 if hasattr(layer, "norm1") else layer.norm
     if getattr(norm, "emb", None) is not None:
         return "its first norm embeds the timestep itself"
     return None
 
 
 def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
-    """Of a dual block, also what the text goes through."""
+    """Returns the attributes that are read of an attention module; in a dual layer, also those for the text."""
     needs = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "heads", "add_q_proj")
     dual = getattr(attn, "add_q_proj", None) is not None
     return (*needs, "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out") if dual else needs
@@ -190,10 +196,10 @@ RECIPES = (
             f"HunyuanVideo{kind}TransformerBlock", "norms", _BY, needs, parameters, forward=forward, fits=_plain_norm
         )
         for kind, needs, parameters, forward in (
-            ("", _DUAL, (*_STREAMS, "freqs_cis"), _dual_block),
-            ("TokenReplace", _DUAL, (*_STREAMS, "freqs_cis", *_REPLACED), _dual_block),
-            ("Single", _SINGLE, (*_STREAMS, "image_rotary_emb"), _single_block),
-            ("TokenReplaceSingle", _SINGLE, (*_STREAMS, "image_rotary_emb", *_REPLACED), _single_block),
+            ("", _DUAL, (*_STREAMS, "freqs_cis"), _dual_layer),
+            ("TokenReplace", _DUAL, (*_STREAMS, "freqs_cis", *_REPLACED), _dual_layer),
+            ("Single", _SINGLE, (*_STREAMS, "image_rotary_emb"), _single_layer),
+            ("TokenReplaceSingle", _SINGLE, (*_STREAMS, "image_rotary_emb", *_REPLACED), _single_layer),
         )
     ),
 )

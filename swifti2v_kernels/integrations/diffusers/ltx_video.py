@@ -1,4 +1,4 @@
-"""LTX-Video in diffusers: attention and the adaptive RMS norms of its blocks."""
+"""LTX-Video in diffusers: attention and the adaptive RMS norms of its layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class LTXVideoProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As diffusers' ``LTXVideoAttnProcessor``; of masks, text padding as the model makes it (0 and -10000)."""
+        """Computes the attention that diffusers' ``LTXVideoAttnProcessor`` computes.
+
+        The only mask that it takes is text padding as the model makes it (0 and -10000).
+        """
         known_mask = attention_mask is None or (attention_mask.ndim == 3 and attention_mask.shape[1] == 1)
         if self.declines(attn) or not known_mask:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -53,7 +56,10 @@ class LTXVideoProcessor(Processor):
 
 
 def _text_lengths(bias: Tensor) -> Tensor:
-    """From the bias ``[B, 1, L]``; an entry without any text attends to all of its padding, as a bias alone would."""
+    """Returns the text lengths int32 ``[B]`` from the bias ``[B, 1, L]``.
+
+    An entry without any text attends to all of its padding, as it would under the bias.
+    """
     keeps = bias[:, 0] > -1.0
     lengths = prefix_lengths(keeps)
     torch._assert_async(
@@ -65,7 +71,10 @@ def _text_lengths(bias: Tensor) -> Tensor:
 def _norm_rotate_width(
     x: Tensor, norm: nn.Module, heads: int, rotary_emb: tuple[Tensor, Tensor], inplace: bool
 ) -> Tensor:
-    """Norm over the width and angles of the whole width, which is one head to the operator; tables per batch entry."""
+    """Norms over the width and rotates by angles of the whole width, which is one head to the operator.
+
+    Tables are per batch entry.
+    """
     cos, sin = (table[..., 0::2] for table in rotary_emb)  # [B, L, C / 2]
     parameters = rms_parameters(norm, x)
     if parameters is None or torch.is_grad_enabled():
@@ -78,7 +87,7 @@ def _norm_rotate_width(
     return y.view(*x.shape[:2], heads, -1)
 
 
-def _block(
+def _layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -115,6 +124,6 @@ RECIPES = (
         "norm_modulate, gated_residual_norm_modulate, gated_residual",
         ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table"),
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
-        forward=_block,
+        forward=_layer,
     ),
 )

@@ -1,4 +1,4 @@
-"""Mochi in diffusers: joint attention of video and padded text, and the adaptive RMS norms of its blocks."""
+"""Mochi in diffusers: joint attention of video and padded text, and the adaptive RMS norms of its layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .norms import in_parts, like, token_rows
 
 
 class MochiProcessor(Processor):
-    """Joint attention; each head has angles of its own, so the rotation stays PyTorch's.
+    """Joint attention of video and text; each head has angles of its own, so the rotation stays PyTorch's.
 
-    Diffusers gathers every entry's valid text and pads the results again; here lengths say how many keys count.
+    diffusers gathers every entry's valid text and pads the results again; here lengths say how many keys count.
     """
 
     def __call__(
@@ -28,9 +28,12 @@ class MochiProcessor(Processor):
         attention_mask: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As diffusers' ``MochiAttnProcessor2_0``; the mask ``[B, L]`` is padded behind the text."""
+        """Computes the attention that diffusers' ``MochiAttnProcessor2_0`` computes.
+
+        The mask ``[B, L]`` is padded after the text.
+        """
         x, text, heads = hidden_states, encoder_hidden_states, attn.heads
-        # In training, the text queries of the last block, whose results nobody uses, get gradients of zeros upstream:
+        # In training, the text queries of the last layer, whose results nobody uses, get gradients of zeros upstream:
         # without any, wrappers for data-parallel training stop.
         if self.declines(attn) or (torch.is_grad_enabled() and not hasattr(attn, "to_add_out")):
             return self.original(attn, x, text, attention_mask, image_rotary_emb)
@@ -50,12 +53,12 @@ class MochiProcessor(Processor):
         out, text_out = segment_attention([q, text_q], sources, valid_lengths=[None, lengths])
         del q, k, sources  # not needed while the results are projected
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
-        # What diffusers pads with before the projection.
+        # Zeros, with which diffusers pads before the projection.
         text_out = text_out.flatten(2) * attention_mask.to(text_out.dtype).unsqueeze(2)
         return out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
 
 
-def _block(
+def _layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -88,7 +91,7 @@ def _block(
 
 
 class _Stream:
-    """One of the two streams of a block: its modulation, and what happens before and after the attention."""
+    """One of the two streams of a layer: its modulation, and what happens before and after the attention."""
 
     def __init__(self, norm: nn.Module, temb: Tensor):
         parts = norm.linear(norm.silu(temb)).float().unsqueeze(1).chunk(4, dim=2)
@@ -101,7 +104,7 @@ class _Stream:
         return norm_modulate(x, self.shift, self.scale, norm="rms", eps=self.eps)
 
     def rest(self, x: Tensor, update: Tensor, norms: tuple[Any, Any, Any], feed_forward: nn.Module) -> Tensor:
-        # What modules return may be kept by who watches or caches them, so only sums of our own are overwritten.
+        # Hooks may keep what modules return, so only sums of our own are overwritten.
         update = norm_modulate(like(update, x), norm="rms", eps=norms[0].eps)
         x, y = gated_residual_norm_modulate(
             x, update, self.gate, self.shift, self.scale_mlp, norm="rms", eps=norms[1].eps
@@ -112,7 +115,7 @@ class _Stream:
 
 
 def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
-    """In all but the last block the text comes out again."""
+    """Returns the attributes that are read of an attention module; in the last layer no text comes out again."""
     needs = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "context_pre_only")
     needs += ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
     return needs if getattr(attn, "context_pre_only", True) else (*needs, "to_add_out")
@@ -137,6 +140,6 @@ RECIPES = (
             "context_pre_only",
         ),
         ("hidden_states", "encoder_hidden_states", "temb", "encoder_attention_mask", "image_rotary_emb"),
-        forward=_block,
+        forward=_layer,
     ),
 )

@@ -1,4 +1,4 @@
-"""The adaptive norms, residuals and feed-forwards of diffusers' blocks on our operators: what all models share."""
+"""The adaptive norms, residuals and feed-forwards of diffusers' layers on our operators, as all models share them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ... import gated_residual, gated_residual_norm_modulate, norm_modulate
 from ..hooks import hooked, hooked_inside
 
-#: Tokens of a part: rows enough to fill a GPU with matrix products (not tuned on hardware), and 73 MB of hidden
+#: Tokens of a part: rows enough to fill a GPU with matmuls (not tuned on hardware), and 73 MB of hidden
 #: activation for Wan 1.3B.
 PART_TOKENS = 4096
 
 
 def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
-    """Keywords of our norms that compute what ``norm`` does.
+    """Returns the keywords with which our norms compute what the module ``norm`` does.
 
     None if the module has to be called: another kind of norm, one that others have put in its place, or hooks on it.
     """
@@ -39,12 +39,14 @@ def modulated_norm(
     block_map: Tensor | None = None,
     wide: bool = False,
 ) -> Tensor:
-    """``norm(x) * (1 + scale) + shift`` in the dtype of ``x``; without shift and scale the norm alone.
+    """Returns ``norm(x) * (1 + scale) + shift`` in the dtype of ``x``; without shift and scale the norm alone.
 
     Args:
         x: ``[B, L, C]``.
         norm: a module, which is called if it is not a plain one.
-        shift, scale, block_map: as of :func:`swifti2v_kernels.norm_modulate`.
+        shift: modulation rows ``[B, R, C]``, or None.
+        scale: modulation rows ``[B, R, C]``, or None.
+        block_map: the row of each block, as for :func:`swifti2v_kernels.norm_modulate`.
         wide: whether the host gives its norm ``x`` in float32.
     """
     options = plain_norm(norm)
@@ -68,7 +70,7 @@ def residual_norm(
     wide: bool = False,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``x' = x + gate * update`` and :func:`modulated_norm` of it, in one pass if the norm is a plain one.
+    """Returns ``x' = x + gate * update`` and :func:`modulated_norm` of it, in one pass if the norm is a plain one.
 
     ``inplace``: ``x`` is overwritten.
     """
@@ -77,7 +79,7 @@ def residual_norm(
         return gated_residual_norm_modulate(
             x, update, gate, shift, scale, block_map=block_map, inplace=inplace, **options
         )
-    # The norm may be kept by who watches it, so what it is given is not overwritten.
+    # A hook may keep what the norm is given, so that is not overwritten.
     x = gated_residual(x, update, gate, block_map=None if gate is None else block_map)
     return x, modulated_norm(x, norm, shift, scale, block_map, wide)
 
@@ -88,11 +90,12 @@ def _by_token(rows: Tensor, block_map: Tensor | None, length: int) -> Tensor:
 
 
 def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """``function(y, *others)`` for PART_TOKENS tokens at a time, so that what it makes in between stays small.
+    """Returns ``function(y, *others)``, made for PART_TOKENS tokens at a time, so that its intermediates stay small.
 
     Args:
-        function: of the tokens alone, each by itself; ``[B, L, C]`` to the same shape.
-        y, others: ``[B, L, ...]``. **``y`` is overwritten** and returned, if anything is done in parts.
+        function: a function of each token by itself; ``[B, L, C]`` to the same shape.
+        y: ``[B, L, ...]``. It is **overwritten** and returned, if anything is done in parts.
+        *others: ``[B, L, ...]`` each.
         modules: those that ``function`` calls. With hooks on them, which would run once a part, with gradients, or
             under ``torch.compile``, everything is computed at once.
     """
@@ -106,19 +109,20 @@ def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, module
 
 
 def modulation_rows(table: Tensor, temb: Tensor) -> Callable[[int], Tensor]:
-    """Row i of ``table [6, C] + temb [B, R, 6, C]`` as ``[B, R, C]``, in float32 at least.
+    """Returns a function that gives row i of ``table [6, C] + temb [B, R, 6, C]`` as ``[B, R, C]``.
 
-    Made one by one: with a timestep per token all six are as large as six (in 16 bits twelve) residual streams.
+    Rows are float32 at least and made one by one: with a timestep per token all six are as large as six (in 16 bits
+    twelve) residual streams.
     """
     table = table.to(temb.device, torch.promote_types(table.dtype, torch.float32))
     return lambda i: temb[:, :, i] + table[i]
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """With contiguous channels: what comes from a patch embedding is a transposed view."""
+    """Returns ``x`` with contiguous channels: what comes from a patch embedding is a transposed view."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def like(update: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of ``x``: under autocast a layer's output is not in that of the residual stream."""
+    """Returns ``update`` in the dtype of ``x``: under autocast a module's output is not in that of the stream."""
     return update if update.dtype == x.dtype else update.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, VACE and Animate in diffusers: attention and the adaptive norms of its blocks."""
+"""Wan 2.1 and 2.2, VACE and Animate in diffusers: attention and the adaptive norms of their layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WanProcessor(Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As diffusers' ``WanAttnProcessor``."""
+        """Computes the attention that diffusers' ``WanAttnProcessor`` computes."""
         if self.declines(attn) or attention_mask is not None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         image = None
@@ -61,8 +61,11 @@ def _projections(attn: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Te
     return attn.to_q(x), k, v
 
 
-def _block(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    """Both kinds of block from the first norm to the last residual: ``[B, L, C]`` to ``[B, L, C]``."""
+def _layer(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    """Computes a layer from the first norm to the last residual, ``[B, L, C]`` to ``[B, L, C]``.
+
+    Both kinds, Wan's and VACE's, have that in common.
+    """
     # A timestep per token: [B, L, 6, C].
     row = modulation_rows(self.scale_shift_table[0], temb if temb.ndim == 4 else temb.unsqueeze(1))
     x = token_rows(x)
@@ -73,20 +76,20 @@ def _block(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any)
     else:
         x, y = residual_norm(x, update, row(2), self.norm2, wide=True)
     update = self.attn2(y, context, None, None)
-    # The block's input may be needed by the caller, and what has been handed to a module by who watches that module.
+    # The layer's input may be needed by the caller, and a hook may keep what has been handed to its module.
     inplace = may_overwrite(self.norm2, self.attn2)
     x, y = residual_norm(x, update, None, self.norm3, row(3), row(4), wide=True, inplace=inplace)
     update = like(in_parts(self.ffn, y, modules=[self.ffn]), x)
     return gated_residual(x, update, row(5), inplace=may_overwrite(self.norm3))
 
 
-def _wan_block(
+def _wan_layer(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
 ) -> Tensor:
-    return _block(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+    return _layer(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
 
-def _vace_block(
+def _vace_layer(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -96,12 +99,12 @@ def _vace_block(
 ) -> tuple[Tensor | None, Tensor]:
     if self.proj_in is not None:
         control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
-    control_hidden_states = _block(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
+    control_hidden_states = _layer(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
     return None if self.proj_out is None else self.proj_out(control_hidden_states), control_hidden_states
 
 
 _ATTENTION = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "add_k_proj", "fused_projections")
-_BLOCK = ("norm1", "attn1", "norm2", "attn2", "norm3", "ffn", "scale_shift_table")
+_LAYER = ("norm1", "attn1", "norm2", "attn2", "norm3", "ffn", "scale_shift_table")
 _BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
 
 RECIPES = (
@@ -118,16 +121,16 @@ RECIPES = (
         "WanTransformerBlock",
         "norms",
         _BY,
-        _BLOCK,
+        _LAYER,
         ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb"),
-        forward=_wan_block,
+        forward=_wan_layer,
     ),
     Recipe(
         "WanVACETransformerBlock",
         "norms",
         _BY,
-        (*_BLOCK, "proj_in", "proj_out"),
+        (*_LAYER, "proj_in", "proj_out"),
         ("hidden_states", "encoder_hidden_states", "control_hidden_states", "temb", "rotary_emb"),
-        forward=_vace_block,
+        forward=_vace_layer,
     ),
 )

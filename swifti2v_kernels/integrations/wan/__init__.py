@@ -3,10 +3,10 @@
     from swifti2v_kernels.integrations.wan import accelerate
     accelerate(wan_i2v)
 
-The function ``flash_attention`` of the host's attention module is what its attention goes through. In the modules of
-the given model, and in no others, ours is called in its place, and calls that the kernels cannot serve go on to the
-host's. Self-attention also has norm and rotation of queries and keys fused, blocks their adaptive norms and residuals,
-and the VAE its layers. Projections are called as modules and weights never copied or converted.
+The host's attention goes through the function ``flash_attention`` of its attention module. In the modules of the given
+model, and in no others, ours is called in its place, and calls that the kernels cannot serve go on to the host's.
+Self-attention also has norm and rotation of queries and keys fused, the DiT's layers their adaptive norms and
+residuals, and the VAE its convolutions. Projections are called as modules and weights never copied or converted.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from torch import nn
 from ...common.dispatch import BACKENDS
 from ..patching import HostChanged, Line, Recipe, Report, patch_models, restore_module
 from ..sdpa import AttentionCalls
-from .dit import FUNCTION, Attention, block_forward, cross_attention_forward, own_forward, self_attention_forward
+from .dit import FUNCTION, Attention, cross_attention_forward, layer_forward, own_forward, self_attention_forward
 
 __all__ = ["HostChanged", "Report", "accelerate", "restore"]
 
 _HOST = "this version of the Wan code"
 _CROSS = ("WanT2VCrossAttention", "WanI2VCrossAttention", "WanCrossAttention")
 _PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads", "head_dim", "window_size")
-_BLOCK = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.eps", "ffn")
+_LAYER = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.eps", "ffn")
 _PASSED = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 
 
 @dataclass
 class WanReport(Report):
-    """A report with the counts of the model's attention calls, which grow as it runs."""
+    """A report with the counts of the model's attention calls.
+
+    Attributes:
+        calls: the counts, which grow as the model runs.
+    """
 
     calls: AttentionCalls = field(default_factory=AttentionCalls)
 
@@ -49,25 +53,35 @@ def accelerate(
     *,
     backend: str = "auto",
 ) -> WanReport:
-    """Replaces what is known in a model of the original Wan code by our operators, and prints what it did.
+    """Puts our operators into a model of the original Wan code wherever they are known to fit, and prints what it did.
+
+    The model is used as before and gives the same result up to rounding; on a GPU where our kernels serve its attention
+    it needs no ``flash_attn``.
 
     Args:
         model: a ``WanModel``, a VAE, or one of the pipeline objects (``WanT2V``, ``WanI2V``, ``WanTI2V``). What was
             accelerated before is restored first, so the last call decides.
-        attention: ``flash_attention``, and norm and rotation of queries and keys.
-        norms: adaptive norms, gates and residuals of the blocks.
-        vae: convolutions, norms and upsampling of the VAE.
-        dry_run: only report what would be replaced.
-        backend: of attention, as for :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
+        attention: whether to replace ``flash_attention``, and norm and rotation of queries and keys.
+        norms: whether to replace the adaptive norms, gates and residuals of the DiT's layers.
+        vae: whether to replace the convolutions, norms and upsampling of the VAE.
+        dry_run: whether only to report what would be replaced.
+        backend: backend of the attention, ``auto``, ``torch`` or ``triton``, as for
+            :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
 
     Returns:
-        What was replaced, and what was not and why; ``calls`` counts attention calls; ``restore()`` undoes it.
+        A report of what was replaced, and of what was not and why. Its ``calls`` counts attention calls as the model
+        runs; its ``restore()`` undoes it.
 
     Raises:
         TypeError: there is no torch module in ``model``.
         ValueError: an unknown backend.
         HostChanged: the host's code differs from what a replacement was written for, in an attribute that the message
             names. Nothing is changed then.
+
+    Examples:
+        >>> wan_i2v = wan.WanI2V(config, checkpoint_dir)  # doctest: +SKIP
+        >>> report = accelerate(wan_i2v)  # doctest: +SKIP
+        >>> print(report.calls)  # doctest: +SKIP
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -89,7 +103,7 @@ def restore(model: Any) -> Report:
     """Undoes :func:`accelerate`: afterwards a model computes with the host's own code, bit for bit as before.
 
     Args:
-        model: what was accelerated, or a part of it that was accelerated by itself.
+        model: the model that was accelerated, or a part of it that was accelerated by itself.
 
     Returns:
         A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
@@ -121,16 +135,16 @@ def _recipes(attention: Attention) -> tuple[Recipe, ...]:
             "WanAttentionBlock",
             "norms",
             "norm_modulate, gated_residual_norm_modulate, gated_residual",
-            _BLOCK,
+            _LAYER,
             _PASSED,
-            forward=block_forward,
+            forward=layer_forward,
         ),
         *ORIGINAL_RECIPES,
     )
 
 
 def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The module, or those of a pipeline object: its attributes, and the ``model`` of those that wrap one."""
+    """Yields the module, or those of a pipeline object: its attributes, and the ``model`` of those that wrap one."""
     if isinstance(model, nn.Module):
         # What torch.compile(model) returns wraps the model.
         module = getattr(model, "_orig_mod", model)
@@ -150,7 +164,7 @@ def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_function(component: str, root: nn.Module) -> None:
-    """The known attention modules call a ``flash_attention`` that takes what ours takes."""
+    """Checks that the known attention modules call a ``flash_attention`` that takes what ours takes."""
     expected = list(inspect.signature(Attention(AttentionCalls()).function(lambda: None)).parameters)
     for name, module in root.named_modules():
         kind = type(module).__name__
@@ -168,7 +182,7 @@ def _check_function(component: str, root: nn.Module) -> None:
 
 
 def _not_known(component: str, root: nn.Module, recipes: Sequence[Recipe]) -> list[Line]:
-    """Modules that call ``flash_attention`` and that no recipe is for."""
+    """Returns a line for each kind of module that calls ``flash_attention`` and that no recipe is for."""
     known = {recipe.host for recipe in recipes}
     counts: Counter[str] = Counter()
     for module in root.modules():

@@ -1,4 +1,4 @@
-"""Forwards for the modules of the original Wan code, beside its own: attention, and the adaptive norms of its blocks.
+"""Forwards for the modules of the original Wan code: attention, and the adaptive norms of the DiT's layers.
 
 The original computes queries and keys in complex128 for the rotation, casts to 16 bits within ``flash_attention``, and
 keeps the residual stream in float32 under bfloat16 autocast. Here norm and rotation are float32 and rounded once to the
@@ -40,7 +40,7 @@ class Attention:
         self._forwards: dict[type, FunctionType] = {}
 
     def function(self, host: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The host's ``flash_attention`` with ours before it: same arguments, same result."""
+        """Returns the host's ``flash_attention`` with ours before it: same arguments, same result."""
 
         def flash_attention(
             q: Tensor,
@@ -71,7 +71,7 @@ class Attention:
         return flash_attention
 
     def forward(self, host_class: type[nn.Module]) -> FunctionType:
-        """The class's own ``forward`` in which the name ``flash_attention`` stands for ours.
+        """Returns the class's own ``forward`` in which the name ``flash_attention`` stands for ours.
 
         The other names of its module are those of the moment when it is first called.
         """
@@ -94,7 +94,7 @@ class Attention:
         q_scale: float | None,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """As the host: in 16 bits, and back to the dtype that ``q`` came in."""
+        """Returns the attention as the host computes it, in 16 bits and back to the dtype of ``q``, or None."""
         wanted = v.dtype if v.dtype in HALF else dtype
         halves = [x.to(wanted) for x in (q, k, v)]
         if q_scale is not None:
@@ -102,7 +102,7 @@ class Attention:
         lens = None if k_lens is None else torch.as_tensor(k_lens)
         valid = None if lens is None else lens.to(q.device)
         if lens is not None and lens.device.type == "cpu":
-            # The host keeps lengths on the CPU. Where they are equal, what is behind them is not needed at all.
+            # The host keeps lengths on the CPU. Where they are equal, tokens from there on are not needed at all.
             lengths = set(lens.tolist())
             if len(lengths) == 1:
                 end = lengths.pop()
@@ -126,12 +126,15 @@ def _unsupported(
 
 
 def own_forward(host_class: type[nn.Module]) -> FunctionType:
-    """The class's ``forward`` without its decorators."""
+    """Returns the class's ``forward`` without its decorators."""
     return inspect.unwrap(host_class.forward)  # type: ignore[return-value]
 
 
 def cross_attention_forward(attention: Attention) -> Forward:
-    """For ``WanT2VCrossAttention``, ``WanI2VCrossAttention``, ``WanCrossAttention``: their own, with our function."""
+    """Returns the host's own ``forward`` of a cross-attention, with our ``flash_attention`` in it.
+
+    It is for ``WanT2VCrossAttention``, ``WanI2VCrossAttention`` and ``WanCrossAttention``.
+    """
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return attention.forward(type(module))(module, *args, **kwargs)
@@ -140,7 +143,7 @@ def cross_attention_forward(attention: Attention) -> Forward:
 
 
 def self_attention_forward(attention: Attention) -> Forward:
-    """For ``WanSelfAttention``: norm and rotation of queries and keys in one pass, then our function."""
+    """Returns a ``forward`` for ``WanSelfAttention``: norm and rotation of q and k in one pass, then our function."""
 
     def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor:
         host = attention.forward(type(module))
@@ -159,13 +162,13 @@ def self_attention_forward(attention: Attention) -> Forward:
 
 
 def _common_grid(grid_sizes: Tensor) -> tuple[int, int, int] | None:
-    """Frames, rows and columns, if all entries of the batch have the same."""
+    """Returns frames, rows and columns if all entries of the batch have the same, else None."""
     grids = {tuple(grid) for grid in grid_sizes.tolist()}
     return grids.pop() if len(grids) == 1 else None
 
 
 def _norm_eps(module: Any, x: Tensor) -> float | None:
-    """Of the norms of queries and keys; None where the fused operator cannot take them over."""
+    """Returns the epsilon of the norms of queries and keys, or None where the fused operator cannot take them over."""
     norms = module.norm_q, module.norm_k
     if any(type(norm).__name__ != "WanRMSNorm" or hooked(norm) or norm.weight.device != x.device for norm in norms):
         return None
@@ -173,7 +176,10 @@ def _norm_eps(module: Any, x: Tensor) -> float | None:
 
 
 def _tables(freqs: Tensor, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope3D | None:
-    """From the host's ``[positions, head_dim / 2]`` complex numbers, whose columns are the pairs of t, h and w."""
+    """Returns the tables of the host's complex ``[positions, head_dim / 2]``, or None if that is not what it has.
+
+    Its columns are the pairs of t, h and w.
+    """
     pairs = head_dim // 2
     if not freqs.is_complex() or freqs.shape[1] != pairs or max(grid) > freqs.shape[0]:
         return None
@@ -184,7 +190,10 @@ def _tables(freqs: Tensor, grid: tuple[int, int, int], head_dim: int, device: to
 
 
 def _normed(module: Any, q: Tensor, k: Tensor, rope: Rope3D, eps: float) -> tuple[Tensor, Tensor]:
-    """``[B, L, H*D]`` to ``[B, L, H, D]``; tokens behind the grid are padding, which is normed and not rotated."""
+    """Returns q and k normed and rotated, ``[B, L, H*D]`` to ``[B, L, H, D]``.
+
+    Tokens after the grid are padding, which is normed and not rotated.
+    """
     weights, heads = (module.norm_q.weight, module.norm_k.weight), module.num_heads
     tokens, length = math.prod(table.shape[0] for table in rope), q.shape[1]
     # Both are fresh outputs of their projections; with gradients they are left as they are.
@@ -201,7 +210,7 @@ def _normed(module: Any, q: Tensor, k: Tensor, rope: Rope3D, eps: float) -> tupl
     return torch.cat((q_head, tails[0]), dim=1), torch.cat((k_head, tails[1]), dim=1)
 
 
-def block_forward(
+def layer_forward(
     module: Any,
     x: Tensor,
     e: Tensor,
@@ -211,9 +220,10 @@ def block_forward(
     context: Tensor,
     context_lens: Tensor | None,
 ) -> Tensor:
-    """For ``WanAttentionBlock``: ``e`` is ``[B, 6, C]`` (2.1) or ``[B, L, 6, C]`` (2.2), float32.
+    """Computes a layer, in place of the ``forward`` of ``WanAttentionBlock``.
 
-    The residual stream has the dtype that the host's sums have from the first one on, float32 beside a float32 ``e``.
+    ``e`` is ``[B, 6, C]`` (2.1) or ``[B, L, 6, C]`` (2.2), float32. The residual stream has the dtype that the host's
+    sums have from the first one on, float32 beside a float32 ``e``.
     """
     if hooked(module.norm1) or hooked(module.norm2):
         return type(module).forward(module, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
@@ -223,7 +233,7 @@ def block_forward(
     x = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous()
     y = norm_modulate(x, shift, scale, eps=module.norm1.eps)
     update = module.self_attn(y, seq_lens, grid_sizes, freqs).to(x.dtype)
-    # The block's input may be needed by the caller; what it becomes here is ours to overwrite.
+    # The layer's input may be needed by the caller; what it becomes here is ours to overwrite.
     inplace = not torch.is_grad_enabled()
     if isinstance(module.norm3, nn.LayerNorm) and not hooked(module.norm3):
         affine = {"weight": module.norm3.weight, "bias": module.norm3.bias, "eps": module.norm3.eps}

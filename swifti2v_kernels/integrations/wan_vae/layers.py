@@ -1,8 +1,8 @@
-"""What the layers of a Wan VAE compute, on our operators, for hosts that hand over ``[B, C, T, h, w]`` and a cache.
+"""The computations of a Wan VAE's layers on our operators, for hosts that hand over ``[B, C, T, h, w]`` and a cache.
 
-The bodies know no host: they are given a layer's parts. Frames are channels last inside and stay so on their way out,
-as a view ``[B, C, T, h, w]``: the next layer of ours then reads them without a copy. Weights are laid out, and those of
-an upsampling folded, at every call, since they may be others at the next one.
+The functions know no host: they are given a layer's parts. Frames are channels last inside and stay so on their way
+out, as a view ``[B, C, T, h, w]``: the next layer of ours then reads them without a copy. Weights are laid out, and
+those of an upsampling folded, at every call, since they may be others at the next one.
 
 The hosts' protocol of caching is kept, so that replaced and original layers may stand side by side and change between
 two chunks of a clip. ``feat_cache`` is a list of slots, ``feat_idx[0]`` the next one, and each convolution in time
@@ -26,14 +26,14 @@ from .weights import Lent, channels_last
 
 #: Frames in a slot.
 HISTORY = 2
-#: What an ``upsample3d`` has in its slot after a clip's first frame, which it neither doubles nor remembers.
+#: The mark in the slot of an ``upsample3d`` after a clip's first frame, which it neither doubles nor remembers.
 FIRST = "Rep"
 
 FeatCache = MutableSequence[Any] | None
 
 
-class Block(NamedTuple):
-    """Parts of a residual block; ``shortcut`` is None where the input itself is added."""
+class ResidualBlock(NamedTuple):
+    """The parts of a residual block; ``shortcut`` is None where the input itself is added."""
 
     norm1: nn.Module
     conv1: nn.Conv3d
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 class Resampling(NamedTuple):
-    """Parts of a resampling layer; ``mode`` as the hosts name it."""
+    """The parts of a resampling layer; ``mode`` is one of the hosts' names, such as ``upsample3d``."""
 
     mode: str
     conv: nn.Conv2d
@@ -51,23 +51,23 @@ class Resampling(NamedTuple):
 
 
 def to_frames(x: Tensor) -> Tensor:
-    """``[B, C, T, h, w]`` -> ``[B, T, h, w, C]``; a view if the channels are last in memory, else a copy."""
+    """Returns ``[B, C, T, h, w]`` as ``[B, T, h, w, C]``; a view if the channels are last in memory, else a copy."""
     frames = x.permute(0, 2, 3, 4, 1)
     return frames if frames.shape[4] == 1 or frames.stride(4) == 1 else frames.contiguous()
 
 
 def from_frames(frames: Tensor) -> Tensor:
-    """``[B, T, h, w, C]`` -> ``[B, C, T, h, w]``, a view."""
+    """Returns ``[B, T, h, w, C]`` as ``[B, C, T, h, w]``, a view."""
     return frames.permute(0, 4, 1, 2, 3)
 
 
 def time_padding(conv: nn.Conv3d) -> int:
-    """Zero frames that the host puts before a clip."""
+    """Returns the number of zero frames that the host puts before a clip."""
     return conv._padding if isinstance(conv._padding, int) else conv._padding[4]
 
 
 def frame_padding(conv: nn.Conv3d) -> tuple[int, int, int, int]:
-    """Zeros above, below, left and right. ComfyUI leaves them to the convolution, the other hosts keep them apart."""
+    """Returns the zeros above, below, left and right, which ComfyUI leaves to the convolution and others keep apart."""
     if isinstance(conv._padding, int):
         _, rows, columns = conv.padding
         return rows, rows, columns, columns
@@ -75,8 +75,8 @@ def frame_padding(conv: nn.Conv3d) -> tuple[int, int, int, int]:
     return top, bottom, left, right
 
 
-def residual_block(x: Tensor, block: Block, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
-    """Twice norm, SiLU and convolution, added to the (projected) input."""
+def residual_block(x: Tensor, block: ResidualBlock, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
+    """Computes norm, SiLU and convolution twice and adds the (projected) input."""
     frames = to_frames(x)
     hidden = rms_norm_silu(frames, _gain(block.norm1, frames))
     hidden = _cached(hidden, block.conv1, feat_cache, feat_idx, norm_weight=_gain(block.norm2, frames), keep_sum=False)
@@ -88,7 +88,7 @@ def residual_block(x: Tensor, block: Block, feat_cache: FeatCache, feat_idx: Mut
 
 
 def resample(x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
-    """Doubles or halves the frame, and of a ``3d`` mode with a cache the frame rate after the clip's first frame."""
+    """Doubles or halves frames, and with a cache, in a ``3d`` mode, the frame rate after the clip's first frame."""
     in_time = feat_cache is not None and parts.mode.endswith("3d")
     if parts.mode.startswith("up"):
         frames = to_frames(x)
@@ -105,7 +105,7 @@ def resample(x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: Muta
 
 
 def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: Any) -> Tensor:
-    """One of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`.
+    """Computes one of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`.
 
     Where the host pads no frames in time, its convolution begins at the first frame that it is given: that one is then
     the past of the others.
@@ -128,7 +128,7 @@ def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: An
 
 
 def normalize(x: Tensor, norm: nn.Module) -> Tensor | None:
-    """RMSNorm over the channels of ``[B, C, ...]``; None if they do not lie last in memory."""
+    """Returns the RMSNorm over the channels of ``[B, C, ...]``, or None if they do not lie last in memory."""
     pixels = x.movedim(1, -1)
     if not pixels.is_contiguous():
         return None
@@ -147,7 +147,7 @@ def _gain(norm: nn.Module, like: Tensor) -> Tensor:
 def _cached(
     frames: Tensor, conv: nn.Conv3d, feat_cache: FeatCache, feat_idx: MutableSequence[int], **options: Any
 ) -> Tensor:
-    """:func:`convolve` with the next slot, on frames that belong to nobody else."""
+    """Computes :func:`convolve` with the next slot, on frames that belong to nobody else."""
     if feat_cache is None:
         return convolve(frames, conv, None, **options)
     slot = feat_cache[feat_idx[0]]
@@ -158,7 +158,7 @@ def _cached(
 
 
 def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
-    """The last frames of a clip so far, without keeping alive what else is in their memory."""
+    """Returns the last frames of a clip so far, without keeping alive what else is in their memory."""
     if frames.shape[1] < HISTORY and slot is not None:
         last = frames.new_empty(frames.shape[0], HISTORY, *frames.shape[2:])
         last[:, :1] = to_frames(slot)[:, -1:]

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from ..patching import Recipe
 from .layers import (
-    Block,
     FeatCache,
     Resampling,
+    ResidualBlock,
     convolve,
     from_frames,
     normalize,
@@ -43,41 +43,41 @@ from .weights import cast, nearby, readable, watched, without_autocast
 Index = MutableSequence[int] | None
 Reason = Callable[[nn.Module], str | None]
 
-_ORIGINAL_BLOCK = ("RMS_norm", "SiLU", "CausalConv3d", "RMS_norm", "SiLU", "Dropout", "CausalConv3d")
+_ORIGINAL_RESIDUAL = ("RMS_norm", "SiLU", "CausalConv3d", "RMS_norm", "SiLU", "Dropout", "CausalConv3d")
 _MODES = ("upsample2d", "upsample3d", "downsample2d", "downsample3d")
 
 
-def _diffusers_block(module: nn.Module) -> Block:
-    return _block(module.norm1, module.conv1, module.norm2, module.conv2, module.conv_shortcut)
+def _diffusers_residual(module: nn.Module) -> ResidualBlock:
+    return _residual(module.norm1, module.conv1, module.norm2, module.conv2, module.conv_shortcut)
 
 
-def _original_block(module: nn.Module) -> Block:
+def _original_residual(module: nn.Module) -> ResidualBlock:
     norm1, _, conv1, norm2, _, _, conv2 = module.residual
-    return _block(norm1, conv1, norm2, conv2, module.shortcut)
+    return _residual(norm1, conv1, norm2, conv2, module.shortcut)
 
 
-def _block(norm1: nn.Module, conv1: Any, norm2: nn.Module, conv2: Any, shortcut: Any) -> Block:
-    return Block(norm1, conv1, norm2, conv2, None if isinstance(shortcut, nn.Identity) else shortcut)
+def _residual(norm1: nn.Module, conv1: Any, norm2: nn.Module, conv2: Any, shortcut: Any) -> ResidualBlock:
+    return ResidualBlock(norm1, conv1, norm2, conv2, None if isinstance(shortcut, nn.Identity) else shortcut)
 
 
-def _diffusers_block_forward(
+def _diffusers_residual_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
 ) -> Tensor:
-    """``WanResidualBlock``."""
-    y = _run_block(module, x, _diffusers_block(module), module.dropout, feat_cache, feat_idx)
+    """Replaces the ``forward`` of ``WanResidualBlock``."""
+    y = _run_residual(module, x, _diffusers_residual(module), module.dropout, feat_cache, feat_idx)
     return _host(module, x, feat_cache, feat_idx) if y is None else y
 
 
-def _original_block_forward(
+def _original_residual_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
 ) -> Tensor:
-    """``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
-    y = _run_block(module, x, _original_block(module), module.residual[5], feat_cache, feat_idx)
+    """Replaces the ``forward`` of ``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
+    y = _run_residual(module, x, _original_residual(module), module.residual[5], feat_cache, feat_idx)
     return _host(module, x, feat_cache, feat_idx, final) if y is None else y
 
 
-def _run_block(
-    module: nn.Module, x: Tensor, block: Block, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index
+def _run_residual(
+    module: nn.Module, x: Tensor, block: ResidualBlock, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index
 ) -> Tensor | None:
     parts = [part for part in block if part is not None]
     convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
@@ -91,7 +91,7 @@ def _run_block(
 
 
 def _resample_forward(module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None) -> Tensor:
-    """``WanResample``."""
+    """Replaces the ``forward`` of ``WanResample``."""
     y = _run_resample(x, module, feat_cache, feat_idx)
     return _host(module, x, feat_cache, feat_idx) if y is None else y
 
@@ -99,7 +99,7 @@ def _resample_forward(module: nn.Module, x: Tensor, feat_cache: FeatCache = None
 def _original_resample_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
 ) -> Tensor | None:
-    """``Resample``.
+    """Replaces the ``forward`` of ``Resample``.
 
     ComfyUI's (2.1), known by its parameter ``final``, has a second slot where it halves the frame rate: a single frame
     waits there, and None is returned, until there are two or the clip ends.
@@ -136,7 +136,7 @@ def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: boo
 
 
 def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """``WanCausalConv3d`` and ``CausalConv3d``."""
+    """Replaces the ``forward`` of ``WanCausalConv3d`` and ``CausalConv3d``."""
     y = _run_conv(module, x, cache_x)
     return type(module).forward(module, x, cache_x) if y is None else y
 
@@ -148,7 +148,7 @@ def _original_conv_forward(
     cache_list: MutableSequence[Any] | None = None,
     cache_idx: int | None = None,
 ) -> Tensor:
-    """``CausalConv3d``; ComfyUI's also takes its past out of a list."""
+    """Replaces the ``forward`` of ``CausalConv3d``; ComfyUI's also takes its past out of a list."""
     if cache_list is not None and cache_idx is not None:
         cache_x, cache_list[cache_idx] = cache_list[cache_idx], None
     return _conv_forward(module, x, cache_x)
@@ -164,19 +164,22 @@ def _run_conv(module: nn.Module, x: Tensor, cache_x: Tensor | None) -> Tensor | 
 
 
 def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """``WanRMS_norm`` and ``RMS_norm``."""
+    """Replaces the ``forward`` of ``WanRMS_norm`` and ``RMS_norm``."""
     casts = torch.is_autocast_enabled(x.device.type)
     y = None if casts or not nearby(x, module) else normalize(x, module)
     return type(module).forward(module, x) if y is None else y
 
 
 def _are_convolutions(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether they still are: an adapter that has taken a convolution's place shows its weight and computes more."""
+    """Returns whether the modules are still convolutions.
+
+    An adapter that has taken the place of one shows its weight and computes more.
+    """
     return all(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in modules)
 
 
 def _host(module: nn.Module, x: Tensor, feat_cache: FeatCache, feat_idx: Index, final: bool = False) -> Tensor | None:
-    """The host's own forward."""
+    """Calls the host's own ``forward``."""
     options: dict[str, Any] = {} if feat_idx is None else {"feat_idx": feat_idx}
     options |= {"final": True} if final else {}
     return type(module).forward(module, x, feat_cache, **options)
@@ -211,7 +214,7 @@ def _conv_reason(conv: nn.Module) -> str | None:
     return None
 
 
-def _block_reason(block: Block, activations: tuple[nn.Module, ...]) -> str | None:
+def _residual_reason(block: ResidualBlock, activations: tuple[nn.Module, ...]) -> str | None:
     if not all(isinstance(activation, nn.SiLU) for activation in activations):
         return "its activation is not SiLU"
     convs = [conv for conv in (block.conv1, block.conv2, block.shortcut) if conv is not None]
@@ -223,16 +226,16 @@ def _block_reason(block: Block, activations: tuple[nn.Module, ...]) -> str | Non
     return None
 
 
-def _diffusers_block_reason(module: nn.Module) -> str | None:
-    return _block_reason(_diffusers_block(module), (module.nonlinearity,))
+def _diffusers_residual_reason(module: nn.Module) -> str | None:
+    return _residual_reason(_diffusers_residual(module), (module.nonlinearity,))
 
 
-def _original_block_reason(module: nn.Module) -> str | None:
+def _original_residual_reason(module: nn.Module) -> str | None:
     layers = getattr(module, "residual", None)
     kinds = tuple(type(layer).__name__ for layer in layers) if isinstance(layers, nn.Sequential) else ()
-    if kinds != _ORIGINAL_BLOCK or not hasattr(module, "shortcut"):
+    if kinds != _ORIGINAL_RESIDUAL or not hasattr(module, "shortcut"):
         return "not the Wan VAE's residual block"
-    return _block_reason(_original_block(module), (layers[1], layers[4]))
+    return _residual_reason(_original_residual(module), (layers[1], layers[4]))
 
 
 def _resample_reason(module: nn.Module) -> str | None:
@@ -262,7 +265,10 @@ def _resample_reason(module: nn.Module) -> str | None:
 
 
 def _with_parameters(reason: Reason, *known: str) -> Reason:
-    """``reason``, or that a forward takes what is not known: these class names are common ones."""
+    """Returns a check that gives what ``reason`` gives, or else that a ``forward`` takes what is not known.
+
+    These class names are common ones.
+    """
 
     def why(module: nn.Module) -> str | None:
         found = reason(module)
@@ -274,22 +280,22 @@ def _with_parameters(reason: Reason, *known: str) -> Reason:
     return why
 
 
-_BLOCK = "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"
+_RESIDUAL = "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"
 _RESAMPLE = "upsample_conv2d and causal_conv3d"
 _CONV = "causal_conv3d"
 _NORM = "norm_modulate"
 _PARAMETERS = ("x", "feat_cache", "feat_idx")
 
-#: For diffusers' ``AutoencoderKLWan``.
+#: Recipes for diffusers' ``AutoencoderKLWan``.
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "WanResidualBlock",
         "vae",
-        _BLOCK,
+        _RESIDUAL,
         needs=("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout.p"),
         parameters=_PARAMETERS,
-        forward=_diffusers_block_forward,
-        fits=_diffusers_block_reason,
+        forward=_diffusers_residual_forward,
+        fits=_diffusers_residual_reason,
     ),
     Recipe(
         "WanResample",
@@ -320,12 +326,12 @@ RECIPES: tuple[Recipe, ...] = (
     ),
 )
 
-#: For the modules of the Wan repositories and ComfyUI. Their names are common ones: a module that is not the Wan VAE's,
-#: or not as it is known, is left with the reason.
+#: Recipes for the modules of the Wan repositories and ComfyUI. Their names are common ones: a module that is not the
+#: Wan VAE's, or not as it is known, is left with the reason.
 ORIGINAL_RECIPES: tuple[Recipe, ...] = tuple(
     Recipe(host, "vae", by, needs=(), parameters=None, forward=forward, fits=_with_parameters(reason, *known))
     for host, by, forward, reason, known in (
-        ("ResidualBlock", _BLOCK, _original_block_forward, _original_block_reason, (*_PARAMETERS, "final")),
+        ("ResidualBlock", _RESIDUAL, _original_residual_forward, _original_residual_reason, (*_PARAMETERS, "final")),
         ("Resample", _RESAMPLE, _original_resample_forward, _resample_reason, (*_PARAMETERS, "final")),
         ("CausalConv3d", _CONV, _original_conv_forward, _conv_reason, ("x", "cache_x", "cache_list", "cache_idx")),
         ("RMS_norm", _NORM, _norm_forward, _norm_reason, ("x",)),

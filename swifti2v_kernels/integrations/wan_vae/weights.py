@@ -1,4 +1,4 @@
-"""Weights of a host's convolutions, where they are at the moment of a call.
+"""The weights of a host's convolutions, read where they are at the moment of a call.
 
 Nothing is kept between calls: offloading moves weights, casting hooks change their dtype, and an adapter may replace
 the whole module. Whether a module's weights may be read past its own ``forward`` is therefore asked at every call
@@ -24,17 +24,20 @@ from ..hooks import hooked
 
 
 def readable(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether the parameters of all ``modules`` may be read without calling them, for an operator on ``x``."""
+    """Returns whether the parameters of all ``modules`` may be read without calling them, for an operator on ``x``."""
     return all(not _is_wrapped(module) and nearby(x, module) for module in modules)
 
 
 def watched(layer: nn.Module) -> bool:
-    """Whether something happens when a module within ``layer`` is called: its activation, say, which we do not call."""
+    """Returns whether something happens when a module within ``layer`` is called, such as an activation.
+
+    We do not call these.
+    """
     return any(_is_wrapped(module) for module in layer.modules() if module is not layer)
 
 
 def nearby(x: Tensor, module: nn.Module) -> bool:
-    """Whether the module's own parameters can be used with ``x`` as they are, or after the cast that its host makes.
+    """Returns whether the module's own parameters can be used with ``x`` as they are, or after its host's cast.
 
     They are on the device of ``x`` in its dtype, or in another that autocast casts. Quantised weights, which are
     tensors of classes of their own, are not.
@@ -50,19 +53,22 @@ def nearby(x: Tensor, module: nn.Module) -> bool:
 
 
 def cast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that a convolution of it has in PyTorch: autocast's where that is on, but float64 stays."""
+    """Returns ``x`` in the dtype that its convolution has in PyTorch: autocast's where that is on; float64 stays."""
     if _autocasts(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The operators take all their tensors in one dtype; under autocast their callers have :func:`cast` them before."""
+    """Returns a context without autocast, since the operators take all their tensors in one dtype (:func:`cast`)."""
     return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
 
 
 class Lent:
-    """``with Lent(conv, x) as (weight, bias):`` in the dtype of ``x`` and for as long as the block lasts."""
+    """A context that lends the weight and bias of a convolution, in the dtype of ``x``, while the block runs.
+
+    It is entered by ``with Lent(conv, x) as (weight, bias):``.
+    """
 
     def __init__(self, conv: nn.Module, x: Tensor):
         self._conv, self._x = conv, x
@@ -83,16 +89,16 @@ class Lent:
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """``[C', C, kt, kh, kw]`` as the operators read it; a ``[C', C, kh, kw]`` one gets one tap in time.
+    """Returns ``[C', C, kt, kh, kw]`` as the operators read it; a ``[C', C, kh, kw]`` one gets one tap in time.
 
-    A copy unless it lies so already; small beside the convolution, which reads every weight once a pixel.
+    It is copied unless it lies so already; that is small beside the convolution, which reads every weight once a pixel.
     """
     weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
     return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
 
 def _is_wrapped(module: nn.Module) -> bool:
-    """Whether something happens when ``module`` is called that reading its weights would miss."""
+    """Returns whether something happens when ``module`` is called that reading its weights would miss."""
     if hooked(module):
         return True
     forward = module.__dict__.get("forward")
@@ -107,12 +113,12 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _is_lent(module: nn.Module) -> bool:
-    """Whether ComfyUI casts, moves or patches this module's weights at every call."""
+    """Returns whether ComfyUI casts, moves or patches this module's weights at every call."""
     return any(getattr(module, name, None) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
 
 
 def _lender() -> ModuleType | None:
-    """ComfyUI's operators if they lend weights: versions before that are gone by the module itself."""
+    """Returns ComfyUI's module of operators if it lends weights, else None: with older versions the host computes."""
     ops = sys.modules.get("comfy.ops")
     lend = getattr(ops, "cast_bias_weight", None)
     if lend is None or not hasattr(ops, "uncast_bias_weight"):

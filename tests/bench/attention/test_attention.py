@@ -100,7 +100,7 @@ def test_table_and_plot(tmp_path) -> None:
 
 
 def test_providers_compute_the_same() -> None:
-    """Those that run on a CPU: torch's efficient path there is its flash one, and the math fallback."""
+    """All implementations that run on a CPU agree; torch's efficient path there is its flash one."""
     q, sources = inputs(SMALL, CPU, torch.float32)
     expected = bench.exact_rows(q, sources, torch.arange(9))
     for provider in providers(quick=False):

@@ -1,4 +1,4 @@
-"""``python -m bench cost``: its tables are the cost model's figures, said to be predicted, with what they assume."""
+"""The tables of ``python -m bench cost`` are the cost model's figures, said to be predicted, with assumptions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGES = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration on two cards, one of which is named twice and by a part of its name."""
+    """The results of one configuration on two cards, one of which is named twice and by a part of its name."""
     folder = tmp_path_factory.mktemp("cost")
     arguments = ["--preset", "14b-1.3b", "--steps", "8", "--guidance", "--gpus", "H800, h200,800"]
     assert main(["cost", *arguments, "--out", str(folder)]) == 0

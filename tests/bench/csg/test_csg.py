@@ -1,5 +1,7 @@
-"""Times from few layers, steps and latent frames: what is scaled, from what, and that scaling is exact where the work
-is; on a clock that runs by what is computed."""
+"""Times from few layers, steps and latent frames: what is scaled, and that scaling is exact where the work is.
+
+The clock of these tests runs by what is computed.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +65,11 @@ def test_a_window_from_few_layers_is_the_window_of_all_layers(
             assert scaled.tokens == exact.tokens == 8 * len(given.blocks)
             assert (scaled.layers, scaled.of, exact.layers, exact.of) == (layers[1], 5, 5, 5)
     assert scaled.step_seconds > 0
-    assert scaled.note == f"from {layers[1]} of 5 blocks"
+    assert scaled.note == f"from {layers[1]} of 5 layers"
 
 
 def test_opening_a_window_takes_longer_with_every_layer_only_in_the_causal_mode(clock: OperationClock) -> None:
-    """There it computes keys and values."""
+    """The causal mode computes keys and values when a window is opened."""
     with clock:
         opened = {
             mode: [window_clock((n, n)).measure(WINDOWS[1], mode, split=False).open_seconds for n in (2, 3, 4)]
@@ -145,7 +147,7 @@ def test_a_shortened_model_shares_its_weights_and_leaves_the_whole_one_alone() -
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_is_missing_of_a_peak_is_what_a_denoiser_of_all_layers_holds_more(count: int) -> None:
-    """Counted: a model and what its denoiser keeps between windows, of all layers and of those that were there."""
+    """A peak lacks what a model and its denoiser keep between windows for the layers that were not run, by counting."""
     found, held = window_clock((1, 3)), []
     for loaded, layers in ((5, 5), (3, count)):
         dit = random_weights(WanDiT, replace(DIT, num_layers=loaded), 0)
@@ -201,7 +203,7 @@ def test_reference_and_decode_from_few_latent_frames_are_those_of_the_clip(clock
 
 
 def test_the_vae_works_as_it_does_beside_both_stages_on_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Untiled on a large card, whatever the model; on a small one in tiles, of which a larger model leaves more."""
+    """The VAE is untiled on a large card, whatever the model; on a small one a larger model leaves it less memory."""
 
     def planned(memory: int) -> list[PipelinePlans]:
         monkeypatch.setattr(plan.Card, "of", lambda device: Card(90, memory))

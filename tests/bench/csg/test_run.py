@@ -30,7 +30,7 @@ PAPER = "SwiftI2V (paper, H800)"
 CHECK = setups(["1.3b"], ["720p"], 81, 4)[0]
 SMALL = CHECK.reduced()
 EXTRAPOLATED = re.compile(
-    r"from \d+ of \d+ (blocks|latent frames|frames)(, 1 of \d+ (steps|forwards)(, \d+ of \d+ windows)?)?"
+    r"from \d+ of \d+ (layers|latent frames|frames)(, 1 of \d+ (steps|forwards)(, \d+ of \d+ windows)?)?"
 )
 Fake = Callable[[Measurement, Setup], None]
 
@@ -43,7 +43,7 @@ def measurement(tmp_path: Path) -> Iterator[Measurement]:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was begun, in order; a clip in two stages takes 10 s, end-to-end it takes 50 s for every head."""
+    """The list of what was begun, in order; a clip in two stages takes 10 s, end-to-end 50 s for every head."""
     order: list[str] = []
 
     def two_stage(self: Measurement, setup: Setup, progress: Any) -> None:
@@ -69,7 +69,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(measurement: Measurement, found: list[Setup], ablated: Setup | None = None) -> list[str]:
-    """All of it; how often it has advanced."""
+    """Runs all of it; returns a list that is as long as it has advanced."""
     advanced: list[str] = []
     measurement.run(found, CHECK, ablated, lambda text: None, lambda: advanced.append("clip"))
     return advanced
@@ -118,7 +118,7 @@ def test_a_single_clip_is_checked_too(measurement: Measurement, begun: list[str]
 def test_an_interrupted_run_has_ratios_the_papers_rows_and_verdicts(
     tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third clip is interrupted: then there is already what the paper compares."""
+    """A run that is interrupted in its third clip keeps what the paper compares."""
     failing_at(begun, 3, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(KeyboardInterrupt), session(tmp_path, "csg") as found:
         run(Measurement(found.section, CPU, torch.float32, timer), setups(["1.3b", "14b"], ["2K"], 81, 4))
@@ -257,13 +257,13 @@ def test_ways_to_cut_the_clip_are_plans_seconds_over_the_papers(
     assert [row["stage_two_seconds"] for row in rows] == pytest.approx(expected)
     assert [row["ratio"] for row in rows] == pytest.approx([seconds / expected[0] for seconds in expected])
     assert rows[1]["ratio"] > 1  # eight windows of three blocks, of which two are given, for three of five
-    assert rows[1]["basis_note"] == "from 2 of 4 blocks, 1 of 4 steps, 2 of 8 windows"
+    assert rows[1]["basis_note"] == "from 2 of 4 layers, 1 of 4 steps, 2 of 8 windows"
 
 
 def test_without_the_papers_setting_other_ways_have_no_ratio(
     measurement: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest window may be the one that does not fit."""
+    """Ratios need the paper's setting, whose window may be the one that does not fit."""
     stock, calls = plan_seconds, []
 
     def failing(*given: Any, **options: Any) -> Any:
@@ -329,7 +329,7 @@ def test_a_clip_is_the_sum_of_its_stages(finished: Path) -> None:
 
 
 def test_the_extrapolation_is_that_of_the_whole_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured whole are all layers, steps and latent frames, by the functions that make a clip."""
+    """All layers, steps and latent frames are measured whole, by the functions that make a clip."""
     denoise, decode = rows = rows_of(finished, "validation")
     assert [row["what"] for row in rows] == ["Stage II, CSG", "decode"]
     # The text's keys and values and the modulation are made once a clip: much at toy size and nothing at a real one.

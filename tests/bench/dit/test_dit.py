@@ -14,10 +14,10 @@ import torch
 from bench.__main__ import main
 from bench.dit import measure as dit_measure
 from bench.dit import providers as dit_providers
-from bench.dit.block import BLOCK_PROVIDERS, COMPILED, TIMESTEPS, BlockProvider, OwnLayer, block_inputs, exact_rows
 from bench.dit.command import count_ops, measure_all
-from bench.dit.count import block_rows, compiled_peak, count_layer, eager_bytes, op_rows, peak_of_events, proportions
-from bench.dit.measure import Machine, measure_block, measure_op, targets
+from bench.dit.count import compiled_peak, count_layer, eager_bytes, layer_rows, op_rows, peak_of_events, proportions
+from bench.dit.layer import COMPILED, LAYER_PROVIDERS, TIMESTEPS, LayerProvider, OwnLayer, exact_rows, layer_inputs
+from bench.dit.measure import Machine, measure_layer, measure_op, targets
 from bench.dit.ops import OPS, Op, relative_error
 from bench.dit.providers import Provider, providers
 from bench.dit.shapes import QUICK_SHAPES, SHAPES
@@ -36,7 +36,7 @@ MACHINE = Machine(CPU, timer, copy_bytes_per_second=1e5, matmul_tflops=1.0)
 
 @pytest.fixture(autouse=True)
 def _without_kernels(monkeypatch) -> None:
-    """Our operators by their PyTorch paths, and compiled code without a compiler."""
+    """Our operators take their PyTorch paths, and compiled code needs no compiler."""
     monkeypatch.setattr(dit_providers, "BACKEND", "auto")
     traced = functools.cache(functools.partial(torch.compile, backend="eager", dynamic=False))
     monkeypatch.setattr(dit_providers, "compiled", traced)
@@ -79,12 +79,12 @@ def measured(op: Op = NORM) -> list[dict[str, Any]]:
 
 def layers(*found: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    measure_block(SMALL, "one", found, torch.float32, MACHINE, rows.append)
+    measure_layer(SMALL, "one", found, torch.float32, MACHINE, rows.append)
     return rows
 
 
 class WrongLayer(OwnLayer):
-    """Ours without its update."""
+    """Our layer without its update."""
 
     def step(self) -> tuple[torch.Tensor, ...]:
         assert self.workspace is not None
@@ -107,11 +107,11 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row() -> None:
 
 
 def test_a_layer_is_held_against_float64_too() -> None:
-    found = [BlockProvider("swifti2v", OwnLayer, True), BlockProvider("no update", WrongLayer)]
-    found += [BlockProvider(call.__name__, call) for call in ALL[3:]]
+    found = [LayerProvider("swifti2v", OwnLayer, True), LayerProvider("no update", WrongLayer)]
+    found += [LayerProvider(call.__name__, call) for call in ALL[3:]]
     rows = layers(*found)
     assert [row["status"] for row in rows] == ["ok", *STATUSES[2:]]
-    assert rows[0]["tflops"] == SMALL.block_flops / 0.5 / 1e12
+    assert rows[0]["tflops"] == SMALL.layer_flops / 0.5 / 1e12
     assert rows[1]["error"] == pytest.approx(1.0)
     assert {"self-attention", "cross-attention", "linear"} <= set(rows[0]["split"])
     parts = rows[0]["attention_seconds"], rows[0]["linear_seconds"], rows[0]["other_seconds"]
@@ -135,13 +135,13 @@ def test_inputs_that_do_not_fit_are_rows_too(monkeypatch) -> None:
     op = Op("hungry", NORM.function, lambda *args: hungry(None), NORM.cost)
     assert {row["status"] for row in measured(op)} == {"out of memory"}
     assert {row["reason"] for row in measured(op)} == {"the inputs alone do not fit"}
-    monkeypatch.setattr(dit_measure, "block_inputs", lambda *args: hungry(None))
-    assert [row["reason"] for row in layers(*BLOCK_PROVIDERS)] == ["the inputs alone do not fit"] * len(BLOCK_PROVIDERS)
+    monkeypatch.setattr(dit_measure, "layer_inputs", lambda *args: hungry(None))
+    assert [row["reason"] for row in layers(*LAYER_PROVIDERS)] == ["the inputs alone do not fit"] * len(LAYER_PROVIDERS)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_implementations_compute_the_same(op: Op) -> None:
-    """In float32 all but exactly, and in bf16 within what is timed."""
+    """All implementations agree, in float32 all but exactly, and in bf16 within what is timed."""
     for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, dit_measure.TOLERANCE)):
         rows = op.rows(SMALL, CPU)
         expected = op.exact(op.make(SMALL, CPU, dtype), rows)
@@ -158,19 +158,19 @@ def test_implementations_compute_the_same(op: Op) -> None:
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
 def test_layers_compute_the_same(timesteps: str, monkeypatch) -> None:
-    """Ours, diffusers', and the exact one, on parts that do not begin with a block."""
+    """Our layer, diffusers' and the exact one agree, on parts that do not begin with a block."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(dit_measure, "split_seconds", lambda *args: {})
     assert SMALL.part < 2 * SMALL.block_len
-    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, dit_measure.BLOCK_TOLERANCE)):
+    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, dit_measure.LAYER_TOLERANCE)):
         rows: list[dict[str, Any]] = []
-        measure_block(SMALL, timesteps, BLOCK_PROVIDERS, dtype, MACHINE, rows.append)
-        assert [row["status"] for row in rows] == ["ok"] * len(BLOCK_PROVIDERS)
+        measure_layer(SMALL, timesteps, LAYER_PROVIDERS, dtype, MACHINE, rows.append)
+        assert [row["status"] for row in rows] == ["ok"] * len(LAYER_PROVIDERS)
         assert max(row["error"] for row in rows) < limit
 
 
 def test_the_exact_layer_is_diffusers_in_float64() -> None:
-    inputs = block_inputs(SMALL, CPU, torch.float32, "one")
+    inputs = layer_inputs(SMALL, CPU, torch.float32, "one")
     inputs = type(inputs)(
         **{
             name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -179,7 +179,7 @@ def test_the_exact_layer_is_diffusers_in_float64() -> None:
     )
     inputs.layer.double()
     with torch.no_grad():
-        runner = BLOCK_PROVIDERS[1].prepare(inputs)
+        runner = LAYER_PROVIDERS[1].prepare(inputs)
         runner.load()
         (theirs,) = runner.step()
         exact, _ = exact_rows(inputs, torch.arange(SMALL.tokens))
@@ -189,14 +189,14 @@ def test_the_exact_layer_is_diffusers_in_float64() -> None:
 
 def test_figures_to_be_reached() -> None:
     op = {"status": "ok", "ours": True, "memory_bound": True, "op": "o", "provider": "p", "shape": "s"}
-    block = {"status": "ok", "ours": True, "provider": "swifti2v", "shape": "s", "timesteps": "one"}
-    block |= {"tokens": 70_400, "seconds": 1.0, "peak_bytes": 60}
-    theirs = {**block, "ours": False, "provider": COMPILED, "seconds": 1.3, "peak_bytes": 100}
+    layer = {"status": "ok", "ours": True, "provider": "swifti2v", "shape": "s", "timesteps": "one"}
+    layer |= {"tokens": 70_400, "seconds": 1.0, "peak_bytes": 60}
+    theirs = {**layer, "ours": False, "provider": COMPILED, "seconds": 1.3, "peak_bytes": 100}
     ops = [{**op, "fraction_of_copy": 0.86}, {**op, "fraction_of_copy": 0.84}, {**op, "memory_bound": False}]
     ops += [{**op, "ours": False}, {**op, "status": "wrong"}]
     found = targets(ops, [
-        block, theirs, {**block, "shape": "short", "tokens": 9}, {**theirs, "shape": "short"},
-        {**block, "shape": "alone"},
+        layer, theirs, {**layer, "shape": "short", "tokens": 9}, {**theirs, "shape": "short"},
+        {**layer, "shape": "alone"},
     ])  # fmt: skip
     assert [(t["value"], t["met"]) for t in found] == [
         (0.86, True), (0.84, False), (1.3, True), (0.6, False), (1.3, True), (0.6, None),
@@ -208,12 +208,12 @@ def test_a_run_leaves_tables_json_and_plots(tmp_path, monkeypatch) -> None:
     ops = [(op, providers(op)) for op in (NORM, OPS[-1])]
     with session(tmp_path) as found:
         options = {"dtype": torch.float32, "copied_bytes": 64, "size": 16}
-        measure_all(found, [SMALL], ops, BLOCK_PROVIDERS, TIMESTEPS[:1], timer, **options)
+        measure_all(found, [SMALL], ops, LAYER_PROVIDERS, TIMESTEPS[:1], timer, **options)
     section = read_section(tmp_path)
     assert section["status"] == "complete"
     assert section["ceilings"]["copy_bytes_per_second"] == 2 * 64 / 0.5
     rows = [row for table in section["tables"].values() for row in table["rows"]]
-    assert len(rows) == 5 + 4 + len(BLOCK_PROVIDERS)
+    assert len(rows) == 5 + 4 + len(LAYER_PROVIDERS)
     assert {row["status"] for row in rows if row["provider"] != "liger"} == {"ok"}
     text = format_section(found.section.data)
     assert "liger-kernel is not installed" in text
@@ -223,9 +223,9 @@ def test_a_run_leaves_tables_json_and_plots(tmp_path, monkeypatch) -> None:
 
 
 def test_plots_of_failures(tmp_path) -> None:
-    rows = layers(BlockProvider("swifti2v", OwnLayer, True), BlockProvider("hungry", hungry))
+    rows = layers(LayerProvider("swifti2v", OwnLayer, True), LayerProvider("hungry", hungry))
     assert plot_operators(measured(), "card", tmp_path / "op.png").stat().st_size > 1000
-    assert plot_layers(rows, "card", tmp_path / "block.png").stat().st_size > 1000
+    assert plot_layers(rows, "card", tmp_path / "layer.png").stat().st_size > 1000
 
 
 def test_bytes_are_counted_at_the_real_size(tmp_path) -> None:
@@ -246,15 +246,15 @@ def test_bytes_are_counted_at_the_real_size(tmp_path) -> None:
 
 
 def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
-    eager = BLOCK_PROVIDERS[1].prepare
+    eager = LAYER_PROVIDERS[1].prepare
     for timesteps in TIMESTEPS:
         counts = [count_layer(eager, SMALL, timesteps, torch.device(name)) for name in ("meta", "cpu")]
         assert counts[0] == counts[1]
     assert eager_bytes(NORM, SMALL) == pytest.approx(36 * SMALL.tokens * SMALL.config.dim, rel=0.2)
-    rows = block_rows(SHAPES[:1], with_compiled=False)
-    assert len(rows) == 2 * len(BLOCK_PROVIDERS)
+    rows = layer_rows(SHAPES[:1], with_compiled=False)
+    assert len(rows) == 2 * len(LAYER_PROVIDERS)
     peaks = {(row["provider"], row["timesteps"]): row.get("streams") for row in rows}
-    # The stream before and after attention, the norm, and the hidden layer before and after GELU.
+    # The stream before and after attention, the norm, and the hidden features before and after GELU.
     assert peaks["diffusers, eager", "one"] > 3 + 2 * 8960 / 1536
     assert peaks[COMPILED, "one"] is peaks["swifti2v", "one"] is None
     assert {row["reason"] for row in rows if row.get("status")} == {"not counted"}
@@ -262,13 +262,13 @@ def test_counts_on_meta_tensors_are_those_of_real_ones() -> None:
 
 def test_without_diffusers_its_layers_are_not_counted(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_wan", None)
-    rows = block_rows(QUICK_SHAPES, with_compiled=False)
+    rows = layer_rows(QUICK_SHAPES, with_compiled=False)
     assert {row["status"] for row in rows} == {"not available"}
-    assert {row["provider"] for row in rows} == {p.name for p in BLOCK_PROVIDERS}
+    assert {row["provider"] for row in rows} == {p.name for p in LAYER_PROVIDERS}
     with pytest.warns(RuntimeWarning, match="torch.compile's peak is not counted: diffusers is not installed"):
         assert compiled_peak.__wrapped__(proportions(QUICK_SHAPES[0]), "one") is None
     row: list[dict[str, Any]] = []
-    measure_block(SMALL, "one", BLOCK_PROVIDERS[1:2], torch.float32, MACHINE, row.append)
+    measure_layer(SMALL, "one", LAYER_PROVIDERS[1:2], torch.float32, MACHINE, row.append)
     assert (row[0]["status"], row[0]["reason"][:26]) == ("not available", "diffusers is not installed")
 
 
@@ -305,7 +305,7 @@ def test_operators_are_grouped_and_a_layer_is_split() -> None:
     assert group_of(["aten::addmm.out"]) == "linear"
     assert group_of(["aten::native_layer_norm"]) == "other"
     with torch.no_grad():
-        runner = BLOCK_PROVIDERS[1].prepare(block_inputs(SMALL, CPU, torch.float32, "one"))
+        runner = LAYER_PROVIDERS[1].prepare(layer_inputs(SMALL, CPU, torch.float32, "one"))
         runner.load()
         split = split_seconds(runner.step, runner.attentions(), CPU)
     assert list(split) == ["self-attention", "cross-attention", "linear", "other"]

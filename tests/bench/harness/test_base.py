@@ -140,6 +140,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "repository"
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setattr(base, "ROOT", root)
+    (root / "bench").mkdir(parents=True)
+    (root / "bench" / "__init__.py").touch()  # else a PYTHONPATH that leads here would come first
     for name, seconds in (("old ", 1.0), ("new ", 0.5)):
         document(root / "bench" / "template.json", timed(seconds))
         (root / "bench" / "__main__.py").write_text(f"NAME = {name!r}\n{PROGRAM}")

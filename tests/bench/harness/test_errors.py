@@ -27,7 +27,7 @@ REFUSED = [
     (["attention", "--update-table"], "update-table: expected a CUDA device, since the table holds measurements"),
     (
         ["precision", "--forms", "int4"],
-        "forms: expected some of bfloat16, int8, float8, int8-products, float8-products, got 'int4'",
+        "forms: expected some of bfloat16, int8, float8, int8-matmul, float8-matmul, got 'int4'",
     ),
     (["attention", "--milliseconds", "0"], "argument --milliseconds: expected at least 1, got 0"),
     (["dit", "--shapes", "8K"], "shapes: no shape contains '8K'; the shapes are CSG window"),
@@ -68,13 +68,14 @@ REFUSED = [
     (["sanitize", "--cases", "fft"], "cases: no case contains 'fft'; the cases are "),
     (["sanitize", "--jobs", "0"], "argument --jobs: expected at least 1, got 0"),
     (["report", "none.json"], "none.json: cannot be read: No such file or directory"),
-    (["report", "--check"], "check: expected --readme FILE beside it"),
-    (["report", "--readme", "none.md"], "readme: none.md cannot be read: No such file or directory"),
+    (["report", "--check"], "check: expected --fill FILE.md beside it"),
+    (["report", "--fill", "none.md"], "fill: none.md cannot be read: No such file or directory"),
     (
-        ["report", "--readme", "none.md", "--out", "page.html"],
-        "readme: takes all results in the repository and writes no page; leave FILE, --out and --quick out",
+        ["report", "--fill", "none.md", "--out", "page.html"],
+        "fill: takes all results in the repository and writes no page; leave result files, --out and --quick out",
     ),
-    (["report", "--readme", "none.md", "--quick"], "readme: takes all results in the repository"),
+    (["report", "--fill", "none.md", "--quick"], "fill: takes all results in the repository"),
+    (["report", "--fill", "none.md", "none.json"], "fill: takes all results in the repository"),
     (["cost", "--gpus", "H300"], f"gpus: expected some of {', '.join(GPUS)}, got 'H300'"),
     (["cost", "--gpus", "H200,RTX"], f"gpus: expected some of {', '.join(GPUS)}, got 'RTX'"),  # there are several
     (["cost", "--gpus", "H200,"], f"gpus: expected some of {', '.join(GPUS)}, got ''"),
@@ -213,8 +214,8 @@ def test_a_report_that_is_not_up_to_date_is_named_and_left_as_it_is(
     page.write_text(text)
     sample(tmp_path / "results" / "nvidia-h200" / "a.json")
     monkeypatch.setattr("bench.report.command.shipped_results", lambda: [tmp_path / "results/nvidia-h200/a.json"])
-    message = refused("report", "--readme", str(page), "--check")
-    assert message.startswith(f"readme: {page} is not what its results give (first at line 2); run python -m bench")
+    message = refused("report", "--fill", str(page), "--check")
+    assert message.startswith(f"fill: {page}, line 2: is not what the results give; run python -m bench report --fill")
     assert page.read_text() == text
 
 

@@ -1,4 +1,4 @@
-"""Memory over time: a course's arithmetic, the allocator's history, the meter that counts, and whole clips."""
+"""Memory over time is followed: a course's arithmetic, the allocator's history, the counting meter, whole clips."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _garbage() -> Iterator[None]:
 
 
 def course(*sizes: int, base: int = 0, marks: tuple[tuple[float, str], ...] = ()) -> Course:
-    """An event a second: so many bytes taken, or given back by whom they were taken; labels are the sizes."""
+    """Returns a course with an event a second: so many bytes taken or given back, with the sizes as labels."""
     events, taken = [], []
     for second, size in enumerate(sizes, 1):
         if size > 0:
@@ -49,7 +49,7 @@ def course(*sizes: int, base: int = 0, marks: tuple[tuple[float, str], ...] = ()
 
 
 def random_course(count: int, base: int) -> Course:
-    """Takes and gives back at random, at last all, and some of what was there before."""
+    """Returns a course that takes and gives back memory at random, some of it from before its begin."""
     numbers, alive, events, before = random.Random(count), {}, [], base
     for second in range(count):
         if alive and numbers.random() < 0.45:
@@ -122,7 +122,7 @@ def entry(action: str, address: int, size: int, time_us: int, *places: tuple[str
 
 
 def test_the_allocators_history_becomes_a_course() -> None:
-    """A block is free when that is completed, not when it is requested; one from before was never taken."""
+    """Memory is free when a free is completed, not when it is requested; some is freed that was taken before."""
     model, torch_ = ("/somewhere/model/vae/model.py", "run"), ("/lib/torch/nn/functional.py", "pad")
     trace = [
         entry("segment_alloc", 0, 4096, 5_000_000),
@@ -180,7 +180,7 @@ def test_the_counting_meter_counts_as_tensors_live_and_die() -> None:
 
 
 def test_marks_are_where_segments_begin_and_where_what_they_interrupted_goes_on() -> None:
-    meter = CountingMeter(META)  # where events stand for seconds
+    meter = CountingMeter(META)  # its time is the number of events
 
     def segments() -> Iterator[int]:
         for number in range(2):
@@ -197,7 +197,7 @@ def test_marks_are_where_segments_begin_and_where_what_they_interrupted_goes_on(
         (0.0, "load"), (1.0, "decode"), (1.0, "Stage II 1"), (2.0, "decode"), (3.0, "decode"), (3.0, "Stage II 2"),
         (4.0, "decode"), (5.0, "decode"),
     ]  # fmt: skip
-    # What the reader of frames takes is decode's, until the next begins.
+    # Memory that the reader of frames takes counts for decode, until the next segment begins.
     assert meter.course.peaks() == {"load": 28, "decode": 80, "Stage II 1": 32, "Stage II 2": 60}
 
 
@@ -206,11 +206,11 @@ def test_marks_are_where_segments_begin_and_where_what_they_interrupted_goes_on(
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[ClipRun, int]:
-    """A small clip run on the CPU, and the peak by another counter around all of it."""
+    """A small clip that ran on the CPU, and the peak of all of it by another counter."""
     torch.manual_seed(0)
 
     class OnTheCPU(TensorMemory):
-        """Without the tensors that plans are made with."""
+        """A count without the tensors that plans are made with, which have no memory."""
 
         def _counted(self, storage: torch.UntypedStorage) -> int:
             return 0 if storage.device.type == "meta" else super()._counted(storage)
@@ -233,7 +233,10 @@ def test_a_clip_on_the_cpu_is_followed_as_another_counter_counts(measured: tuple
 def test_a_counted_clip_holds_what_a_run_on_the_cpu_holds(
     measured: tuple[ClipRun, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the CPU's operators to the byte, but for the given pictures, which on a card are copies that end."""
+    """A clip counted with the CPU's operators holds the same to the byte, but for the given pictures.
+
+    On a card these are copies that end.
+    """
     monkeypatch.setattr(clip, "_as_gpu", lambda *given: nullcontext())
     run, peak = run_clip(TINY, META), measured[1]
     pictures = 3 * 4 * (64 * 48 + 32 * 32)
@@ -335,5 +338,5 @@ def test_lengths_are_measured_on_the_largest_window_and_one_that_does_not_fit_is
     ]  # fmt: skip
     assert SegmentPlan(11).max_window_blocks == 5
     assert {row["basis_of_peak"] for row in table.rows} == {"measured"}
-    assert table.rows[0]["basis_note"] == "from 2 of 2 blocks"
+    assert table.rows[0]["basis_note"] == "from 2 of 2 layers"
     assert empty_text(64).shape[2] == PRESETS["tiny"].stage_two.text_dim

@@ -1,4 +1,4 @@
-"""``python -m bench memory`` without a GPU: counted within limits, run on the CPU, interrupted, and bad input."""
+"""The command ``python -m bench memory`` works without a GPU: it counts within limits, and runs on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _garbage() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Within a limit that is enough, a lower one, for which other plans are made, and one for which there is none."""
+    """Results within a limit that is enough, a lower one with another plan, and one for which there is no plan."""
     folder = tmp_path_factory.mktemp("memory")
     assert main([*SMALL, "--limit", "4MB,3MB,4000kB,100kB", "--quick", "--out", str(folder)]) == 0
     return folder
@@ -54,7 +54,7 @@ def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: P
         assert row["peak_bytes"] <= row["limit_bytes"] == limit
         assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.05)
         assert row["frames_made"] == 9
-        assert (row["card"], row["stage1"]) == ("RTX 4060", "2 plain")
+        assert (row["card"], row["stage1"]) == ("RTX 4060", "2 in 16 bits")
         assert row["reference_tiles"] == "1x1 float32"
     assert tight["peak_bytes"] < enough["peak_bytes"]
     assert (without["limit"], without["status"], without["basis"]) == ("0.0001 GB", "failed", "counted")
@@ -70,7 +70,7 @@ def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: P
 def test_a_stage_that_exceeds_the_limit_is_named_with_its_own_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a plan is wrong: here one for twice the memory."""
+    """The stage is named where a plan is wrong, which is made for twice the memory here."""
     monkeypatch.setattr("model.memory.request.USABLE", 2.0)
     assert main([*SMALL, "--limit", "2MB", "--no-lengths", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")
@@ -111,7 +111,7 @@ def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Of two limits the second is not begun."""
+    """A run that is interrupted within the first of two limits keeps its findings and does not begin the second."""
 
     def make_frames(*given: Any) -> Iterator[torch.Tensor]:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""``python -m bench precision --part encoder``: errors that another computation gives too; what float16 cannot hold."""
+"""The encoder's errors are those of another computation, and activations that float16 cannot hold are seen."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SEED = 3
 
 
 def vae(scale: float = 1.0) -> WanVAE:
-    """Tiny; ``scale`` multiplies what its first convolution writes."""
+    """Returns a tiny VAE; ``scale`` multiplies what its first convolution writes."""
     made = random_weights(WanVAE, PRESETS["tiny"].vae, SEED)
     made.encoder.conv_in.weight.data.mul_(scale)
     return made
 
 
 def test_the_encoder_s_errors_are_those_of_another_computation() -> None:
-    """float16 keeps three bits more than bfloat16."""
+    """The errors are those of direct encodings, and float16, with three bits more than bfloat16, has smaller ones."""
     rows = list(encoder_rows(vae, "tiny", "random", (64, 48)))
     assert [row["form"] for row in rows] == ["float32", "float16", "bfloat16"]
     video = make_video((64, 48))
@@ -50,7 +50,7 @@ def test_activations_beyond_float16_are_seen_and_their_size_is_told() -> None:
 
 
 def test_what_nobody_has_written_is_no_activation() -> None:
-    """Memory that is only there, views of it, and other dtypes; what is written into it counts."""
+    """Memory that is only there, views of it and other dtypes do not count; tensors that are written do."""
     with Largest(torch.float32) as largest:
         room = torch.empty(4)
         torch.ones(4, dtype=torch.float64).mul_(100)
@@ -66,7 +66,7 @@ def test_what_nobody_has_written_is_no_activation() -> None:
 
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_an_encoder_that_does_not_fit_is_a_row(lacking: int) -> None:
-    """Without the one in float64 all lack; without that in bfloat16 there is no ratio and no activation."""
+    """All rows lack errors without the encoder in float64; bfloat16 lacking takes ratios and activations only."""
     built: list[int] = []
 
     def build() -> WanVAE:

@@ -1,4 +1,4 @@
-"""``python -m bench precision``: its rows, that another computation gives the same, and structured weights."""
+"""The command ``python -m bench precision`` gives errors that another computation gives too, also for structure."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run on the CPU."""
+    """The folder of a run on the CPU."""
     out = tmp_path_factory.mktemp("precision") / "results"
     options = ["--preset", "tiny", "--size", "128x96", "--device", "cpu", "--out", str(out)]
     assert main(["precision", *options]) == 0
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def errors(folder: Path, table: str) -> dict[tuple[str, str], list[float]]:
-    """By kind of weights and form, of all layers or the window."""
+    """Returns the errors of a table by kind of weights and form."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in read_section(folder)["tables"][table]["rows"]:
         found.setdefault((row["weights"], row["form"]), []).append(row["error"])
@@ -99,17 +99,17 @@ def test_errors_are_in_the_order_that_the_formats_have(table: str, folder: Path)
     """float8 keeps 4 bits of every number, int8 7 of a row's largest: more for normal rows, less for uneven ones."""
     found = errors(folder, table)
     for kind in ("random", "structured"):
-        plain, int8, float8, int8_products, float8_products = (np.array(found[kind, name]) for name in NAMES)
+        plain, int8, float8, int8_matmul, float8_matmul = (np.array(found[kind, name]) for name in NAMES)
         assert (plain < np.minimum(int8, float8)).all()
-        assert (int8 < int8_products).all()
-        assert (float8 < float8_products).all()
+        assert (int8 < int8_matmul).all()
+        assert (float8 < float8_matmul).all()
     assert (np.array(found["random", "int8"]) < np.array(found["random", "float8"])).all()
     assert (1.5 * np.array(found["random", "int8"]) < np.array(found["structured", "int8"])).all()
     assert np.array(found["structured", "float8"]) == pytest.approx(np.array(found["random", "float8"]), rel=0.4)
 
 
 def test_results_depend_on_the_seed_and_on_nothing_else() -> None:
-    forms = chosen_forms("int8,float8-products")
+    forms = chosen_forms("int8,float8-matmul")
     once, again = (list(layer_rows(weights("structured"), "tiny", forms, TOKENS, SEED)) for _ in range(2))
     assert once == again
     other = list(layer_rows(weights("structured", 4), "tiny", forms, TOKENS, SEED))
@@ -126,7 +126,7 @@ def test_results_depend_on_the_seed_and_on_nothing_else() -> None:
     ("text", "expected"),
     [
         (None, NAMES), ("float8", ["bfloat16", "float8"]), ("bfloat16", ["bfloat16"]),
-        ("float8-products, int8", ["bfloat16", "int8", "float8-products"]),
+        ("float8-matmul, int8", ["bfloat16", "int8", "float8-matmul"]),
     ],
 )  # fmt: skip
 def test_forms_are_chosen_by_name_and_the_baseline_is_always_there(text: str | None, expected: list[str]) -> None:
@@ -163,14 +163,17 @@ def test_options_that_do_not_fit_are_named_in_one_line(
 
 
 def rounded(x: np.ndarray, bits: int, least: int = -1000) -> np.ndarray:
-    """To ``bits`` bits of mantissa, the leading one included; exponents below ``least`` have its steps."""
+    """Returns numbers rounded to ``bits`` bits of mantissa, the leading one included.
+
+    Exponents below ``least`` have its steps.
+    """
     exponent = np.maximum(np.frexp(x)[1] - 1, least)
     step = np.exp2(exponent.astype(np.float64) - (bits - 1))
     return np.round(x / step) * step
 
 
 def quantized(x: np.ndarray, kind: str) -> np.ndarray:
-    """Rows in 8 bits, multiplied out again, in float64."""
+    """Returns rows quantised to 8 bits and multiplied by their scales again, in float64."""
     largest = {"int8": 127.0, "float8": 448.0}[kind]
     scale = (np.abs(x).max(1, keepdims=True).astype(np.float32) / np.float32(largest)).astype(np.float64)
     values = np.round(x / scale) if kind == "int8" else rounded(x / scale, 4, -6)
@@ -180,17 +183,17 @@ def quantized(x: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["random", "structured"])
 @pytest.mark.parametrize("form", NAMES)
 def test_a_layers_error_is_that_of_numpy_in_float64(form: str, kind: str) -> None:
-    """Quantised by definition; sums are exact here, so what differs is where the result's last bit falls."""
+    """A layer's error equals that of numpy, which quantises by definition and sums exactly, but for the last bit."""
     given = weights(kind)
     weight, bias = (t.numpy().astype(np.float64) for t in given.linears([LAYERS["attention"]])[0])
     x = rounded(activations(kind, TOKENS, TINY.dim, SEED).numpy().astype(np.float64), 8)
     expected = x @ weight.T + bias
-    storage, _, products = form.partition("-")
+    written, _, matmul = form.partition("-")
     if form == "bfloat16":
         matrix = rounded(weight, 8)
     else:
-        matrix = quantized(weight, storage)
-        x, matrix = (quantized(x, storage), matrix) if products else (x, rounded(matrix, 8))
+        matrix = quantized(weight, written)
+        x, matrix = (quantized(x, written), matrix) if matmul else (x, rounded(matrix, 8))
     difference = rounded(x @ matrix.T + rounded(bias, 8), 8) - expected
     rows = layer_rows(given, "tiny", chosen_forms(form), TOKENS, SEED)
     row = next(row for row in rows if row["form"] == form and row["layer"] == "attention 128x128")
@@ -201,7 +204,7 @@ def test_a_layers_error_is_that_of_numpy_in_float64(form: str, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["random", "structured"])
 def test_a_windows_velocity_is_that_of_a_forward_pass_on_the_assembled_window(kind: str) -> None:
-    """Given blocks at timestep 0, noisy ones at the step's, blocks at their places in the clip, mask and reference."""
+    """The window has given blocks at timestep 0, noisy ones at the step's, and all at their places in the clip."""
     dit = weights(kind).build(torch.float32, Placement())
     inputs = make_inputs(TINY, ROWS, SEED)
     assert inputs.window.blocks == (0, 3, 4, 5, 6)
@@ -213,7 +216,7 @@ def test_a_windows_velocity_is_that_of_a_forward_pass_on_the_assembled_window(ki
 
 
 def forward(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Of a plain model with these weights, in the window."""
+    """Returns the velocity of a plain model with these weights in the window."""
     kept = {
         name: t.to(torch.float32 if any(part in name for part in FLOAT32_PARAMETERS) else dtype)
         for name, t in state.items()
@@ -225,7 +228,7 @@ def forward(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def test_a_windows_errors_are_those_of_plain_models_with_the_quantised_weights() -> None:
-    """Weights quantised by numpy and put into a model that knows nothing of 8 bits."""
+    """A window's errors equal those of a model that knows nothing of 8 bits, with weights quantised by numpy."""
     with torch.device("meta"):
         names = WanDiT(TINY).state_dict()
     source = StructuredTensors(shapes(), SEED, CPU)
@@ -289,7 +292,7 @@ def test_every_tensor_of_a_block_has_its_structure() -> None:
 
 
 def test_heavy_tails_are_students() -> None:
-    """Its 95 % and 99 % points for 5 degrees of freedom, from tables, scaled to a variance of 1."""
+    """Heavy tails have the 95 % and 99 % points of Student's t with 5 degrees of freedom, scaled to a variance of 1."""
     draw = Drawing("tails", CPU).heavy(1000, 1000)
     assert draw.var().item() == pytest.approx(1, abs=0.02)
     for point, share in ((2.5706, 0.05), (4.0321, 0.01)):
@@ -305,7 +308,7 @@ def test_structured_matrices_have_outlier_columns_uneven_rows_and_a_part_of_low_
     assert order[4] / order[5] > 1.2
     assert order[:5].mean() / order[5:].mean() == pytest.approx(OUTLIER_SCALE, rel=0.4)
     assert by_row.log().std().item() == pytest.approx(0.4, rel=0.15)
-    # Without its scales, what is beyond the spectrum of a matrix without low rank.
+    # Divided by its scales, the matrix has more than the spectrum of one without the part of low rank.
     spectrum = torch.linalg.svdvals(matrix / by_row[:, None] / by_column)
     share = (spectrum[:RANK].square().sum() / spectrum.square().sum()).item()
     assert LOW_RANK_SHARE < share < 1.5 * LOW_RANK_SHARE
@@ -364,7 +367,7 @@ def test_a_result_that_is_not_finite_is_wrong_and_has_no_ratio() -> None:
 
 @pytest.mark.parametrize("lacking", [torch.float32, torch.bfloat16])
 def test_a_model_that_does_not_fit_is_a_row(lacking: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the float32 one all rows lack; without bfloat16 the others have errors and no ratio."""
+    """All rows lack errors without the float32 model; without bfloat16 the others have errors and no ratio."""
     stock = SyntheticWeights.build
 
     def build(self: SyntheticWeights, dtype: torch.dtype, placement: Placement) -> WanDiT:

@@ -18,7 +18,7 @@ from bench.dit.shapes import QUICK_SHAPES
 from bench.harness.environment import capture
 from bench.harness.session import RESULT
 from bench.records.markdown import format_section, format_table, markdown_table, note_of
-from bench.records.metrics import METRICS, format_value, significant, time_scale
+from bench.records.metrics import METRICS, byte_scale, column_scale, format_value, significant, time_scale
 from bench.records.outcome import BASES, STATUSES, Unavailable, failure
 from bench.records.read import DESCRIPTION, folder_name, label_of, read_result, shipped_results
 from bench.records.write import Record, Table, dumps
@@ -268,7 +268,7 @@ def test_files_are_labelled_and_folders_named_by_card():
     ("value", "unit", "text"),
     [
         (None, "s", ""), (1.23456, "s", "1.235"), (0.0, "s", "0"), (22_400.0, "s", "22,400"), ("text", "s", "text"),
-        (3 * 2**30, "bytes", "3.00 GiB"), (4.05e12, "B/s", "4,050"), (1.9e12, "FLOP", "1.9 TFLOP"),
+        (3 * 2**30, "bytes", "3.22 GB"), (4.05e12, "B/s", "4,050"), (1.9e12, "FLOP", "1.9 TFLOP"),
         (7.9e18, "FLOP", "7,900.0 PFLOP"), (2.1e-3, "error", "2.1e-03"), (0.853, "fraction", "0.85"),
         (202.0, "ratio", "202"), (642.3, "TFLOP/s", "642"), (1.5, "TFLOP/s", "1.500"), (295_680, "count", "295,680"),
         (math.nan, "s", "NaN"), (True, "count", "True"),
@@ -283,6 +283,35 @@ def test_seconds_take_the_unit_in_which_most_of_them_read_best():
     assert time_scale([None, 0.0]) == (1.0, "s")
     assert time_scale([3e-8]) == (1e-6, "us")
     assert (significant(0.00012345), significant(1e-9)) == ("1.234e-04", "1.000e-09")
+
+
+def test_a_column_of_bytes_has_one_unit_where_its_values_are_near_each_other():
+    """GB is 10^9 bytes; where a column would round its least value to nothing, each cell has a unit of its own."""
+    assert column_scale([None, 21_071_649_382, 4e7], "bytes") == (1e9, "GB")
+    assert column_scale([58.4e6, 1e6, 0], "bytes") == (1e6, "MB")
+    assert column_scale([232_448, 1024], "bytes") == (1e3, "kB")
+    assert column_scale([28e9, 1e6], "bytes") == (None, "")
+    assert column_scale([None, "text"], "bytes") == (None, "")
+    assert column_scale([0.002], "s") == (1e-3, "ms")
+    assert column_scale([1.0], "ratio") == (None, "")
+    assert byte_scale([]) == (1e9, "GB")
+    values = [format_value(value, "bytes", 1e9) for value in (21_071_649_382, 1.234e12, 4e7, 1.2e6, 0)]
+    assert values == ["21.07", "1,234.00", "0.04", "0.0012", "0.00"]
+    assert [format_value(value, "bytes") for value in (1e9, 4e6, 232_448, 0)] == [
+        "1.00 GB",
+        "4.0 MB",
+        "232.4 kB",
+        "0.0 MB",
+    ]
+
+
+def test_the_unit_of_a_column_of_bytes_stands_in_its_head(table):
+    """No table has one cell in MB and the next in GB."""
+    for provider, count in (("ours", 21_071_649_382), ("eager", 512_000_000)):
+        table.add({"shape": "2K", "provider": provider, "seconds": 1.0, "peak_bytes": count})
+    head, _, *rows = format_table(table.data).splitlines()
+    assert "peak memory, GB" in head
+    assert ["21.07" in rows[0], "0.51" in rows[1], "GB" in "".join(rows)] == [True, True, False]
 
 
 def test_every_metric_has_a_known_unit_and_direction():

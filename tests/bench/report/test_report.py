@@ -14,14 +14,15 @@ import pytest
 
 from bench.__main__ import main
 from bench.records.read import read_result
-from bench.records.write import dumps
+from bench.records.write import Record, dumps
 from bench.report import charts
+from bench.report.answer import answers
 from bench.report.charts import Axis, Bar, Clip, Point
 from bench.report.figures import bar_charts, whole_clips
 from bench.report.markup import Markup, join, tag
 from bench.report.page import build_page
 from model.errors import InputError
-from tests.support.result_samples import H100, sample
+from tests.support.result_samples import H100, environment, sample
 
 HOSTILE = "<script>alert('x')</script> & \"</style>"
 
@@ -91,7 +92,7 @@ def test_links_lead_to_sections(one):
     identifiers = [found["id"] for _, found in reader.elements if "id" in found]
     links = {found["href"][1:] for name, found in reader.elements if name == "a"}
     assert links <= set(identifiers)
-    assert {"files", "figures", "paper", "section-attention", "section-compile"} <= links
+    assert {"files", "figures", "clip", "section-attention", "section-compile"} <= links
     assert len(set(identifiers)) == len(identifiers)
 
 
@@ -112,8 +113,9 @@ def test_everything_that_is_not_measured_is_marked(one):
         # The paper's table has the clips' rows again.
         times = 1 if basis == "compiled" else 2
         verdicts = 1 if basis == "extrapolated" else 0
+        tiles = 3 if basis == "extrapolated" else 0  # seconds, and two ratios
         assert reader.count("tr", class_=basis) == times * rows + verdicts, basis
-        assert reader.count("span", class_=basis) == times * rows + verdicts + 1, basis  # and the legend
+        assert reader.count("span", class_=basis) == times * rows + verdicts + tiles + 1, basis  # and the legend
     assert reader.count("rect", class_="unmeasured") == 9  # bars: seven times, two peaks
     assert reader.count("circle", class_="unmeasured") == 7
 
@@ -141,8 +143,8 @@ def test_a_section_still_running_is_incomplete(one):
 def test_figures_to_be_reached_are_met_or_missed(one):
     assert re.findall(r'badge (\w+)">(met|MISSED)<', page_of(one)) == [
         ("bad", "MISSED"),
-        ("good", "met"),
         ("bad", "MISSED"),
+        ("good", "met"),
     ]
 
 
@@ -156,7 +158,7 @@ def test_numbers_carry_the_value_they_sort_by(one):
 
 def test_the_papers_figures_stand_beside_ours(one):
     page = page_of(one)
-    section = page[page.index('id="paper"') : page.index('id="section-attention"')]
+    section = page[page.index('id="clip"') : page.index('id="section-csg"')]
     for expected in ("22,400", "111.0", "202x", "SwiftI2V (paper, H800)", "14b", "arXiv 2605.06356"):
         assert expected in section, expected
     # 111 s over our 52 s of the 1.3b.
@@ -177,6 +179,106 @@ def test_without_a_paper_or_figures_or_sections_their_blocks_are_missing(tmp_pat
     data["sections"] = {}
     path.write_text(dumps(data))
     assert "NVIDIA H200" in page_of(path)
+
+
+def order_of(page: str) -> list[str]:
+    """Returns what the page shows, from top to bottom, as the links to it have it."""
+    reader = Reader(page)
+    shown = [found["id"] for name, found in reader.elements if name == "section" and "id" in found]
+    assert shown == [found["href"][1:] for name, found in reader.elements if name == "a"]
+    return shown
+
+
+def kept(path: Path, *names: str) -> Path:
+    """Leaves only the sections of these names in a file, in this order."""
+    data = json.loads(path.read_text())
+    data["sections"] = {name: data["sections"].get(name, data["sections"]["attention"]) for name in names}
+    path.write_text(dumps(data))
+    return path
+
+
+def test_the_page_opens_with_the_clip_and_ends_with_the_files(tmp_path):
+    """The answer, then memory, then kernels, then what was missed and the rest, whatever the order in the file."""
+    names = ("sanitize", "cost", "warmth", "dit", "compile", "vae", "attention", "operators", "memory", "csg")
+    path = kept(sample(tmp_path / "a.json"), *names)
+    assert order_of(page_of(path)) == [
+        "clip", "section-csg", "section-memory", "section-operators", "section-attention", "section-vae",
+        "section-dit", "figures", "section-compile", "section-sanitize", "section-cost", "section-warmth", "files",
+    ]  # fmt: skip
+    assert order_of(page_of(path, path))[8] == "comparison"
+
+
+def test_the_answer_is_the_seconds_the_ratios_and_the_card(one):
+    """The first things to be read are the clip's seconds, what it is faster than, and the card with its versions."""
+    page = page_of(one)
+    section = page[page.index('id="clip"') :]
+    places = [
+        section.index(text)
+        for text in (
+            "52.00 s", "one clip: 1.3b, 2K, two stages, CSG", "352x", "faster than 14b, end-to-end, 50 steps, guidance",
+            "80.8x", "faster than 1.3b, end-to-end, 50 steps, guidance", "<b>NVIDIA H200</b>, driver 580.65, CUDA 13.0,"
+            " cuDNN 9.12.0, torch 2.13.0+cu130, Triton 3.6.0, Python 3.12.4, commit aaaaaaaaa, 2026-11-26",
+            "Extrapolated from 3 of 30 layers, 1 of 4 steps.", "Seconds of one clip", "The paper beside ours",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert "The run is incomplete" not in section[: places[-1]]
+
+
+def test_a_clip_of_a_run_that_was_cut_short_says_so(one):
+    """The answer of an incomplete run is not read as that of a complete one."""
+    data = json.loads(one.read_text())
+    data["sections"]["csg"] |= {"status": "interrupted", "reason": "interrupted after 105 s"}
+    one.write_text(dumps(data))
+    assert "The run is incomplete: interrupted after 105 s." in Reader(page_of(one)).all_text()
+
+
+def test_every_card_has_its_answer_from_its_newest_file(tmp_path):
+    """GPUs come before CPUs, and an older run of a card is not its answer."""
+    documents = [
+        read_result(sample(tmp_path / f"{i}.json", device, faster=faster, date=f"2026-11-2{i}T10:00:00+00:00", **more))
+        for i, (device, faster, more) in enumerate(
+            [
+                ("AMD EPYC", 0.1, {"device_type": "cpu"}),
+                ("NVIDIA H200", 1.0, {}),
+                (H100, 0.8, {}),
+                ("NVIDIA H200", 2.0, {}),
+            ]
+        )
+    ]
+    assert [(answer.at, answer.row["total_seconds"]) for answer in answers(documents)] == [(3, 26), (2, 65), (0, 520)]
+
+
+def test_a_clip_that_was_measured_whole_is_an_answer_too(tmp_path):
+    """A small clip runs whole: its answer is its seconds, end-to-end over them, and Stage II alone."""
+    record = Record(tmp_path / "a.json", environment("AMD EPYC", device_type="cpu", gpu={}))
+    settings = {"model": "tiny preset, random weights", "width": 448, "height": 256}
+    with record.section("csg", "End-to-end against CSG", settings) as section:
+        table = section.table(
+            "whole", "whole passes", identity=("frames", "mode"), metrics=("total_seconds", "speedup")
+        )
+        for frames, mode, seconds, speedup in (
+            (5, "CSG, bidirectional", None, 1.0), (81, "end-to-end", 10.0, 1.0), (81, "CSG, bidirectional", 8.0, 2.5)
+        ):  # fmt: skip
+            table.add({"frames": frames, "mode": mode, "total_seconds": seconds, "speedup": speedup})
+    page = page_of(tmp_path / "a.json")
+    text = Reader(page).all_text()
+    assert order_of(page) == ["clip", "section-csg", "files"]
+    for expected in (
+        "8.000 s", "one clip of 81 frames: tiny preset, random weights, 448x256, CSG, bidirectional", "1.25x",
+        "faster than end-to-end: 10.00 s", "2.50x", "faster than end-to-end in Stage II alone", "tiny preset, 448x256",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_without_a_clip_what_there_is_comes_first(tmp_path):
+    """Nothing empty is shown: the title is followed by the card, and the card by the first section that there is."""
+    path = kept(sample(tmp_path / "a.json"), "compile", "attention")
+    page = page_of(path)
+    assert order_of(page) == ["section-attention", "figures", "section-compile", "files"]
+    assert "One clip" not in page
+    assert page.index("<h1>") < page.index("<b>NVIDIA H200</b>, driver") < page.index("<nav") < page.index("<main")
+    assert order_of(page_of(kept(path))) == ["files"]
 
 
 def test_several_files_stand_side_by_side_and_are_compared(tmp_path):
@@ -295,7 +397,7 @@ def test_a_roofline_has_its_ceilings_and_every_row_under_its_pointer():
     assert reader.count("circle") == 2
     assert reader.count("circle", class_="ours") == reader.count("circle", class_="unmeasured") == 1
     assert "norm: tip" in reader.all_text()
-    assert "matrix product 760.0 TFLOP/s" in reader.all_text()
+    assert "matmul 760.0 TFLOP/s" in reader.all_text()
     assert "copy 4,000 GB/s" in reader.all_text()
     (roof,) = [found["points"] for name, found in reader.elements if name == "polyline"]
     (_, y0), (ridge, y1), (_, y2) = (map(float, pair.split(",")) for pair in roof.split())
@@ -304,15 +406,15 @@ def test_a_roofline_has_its_ceilings_and_every_row_under_its_pointer():
 
 
 def test_a_timeline_keeps_its_peak_its_marks_and_its_limit():
-    points = [(i / 1000, 100.0 if i != 12_345 else 2.0**30) for i in range(20_000)]
-    assert max(value for _, value in charts.thinned(points)) == 2**30
+    points = [(i / 1000, 100.0 if i != 12_345 else 1e9) for i in range(20_000)]
+    assert max(value for _, value in charts.thinned(points)) == 1e9
     assert len(charts.thinned(points)) <= 802
     marks = [(i / 10, f"segment {i}") for i in range(40)]
-    reader = Reader(charts.timeline("memory", points, marks, 2.0**31, "predicted"))
+    reader = Reader(charts.timeline("memory", points, marks, 2e9, "predicted"))
     assert reader.count("line", class_="mark") == 40
     assert reader.count("line", class_="ceiling") == 1
-    assert "limit 2.00 GiB" in reader.all_text()
-    assert "peak 1.00 GiB" in reader.all_text()
+    assert "limit 2.00 GB" in reader.all_text()
+    assert "peak 1.00 GB" in reader.all_text()
     assert reader.count("path", class_="unmeasured") == 1
     assert all(f"segment {i}: " in reader.all_text() for i in range(40))  # names that have no room are tips
     assert Reader(charts.timeline("one", [(0.0, 0.0)], [], None, "measured")).count("svg") == 1

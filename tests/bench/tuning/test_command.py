@@ -28,7 +28,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Target:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package's table, elsewhere."""
+    """A copy of the package's table, empty and elsewhere."""
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "tuned.json").write_text('{"entries": []}\n')
@@ -76,7 +76,7 @@ def test_targets_that_the_time_does_not_reach_are_rows_that_say_so(
 
 
 def test_choices_of_a_result_file_are_taken_over(table: Path, tmp_path: Path) -> None:
-    """Of all its sections; another choice for the same is replaced."""
+    """The choices of all sections are taken, and replace other choices for the same."""
 
     def choice(width: int, block: int) -> dict[str, Any]:
         return {"capability": 90, "kernel": "scaled", "key": {"width": width}, "config": {"block": block}}
@@ -94,7 +94,7 @@ def test_choices_of_a_result_file_are_taken_over(table: Path, tmp_path: Path) ->
 
 
 def test_without_cuda_it_compiles_and_predicts(table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Real candidates of a real kernel for a card that is not there; nothing is written to the package."""
+    """Real candidates of a real kernel compile for a card that is not there; nothing is written to the package."""
     kernel = "rms_norm_silu block_c: 128"
     arguments = ["--kernels", kernel, "--most", "2", "--jobs", "1", "--capability", "89", "--device", "cpu"]
     assert main(["tune", *arguments, "--out", str(tmp_path / "out")]) == 0

@@ -32,7 +32,7 @@ def searching(folder: Path, quick: Any = by_config, final: Any = by_config, **op
 
 
 def gain_of(*config: int) -> float:
-    """By hand: the geometric mean of both cases' gains over the heuristic."""
+    """Returns, computed by hand, the geometric mean of both cases' gains over the heuristic."""
     (a, b), (c, d) = SECONDS[1, 2], SECONDS[config]
     return math.sqrt(a / c * b / d)
 
@@ -132,7 +132,7 @@ def test_the_heuristic_stays_unless_the_gain_is_more_than_the_spread(
 
 
 def test_the_number_of_candidates_can_be_limited(target: Target, tmp_path: Path) -> None:
-    """To those that change the heuristic least."""
+    """A limited search tries the candidates that change the heuristic least."""
     outcome = searching(tmp_path, most=2).run(target)
     assert outcome.tried == 2
     tried = [json.loads(line)["what"] for line in (tmp_path / "measured.jsonl").read_text().splitlines()]
@@ -158,7 +158,7 @@ def test_nothing_is_compiled_or_measured_twice(target: Target, tmp_path: Path, m
 def test_a_search_out_of_time_stops_and_goes_on_where_it_stopped(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a second for each case: after 1.5 s two candidates are done, and the best of them is decided on."""
+    """A search that has time for two candidates decides on the better of them, and knows both when it goes on."""
     clock = [0.0]
     monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     measured: list[tuple[tuple[int, int], int]] = []
@@ -191,7 +191,7 @@ def test_without_time_nothing_is_begun(target: Target, tmp_path: Path, monkeypat
 
 
 def test_a_line_that_was_cut_off_costs_that_measurement_alone(target: Target, tmp_path: Path) -> None:
-    """Also of the lines that the next search adds behind it."""
+    """Lines that the next search adds after one that was cut off are read whole."""
     searching(tmp_path).run(target)
     path = tmp_path / "measured.jsonl"
     *whole, last = path.read_text().splitlines()

@@ -90,7 +90,7 @@ def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch
 
 
 def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each runs once alone, which gives its peak, and then in rounds; the spread is that of its runs."""
+    """Each implementation runs once alone, which gives its peak, and then in rounds; the spread is that of its runs."""
     order: list[str] = []
     stock = vae_measure._Run._pass
     names = {id(provider.load): provider.name for provider in PROVIDERS}
@@ -159,7 +159,7 @@ def test_the_figures_are_judged() -> None:
 
 
 def test_layers_are_those_of_the_model() -> None:
-    """By their operations: what the model's counts say, convolutions being all but the attention of one frame."""
+    """The layers' operations are those of the model's counts, which hold only one frame's attention besides."""
     for part in PARTS:
         layers = settled_layers(LARGE, part)
         flops = sum(layer.flops * calls for layer, calls in layers.items())
@@ -171,7 +171,7 @@ def test_layers_are_those_of_the_model() -> None:
 
 
 def test_layers_are_told_apart_by_their_names() -> None:
-    """A table tells its rows apart by them: what two layers differ in must be in the name."""
+    """Two layers that differ have different names, by which a table tells its rows apart."""
     for shapes in (SHAPES, [shape.reduced() for shape in SHAPES]):
         layers = [layer for layer, _, _ in unique_layers(shapes, PARTS)]
         assert len(layers) > 50
@@ -180,7 +180,7 @@ def test_layers_are_told_apart_by_their_names() -> None:
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 def test_layers_can_be_called(version: str) -> None:
-    """Every layer of a small VAE: results of the recorded size, and as large as inputs."""
+    """Every layer of a small VAE gives results of the recorded size, and as large as its inputs."""
     shape = next(s for s in SHAPES if s.version == version).reduced()
     for layer, _, where in unique_layers([shape], PARTS):
         assert where.startswith(f"{version}, ")
@@ -193,7 +193,7 @@ def test_layers_can_be_called(version: str) -> None:
 
 
 def test_layers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both implementations by torch, since kernels need a GPU."""
+    """Layers are checked and timed in turns; both implementations are torch's here, since kernels need a GPU."""
     by_torch = vae_layers.call
     monkeypatch.setattr(vae_layers, "call", lambda layer, arguments, backend: by_torch(layer, arguments, "torch"))
     layers = unique_layers([SHAPE], PARTS)[:5]
@@ -258,7 +258,7 @@ def test_the_table_is_read_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bytes_by_form() -> None:
-    """By hand, for a layer of 4 x 10 x 20 pixels, 8 channels and 16 bits."""
+    """The bytes saved are those computed by hand for a layer of 4 x 10 x 20 pixels, 8 channels and 16 bits."""
     layer = Layer(
         "causal_conv3d", (3, 3, 3), (1, 1, 1), (1, 1, 1, 1), 8, 8, 4, 10, 20, past=2, residual=True, norm=True
     )
@@ -272,7 +272,7 @@ def test_bytes_by_form() -> None:
 
 
 def test_counts_at_2k() -> None:
-    """Ours moves several times less than diffusers' eager code, and does less: upsampling is folded."""
+    """Our VAE moves several times less than diffusers' eager code, and computes less: upsampling is folded."""
     for part in PARTS:
         own, other = count_own(LARGE, part), count_diffusers(LARGE, part)
         assert other is not None
@@ -290,8 +290,8 @@ def test_without_cuda_it_counts_and_runs_a_small_vae(
     assert main(["vae", "--quick", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "no CUDA device" in out
-    assert "the next norm and SiLU computed by the product's store" in out
-    assert "within 3.73 GiB" in out
+    assert "the next norm and SiLU computed by the convolution's store" in out
+    assert "within 4.00 GB" in out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"result.json", "table.md", "decode.png", "encode.png", "difference-2.1-80x40.png"}
     tables = read_section(tmp_path)["tables"]

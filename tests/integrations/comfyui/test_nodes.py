@@ -139,7 +139,7 @@ UNSERVED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("chained", [False, True], ids=["alone", "after another override"])
 @pytest.mark.parametrize("reason", UNSERVED)
 def test_other_calls_go_where_they_went_before(reason, chained):
-    """To the override that was there, or to the host's function, with the same arguments; counted by reason."""
+    """Other calls go, as given and counted by reason, to the override that was there or to the host's function."""
     queries, keys, extra = UNSERVED[reason]
     q, k, v = torch.randn(queries), torch.randn(keys), torch.randn(keys)
     seen = []
@@ -225,7 +225,7 @@ def wan_vae(residual: bool = False) -> comfy.VAE:
 @pytest.mark.parametrize("residual", [False, True], ids=["2.1", "2.2"])
 @torch.no_grad()
 def test_the_vae_node_changes_its_output_alone(residual, host):
-    """Both share one module: whichever was loaded last, each computes as it should, and no weight is copied."""
+    """Input and output share one module without a copy of its weights; each computes as it should, however loaded."""
     vae, z = wan_vae(residual), torch.randn(1, 4, 4, 4, 4)
     before = {name: x.data_ptr() for name, x in vae.first_stage_model.state_dict().items()}
     decoded = vae.decode(z)
@@ -257,7 +257,7 @@ def test_the_node_runs_again_while_its_patches_are_loaded(host):
 
 
 class ResidualBlock(nn.Module):
-    """A common name: nothing of Wan's."""
+    """A module of a common name that has nothing of Wan's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x

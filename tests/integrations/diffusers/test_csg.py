@@ -28,7 +28,7 @@ CLIP = {**I2V, "image_dim": 20, "added_kv_proj_dim": 48}
 
 @pytest.fixture
 def fresh_compiler() -> None:
-    """What other tests have compiled counts towards the number of graphs that one function may have."""
+    """Forgets what other tests have compiled, which counts towards the number of graphs that a function may have."""
     torch._dynamo.reset()
 
 
@@ -86,7 +86,7 @@ def test_wan_takes_a_batch_with_one_text_or_several():
 
 
 def state(transformer):
-    """What code can change in a model: hooks and attributes of every module, and its weights."""
+    """Returns what code can change in a model: hooks and attributes of every module, and its weights."""
     modules = {
         name: (
             {key: id(value) for key, value in vars(module).items() if not key.startswith("_")},
@@ -211,7 +211,7 @@ def test_rotary_tables_of_another_form_are_refused(forward, message):
 
 
 def test_a_call_without_true_positions_is_an_error():
-    """A transformer that calls ``rope`` past its hooks would else take every segment for the clip's first."""
+    """A transformer that calls ``rope`` past its hooks is an error; every segment would be the clip's first to it."""
 
     class Rope(nn.Module):
         def __init__(self, rope):

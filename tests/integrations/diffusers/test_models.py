@@ -33,19 +33,19 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def make(name: str) -> tuple[nn.Module, dict[str, Any], Tensor]:
-    """A model, its inputs, and what diffusers' own code computes."""
+    """Returns a model, its inputs, and what diffusers' own code computes."""
     module = build(MODELS[name], HEAD_DIM[name])
     inputs = MODELS[name].inputs(module)
     return module, inputs, run(module, inputs)
 
 
 def kind(part: nn.Module) -> str:
-    """The class of its attention processor, or of the module itself."""
+    """Returns the name of the class of its attention processor, or of the module itself."""
     return type(getattr(part, "processor", part)).__name__
 
 
 def known(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Modules by feature that a recipe is for, found here without the library's own search."""
+    """Returns the modules by feature that a recipe is for, found here without the library's own search."""
     found: dict[str, list[nn.Module]] = {"attention": [], "norms": []}
     for part in module.modules():
         if kind(part) in RECIPES:
@@ -54,7 +54,7 @@ def known(module: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def ours(part: nn.Module) -> bool:
-    """Whether the processor or the forward of ``part`` is one of our replacements."""
+    """Returns whether the processor or the forward of ``part`` is one of our replacements."""
     function = getattr(part.__dict__.get("forward"), "__func__", None)
     return isinstance(getattr(part, "processor", None), Processor) or "swifti2v" in getattr(function, "__module__", "")
 
@@ -66,7 +66,7 @@ def untouched(module: nn.Module) -> bool:
 @pytest.mark.compatibility("attention", "norms", "restore")
 @every_model
 def test_same_output_and_restored_bit_for_bit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every attention and block of the family is replaced; alone or together the output stays; nothing stays behind."""
+    """Every attention and layer is replaced; alone or together the output stays; nothing of ours is left afterwards."""
     module, inputs, expected = make(name)
     parts = known(module)
     assert parts["attention"]
@@ -88,7 +88,7 @@ def test_same_output_and_restored_bit_for_bit(name: str, capsys: pytest.CaptureF
 
 @every_family
 def test_no_input_is_overwritten(name: str) -> None:
-    """In place is only what the replacements made themselves: a second run gives the same, inputs included."""
+    """The replacements overwrite only what they made themselves: a second run gives the same, inputs included."""
     module, inputs, _ = make(name)
     accelerate(module)
     before = copy.deepcopy(inputs)
@@ -100,7 +100,7 @@ def test_no_input_is_overwritten(name: str) -> None:
 
 @every_family
 def test_gradients_are_those_of_diffusers(name: str) -> None:
-    """With gradients the differentiable path runs: training code keeps working, LoRA training included."""
+    """The differentiable path runs where there are gradients: training code keeps working, LoRA training included."""
     gradients = []
     for accelerated in (False, True):
         module, inputs, _ = make(name)
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_diffusers(name: str) -> None:
 @pytest.mark.parametrize("first", ["accelerate", "offload"])
 @every_family
 def test_model_offload(name: str, first: str) -> None:
-    """The hook of ``enable_model_cpu_offload``, put on before or after, and taken off again."""
+    """The hook of ``enable_model_cpu_offload`` may be put on before or after, and taken off again."""
     module, inputs, expected = make(name)
     steps = {
         "offload": lambda: hugging.cpu_offload_with_hook(module, execution_device="cpu"),
@@ -139,7 +139,7 @@ def test_model_offload(name: str, first: str) -> None:
 @pytest.mark.parametrize("first", ["accelerate", "offload"])
 @every_family
 def test_sequential_offload(name: str, first: str) -> None:
-    """Under ``enable_sequential_cpu_offload`` a weight is on the meta device until its own module is called."""
+    """A weight is on the meta device until its own module is called under ``enable_sequential_cpu_offload``."""
     module, inputs, expected = make(name)
     if first == "accelerate":
         accelerate(module)
@@ -159,7 +159,7 @@ def test_sequential_offload(name: str, first: str) -> None:
 @pytest.mark.parametrize("first", ["accelerate", "offload"])
 @every_family
 def test_group_offload(name: str, first: str, level: str, tmp_path: Any) -> None:
-    """What is offloaded lies on disk and its memory holds something else until its group is called."""
+    """A weight lies on disk and its memory holds something else until its group is called."""
     needs_group_offload()
     module, inputs, expected = make(name)
     if first == "accelerate":
@@ -180,7 +180,7 @@ def test_group_offload(name: str, first: str, level: str, tmp_path: Any) -> None
 
 
 def test_layerwise_casting_is_kept() -> None:
-    """8-bit storage of the layers that diffusers casts at each call."""
+    """Linear layers that diffusers keeps in 8 bits and casts at each call stay so."""
     name = "Wan 2.1 text-to-video"
     module, inputs, _ = make(name)
     module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -222,7 +222,7 @@ def test_lora_before_and_after(name: str, first: str) -> None:
 @pytest.mark.compatibility("torch.compile")
 @every_family
 def test_compiles_as_one_graph(name: str) -> None:
-    """Mochi's own attention cannot: it looks at the mask's values."""
+    """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values."""
     module, inputs, expected = make(name)
     accelerate(module)
     torch.compiler.reset()
@@ -265,7 +265,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 
 
 def test_a_chosen_attention_backend_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen before: left alone and said. Chosen after: diffusers' own processor computes, with that backend."""
+    """A backend chosen before is left alone and said; one chosen after is used, by diffusers' own processor."""
     module, inputs, expected = make("Wan 2.1 text-to-video")
     for block in module.blocks:
         block.attn1.set_attention_backend("native")
@@ -295,7 +295,7 @@ def test_masks_that_are_not_padding_stop() -> None:
     module, inputs, _ = make("Mochi")
     accelerate(module)
     inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].flip(1)
-    with pytest.raises(RuntimeError, match="attention_mask: expected text padded behind its tokens"):
+    with pytest.raises(RuntimeError, match="attention_mask: expected padding after the text only"):
         run(module, inputs)
 
 
@@ -310,7 +310,10 @@ def test_text_without_any_token_counts_as_diffusers_has_it() -> None:
 
 @pytest.mark.parametrize("host", [host for host, recipe in RECIPES.items()])
 def test_changed_internals_are_named_and_nothing_is_patched(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every attribute that a replacement reads, taken away from the last module of its kind; then other parameters."""
+    """An attribute that a replacement reads is named where the last module of its kind lacks it.
+
+    Other parameters are named too.
+    """
     recipe = RECIPES[host]
     name = next(n for n, model in MODELS.items() if any(kind(m) == host for m in model.make(HEAD_DIM[n]).modules()))
     module, inputs, expected = make(name)

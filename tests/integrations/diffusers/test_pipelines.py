@@ -20,7 +20,7 @@ from tests.support.tolerances import PARITY, relative_error
 
 
 def wan_pipeline(**options: Any) -> diffusers.WanImageToVideoPipeline:
-    """Both experts of Wan2.2 A14B, tiny; the text encoder is there, but embeddings are given."""
+    """Returns a tiny pipeline with the two experts of Wan2.2 A14B; its text encoder is there, embeddings are given."""
     torch.manual_seed(0)
 
     def transformer() -> diffusers.WanTransformer3DModel:
@@ -83,7 +83,7 @@ def test_a_pipeline_gives_the_same_video_and_is_restored(capsys: pytest.CaptureF
 @pytest.mark.compatibility("model offload", model="Wan pipeline (two experts, VAE 2.1)")
 @pytest.mark.parametrize("first", ["accelerate", "offload"])
 def test_an_offloaded_pipeline(first: str) -> None:
-    """The hooks that ``enable_model_cpu_offload`` puts on; that method itself wants an accelerator."""
+    """The hooks that ``enable_model_cpu_offload`` puts on are kept; that method itself wants an accelerator."""
     pipe = wan_pipeline()
     expected = frames(pipe)
     if first == "accelerate":
@@ -127,7 +127,7 @@ def test_lora_files_are_loaded_by_the_pipeline(first: str, tmp_path: Path) -> No
 
 
 def test_all_models_of_a_pipeline_or_none() -> None:
-    """The second expert has lost an attribute: the first is not patched either."""
+    """The first expert is not patched if the second has lost an attribute."""
     pipe = wan_pipeline()
     expected = frames(pipe)
     lost = pipe.transformer_2.blocks[1].attn2.norm_k

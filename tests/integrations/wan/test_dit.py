@@ -30,7 +30,7 @@ def _no_gradients():
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of the host in float32."""
+    """Makes the attention of the host float32."""
     monkeypatch.setattr(attention, "ROUNDS", False)
 
 
@@ -40,7 +40,7 @@ def make(cross: str = "WanT2VCrossAttention", **options: Any) -> model.WanModel:
 
 
 def inputs(*grids: tuple[int, int, int], seq_len: int = 24, per_token: bool = False) -> tuple[Any, ...]:
-    """Of two entries by default; ``e`` as in 2.1, or as in 2.2."""
+    """Returns inputs of two entries by default, with ``e`` as in 2.1 or as in 2.2."""
     torch.manual_seed(1)
     grids = grids or (GRID, GRID)
     tokens = [torch.randn(t * h * w, 64) for t, h, w in grids]
@@ -70,7 +70,7 @@ def test_same_output_and_restored_bit_for_bit(cross, features, per_token, exact)
 
 
 def test_padding_and_grids_that_differ(exact):
-    """Tokens behind the grid are normed, not rotated, and no keys; entries with different grids are the host's."""
+    """Tokens after the grid are normed, not rotated, and no keys; entries with different grids are the host's."""
     host = make()
     for given in (inputs(seq_len=30), inputs(GRID, (1, 3, 4), seq_len=27)):
         expected = host(*given)
@@ -134,7 +134,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_flash_attention_takes_and_gives_what_the_hosts_does(arguments, dtype):
-    """Values to bfloat16's precision, dtype and shape exactly; the counts say that ours computed it."""
+    """Values agree to bfloat16's precision, dtype and shape exactly; the counts say that ours computed them."""
     function, calls = ours("torch")
     q, k, v = (torch.randn(2, n, 3, 8).to(dtype) for n in (6, 7, 7))
     expected = attention.flash_attention(q, k, v, **ARGUMENTS[arguments])
@@ -222,7 +222,7 @@ def test_gradients_are_the_hosts(exact):
 
 
 class _Hooked:
-    """As accelerate's hooks: the module's own forward is kept, a function stands in its place."""
+    """A hook such as accelerate's: the module's own forward is kept, and a function stands in its place."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.runs = module, 0
@@ -327,7 +327,7 @@ def test_a_failure_while_applying_undoes_what_was_applied(monkeypatch):
 
 
 def test_pipeline_objects_and_repeated_calls(exact):
-    """Both experts and what the VAE object wraps; the last call decides; a dry run changes nothing."""
+    """The two experts and what the VAE object wraps are found; the last call decides; a dry run changes nothing."""
     pipeline = SimpleNamespace(
         high_noise_model=make(), low_noise_model=make(), vae=SimpleNamespace(model=nn.Linear(2, 2)), rank=0
     )

@@ -1,6 +1,6 @@
 """The Wan VAE of diffusers on our operators: same pictures, same cache, whatever its hooks; and it can be undone.
 
-What offloading hides is really away here: on disk, or on the meta device, until a module is called.
+Weights that offloading moves are really away here: on disk, or on the meta device, until a module is called.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def patch(root, recipes=RECIPES):
 
 @pytest.fixture
 def vae(request, tmp_path):
-    """A tiny random diffusers VAE of the version asked for (2.1)."""
+    """Returns a tiny random diffusers VAE of the version asked for (2.1)."""
     return saved_diffusers_vae(tmp_path, **VERSIONS[getattr(request, "param", "2.1")])
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each operator was called for a layer of the host."""
+    """Returns how often each operator was called for a layer of the host."""
     counts = Counter()
 
     def counted(name, operator):
@@ -64,7 +64,7 @@ def clip(vae, frames=9, rows=2, columns=3, batch=1):
 
 @torch.no_grad()
 def coded(vae, video):
-    """Latents of the video, and the video that other latents decode to."""
+    """Returns latents of the video, and the video that other latents decode to."""
     latents = vae.encode(video).latent_dist.mode()
     return latents, vae.decode(latents.flip(2)).sample
 
@@ -78,7 +78,7 @@ def assert_same(actual, expected, tolerance=PARITY):
 @pytest.mark.parametrize("tiles", [False, True], ids=["whole", "tiled"])
 @pytest.mark.parametrize("vae", BOTH, indirect=True)
 def test_same_pictures_before_and_after_and_identical_when_restored(vae, tiles, calls):
-    """Batches of two, three chunks of a clip; the weights stay the same tensors in the same memory layout."""
+    """Batches of two and three chunks of a clip give the same pictures; the weights stay the same tensors."""
     if tiles and vae.config.patch_size is not None and VERSION < (0, 36):
         pytest.skip("diffusers before 0.36 cannot tile the 2.2 VAE")
     stride = vae.config.scale_factor_spatial
@@ -100,7 +100,7 @@ def test_same_pictures_before_and_after_and_identical_when_restored(vae, tiles, 
 
 @pytest.mark.parametrize("vae", BOTH, indirect=True)
 def test_equals_the_host_to_rounding(vae, monkeypatch):
-    """In float64, where a wrong cache cannot hide behind rounding; converted when it is patched already."""
+    """The result is the host's in float64, where rounding hides no wrong cache; also if converted once patched."""
     # The host upsamples by way of float32.
     monkeypatch.setattr(autoencoder_kl_wan.WanUpsample, "forward", nn.Upsample.forward)
     video = clip(vae, frames=17).double()
@@ -115,7 +115,7 @@ def test_equals_the_host_to_rounding(vae, monkeypatch):
 @pytest.mark.parametrize("vae", BOTH, indirect=True)
 @torch.no_grad()
 def test_the_cache_is_the_hosts(vae, coder):
-    """After every chunk the same slots hold the same frames, and either code goes on from the other's cache."""
+    """The same slots hold the same frames after every chunk, and either code goes on from the other's cache."""
     module, decodes = getattr(vae, coder), coder == "decoder"
     if decodes:
         chunks = torch.randn(1, vae.config.z_dim, 4, 2, 3).split(1, dim=2)
@@ -124,7 +124,7 @@ def test_the_cache_is_the_hosts(vae, coder):
     count = sum(isinstance(m, autoencoder_kl_wan.WanCausalConv3d) for m in module.modules())
 
     def run(ours):
-        """``ours(i)``: whether our code computes chunk i."""
+        """Runs the chunks of a clip; ``ours(i)`` says whether our code computes chunk i."""
         slots, outputs, caches = [None] * count, [], []
         for i, chunk in enumerate(chunks):
             if ours(i):
@@ -154,7 +154,7 @@ def test_the_cache_is_the_hosts(vae, coder):
 
 
 class Copies(TorchDispatchMode):
-    """Paddings of frames, concatenations of frames, and the bytes that both have written."""
+    """A mode that counts paddings and concatenations of frames, and the bytes that they have written."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ def test_hooks_may_come_before_or_after(vae, kind, first, tmp_path, calls):
         patch(vae)
     actual = coded(vae, video)
     blocks = "block_level" in kind or "model" in kind
-    # Where each leaf has hooks, blocks go the host's way, through the convolutions; these are ours all the same.
+    # Where each leaf has hooks, residual blocks go the host's way, by the convolutions; these are ours all the same.
     assert (calls["rms_norm_silu"] > 0) == blocks
     assert calls["causal_conv3d"] > 100
     assert restore_module(vae).left == []
@@ -235,7 +235,7 @@ def test_hooks_may_come_before_or_after(vae, kind, first, tmp_path, calls):
 
 
 def test_hooks_of_torch_on_a_convolution_still_run(vae):
-    """Whether they watch or change what the convolution gives."""
+    """Hooks run that watch what the convolution gives, and those that change it."""
     video, conv = clip(vae), vae.decoder.up_blocks[0].resnets[0].conv1
     conv.register_forward_hook(lambda module, args, result: result + 1)
     expected = coded(vae, video)
@@ -254,7 +254,7 @@ def test_hooks_on_what_a_layer_holds_run(vae, kind):
 
 
 def test_a_forward_that_somebody_else_has_replaced_is_called(vae):
-    """Left and named for itself, and not read past by the block around it."""
+    """A replaced forward is left and named for itself, and not read past by the residual block around it."""
     video, conv = clip(vae), vae.decoder.up_blocks[0].resnets[0].conv1
     conv.forward = lambda x, cache_x=None: type(conv).forward(conv, x, cache_x) + 1
     expected = coded(vae, video)
@@ -265,7 +265,7 @@ def test_a_forward_that_somebody_else_has_replaced_is_called(vae):
 
 
 class Adapter(nn.Module):
-    """As adapters do it: shows the weight of the layer in it, and computes more."""
+    """A module such as adapters make: it shows the weight of the layer in it, and computes more."""
 
     def __init__(self, base):
         super().__init__()
@@ -294,7 +294,7 @@ def test_adapters_in_place_of_a_convolution_are_called(vae, first):
 
 
 def test_dropout_is_the_hosts_own(tmp_path, calls):
-    """Blocks that drop go the host's way, and only while they train."""
+    """Residual blocks that drop go the host's way, and only while they train."""
     vae = saved_diffusers_vae(tmp_path, **VERSIONS["2.1"], dropout=0.2)
     video = clip(vae)
     patch(vae)
@@ -308,7 +308,7 @@ def test_dropout_is_the_hosts_own(tmp_path, calls):
 
 @pytest.mark.parametrize("vae", BOTH, indirect=True)
 def test_gradients_are_the_hosts(vae):
-    """Of the input and of every weight that a decoder reads, over three chunks."""
+    """Gradients of the input and of every weight that a decoder reads are the host's, over three chunks."""
     latents = torch.randn(1, vae.config.z_dim, 3, 2, 2, requires_grad=True)
     weights = list(vae.decoder.parameters())
 
@@ -322,7 +322,7 @@ def test_gradients_are_the_hosts(vae):
 
 
 def test_autocast_computes_and_returns_what_the_host_does(vae):
-    """float32 weights under bfloat16 autocast, the original code's way to run in 16 bits."""
+    """float32 weights under bfloat16 autocast, the original code's way to run in 16 bits, give the host's dtypes."""
     video = clip(vae)
     with torch.autocast("cpu", torch.bfloat16):
         expected = coded(vae, video)
@@ -337,7 +337,7 @@ def test_autocast_computes_and_returns_what_the_host_does(vae):
 
 @pytest.mark.compatibility("torch.compile", model="Wan VAE 2.1")
 def test_compiles_without_a_graph_break(vae):
-    """Residual blocks and an ``upsample3d``, over the three states of a cache."""
+    """Residual blocks and an ``upsample3d`` compile without a break, over the three states of a cache."""
     patch(vae)
     stage = vae.decoder.up_blocks[0]
     inputs = torch.randn(3, 1, stage.in_dim, 1, 2, 2)

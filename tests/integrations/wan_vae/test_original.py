@@ -28,13 +28,13 @@ HOSTS = [("Wan", "2.1"), ("Wan", "2.2"), ("ComfyUI", "2.1"), ("ComfyUI", "2.2")]
 
 @pytest.fixture
 def theirs(host, tmp_path):
-    """A tiny random diffusers VAE."""
+    """Returns a tiny random diffusers VAE."""
     return saved_diffusers_vae(tmp_path, **VERSIONS[host[1]])
 
 
 @pytest.fixture
 def vae(host, theirs):
-    """The same weights in the modules of another host."""
+    """Returns the same weights in the modules of another host."""
     config, kind = theirs.config, WanVAE_ if host[0] == "Wan" else WanVAE
     dims = config.base_dim, config.decoder_base_dim or config.base_dim, config.z_dim
     layout = config.dim_mult, config.num_res_blocks, config.temperal_downsample
@@ -63,7 +63,10 @@ def test_the_stand_in_computes_the_wan_vae(theirs, vae, frames):
 @pytest.mark.parametrize("host", HOSTS, ids=" ".join)
 @pytest.mark.parametrize("frames", [1, 5, 9, 13])
 def test_same_pictures_before_and_after_and_identical_when_restored(theirs, vae, frames, calls):
-    """Clips whose last chunk is one latent, and two, where ComfyUI takes two at a time; an image has no cache there."""
+    """Clips whose last chunk is one latent, or two where ComfyUI takes two at a time, come out the same.
+
+    An image has no cache there.
+    """
     video = clip(theirs, frames, batch=2)
     expected = coded(vae, video)
     replaced = patch(vae, ORIGINAL_RECIPES)
@@ -79,14 +82,14 @@ def test_same_pictures_before_and_after_and_identical_when_restored(theirs, vae,
 
 
 class LendingOps(ModuleType):
-    """ComfyUI's way to weights that are elsewhere, and what is on loan."""
+    """A stand-in for ComfyUI's way to weights that are elsewhere, and what is on loan."""
 
     def __init__(self):
         super().__init__("comfy.ops")
         self.lent, self.open = 0, []
 
     def cast_bias_weight(self, module, input=None, dtype=None, device=None, bias_dtype=None, offloadable=False):
-        """The weights in the dtype of the input, and what the loan is given back with."""
+        """Returns the weights in the dtype of the input, and what the loan is given back with."""
         assert offloadable
         loan = object()
         self.lent += 1
@@ -94,21 +97,21 @@ class LendingOps(ModuleType):
         return module.weight.to(input.dtype), module.bias.to(input.dtype), loan
 
     def uncast_bias_weight(self, module, weight, bias, loan):
-        """The end of a loan."""
+        """Ends a loan."""
         self.open.remove(loan)
 
 
 class EarlierOps(ModuleType):
-    """Before loans had to be given back."""
+    """ComfyUI's operators of the time before loans had to be given back."""
 
     def cast_bias_weight(self, module, input=None):
-        """Not to be called: nobody would say when the weights are free again."""
+        """Fails the test, since nobody would say when the weights are free again."""
         raise NotImplementedError
 
 
 @pytest.mark.parametrize("host", HOSTS[2:], ids=" ".join)
 def test_weights_that_comfyui_lends_are_borrowed_and_given_back(theirs, vae, monkeypatch, calls):
-    """Stored in half precision and cast for every call: read past the module, they would be of the wrong dtype."""
+    """Weights stored in half precision and cast for every call are borrowed, since as stored their dtype is wrong."""
     ops = LendingOps()
     monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
     monkeypatch.setattr(sys.modules["comfy"], "ops", ops, raising=False)
@@ -144,7 +147,7 @@ def test_a_comfyui_that_cannot_lend_weights_computes_itself(theirs, vae, monkeyp
 
 
 def _foreign() -> nn.Module:
-    """Common class names, and nothing of the Wan VAE behind them."""
+    """Returns modules of the common class names that have nothing of the Wan VAE in them."""
 
     class ResidualBlock(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""The merging kernel against float64."""
+"""The merging kernel, run by the interpreter, against float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tolerances import LSE, OPERATOR, relative_error
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("parts", "head_dim", "length"), [(1, 64, 1), (2, 96, 33), (5, 128, 16), (3, 40, 17)])
 def test_against_float64(parts: int, head_dim: int, length: int, dtype: torch.dtype) -> None:
-    """Strided parts; a row that has no keys in one part, and one that has none in any."""
+    """Strided parts merge to the float64 result; one row has no keys in one part, and one has none in any."""
     outputs = [torch.randn(2, 3, length, head_dim).transpose(1, 2).to(dtype) for _ in range(parts)]
     lses = [100 * torch.randn(2, length, 3).transpose(1, 2) for _ in range(parts)]
     lses[0][0, 0, 0] = float("-inf")

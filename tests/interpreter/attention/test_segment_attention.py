@@ -24,7 +24,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def fused_qkv(length: int, heads: int, head_dim: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
-    """q, k, v as slices of one buffer that is NaN in front, behind and between."""
+    """Returns q, k, v as slices of one buffer that is NaN before, between and after them."""
     buffer = torch.full((batch, length + 2, 3, heads, head_dim + 8), float("nan"), dtype=dtype)
     inner = buffer[:, 1:-1, :, :, :head_dim]
     inner.copy_(torch.randn(inner.shape))
@@ -61,7 +61,7 @@ def test_awkward_lengths(lengths: tuple[int, ...], queries: int) -> None:
 
 
 def test_strides_of_every_kind() -> None:
-    """Sources in [B, H, L, D] memory, in a buffer shared by batch entries, and expanded over the batch."""
+    """Sources may lie in [B, H, L, D] memory, in a buffer shared by batch entries, or expanded over the batch."""
     q = torch.randn(2, 3, 40, 64).transpose(1, 2)
     first = torch.randn(2, 2, 3, 50, 64).transpose(2, 3).unbind(0)
     second = torch.randn(2, 1, 20, 3, 64).expand(2, 2, 20, 3, 64).unbind(0)
@@ -80,7 +80,7 @@ def test_strides_of_every_kind() -> None:
 def test_any_split_into_sources_and_calls_is_the_same_attention(
     lengths: list[int], queries: int, dtype: torch.dtype, calls: int
 ) -> None:
-    """The keys of one buffer, cut into sources; the sources dealt out to calls whose results are merged."""
+    """The keys of one buffer may be cut into any sources, dealt out to calls whose results are merged."""
     total = sum(lengths)
     q = fused_qkv(queries, 1, 64, dtype, batch=1)[0]
     _, k, v = fused_qkv(total, 1, 64, dtype, batch=1)
@@ -97,7 +97,7 @@ def test_any_split_into_sources_and_calls_is_the_same_attention(
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_valid_lengths_hide_what_lies_behind(head_dim: int) -> None:
-    """0, some and all keys valid; the hidden rows are NaN, in keys and in values."""
+    """Hidden rows never count, with 0, some or all keys valid, even where they are NaN in keys and values."""
     q, k, v = fused_qkv(40, 2, head_dim, torch.float32, batch=3)
     _, text_k, text_v = fused_qkv(70, 2, head_dim, torch.float32, batch=3)
     valid = torch.tensor([0, 33, 70])
@@ -121,7 +121,7 @@ def test_rows_without_a_valid_key_are_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_query_views_see_their_sources_only(dtype: torch.dtype) -> None:
-    """The causal ablation in one call, and its outputs in two slices of one buffer."""
+    """The causal ablation runs in one call, with its outputs in two slices of one buffer."""
     given_qkv, noisy_qkv = fused_qkv(70, 2, 64, dtype), fused_qkv(90, 2, 64, dtype)
     sources = [tuple(given_qkv[1:]), tuple(noisy_qkv[1:])]
     buffer = torch.full((2, 161, 2, 64), float("nan"), dtype=dtype)
@@ -136,7 +136,7 @@ def test_query_views_see_their_sources_only(dtype: torch.dtype) -> None:
     assert_close(out[1], second, dtype)
     assert (lse[0] - first_lse).abs().max() < LSE[name(dtype)]
     assert (lse[1] - second_lse).abs().max() < LSE[name(dtype)]
-    assert buffer[:, 160:].isnan().all(), "the kernel wrote behind its outputs"
+    assert buffer[:, 160:].isnan().all(), "the kernel wrote past its outputs"
 
 
 def test_one_query_view_sees_what_attends_says() -> None:
@@ -152,7 +152,7 @@ def test_one_query_view_sees_what_attends_says() -> None:
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (2, 1), (9, 9)])
 @pytest.mark.parametrize("block_len", [1, 30, 64, 70])
 def test_block_windows(block_len: int, left: int, right: int) -> None:
-    """Against a dense mask; a second source is seen by all."""
+    """A block window equals a dense mask; a second source is seen by all queries."""
     length = 150 if block_len > 1 else 12
     q, k, v = fused_qkv(length, 1, 64, torch.float32, batch=1)
     _, anchor_k, anchor_v = fused_qkv(20, 1, 64, torch.float32, batch=1)
@@ -165,7 +165,7 @@ def test_block_windows(block_len: int, left: int, right: int) -> None:
 
 
 def test_a_skipped_tile_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of keys computed for a window of one block of four, and for the whole: a quarter."""
+    """A window of one block of four computes a quarter of the tiles of keys of the whole."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     count, stock = [0], InterpreterBuilder.create_dot
@@ -187,7 +187,7 @@ def test_a_skipped_tile_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("lengths", [(70,), (64, 33), (1, 32, 40, 5)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_descriptors(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> None:
-    """The form that Hopper and Blackwell compile: the same numbers from tensor descriptors."""
+    """Tensor descriptors, the form compiled for Hopper and Blackwell, give the same numbers as pointers."""
     q = fused_qkv(66, 2, head_dim, dtype)[0]
     sources = [tuple(fused_qkv(n, 2, head_dim, dtype)[1:]) for n in lengths]
     out, lse = torch.full_like(q, float("nan")), torch.full((2, 2, 66), float("nan"))
@@ -201,7 +201,7 @@ def test_descriptors(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype
 
 
 def test_descriptors_with_valid_lengths_and_a_window() -> None:
-    """Rows inside the tensor but behind the visible ones: NaN behind valid lengths, other blocks beside a window."""
+    """Rows after the visible ones never count: NaN after valid lengths, other blocks beside a window."""
     q, k, v = fused_qkv(100, 1, 64, torch.float16, batch=1)
     _, text_k, text_v = fused_qkv(50, 1, 64, torch.float16, batch=1)
     text_k[:, 37:], text_v[:, 37:] = float("nan"), float("nan")
@@ -235,7 +235,7 @@ def test_not_a_number_is_not_hidden() -> None:
 
 
 def test_rows_beyond_two_to_the_31_elements() -> None:
-    """Batch entries and heads that lie more than 2**31 elements apart; untouched pages cost no memory."""
+    """Batch entries and heads may lie more than 2**31 elements apart; untouched pages cost no memory."""
     far = 2**31 + 64
     buffer, target = (torch.empty(far + 2**17, dtype=torch.float16) for _ in range(2))
     q = buffer.as_strided((2, 3, 2, 64), (far, 64, 1024, 1))

@@ -48,7 +48,7 @@ def test_convolution_against_float64(name: str, dtype: torch.dtype) -> None:
     history = scattered((2, past, 7, 9, channels), dtype) if past else None
     weight, bias = weights(columns, channels, kernel, dtype)
     options: dict[str, Any] = {"past": history, "stride": stride, "padding": padding}
-    assert explain(causal_conv3d, x, weight, bias, **options).implementation == "implicit product"
+    assert explain(causal_conv3d, x, weight, bias, **options).implementation == "implicit GEMM"
     expected = convolved(x, weight, bias, **options)
     assert relative_error(causal_conv3d(x, weight, bias, **options), expected) < limit(dtype)
     residual = scattered(expected.shape, dtype)
@@ -63,7 +63,7 @@ def test_convolution_against_float64(name: str, dtype: torch.dtype) -> None:
 
 
 def test_history_in_another_layout_and_results_in_given_memory() -> None:
-    """The residual is overwritten; around the results everything stays as it was."""
+    """The residual is overwritten by the result, and around the results everything stays as it was."""
     x, past = scattered((1, 2, 5, 6, 24), torch.float16), torch.randn(1, 2, 5, 6, 24).half()
     weight, bias = weights(24, 24, (3, 3, 3), torch.float16)
     residual, z = (scattered((1, 2, 4, 5, 24), torch.float16) for _ in range(2))
@@ -81,7 +81,7 @@ def test_history_in_another_layout_and_results_in_given_memory() -> None:
 
 
 def whole_numbers(*tensors: Tensor) -> list[Tensor]:
-    """The same layouts with small whole numbers: their sums are exact in float32, whatever their order.
+    """Returns the same layouts with small whole numbers: their sums are exact in float32, whatever their order.
 
     The interpreter leaves the order to NumPy; that a cut does not change it is proved on hardware (tests/gpu).
     """
@@ -118,7 +118,7 @@ def test_any_cut_in_space_gives_the_same_numbers() -> None:
 
 
 def test_a_frame_that_needs_64_bits() -> None:
-    """A column stride of 2**29 elements: the fifth column is beyond 2**31. Untouched pages cost no memory."""
+    """A column stride of 2**29 elements puts the fifth column beyond 2**31; untouched pages cost no memory."""
     buffer = torch.empty(2**31 + 2**29 + 64, dtype=torch.float16)
     x = buffer.as_strided((1, 1, 1, 6, 8), (0, 0, 0, 2**29, 1))
     x.copy_(torch.randn(x.shape))
@@ -154,7 +154,7 @@ def test_upsampling_against_float64(channels: int, columns: int, padding: tuple[
 
 
 def test_upsampling_one_pixel_to_one() -> None:
-    """Three of the four phases have nothing to do."""
+    """Three of the four phases have nothing to do when one pixel becomes one."""
     x, (weight, bias) = torch.randn(1, 1, 1, 1, 8), weights(16, 8, (1, 3, 3), torch.float32)
     y = upsample_conv2d(x, fold_upsample_weight(weight[:, :, 0]), bias, padding=(1, 0, 0, 1))
     assert relative_error(y, upsampled(x, weight[:, :, 0], bias, (1, 0, 0, 1))) < limit(torch.float32)
@@ -163,7 +163,7 @@ def test_upsampling_one_pixel_to_one() -> None:
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frames_against_float64(patch: int, dtype: torch.dtype) -> None:
-    """As bytes, as clamped numbers, into a part of larger frames; the rest stays."""
+    """Frames are written as bytes and as clamped numbers into a part of larger frames; the rest stays."""
     x, past = scattered((2, 2, 5, 7, 24), dtype, 2.0), scattered((2, 1, 5, 7, 24), dtype, 2.0)
     weight, bias = weights(3 * patch * patch, 24, (3, 3, 3), dtype)
     padding = (1, 0, 0, 1)

@@ -1,4 +1,4 @@
-"""Attention of hosts on the kernels themselves: which served what, and that the results are the hosts'."""
+"""Attention of hosts on the kernels themselves: which kernel served what, and that the results are the hosts'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts our operators that launch kernels."""
+    """A mode that counts our operators that launch kernels."""
 
     def __init__(self) -> None:
         super().__init__()

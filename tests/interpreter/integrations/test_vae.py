@@ -20,13 +20,13 @@ from tests.support.tolerances import KERNEL_PARITY, relative_error
 
 @pytest.fixture(autouse=True)
 def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreted program costs milliseconds whatever its size. Small tiles: interpreter/conv."""
+    """Makes tiles large: an interpreted program takes milliseconds whatever its size (small: interpreter/conv)."""
     small = ConvConfig.heuristic
     monkeypatch.setattr(ConvConfig, "heuristic", lambda *args: replace(small(*args), block_m=256))
 
 
 class Kernels(TorchDispatchMode):
-    """Calls of our operators' kernels, by name."""
+    """A mode that counts calls of our operators' kernels, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Kernels(TorchDispatchMode):
 
 @torch.no_grad()
 def chunks(module: nn.Module, frames: tuple[int, ...], channels: int) -> Tensor:
-    """A clip in pieces through one layer, with its cache."""
+    """Runs a clip in pieces through one layer, with its cache."""
     generator, slots = torch.Generator().manual_seed(1), [None] * 2
     pieces = []
     for count in frames:
@@ -78,7 +78,7 @@ def test_the_kernels_equal_the_host(module: Any, frames: tuple[int, ...], kernel
 
 @torch.no_grad()
 def test_a_convolution_and_a_norm_by_themselves() -> None:
-    """As around the stages, and within blocks whose convolutions have hooks."""
+    """A convolution and a norm on their own run on the kernels, as they do around the stages and in hooked blocks."""
     layers = nn.ModuleList([WanCausalConv3d(4, 8, 3, padding=1), WanRMS_norm(8, images=False)])
     x, past = torch.randn(1, 4, 2, 5, 6), torch.randn(1, 4, 2, 5, 6)
 

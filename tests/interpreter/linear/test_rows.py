@@ -31,7 +31,7 @@ LAST_BIT = 4e-7
 
 
 def inside(values: Tensor) -> Tensor:
-    """The same rows as a view of a larger buffer of NaN."""
+    """Returns the same rows as a view of a larger buffer of NaN."""
     buffer = torch.full((1, values.shape[1] + 2, values.shape[2] + 8), float("nan")).to(values.dtype)
     view = buffer[:, 1:-1, 8:]
     view.copy_(values)
@@ -57,7 +57,7 @@ def test_rows_are_rounded_to_the_nearest_codes(shape: tuple[int, int], dtype: to
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype) -> None:
-    """Subnormal codes included."""
+    """The middle between two codes is rounded to the even one, subnormal codes included."""
     x, expected = ties(kind)
     values, scales = quantize_rows(x, kind)
     assert scales.tolist() == [1.0]
@@ -67,7 +67,7 @@ def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype) ->
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_rows_that_are_not_ordinary(kind: torch.dtype) -> None:
-    """Zeros, next to nothing, one huge element, the largest floats, NaN and infinities; as by PyTorch."""
+    """Zeros, tiny rows, one huge element, the largest floats, NaN and infinities come out as by PyTorch."""
     x = torch.randn(9, 50)
     x[0], x[1] = 0.0, 1e-38
     x[2, 7], x[3] = 1e30, 3.4e38
@@ -91,7 +91,7 @@ def test_rows_that_are_not_ordinary(kind: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", STORED, ids=str)
 def test_every_code_is_decoded_bit_for_bit(kind: torch.dtype, dtype: torch.dtype) -> None:
-    """Against torch's own conversion, by scales that make subnormals, overflow, and no number at all."""
+    """Every code equals torch's own conversion under scales that make subnormals, overflow, and no number at all."""
     values = torch.arange(256, dtype=torch.uint8).view(kind).expand(8, 256).contiguous()
     scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
     expected = (values.float() * scales[:, None]).to(dtype)
@@ -131,7 +131,7 @@ def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
 def test_norms_are_rounded_once_to_the_nearest_codes(
     shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype
 ) -> None:
-    """Of the float32 row, whose error is float32's: never of a row in x's dtype."""
+    """Codes are the nearest to the float32 row, to float32's error: never to a row in x's dtype."""
     given = tokens(shape, dtype)
     x, update, gate, shift, scale, block_map = given.values()
     rest = {"block_map": block_map, "quantize": kind}
@@ -151,7 +151,7 @@ def test_norms_are_rounded_once_to_the_nearest_codes(
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_quantised_norm_is_that_of_the_float32_row(kind: torch.dtype) -> None:
-    """And not that of the bfloat16 row, which other code would store in between."""
+    """The quantised norm is not that of the bfloat16 row, which other code would store in between."""
     x = torch.randn(1, 8, 300).bfloat16()
     actual = norm_modulate(x, quantize=kind)
     float32 = quantize_rows(norm_modulate(x.float()), kind)
@@ -180,7 +180,7 @@ def test_norms_write_where_they_are_told_and_nothing_else() -> None:
 
 
 def test_a_token_of_no_row_has_no_scale() -> None:
-    """What a GPU does with a bad map: NaN, as in the norms that are not quantised."""
+    """A bad map gives NaN, as it does on a GPU and in the norms that are not quantised."""
     x, values, scales = torch.randn(1, 6, 96), torch.zeros(1, 6, 96, dtype=torch.int8), torch.empty(1, 6)
     shift, scale = torch.randn(1, 2, 2, 96).unbind(2)
     block_map = torch.tensor([1, 2, -1], dtype=torch.int32)
@@ -190,7 +190,7 @@ def test_a_token_of_no_row_has_no_scale() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Two rows 2**31 elements apart, in memory of which only their pages exist."""
+    """Two rows may lie 2**31 elements apart, in memory of which only their pages exist."""
     apart = 2**31 + 16
 
     def far(dtype: torch.dtype) -> Tensor:
@@ -217,7 +217,7 @@ def test_schemas_and_fakes_hold() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
-    """A foreign module's use: into new tensors and into slices of its own."""
+    """A foreign module compiles as one graph with them, into new tensors and into slices of its own."""
 
     def module(x: Tensor, update: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
         out = QuantizedRows(values[:, :6], scales[:, :6])

@@ -1,4 +1,4 @@
-"""The 8-bit product's kernel against float64, over ragged shapes, layouts, epilogues and scales."""
+"""The 8-bit matmul's kernel against float64, over ragged shapes, layouts, epilogues and scales."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def rows(count: int, channels: int, kind: torch.dtype, gap: int = 0) -> QuantizedRows:
-    """Values over the whole range, amid codes that would spoil every sum (NaN, or -128); scales of both signs."""
+    """Returns values over the whole range amid codes that would spoil every sum (NaN, -128), scales of both signs."""
     bytes_ = torch.full((count, channels + gap), 0x7F if kind != torch.int8 else -128, dtype=torch.int8)
     values = bytes_.view(kind)[:, :channels]
     whole = torch.randint(-127, 128, values.shape) if kind == torch.int8 else torch.randn(values.shape) * 60
@@ -30,7 +30,7 @@ def rows(count: int, channels: int, kind: torch.dtype, gap: int = 0) -> Quantize
 
 
 def exact(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """The formula in float64, with the scales in the operands."""
+    """Returns the formula in float64, with the scales in the operands."""
     wide = [r.values.double() * r.scales.double().unsqueeze(-1) for r in (x, weight)]
     y = F.linear(*wide, None if bias is None else bias.double())
     return y if activation is None else F.gelu(y, approximate="tanh")
@@ -54,7 +54,10 @@ def check(actual: Tensor, expected: Tensor) -> None:
     ],
 )
 def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.dtype) -> None:
-    """Rows amid NaN or -128; every dtype of the result, with and without bias and activation, bias of another dtype."""
+    """Rows amid NaN or -128 give the float64 result.
+
+    Every dtype of the result is tried, with and without bias, also of another dtype, and activation.
+    """
     x, weight = rows(tokens, channels, kind, gap=16), rows(columns, channels, kind)
     biases = {None: None} | {dtype: torch.randn(columns).to(dtype) for dtype in DTYPES}
     calls: list[tuple[torch.dtype, torch.dtype | None, str | None]] = [
@@ -65,7 +68,7 @@ def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.d
     ]
     for dtype, of_bias, activation in calls:
         options: dict[str, Any] = {"activation": activation, "dtype": dtype}
-        assert explain(scaled_linear, x, weight, biases[of_bias], **options).implementation == "fused product"
+        assert explain(scaled_linear, x, weight, biases[of_bias], **options).implementation == "fused matmul"
         actual = scaled_linear(x, weight, biases[of_bias], **options)
         assert actual.dtype == dtype
         check(actual, exact(x, weight, biases[of_bias], activation))
@@ -84,7 +87,7 @@ def test_other_tiles_give_the_same(
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_leading_axes_views_and_out(kind: torch.dtype) -> None:
-    """Batches of tokens, a part of a buffer, every other scale; nothing but ``out`` is written."""
+    """Batches of tokens, a part of a buffer and every other scale work; nothing but ``out`` is written."""
     values, scales = rows(2 * 9, 96, kind, gap=32)
     table = torch.full((2, 9, 2), float("nan"))
     table[..., 0] = scales.view(2, 9)
@@ -103,7 +106,7 @@ def test_leading_axes_views_and_out(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_extreme_scales(kind: torch.dtype) -> None:
-    """Zeros, tiny and huge ones beside each other, and a row that is NaN: no row spoils another."""
+    """No row spoils another: zeros, tiny and huge ones lie beside each other and beside a row that is NaN."""
     x, weight = rows(20, 64, kind), rows(32, 64, kind)
     x.scales[:4] = torch.tensor([0.0, 1e-30, 1e30, float("nan")])
     weight.scales[:3] = torch.tensor([0.0, 1e-6, 1e3])
@@ -115,7 +118,7 @@ def test_extreme_scales(kind: torch.dtype) -> None:
 
 
 def test_int8_sums_are_exact() -> None:
-    """The largest products there are, of which float32 could not hold the sum, less one."""
+    """The largest sum of int8 there is, less one, is exact, which float32 could not hold."""
     x = QuantizedRows(torch.full((2, 2064), -128, dtype=torch.int8), torch.ones(2))
     weight = QuantizedRows(torch.full((16, 2064), -128, dtype=torch.int8), torch.ones(16))
     weight.values[:, -1] = -127
@@ -142,7 +145,7 @@ def test_schema_and_fake_hold(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_compiles_as_one_graph_within_a_foreign_function(kind: torch.dtype) -> None:
-    """As a new tensor and into one; of another number of tokens too."""
+    """It compiles as one graph, with a new tensor and into a given one, and for another number of tokens too."""
     weight, bias = rows(32, 48, kind), torch.randn(32)
 
     def foreign(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:

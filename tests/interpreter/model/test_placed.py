@@ -1,4 +1,4 @@
-"""DiTs whose blocks are streamed or in 8 bits, on the kernels: against the PyTorch path, and what a step allocates."""
+"""DiTs whose layers are streamed or in 8 bits, on the kernels: against the PyTorch path, and what a step allocates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.support.tolerances import KERNEL_PARITY, relative_error
 CONFIG = replace(test_model.CONFIG, num_layers=3)
 PLACEMENTS = [
     Placement(resident=0),
-    Placement(resident=1, storage="float8"),
-    Placement(storage="float8", products="8bit"),
-    Placement(resident=0, storage="int8", products="8bit"),
+    Placement(resident=1, quantize="float8"),
+    Placement(quantize="float8", matmul="8bit"),
+    Placement(resident=0, quantize="int8", matmul="8bit"),
 ]
 
 
 def denoiser(placement: Placement) -> tuple[Denoiser, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     latents, reference, text = (
-        torch.randn(*shape, generator=draw) for shape in ((1, 4, 3, 6, 10), (1, 4, 5, 6, 10), (1, 7, 16))
+        torch.randn(*shape, generator=draw) for shape in ((1, 4, 3, 4, 6), (1, 4, 5, 4, 6), (1, 7, 16))
     )
     made = Denoiser(
         random_weights(WanDiT, CONFIG, 1, placement=placement),
@@ -47,7 +47,10 @@ def denoiser(placement: Placement) -> tuple[Denoiser, torch.Tensor]:
 def test_a_step_is_that_of_the_torch_path_and_allocates_nothing(
     placement: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quantised activations may round to the other neighbour where the norms before them differ in the last bit."""
+    """A step equals the torch path.
+
+    Quantised activations may round to the other neighbour where the norms before them differ in the last bit.
+    """
     found = {}
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SWIFTI2V_BACKEND", backend)
@@ -57,7 +60,7 @@ def test_a_step_is_that_of_the_torch_path_and_allocates_nothing(
         found[backend] = latents.clone()
     # Of the kernels, which ran last: scalars that torch makes of Python numbers on the CPU. The interpreter needs
     # memory for products of float8, which NumPy does not have.
-    assert sum(sizes) <= 64 or placement.product_dtype == torch.float8_e4m3fn
+    assert sum(sizes) <= 64 or placement.matmul_dtype == torch.float8_e4m3fn
     assert torch.isfinite(found["torch"]).all()
-    limit = KERNEL_PARITY if placement.products == "plain" else 5e-3
+    limit = KERNEL_PARITY if placement.matmul == "plain" else 5e-3
     assert relative_error(found["triton"], found["torch"]) < limit

@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreted program costs milliseconds whatever its size. Small tiles: interpreter/conv."""
+    """Makes tiles large: an interpreted program takes milliseconds whatever its size (small: interpreter/conv)."""
     small = ConvConfig.heuristic
     monkeypatch.setattr(ConvConfig, "heuristic", lambda *args: replace(small(*args), block_m=256))
 

@@ -19,7 +19,7 @@ SHAPES = [(1, 1, 1, 1), (1, 1, 1, 96), (2, 3, 5, 96), (1, 2, 9, 10), (1, 1, 3, 1
 
 
 def inside(values: Tensor) -> Tensor:
-    """The same values as a view of a larger buffer of NaN, strided in batch and tokens."""
+    """Returns the same values as a view of a larger buffer of NaN, strided in batch and tokens."""
     batch, length, channels = values.shape
     buffer = torch.full((batch + 1, length + 2, channels + 8), float("nan"), dtype=values.dtype)
     view = buffer[:batch, 1 : length + 1, 8:]
@@ -70,7 +70,7 @@ def test_norm_modulate(shape: tuple[int, ...], norm: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
 def test_residual_and_norm_in_one(shape: tuple[int, ...], gated: bool, dtype: torch.dtype) -> None:
-    """Against float64 of the two steps, with x' rounded between them; in place equals not in place."""
+    """The fused form equals float64 of the two steps, with x' rounded between them; in place equals not in place."""
     given = inputs(shape, dtype)
     x, update, shift, scale, block_map = (given[name] for name in ("x", "update", "shift", "scale", "block_map"))
     gate, name = (given["gate"] if gated else None), str(dtype).removeprefix("torch.")
@@ -98,7 +98,7 @@ def test_residual_and_norm_in_one(shape: tuple[int, ...], gated: bool, dtype: to
 
 
 def test_in_place_forms_overwrite_x() -> None:
-    """Rows of batch entries and blocks of their own, chosen by a map."""
+    """Forms in place overwrite x, with rows of batch entries and blocks of their own, chosen by a map."""
     given = inputs((2, 3, 5, 96), torch.float32)
     x, update, gate, shift, scale = (given[name] for name in ("x", "update", "gate", "shift", "scale"))
     rows = {"block_map": given["block_map"]}
@@ -113,7 +113,7 @@ def test_in_place_forms_overwrite_x() -> None:
 
 
 def test_a_row_that_is_not_there_is_nan_and_reads_nothing() -> None:
-    """What a GPU does with a bad map; on the CPU the public functions refuse it."""
+    """A bad map gives NaN, as on a GPU; on the CPU the public functions refuse it."""
     x, y = torch.randn(1, 6, 96), torch.empty(1, 6, 96)
     table = torch.randn(1, 2, 2, 96)
     shift, scale = table.unbind(2)
@@ -128,7 +128,7 @@ def test_a_row_that_is_not_there_is_nan_and_reads_nothing() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Two tokens 2**31 elements apart, in memory of which only their pages exist."""
+    """Two tokens may lie 2**31 elements apart, in memory of which only their pages exist."""
     apart = 2**31 + 16
     x = torch.empty(apart + 96, dtype=torch.float16).as_strided((1, 2, 96), (0, apart, 1))
     x.copy_(torch.randn(1, 2, 96))

@@ -17,7 +17,7 @@ BLOCKS, HEIGHT, WIDTH = (4000, 0), 2, 3  # not sorted
 
 
 def fused(heads: int, head_dim: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, list[Tensor]]:
-    """A fused projection's output among NaN, and q, k, v in it."""
+    """Returns a fused projection's output among NaN, and q, k, v in it."""
     length, width = len(BLOCKS) * HEIGHT * WIDTH, heads * head_dim
     buffer = torch.full((batch, length + 1, 3 * width + 16), float("nan"), dtype=dtype)
     qkv = buffer[:, 1:, 8:-8]
@@ -26,7 +26,7 @@ def fused(heads: int, head_dim: int, dtype: torch.dtype, batch: int = 2) -> tupl
 
 
 def close(actual: Tensor, x: Tensor, weight: Tensor, rope: Rope3D | None, heads: int, layout: str) -> bool:
-    """Against float64; where the norm is rounded before the rotation, two roundings."""
+    """Checks a result against float64: two roundings where the norm is rounded before the rotation."""
     expected = norm_rope_reference(x.double(), weight.double(), rope, heads, 0, 1e-6, layout)
     assert actual.dtype == x.dtype
     return relative_error(actual, expected) < 2 * OPERATOR[str(x.dtype).removeprefix("torch.")]
@@ -38,7 +38,7 @@ def close(actual: Tensor, x: Tensor, weight: Tensor, rope: Rope3D | None, heads:
     ("layout", "per_head"), [("interleaved", False), ("half", True)], ids=["interleaved, width", "half, per head"]
 )
 def test_against_float64(heads: int, head_dim: int, dtype: torch.dtype, layout: str, per_head: bool) -> None:
-    """Slices of a fused buffer, blocks out of order; in place equals not in place and touches nothing else."""
+    """Slices of a fused buffer with blocks out of order are rotated right; in place is the same and touches no more."""
     buffer, (q, k, v) = fused(heads, head_dim, dtype, batch=1 if heads != 4 else 2)
     weights = list((1 + 0.1 * torch.randn(2, head_dim if per_head else heads * head_dim)).to(dtype))
     rope = rope_3d(BLOCKS, HEIGHT, WIDTH, head_dim)
@@ -66,7 +66,7 @@ def test_cross_attention_has_no_rope_and_two_lengths(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("layout", "width"), [("interleaved", 24), ("half", 96)])
 def test_parts_of_a_window_are_rotated_where_they_stand(layout: str, width: int) -> None:
-    """Also the two combinations of layout and norm that are not above."""
+    """A part of a window is rotated as within the whole, in the two combinations of layout and norm not yet tested."""
     _, (q, _, _) = fused(4, 24, torch.float32)
     weight, rope = torch.rand(width), rope_3d(BLOCKS, HEIGHT, WIDTH, 24)
     whole = norm_rope(q, weight, rope, 4, layout=layout)
@@ -80,7 +80,10 @@ def test_parts_of_a_window_are_rotated_where_they_stand(layout: str, width: int)
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
 @pytest.mark.parametrize("heads", [4, 1])
 def test_angles_per_token_are_those_of_the_axes(heads: int, layout: str) -> None:
-    """The tables of a window, written out per token as other models give them; one head: pairs of the whole width."""
+    """A window's tables, written out per token as other models give them, give the same result.
+
+    With one head the pairs are those of the whole width.
+    """
     _, (q, k, _) = fused(4, 24, torch.float32)
     weights, head_dim = torch.rand(2, 96), 96 // heads
     axes = rope_3d(BLOCKS, HEIGHT, WIDTH, head_dim)

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the kernel leaves unwritten shows as NaN."""
+    """Makes memory that the kernel leaves unwritten show as NaN."""
     stock = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -60,7 +60,10 @@ def test_against_float64(
     patch: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Strided stores of other dtypes, unsorted and repeated indices, and NaN in every block that is not named."""
+    """Strided stores of other dtypes give the float64 result.
+
+    Indices are unsorted and repeated, and every block that is not named is NaN.
+    """
     latents, weight_bias = store(z, 6, size, torch.float32), parameters(width, z + mask_channels + z_ref, patch, dtype)
     options: dict[str, Any] = {"latent_index": int32(5, 0, 3, 3)}
     latents[:, :, [1, 2, 4]] = float("nan")
@@ -76,7 +79,10 @@ def test_against_float64(
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_given_blocks_come_from_the_reference(conditioned: bool) -> None:
-    """Their place in the store of latents does not exist, and that of noisy ones in the reference may be NaN."""
+    """Given blocks are read from the reference alone.
+
+    Their place in the store of latents does not exist, and that of noisy ones in the reference may be NaN.
+    """
     latents, reference = store(16, 2, (4, 4), torch.float32), store(16, 5, (4, 4), torch.bfloat16)
     weight, bias = parameters(96, 36 if conditioned else 16, (2, 2), torch.bfloat16)
     options: dict[str, Any] = {"latent_index": int32(-1, 1, -1, -1), "reference_index": int32(4, 3, 0, 4)}
@@ -92,7 +98,7 @@ def test_given_blocks_come_from_the_reference(conditioned: bool) -> None:
 
 @pytest.mark.parametrize(("blocks", "batch", "with_bias"), [(1, 1, True), (1, 2, False), (3, 2, True)])
 def test_defaults(blocks: int, batch: int, with_bias: bool) -> None:
-    """Every block of the store in order; one token; no bias; a reference longer than the window."""
+    """Every block of the store is embedded in order by default; one token, no bias and a longer reference work."""
     size = (2, 2) if batch == 1 else (2, 6)
     latents, reference = store(2, blocks, size, torch.float16, batch), store(3, blocks + 1, size, torch.float16, batch)
     weight, bias = parameters(7, 6, (2, 2), torch.float16)
@@ -102,7 +108,7 @@ def test_defaults(blocks: int, batch: int, with_bias: bool) -> None:
 
 
 def test_expanded_stores_and_an_output_within_a_buffer() -> None:
-    """One image for the whole batch; what surrounds the output stays untouched."""
+    """One image may serve the whole batch, and what surrounds the output stays untouched."""
     latents, reference = store(4, 3, (4, 4), torch.float32), store(4, 1, (4, 4), torch.float32, 1)
     reference = reference.expand(2, -1, 3, -1, -1)
     weight, bias = parameters(40, 9, (2, 2), torch.bfloat16)

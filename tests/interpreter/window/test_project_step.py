@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def head(
     width: int, z: int, patch: tuple[int, int], tokens: int, rows: int, dtype: torch.dtype, batch: int = 2
 ) -> list[Tensor]:
-    """Tokens far from mean 0 amid NaN; slices of one modulation table."""
+    """Returns tokens far from mean 0 amid NaN, and slices of one modulation table."""
     features = z * patch[0] * patch[1]
     buffer = torch.full((batch, tokens + 2, width + 3), float("nan"), dtype=dtype)
     x = buffer[:, 1:-1, 1:-2].copy_(3 * torch.randn(batch, tokens, width) + 5)
@@ -28,7 +28,7 @@ def head(
 
 
 def check(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Blocks that are NaN before stay so, and nothing else is."""
+    """Checks that blocks that were NaN before stay so, and that nothing else is."""
     assert torch.equal(actual.isnan(), expected.isnan())
     written = ~expected.isnan()
     coarse = max((dtype, actual.dtype), key=lambda x: torch.finfo(x).eps)
@@ -55,7 +55,10 @@ def test_against_float64(
     dtype: torch.dtype,
     step: float | Tensor | None,
 ) -> None:
-    """Targets in any order, blocks that are none and whose tokens are NaN, repeated rows, NaN in every other block."""
+    """Targets in any order give the float64 result.
+
+    Some blocks are no targets and have tokens of NaN, rows are repeated, and every other block of the store is NaN.
+    """
     block_len = size[0] * size[1] // patch[0] // patch[1]
     x, *parameters = head(width, z, patch, 4 * block_len, 3, dtype)
     x[:, block_len : 2 * block_len] = float("nan")
@@ -71,7 +74,7 @@ def test_against_float64(
 
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 1), (3, 1), (3, 3)])
 def test_defaults(blocks: int, rows: int) -> None:
-    """Every block of the store, a row for each or one for all; no bias; one entry."""
+    """Every block of the store is a target by default, with a row for each or one for all, no bias and one entry."""
     x, weight, _, shift, scale = head(24, 2, (2, 2), blocks * 6, rows, torch.float32, 1)
     out = torch.full((1, 2, blocks, 4, 6), float("nan"))
     expected = stepped(x, weight, None, shift, scale, out)
@@ -92,7 +95,7 @@ def test_surroundings_stay_untouched_and_inputs_may_be_expanded() -> None:
 
 
 def test_statistics_survive_a_large_mean() -> None:
-    """Squares minus the square of the sum would leave nothing of a spread of 1e-2 around 1e3 in float32."""
+    """A spread of 1e-2 around 1e3 survives in float32, where squares minus the square of the sum would lose it."""
     x, *parameters = head(200, 4, (2, 2), 4, 1, torch.float32)
     x.copy_(1e3 + 1e-2 * torch.randn(x.shape))
     out = torch.zeros(2, 4, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Which dense calls torch's own attention may take: those of which every row of every head is aligned."""
+"""The dense calls that torch's own attention may take: those of which every row of every head is aligned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OnGpu(Tensor):
 
 
 def rows_aligned(x: Tensor) -> bool:
-    """Row by row: whether each begins at a multiple of 16 bytes."""
+    """Returns whether each row begins at a multiple of 16 bytes, looked at one by one."""
     return all(x[i].data_ptr() % 16 == 0 for i in itertools.product(*map(range, x.shape[:3])))
 
 
@@ -85,7 +85,10 @@ def test_all_views_of_a_call_must_be_aligned() -> None:
 def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
     capability: int, fastest: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the table says is fastest; an aligned call takes what it says. q, k and v in turn are not aligned."""
+    """Views that are not aligned, q, k and v in turn, never take torch's attention.
+
+    It does not matter what the table says is fastest; an aligned call takes that.
+    """
     monkeypatch.setattr(choice, "capability_of", lambda device: capability)
     entries: list[dict[str, Any]] = []
     if fastest is not None:

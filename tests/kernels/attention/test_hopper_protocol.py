@@ -1,4 +1,4 @@
-"""The Hopper kernel's protocol and numbers, simulated; and that the simulator finds the mistakes one would make."""
+"""The Hopper kernel's protocol and numbers, simulated; the simulator is shown to find the mistakes one would make."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     dtype: torch.dtype = torch.float16,
     patience: float = 10.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The real launcher, with the kernel replaced by its simulation."""
+    """Runs the real launcher, with the kernel replaced by its simulation."""
     random.seed(0)
     q = [torch.randn(2, n, 3, 2, head_dim).to(dtype)[:, :, 0] for n in query_lens]
     sources = [tuple(torch.randn(2, n, 3, 2, head_dim).to(dtype)[:, :, 1:].unbind(2)) for n in key_lens]

@@ -1,4 +1,4 @@
-"""The contract of segment attention, on its PyTorch path: numbers, errors, autograd, compilation, the choice."""
+"""The contract of segment attention on its PyTorch path: numbers, errors, autograd, compilation, the choice."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_torch_s_attention_behind_dense_calls() -> None:
 def test_a_dense_call_on_an_unmeasured_card_takes_torch(
     capability: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decided from the tensors' metadata: these say that they are on a GPU, and hold nothing."""
+    """The choice is made from the tensors' metadata: these say that they are on a GPU, and hold nothing."""
     for module in (attention_choice, target):
         monkeypatch.setattr(module, "capability_of", lambda device: capability)
     monkeypatch.setattr(tables, "load_table", lambda name: [])
@@ -296,7 +296,7 @@ def test_overlaps_are_decided_by_elements() -> None:
 @given(st.data())
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_overlap_of_slices_is_exact(data: st.DataObject) -> None:
-    """Against the sets of elements, for random slices of one buffer."""
+    """The answer is that of the sets of elements, for random slices of one buffer."""
     x = torch.arange(2 * 5 * 3 * 4).view(2, 5, 3, 4)
 
     def part() -> Tensor:

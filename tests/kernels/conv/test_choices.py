@@ -1,4 +1,7 @@
-"""Who computes a convolution: kernel, cuDNN or reference, by device, dtype, measurement, version; in which tiles."""
+"""The choice of what computes a convolution, by device, dtype, measurement and version, and of its tiles.
+
+It is a kernel, cuDNN or the reference.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from tests.support.tolerances import OPERATOR, relative_error
 
 
 def call_of(operator: Callable[..., Any], dtype: torch.dtype, columns: int = 96) -> tuple[Any, ...]:
-    """Arguments for ``explain`` on a device that holds nothing: 96 channels of 2 * 20 * 30 pixels."""
+    """Returns arguments for ``explain`` on a device that holds nothing: 96 channels of 2 * 20 * 30 pixels."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -63,7 +66,7 @@ def test_the_choice_on_a_cpu(operator: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """A card of capability 9.0 for tensors that say that they are on it; the measurements are the list given."""
+    """A card of capability 9.0 for tensors that say that they are on it, and the list of its measurements."""
     entries: list[dict[str, Any]] = []
     for module in (by_torch, target):
         monkeypatch.setattr(module, "capability_of", lambda device: 90)
@@ -74,14 +77,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("operator", CONVOLUTIONS)
 def test_the_choice_on_a_gpu(operator: Callable[..., Any], card: list[dict[str, Any]]) -> None:
-    """Decided from the tensors' metadata."""
+    """The choice is made from the tensors' metadata, which say that they are on a GPU."""
     for dtype in (torch.bfloat16, torch.float16):
         choice = explain(operator, *call_of(operator, dtype))
-        assert str(choice) == "triton: implicit product (the kernels cover this call)"
+        assert str(choice) == "triton: implicit GEMM (the kernels cover this call)"
     choice = explain(operator, *call_of(operator, torch.float32))
     assert str(choice) == "torch: cudnn (cuDNN has tensor cores for float32, the kernel has not)"
     choice = explain(operator, *call_of(operator, torch.float32), backend="triton")
-    assert str(choice) == "triton: implicit product (backend is 'triton')"
+    assert str(choice) == "triton: implicit GEMM (backend is 'triton')"
     choice = explain(operator, *call_of(operator, torch.float64))
     assert str(choice) == "torch: cudnn (kernels exist for float16, bfloat16 and float32, got torch.float64)"
     choice = explain(operator, *call_of(operator, torch.bfloat16), backend="torch")
@@ -112,7 +115,7 @@ def test_the_nearest_measurement_decides(operator: Callable[..., Any], card: lis
 def test_the_environment_replaces_auto(monkeypatch: pytest.MonkeyPatch, card: list[dict[str, Any]]) -> None:
     arguments = call_of(causal_conv3d, torch.float32)
     monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
-    assert str(explain(causal_conv3d, *arguments)) == "triton: implicit product (SWIFTI2V_BACKEND is 'triton')"
+    assert str(explain(causal_conv3d, *arguments)) == "triton: implicit GEMM (SWIFTI2V_BACKEND is 'triton')"
     monkeypatch.setenv("SWIFTI2V_BACKEND", "torch")
     assert str(explain(causal_conv3d, *arguments)) == "torch: cudnn (SWIFTI2V_BACKEND is 'torch')"
     monkeypatch.setenv("SWIFTI2V_BACKEND", "cuda")
@@ -121,7 +124,7 @@ def test_the_environment_replaces_auto(monkeypatch: pytest.MonkeyPatch, card: li
 
 
 def test_what_one_program_does_not_own_is_normed_afterwards(card: list[dict[str, Any]]) -> None:
-    for columns, name in ((192, "implicit product"), (193, "implicit product, then rms_norm_silu")):
+    for columns, name in ((192, "implicit GEMM"), (193, "implicit GEMM, then rms_norm_silu")):
         for operator in (causal_conv3d, upsample_conv2d):
             *arguments, gamma = call_of(operator, torch.bfloat16, columns)
             assert explain(operator, *arguments, norm_weight=gamma).implementation == name
@@ -159,7 +162,10 @@ def test_what_is_known_of_3d_convolutions(
 
 @pytest.fixture
 def _faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch 2.8.0 with cuDNN 9.10.2. What is known of the real ones is kept for the process, so it is forgotten."""
+    """Pretends torch 2.8.0 with cuDNN 9.10.2.
+
+    What is known of the real ones is kept for the process, so it is forgotten.
+    """
     monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     by_torch._conv3d_works.cache_clear()
@@ -209,7 +215,7 @@ def test_the_warning_does_not_break_a_graph() -> None:
 @pytest.mark.parametrize("capability", [None, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("owned", [False, True])
 def test_every_shape_has_a_configuration(owned: bool, capability: int | None) -> None:
-    """Tiles that products can have, and all columns of a pixel in one program where a norm needs them."""
+    """Every shape has tiles that a matmul can have, and all columns of a pixel in one program for a norm."""
     for columns in (3, 16, 48, 96, 100, 160, 192, 256, 320, 384, 1024):
         if owned and columns > MAX_OWNED_CHANNELS:
             continue

@@ -1,4 +1,4 @@
-"""What a video autoencoder's operators say of arguments that break their contract."""
+"""Errors of a video autoencoder's operators for arguments that break their contract."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The contract of a video autoencoder's operators, on their torch path: numbers, gradients, graphs, costs.
+"""The contract of a video autoencoder's operators on their torch path: numbers, gradients, graphs, costs.
 
 Within ``pretend_gpu`` the CPU takes the path that cuDNN takes on a GPU, so that its slices and paddings are compared
-too; there only the products are another library's.
+too; there only the sums are another library's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On tensors this small, threads that share a busy machine wait for each other a hundred times longer than work."""
+    """Runs tests on one thread, since on tensors this small threads wait for each other longer than they work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Options of a call that takes the path named."""
+    """Returns the options of a call that takes the path of this name."""
     if request.param == "cudnn without 3D":
         monkeypatch.setattr(by_torch, "_conv3d_works", lambda dtype: False)
     within: AbstractContextManager[object] = nullcontext() if request.param == "cpu" else pretend_gpu(90)
@@ -62,14 +62,16 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def untouched(views: Sequence[Tensor]) -> Callable[[], bool]:
-    """Whether what surrounds the views of ``scattered`` is still NaN, and nothing else is."""
+    """Returns whether what surrounds the views of ``scattered`` is still NaN, and nothing else is."""
     before = [view._base.isnan() for view in views]
     return lambda: all(torch.equal(view._base.isnan(), b) for view, b in zip(views, before, strict=True))
 
 
 def check_in_place(call: Callable[..., Any], x: Tensor, residual: Tensor, expected: Tensor, gamma: Tensor) -> Tensor:
-    """The sum goes into the residual and the norm of what was stored into memory given, which is returned; what is
-    around them stays."""
+    """Checks that the sum goes into the residual and the norm of what was stored into given memory, which is returned.
+
+    What is around them stays.
+    """
     given = scattered(expected.shape, x.dtype)
     intact = untouched((x, residual, given))
     results = call(out=residual, normed=given)
@@ -189,7 +191,7 @@ def test_phases_share_out_the_nine_taps() -> None:
 
 @pytest.mark.parametrize(("dtype", "claimed"), [(torch.bfloat16, 1.7e-3), (torch.float32, 4e-8)], ids=str)
 def test_folding_costs_what_its_file_says(dtype: torch.dtype, claimed: float) -> None:
-    """Sums of weights rounded once, everything else in float64."""
+    """Folded weights cost what the file says: sums rounded once, everything else in float64."""
     weight, x = torch.randn(192, 192, 3, 3).to(dtype), torch.randn(1, 1, 16, 16, 192).double()
     expected = upsampled(x, weight, None)
     moved = relative_error(upsample_conv2d(x, fold_upsample_weight(weight).double()), expected)
@@ -201,7 +203,7 @@ def test_folding_costs_what_its_file_says(dtype: torch.dtype, claimed: float) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("patch", [1, 2])
 def test_frames_against_float64(patch: int, dtype: torch.dtype, path: dict[str, Any]) -> None:
-    """As bytes, as clamped numbers, into a part of larger frames; the rest stays."""
+    """Frames are written as bytes and as clamped numbers into a part of larger frames; the rest stays."""
     x, past = scattered((2, 2, 5, 7, 12), dtype, 2.0), scattered((2, 1, 5, 7, 12), dtype, 2.0)
     weight, bias = weights(3 * patch * patch, 12, (3, 3, 3), dtype)
     options: dict[str, Any] = {"past": past, "padding": (1, 0, -1, 1)}
@@ -230,7 +232,7 @@ def test_frames_against_float64(patch: int, dtype: torch.dtype, path: dict[str, 
 
 
 def test_numbers_become_the_bytes_of_their_pixels() -> None:
-    """-1 is 0, 1 is 255, and what is beyond or between goes to the nearest end or the byte below."""
+    """-1 becomes 0, 1 becomes 255, and what is beyond or between goes to the nearest end or the byte below."""
     values = torch.tensor([-9.0, -1.0, -0.5, 0.0, 0.5, 1.0, 9.0])
     x, out = values.view(1, 1, 1, 7, 1), torch.empty(1, 1, 1, 7, 3, dtype=torch.uint8)
     weight = torch.ones(3, 1, 1, 1, 1).to(memory_format=torch.channels_last_3d)
@@ -279,7 +281,7 @@ def test_gradients_are_those_of_the_formula(path: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", PATHS[:2], indirect=True)
 def test_gradients_of_upsampling_are_those_of_the_formula(path: dict[str, Any]) -> None:
-    """Through the folding too, up to the weight that a model holds."""
+    """Gradients pass through the folding too, up to the weight that a model holds."""
     x, weight, bias, gamma = double(1, 2, 3, 2, 3), double(5, 3, 3, 3), double(5), double(5)
     inputs, padding = (x, weight, bias, gamma), (1, 0, -1, 1)
     y, z = upsample_conv2d(x, fold_upsample_weight(weight), bias, padding=padding, norm_weight=gamma, **path)
@@ -317,7 +319,7 @@ def test_gradients_of_a_pixel_of_zeros_are_not_nan() -> None:
 
 
 def modules(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Callable[[Tensor, Tensor], list[Tensor]]:
-    """A model of someone else's that calls every operator, with history, halo, residual and norms."""
+    """Returns a model of someone else's that calls every operator, with history, halo, residual and norms."""
     (weight, bias), gamma = weights(16, 16, (3, 3, 3), dtype), torch.rand(16).to(dtype)
     phases = fold_upsample_weight(weight[:, :, 0]).to(device)
     head = weight[:3].contiguous(memory_format=torch.channels_last_3d).to(device)
@@ -345,7 +347,7 @@ def test_they_compile_as_one_graph_within_a_foreign_module() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.")
 def test_the_choice_of_a_gpu_is_made_while_tracing() -> None:
-    """Of tensors without contents: the table is read, and the kernels' operators stand in the one graph."""
+    """Tensors without contents suffice: the table is read, and the kernels' operators stand in the one graph."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -363,7 +365,7 @@ def test_the_choice_of_a_gpu_is_made_while_tracing() -> None:
         kernels = [name.split(".")[1] for name in compiled(torch.bfloat16) if name.startswith("swifti2v.")]
         assert kernels == ["causal_conv3d", "causal_conv3d", "upsample_conv2d", "rms_norm_silu", "frames_out"]
         kernels = [name.split(".")[1] for name in compiled(torch.float32) if name.startswith("swifti2v.")]
-        # cuDNN's sums, and the norms behind two of them by their own kernel.
+        # cuDNN's sums, and the norms after two of them by their own kernel.
         assert kernels == ["rms_norm_silu"] * 3
     assert len(graphs) == 2
 
@@ -391,7 +393,7 @@ def test_costs_count_what_must_move() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_torch_counts_their_operations(dtype: torch.dtype) -> None:
-    """Of tensors without contents on a GPU that is not there: by the kernels in 16 bits, by cuDNN in 32."""
+    """torch counts operations of tensors without contents as on a GPU: by the kernels in 16 bits, by cuDNN in 32."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -25,7 +25,7 @@ PLANS = [
 
 
 def run(model, reference, **options):
-    """The sampled clip; ``reference`` is left as it is."""
+    """Returns the sampled clip; ``reference`` is left as it is."""
     clip = reference.clone()
     mask_channels = getattr(model, "mask_channels", None)
     options = {
@@ -92,7 +92,7 @@ def test_examples_in_docstrings_run():
 def test_a_model_that_knows_the_clip_is_led_to_it(plan, whole):
     """The exact velocity towards known blocks, looked up by the indices given, ends there whatever the schedule.
 
-    What is given in front of a segment is therefore what was generated, and what is given behind it still rough.
+    A block given before a segment is therefore what was generated, and one given after it is still rough.
     """
     known, seen = torch.randn(2, 3, plan.num_blocks, 4, 6, dtype=torch.float64), []
     rough = known + torch.tensor([0.0] + [1.0] * (plan.num_blocks - 1)).view(-1, 1, 1)
@@ -111,7 +111,7 @@ def test_a_model_that_knows_the_clip_is_led_to_it(plan, whole):
 
 
 class GlobalTimestep(nn.Module):
-    """A DiT's outside with one timestep for all frames and frames counted from 0, as Mochi has it."""
+    """The outside of a DiT with one timestep for all frames and frames counted from 0, as Mochi has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class GlobalTimestep(nn.Module):
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_a_model_with_one_timestep_runs_by_a_function(plan):
-    """The whole sampler against its formulas written out; conditioning blocks are the generated ones, in this order."""
+    """The whole sampler equals its formulas written out; conditioning blocks are the generated ones, in this order."""
     dit, reference = GlobalTimestep().double(), torch.randn(1, 3, plan.num_blocks, 4, 6, dtype=torch.float64)
     clip = run(
         lambda latents, sigma, window: dit(latents, torch.tensor([1000 * sigma])), reference, plan=plan, sigmas=SIGMAS
@@ -145,7 +145,7 @@ def test_a_model_with_one_timestep_runs_by_a_function(plan):
 
 
 def wave(latents, sigma, window):
-    """A cheap model for tests of what is around it."""
+    """Computes a cheap model for tests of what is around it."""
     return torch.sin(latents + sigma)[:, :, len(window.conditioning) :]
 
 

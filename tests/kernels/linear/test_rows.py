@@ -1,4 +1,4 @@
-"""8-bit rows by PyTorch: what is computed, what is refused, and who computes what."""
+"""8-bit rows by PyTorch: what is computed, what is refused, and what computes which call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAST_BIT = 4e-7
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_rows_are_rounded_to_the_nearest_codes(dtype: torch.dtype, kind: torch.dtype) -> None:
-    """Rows of two axes, and a single row without any."""
+    """Rows of two axes, and a single row without any, are rounded to the nearest codes."""
     x = (3 * torch.randn(2, 5, 300) + 1).to(dtype)
     values, scales = quantize_rows(x, kind)
     assert (values.dtype, values.shape, scales.dtype, scales.shape) == (kind, x.shape, torch.float32, (2, 5))
@@ -69,7 +69,7 @@ def test_what_is_not_a_number_is_not_hidden(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_norms_are_quantised_from_float32(kind: torch.dtype) -> None:
-    """The norm in float32, rounded once; through bfloat16 other codes come out. x' is what it is without."""
+    """The norm is rounded once from float32; through bfloat16 other codes come out. x' is what it is without."""
     x, update = torch.randn(2, 1, 12, 300).bfloat16()
     shift, scale, gate = torch.randn(3, 1, 3, 300)
     y = norm_modulate(x, shift, scale, quantize=kind)
@@ -176,7 +176,7 @@ def test_writing_over_what_is_read_is_refused() -> None:
 
 
 def test_old_gpus_have_the_kernels_but_those_that_round_to_float8() -> None:
-    """With a reason, and by name an error."""
+    """Old GPUs take the reference for these, with a reason, and raise an error if the kernel is asked for by name."""
     x, rows = torch.empty(1, 6, 96), quantize_rows(torch.randn(6, 96))
     reason = "kernels that round to float8 exist for compute capability 8.9 and newer, this device has 8.6"
     with pretend_gpu(86):
@@ -232,7 +232,7 @@ def test_empty_rows_stay_empty() -> None:
 
 
 def test_costs_are_what_the_docstrings_say() -> None:
-    """3 bytes an element of 16 bits and 4 a row; a quantised norm halves what it writes."""
+    """An element of 16 bits costs 3 bytes and a row 4; a quantised norm halves what it writes."""
     assert quantize_cost(7, 100).bytes == 7 * (3 * 100 + 4)
     assert dequantize_cost(7, 100).bytes == 7 * (3 * 100 + 4)
     parts = {"update": True, "norm": True}
@@ -242,7 +242,7 @@ def test_costs_are_what_the_docstrings_say() -> None:
 
 
 def test_a_row_stays_in_registers() -> None:
-    """At most 32 numbers a thread; the limit of registers is for rows of at most 24, which do not spill under it."""
+    """A thread has at most 32 numbers; the limit of registers is for at most 24, which do not spill under it."""
     for channels in (96, 1536, 5120, 8960, 13824, 16384):
         block_c = 1 << (channels - 1).bit_length()
         config = QuantizeConfig.heuristic(block_c)
@@ -258,7 +258,7 @@ _WIDTHS = (1536, 3072, 4096, 5120, 8192)
 def test_cases_are_for_gpus_that_have_their_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Compiled, tuned and launched for these alone."""
+    """Cases are compiled, tuned and launched for the GPUs that have their kernel alone."""
     cases = {case.name: i for i, case in enumerate(all_cases())}
     new, old = cases["quantize_rows C13824 float8"], cases["quantize_rows C8960 int8"]
     assert (all_cases()[new].least_capability, all_cases()[old].least_capability) == (89, 80)

@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 
 
 def layer(kind: torch.dtype, tokens: int = 10, channels: int = 48, columns: int = 32) -> tuple[Any, Any, Tensor]:
-    """As a model makes them; columns in need of no kernel."""
+    """Returns operands as a model makes them; the columns need no kernel."""
     x, weight = torch.randn(2, tokens // 2, channels), torch.randn(columns, channels) / channels**0.5
     return quantize_rows(x, kind), quantize_rows(weight, kind), torch.randn(columns)
 
 
 def exact(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None) -> Tensor:
-    """In float64, with the scales in the operands."""
+    """Returns the result in float64, with the scales in the operands."""
     wide = [r.values.double() * r.scales.double().unsqueeze(-1) for r in (x, weight)]
     return F.linear(*wide, None if bias is None else bias.double())
 
@@ -43,7 +43,7 @@ def exact(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None = None) -
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_torch_path_is_the_formula(kind: torch.dtype, dtype: torch.dtype) -> None:
-    """Of any sizes, also those that have no kernel; into ``out`` bit for bit the same."""
+    """Any sizes give the formula, also those that have no kernel; into ``out`` bit for bit the same."""
     x, weight, bias = layer(kind, 14, 37, 11)
     name = str(dtype).removeprefix("torch.")
     y = scaled_linear(x, weight, dtype=dtype)
@@ -58,14 +58,14 @@ def test_the_torch_path_is_the_formula(kind: torch.dtype, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize(("kind", "allowed"), [(torch.float8_e4m3fn, 4e-2), (torch.int8, 1.5e-2)], ids=str)
 def test_two_quantisations_cost_what_8_bits_cost(kind: torch.dtype, allowed: float) -> None:
-    """3.7 % for three bits of mantissa, less for int8 and numbers without outliers; and not nothing."""
+    """Two roundings cost 3.7 % for three bits of mantissa, less for int8 without outliers, and not nothing."""
     x, weight = torch.randn(64, 1536), torch.randn(96, 1536)
     y = scaled_linear(quantize_rows(x, kind), quantize_rows(weight, kind), dtype=torch.float32)
     assert allowed / 4 < relative_error(y, F.linear(x.double(), weight.double())) < allowed
 
 
 def test_int8_sums_are_exact() -> None:
-    """Of 2.8e8, which float32 could not hold."""
+    """Sums of 2.8e8 are exact, which float32 could not hold."""
     x = QuantizedRows(torch.full((1, 17392), -128, dtype=torch.int8), torch.ones(1))
     weight = QuantizedRows(torch.full((16, 17392), -128, dtype=torch.int8), torch.ones(16))
     weight.values[:, -1] = -127
@@ -77,7 +77,7 @@ def test_int8_sums_are_exact() -> None:
 
 
 def test_the_scales_and_the_bias_have_gradients() -> None:
-    """8 bits have none."""
+    """Scales and bias have gradients; numbers of 8 bits have none."""
     x, weight, bias = layer(torch.int8)
     scales, bias = x.scales.double().requires_grad_(), bias.double().requires_grad_()
     rows = QuantizedRows(weight.values, weight.scales.double())
@@ -162,7 +162,7 @@ def test_writing_over_what_is_read_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_compiles_alone_in_a_foreign_module(kind: torch.dtype) -> None:
-    """On the PyTorch path, with the quantisation before it; tests/interpreter does the same on the kernel."""
+    """It compiles on the PyTorch path with the quantisation before it; tests/interpreter does so on the kernel."""
     _, weight, bias = layer(kind)
 
     class Foreign(torch.nn.Module):
@@ -182,10 +182,10 @@ def test_explain_says_what_computes_it_and_why() -> None:
     assert choice.reason.startswith("kernels need an NVIDIA GPU")
     for capability in TARGETS:
         with pretend_gpu(capability):
-            assert explain(scaled_linear, int8, int8_weight).implementation == "fused product"
+            assert explain(scaled_linear, int8, int8_weight).implementation == "fused matmul"
             choice = explain(scaled_linear, float8, weight, bias)
             if capability >= 89:
-                assert choice.implementation == "fused product"
+                assert choice.implementation == "fused matmul"
             else:
                 older = "exist for compute capability 8.9 and newer, this device has"
                 reason = f"kernels that multiply float8 {older} {capability / 10}"
@@ -197,7 +197,7 @@ def test_explain_says_what_computes_it_and_why() -> None:
 
 
 class _OnCuda:
-    """As much of CUDA tensors as the choice of torch's product looks at."""
+    """A tensor with as much of CUDA tensors as the choice of torch's matmul looks at."""
 
     def __init__(self, x: Tensor) -> None:
         self.device, self.dtype, self.shape, self._x = torch.device("cuda"), x.dtype, x.shape, x
@@ -212,7 +212,7 @@ class _OnCuda:
 
 @pytest.mark.parametrize("capability", [89, 90, 100])
 def test_torch_has_products_of_its_own(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are known to take scales a row, and what they are asked for."""
+    """torch's matmuls are taken where they are known to take scales a row, for what they take."""
     module = importlib.import_module("swifti2v_kernels.linear.scaled_linear")  # not the function of that name
     monkeypatch.setattr(module, "capability_of", lambda device: capability)
 
@@ -233,7 +233,7 @@ def scaled_mm(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, *,
     out_dtype: torch.dtype, use_fast_accum: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    """``torch._scaled_mm`` with scales a row: rows by columns, scales [M, 1] and [1, N], a bias in bfloat16."""
+    """Stands for ``torch._scaled_mm`` with scales a row: rows by columns, scales [M, 1] and [1, N], a bfloat16 bias."""
     assert a.is_contiguous()
     assert b.t().is_contiguous()
     assert not use_fast_accum
@@ -249,8 +249,11 @@ def scaled_mm(
 def test_torchs_products_are_asked_for_the_formula(
     kind: torch.dtype, own: str, bias_dtype: torch.dtype | None, activation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of int8 exists on the CPU; that of float8 takes scales a row there in the newest torch only, so that what it
-    is documented to do stands in for it."""
+    """torch's matmuls are asked for the formula.
+
+    That of int8 exists on the CPU; that of float8 takes scales a row there in the newest torch only, so that what it is
+    documented to do stands in for it.
+    """
     monkeypatch.setattr(torch.ops.aten._scaled_mm, "out", scaled_mm)
     monkeypatch.setattr(
         importlib.import_module("swifti2v_kernels.linear.scaled_linear"), "_by_torch", lambda *given: own
@@ -274,7 +277,7 @@ def test_the_example_in_the_docstring_runs() -> None:
 
 
 def test_least_cost_by_hand() -> None:
-    """The first product of the feed-forward of Wan 1.3B: a part of 2816 tokens."""
+    """The least cost of the first matmul of Wan 1.3B's feed-forward, for 2816 tokens, is that counted by hand."""
     least = cost(2816, 1536, 8960, gelu=True)
     assert least.flops == 2 * 2816 * 1536 * 8960 + 8 * 2816 * 8960
     assert least.bytes_read == (2816 + 8960) * 1536 + 4 * (2816 + 8960) + 2 * 8960
@@ -309,7 +312,7 @@ def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str, own_cache: None) -> None:
-    """One case of each; all are checked by ``python -m bench compile --check``."""
+    """One case of each dtype multiplies in 8 bits; ``python -m bench compile --check`` checks all."""
     case = next(case for case in cases_of(scaled_linear) if "K1536" in case.name and kind in case.name)
     row, analysis = row_of(case, capability)
     assert row.faults() == []
@@ -327,7 +330,7 @@ def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str, own_ca
 
 
 def test_a_product_of_8_bits_in_16_is_a_fault() -> None:
-    good = report.Row("c", 89, "k", "", None, shared_limit=1, mma="QMMA", computes_products=True, operands="float8")
+    good = report.Row("c", 89, "k", "", None, shared_limit=1, mma="QMMA", has_matmul=True, operands="float8")
     assert good.faults() == []
     wrong = dataclasses.replace(good, mma="HMMA").faults()
     assert wrong == ["tensor cores: expected QGMMA or QMMA or UTCQMMA, got HMMA"]
@@ -335,7 +338,10 @@ def test_a_product_of_8_bits_in_16_is_a_fault() -> None:
 
 
 def test_bounds_of_8_bits_by_hand() -> None:
-    """A program of 8 warps on a 4090: float8 at twice the rate of bf16, int8 at four times; IGMMA by all warps."""
+    """Bounds for 8 warps on a 4090 are those counted by hand.
+
+    float8 runs at twice the rate of bf16, int8 at four times; IGMMA by all warps.
+    """
     for opcode, capability, rate, cycles in (("QMMA", 89, 2, 2048), ("IMMA", 89, 4, 1024), ("QGMMA", 90, 2, 256)):
         loop = Loop(200, 100, {opcode: 64}, False)
         bound = predict(Analysis(128, 0, 0, 200, {}, [loop]), Work(2**20, 0), 8, 1, TARGETS[capability])

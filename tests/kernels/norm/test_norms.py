@@ -117,7 +117,7 @@ def test_adaln_names_the_argument_that_does_not_fit():
 
 
 def test_writing_over_what_is_read_is_refused_on_the_pytorch_path_too():
-    """The same calls are races on a GPU, and wrong here where one result is read after another was written."""
+    """Calls that are races on a GPU are refused here, where one result would be read after another was written."""
     x, update = torch.randn(2, 1, 12, 96)
     weight, rope = torch.rand(96), rope_3d([5, 0], 2, 3, 24)
     floats = torch.zeros(1, 4, 96)
@@ -154,7 +154,7 @@ def test_views_of_other_dtypes_overlap_by_their_bytes():
 
 
 def test_a_row_that_is_not_there_is_nan_where_values_are_not_checked():
-    """Under torch.compile, as on a GPU."""
+    """A row that is not there gives NaN under torch.compile, as on a GPU."""
     x, shift, scale = torch.randn(1, 4, 8), *torch.randn(2, 1, 2, 8)
     compiled = torch.compile(norm_modulate, fullgraph=True, backend="aot_eager")
     y = compiled(x, shift, scale, block_map=torch.tensor([1, -1], dtype=torch.int32))
@@ -163,7 +163,7 @@ def test_a_row_that_is_not_there_is_nan_where_values_are_not_checked():
 
 
 def _complex_rope(x, positions, head_dim):
-    """Wan's own formulation: interleaved pairs as complex numbers times exp(i * angle), in float64."""
+    """Computes Wan's own formulation: interleaved pairs as complex numbers times exp(i * angle), in float64."""
     spatial = 2 * (head_dim // 6)
     angles = []
     for axis, channels in enumerate((head_dim - 2 * spatial, spatial, spatial)):
@@ -203,7 +203,7 @@ def test_operators_are_differentiable():
 
 
 def test_half_layout_and_norm_per_head_are_those_of_diffusers():
-    """Cosmos: RMSNorm of every head, pairs (p, p + D / 2)."""
+    """The half layout equals diffusers' Cosmos: RMSNorm of every head, pairs (p, p + D / 2)."""
     q, k = torch.randn(2, 2, 18, 3 * 24)
     weights, rope = torch.randn(2, 24), rope_3d((5, 0, 9), 2, 3, 24)
     tables = torch.meshgrid(*(torch.arange(n) for n in (3, 2, 3)), indexing="ij")
@@ -284,7 +284,7 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_each_operator_compiles_alone_in_a_foreign_module(name):
-    """On the PyTorch path; tests/interpreter does the same on the kernels."""
+    """Each operator compiles on the PyTorch path; tests/interpreter does the same on the kernels."""
     operator, make = ALONE[name]
 
     class Foreign(torch.nn.Module):

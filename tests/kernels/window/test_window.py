@@ -27,7 +27,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def embedding(**changes: Any) -> dict[str, Any]:
-    """A call of ``embed_window`` that holds: 2 + 1 + 2 channels, three blocks, one of them given."""
+    """Returns a call of ``embed_window`` that is allowed: 2 + 1 + 2 channels, three blocks, one of them given."""
     return {
         "latents": torch.randn(1, 2, 4, 4, 6),
         "weight": torch.randn(8, 5, 1, 2, 2),
@@ -41,7 +41,7 @@ def embedding(**changes: Any) -> dict[str, Any]:
 
 
 def head(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
-    """A call of ``project_step`` that holds: three blocks, two of them targets, two rows."""
+    """Returns a call of ``project_step`` that is allowed: three blocks, two of them targets, two rows."""
     return {
         "x": torch.randn(1, 18, 8).to(dtype),
         "weight": torch.randn(8, 8).to(dtype),
@@ -59,7 +59,7 @@ def head(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [2, 5, 4], ids=["latents alone", "mask", "no mask"])
 def test_embedding_is_cat_and_convolution(channels: int, dtype: torch.dtype) -> None:
-    """Of strided float32 stores, with NaN in the blocks that are not named."""
+    """The tokens are those of concatenation and convolution of strided float32 stores; blocks not named are NaN."""
     latents, reference = store(2, 4, (4, 6), torch.float32), store(2, 5, (4, 6), torch.float32)
     latents[:, :, [0, 2]], reference[:, :, [1, 2]] = float("nan"), float("nan")
     weight, bias = torch.randn(8, channels, 1, 2, 2).to(dtype), torch.randn(8).to(dtype)
@@ -86,7 +86,7 @@ def test_embedding_defaults_are_the_whole_store() -> None:
 @pytest.mark.parametrize("step", [None, -0.3, torch.tensor(-0.3), torch.tensor([0.5])], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_is_norm_linear_unpatchify_and_euler(dtype: torch.dtype, step: float | Tensor | None) -> None:
-    """With NaN in the tokens of a block that is no target, and in the blocks of the store that are none."""
+    """The step equals the four operations; tokens of a block that is no target are NaN, and so is the store besides."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = store(2, 4, (4, 6), wide, 1)
     out[:, :, [1, 2]] = float("nan")
@@ -132,7 +132,7 @@ def test_both_are_differentiable() -> None:
 
 
 def test_indices_out_of_range_reach_nothing_else() -> None:
-    """What a GPU does, where values are not checked; here by the references themselves."""
+    """Indices out of range reach nothing else where values are not checked, as on a GPU; the references prove it."""
     call = embedding(latent_index=int32(3, 4, -2), mask=torch.zeros(3))
     tokens = embed_window_reference(*call.values()).unflatten(1, (3, -1))
     assert torch.equal(tokens.isnan().all(3).all(2)[0], torch.tensor([False, True, True]))

@@ -32,7 +32,7 @@ def test_parts_cover_the_wanted_blocks_once_and_hold_whole_shares(batch, block_l
 
 
 def test_parts_at_the_real_sizes():
-    """25 for the 2K window of Wan 1.3B, five a block; two a block for the 5B; three blocks each at 640x352."""
+    """A block of the 2K window has five parts for Wan 1.3B, two for the 5B; at 640x352 a part has three blocks."""
     assert [p.stop - p.start for p in plan_parts(1, 14080, range(5))] == [2816] * 25
     assert [p.stop - p.start for p in plan_parts(1, 3520, range(5))] == [1760] * 10
     assert [p.last - p.first for p in plan_parts(1, 880, range(21))] == [3] * 7
@@ -41,7 +41,7 @@ def test_parts_at_the_real_sizes():
 
 @pytest.mark.parametrize("size", WAN)
 def test_workspace_by_hand(size):
-    """4 rows of the stream for every token; for a part two more and the hidden activation."""
+    """The workspace has 4 rows of the stream for every token, and for a part two more and the hidden activation."""
     config = WAN[size]
     workspace = Workspace.plan(config, 1, 5, 14080, dtype=torch.bfloat16, device="meta")
     tokens, part = 5 * 14080, MAX_PART_TOKENS
@@ -52,7 +52,7 @@ def test_workspace_by_hand(size):
 
 
 def peak_bytes(call):
-    """Most bytes alive at once of those allocated during ``call``, from the allocator."""
+    """Returns the most bytes alive at once of those allocated during ``call``, from the allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -65,10 +65,11 @@ def peak_bytes(call):
 
 
 def test_half_the_activation_memory_of_diffusers_block():
-    """A block of Wan's proportions in float32, in rows of the residual stream, the one that comes in included.
+    """Our layer needs less than 0.49 of the activation memory of diffusers' block of Wan's proportions in float32.
 
-    diffusers holds two streams, a norm and the hidden activation, which its GELU needs twice. What the 2K window needs
-    is the stream, n, k, v and one part in 25: 4.3 rows. ``python -m bench dit`` counts and measures the same.
+    Memory is counted in rows of the residual stream, the one that comes in included. diffusers holds two streams, a
+    norm and the hidden activation, which its GELU needs twice. The 2K window needs the stream, n, k, v and one part in
+    25: 4.3 rows. ``python -m bench dit`` counts and measures the same.
     """
     dim, ffn, length = 96, 560, 1500
     block = WanTransformerBlock(dim, ffn, 4, cross_attn_norm=True).eval()
@@ -123,7 +124,7 @@ def test_a_denoiser_names_what_it_was_not_made_for(tiny_dit):
 
 
 class FakeGraph:
-    """Replays what was called while it was captured, as a CUDA graph does with launches."""
+    """A graph that replays what was called while it was captured, as a CUDA graph does with launches."""
 
     def __init__(self):
         self.steps = []

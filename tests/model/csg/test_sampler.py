@@ -38,7 +38,7 @@ plans = st.builds(
 
 
 def run(dit, reference, **options):
-    """The sampled clip; ``reference`` is left as it is."""
+    """Returns the sampled clip; ``reference`` is left as it is."""
     clip = reference.clone()
     options = {"plan": SegmentPlan(reference.shape[2]), "sigmas": SIGMAS, "seed": 5, **options}
     segments = list(sample_latents(dit, clip, TEXT, **options))
@@ -47,7 +47,7 @@ def run(dit, reference, **options):
 
 
 def record(dit, monkeypatch):
-    """What every pass of ``dit`` is given: latents, mask, reference, and per block its timestep row and clip index."""
+    """Records each pass of ``dit``: latents, mask, reference, and of each block its timestep row and clip index."""
     calls, stock = [], dit.run
 
     def run(window, *arguments, **options):
@@ -65,7 +65,7 @@ def record(dit, monkeypatch):
 
 
 def plain_sampler(dit, reference, text, plan, sigmas, seed, mode):
-    """CSG by ``WanDiT.forward`` on concatenated tensors, with nothing skipped, kept or fused."""
+    """Samples by ``WanDiT.forward`` on concatenated tensors, with nothing skipped, kept or fused."""
     clip, z = reference.clone(), reference.shape[1]
     for window in plan_for(mode, plan):
         given, noisy = list(window.conditioning), list(window.noisy)
@@ -90,8 +90,9 @@ def plain_sampler(dit, reference, text, plan, sigmas, seed, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("max_tokens", [7168, 4], ids=["whole blocks", "parts of blocks"])
 def test_the_sampler_equals_the_plain_path(tiny_dit, mode, max_tokens, monkeypatch):
-    """Queries and feed-forward of conditioning blocks skipped in the last layer, text keys and values made once,
-    gathering, Euler and parts: in float64 nothing but rounding is left of them. The last segment is a short one."""
+    """The sampler differs from the plain path by rounding only, here in float64, although it skips queries and
+    feed-forward of conditioning blocks in the last layer, makes text keys and values once, gathers, steps in the last
+    kernel and works in parts. The last segment is a short one."""
     monkeypatch.setattr(workspace.plan_parts, "__defaults__", (max_tokens,))
     dit, reference = tiny_dit.double(), torch.randn(1, 4, 6, 4, 6, dtype=torch.float64)
     text, plan, sigmas = TEXT.double(), SegmentPlan(6, 2, 1, 1), [1.0, 0.75, 0.0]  # exact in float32, as steps are kept
@@ -101,11 +102,11 @@ def test_the_sampler_equals_the_plain_path(tiny_dit, mode, max_tokens, monkeypat
 
 
 def test_what_the_last_layer_skips(tiny_dit, monkeypatch):
-    """Tokens that go through each layer, in a window of two conditioning and two noisy blocks of 6 tokens."""
+    """The last layer takes the tokens of noisy blocks only, the layers before it all; a block has 6 tokens here."""
     tokens = [[], []]
-    for layer, block in zip(tokens, tiny_dit.blocks, strict=True):
-        part = block.part
-        block.part = lambda x, *rest, layer=layer, part=part: layer.append(x.shape[1]) or part(x, *rest)
+    for seen, layer in zip(tokens, tiny_dit.blocks, strict=True):
+        part = layer.part
+        layer.part = lambda x, *rest, seen=seen, part=part: seen.append(x.shape[1]) or part(x, *rest)
     texts, stock = [], type(tiny_dit.blocks[0].attn2).context
     monkeypatch.setattr(type(tiny_dit.blocks[0].attn2), "context", lambda *a, **k: texts.append(1) or stock(*a, **k))
     reference = torch.randn(1, 4, 4, 4, 6)
@@ -218,7 +219,7 @@ def test_a_dit_without_reference_channels_takes_the_latents_alone():
 
 
 def _conditioning_features(dit, mode, seed):
-    """Keys of the anchor in the last layer, for a given noise: what the layers before made of it."""
+    """Returns the anchor's keys in the last layer for a given noise: what the layers before have made of it."""
     keys, attention = [], dit.blocks[-1].attn1
     stock = type(attention).keys_values
 
@@ -244,7 +245,7 @@ def test_noise_reaches_conditioning_features_in_bidirectional_mode_only(tiny_dit
 
 
 class _MaskedProcessor(WanAttnProcessor):
-    """diffusers' processor with a dense mask on self-attention."""
+    """The attention processor of diffusers with a dense mask on self-attention."""
 
     def __init__(self, mask):
         super().__init__()

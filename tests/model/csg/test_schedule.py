@@ -1,4 +1,4 @@
-"""Noise levels against diffusers' scheduler, and noise that belongs to its block."""
+"""Noise levels are those of diffusers' scheduler, and noise belongs to its block."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ SIZES = [(1, 1, 4, 6), (2, 3, 6, 10), (1, 5, 2, 2), (1, 2, 14, 8)]
 
 
 def saved_diffusers_dit(path, **config):
-    """A diffusers model with non-trivial norms and biases, saved in shards to ``path``."""
+    """Saves a diffusers model with non-trivial norms and biases in shards to ``path``."""
     model = WanTransformer3DModel(**{**BASE, **config}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def image_tokens(config, batch):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("per_block", [False, True], ids=["one timestep", "timestep per block"])
 def test_equals_diffusers(variant, per_block, tmp_path):
-    """With a timestep per block, diffusers is given the same one for every token of the block."""
+    """The DiT equals diffusers', which is given a block's own timestep for every token of the block."""
     theirs = saved_diffusers_dit(tmp_path, **VARIANTS[variant])
     ours = load_dit(tmp_path)
     for batch, num_blocks, height, width in SIZES:

@@ -1,4 +1,4 @@
-"""Photographs in every shape they come in, and video files that are whole or not there."""
+"""Photographs of every kind are read, and video files are whole or not there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def frames(count, height=32, width=48):
 
 
 def moving(count, height=32, width=48, start=0):
-    """A pattern that moves by a pixel each frame: x264 makes B-frames of it."""
+    """Returns frames of a pattern that moves by a pixel each, of which x264 makes B-frames."""
     y, x = np.mgrid[0:height, 0 : width + 400].astype(np.float32)
     pattern = np.stack([120 + 80 * np.sin(x / period + y / 15) for period in (9, 13, 17)], axis=2)
     return [pattern[:, i : i + width].astype(np.uint8) for i in range(start, start + count)]
@@ -37,7 +37,7 @@ STARTS = [0, 1, 13, 15]
 
 
 def write_pieces(path, lengths=LENGTHS, first=0, fps=16, **options):
-    """The film of all pieces, or what a resumed run does from one of them on; its sha256."""
+    """Writes the film of all pieces, or goes on with it from piece ``first`` on; returns its sha256."""
     with VideoWriter(path, 48, 32, fps, **options) as writer:
         assert writer.num_pieces == first
         for start, length in list(zip(STARTS, lengths, strict=True))[first:]:
@@ -107,7 +107,7 @@ def test_fit_covers_and_crops_the_centre():
 
 
 def test_stage_one_sees_the_same_frame_as_stage_two():
-    """Also where its aspect ratio is not quite the target's: stretched, so that upsampling puts everything back."""
+    """A low size of another aspect ratio shows the whole frame, stretched, so that upsampling puts all of it back."""
     image = Image.linear_gradient("L").rotate(90).resize((90, 60)).convert("RGB")
     large, small = fit_image(image, (64, 64)), fit_image(image, (64, 64), (16, 32))
     assert small.shape == (1, 3, 1, 32, 16)
@@ -159,7 +159,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
 
 @pytest.mark.parametrize("fps", [1, 7, 16, 23, 30, 60, 120])
 def test_a_film_of_pieces_is_one_continuous_video(tmp_path, fps):
-    """Exact times, a key frame for each piece, tagged colours, pictures as written, playable while it loads."""
+    """A film has exact times, a key frame for each piece, tagged colours, and plays while it loads."""
     write_pieces(tmp_path / "clip.mp4", fps=fps)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
@@ -198,7 +198,7 @@ def test_nothing_is_encoded_again(tmp_path):
 
 
 def test_the_same_pieces_are_the_same_file_in_one_run_or_two(tmp_path):
-    """Ten times each, from every piece on, with the pieces kept and not."""
+    """Films are the same file ten times each: in one run, with the pieces kept, and resumed at every piece."""
     films = {write_pieces(tmp_path / f"{i}.mp4") for i in range(10)}
     for i in range(10):
         pieces = tmp_path / f"pieces {i}"
@@ -217,7 +217,7 @@ def test_the_same_pieces_are_the_same_file_in_one_run_or_two(tmp_path):
 
 
 def test_frames_of_a_piece_that_was_begun_are_kept_too(tmp_path):
-    """In the partial film only: a run that goes on makes them again, and its film is that of a run without a break."""
+    """The partial film has them; a run that goes on makes them again, and its film is that of an unbroken run."""
     pieces = tmp_path / "pieces"
     with pytest.raises(ZeroDivisionError), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces) as writer:  # noqa: PT012
         for start, length in ((0, 1), (1, 12)):
@@ -235,7 +235,7 @@ def test_frames_of_a_piece_that_was_begun_are_kept_too(tmp_path):
 
 @pytest.mark.parametrize("call", range(12))
 def test_an_interruption_while_files_change_loses_and_doubles_no_frame(tmp_path, monkeypatch, call):
-    """At any of the moments at which a file is flushed or renamed, of two pieces."""
+    """A writer of two pieces may be interrupted whenever it flushes or renames a file: no frame is lost or doubled."""
     count = 0
 
     def interrupted(function):

@@ -1,4 +1,4 @@
-"""The machine's memory: what there is, and pinned buffers on a machine that has none to pin."""
+"""The machine's memory is known, and buffers are pinned and given back, here by a runtime that pins nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GB = 10**9
 
 
 class Runtime:
-    """Takes registrations down; fails with a code."""
+    """A CUDA runtime that notes registrations and answers them with a code."""
 
     def __init__(self, code: int = 0) -> None:
         self.code, self.registered, self.gone = code, [], []
@@ -40,7 +40,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 @pytest.mark.parametrize("size", [1, 64, 4095, 4096, 4097, 1_000_003])
 def test_whole_pages_of_its_own_are_registered_and_given_back(size: int, runtime: Runtime) -> None:
-    """So that no two buffers share a page, which cannot be registered twice."""
+    """No two buffers share a page, since a page cannot be registered twice."""
     flats = [pinned_bytes(size, CPU) for _ in range(3)]
     assert all(flat.numel() == size for flat in flats)
     assert runtime.registered == [(flat.data_ptr(), -(-size // PAGE) * PAGE) for flat in flats]
@@ -95,7 +95,7 @@ def test_buffers_of_a_size_are_given_out_again_when_nothing_looks_at_them(runtim
 
 
 def machine(root: Path, total: int, groups: str = "", limits: dict[str, str] | None = None) -> Path:
-    """The kernel's files of a machine with ``total`` kB."""
+    """Writes the kernel's files of a machine with ``total`` kB below ``root``, which is returned."""
     files = {"proc/meminfo": f"MemTotal:       {total} kB\nMemFree: 1 kB\n", "proc/self/cgroup": groups}
     for name, text in (files | (limits or {})).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes are read and written as people do."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_other_sizes_are_refused(text: str) -> None:
         parse_bytes("limit", text)
 
 
-def test_bytes_are_told_in_binary_units() -> None:
-    assert format_bytes(4 * GB) == "3.73 GiB"
+def test_bytes_are_told_in_decimal_units() -> None:
+    assert [format_bytes(size) for size in (0, 4_100_000, 4 * GB, 21.1e9)] == ["0.0 MB", "4.1 MB", "4.00 GB", "21.1 GB"]

@@ -1,4 +1,4 @@
-"""Predicted times, peaks and ratios of the cost model: against known times, and as they must depend on what is made."""
+"""Predicted times, peaks and ratios of the cost model agree with known times, and depend on the clip as they must."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.memory.cost.configuration import Configuration
 from model.memory.cost.gpus import GPUS, get_gpu
 from model.memory.cost.pipeline import Part, parts, predict
 from model.memory.cost.profiles import PROFILES, Curve, get_profile, seconds
-from model.memory.cost.work import Product, Traffic, Work
+from model.memory.cost.work import Matmul, Traffic, Work
 from model.memory.vae_plan import plan_vae
 from swifti2v_kernels.common.target import TARGETS
 from swifti2v_kernels.conv.checks import MAX_OWNED_CHANNELS
@@ -57,7 +57,7 @@ def test_folded_upsampling_has_16_of_36_operations() -> None:
 
 
 def named(configuration: Configuration, **options: Any) -> dict[str, Part]:
-    """Parts by name."""
+    """Returns the parts of a configuration by name."""
     return {part.name: part for part in parts(configuration, **options)}
 
 
@@ -95,7 +95,7 @@ def test_a_small_card_gets_tiles_that_fit_and_more_work() -> None:
 
 
 def test_forms_of_the_vae_move_more_the_less_they_fuse() -> None:
-    """diffusers' eager code moves 946.7 GiB a latent frame at 2K, counted operator by operator."""
+    """The eager form moves the 946.7 GiB a latent frame at 2K that diffusers' code was counted to move."""
     work = latent_frame(VERSIONS["2.1"], "decode", 2560, 1408)
     fused, separate, eager = work.between
     assert fused < separate < eager
@@ -151,7 +151,7 @@ def test_cards_have_the_peaks_that_the_library_knows() -> None:
 
 
 def test_smaller_cards_of_one_architecture_have_less_of_everything() -> None:
-    """And the ratio of 8-bit to 16-bit products that all of it have."""
+    """Smaller cards of an architecture have less of everything, and the ratio of 8-bit to 16-bit peaks of all of it."""
     cards = [GPUS[f"RTX {model}"] for model in (4060, 4070, 4080, 4090)]
     for smaller, larger in pairwise(cards):
         for name in ("bf16", "fp8", "bandwidth", "memory"):
@@ -189,7 +189,7 @@ def test_what_takes_longer_takes_longer() -> None:
     assert took(replace(c, mode="causal")) < base < took(replace(c, mode="end_to_end"))
     assert took(c, profile="reference") > took(c, profile="reference, FlashAttention-3") > base
     assert took(c, "A100") > took(c, "H100") > base
-    work = Work((Product("upsample", 16 * 10**12, 256),))
+    work = Work((Matmul("upsample", 16 * 10**12, 256),))
     assert seconds(work, h200, replace(own, folded=False)) == pytest.approx(36 / 16 * seconds(work, h200, own))
     assert seconds(Work(between=Traffic(eager=7e12)), h200, reference) > 0 == seconds(Work(), h200, reference)
 
@@ -201,7 +201,10 @@ def test_a_curve_is_its_points_with_logarithms_between() -> None:
 
 
 def test_the_papers_ratio_is_that_of_operations_between_4_and_5_steps() -> None:
-    """With a Stage II of 1.3B. A large DiT end to end is 7,888 PFLOP, and is predicted near what CineScale took."""
+    """The paper's ratio lies there for a Stage II of 1.3B, and a large DiT end to end is near what CineScale took.
+
+    It has 7,888 PFLOP.
+    """
     assert REPORTED.baseline_seconds / REPORTED.seconds == pytest.approx(REPORTED.ratio, rel=0.01)
     found = {ratio.name: ratio for ratio in ratios()}
     (five,) = ratios({"14B + 1.3B, 5 steps": two_stage("1.3B", 5)})
@@ -273,8 +276,8 @@ def test_bad_input_is_named(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Product("matmul", 1, 1), "kind: expected one of .*, got 'matmul'"),
-        (lambda: Product("linear", -1, 1), "flops, extent: expected .* got -1 and 1"),
+        (lambda: Matmul("matmul", 1, 1), "kind: expected one of .*, got 'matmul'"),
+        (lambda: Matmul("linear", -1, 1), "flops, extent: expected .* got -1 and 1"),
         (lambda: -1 * Work(), "times: expected at least 0, got -1"),
         (lambda: Curve(((2, 0.5), (1, 0.5))), "points: expected one or more with growing positive extents"),
         (lambda: Curve.constant(1.5), "points: expected fractions above 0 and up to 1"),

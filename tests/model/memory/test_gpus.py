@@ -1,4 +1,4 @@
-"""Which card of the table predictions are for."""
+"""The card of the table that predictions are for is chosen by name, by device or by memory."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ and so have a lower peak.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -42,13 +43,25 @@ LIMITS = (6, 8, 12, 16, 24, 32, 48, 80, 141)
 FRAMES = (17, 81, 241)
 VAE_WEIGHTS = ("encoder's weights", "other weights")
 #: The 5B has a VAE of its own, each plan of which has to be counted.
-SWEEP = {"1.3b": LIMITS, "14b-1.3b": LIMITS, "5b": (6, 8, 12, 80)}
+SWEEP = {"1.3b": (6, 12, 24, 80), "14b-1.3b": (6, 12, 24, 80), "5b": (6, 12, 80)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SWEEP)
+def test_plans_for_every_card_fit_and_more_memory_is_never_slower_nor_used_less(preset: str) -> None:
+    """More memory is never slower nor used less, on every usual card and with every length."""
+    for frames in FRAMES:
+        check_plans(preset, LIMITS, frames)
 
 
 @pytest.mark.parametrize("frames", FRAMES)
 @pytest.mark.parametrize("preset", SWEEP)
 def test_plans_fit_and_more_memory_is_never_slower_nor_used_less(preset: str, frames: int) -> None:
-    plans = [planned(preset, limit, frames) for limit in SWEEP[preset]]
+    check_plans(preset, SWEEP[preset], frames)
+
+
+def check_plans(preset: str, limits: Sequence[int], frames: int) -> None:
+    plans = [planned(preset, limit, frames) for limit in limits]
     for plan in plans:
         assert all(phase.device <= plan.request.usable for phase in plan.phases)
         assert plan.peak == max(sum(phase.held.values()) for phase in plan.phases)
@@ -64,7 +77,7 @@ def test_plans_fit_and_more_memory_is_never_slower_nor_used_less(preset: str, fr
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(limits=st.tuples(st.integers(4_000, 60_000), st.integers(4_000, 60_000)).map(sorted))
 def test_any_two_limits_are_in_order(limits: list[int]) -> None:
-    """In megabytes; the 1.3B fits 4 GB."""
+    """The plans for any two limits (in megabytes; the 1.3B fits 4 GB) are in order: the larger is not slower."""
     smaller, larger = (planned("1.3b", limit / 1000) for limit in limits)
     assert smaller.peak <= larger.peak <= larger.request.usable
     assert smaller.peak <= smaller.request.usable
@@ -81,7 +94,7 @@ def test_peaks_grow_with_the_clip_without_a_limit_and_at_the_least(preset: str) 
 
 
 def test_the_smallest_plan_is_the_smallest() -> None:
-    """A card of just its bytes takes it, and one byte less is refused."""
+    """The smallest plan fits a card of just its bytes, and a card of one byte less is refused."""
     least = smallest_plan(request("1.3b")).peak
     vram = next(v for v in range(math.floor(least / USABLE), math.ceil(least / USABLE) + 3) if int(USABLE * v) == least)
     assert plan_memory(replace(request("1.3b"), vram=vram)).peak == least
@@ -91,13 +104,16 @@ def test_the_smallest_plan_is_the_smallest() -> None:
 
 
 def test_the_plan_is_the_fastest_of_all_that_fit() -> None:
-    """Stage II and its decoder on 24 GB, against every pair of them. There the tiles' state stays on the card, and the
-    blocks make room for it: their copies are hidden, and its would not be."""
+    """Stage II and its decoder on 24 GB are the fastest of all pairs that fit.
+
+    There the tiles' state stays on the card, and layers make room for it: their copies are hidden, those of the state
+    would not be.
+    """
     wanted = request("1.3b", 24)
     search = Search(wanted)
     pairs = []
     for streamed in (0, *range(4, 31, 2)):
-        stage = search.two.placed("plain", streamed, None)
+        stage = search.two.placed("none", streamed, None)
         for grid in ((1, 1), (1, 2), (2, 2)):
             for plan in (VAEPlan(*grid, f, None if park else 1, park) for f in (4, 1) for park in (False, True)):
                 use = search.decode.use(plan)
@@ -113,22 +129,25 @@ def test_the_plan_is_the_fastest_of_all_that_fit() -> None:
 
 
 def test_tiles_are_tried_from_the_fastest_on() -> None:
-    """What the search builds on: within a kind, seconds and tiles grow together."""
+    """Seconds and tiles grow together within a kind, which the search relies on."""
     for place in (Search(request("1.3b")).decode, Search(request("1.3b")).encode[torch.float32]):
         for park in (False, True):
             uses = [place.use(VAEPlan(r, c, 4, None if park else 1, park)) for r, c in ((1, 2), (2, 2), (2, 4), (4, 4))]
             spent = [use.seconds for use in uses]
             assert spent == sorted(set(spent))
             assert all((use.host > 0) == park for use in uses)
-            # The reference comes in one piece, behind which nothing has to be remembered.
+            # The reference comes in one piece, after which nothing has to be remembered.
             assert all((use.copy_seconds > 0) == (park and place.pieces > 1) for use in uses)
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4060", "RTX 4090", "H200"])
 def test_more_streamed_blocks_are_never_faster(gpu: str) -> None:
-    """What the search builds on for Stage I, also where copies are not hidden and where host memory is little."""
-    for storage, ram in (("plain", None), ("float8", None), ("plain", 16 * GB)):
-        wanted = request(storage=storage, gpu=GPUS[gpu], ram=ram, from_files=True)
+    """More streamed layers are never faster, also where copies are not hidden and where host memory is little.
+
+    The search for Stage I relies on it.
+    """
+    for quantize, ram in (("none", None), ("float8", None), ("none", 16 * GB)):
+        wanted = request(quantize=quantize, gpu=GPUS[gpu], ram=ram, from_files=True)
         search = Search(wanted)
         choices = list(search.one.all(search.host))
         spent = [choice.time.total for choice in choices]
@@ -137,11 +156,11 @@ def test_more_streamed_blocks_are_never_faster(gpu: str) -> None:
         assert [choice.device for choice in choices[1:]] == sorted((c.device for c in choices[1:]), reverse=True)
 
 
-def dit_bytes(config: Any, dtype: torch.dtype, blocks: int | None = None) -> int:
-    """Bytes of a DiT's tensors on ``meta``, of its first blocks only."""
+def dit_bytes(config: Any, dtype: torch.dtype, layers: int | None = None) -> int:
+    """Returns the bytes of a DiT's tensors on ``meta``, or those with only its first layers."""
     with torch.device("meta"):
         model = WanDiT(config)
-    kept = range(config.num_layers if blocks is None else blocks)
+    kept = range(config.num_layers if layers is None else layers)
     return sum(
         torch.empty(p.shape, dtype=dit_parameter_dtype(name, dtype), device="meta").nbytes
         for name, p in model.named_parameters()
@@ -149,17 +168,17 @@ def dit_bytes(config: Any, dtype: torch.dtype, blocks: int | None = None) -> int
     )
 
 
-@pytest.mark.parametrize(("vram", "blocks"), [(80, 40), (24, 24)])
-def test_bytes_of_stage_one_are_those_of_its_tensors(vram: int, blocks: int) -> None:
-    """Weights, slots, workspace and the text's keys and values, against tensors of these shapes; no more between them
-    than the alignment of each."""
+@pytest.mark.parametrize(("vram", "layers"), [(80, 40), (24, 24)])
+def test_bytes_of_stage_one_are_those_of_its_tensors(vram: int, layers: int) -> None:
+    """Weights, slots, workspace and the text's keys and values take the bytes of tensors of these shapes, and no more
+    between them than the alignment of each."""
     plan, config, dtype = planned("14b-1.3b", vram), PRESETS["14b-1.3b"].stage_one, torch.bfloat16
     held = plan.phase("Stage I").held
     homes = plan.stage_one.placement.homes(config.num_layers)
-    assert homes.count("device") == blocks
-    table = 6 * config.dim * 4  # of a block, but always there
-    block = dit_bytes(config, dtype, 1) - dit_bytes(config, dtype, 0) - table
-    expected = dit_bytes(config, dtype, blocks) + (40 - blocks) * table + 2 * block * (blocks < 40)
+    assert homes.count("device") == layers
+    table = 6 * config.dim * 4  # part of a layer, but always on the device
+    layer = dit_bytes(config, dtype, 1) - dit_bytes(config, dtype, 0) - table
+    expected = dit_bytes(config, dtype, layers) + (40 - layers) * table + 2 * layer * (layers < 40)
     slack = 42 * 40 * ALIGNMENT
     assert expected <= held["weights"] + held.get("slots", 0) <= expected + slack
     tokens = 21 * (352 // 16) * (640 // 16)
@@ -170,16 +189,16 @@ def test_bytes_of_stage_one_are_those_of_its_tensors(vram: int, blocks: int) -> 
 
 
 def test_14b_in_8_bits_is_copied_behind_its_work_on_pcie_4() -> None:
-    """All 40 blocks streamed in every pass at 360P: 14.3 GB at 25 GB/s beside the pass; see also 16 bits."""
-    search = Search(request(storage="float8"))
+    """The copies of all 40 layers, 14.3 GB at 25 GB/s, are hidden by a pass at 360P; in 16 bits too."""
+    search = Search(request(quantize="float8"))
     step = search.one.placed("float8", 40, None).time.step
     assert step.copy == pytest.approx(0.57, rel=0.02)
     assert step.exposed == 0
     assert step.compute > 5 * step.copy
-    plain = Search(request()).one.placed("plain", 40, None).time
+    plain = Search(request()).one.placed("none", 40, None).time
     assert plain.step.copy == pytest.approx(2 * step.copy, rel=0.01)
     assert plain.step.exposed == 0
-    # Only the pass that makes the text's keys and values has nothing to hide its copies behind.
+    # Only the pass that makes the text's keys and values has no work that hides its copies.
     assert plain.exposed == pytest.approx(plain.step.copy, rel=0.1)
 
 
@@ -191,7 +210,7 @@ def test_host_memory_limits_what_is_pinned_and_the_rest_comes_from_files() -> No
         homes = plan.stage_one.placement.homes(40)
         assert plan.host_peak <= HOST_USABLE * ram * GB
         assert ("file" in homes) == (ram == 24) == bool(plan.stage_one.placed.read)
-        assert plan.stage_one.placement.storage == "plain"
+        assert plan.stage_one.placement.quantize == "none"
         assert slower is None or plan.stage_one.time.total <= slower + 0.01
         slower = plan.stage_one.time.total
     told = str(plan_memory(replace(wanted, ram=24 * GB)))
@@ -202,13 +221,13 @@ def test_host_memory_limits_what_is_pinned_and_the_rest_comes_from_files() -> No
 def test_only_where_nothing_else_can_be_numbers_change() -> None:
     """Random weights cannot be read again: where pinned memory is too little, they are in float8, and it is said."""
     plan = plan_memory(request("14b-1.3b", 12, ram=24 * GB))
-    assert plan.stage_one.placement.storage == "float8"
-    assert plan.stage_two.placement.storage == "plain"
+    assert plan.stage_one.placement.quantize == "float8"
+    assert plan.stage_two.placement.quantize == "none"
     assert any("float8" in note and note.startswith("Stage I:") for note in plan.notes)
     assert "float8, which changes numbers" in str(plan)
     for vram, ram in ((12, 64), (48, 24)):
         plan = plan_memory(request("14b-1.3b", vram, ram=ram * GB))
-        assert {plan.stage_one.placement.storage, plan.stage_two.placement.storage} == {"plain"}
+        assert {plan.stage_one.placement.quantize, plan.stage_two.placement.quantize} == {"none"}
 
 
 @pytest.mark.parametrize(("vram", "on_device"), [(24, True), (12, False)])
@@ -232,31 +251,31 @@ def test_what_a_checkpoint_has_in_8_bits_stays_so() -> None:
     config = PRESETS["14b-1.3b"].stage_one
     one = DiTRequest(config, stored_in_8_bits(config))
     plan = plan_memory(request("14b-1.3b", 24, from_files=True, stage_one=one))
-    assert plan.stage_one.placement == Placement(storage="file")  # all of it fits, as it does not in 16 bits
+    assert plan.stage_one.placement == Placement(quantize="file")  # all of it fits, as it does not in 16 bits
     assert planned("14b-1.3b", 24).stage_one.placement.resident is not None
     held = plan.phase("Stage I").held
-    block = dit_bytes(config, torch.bfloat16, 1) - dit_bytes(config, torch.bfloat16, 0)
-    assert held["unpacked block"] == pytest.approx(block, rel=1e-3)
+    layer = dit_bytes(config, torch.bfloat16, 1) - dit_bytes(config, torch.bfloat16, 0)
+    assert held["unpacked layer"] == pytest.approx(layer, rel=1e-3)
     assert held["weights"] == pytest.approx(dit_bytes(config, torch.bfloat16) / 2, rel=0.02)
-    assert plan.stage_two.placement.storage == "plain"
+    assert plan.stage_two.placement.quantize == "none"
     # The expert that is not in 8 bits takes more, and both are placed alike.
     two = plan_memory(request("14b-1.3b", 24, from_files=True, stage_one=one, low_noise=DiTRequest(config)))
-    assert two.stage_one.placement.storage == "file"
+    assert two.stage_one.placement.quantize == "file"
     assert two.stage_one.placed.device > plan.stage_one.placed.device
     assert two.stage_one.time.exposed > plan.stage_one.time.exposed
 
 
 def test_8_bit_products_have_a_smaller_workspace_and_take_less_time() -> None:
-    plan, plain = (plan_memory(request("14b-1.3b", 24, products=products)) for products in ("8bit", "plain"))
-    assert plan.stage_one.placement.storage == plan.stage_two.placement.storage == "float8"
+    plan, plain = (plan_memory(request("14b-1.3b", 24, matmul=matmul)) for matmul in ("8bit", "plain"))
+    assert plan.stage_one.placement.quantize == plan.stage_two.placement.quantize == "float8"
     assert plan.phase("Stage I").held["workspace"] < plain.phase("Stage I").held["workspace"]
-    assert "unpacked block" not in plan.phase("Stage I").held
+    assert "unpacked layer" not in plan.phase("Stage I").held
     assert plan.stage_one.time.step.compute < plain.stage_one.time.step.compute
-    assert any("8-bit products are assumed" in note for note in plan.notes)
-    old = plan_memory(request("1.3b", 80, products="8bit", gpu=GPUS["A100"], capability=80))
-    assert old.stage_one.placement.storage == "int8"
-    with pytest.raises(InputError, match=r"products: 8bit of float8 needs compute capability 8\.9, this card has 8\.0"):
-        request("1.3b", 80, products="8bit", storage="float8", capability=80)
+    assert any("8-bit matmuls are assumed" in note for note in plan.notes)
+    old = plan_memory(request("1.3b", 80, matmul="8bit", gpu=GPUS["A100"], capability=80))
+    assert old.stage_one.placement.quantize == "int8"
+    with pytest.raises(InputError, match=r"matmul: 8bit of float8 needs compute capability 8\.9, this card has 8\.0"):
+        request("1.3b", 80, matmul="8bit", quantize="float8", capability=80)
 
 
 def test_another_vae_for_stage_one_is_there_too() -> None:
@@ -281,8 +300,9 @@ def test_modes_hold_what_their_windows_hold(mode: str) -> None:
 
 
 def test_a_clip_takes_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clip itself on tensors without memory, on a card of 8 MB: blocks streamed, tiles that wait in host memory.
-    Every phase takes what is predicted for it, to 5 %. (At 2K the two differ by less than 1 %.)"""
+    """Every phase of a clip takes what is predicted for it, to 5 %. (At 2K the two differ by less than 1 %.)
+
+    The clip is made on tensors without memory, on a card of 8 MB: layers are streamed, tiles wait in host memory."""
     preset = PRESETS["tiny"]
     one, two = (replace(config, num_layers=6, ffn_dim=1024) for config in (preset.stage_one, preset.stage_two))
     monkeypatch.setitem(PRESETS, "tiny", replace(preset, stage_one=one, stage_two=two, width=128, height=64))

@@ -1,4 +1,4 @@
-"""What a memory plan says: refusals and what would do, JSON, bad requests, and what follows a shortage."""
+"""A memory plan as text and JSON: refusals and what would do, bad requests, and what follows a shortage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from jsonschema import Draft202012Validator
 
 from model.errors import InputError
+from model.machine.measure import format_enough
 from model.memory.plan import find_plan, plan_memory, smallest_plan
-from model.memory.report import MemoryPlan, enough_gigabytes
+from model.memory.report import MemoryPlan
 from model.memory.request import HOST_USABLE
 from model.memory.vae_places import USABLE
 from model.resume.clip import _Shortage, _with_less
@@ -44,7 +45,7 @@ def test_too_small_a_card_is_refused_with_the_smallest_plan() -> None:
     least = smallest_plan(request("14b-1.3b"))
     assert first.startswith("vram: 2.00 GB are too little")
     assert f"{least.peak / GB:.2f} GB in {least.limiting.name}" in first
-    assert f"{enough_gigabytes(least.peak / USABLE)} would do" in first
+    assert f"{format_enough(least.peak / USABLE)} would do" in first
     assert "a smaller --size, fewer --frames" in first
     assert f"predicted peak         {least.peak / GB:.2f} GB" in "\n".join(plan)
 
@@ -60,7 +61,7 @@ def test_a_limit_of_the_vae_alone() -> None:
 
 
 def test_halves_of_the_vae_that_work_beside_each_other_share_its_limit() -> None:
-    """On a CPU, where nothing waits elsewhere: the reference is encoded beside the motion's decoder."""
+    """The reference's encoder and the motion's decoder share the limit on a CPU, where nothing waits elsewhere."""
 
     def taken(plan: MemoryPlan) -> int:
         return sum(size for name, size in plan.phase("reference").held.items() if name not in ("other weights", "clip"))
@@ -83,7 +84,7 @@ SCHEMA: dict[str, Any] = {
         *("stage_two", "vae", "phases", "notes"),
     ],
     "properties": {
-        "schema": {"const": 1},
+        "schema": {"const": 2},
         "basis": {"const": "predicted"},
         "peak_bytes": {"type": "integer", "minimum": 1},
         "vram_bytes": {"type": ["integer", "null"]},
@@ -101,7 +102,7 @@ SCHEMA: dict[str, Any] = {
     "$defs": {
         "stage": {
             "type": "object",
-            "required": ["placement", "blocks", "bytes", "step", "compute_seconds", "exposed_seconds", "seconds"],
+            "required": ["placement", "layers", "bytes", "step", "compute_seconds", "exposed_seconds", "seconds"],
         },
         "phase": {
             "type": "object",
@@ -114,7 +115,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.mark.parametrize("vram", [None, 12])
 def test_json_says_all_that_was_decided(vram: int | None) -> None:
-    """It passes through text unchanged, fits the schema, and the placements and tiles can be made of it again."""
+    """The JSON passes through text unchanged, fits the schema, and placements and tiles can be made of it again."""
     plan = planned("14b-1.3b", vram)
     data = plan.to_json()
     read = json.loads(json.dumps(data))
@@ -123,7 +124,7 @@ def test_json_says_all_that_was_decided(vram: int | None) -> None:
     for name in ("stage_one", "stage_two"):
         stage = getattr(plan, name)
         assert Placement(**read[name]["placement"]) == stage.placement
-        assert sum(read[name]["blocks"].values()) == stage.config.num_layers
+        assert sum(read[name]["layers"].values()) == stage.config.num_layers
     for place, used in vars(plan.vae_plans).items():
         assert {**asdict(used.plan), **read["vae"][place]} == read["vae"][place]
     assert read["peak_bytes"] == max(phase["device_bytes"] for phase in read["phases"])
@@ -142,9 +143,9 @@ def test_every_number_that_is_told_is_said_to_be_predicted() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"storage": "int4"}, "storage: expected one of auto, plain, file, float8, int8, got 'int4'"),
-        ({"products": "4bit"}, "products: expected one of plain, 8bit, got '4bit'"),
-        ({"products": "8bit", "storage": "plain"}, "products: 8bit goes with storage auto, float8 or int8, got plain"),
+        ({"quantize": "int4"}, "quantize: expected one of auto, none, file, float8, int8, got 'int4'"),
+        ({"matmul": "4bit"}, "matmul: expected one of plain, 8bit, got '4bit'"),
+        ({"matmul": "8bit", "quantize": "none"}, "matmul: 8bit goes with quantize auto, float8 or int8, got none"),
         ({"mode": "backwards"}, "mode: expected one of end_to_end"),
         ({"vram": 0}, "vram: expected None or at least 1 byte, got 0"),
         ({"ram": -1}, "ram: expected None or at least 1 byte, got -1"),
@@ -164,7 +165,7 @@ def test_bad_requests_are_named(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("phase", ["condition", "Stage I", "reference", "Stage II", "decode"])
 def test_a_phase_that_ran_out_of_memory_is_planned_with_less_and_the_others_as_before(phase: str) -> None:
-    """By the steps of ``model.resume.clip``: every time smaller, whatever the other phases take."""
+    """The phase gets smaller with every shortage, as ``model.resume.clip`` plans, whatever the other phases take."""
     plan = planned("14b-1.3b", 16)
     for _ in range(1 if phase == "Stage II" else 2):
         smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), ""))[0])

@@ -1,4 +1,4 @@
-"""Seconds of a pass with copied blocks: the bounds that any order has, closed forms where there are some, and as many
+"""Seconds of a pass with copied layers: the bounds that any order has, closed forms where there are some, and as many
 copies as the stream itself makes."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import nn
 
 from model.memory.stream_time import FILE_RATE, pass_time
 from model.streaming.placement import Placement
-from model.streaming.stream import SLOTS, BlockStream
+from model.streaming.stream import SLOTS, LayerStream
 
 MB = 10**6
 
@@ -37,7 +37,7 @@ def test_a_pass_takes_at_least_its_longest_part_and_at_most_all(
 @pytest.mark.parametrize("layers", [4, 30, 40])
 @pytest.mark.parametrize("ratio", [0.2, 0.9, 1.5, 4.0])
 def test_all_blocks_streamed_take_turns(layers: int, ratio: float) -> None:
-    """While a block runs in one slot the next is copied to the other: a pass is the longer of the two."""
+    """A pass is the longer of work and copies, since the next layer is copied while one runs in the other slot."""
     compute = 1.0
     size = round(ratio * compute / layers * 25e9)
     found = pass_time(["host"] * layers, [size] * layers, compute, 25e9)
@@ -47,7 +47,7 @@ def test_all_blocks_streamed_take_turns(layers: int, ratio: float) -> None:
 
 
 def test_blocks_in_between_hide_copies() -> None:
-    """Copies of half of the blocks, each as long as a block and a half, are hidden; those of all are not."""
+    """Copies of half of the layers, each as long as a layer and a half, are hidden; those of all are not."""
     size = round(1.5 * 0.1 * 25e9)
     half = Placement(20).homes(40)
     assert pass_time(half, [size] * 40, 4.0, 25e9).exposed == 0
@@ -89,7 +89,7 @@ def test_as_many_blocks_are_copied_as_the_stream_copies(streamed: int) -> None:
     homes = Placement(10 - streamed).homes(10)
     engine = Counting()
     sources = {i: (lambda target: None) for i, home in enumerate(homes) if home != "device"}
-    stream = BlockStream([nn.Identity() for _ in homes], sources, {}, engine)
+    stream = LayerStream([nn.Identity() for _ in homes], sources, {}, engine)
     for _ in range(3):
         list(stream.walk())
     before = engine.fetched

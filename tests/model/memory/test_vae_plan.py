@@ -1,4 +1,4 @@
-"""The VAE's planner: what it predicts is what is used, what it chooses fits, and what cannot fit is explained."""
+"""The VAE's planner predicts what is used, chooses what fits, and explains what cannot fit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from model.memory.vae_plan import PlannedVAE, Request, predict
 from model.weights.load import random_weights
 
 SMALL = {
-    "2.1": VAEConfig(base_dim=8, decoder_base_dim=8),
-    "2.2": replace(PRESETS["5b"].vae, base_dim=8, decoder_base_dim=8),
+    "2.1": VAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
+    "2.2": replace(PRESETS["5b"].vae, base_dim=8, decoder_base_dim=8, num_res_blocks=1),
 }
 #: Two stages, for plans on a CPU, where more operators are counted.
 SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
@@ -34,7 +34,7 @@ def request(version: str, part: str, piece: int) -> Request:
 
 
 def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
-    """Three pieces of a clip, whose results are dropped."""
+    """Runs three pieces of a clip and drops their results."""
     config, piece = wanted.config, wanted.piece
     if wanted.part == "decode":
         rows, columns = wanted.latent_size
@@ -62,7 +62,7 @@ def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
     ids=str,
 )
 def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEPlan, piece: int) -> None:
-    """Live tensors of a real run, and the allocator's own events: within 1 %, and the 10 % that are promised."""
+    """The prediction is within 1 % of live tensors of a real run, and within the promised 10 % of the allocator."""
     wanted = request(version, part, piece)
     vae = random_weights(WanVAE, wanted.config, 0)
     weights = vae.weights_of(part)
@@ -82,7 +82,7 @@ def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEP
 
 @pytest.mark.parametrize(("version", "piece"), [("2.1", 3), ("2.1", 21), ("2.2", 21)])
 def test_2k_fits_in_4_gb(version: str, piece: int) -> None:
-    """The clip of 81 frames, decoded in bfloat16 and encoded in float32, segment by segment and whole."""
+    """A clip of 81 frames at 2K fits, decoded in bfloat16 and encoded in float32, segment by segment and whole."""
     for part, dtype in (("decode", torch.bfloat16), ("encode", torch.float32)):
         options = {"dtype": dtype, "limit": 4 * GB, "piece": piece}
         planned = plan_vae(REAL[version], part, 2560, 1408, **options)
@@ -93,7 +93,7 @@ def test_2k_fits_in_4_gb(version: str, piece: int) -> None:
 
 @pytest.mark.parametrize("version", REAL)
 def test_the_peak_does_not_depend_on_the_clip(version: str) -> None:
-    """Where tiles wait in host memory, a piece may be as long as it likes."""
+    """The peak does not grow with the length of a piece where tiles wait in host memory."""
     plan = VAEPlan(4, 4, frames=2, chunk=None, park=True)
     base = Request(REAL[version], "decode", 2560, 1408, torch.bfloat16, 90, 4, 1)
     peaks = {predict(replace(base, piece=piece), plan).total for piece in (4, 21, 161)}
@@ -142,7 +142,7 @@ def test_a_cpu_has_no_other_memory() -> None:
         ({"width": 97}, "size: width and height must be multiples of 2, got 97x64"),
         ({"piece": 0}, "piece: expected at least 1, got 0"),
         ({"limit": 0}, "limit: expected at least 1 byte, got 0"),
-        ({"limit": 10**5}, r"limit: 0.1 MiB is too little to decode 96x64; the smallest plan needs \d+\.\d MiB\n"),
+        ({"limit": 10**5}, r"limit: 0.1 MB is too little to decode 96x64; the smallest plan needs \d+\.\d MB\n"),
     ],
 )
 def test_bad_requests_are_named(options: dict[str, object], message: str) -> None:
@@ -156,8 +156,8 @@ def test_the_smallest_plan_that_is_named_fits() -> None:
     config = SHORT
     with pytest.raises(InputError) as refused:
         plan_vae(config, "encode", 96, 64, limit=10**5, capability=90)
-    needed = float(str(refused.value).split("needs ")[1].split(" MiB")[0])
-    assert plan_vae(config, "encode", 96, 64, limit=int((needed + 0.1) * 2**20), capability=90).plan.park
+    needed = float(str(refused.value).split("needs ")[1].split(" MB")[0])
+    assert plan_vae(config, "encode", 96, 64, limit=int((needed + 0.1) * 10**6), capability=90).plan.park
 
 
 def test_plans_are_plain_data() -> None:

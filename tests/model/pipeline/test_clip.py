@@ -41,7 +41,7 @@ def _garbage() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[Tensor, Tensor]:
-    """Reference and frames of a clip that nobody watches."""
+    """The reference and the frames of a clip that nobody watches."""
     return whole(components(), job())
 
 
@@ -52,7 +52,7 @@ def components(preset: str = "tiny", **changes: Any) -> Components:
 def plans(
     plan: VAEPlan | None = None, preset: str = "tiny", size: tuple[int, int] = SIZE, low: tuple[int, int] = LOW
 ) -> VAEPlans:
-    """Everything untiled, or the target's places by this plan."""
+    """Returns the VAE's plans for a clip of this size; reference and decoder follow ``plan`` if it is given."""
     chosen = PRESETS[preset]
     request = MemoryRequest(
         DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, size, low, 4 * BLOCKS - 3,
@@ -75,7 +75,7 @@ def job(mode: str = "bidirectional", **changes: Any) -> ClipJob:
 
 
 def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
-    """Reference and frames by the pipeline's functions, called here."""
+    """Returns reference and frames of the pipeline's functions, called here one by one."""
     vae = parts.vae()
     low_vae = vae if parts.stage_one_vae is None else parts.stage_one_vae()
     start = motion_condition(low_vae, parts.stage_one_config, given.low_picture, BLOCKS)
@@ -95,14 +95,14 @@ def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
 
 
 def whole(parts: Components, given: ClipJob, watcher: Watcher | None = None) -> tuple[Tensor, Tensor]:
-    """The same by the clip's functions."""
+    """Returns reference and frames of the clip's own functions."""
     condition = make_condition(parts, given, watcher)
     reference = condition.reference.clone()  # updated in place
     return reference, torch.cat([frames.clone() for frames in make_frames(parts, given, condition, watcher)])
 
 
 class Recorder(Watcher):
-    """All that it is told, in order."""
+    """A watcher that keeps all that it is told, in order."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -169,7 +169,7 @@ def test_a_preset_whose_stage_one_is_conditioned_otherwise_runs_too() -> None:
 
 
 def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Tensor]) -> None:
-    """What is left on the device is overwritten with NaN, so that only what was fetched can be right."""
+    """A clip whose tensors wait in the job's memory is the same: those left on the device are overwritten with NaN."""
     asked: list[tuple[bool, OtherMemory]] = []
 
     def host(park: bool) -> OtherMemory:
@@ -178,7 +178,7 @@ def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Te
 
     reference, frames = whole(components(), job(vae_plans=plans(PARKED), host=host))
     assert [park for park, _ in asked] == [True, True]
-    # The reference comes in one piece, behind which nothing has to be remembered.
+    # The reference comes in one piece, after which nothing has to be remembered.
     assert [memory.parked > 0 for _, memory in asked] == [False, True]
     expected, expected_frames = plain
     assert relative_error(reference, expected) < PARITY
@@ -239,8 +239,8 @@ def test_watching_changes_nothing(plain: tuple[Tensor, Tensor]) -> None:
 
 
 def test_models_are_there_only_while_they_are_needed() -> None:
-    """Stage I's DiT is gone before its second expert arrives, both before the reference is made, its VAE and the
-    encoder after it."""
+    """Stage I's DiT is released before its second expert is loaded, both before the reference is made, its VAE and
+    the encoder after it."""
     alive: dict[str, weakref.ref[Any]] = {}
 
     def kept(name: str, make: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text by the real UMT5 architecture and a real tokenizer, images by CLIP (tiny, random); and embeddings files."""
+"""Text is encoded by the real UMT5 architecture and a real tokenizer, images by CLIP, both tiny and random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.tolerances import PARITY, relative_error
 
 
 def save_text_encoder(path, text_dim=16):
-    """A UMT5 encoder and a word tokenizer with an end token, in the layout that diffusers saves."""
+    """Saves a UMT5 encoder and a word tokenizer with an end token, in the layout of diffusers, and returns both."""
     words = ["<pad>", "</s>", "<unk>", "a", "wave", "rolls", "in"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -20,7 +20,7 @@ PICTURE = torch.rand(1, 3, 1, 32, 48, generator=torch.Generator().manual_seed(3)
 
 
 def test_reference_is_the_encoded_clip_with_the_image_in_front(tiny_vae):
-    """Streaming equals: decode all, upsample all, replace frame 0, encode all."""
+    """The streamed reference equals that of whole steps: decode all, upsample all, replace frame 0, encode all."""
     motion = torch.randn(1, 4, 4, 2, 3)
     low = tiny_vae.decode(motion)
     frames = torch.nn.functional.interpolate(low[0].transpose(0, 1), (32, 48), mode="bicubic").clamp(-1, 1)
@@ -45,7 +45,7 @@ def test_reference_refuses_vaes_of_different_frame_rates(tiny_vae):
 
 
 def test_stage_one_conditions_as_wan_image_to_video(tiny_vae):
-    """Against the documented recipe: encode [image, grey frames], mask 1 on block 0, concatenate, Euler."""
+    """Stage I follows the documented recipe: encode [image, grey frames], mask 1 on block 0, concatenate, Euler."""
     dit = random_weights(WanDiT, TINY_DIT, 1)
     sigmas = flow_sigmas(3, 5.0)
     start = motion_condition(tiny_vae, dit.config, PICTURE, 3)

@@ -1,4 +1,4 @@
-"""A run goes on from wherever it was ended: the same file, byte for byte, and never an unreadable one."""
+"""A run goes on from wherever it was ended: its film is the same file, byte for byte, and readable at any time."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def frames_of(path: Path) -> int:
 
 
 class EndedError(Exception):
-    """What ends a run in these tests."""
+    """The exception that ends a run in these tests."""
 
 
 def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """The call, but after it was made so often the run ends."""
+    """Returns ``call``, which ends the run after it was made ``number`` times."""
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -75,8 +75,8 @@ def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
     return counted
 
 
-def ended_behind_segment(number: int, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends as soon as that segment is kept."""
+def ended_after_segment(number: int, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begins a run that ends as soon as segment ``number`` is saved."""
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
         with pytest.raises(EndedError):
@@ -97,7 +97,7 @@ def test_a_run_that_ends_goes_on_and_writes_the_same_file(
     owner: type, method: str, number: int, whole: str, photo_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """At every moment at which something has just been kept."""
+    """A run may end whenever something has just been saved: the film is that of an undisturbed run."""
     out = tmp_path / "clip.mp4"
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, ended_after(getattr(owner, method), number))
@@ -116,9 +116,9 @@ def test_a_run_that_ends_goes_on_and_writes_the_same_file(
     assert "bit for bit" not in printed  # nothing about the machine has changed
 
 
-@pytest.mark.parametrize("killed", range(2))
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on(killed: int, whole: str, photo_file: Path, tmp_path: Path) -> None:
-    """SIGKILL at a random moment, as often as it takes until the run is through: what there is stays readable."""
+    """A run that is killed at random moments until it is through leaves readable files each time, and the same film."""
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     draw = random.Random(killed)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -132,13 +132,13 @@ def test_a_run_that_is_killed_goes_on(killed: int, whole: str, photo_file: Path,
         )  # fmt: skip
         if kills < 2:
             # From when the state appears on, most of the work is a second or two.
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while process.poll() is None and not (state / "job.json").exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 2.5))
             process.send_signal(signal.SIGKILL)
             kills += 1
-        told, _ = process.communicate(timeout=120)
+        told, _ = process.communicate(timeout=600)
         assert process.returncode in (0, -signal.SIGKILL), told
         partial = tmp_path / "clip.partial.mp4"
         if partial.exists():
@@ -152,7 +152,7 @@ def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_behind_segment(3, photo_file, out, monkeypatch)
+    ended_after_segment(3, photo_file, out, monkeypatch)
     file = state / f"segment-000{number}.safetensors"
     data = bytearray(file.read_bytes())
     data[-7] ^= 1
@@ -176,7 +176,7 @@ def test_a_damaged_reference_or_film_is_made_again(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_behind_segment(3, photo_file, out, monkeypatch)
+    ended_after_segment(3, photo_file, out, monkeypatch)
     (state / "piece-0001.mp4").write_bytes(b"no film")
     (state / "condition.safetensors").write_bytes(b"no tensors")
     photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
@@ -197,7 +197,7 @@ def test_what_would_be_another_run_is_refused(
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    ended_behind_segment(1, photo_file, out, monkeypatch)
+    ended_after_segment(1, photo_file, out, monkeypatch)
 
     def refused(*options: str) -> str:
         capsys.readouterr()
@@ -224,8 +224,8 @@ def test_what_would_be_another_run_is_refused(
 def test_a_run_goes_on_where_everything_lies_elsewhere(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Paths may be new; what is there is told by fingerprints."""
-    ended_behind_segment(2, photo_file, tmp_path / "clip.mp4", monkeypatch)
+    """A run goes on at new paths, since its inputs are recognised by their fingerprints."""
+    ended_after_segment(2, photo_file, tmp_path / "clip.mp4", monkeypatch)
     state = (tmp_path / "clip.run").rename(tmp_path / "moved run")
     photo = tmp_path / "another name.png"
     photo.write_bytes(photo_file.read_bytes())
@@ -236,7 +236,7 @@ def test_a_run_goes_on_where_everything_lies_elsewhere(
 def test_a_removal_that_is_broken_off_leaves_no_run(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The film is there, what is left is said to be of a finished run, and another run may begin in the folder."""
+    """The film is there, the rest is said to be of a finished run, and another run may begin in the folder."""
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     with monkeypatch.context() as patch:
         remove = RunState.remove
@@ -263,7 +263,7 @@ def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
 ) -> None:  # fmt: skip
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    ended_behind_segment(1, photo_file, out, monkeypatch)
+    ended_after_segment(1, photo_file, out, monkeypatch)
     (state / "job.json").unlink()
     if damage == "empty":
         (state / "job.json").write_text("")
@@ -277,7 +277,7 @@ def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_behind_segment(2, photo_file, out, monkeypatch)
+    ended_after_segment(2, photo_file, out, monkeypatch)
     (state / "inputs.safetensors").write_bytes(b"")
     assert main(["--resume", str(state), "--keep-state"]) == 0
     assert "2 of 3 segments are there already" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_another_machine_goes_on_and_says_what_that_means(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_behind_segment(1, photo_file, out, monkeypatch)
+    ended_after_segment(1, photo_file, out, monkeypatch)
     monkeypatch.setattr("model.cli.request.device_name", lambda device: "another card")
     capsys.readouterr()
     assert main(["--resume", str(state)]) == 0
@@ -321,7 +321,7 @@ def test_another_machine_goes_on_and_says_what_that_means(
 
 
 def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """Fails so often before it works."""
+    """Returns ``call``, which runs out of memory ``times`` times before it works."""
     left = times
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -345,7 +345,7 @@ def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
     place: str, stage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The stage is named with what held the memory, and what was finished before is not made again."""
+    """The message names the stage and what held the memory, and what was finished before is not made again."""
     module, _, name = place.rpartition(".")
     call = getattr(sys.modules[module], name)
     monkeypatch.setattr(place, short_of_memory(call, 1))
@@ -362,7 +362,10 @@ def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
 def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And not the card with less, which would put more on the machine. Here there is nothing to take from it."""
+    """The new plan takes less of the machine, not of the card, which would put more on the machine.
+
+    There is no smaller plan here, so the run ends.
+    """
     wanted = []
 
     def none(request: Any) -> None:
@@ -383,7 +386,7 @@ def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
 def test_it_never_loops(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The number of plans is bounded, and what was made is kept."""
+    """A run that never has enough memory tries a bounded number of plans and keeps what was made."""
     tried = []
 
     def never(*args: Any, **kwargs: Any) -> Any:

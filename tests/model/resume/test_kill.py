@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL: whatever the moment, what is there is readable, and the film comes out the same.
+"""Runs may be killed with SIGKILL at any moment: what is there is readable, and the film comes out the same.
 
 A process of its own forks the workers, so that each starts in milliseconds and with a single thread:
 ``python -m tests.model.resume.test_kill``.
@@ -28,23 +28,26 @@ from model.resume.state import RunState
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 SEGMENTS, BLOCKS, SIZE, FPS = 8, 3, 32, 16
 JOB = {"request": {"seed": 3, "segments": SEGMENTS}}
-#: Random kills; and the operations on files at which a worker kills itself, in turns.
+#: The number of random kills; and the file operations, by number, at which workers kill themselves in turns.
 KILLS = 16
 CALLS = (1, 5, 2, 7, 3, 8, 4, 6)
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, which needs POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, which needs POSIX"),
+]
 
 
 # The worker
 
 
 def made(number: int) -> Tensor:
-    """The blocks of a segment, or what comes before the first (numbers below 1)."""
+    """Returns the blocks of segment ``number``, or for numbers below 1 a tensor made before the first segment."""
     return torch.randn(1, 4, BLOCKS, 4, 4, generator=torch.Generator().manual_seed(number + 10))
 
 
 def shown(blocks: Tensor) -> Tensor:
-    """Their frames ``[F, H, W, 3]`` uint8, which depend on every number."""
+    """Returns the frames ``[F, H, W, 3]`` uint8 of blocks, which depend on every number of these."""
     wide = torch.nn.functional.interpolate(blocks[0, :3].transpose(0, 1), (SIZE, SIZE), mode="bilinear")
     return (wide + blocks[0, 3].mean()).mul(40).add(128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -83,7 +86,7 @@ def work(room: Path) -> None:
 
 
 def killing_at(call: int) -> None:
-    """From now on this process kills itself before its file operation of this number."""
+    """Makes this process kill itself before its file operation number ``call``, counted from now on."""
     count = 0
 
     def counted(function: Callable) -> Callable:
@@ -101,13 +104,13 @@ def killing_at(call: int) -> None:
 
 
 def serve() -> None:
-    """Forks a worker for each line ``CALL ROOM`` and tells its number, and then how it ended."""
+    """Forks a worker for each line ``CALL ROOM`` and prints its process number, and then its exit code."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         call, room = line.rstrip("\n").split(" ", 1)
         pid = os.fork()
         if pid == 0:
-            # Never back into the loop, whose input belongs to the parent.
+            # The worker must not return to the loop, whose input belongs to the parent.
             try:
                 if int(call):
                     killing_at(int(call))
@@ -124,7 +127,7 @@ def serve() -> None:
 
 
 class Workers:
-    """The process that forks them."""
+    """The process that forks workers."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -137,7 +140,7 @@ class Workers:
         )
 
     def run(self, room: Path, *, kill_after: float | None = None, kill_at: int = 0) -> bool:
-        """Whether a worker was killed, after some seconds or by itself, before it was done."""
+        """Runs a worker and returns whether it was killed, by this test or by itself, before it was done."""
         self.process.stdin.write(f"{kill_at} {room}\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
@@ -158,12 +161,12 @@ def workers() -> Iterator[Workers]:
     started = Workers()
     yield started
     started.process.stdin.close()
-    assert started.process.wait(timeout=10) == 0
+    assert started.process.wait(timeout=120) == 0
 
 
 @pytest.fixture(scope="module")
 def unbroken(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
-    """The film of a run that nobody kills, and its seconds."""
+    """The sha256 of the film of a run that nobody kills, and the seconds that the run took."""
     assert not workers.run(tmp_path_factory.mktemp("first"))  # also waits until the process has its imports
     room = tmp_path_factory.mktemp("unbroken")
     started = time.perf_counter()
@@ -181,7 +184,7 @@ def num_frames(path: Path) -> int:
 
 
 def finished(room: Path) -> tuple[int, int]:
-    """Segments and pieces of a run that was killed, everything of it read."""
+    """Reads everything of a run that was killed and returns the numbers of its segments and pieces."""
     try:
         state = RunState.open(room / "run")
     except InputError as error:
@@ -209,7 +212,7 @@ def finished(room: Path) -> tuple[int, int]:
 
 
 def ended_well(room: Path, film: str) -> None:
-    """The film is there, and nothing that a killed worker had begun."""
+    """Checks that the film is there, and nothing that a killed worker had begun."""
     assert hashlib.sha256((room / "film.mp4").read_bytes()).hexdigest() == film
     assert finished(room) == (SEGMENTS, SEGMENTS + 1)
     assert sorted(path.name for path in room.iterdir()) == ["film.mp4", "run"]
@@ -242,7 +245,7 @@ def test_a_run_that_is_killed_at_any_time_goes_on(
 def test_a_run_that_is_killed_at_its_file_operations_goes_on(
     workers: Workers, unbroken: tuple[str, float], tmp_path: Path
 ) -> None:
-    """Between two flushes, renames and removals: at the first to eighth of a worker, over and over."""
+    """Workers that kill themselves at their first to eighth flush, rename or removal lose nothing finished."""
     progress = [(0, 0)]
     for number in range(200):
         if not workers.run(tmp_path, kill_at=CALLS[number % len(CALLS)]):

@@ -37,7 +37,7 @@ TENSORS = {
 
 
 def changed(**sections):
-    """The job with other entries in some sections."""
+    """Returns the job with other entries in some sections."""
     return {**JOB, **{name: {**JOB.get(name, {}), **entries} for name, entries in sections.items()}}
 
 
@@ -119,7 +119,7 @@ def test_a_folder_without_a_readable_job_is_explained(tmp_path):
     assert opened(folder="file").endswith("file is not a folder")
     (tmp_path / "run").mkdir()
     assert opened().endswith("run has no job.json: no run was begun there")
-    assert names(tmp_path / "run") == []  # looking leaves nothing behind
+    assert names(tmp_path / "run") == []  # looking leaves nothing
     assert "is not readable" in opened("{")
     assert "is not readable" in opened("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
     assert "expected an object with schema" in opened("[]")
@@ -197,7 +197,7 @@ def test_only_files_of_a_run_have_names(state, name):
 
 
 def test_a_change_of_any_byte_is_noticed(state):
-    """Or it is in the padding of the header, and what comes back is what was saved."""
+    """A changed byte is noticed, or is in the padding of the header and changes nothing that is loaded."""
     given = {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor([[3]], dtype=torch.int16)}
     state.save("motion", given)
     path = state.folder / "motion.safetensors"
@@ -246,7 +246,7 @@ def test_segments_are_there_up_to_the_first_that_is_damaged(state):
 
 
 def test_what_was_made_from_something_that_is_saved_again_is_dropped(state):
-    """So that a segment never follows one that it was not made from, also where a run makes other bits than before."""
+    """A segment never follows one that it was not made from, not even where a run makes other bits than before."""
     before = ["inputs", "motion", "condition"]
     made = [*before, *map(segment_name, range(1, 5))]
 
@@ -330,7 +330,7 @@ def weights_at(path: Path, **changes):
 
 
 def test_the_fingerprint_of_weights_is_that_of_their_content(tmp_path):
-    """Not of the file's name, of its format, or of how it is divided into shards."""
+    """The fingerprint does not depend on the file's name, its format, or its division into shards."""
     first = weights_at(tmp_path / "a.safetensors")
     assert re.fullmatch("[0-9a-f]{64}", first)
     assert weights_at(tmp_path / "b.safetensors") == first
@@ -373,7 +373,7 @@ def test_other_weights_have_another_fingerprint(tmp_path):
 
 
 def test_only_the_outer_rows_of_large_tensors_are_read(tmp_path, monkeypatch):
-    """No more than 64 KiB and two rows of any: 28 GB take no longer than their headers."""
+    """No more than 65,536 bytes or two rows of any tensor are read, so that 28 GB take no longer than their headers."""
     from model.weights import files as weight_files
 
     size = 0

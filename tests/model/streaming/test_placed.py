@@ -1,4 +1,4 @@
-"""DiTs whose blocks live elsewhere or are in 8 bits: the same numbers, the promised bytes, and checkpoints."""
+"""DiTs whose layers live elsewhere or are in 8 bits: the same numbers, the promised bytes, and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.config import PRESETS
 from model.dit.model import WanDiT
 from model.errors import InputError
 from model.machine.counted import TensorMemory, elsewhere
-from model.streaming.placement import ALIGNMENT, PRODUCTS, STORAGES, Placement, block_layout, placed_bytes
+from model.streaming.placement import ALIGNMENT, MATMUL, QUANTIZE, Placement, layer_layout, placed_bytes
 from model.weights.load import eight_bit_tensors, load_dit, random_weights
 from model.weights.lora import LoRA, apply_loras, merge_loras
 from tests.conftest import TINY_DIT
@@ -28,7 +28,7 @@ from tests.support.tolerances import relative_error
 LAYERS = 5
 CONFIG = replace(TINY_DIT, num_layers=LAYERS)
 META = torch.device("meta")
-#: Spread over three homes: two blocks on the device, one in host memory, two in the file.
+#: Spread over three homes: two layers on the device, one in host memory, two in the file.
 MOVING = {"resident": 2, "pinned": 1}
 
 
@@ -50,20 +50,20 @@ def plain() -> WanDiT:
 
 @pytest.fixture(scope="module")
 def checkpoint(plain: WanDiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Original names, float32."""
+    """A checkpoint with the names of the Wan repositories, in float32."""
     path = tmp_path_factory.mktemp("plain") / "wan.safetensors"
     return saved(original_dit(plain.state_dict()), path)
 
 
 def saved(tensors: dict[str, Tensor], path: Path) -> Path:
-    """With the configuration beside it that the tensors do not show."""
+    """Saves a checkpoint, with the configuration beside it that the tensors do not show."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     (path.parent / "config.json").write_text(json.dumps({"num_heads": CONFIG.num_heads}))
     return path
 
 
 def float8_file(plain: WanDiT, path: Path, dtype: torch.dtype = torch.float8_e4m3fn, by_row: bool = False) -> Path:
-    """As ComfyUI ships them."""
+    """Saves a float8 checkpoint as ComfyUI ships them."""
     stored, _ = float8_with_scales(original_dit(plain.state_dict()), dtype=dtype, by_row=by_row)
     return saved(stored, path)
 
@@ -83,7 +83,7 @@ def check_homes(layers: int, resident: int, pinned: int) -> None:
     assert homes.count("device") == stay
     assert homes.count("host") == min(pinned, layers - stay)
     assert len(homes) == layers
-    # Evenly: runs of blocks that stay differ by at most one where they lie between two that move.
+    # Layers are spread evenly: runs of those that stay differ by at most one where they lie between two that move.
     moving = [i for i, home in enumerate(homes) if home != "device"]
     gaps = {b - a for a, b in itertools.pairwise(moving)}
     assert len(gaps) <= 2
@@ -97,12 +97,12 @@ def test_everything_stays_by_default() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"storage": "int4"}, "storage: expected one of plain, file, float8, int8, got 'int4'"),
-        ({"products": "fast"}, "products: expected one of plain, 8bit, got 'fast'"),
+        ({"quantize": "int4"}, "quantize: expected one of none, file, float8, int8, got 'int4'"),
+        ({"matmul": "fast"}, "matmul: expected one of plain, 8bit, got 'fast'"),
         ({"resident": -1}, "resident: expected None or at least 0, got -1"),
         ({"pinned": -2}, "pinned: expected None or at least 0, got -2"),
-        ({"products": "8bit"}, "products: 8bit goes with storage float8 or int8, got plain"),
-        ({"products": "8bit", "storage": "file"}, "products: 8bit goes with storage float8 or int8, got file"),
+        ({"matmul": "8bit"}, "matmul: 8bit goes with quantize float8 or int8, got none"),
+        ({"matmul": "8bit", "quantize": "file"}, "matmul: 8bit goes with quantize float8 or int8, got file"),
     ],
 )
 def test_decisions_that_make_no_sense_are_refused(fields: dict, message: str) -> None:
@@ -115,30 +115,30 @@ def test_decisions_that_make_no_sense_are_refused(fields: dict, message: str) ->
 
 
 PLACEMENTS = [
-    Placement(**where, storage=storage, products=products)
+    Placement(**where, quantize=quantize, matmul=matmul)
     for where in ({}, {"resident": 0}, {"resident": 1}, {"resident": LAYERS - 1}, MOVING)
-    for storage in STORAGES
-    for products in PRODUCTS
-    if products == "plain" or storage in ("float8", "int8")
+    for quantize in QUANTIZE
+    for matmul in MATMUL
+    if matmul == "plain" or quantize in ("float8", "int8")
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 def test_the_bytes_on_the_device_are_those_promised(placement: Placement, dtype: torch.dtype) -> None:
-    """What is alive after building, without what stands for host memory; on tensors without memory, and with it."""
+    """The promised bytes are alive after building, host memory not counted; on tensors without memory and with it."""
     promised = placed_bytes(CONFIG, dtype, placement)
     for device in ("meta", "cpu"):
         with TensorMemory() as memory:
             model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, device=device, placement=placement)
-            # The model is made of tensors that are replaced; what is left is what it holds.
+            # The tensors that the model is built with are replaced; those that are left are what it holds.
             found = memory.live
         assert found == promised.device, device
         assert model.stream is not None
 
 
 def test_host_memory_is_what_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted by letting the count see it."""
+    """The promised bytes of host memory are counted when the count is allowed to see them."""
 
     @contextmanager
     def here() -> Iterator[None]:
@@ -159,7 +159,7 @@ def test_host_memory_is_what_was_promised(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("preset", ["1.3b", "14b-1.3b", "5b"])
 def test_8_bits_take_half_of_16_and_a_block_and_four_bytes_a_row(preset: str) -> None:
     config = PRESETS[preset].stage_one
-    half, eighth = (placed_bytes(config, torch.bfloat16, Placement(storage=s)) for s in ("plain", "float8"))
+    half, eighth = (placed_bytes(config, torch.bfloat16, Placement(quantize=s)) for s in ("none", "float8"))
     assert 0.5 < eighth.resident / half.resident < 0.503
     assert eighth.unpacked == pytest.approx(half.resident / config.num_layers, rel=0.005)
     streamed = placed_bytes(config, torch.bfloat16, Placement(resident=0))
@@ -169,7 +169,7 @@ def test_8_bits_take_half_of_16_and_a_block_and_four_bytes_a_row(preset: str) ->
 
 def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
     for placement in PLACEMENTS:
-        layout = block_layout(CONFIG, torch.bfloat16, placement)
+        layout = layer_layout(CONFIG, torch.bfloat16, placement)
         for entries in (layout.stored, layout.unpacked):
             ends = [0, *(entry.offset + entry.nbytes for entry in entries)]
             assert all(
@@ -181,7 +181,7 @@ def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.storage in ("plain", "file")], ids=str)
+@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.quantize in ("none", "file")], ids=str)
 def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.dtype) -> None:
     expected = output(random_weights(WanDiT, CONFIG, 1, dtype=dtype))
     model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, placement=placement)
@@ -196,13 +196,13 @@ def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.d
 def test_float8_files_run_as_they_are(
     where: dict, by_row: bool, kind: torch.dtype, dtype: torch.dtype, plain: WanDiT, tmp_path: Path
 ) -> None:
-    """The result is, bit for bit, that of the same file with its weights multiplied out as they are read."""
+    """A float8 file gives, bit for bit, the result of the same weights multiplied out as they are read."""
     path = float8_file(plain, tmp_path / "wan.safetensors", kind, by_row)
     stored = eight_bit_tensors(path)
     assert len(stored) == LAYERS * 10
     assert set(stored.values()) == {str(kind).removeprefix("torch.")}
     expected = load_dit(path, config=CONFIG, dtype=dtype)
-    placement = Placement(**where, storage="file")
+    placement = Placement(**where, quantize="file")
     with TensorMemory() as memory:
         model = load_dit(path, config=CONFIG, dtype=dtype, placement=placement)
         found = memory.live
@@ -218,7 +218,7 @@ def test_float8_files_run_as_they_are(
 
 
 def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, tmp_path: Path) -> None:
-    """Merged in float32 as always, so that the result is that of the plain way, bit for bit."""
+    """A LoRA is merged in float32 as always, so that the result is that of a model without 8 bits, bit for bit."""
     path = float8_file(plain, tmp_path / "wan.safetensors")
     draw = torch.Generator().manual_seed(2)
     matrix = plain.blocks[1].attn1.to_q.weight
@@ -231,47 +231,50 @@ def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, 
     without = set(eight_bit_tensors(path)) - set(eight_bit_tensors(path, loras))
     assert without == {"blocks.1.attn1.to_q.weight"}
     expected = load_dit(path, config=CONFIG, loras=loras)
-    placed = load_dit(path, config=CONFIG, loras=loras, placement=Placement(**MOVING, storage="file"))
+    placed = load_dit(path, config=CONFIG, loras=loras, placement=Placement(**MOVING, quantize="file"))
     assert torch.equal(output(placed), output(expected))
     assert not torch.equal(output(placed), output(load_dit(path, config=CONFIG)))
 
 
-@pytest.mark.parametrize("storage", ["float8", "int8"])
-def test_quantised_weights_are_near_and_the_same_wherever_they_live(storage: str, checkpoint: Path) -> None:
-    """One scale a row: float8 e4m3 has 4 significant bits, int8 as many as its row's largest number leaves."""
+@pytest.mark.parametrize("quantize", ["float8", "int8"])
+def test_quantised_weights_are_near_and_the_same_wherever_they_live(quantize: str, checkpoint: Path) -> None:
+    """Quantised weights, one scale a row, are near, and give the same bits wherever they live.
+
+    float8 e4m3 has 4 significant bits, int8 as many as the largest number of its row leaves.
+    """
     exact = load_dit(checkpoint, config=CONFIG)
     models = [
-        load_dit(checkpoint, config=CONFIG, placement=Placement(**where, storage=storage))
+        load_dit(checkpoint, config=CONFIG, placement=Placement(**where, quantize=quantize))
         for where in ({}, {"resident": 0}, MOVING)
     ]
     outputs = [output(model) for model in models]
     assert all(torch.equal(found, outputs[0]) for found in outputs)
     error = relative_error(outputs[0], output(exact))
-    assert 1e-4 < error < {"float8": 0.06, "int8": 0.02}[storage]
+    assert 1e-4 < error < {"float8": 0.06, "int8": 0.02}[quantize]
 
 
-@pytest.mark.parametrize("storage", ["float8", "int8"])
+@pytest.mark.parametrize("quantize", ["float8", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_products_in_8_bits_are_near_and_the_same_wherever_weights_live(
-    storage: str, dtype: torch.dtype, checkpoint: Path
+    quantize: str, dtype: torch.dtype, checkpoint: Path
 ) -> None:
-    """Activations too have one scale a row: the error is the weights' own and about as much again."""
+    """The error of 8-bit matmuls is that of the weights and about as much again: activations have scales too."""
     exact = output(load_dit(checkpoint, config=CONFIG))
-    weights_only = load_dit(checkpoint, config=CONFIG, placement=Placement(storage=storage))
+    weights_only = load_dit(checkpoint, config=CONFIG, placement=Placement(quantize=quantize))
     outputs = [
         output(
-            load_dit(checkpoint, config=CONFIG, dtype=dtype, placement=Placement(**w, storage=storage, products="8bit"))
+            load_dit(checkpoint, config=CONFIG, dtype=dtype, placement=Placement(**w, quantize=quantize, matmul="8bit"))
         )
         for w in ({}, {"resident": 0}, MOVING)
     ]
     assert all(torch.equal(found, outputs[0]) for found in outputs)
     error = relative_error(outputs[0], exact)
-    assert relative_error(output(weights_only), exact) < error < {"float8": 0.12, "int8": 0.05}[storage]
+    assert relative_error(output(weights_only), exact) < error < {"float8": 0.12, "int8": 0.05}[quantize]
 
 
 def test_products_in_8_bits_read_float8_of_a_file_as_it_is(plain: WanDiT, tmp_path: Path) -> None:
     path = float8_file(plain, tmp_path / "wan.safetensors")
-    placed = load_dit(path, config=CONFIG, placement=Placement(storage="float8", products="8bit"))
+    placed = load_dit(path, config=CONFIG, placement=Placement(quantize="float8", matmul="8bit"))
     stored, _ = float8_with_scales(original_dit(plain.state_dict()))
     weight = placed.blocks[2].ffn.net[2].weight
     assert weight.dtype == torch.float8_e4m3fn
@@ -281,10 +284,10 @@ def test_products_in_8_bits_read_float8_of_a_file_as_it_is(plain: WanDiT, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "placement", [Placement(resident=0), Placement(storage="int8"), Placement(storage="int8", products="8bit")], ids=str
+    "placement", [Placement(resident=0), Placement(quantize="int8"), Placement(quantize="int8", matmul="8bit")], ids=str
 )
 def test_what_would_cut_parameters_off_their_weights_is_refused(placement: Placement, tmp_path: Path) -> None:
-    """Moving, casting, saving, and LoRAs, which work where all blocks stay as they are."""
+    """Moving, casting, saving and LoRAs are refused; they work where all layers stay as they are."""
     save_file({"blocks.0.attn1.to_q.diff": torch.zeros(48, 48)}, tmp_path / "lora.safetensors")
     lora = LoRA(tmp_path / "lora.safetensors")
     model = random_weights(WanDiT, CONFIG, 1, placement=placement)
@@ -292,7 +295,7 @@ def test_what_would_cut_parameters_off_their_weights_is_refused(placement: Place
         with pytest.raises(RuntimeError, match="streamed or"):
             call()
     for give in (apply_loras, merge_loras):
-        with pytest.raises(InputError, match="blocks are streamed or in 8 bits; give load_dit the LoRAs instead"):
+        with pytest.raises(InputError, match="layers are streamed or in 8 bits; give load_dit the LoRAs instead"):
             give(model, [lora])
     own = random_weights(WanDiT, CONFIG, 1, placement=Placement())
     assert own.state_dict().keys() == random_weights(WanDiT, CONFIG, 1).state_dict().keys()

@@ -1,4 +1,4 @@
-"""The order in which streamed blocks come and go, against an engine that does everything at the worst legal moment.
+"""The order in which streamed layers come and go, against an engine that does everything at the worst legal moment.
 
 A copy may write as soon as the slot was released, and is not done before it is waited for. :class:`WorstCopies` writes
 NaN into the slot the moment that the copy is asked for, and the weights the moment that it is waited for: whoever reads
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.dit.model import WanDiT
 from model.streaming.placement import Placement
-from model.streaming.stream import SLOTS, BlockStream, DirectCopies, Source
+from model.streaming.stream import SLOTS, DirectCopies, LayerStream, Source
 from model.weights.load import random_weights
 from tests.conftest import TINY_DIT
 
@@ -29,14 +29,14 @@ PLACEMENTS = [
     Placement(resident=3, pinned=2),
     Placement(resident=5),
     Placement(resident=6),
-    Placement(resident=0, storage="float8"),
-    Placement(resident=2, pinned=2, storage="int8"),
+    Placement(resident=0, quantize="float8"),
+    Placement(resident=2, pinned=2, quantize="int8"),
 ]
-names = [f"{p.resident}-{p.pinned}-{p.storage}" for p in PLACEMENTS]
+names = [f"{p.resident}-{p.pinned}-{p.quantize}" for p in PLACEMENTS]
 
 
 class WorstCopies(DirectCopies):
-    """See the top of the file. ``told`` is all that it was asked."""
+    """A copy engine that does everything at the worst legal moment; ``told`` is all that it was asked."""
 
     def __init__(self, slots: list[Tensor]) -> None:
         super().__init__(slots)
@@ -70,7 +70,7 @@ def model(placement: Placement | None) -> WanDiT:
 def with_engine(dit: WanDiT, engine: type[WorstCopies]) -> WorstCopies:
     """Puts an engine in place of the model's own."""
     stream = dit.stream
-    assert isinstance(stream, BlockStream)
+    assert isinstance(stream, LayerStream)
     assert isinstance(stream._engine, DirectCopies)
     stream._engine = engine(stream._engine.slots)
     stream._held = [None] * SLOTS
@@ -79,7 +79,7 @@ def with_engine(dit: WanDiT, engine: type[WorstCopies]) -> WorstCopies:
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=names)
 def test_blocks_are_read_after_their_copy_and_before_the_next_one(placement: Placement) -> None:
-    """Two passes with the worst engine give, bit for bit, what the same weights give when they stay."""
+    """The worst engine gives in two passes, bit for bit, what the same weights give when they stay."""
     kept, streamed = model(replace(placement, resident=None)), model(placement)
     with_engine(streamed, WorstCopies)
     with torch.no_grad():
@@ -102,32 +102,32 @@ def test_the_worst_engine_finds_a_missing_wait() -> None:
 
 
 def test_the_worst_engine_finds_a_copy_into_a_slot_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mutant that asks for the next block while the present one is still at work."""
+    """The worst engine finds a mutant that asks for the next layer while the present one is still at work."""
 
-    def hasty(self: BlockStream):  # type: ignore[no-untyped-def]
-        for index, block in enumerate(self._blocks):
+    def hasty(self: LayerStream):  # type: ignore[no-untyped-def]
+        for index, layer in enumerate(self._layers):
             self._await(self._places[index])
             self._bring(self._following(self._places[index]))
-            yield block
+            yield layer
 
     dit = model(PLACEMENTS[0])
     with_engine(dit, WorstCopies)
-    monkeypatch.setattr(BlockStream, "walk", hasty)
+    monkeypatch.setattr(LayerStream, "walk", hasty)
     with torch.no_grad():
         assert not torch.isfinite(dit(*inputs())).all()
 
 
 def test_what_comes_too_early_or_in_vain_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prefetch of the wrong block costs a copy and changes nothing: the right one is brought before it is read."""
+    """A prefetch of the wrong layer costs a copy and changes nothing: the right one is brought before it is read."""
     dit, expected = model(PLACEMENTS[0]), model(None)
     with_engine(dit, WorstCopies)
-    monkeypatch.setattr(BlockStream, "_following", lambda self, place: (place + 1) % len(self._sources))
+    monkeypatch.setattr(LayerStream, "_following", lambda self, place: (place + 1) % len(self._sources))
     with torch.no_grad():
         assert torch.equal(dit(*inputs()), expected(*inputs()))
 
 
 def test_the_next_block_is_on_its_way_while_one_runs() -> None:
-    """Each copy is asked for a block before it is waited for, in every pass, and no copy twice."""
+    """Each copy is asked for one layer before it is waited for, in every pass, and no copy twice."""
     dit = model(Placement(resident=1))
     engine = with_engine(dit, WorstCopies)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_blocks_that_fill_the_slots_are_copied_once() -> None:
 
 @pytest.mark.parametrize("where", [0, 2, 3])
 def test_a_pass_that_was_broken_off_leaves_nothing_behind(where: int) -> None:
-    """After an error in the middle of a pass the next one is right."""
+    """A pass after one that ended in an error is right."""
     dit, expected = model(Placement(resident=0, pinned=3)), model(None)
     with_engine(dit, WorstCopies)
     run = dit.blocks[where].forward
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_ends_the_pass_and_can_be_tried_again() -> No
 
 
 def test_a_model_that_is_settled_can_go_on() -> None:
-    """What was under way for the next pass is asked for again."""
+    """A settled model asks again for the copies that were under way for its next pass, and is right."""
     dit, expected = model(Placement(resident=0, pinned=3)), model(None)
     with_engine(dit, WorstCopies)
     with torch.no_grad():
@@ -202,8 +202,8 @@ def test_a_model_that_is_settled_can_go_on() -> None:
 
 
 class SlowCopies(DirectCopies):
-    """Copies by threads, each so slow that it ends only when a block has begun its work after the copy was asked for,
-    but for the first of each slot, which no work can hide. Who waits for a copy instead of working waits in vain."""
+    """An engine that copies by threads, each so slow that it ends only when a layer has begun its work after the copy
+    was asked for, but for the first of each slot, which no work can hide. Waiting instead of working is in vain."""
 
     def __init__(self, slots: list[Tensor]) -> None:
         super().__init__(slots)
@@ -219,7 +219,7 @@ class SlowCopies(DirectCopies):
             worked.set()
 
         def copy() -> None:
-            self.in_vain += not worked.wait(timeout=5)
+            self.in_vain += not worked.wait(timeout=60)
             DirectCopies.fetch(self, slot, source)
 
         self.threads[slot] = threading.Thread(target=copy)
@@ -229,14 +229,16 @@ class SlowCopies(DirectCopies):
         self.threads[slot].join()
 
     def work_begins(self) -> None:
-        """Of a block."""
+        """Records that the work of a layer begins."""
         while self.working:
             self.working.pop().set()
 
 
 def test_slow_copies_run_while_blocks_do() -> None:
-    """Every copy but the first two is under way while another block works, and the result is right. Of an even number
-    of blocks: the last of an odd one has the first one's slot."""
+    """Every copy but the first two is under way while another layer works, and the result is right.
+
+    The number of layers is even, since the last of an odd number has the first one's slot.
+    """
     dit, expected = model(Placement(resident=1)), model(None)
     stream = dit.stream
     assert stream is not None
@@ -253,9 +255,9 @@ def test_slow_copies_run_while_blocks_do() -> None:
 
         return run
 
-    for block in dit.blocks:
-        block.forward = announced(block.forward)
-        block.attn2.context = announced(block.attn2.context)
+    for layer in dit.blocks:
+        layer.forward = announced(layer.forward)
+        layer.attn2.context = announced(layer.attn2.context)
     with torch.no_grad():
         assert torch.equal(dit(*inputs()), expected(*inputs()))
     engine.work_begins()
@@ -266,5 +268,5 @@ def test_slow_copies_run_while_blocks_do() -> None:
 
 
 def test_blocks_that_move_need_something_that_moves_them() -> None:
-    with pytest.raises(ValueError, match="engine: expected one for blocks that are copied, got None"):
-        BlockStream([torch.nn.Identity()], {0: torch.zeros(4, dtype=torch.uint8)}, {}, None)
+    with pytest.raises(ValueError, match="engine: expected one for layers that are copied, got None"):
+        LayerStream([torch.nn.Identity()], {0: torch.zeros(4, dtype=torch.uint8)}, {}, None)

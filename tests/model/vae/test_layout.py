@@ -1,4 +1,4 @@
-"""Channels stay last from the first layer to the last: which operators move data at all, at 2K on empty tensors."""
+"""Channels stay last from the first layer to the last, as the operators that move data show, at 2K on empty tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.vae.layers import settle, settled_layers
 from bench.vae.shapes import SHAPES, Shape
 
-#: Of a colour picture, folded 2 x 2 or not.
+#: The most channels of a colour picture, which is folded 2 x 2 or not.
 COLOURS = 12
 
 
 class Moves(TorchDispatchMode):
-    """Operators of torch's own that read and write data, by bytes written, and what they copy in another order."""
+    """A count of bytes written by torch's own operators, and of the tensors that they copy in another order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ def at_2k(version: str) -> Shape:
 
 
 def history_bytes(shape: Shape, part: str) -> int:
-    """Of the frames that layers remember: as many as they have taps in time beyond those of a step."""
+    """Returns the bytes of the frames that layers remember: each as many as its taps in time less its step in time."""
     layers = settled_layers(shape, part)
     return sum(calls * layer.past * 2 * layer.height * layer.width * layer.channels for layer, calls in layers.items())
 
 
 def test_a_decoded_frame_is_only_convolved_normed_and_remembered() -> None:
-    """Wan2.1: no frame is permuted, padded, concatenated, cast or added to by an operator of its own."""
+    """No frame of Wan2.1's decoder is permuted, padded, concatenated, cast or added to by an operator of its own."""
     shape = at_2k("2.1")
     found = moves(shape, "decode")
     # The denormalised latents and the attention of the lowest resolution; clone and cat are the layers' histories.
@@ -72,7 +72,7 @@ def test_wan_2_2_s_shortcuts_are_all_that_is_copied_besides() -> None:
     found = moves(shape, "decode")
     assert set(found.written) == {"addcmul", "addmm", "add", "clone", "cat", "copy_"}
     assert found.written["clone"] + found.written["cat"] <= history_bytes(shape, "decode")
-    # Three shortcuts write the features that the block then adds to: what each block makes, once.
+    # Three shortcuts write the features that the stage then adds to: all that each stage makes, once.
     rows, columns = shape.latent_size
     made = sum(frames * 4**i * channels for i, (frames, channels) in enumerate([(2, 1024), (4, 1024), (4, 512)], 1))
     assert found.written["copy_"] == 2 * rows * columns * made
@@ -88,7 +88,7 @@ def test_the_encoder_permutes_the_pixels_that_it_is_given_and_nothing_else(versi
 
 
 def test_kernels_are_given_no_copies() -> None:
-    """A permuted tensor is seen as such: the tests above can fail."""
+    """A permuted tensor is counted as such, so that the tests above can fail."""
     x = torch.empty(1, 8, 4, 6, 16, device="meta").permute(0, 2, 3, 4, 1)
     with Moves() as found:
         y: Tensor = x.contiguous()

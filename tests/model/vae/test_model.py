@@ -1,4 +1,4 @@
-"""The VAE against diffusers' ``AutoencoderKLWan`` on random weights, and streaming against the whole clip."""
+"""The VAE equals diffusers' ``AutoencoderKLWan`` on random weights, and streaming equals the whole clip."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VERSIONS = {
 
 
 def saved_diffusers_vae(path, **config):
-    """A diffusers model with non-trivial norms and statistics whose output is not lost in the clamp."""
+    """Saves and returns a diffusers model with non-trivial norms and statistics, whose output is mostly not clamped."""
     z_dim = config["z_dim"]
     statistics = {"latents_mean": torch.randn(z_dim).tolist(), "latents_std": (0.5 + torch.rand(z_dim)).tolist()}
     model = AutoencoderKLWan(**config, **statistics).eval()
@@ -76,7 +76,7 @@ def test_equals_diffusers(version, batch, num_frames, rows, columns, tmp_path):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (5,)], ids=str)
 def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
-    """In float64, so that a wrong cache cannot hide behind rounding; pieces count latent frames."""
+    """A clip in pieces (counted in latent frames) equals the whole one; in float64 rounding hides no wrong cache."""
     saved_diffusers_vae(tmp_path, **VERSIONS[version])
     vae = load_vae(tmp_path, dtype=torch.float64)
     stride = vae.config.spatial_stride
@@ -96,7 +96,7 @@ def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
 
 
 def test_streams_are_independent_of_each_other(tiny_vae):
-    """State belongs to a stream, not to the model: two clips decoded in turn equal the same clips one by one."""
+    """Two clips decoded in turn equal the same clips one by one: state belongs to a stream, not to the model."""
     first, second = torch.randn(2, 1, 4, 3, 2, 2)
     turns = zip(*(tiny_vae.decode_stream(clip.split(1, dim=2)) for clip in (first, second)), strict=True)
     for clip, pieces in zip((first, second), zip(*turns, strict=True), strict=True):

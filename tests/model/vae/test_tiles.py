@@ -1,4 +1,4 @@
-"""Exact tiles: at any size, in any pieces, encoded or decoded, a frame is the whole frame, and memory is bounded."""
+"""Tiles are exact: at any size, in any pieces, encoded or decoded, they equal the whole frame in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLANS = {
 
 
 class OtherMemory(Host):
-    """Parks on the CPU what a GPU's host memory would hold, and makes what was left behind useless."""
+    """A host memory on the CPU that overwrites every parked tensor with NaN, so that only its copy can be used."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), True)
@@ -39,7 +39,7 @@ class OtherMemory(Host):
     def park(self, x: Tensor) -> Tensor:
         self.parked += 1
         copy = x.clone(memory_format=torch.contiguous_format)
-        # Several parked tensors may share memory only if nobody writes to it: then this is too early.
+        # A view is left as it is: the memory that it shares may still be read.
         if x.is_floating_point() and x._base is None:
             x.fill_(float("nan"))
         return copy
@@ -56,7 +56,7 @@ def model(version: str, path: Path, dtype: torch.dtype = torch.float64) -> WanVA
 @pytest.mark.parametrize("version", ["2.1", "2.1, other temporal stages", "2.2", "2.2, one block a stage"])
 @pytest.mark.parametrize("name", PLANS)
 def test_tiles_equal_the_whole_frame(version: str, name: str, tmp_path: Path) -> None:
-    """In float64, so that a halo that is one pixel short cannot hide behind rounding."""
+    """Tiles equal the whole frame; in float64 rounding does not hide a halo that is one pixel short."""
     vae, plan = model(version, tmp_path), PLANS[name]
     stride = vae.config.spatial_stride
     latents = torch.randn(1, vae.config.z_dim, 3, 4, 5, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_tiles_equal_the_whole_frame(version: str, name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 @pytest.mark.parametrize("blocks", [1, 2, 41])
 def test_a_new_user_s_clip(version: str, blocks: int, tmp_path: Path) -> None:
-    """A random VAE saved by diffusers, 1 to 41 latent frames, tiles of a latent pixel, against diffusers' frames."""
+    """A random VAE saved by diffusers decodes to diffusers' frames, 1 to 41 latent frames by the smallest tiles."""
     theirs = saved_diffusers_vae(tmp_path, **VERSIONS[version])
     ours = load_vae(tmp_path)
     mean, std = statistics(theirs)
@@ -81,7 +81,7 @@ def test_a_new_user_s_clip(version: str, blocks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 def test_pieces_through_tiles(version: str, tmp_path: Path) -> None:
-    """Segments that arrive one after the other, through tiles that wait in between; batches; bytes as well."""
+    """Segments that arrive one after the other pass through tiles that wait in between; in batches, and to bytes."""
     vae = model(version, tmp_path)
     latents = torch.randn(2, vae.config.z_dim, 6, 3, 4, dtype=torch.float64)
     plan = VAEPlan(2, 2, frames=2, chunk=2)
@@ -100,7 +100,7 @@ def test_pieces_through_tiles(version: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 @pytest.mark.parametrize("chunk", [1, 2, None])
 def test_what_waits_in_host_memory_comes_back(version: str, chunk: int | None, tmp_path: Path) -> None:
-    """What is left on the device is overwritten with NaN, so that only what was fetched can be right."""
+    """A clip whose states wait in host memory is the same: what is left on the device is overwritten with NaN."""
     vae = model(version, tmp_path)
     stride = vae.config.spatial_stride
     latents = torch.randn(1, vae.config.z_dim, 5, 3, 4, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
 
 
 def test_the_borders_of_tiles_are_not_seen(tmp_path: Path) -> None:
-    """Tiles whose borders cross a picture, against diffusers' blended ones: their steps, and none of ours."""
+    """Tiles whose borders cross a picture leave no step in it."""
     vae = model("2.1", tmp_path, torch.float32)
     latents = torch.randn(1, 4, 2, 8, 8)
     whole, tiled = vae.decode(latents), vae.decode(latents, VAEPlan(2, 2))
@@ -187,7 +187,7 @@ def test_pieces_of_another_size_are_refused(tiny_vae: WanVAE) -> None:
 
 
 def test_halves_have_dtypes_of_their_own(tmp_path: Path) -> None:
-    """Decoding in bfloat16 is close to float32; the encoder stays in float32, and may be let go."""
+    """Decoding in bfloat16 is close to float32; the encoder stays in float32, and may be released."""
     saved_diffusers_vae(tmp_path, **VERSIONS["2.1"])
     mixed = load_vae(tmp_path, decode_dtype=torch.bfloat16)
     exact = load_vae(tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA files that are damaged or made by hand, and strengths that are no numbers: refused before anything changes."""
+"""Damaged or hand-made LoRA files, and strengths that are no numbers, are refused before anything changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FACTORS = {
 @pytest.mark.parametrize("part", ["lora_down", "lora_up"])
 @pytest.mark.parametrize("kind", FACTORS)
 def test_factors_that_fit_no_model_do_not_load(kind, part, tmp_path, inspected):
-    """Whether or not there is a model to hold them against; of a pair the wrong one is named, with the reason."""
+    """Factors that fit no model are refused, with and without a DiT; the wrong one of a pair is named, with reason."""
     state = random_weights(WanDiT, DIT, 0).state_dict()
     dit = saved(tmp_path / "dit.safetensors", original_dit(state))
     key, factor = f"{MODULE}.{part}.weight", FACTORS[kind]
@@ -100,7 +100,7 @@ def not_merged(file, folder, inspected):
 
 
 def test_integer_and_half_alphas_still_count(tmp_path):
-    """Refusing numbers that are none must not refuse these."""
+    """Alphas that are integers or float16 are read as numbers."""
     dit = saved(tmp_path / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
     before = load_dit(dit).get_parameter("blocks.0.attn1.to_q.weight")
     for alpha in (torch.tensor(2), torch.tensor([2.0]).half(), torch.tensor(2.0).bfloat16()):
@@ -123,7 +123,7 @@ def test_a_strength_is_one_that_float32_can_hold(strength):
 
 
 def applicable(tmp_path, alpha=4.0):
-    """A model and a LoRA on three of its parameters."""
+    """Returns a model and a LoRA on three of its parameters."""
     dit = random_weights(WanDiT, DIT, 0)
     state = {}
     for name in ("self_attn.q", "self_attn.k", "cross_attn.o"):
@@ -159,7 +159,7 @@ def test_strength_times_scale_is_checked_before_anything_is_changed(tmp_path):
 
 
 def test_strengths_that_cannot_be_set_leave_the_former_ones(tmp_path, monkeypatch):
-    """An error after some of the parameters have been written; if the files are gone too, the LoRAs come off."""
+    """The former strengths stay after an error half-way; if the files are gone too, the LoRAs come off."""
     dit, file = applicable(tmp_path)
     before = copied(dit)
     applied = apply_loras(dit, [LoRA(file, 0.5)])

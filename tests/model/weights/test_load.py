@@ -45,7 +45,7 @@ def test_original_dit_file_loads_and_its_config_is_inferred(config, prefix, tmp_
 
 
 def test_original_dit_directory_with_shards_and_config(tmp_path):
-    """The layout of the Wan repositories; heads of another size than 128 are known from config.json only."""
+    """The layout of the Wan repositories loads; heads of another size than 128 are known from config.json only."""
     model = random_weights(WanDiT, TINY_DIT, 0)
     original = original_dit(model.state_dict())
     names = sorted(original)
@@ -79,7 +79,7 @@ def json_tensor(value):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("generation", ["scale_weight", "weight_scale", "header"])
 def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_row, prefix, tmp_path):
-    """ComfyUI's files of all three generations: a marker, a tensor of JSON a layer, the header's metadata."""
+    """ComfyUI's float8 files of all three generations load: a marker, a tensor of JSON a layer, header metadata."""
     model = random_weights(WanDiT, CLIP_DIT, 0)
     scale_name = "scale_weight" if generation == "scale_weight" else "weight_scale"
     options = {"scale_name": scale_name, "dtype": dtype, "by_row": by_row}
@@ -108,7 +108,7 @@ def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_
 
 
 def test_plain_float8_and_scales_of_one_that_mean_nothing(tmp_path):
-    """Files cast to float8 as they are, biases too; and a layer kept in 16 bits with a scale that others fill in."""
+    """Files cast to float8, biases too, load, and so do layers kept in 16 bits with a scale that means nothing."""
     state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
     cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
     save_file(cast, tmp_path / "plain.safetensors")
@@ -181,7 +181,7 @@ def test_quantisations_of_other_programs_are_named(tmp_path):
 
 
 def test_each_part_of_a_whole_pipeline_in_one_file_loads_from_it(tmp_path):
-    """The layout of ComfyUI's checkpoints; what belongs to no part is surplus, not passed over."""
+    """Each part of a ComfyUI checkpoint loads from it; a tensor that belongs to no part is surplus."""
     dit, vae = random_weights(WanDiT, CLIP_DIT, 0), random_weights(WanVAE, VAE_21, 1)
     original = {f"model.diffusion_model.{name}": tensor for name, tensor in original_dit(dit.state_dict()).items()}
     names = original_vae(vae.state_dict(), VAE_21.num_res_blocks, VAE_21.residual)
@@ -209,7 +209,7 @@ def test_original_vae_file_loads_and_its_config_is_inferred(config, tmp_path):
 
 
 def test_published_sizes_have_the_published_number_of_parameters():
-    """Parameter counts of the real models, from the Wan model cards' checkpoints."""
+    """The presets have the parameter counts of the published checkpoints."""
 
     def count(kind, config):
         with torch.device("meta"):

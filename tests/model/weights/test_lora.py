@@ -1,4 +1,4 @@
-"""LoRA files in all spellings, against diffusers' own merging and against a written-out one.
+"""LoRA files in all spellings equal diffusers' own merging or one that is written out.
 
 diffusers passes over what it has no place for (differences of norms and of modulation tables). Here all of a file is
 merged, or the keys that cannot be are named.
@@ -56,7 +56,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("writer", ["diffusers model", "diffusers pipeline", "peft"])
 def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config, tmp_path):
-    """Alpha is in the header (diffusers) or in adapter_config.json beside the file (PEFT)."""
+    """PEFT adapters equal their model, with alpha in the header (diffusers) or in adapter_config.json (PEFT)."""
     theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
     path = tmp_path / "lora"
     if writer == "peft":
@@ -82,7 +82,7 @@ def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config,
 
 
 def test_several_at_once_with_strengths_equal_diffusers_fusing_them(tmp_path):
-    """A T2V LoRA with alphas and an I2V one on an I2V model; the image's keys and values have entries in one only."""
+    """A T2V LoRA with alphas and an I2V one equal diffusers on an I2V model; only one has image keys and values."""
     theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
     ours = load_dit(tmp_path / "dit")
     first = spelled(factors(ours, MODULES), prefix="transformer.")
@@ -108,7 +108,7 @@ def test_several_at_once_with_strengths_equal_diffusers_fusing_them(tmp_path):
 @pytest.mark.parametrize("alpha", [None, 8.0], ids=["no alpha", "alpha"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
-    """Against a merge written out: factors, biases, norms and the modulation tables; nothing else changes."""
+    """Factors, biases, norms and the modulation tables equal a merge written out, and nothing else changes."""
     saved_diffusers_dit(tmp_path / "dit")
     ours = load_dit(tmp_path / "dit")
     before = state_of(ours)
@@ -123,7 +123,7 @@ def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
 
 
 def test_lightx2v_files_equal_diffusers_but_for_what_diffusers_passes_over(tmp_path):
-    """diffusers drops the norms' and modulation's differences; and it reads no factors beside head.head.diff."""
+    """The result equals diffusers but for differences of norms and modulation, and factors beside head.head.diff."""
     theirs = saved_diffusers_dit(tmp_path / "dit")
     ours = load_dit(tmp_path / "dit")
     before = state_of(ours)
@@ -218,8 +218,8 @@ def test_factors_of_a_convolution_come_in_its_shape_or_flat(tmp_path, tiny_dit):
 
 
 def test_less_usual_forms(tmp_path):
-    """Tables without their leading 1, a parameter named in full, an alpha that counts before a configuration, and a
-    pickled checkpoint whose matrices lie transposed."""
+    """Less usual forms merge: tables without their leading 1, a parameter named in full, an alpha that counts before a
+    configuration, and a pickled checkpoint whose matrices lie transposed."""
     dit = random_weights(WanDiT, TINY_DIT, 1)
     table, head = torch.randn(6, 48), torch.randn(1, 2, 48)
     (pair,) = factors(dit, MODULES[:1]).values()

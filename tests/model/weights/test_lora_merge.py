@@ -1,4 +1,4 @@
-"""LoRAs merged, merged as a checkpoint is read, or applied and taken off; and those that fit no model."""
+"""LoRAs that are merged, merged as a checkpoint is read, or applied and taken off; and those that fit no model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.tolerances import OPERATOR, relative_error
 
 
 def five(tmp_path, dit):
-    """Five LoRAs on the same layers, and their sum in float64."""
+    """Returns five LoRAs on the same modules, and their sum in float64."""
     loras, total = [], {}
     for i in range(5):
         pairs = factors(dit, MODULES, rank=i + 1, seed=i)
@@ -38,7 +38,7 @@ def five(tmp_path, dit):
 
 
 def is_rounded_once(state, exact, dtype):
-    """Whether no number is farther from the exact one than half a step of the dtype, but for the sums in float32."""
+    """Returns whether all numbers are within half a step of the dtype of the exact ones, but for sums in float32."""
     half = torch.finfo(dtype).eps / 2
     return all(
         bool(((state[name].double() - value).abs() <= half * 1.001 * value.abs() + 1e-6).all())
@@ -47,7 +47,7 @@ def is_rounded_once(state, exact, dtype):
 
 
 def test_many_loras_in_any_order_are_rounded_once(tmp_path):
-    """Merged one after another into bfloat16 they would be rounded five times."""
+    """Five LoRAs are rounded once, in any order; one after another into bfloat16 they would be rounded five times."""
     saved_diffusers_dit(tmp_path / "dit")
     half = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
     loras, total = five(tmp_path, half)
@@ -65,7 +65,7 @@ def test_many_loras_in_any_order_are_rounded_once(tmp_path):
 
 
 def test_loading_with_loras_keeps_the_precision_of_the_file(tmp_path):
-    """float32 or scaled float8 in the file, bfloat16 in memory: rounded once, LoRAs included; tables stay float32."""
+    """A file in float32 or scaled float8 is rounded to bfloat16 once, LoRAs included; tables stay float32."""
     saved_diffusers_dit(tmp_path / "dit")
     whole = load_dit(tmp_path / "dit")
     loras, total = five(tmp_path, whole)
@@ -96,7 +96,7 @@ TEXT = torch.linspace(-1, 1, 7 * 16).view(1, 7, 16)
 
 
 def sampled(dit):
-    """A clip of five blocks, by the sampler: windows, workspaces, steps."""
+    """Samples a clip of five blocks: windows, workspaces, steps."""
     torch.manual_seed(1)
     clip = torch.randn(1, 4, 5, 4, 6)
     for _ in sample_latents(dit, clip, TEXT, plan=SegmentPlan(5, 2), sigmas=flow_sigmas(2, 5.0), seed=3):
@@ -106,7 +106,7 @@ def sampled(dit):
 
 @pytest.mark.parametrize("module", [*MODULES[:1], "blocks.1.ffn.net.2", "blocks.0.attn2.to_k", *OUTER])
 def test_applied_loras_are_in_every_path_of_a_step_and_come_off_bit_for_bit(module, tmp_path):
-    """The fused products of first and last layer, text and timesteps too; weights stay where graphs know them."""
+    """Applied LoRAs change every path of a step, fused matmuls too, and come off bit for bit; weights do not move."""
     dit, merged = (random_weights(WanDiT, TINY_DIT, 1) for _ in range(2))
     before, places = state_of(dit), [parameter.data_ptr() for parameter in dit.parameters()]
     file = saved(tmp_path / "lora.safetensors", spelled(factors(dit, [module])))
@@ -122,7 +122,7 @@ def test_applied_loras_are_in_every_path_of_a_step_and_come_off_bit_for_bit(modu
 
 
 def test_strengths_of_applied_loras_change_from_the_weights_as_they_were(tmp_path):
-    """Over and over, in bfloat16: as if merged once with the last strengths."""
+    """Strengths changed again and again, in bfloat16, give what one merge with the last strengths gives."""
     saved_diffusers_dit(tmp_path / "dit")
     dit = load_dit(tmp_path / "dit", dtype=torch.bfloat16)
     before = state_of(dit)
@@ -150,7 +150,7 @@ def test_strengths_of_applied_loras_change_from_the_weights_as_they_were(tmp_pat
 
 
 def test_applied_loras_come_off_when_the_work_fails(tmp_path, tiny_dit, monkeypatch):
-    """An error inside the block, and one while they are put on."""
+    """Applied LoRAs come off after an error in the ``with`` body, and after one while they are put on."""
     before = state_of(tiny_dit)
     file = saved(tmp_path / "lora.safetensors", spelled(factors(tiny_dit, MODULES)))
     with pytest.raises(KeyError), apply_loras(tiny_dit, [LoRA(file)]):
@@ -171,7 +171,7 @@ def test_applied_loras_come_off_when_the_work_fails(tmp_path, tiny_dit, monkeypa
 
 
 def test_of_a_file_for_both_experts_the_chosen_ones_tensors_are_used(tmp_path):
-    """Each as diffusers saves it, under the name of its expert, with another alpha."""
+    """The chosen expert's tensors are used, as diffusers saves them: under the expert's name, with its own alpha."""
     configs = [LoraConfig(r=4, lora_alpha=alpha, target_modules=ATTENTION, init_lora_weights=False) for alpha in (2, 7)]
     experts, layers, state, metadata = [], [], {}, {}
     for i, config in enumerate(configs):
@@ -261,7 +261,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_adapters_of_another_kind_are_refused_by_name(kind, tmp_path):
-    """As PEFT saves them."""
+    """Other kinds of adapters, as PEFT saves them, are refused by name."""
     saved_diffusers_dit(tmp_path / "dit")
     config, message = REFUSED[kind]
     get_peft_model(WanTransformer3DModel.from_pretrained(tmp_path / "dit"), config).save_pretrained(

@@ -25,7 +25,7 @@ HALF = torch.float16
 
 
 def small(columns: int) -> ConvConfig:
-    """Tiles of 16 pixels, 16 channels and up to 96 columns, the last 32 of these in the second accumulator."""
+    """Returns tiles of 16 pixels, 16 channels and up to 96 columns, the last 32 of these in the second accumulator."""
     return ConvConfig(16, 64, 32, 16, 4, 1) if columns > 64 else ConvConfig(16, 16, 0, 16, 4, 1)
 
 
@@ -56,7 +56,7 @@ def test_convolution_stays_inside(
     padding: tuple[int, int, int, int],
     heuristic: bool,
 ) -> None:
-    """Neither the 12 channels nor the frames fill their tiles, and nothing is aligned."""
+    """A convolution stays inside where neither its 12 channels nor its frames fill tiles, and nothing is aligned."""
     x, history = randn(1, 3, 5, 7, 12), randn(1, past, 5, 7, 12) if past else None
     weight, bias = parameters(columns, 12, kernel)
     expected = convolved(x, weight, bias, history, stride, padding)
@@ -69,7 +69,10 @@ def test_convolution_stays_inside(
 @pytest.mark.parametrize("heuristic", [False, True])
 @pytest.mark.parametrize("columns", [96, 82])
 def test_two_accumulators_and_a_residual_in_place_stay_inside(columns: int, heuristic: bool) -> None:
-    """A tile within larger frames, its history elsewhere; the sum over the residual, and the norm beside it."""
+    """A tile within larger frames stays inside.
+
+    Its history lies elsewhere; the sum is written over the residual, and the norm beside it.
+    """
     x, past = randn(1, 2, 7, 8, 16)[:, :, 1:6, 2:], randn(1, 2, 5, 6, 16)
     (weight, bias), gamma = parameters(columns, 16, (3, 3, 3)), torch.rand(columns).to("cuda", HALF)
     residual, z = (
@@ -87,7 +90,10 @@ def test_two_accumulators_and_a_residual_in_place_stay_inside(columns: int, heur
 @pytest.mark.parametrize("padding", [(1, 1, 1, 1), (1, 0, 0, 0), (-2, -1, -3, 1)], ids=str)
 @pytest.mark.parametrize("heuristic", [False, True])
 def test_upsampling_stays_inside(padding: tuple[int, int, int, int], heuristic: bool) -> None:
-    """Odd sizes, of which the phases have unequal shares; the residual in place and the norm of both accumulators."""
+    """Odd sizes, of which the phases have unequal shares, stay inside.
+
+    The residual is in place, and the norm is of both accumulators.
+    """
     x, (weight, bias) = randn(1, 1, 3, 4, 12), parameters(96, 12, (1, 3, 3))
     weight = ((weight[:, :, 0].float() * 32).round() / 32).to(HALF)  # of which sums are exact
     phases, gamma = fold_upsample_weight(weight), torch.rand(96).to("cuda", HALF)
@@ -103,7 +109,7 @@ def test_upsampling_stays_inside(padding: tuple[int, int, int, int], heuristic: 
 @pytest.mark.parametrize("heuristic", [False, True])
 @pytest.mark.parametrize("patch", [1, 2])
 def test_frames_stay_inside(patch: int, heuristic: bool) -> None:
-    """Bytes in the last corner of the frames, and clamped numbers in frames of exactly this size."""
+    """Bytes in the last corner of the frames, and clamped numbers in frames of exactly this size, stay inside."""
     x, past = randn(1, 2, 4, 5, 12), randn(1, 1, 4, 5, 12)
     weight, bias = parameters(3 * patch * patch, 12, (3, 3, 3))
     padding, config = (1, 0, 0, 1), None if heuristic else small(16)

@@ -26,7 +26,7 @@ def rows(*shape: int, kind: torch.dtype) -> QuantizedRows:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("length", "channels"), [(1, 96), (45, 96), (3, 5000), (5, 1)])
 def test_quantising_stays_inside(length: int, channels: int, kind: torch.dtype) -> None:
-    """Programs of many rows, of which the last has fewer, and of one."""
+    """Programs of many rows, of which the last has fewer, and of one row stay inside."""
     x = torch.randn(length, channels).to("cuda", torch.bfloat16)
     out = rows(length, channels, kind=kind)
     launch_quantize_rows(x, out)
@@ -38,7 +38,7 @@ def test_quantising_stays_inside(length: int, channels: int, kind: torch.dtype) 
 @pytest.mark.parametrize("kind", [*KINDS, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(("length", "channels"), [(1, 1), (9, 512), (17, 700)])
 def test_dequantising_stays_inside(length: int, channels: int, kind: torch.dtype) -> None:
-    """Tiles that are full, and tiles that lack rows, channels or both; a scale of one number."""
+    """Tiles that are full, and tiles that lack rows, channels or both, stay inside; a scale of one number too."""
     values = torch.randint(-100, 100, (length, channels)).to("cuda", torch.int8).view(kind)
     out = torch.empty(length, channels, dtype=torch.bfloat16, device="cuda")
     for scales in (torch.rand(length).to("cuda"), torch.rand(1).to("cuda").expand(length)):

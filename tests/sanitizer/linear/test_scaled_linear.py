@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses, races and reads of unwritten memory in the 8-bit product's kernel (see test_memory.py).
+"""Out-of-bounds accesses, races and reads of unwritten memory in the 8-bit matmul's kernel (see test_memory.py).
 
 Tensors are exactly as long as what they hold; tiles of rows, of columns and of channels are not full.
 """
@@ -35,7 +35,7 @@ def test_products_stay_inside(
 
 
 def test_parts_of_buffers_stay_inside() -> None:
-    """The last rows of a buffer whose rows are longer, every other scale, no bias; the configuration that ships."""
+    """The last rows of a buffer with longer rows stay inside, with every other scale, no bias, and what ships."""
     whole = quantized_reference(torch.randn(7, 48), torch.int8)
     x = QuantizedRows(whole.values.to("cuda")[2:, 16:], torch.randn(5, 2).to("cuda")[:, 1])
     weight = QuantizedRows(*(part.to("cuda") for part in quantized_reference(torch.randn(16, 32), torch.int8)))

@@ -13,7 +13,7 @@ from tests.support.window_oracle import convolved, int32, stepped
 
 @pytest.mark.parametrize("mask_channels", [0, 1])
 def test_embedding_stays_inside(mask_channels: int) -> None:
-    """Stores, weight and tokens of exactly this size; a tile of tokens and one of channels are not full."""
+    """Stores, weight and tokens of exactly this size stay inside; a tile of tokens and one of channels are not full."""
     latents, reference = torch.randn(2, 3, 4, 4, 6).to("cuda"), torch.randn(2, 3, 5, 4, 6).to("cuda", torch.bfloat16)
     weight = torch.randn(40, 6 + mask_channels, 1, 2, 2).to("cuda", torch.bfloat16)
     bias = torch.randn(40).to("cuda", torch.bfloat16)

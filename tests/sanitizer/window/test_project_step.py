@@ -46,7 +46,7 @@ def test_rows_that_are_not_there_are_not_read() -> None:
 
 @pytest.mark.parametrize(("heads", "head_dim", "interleaved"), [(3, 24, True), (2, 10, False)])
 def test_norm_rope_stays_inside(heads: int, head_dim: int, interleaved: bool) -> None:
-    """q and k of two lengths without rotation, and both rotated in place within a fused buffer."""
+    """q and k of two lengths without rotation, and both rotated in place within a fused buffer, stay inside."""
     width, rope = heads * head_dim, rope_3d([5, 0], 2, 3, head_dim)
     qkv = torch.randn(2, 12, 3 * width).to("cuda", torch.float16)
     q, k, _ = qkv.chunk(3, dim=2)

@@ -1,4 +1,4 @@
-"""As ``wan/modules/attention.py``: 16 bits inside, the dtype of ``q`` outside, lengths on the CPU."""
+"""A stand-in for ``wan/modules/attention.py``: 16 bits inside, the dtype of ``q`` outside, lengths on the CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flash_attention(
     dtype=torch.bfloat16,
     version=None,
 ):  # type: ignore[no-untyped-def]
-    """Softmax in float32 of inputs and result in 16 bits; keys from ``k_lens`` on do not count."""
+    """Computes softmax in float32 of inputs and result in 16 bits; keys from ``k_lens`` on do not count."""
     SEEN.append((q, k, v))
     assert q_lens is None
     assert not dropout_p

@@ -1,4 +1,4 @@
-"""As ``wan/modules/model.py``: attention modules, blocks, and a model that pads its sequences."""
+"""A stand-in for ``wan/modules/model.py``: attention modules, layers, and a model that pads its sequences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T5_CONTEXT_TOKEN_NUMBER = 5
 
 
 def rope_params(length: int, dim: int) -> Tensor:
-    """Complex ``[length, dim / 2]``."""
+    """Returns the angles as complex ``[length, dim / 2]``."""
     angle = torch.outer(torch.arange(length).double(), 10000.0 ** -(torch.arange(0, dim, 2).double() / dim))
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rope_apply(x: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor:
-    """Every entry by its own grid; what is behind it stays as it is; float32."""
+    """Rotates every entry by its own grid, in float32; what comes after the grid stays as it is."""
     pairs = x.shape[3] // 2
     axes = freqs.split([pairs - 2 * (pairs // 3), pairs // 3, pairs // 3], dim=1)
     out = x.float()
@@ -70,7 +70,7 @@ class WanT2VCrossAttention(WanSelfAttention):
 
 
 class WanCrossAttention(WanT2VCrossAttention):
-    """2.2 has this name."""
+    """A cross-attention under the name that 2.2 gives it."""
 
     def forward(self, x: Tensor, context: Tensor, context_lens: Tensor | None) -> Tensor:
         q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
@@ -137,7 +137,7 @@ class WanModel(nn.Module):
     def forward(
         self, x: list[Tensor], grids: list[tuple[int, int, int]], e: Tensor, context: Tensor, seq_len: int
     ) -> Tensor:
-        """Tokens ``[L_i, C]`` of every entry, padded to ``seq_len``; the rest of the model is left out."""
+        """Computes tokens ``[L_i, C]`` of every entry, padded to ``seq_len``; the rest of the model is left out."""
         seq_lens, grid_sizes = torch.tensor([len(u) for u in x]), torch.tensor(grids)
         padded = torch.stack([torch.cat([u, u.new_zeros(seq_len - len(u), u.shape[1])]) for u in x])
         for block in self.blocks:

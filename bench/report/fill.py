@@ -1,4 +1,4 @@
-"""Tables in a README, generated from result files and never typed.
+"""Tables in Markdown files, generated from result files and never typed.
 
     <!-- results: cpu csg/whole columns=frames,mode,speedup frames=41|81 -->
     ... what is here is replaced ...
@@ -7,7 +7,8 @@
 The first word names a folder of ``bench/results`` by its beginning (``cpu``, ``nvidia-h200``), or by a pattern with
 ``*``; the newest file there that has the section and table is taken. ``SECTION/verdicts`` are a section's figures to be
 reached. ``columns`` are the fields that are shown, default the table's own choice; ``FIELD=VALUE|VALUE`` keeps the rows
-whose field is one of the values. What has spaces stands in quotes: ``"dit/counted operators"``.
+whose field is one of the values. What has spaces stands in quotes: ``"dit/counted operators"``. Marks in a fenced block
+of code are an example and stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,18 +24,20 @@ from typing import Any
 
 from bench.harness.session import measured_on
 from bench.records.markdown import format_table, format_verdicts
-from bench.records.read import read_result
 from model.errors import InputError
 
 START, END = "<!-- results:", "<!-- end of results -->"
 VERDICTS = "verdicts"
 FORM = "FOLDER SECTION/TABLE [columns=FIELD,FIELD] [FIELD=VALUE|VALUE]"
 _MARK = re.compile(r"^<!-- (?:results: *(?P<what>.*?) *|end of results) -->[ \t]*$", re.MULTILINE)
+_FENCED = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL)
+
+Documents = Mapping[Path, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a mark asks for."""
+    """The table, columns and rows that a mark asks for."""
 
     text: str
     folder: str
@@ -45,10 +48,10 @@ class Selection:
 
 
 def parse_selection(text: str) -> Selection:
-    """What stands behind ``results:``.
+    """Reads what a mark says after ``results:``.
 
     Raises:
-        InputError: another form.
+        InputError: it has another form.
     """
     try:
         folder, name, *options = shlex.split(text)
@@ -61,45 +64,48 @@ def parse_selection(text: str) -> Selection:
     return Selection(text, folder, section, table, tuple(columns.split(",")) if columns else (), wanted)
 
 
-def generate(text: str, paths: Sequence[Path], readme: Path) -> str:
-    """The README's text with every block made anew.
+def marks_of(text: str) -> list[re.Match[str]]:
+    """Returns the beginnings and ends of a text's tables, in order, those in fenced code left out."""
+    fenced = [match.span() for match in _FENCED.finditer(text)]
+    return [mark for mark in _MARK.finditer(text) if not any(a <= mark.start() < b for a, b in fenced)]
+
+
+def filled(text: str, documents: Documents, page: Path) -> str:
+    """Returns a Markdown file's text with every table made anew; a text without marks is returned as it is.
 
     Args:
-        text: of the README.
-        paths: result files to choose from, each in the folder of its card.
-        readme: where the text lies, for links.
+        text: of the Markdown file.
+        documents: result files to choose from, by their paths, each in the folder of its card.
+        page: where the text lies; links are relative to its folder.
 
     Raises:
-        InputError: there is no block, one has no end, or one asks for what is not there; the message says what is.
+        InputError: a table has no end, or a mark asks for what is not there; the message says what is.
     """
     pieces, end = [], 0
-    marks = list(_MARK.finditer(text))
-    if not any(mark["what"] is not None for mark in marks):
-        raise InputError(f"{readme}: expected a block that begins with {START} {FORM} --> on a line of its own")
-    documents = {path: read_result(path) for path in paths}
+    marks = marks_of(text)
     for i, mark in enumerate(marks):
         line = text.count("\n", 0, mark.start()) + 1
         closing = marks[i + 1] if i + 1 < len(marks) else None
         if mark["what"] is None:
             if not i or marks[i - 1]["what"] is None:
-                raise InputError(f"{readme}, line {line}: {END} without a beginning")
+                raise InputError(f"{page}, line {line}: {END} without a beginning")
             continue
         if closing is None or closing["what"] is not None:
-            raise InputError(f"{readme}, line {line}: expected {END} before the next block and the end of the file")
+            raise InputError(f"{page}, line {line}: expected {END} before the next table and the end of the file")
         try:
-            body = block(parse_selection(mark["what"]), documents, readme)
+            body = block(parse_selection(mark["what"]), documents, page)
         except InputError as error:
-            raise InputError(f"{readme}, line {line}: {error}") from error
+            raise InputError(f"{page}, line {line}: {error}") from error
         pieces += [text[end : mark.end()], f"\n{body}\n"]
         end = closing.start()
     return "".join([*pieces, text[end:]])
 
 
-def block(selection: Selection, documents: Mapping[Path, Mapping[str, Any]], readme: Path) -> str:
-    """One block: the table, and from which file it is.
+def block(selection: Selection, documents: Documents, page: Path) -> str:
+    """Returns one table, and a line that says from which file it is.
 
     Raises:
-        InputError: it asks for what is not there.
+        InputError: the selection asks for what is not there.
     """
     path, section = _newest(selection, documents)
     environment, git = documents[path]["environment"], documents[path]["environment"]["git"] or {}
@@ -109,7 +115,7 @@ def block(selection: Selection, documents: Mapping[Path, Mapping[str, Any]], rea
     else:
         table = _selected(selection, table)
         rows, text = table["rows"], format_table(table)
-    link = Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
+    link = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
     commit = f"commit {git['commit'][:9]}" if git.get("commit") else "no commit"
     changed = ", with uncommitted changes" if git.get("dirty") else ""
     cut = "" if section["status"] == "complete" else f" The run is incomplete ({section['status']})."
@@ -119,7 +125,7 @@ def block(selection: Selection, documents: Mapping[Path, Mapping[str, Any]], rea
     return f"\n{text}\n\n{f'{measured_on(environment)} ' if ran else ''}{source}{cut}\n"
 
 
-def _newest(selection: Selection, documents: Mapping[Path, Mapping[str, Any]]) -> tuple[Path, Mapping[str, Any]]:
+def _newest(selection: Selection, documents: Documents) -> tuple[Path, Mapping[str, Any]]:
     fitting = {path: d for path, d in documents.items() if fnmatch(path.parent.name, f"{selection.folder}*")}
     if not fitting:
         there = ", ".join(sorted({path.parent.name for path in documents})) or "none"
@@ -144,7 +150,7 @@ def _newest(selection: Selection, documents: Mapping[Path, Mapping[str, Any]]) -
 
 
 def _selected(selection: Selection, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the columns and rows that are asked for."""
+    """Returns the table with the columns and rows that are asked for."""
     fields = list(dict.fromkeys(name for row in table["rows"] for name in row))
     for name in (*selection.columns, *selection.wanted):
         if name not in fields:

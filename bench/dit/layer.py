@@ -1,9 +1,9 @@
 """One layer of the DiT, ours and diffusers', on the same weights and the same window.
 
-Ours is the model's layer as ``WanDiT.run`` calls it: keys and values of the whole window, then the rest part by part,
-in a planned workspace; it begins with the layer's norm done and ends with that of the next. Its text keys and values,
-and its modulation, belong to the clip and are made before; diffusers' block projects the text and adds its table in
-every call, as it does in its model.
+Our layer runs as ``WanDiT.run`` calls it: keys and values of the whole window, then the rest part by part, in a planned
+workspace; it begins with the layer's norm done and ends with that of the next. Its text keys and values, and its
+modulation, belong to the clip and are made before; diffusers' ``WanTransformerBlock`` projects the text and adds its
+table in every call, as it does in its model.
 
 Activations are all that a layer needs beyond weights and what a step makes once for all layers (text, modulation,
 rotary tables): the residual stream counts, and of ours the whole workspace.
@@ -28,7 +28,7 @@ from bench.dit.eager import EPS, by_block, rotate
 from bench.dit.ops import block_map, normal, rotary_tables
 from bench.dit.shapes import Shape
 from bench.records.outcome import Unavailable
-from model.dit.layer import DiTBlock
+from model.dit.layer import DiTLayer
 from model.dit.model import FLOAT32_PARAMETERS
 from model.dit.workspace import Workspace, plan_parts
 from swifti2v_kernels import Rope3D, norm_modulate, rope_3d
@@ -38,12 +38,12 @@ TIMESTEPS = ("one", "per block")
 
 
 @dataclass(frozen=True)
-class BlockInputs:
+class LayerInputs:
     """A layer with random weights and what its call reads. ``timesteps`` is one of ``TIMESTEPS``."""
 
     shape: Shape
     timesteps: str
-    layer: DiTBlock
+    layer: DiTLayer
     x: Tensor  # [1, L, C]
     text: Tensor  # [1, text, C], after the text embedder
     rows: Tensor  # [1, 2, 6, C]: the embedded timesteps of given and noisy blocks, without the layer's table
@@ -57,15 +57,15 @@ class BlockInputs:
         return self.layer.scale_shift_table.unsqueeze(1) + self.rows
 
     def tensors(self) -> list[Tensor]:
-        """All that is there before any call."""
+        """Returns all tensors that are there before any call: inputs and weights."""
         given = [self.x, self.text, self.rows, self.following, self.block_map]
         return [*given, *self.rope, *self.layer.parameters()]
 
 
-def block_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timesteps: str) -> BlockInputs:
-    """Random weights of the usual magnitude, with biases and norm weights that do something."""
+def layer_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timesteps: str) -> LayerInputs:
+    """Returns a layer with its inputs, the weights random of the usual magnitude; biases and norms do something."""
     source, config = normal(device), shape.config
-    layer = DiTBlock(config) if device.type == "cpu" else _on(device, lambda: DiTBlock(config))
+    layer = DiTLayer(config) if device.type == "cpu" else _on(device, lambda: DiTLayer(config))
     state = {}
     for name, parameter in layer.state_dict().items():
         target = torch.float32 if any(part in name for part in FLOAT32_PARAMETERS) and dtype.itemsize < 4 else dtype
@@ -82,10 +82,10 @@ def block_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timeste
         rows = rows[:, :1].repeat(1, 2, 1, 1)
     following = source((1, 2, 6, config.dim), torch.float32, 0.0, 0.3)
     rope = rope_3d(range(shape.blocks), shape.height, shape.width, config.head_dim, device=device)
-    return BlockInputs(shape, timesteps, layer, x, text, rows, following, block_map(shape, device), rope)
+    return LayerInputs(shape, timesteps, layer, x, text, rows, following, block_map(shape, device), rope)
 
 
-def _on(device: torch.device, build: Callable[[], DiTBlock]) -> DiTBlock:
+def _on(device: torch.device, build: Callable[[], DiTLayer]) -> DiTLayer:
     with torch.device(device):
         return build()
 
@@ -98,7 +98,7 @@ class Runner(Protocol):
         ...
 
     def step(self) -> tuple[Tensor, ...]:
-        """One layer: the residual stream ``[1, L, C]`` and, of ours, its norm for the next layer."""
+        """Runs one layer; returns the residual stream ``[1, L, C]`` and, of ours, its norm for the next layer."""
         ...
 
     def drop(self) -> None:
@@ -106,14 +106,14 @@ class Runner(Protocol):
         ...
 
     def attentions(self) -> dict[str, tuple[Any, str]]:
-        """By name, the object and its method that compute self-attention and cross-attention."""
+        """Returns, by name, the object and its method that compute self-attention and cross-attention."""
         ...
 
 
 class OwnLayer:
-    """Ours."""
+    """The model's own layer, on our kernels."""
 
-    def __init__(self, inputs: BlockInputs):
+    def __init__(self, inputs: LayerInputs):
         self.inputs = inputs
         self.context = inputs.layer.attn2.context(inputs.text)
         self.modulation = inputs.modulation
@@ -139,7 +139,7 @@ class OwnLayer:
         norm_modulate(x.copy_(inputs.x), shift, scale, block_map=inputs.block_map, eps=EPS, out=n)
 
     def step(self) -> tuple[Tensor, ...]:
-        """One layer, in place."""
+        """Runs one layer in place; returns the residual stream and its norm for the next layer."""
         inputs, workspace = self.inputs, self.workspace
         assert workspace is not None
         x, n, k, v = (workspace.take(name, *inputs.x.shape) for name in "xnkv")
@@ -163,21 +163,21 @@ class OwnLayer:
         self.workspace = None
 
     def attentions(self) -> dict[str, tuple[Any, str]]:
-        """Projections of the queries and of the result included."""
+        """Returns both attentions with the projections of their queries and of their results."""
         return {"self": (self.inputs.layer.attn1, "attend"), "cross": (self.inputs.layer.attn2, "attend")}
 
 
 class DiffusersLayer:
     """diffusers' ``WanTransformerBlock``, eager or compiled, on the same weights.
 
-    Its attention is torch's, which chooses among its own; with ``cudnn`` cuDNN's goes first. ``accelerated``: as users
-    have it after ``swifti2v_kernels.integrations.diffusers.accelerate``.
+    Its attention is torch's, which chooses among its own kernels; with ``cudnn`` cuDNN's goes first. ``accelerated``:
+    the layer is as users have it after ``swifti2v_kernels.integrations.diffusers.accelerate``.
 
     Raises:
         Unavailable: diffusers is not installed.
     """
 
-    def __init__(self, compiled: bool, inputs: BlockInputs, cudnn: bool = False, accelerated: bool = False):
+    def __init__(self, compiled: bool, inputs: LayerInputs, cudnn: bool = False, accelerated: bool = False):
         try:
             module = importlib.import_module("diffusers.models.transformers.transformer_wan")
         except ImportError as error:
@@ -205,11 +205,11 @@ class DiffusersLayer:
         self.attention = _cudnn_first if cudnn else nullcontext
 
     def load(self) -> None:
-        """The residual stream."""
+        """Copies the residual stream from the inputs."""
         self.x = self.inputs.x.clone()
 
     def step(self) -> tuple[Tensor, ...]:
-        """One layer; the stream that comes in stays alive, as in diffusers' loop."""
+        """Runs one layer; the stream that comes in stays alive, as in diffusers' loop."""
         with self.attention():
             return (self.call(self.x, self.inputs.text, self.modulation, self.rope),)
 
@@ -218,16 +218,16 @@ class DiffusersLayer:
         self.x = None
 
     def attentions(self) -> dict[str, tuple[Any, str]]:
-        """As for ours, with keys and values."""
+        """Returns both attentions with all of their projections, those of keys and values too."""
         return {"self": (self.layer.attn1, "forward"), "cross": (self.layer.attn2, "forward")}
 
 
 @dataclass(frozen=True)
-class BlockProvider:
+class LayerProvider:
     """An implementation of the layer; ``kernels``: with our operators in it, ``ours``: the model's own layer."""
 
     name: str
-    prepare: Callable[[BlockInputs], Runner]
+    prepare: Callable[[LayerInputs], Runner]
     ours: bool = False
     kernels: bool = False
     compiled: bool = False
@@ -240,13 +240,13 @@ def _cudnn_first() -> AbstractContextManager[None]:
 
 COMPILED = "diffusers, torch.compile"
 ACCELERATED = "diffusers, accelerate()"
-BLOCK_PROVIDERS = (
-    BlockProvider("swifti2v", OwnLayer, ours=True, kernels=True),
-    BlockProvider("diffusers, eager", functools.partial(DiffusersLayer, False)),
-    BlockProvider(COMPILED, functools.partial(DiffusersLayer, True), compiled=True),
-    BlockProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True), compiled=True),
-    BlockProvider(ACCELERATED, functools.partial(DiffusersLayer, False, accelerated=True), kernels=True),
-    BlockProvider(
+LAYER_PROVIDERS = (
+    LayerProvider("swifti2v", OwnLayer, ours=True, kernels=True),
+    LayerProvider("diffusers, eager", functools.partial(DiffusersLayer, False)),
+    LayerProvider(COMPILED, functools.partial(DiffusersLayer, True), compiled=True),
+    LayerProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True), compiled=True),
+    LayerProvider(ACCELERATED, functools.partial(DiffusersLayer, False, accelerated=True), kernels=True),
+    LayerProvider(
         f"{ACCELERATED}, torch.compile",
         functools.partial(DiffusersLayer, True, accelerated=True),
         kernels=True,
@@ -255,8 +255,8 @@ BLOCK_PROVIDERS = (
 )
 
 
-def exact_rows(inputs: BlockInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """In float64, for the tokens ``rows``: the residual stream after the layer, and its norm for the next."""
+def exact_rows(inputs: LayerInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns, in float64 for the tokens ``rows``, the residual stream after the layer and its norm for the next."""
     layer, heads = inputs.layer, inputs.shape.config.num_heads
     modulation, following = inputs.modulation.double(), inputs.following.double()
     x, text = inputs.x, inputs.text.double()
@@ -284,7 +284,7 @@ def exact_rows(inputs: BlockInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
 
     everything = torch.arange(x.shape[1], device=x.device)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
-    # Keys and values of all tokens, without the normed tokens of all at once.
+    # Keys and values of all tokens are made in parts: the normed tokens of all at once would take too much.
     pairs = []
     for tokens in everything.split(8192):
         n = normed(x[:, tokens].double(), shift, scale, tokens)

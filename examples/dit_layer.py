@@ -1,4 +1,4 @@
-"""A DiT block in plain PyTorch, written with the operators."""
+"""A DiT layer in plain PyTorch, written with the operators."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import swifti2v_kernels as sk
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.table = heads, nn.Parameter(torch.randn(6, width) / width**0.5)
@@ -26,9 +26,9 @@ class Block(nn.Module):
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-block = Block(width=256, heads=2).to(device, dtype).eval()
+layer = Layer(width=256, heads=2).to(device, dtype).eval()
 x = torch.randn(2, 3 * 4 * 6, 256, device=device, dtype=dtype)  # three latent frames of 4 x 6 tokens
 rope = sk.rope_3d([0, 7, 8], 4, 6, head_dim=128, device=device)  # frames 0, 7 and 8 of a clip
 with torch.no_grad():
-    y = torch.compile(block, backend="aot_eager", fullgraph=True)(x, torch.randn(2, 6, 256, device=device), rope)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, torch.randn(2, 6, 256, device=device), rope)
 print(f"tokens {tuple(x.shape)} -> {tuple(y.shape)}, finite: {bool(y.isfinite().all())}")

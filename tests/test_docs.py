@@ -1,0 +1,149 @@
+"""Documentation: links lead somewhere, in the repository and on the site, the site shows every page, examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import types
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+MARKDOWN = [ROOT / "README.md", ROOT / "hub" / "CARD.md", *PAGES]
+RUN = [*sorted((DOCS / "operators").glob("*.md")), DOCS / "csg.md"]
+
+
+def _load_hooks() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = _load_hooks()
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings that are the same on a forge and on the site."""
+    found = set()
+    text = re.sub(r"^( *)(`{3,}).*?^\1\2", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ +(.+?) *#*$", text, re.MULTILINE):
+        plain = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        forge = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        ascii_text = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        site = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_text).strip().lower())
+        if forge == site:
+            found.add(forge)
+    return found
+
+
+def broken(page: Path) -> Iterator[str]:
+    for link in hooks.links(page.read_text()):
+        path, _, anchor = link.target.partition("#")
+        if "://" in link.target or link.target.startswith("mailto:"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        where = f"{name_of(page)}:{link.line}: {link.target}"
+        if not target.exists() or not target.is_relative_to(ROOT):
+            yield f"{where}: no such file"
+        elif anchor and (target.suffix != ".md" or anchor not in anchors(target)):
+            yield f"{where}: no such heading"
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    """Every relative link of a Markdown file leads to a file, and every anchor to a heading."""
+    assert list(broken(page)) == []
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    """The site's navigation names all pages of docs/ and nothing else."""
+    text = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    assert sorted(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE)) == sorted(
+        page.relative_to(DOCS).as_posix() for page in PAGES
+    )
+
+
+def test_the_site_loads_nothing_from_other_servers() -> None:
+    """No page brings scripts, styles or pictures of another server, and fonts are the reader's own."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in settings
+    assert "://" not in settings
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"<(?:script|link|img|iframe)\b|!\[[^\]]*\]\(\w+://", text), name_of(page)
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_examples_of_a_page_run(page: Path) -> None:
+    """The Python blocks of a page about operators run in their order, on a CPU, in one namespace."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    torch.manual_seed(0)
+    exec(compile("\n".join(blocks), name_of(page), "exec"), {})
+
+
+TEXT = """[a page](../vae.md#plans) [`code`](../../bench/static/bounds.py) [the examples](../../examples/)
+[bench/static/bounds.py](../../bench/static/bounds.py#L1) `[not](../../a/link.py)` [gone](../../bench/nothing.py)
+```
+[not](../../bench/static/bounds.py)
+```
+<!-- [not](../../bench/static/bounds.py) -->
+![picture](../csg.png)
+"""
+
+
+def test_links_to_source_files_become_paths_without_a_public_address() -> None:
+    """Links that leave docs/ become the path in the repository; the others, code and comments stay."""
+    text, missing = hooks.with_source_links(TEXT, DOCS / "results" / "page.md", None)
+    assert missing == ["../../bench/nothing.py"]
+    expected = TEXT.replace("[`code`](../../bench/static/bounds.py)", "`code` (`bench/static/bounds.py`)")
+    expected = expected.replace("[the examples](../../examples/)", "the examples (`examples`)")
+    expected = expected.replace("[bench/static/bounds.py](../../bench/static/bounds.py#L1)", "`bench/static/bounds.py`")
+    assert text == expected
+
+
+def test_links_to_source_files_lead_to_the_repository_with_a_public_address() -> None:
+    """Links that leave docs/ lead to the repository's file or folder, with their anchor."""
+    text, _ = hooks.with_source_links(TEXT, DOCS / "results" / "page.md", "https://forge/owner/name/")
+    expected = TEXT.replace("[`code`](../../", "[`code`](https://forge/owner/name/blob/main/")
+    expected = expected.replace("](../../examples/)", "](https://forge/owner/name/tree/main/examples)")
+    expected = expected.replace(
+        "[bench/static/bounds.py](../../", "[bench/static/bounds.py](https://forge/owner/name/blob/main/"
+    )
+    assert text == expected
+
+
+def test_fences_lose_the_word_that_only_tests_read() -> None:
+    """The second word of a fence is for tests: a reader of the site sees "before" and "after" as titles, no others."""
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="adopt.md"))
+    config = types.SimpleNamespace(repo_url=None)
+    for word, rest in ((" before", ' title="before"'), (" setup", ""), ("", "")):
+        text = hooks.on_page_markdown(f"```python{word}\nx = 1\n```\n", page=page, config=config, files=None)
+        assert text == f"```python{rest}\nx = 1\n```\n"
+
+
+def test_roles_of_docstrings_become_links_to_references() -> None:
+    """A role names an object by its path, or by its name in the library; code that is no role stays."""
+    html = ":func:<code>~swifti2v_kernels.explain</code> :meth:<code>explain</code> <code>explain</code>"
+    link = '<autoref identifier="swifti2v_kernels.explain" optional><code>explain</code></autoref>'
+    assert hooks.on_page_content(html, page=None, config=None, files=None) == f"{link} {link} <code>explain</code>"
+
+
+def test_short_cells_with_figures_are_marked() -> None:
+    """A table's short cells that hold a figure are kept on one line by the site's style; long ones may break."""
+    html = f"<td>2.785 (2.765 - 2.864)</td><td>word</td><td>{'long ' * 9}1</td>"
+    marked = hooks.on_page_content(html, page=None, config=None, files=None)
+    assert marked == html.replace("<td>2", '<td class="figure">2')
