@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the preset's)")
     parser.add_argument("--frames", type=int, help="1 + 4n (default 81)")
-    parser.add_argument("--mode", default="bidirectional", choices=MODES, help="of Stage II (default bidirectional)")
+    parser.add_argument(
+        "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
+    )
     parser.add_argument(
         "--gpu",
         help="whose seconds are predicted, and whose kernels are planned for: one of"

@@ -111,6 +111,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each of pytest-xdist's workers tests that follow one another, unless ``--dist`` says otherwise.
+
+    What a fixture has made for a module is then seldom made twice.
+    """
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler.worksteal import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Keeps what one of pytest-xdist's workers has left out."""
     node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))

@@ -113,7 +113,8 @@ def _fill(paths: Sequence[Path], check: bool, as_json: bool) -> None:
         return
     for path, count in counts.items():
         state = "written" if path in stale else "up to date"
-        print(f"{path}: {f'{count} tables, {state}' if count else 'has no tables to fill'}")
+        tables = "1 table" if count == 1 else f"{count} tables"
+        print(f"{path}: {f'{tables}, {state}' if count else 'has no tables to fill'}")
 
 
 def _first_difference(before: str, after: str) -> int:

@@ -7,8 +7,8 @@
 The first word names a folder of ``bench/results`` by its beginning (``cpu``, ``nvidia-h200``), or by a pattern with
 ``*``; the newest file there that has the section and table is taken. ``SECTION/verdicts`` are a section's figures to be
 reached. ``columns`` are the fields that are shown, default the table's own choice; ``FIELD=VALUE|VALUE`` keeps the rows
-whose field is one of the values. What has spaces stands in quotes: ``"dit/counted operators"``. Marks in a fenced block
-of code are an example and stay as they are.
+whose field is one of the values. What has spaces stands in quotes: ``"dit/counted operators"``. Marks in fenced code
+are an example and stay as they are.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def filled(text: str, documents: Documents, page: Path) -> str:
         if closing is None or closing["what"] is not None:
             raise InputError(f"{page}, line {line}: expected {END} before the next table and the end of the file")
         try:
-            body = block(parse_selection(mark["what"]), documents, page)
+            body = made_table(parse_selection(mark["what"]), documents, page)
         except InputError as error:
             raise InputError(f"{page}, line {line}: {error}") from error
         pieces += [text[end : mark.end()], f"\n{body}\n"]
@@ -101,7 +101,7 @@ def filled(text: str, documents: Documents, page: Path) -> str:
     return "".join([*pieces, text[end:]])
 
 
-def block(selection: Selection, documents: Documents, page: Path) -> str:
+def made_table(selection: Selection, documents: Documents, page: Path) -> str:
     """Returns one table, and a line that says from which file it is.
 
     Raises:

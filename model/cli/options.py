@@ -157,7 +157,9 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
     group = parser.add_argument_group("model")
     group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
     group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
-    group.add_argument("--seed", type=not_negative, default=0, help="of the noise, and of random weights (default 0)")
+    group.add_argument(
+        "--seed", type=not_negative, default=0, help="seed of the noise and of random weights (default 0)"
+    )
     group.add_argument("--steps", type=positive, default=4, help="denoising steps of Stage II (default 4)")
     group.add_argument("--stage1-steps", type=positive, default=4, help="denoising steps of Stage I (default 4)")
     group.add_argument("--shift", type=float, default=5.0, help="timestep shift of both stages (default 5)")
@@ -172,7 +174,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
     if device:
         group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the DiTs"
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the DiTs"
     )
     group.add_argument(
         "--vae-memory",
@@ -194,23 +196,29 @@ def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto
         "memory", "weights, tiles and formats are chosen so that a run fits; see model.plan"
     )
     group.add_argument(
-        "--vram", metavar="SIZE", default=vram, help="of the card, such as 12GB; auto: what the GPU has (default auto)"
+        "--vram",
+        metavar="SIZE",
+        default=vram,
+        help="memory of the card, such as 12GB; auto: what the GPU has (default auto)",
     )
     group.add_argument(
-        "--ram", metavar="SIZE", default="auto", help="of the machine; none: no limit (default auto: what there is)"
+        "--ram",
+        metavar="SIZE",
+        default="auto",
+        help="memory of the machine; none: no limit (default auto: what there is)",
     )
     group.add_argument(
         "--quantize",
         choices=("auto", *QUANTIZE),
         default="auto",
-        help="of layer weights: none; file: 8 bits where the file has them so; float8 or int8, which change numbers"
-        " (default auto: none or file)",
+        help="form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which"
+        " change numbers (default auto: none or file)",
     )
     group.add_argument(
         "--matmul",
         choices=MATMUL,
         default="plain",
-        help="of layer weights: plain; 8bit, which changes numbers (default plain)",
+        help="how layer weights are multiplied: plain: in --dtype; 8bit, which changes numbers (default plain)",
     )
 
 

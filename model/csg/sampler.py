@@ -142,7 +142,7 @@ def sample_latents(
         InputError: the mode is unknown, the reference does not have the plan's number of blocks, the DiT does not take
             latents of its number of channels, or the plan has fewer than ``done`` segments.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from model.config import get_preset
         >>> from model.csg.schedule import flow_sigmas

@@ -16,6 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _elsewhere = False
+_ATEN = torch.ops.aten
+#: Operators of numbers one by one, with the results' shape and dtype those of the first operand.
+_POINTWISE = {
+    _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.clamp_.default, _ATEN.clamp_min.default, _ATEN.div.Tensor,
+    _ATEN.mul.Tensor, _ATEN.pow.Tensor_Scalar, _ATEN.silu.default, _ATEN.sqrt.default,
+}  # fmt: skip
 
 
 @contextmanager
@@ -45,7 +51,9 @@ class TensorMemory(TorchDispatchMode):
             self._follow(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _without_memory(func, args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage())
@@ -65,3 +73,19 @@ class TensorMemory(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+
+
+def _without_memory(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """Returns what a pointwise operator makes of ``meta`` tensors; None if it is another operator or not so simple.
+
+    Torch finds the same in Python code, which took half of the time of a plan for a CPU.
+    """
+    if func not in _POINTWISE or not args[0].is_meta or not args[0].is_floating_point():
+        return None
+    first, shape = args[0], args[0].shape
+    for other in args[1:]:
+        if isinstance(other, torch.Tensor):
+            sizes = zip(other.shape[::-1], shape[::-1], strict=False)
+            if other.dtype != first.dtype or other.ndim > first.ndim or any(n not in (1, m) for n, m in sizes):
+                return None
+    return first if func.name().split(".")[0].endswith("_") else torch.empty_like(first)

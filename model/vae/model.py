@@ -64,15 +64,15 @@ class WanVAE(nn.Module):
     The weights are those of :func:`model.load_vae`. A clip whose frames are too large for the memory is cut into tiles
     by a :class:`model.VAEPlan`; :func:`model.plan_vae` finds one that fits.
 
-    Example:
+    Examples:
         >>> from model.config import get_preset
         >>> from model.weights.load import random_weights
         >>> vae = random_weights(WanVAE, get_preset("tiny").vae, seed=0)
-        >>> latents = vae.encode(torch.zeros(1, 3, 5, 32, 48))
+        >>> latents = vae.encode(torch.zeros(1, 3, 5, 16, 16))
         >>> latents.shape
-        torch.Size([1, 16, 2, 4, 6])
-        >>> vae.decode(latents, VAEPlan(rows=2, columns=2)).shape
-        torch.Size([1, 3, 5, 32, 48])
+        torch.Size([1, 16, 2, 2, 2])
+        >>> vae.decode(latents, VAEPlan(rows=2)).shape
+        torch.Size([1, 3, 5, 16, 16])
     """
 
     def __init__(self, config: VAEConfig):

@@ -110,7 +110,7 @@ class VAEPlan:
     Raises:
         ValueError: a number is below 1.
 
-    Example:
+    Examples:
         >>> [(len(tile.rows), len(tile.columns)) for tile in VAEPlan(rows=2, columns=2).regions(height=5, width=8)]
         [(2, 4), (2, 4), (3, 4), (3, 4)]
     """

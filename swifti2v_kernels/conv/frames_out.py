@@ -8,14 +8,14 @@
 |--------|----------------------------|------------------|-------------------------------------------------------------|
 | x      | [B, T, h, w, C]            | fp32, fp16, bf16 | any strides but channels contiguous                         |
 | past   | [B, P, h, w, C]            | as x             | the same, P < kt; None for the beginning of the clip        |
-| weight | [3*p*p, C, kt, kh, kw]     | as x             | channels last in memory; features (colour, column, row)     |
-| bias   | [3*p*p]                    | as x             | contiguous                                                  |
-| out    | [B, T, p*h', p*w', 3]      | uint8, any float | any strides but colours contiguous: a tile of larger frames |
+| weight | [3 * p * p, C, kt, kh, kw] | as x             | channels last in memory; features (colour, column, row)     |
+| bias   | [3 * p * p]                | as x             | contiguous                                                  |
+| out    | [B, T, p * h', p * w', 3]  | uint8, any float | any strides but colours contiguous: a tile of larger frames |
 
 ``out`` is a view of the frames to be filled, so a tile is written in its place. Sums are float32 and rounded once.
 
 Why fused: separately, the features are written and read, permuted to pixels, clamped, scaled, cast, permuted to
-channels last and copied into the frame: 60 bytes a pixel of 3 bytes. FLOPs: 2 * B * T * h' * w' * 3 p^2 * C * taps.
+channels last and copied into the frame: 60 bytes a pixel of 3 bytes. FLOPs: 2 * B * T * h' * w' * 3 * p * p * C * taps.
 
 Limits: the kernel takes up to 3 taps in time and 128 features on NVIDIA GPUs of compute capability 8.0 or newer and has
 no derivative: PyTorch (on a GPU: cuDNN) computes all other calls. Three colours; uint8 has no NaN. Timed on an NVIDIA

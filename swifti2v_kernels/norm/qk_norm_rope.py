@@ -3,8 +3,8 @@
     y = x / sqrt(mean(x^2) + eps) * weight          mean over all heads together (Wan), or over each head
     (a, b) of pair p -> (a cos - b sin, a sin + b cos)   by the angle position * theta^(-2j/d) of the pair's axis
 
-A head's D channels make D / 2 pairs, the first for t, then h, then w: 22 | 21 | 21 for D = 128 (axes of D - 4*(D//6),
-2*(D//6) and 2*(D//6) channels, as in Wan). Pair p is the channels (2p, 2p + 1), ``interleaved``, or (p, p + D/2),
+A head's D channels make D / 2 pairs, the first for t, then h, then w: 22, 21 and 21 for D = 128 (axes of D - 4s, 2s and
+2s channels with s = D // 6, as in Wan). Pair p is the channels (2p, 2p + 1), ``interleaved``, or (p, p + D/2),
 ``half``. The position of a token is (its block's index in the clip, row, column): a window made of blocks 0, 9, 10, 11
 is rotated as in the whole clip.
 
@@ -15,7 +15,7 @@ is rotated as in the whole clip.
 | rope.{t,h,w} | [n, d/2, 2]  | fp32 (cos, sin)                | contiguous                                    |
 | out          | [B, L, H, D] | as the input                   | contiguous; in place: as the input            |
 
-q and k are usually slices of a fused projection's output [B, L, 3*H*D]: they are read there and, with ``inplace``,
+q and k are usually slices of a fused projection's output ``[B, L, 3*H*D]``: they are read there and, with ``inplace``,
 written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
 tabled per axis (from other models also per token); the norm is float32 and rounded once, the rotation too.
 

@@ -13,13 +13,14 @@ matmul of the patch embedding are one kernel: no tensor of the window's pixels o
 | weight, bias    | [C, C_in, 1, p, q], [C] | fp32, fp16, bf16 | contiguous, as in Conv3d                        |
 | latent_index, reference_index | [T]     | int32            | contiguous                                        |
 | mask            | [T]                   | fp32             | contiguous                                        |
-| out             | [B, T*(h/p)*(w/q), C] | as weight        | any batch and token strides, C contiguous         |
+| out             | [B, L, C]             | as weight        | any batch and token strides, C contiguous         |
 
-C_in is z (latents alone) or z + m + z_ref (latents, m mask channels of one value a block, reference; Wan I2V:
-16 + 4 + 16). Channels are rounded to the dtype of ``weight``, sums and the bias are float32, the token is rounded
-once. Sums run in the order of tiles, so results of different backends differ by rounding only.
+L = T * (h/p) * (w/q) are the tokens of all blocks. C_in is z (latents alone) or z + m + z_ref (latents, m mask channels
+of one value a block, reference; Wan I2V: 16 + 4 + 16). Channels are rounded to the dtype of ``weight``, sums and the
+bias are float32, the token is rounded once. Sums run in the order of tiles, so results of different backends differ by
+rounding only.
 
-FLOPs: 2 * B * T*(h/p)*(w/q) * C * C_in*p*q. Least traffic: the blocks and the weight read once, the tokens written
+FLOPs: 2 * B * L * C * C_in * p * q. Least traffic: the blocks and the weight read once, the tokens written
 once. Against ``torch.cat`` and a Conv3d it saves the copies of the window's channels, in the stores' dtype and in the
 weight's.
 

@@ -7,19 +7,21 @@
 This is done for the blocks i of the window that are targets (a block is one latent frame); the others cost nothing.
 Neither the normalised tokens nor the velocity exist as tensors, and the update needs no gather or scatter of blocks.
 
-| tensor                  | shape                 | dtype            | layout                                          |
-|-------------------------|-----------------------|------------------|-------------------------------------------------|
-| x                       | [B, T*(h/p)*(w/q), C] | fp32, fp16, bf16 | any batch and token strides, C contiguous       |
-| weight, bias            | [p*q*z, C], [p*q*z]   | as x             | contiguous; features (p, q, channel), as in Wan |
-| shift, scale            | [B, R, C]             | fp32, fp16, bf16 | any batch and row strides, C contiguous         |
-| latent_index, block_map | [T]                   | int32            | contiguous                                      |
-| out                     | [B, z, S, h, w]       | fp32, fp16, bf16 | any strides, w contiguous                       |
+| tensor                  | shape           | dtype            | layout                                          |
+|-------------------------|-----------------|------------------|-------------------------------------------------|
+| x                       | [B, L, C]       | fp32, fp16, bf16 | any batch and token strides, C contiguous       |
+| weight, bias            | [N, C], [N]     | as x             | contiguous; features (p, q, channel), as in Wan |
+| shift, scale            | [B, R, C]       | fp32, fp16, bf16 | any batch and row strides, C contiguous         |
+| latent_index, block_map | [T]             | int32            | contiguous                                      |
+| out                     | [B, z, S, h, w] | fp32, fp16, bf16 | any strides, w contiguous                       |
+
+L = T * (h/p) * (w/q) are the tokens of all blocks, and N = p * q * z the features of a token.
 
 Statistics (Chan's merge of chunks' means and centred sums), modulation, sums, bias and update are float32. The
 modulated token is rounded to the dtype of ``x`` before the matmul, as in torch; the velocity is not rounded before the
 update, and the result once. Sums run in the order of tiles, so results of different backends differ by rounding only.
 
-FLOPs: 2 * B * tokens * C * p*q*z, of target blocks alone. Least traffic: their tokens and the weight read once, their
+FLOPs: 2 * B * tokens * C * N, of target blocks alone. Least traffic: their tokens and the weight read once, their
 latents read (with a step) and written once. Against separate operators it saves the normalised tokens (written and
 read), the velocity and its copies in another layout.
 
@@ -316,7 +318,7 @@ def cost(
         batch: entries of the batch.
         tokens: tokens of an entry in target blocks.
         width: C.
-        features: p*q*z.
+        features: N.
         itemsize: bytes of an element of ``x``.
         store: bytes of an element of ``out``.
         update: whether there is a step, which also reads the latents.

@@ -115,7 +115,7 @@ def test_card_names_every_function(gathered: Path) -> None:
     assert {name for name in functions if f"`{name}`" not in card} == set()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_loads_and_computes_alone(backend: str, gathered: Path) -> None:
     (copy,) = loaded(backend, gathered)
     assert copy["name"] in identifiers(gathered)
@@ -137,7 +137,7 @@ def test_two_versions_in_one_process(gathered: Path, tmp_path: Path) -> None:
     assert again["called"] == [again["name"]] == [first["name"]]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
 def test_beside_the_library(backend: str, gathered: Path) -> None:
     copy, library = loaded(backend, gathered, installed=True)
     assert copy["registered"] == [copy["name"]]

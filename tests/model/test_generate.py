@@ -19,6 +19,7 @@ from model.pipeline.components import Components
 from tests.model.dit.test_model import saved_diffusers_dit
 from tests.model.pipeline.test_encoders import save_text_encoder
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
+from tests.support.memory_requests import predict_nothing
 from tests.support.tolerances import PARITY, relative_error
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,6 +37,13 @@ def save_weights(path, z_dim=4, vae=VAE_21, text_dim=32, **stage_one):
     saved_diffusers_dit(path / "stage1", **{"in_channels": 2 * z_dim + 4, "out_channels": z_dim, **stage_one})
     saved_diffusers_dit(path / "stage2", in_channels=2 * z_dim + 4, out_channels=z_dim, text_dim=text_dim)
     saved_diffusers_vae(path / "vae", **vae)
+
+
+@pytest.fixture(autouse=True)
+def _planned(request, monkeypatch):
+    """Memory is predicted in the first test alone."""
+    if "photograph" not in request.node.name:
+        predict_nothing(monkeypatch)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-vae22"])

@@ -319,7 +319,7 @@ def test_unreadable_and_unknown_files_exit_with_2(tmp_path, capsys):
 
 
 def test_a_directory_is_all_of_its_checkpoints_and_the_worst_exit_code(tmp_path, capsys):
-    """All checkpoints are reported: of a diffusers pipeline, a --weights folder, a Wan repository, a folder of files."""
+    """All checkpoints are reported: of a diffusers pipeline, a --weights folder, a Wan repository, single files."""
     saved_diffusers_dit(tmp_path / "pipeline" / "transformer")
     saved_diffusers_vae(tmp_path / "pipeline" / "vae", base_dim=3, z_dim=4, num_res_blocks=1)
     save_text_encoder(tmp_path / "pipeline")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
+
 from model.config import PRESETS
 from model.csg.sampler import plan_segments
+from model.memory import vae_choice, vae_plan
 from model.memory.cost.gpus import GPUS
 from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
@@ -34,6 +37,14 @@ def request(preset: str = "14b-1.3b", vram: float | None = None, frames: int = 8
         vram=None if vram is None else round(vram * GB),
         **options,
     )
+
+
+def predict_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Makes every VAE take 5 bytes, for tests that do not depend on what it takes, since counting it takes seconds."""
+    for module in (vae_plan, vae_choice):
+        patch.setattr(module, "predict", lambda request, plan: vae_plan.Peak(5, 1, 1, 1, 1))
+    patch.setattr(vae_plan, "_flops", lambda request, plan: 1)
+    patch.setattr(vae_choice, "_use", vae_choice.VAEPlace._use)  # remembers nothing of it
 
 
 @functools.cache

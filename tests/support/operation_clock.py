@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.support.memory_requests import predict_nothing
+
 
 class OperationClock(TorchDispatchMode):
     """A mode in which time passes for the modules that :meth:`install` gave it to."""
@@ -33,8 +35,9 @@ class OperationClock(TorchDispatchMode):
     def install(self, patch: pytest.MonkeyPatch, *modules: ModuleType) -> OperationClock:
         """Makes this clock the ``time`` of these modules.
 
-        They collect no garbage, which takes longer than toy sizes do.
+        They collect no garbage and predict no memory, both of which take longer than toy sizes do.
         """
+        predict_nothing(patch)
         for module in modules:
             patch.setattr(module, "release", lambda device: None)
             patch.setattr(module, "time", SimpleNamespace(perf_counter=self.seconds, monotonic=self.seconds))

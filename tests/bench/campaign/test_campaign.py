@@ -67,7 +67,7 @@ def part(name: str, *arguments: str, seconds: int = 30) -> Part:
 
 
 def sections(folder: Path) -> dict[str, Any]:
-    """The campaign's file as it is on disk, which must be of the described form."""
+    """Returns the sections of the campaign's file on disk, which must be of the described form."""
     return read_result(folder / RESULT)["sections"]
 
 
@@ -75,7 +75,7 @@ def start(
     parts: list[Part], folder: Path, patch: pytest.MonkeyPatch, asked: list[Part] | None = None, *, dry: bool = False,
     seconds: float = 300, say: Callable[[str], object] = lambda text: None,
 ) -> list[str]:  # fmt: skip
-    """A campaign of these parts in the folder; the names of those that failed."""
+    """Runs a campaign of these parts in the folder; returns the names of those that failed."""
     folder.mkdir(exist_ok=True)
     patch.setattr(campaign, "PARTS", tuple(parts))
     record = Record(folder / RESULT, environment())
@@ -84,7 +84,7 @@ def start(
 
 
 def stood_in(folder: Path, patch: pytest.MonkeyPatch, popen: type = subprocess.Popen) -> None:
-    """Parts are the stand-in's processes."""
+    """Makes the parts processes of the stand-in."""
     script = folder / "stand-in"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o755)
@@ -99,7 +99,7 @@ def stood_in(folder: Path, patch: pytest.MonkeyPatch, popen: type = subprocess.P
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[list[tuple[str, str]]]]:
-    """Parts of every end: the folder, which are said to have failed, and after each part what was in the file."""
+    """A campaign with parts of every end: folder, names that failed, and what was in the file after each part."""
     folder, on_disk = tmp_path_factory.mktemp("campaign"), []
     parts = [part("crash"), part("slow", seconds=2), part("nothing"), part("deaf", seconds=2), part("well")]
 
@@ -128,7 +128,7 @@ def test_a_part_that_takes_too_long_is_interrupted_and_keeps_what_it_had(ended: 
 
 
 def test_one_that_does_not_listen_is_killed_with_all_that_it_has_started(ended: Any) -> None:
-    """Its file still says that it is running."""
+    """The part's file still says that it is running, and the campaign's file says how it ended."""
     folder = ended[0]
     assert json.loads((folder / "deaf" / RESULT).read_text())["sections"]["deaf"]["status"] == "running"
     deaf = sections(folder)["deaf"]
@@ -163,7 +163,7 @@ def test_parts_are_called_at_real_size_or_at_toy_size_on_a_cpu(
 
 
 def waiting_for(row: Callable[[], bool], error: Callable[[float], BaseException]) -> type:
-    """Processes whose first wait ends with this error, as soon as a result is there."""
+    """Makes processes whose first wait ends with this error as soon as a result is there."""
 
     class Waiting(subprocess.Popen):
         met = False
@@ -193,8 +193,9 @@ def test_an_interruption_by_hand_keeps_the_section_of_the_part_that_runs(
     assert not (tmp_path / "well").exists()
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_takes_too_long_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real one, whose time is over when it has its first row."""
+    """A real benchmark, whose time is over when it has its first row, keeps that row."""
     path = tmp_path / "whole" / RESULT
 
     def row() -> bool:
@@ -226,7 +227,7 @@ def recorded(calls: list[tuple[str, float]]) -> Callable[..., None]:
 
 
 def attempt(folder: Path, status: str, rows: int) -> None:
-    """What a part's process leaves."""
+    """Leaves what a part's process would."""
     folder.mkdir(parents=True, exist_ok=True)
     record = Record(folder / RESULT, environment())
     with record.section("any", "any", {}) as section:
@@ -305,7 +306,7 @@ def test_complete_parts_are_not_run_again_and_parts_not_asked_for_stay_in_the_fi
 def test_of_two_attempts_the_one_with_more_is_kept_with_its_files(
     first: Any, second: Any, kept: str, by_hand: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second goes on from the journal of the first, and finds no result."""
+    """The second attempt goes on from the journal of the first, and finds no result."""
     place = tmp_path / "tune"
     attempt(place, *first)
     (place / "journal").write_text("first\n")
@@ -338,7 +339,7 @@ def test_of_two_attempts_the_one_with_more_is_kept_with_its_files(
 def test_a_campaign_that_was_killed_in_a_second_attempt_has_lost_nothing_of_the_first(
     second: tuple[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it had set aside is found by the next one."""
+    """The next campaign finds what the killed one had set aside."""
     place = tmp_path / "csg"
     attempt(place, "interrupted", 3)
     campaign._set_aside(place)

@@ -65,7 +65,7 @@ sys.exit(3)
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_every_part_is_a_command_line_that_its_command_takes(part: Part, tmp_path: Path) -> None:
-    """With what is added to it, on a card and in a dry run."""
+    """The parser takes each part together with what the campaign adds to it, on a card and in a dry run."""
     parser, out = build_parser(), ["--out", str(tmp_path)]
     for arguments in ([*part.arguments, *out], [*part.toy, *out, "--device", "cpu"]):
         args = parser.parse_args(arguments)
@@ -75,7 +75,7 @@ def test_every_part_is_a_command_line_that_its_command_takes(part: Part, tmp_pat
 
 
 def test_what_parts_choose_by_name_is_there() -> None:
-    """On a card and at toy size; a renamed shape or implementation would leave a part empty or wrong."""
+    """Every name that a part chooses exists; a renamed shape or implementation would leave the part empty or wrong."""
     parser = build_parser()
     args = {(p.name, i): parser.parse_args(list(a)) for p in PARTS for i, a in enumerate((p.arguments, p.toy))}
     attention = [p.name for p in providers(False) if matches(args["attention", 0].only, p.name) and not p.ours]
@@ -107,7 +107,7 @@ def test_what_parts_choose_by_name_is_there() -> None:
 
 
 def test_the_parts_before_the_whole_clip_are_within_nine_minutes_even_if_each_takes_all_its_time() -> None:
-    """Those behind it are reached where earlier ones take less, as they do, or in a second campaign."""
+    """Later parts are reached where earlier ones take less, as they do, or in a second campaign."""
     names = [part.name for part in PARTS]
     before = PARTS[: names.index("clip")]
     assert [part.name for part in before] == ["operators", "attention", "dit", "vae", "csg"]
@@ -199,7 +199,7 @@ def test_a_campaign_that_is_interrupted_by_hand_is_written_and_copied_too(
 def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
     options: list[str], code: int, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """On a card there are results all the same."""
+    """A campaign on a card ends well all the same, since the other parts have results."""
     monkeypatch.setattr(run, "_run", fake_run("nothing"))
     assert main(["campaign", "--parts", "dit", *options, "--out", str(tmp_path / "out")]) == code
     printed = capsys.readouterr()
@@ -213,7 +213,7 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
 
 
 def test_the_hardware_tests_import_no_package_that_a_rented_machine_lacks() -> None:
-    """What docs/benchmarks.md lists for a campaign is all that their files need in order to be collected."""
+    """The hardware tests are collected with no more than what docs/benchmarks.md lists for a campaign."""
     text = (ROOT / "docs" / "benchmarks.md").read_text().split("needs a plain checkout, not installed, and `")[1]
     # matplotlib brings pillow along.
     there = {*text.split("`")[0].split(), "pillow"}
@@ -230,7 +230,7 @@ def test_the_hardware_tests_import_no_package_that_a_rented_machine_lacks() -> N
 
 
 def test_what_pytest_reports_becomes_rows(tmp_path: Path) -> None:
-    """Of a report that pytest itself has written, by the names that it takes."""
+    """The rows of a report that pytest itself has written have the names that pytest takes."""
     room = tmp_path / "tests"
     room.mkdir()
     (room / "test_room.py").write_text("""
@@ -282,7 +282,7 @@ def test_what_is_left_to_a_process_that_ended_goes_on_in_new_ones(
         name: "not reached" if "never" in name else "ok" for name in names
     }
     assert rows["tests/test_a.py::never"]["reason"] == f"process ended {RETRIES + 1} times"
-    assert rows["tests/test_a.py::three"]["seconds"] == 0.5  # which had been behind it
+    assert rows["tests/test_a.py::three"]["seconds"] == 0.5  # which had come after it
 
 
 def test_the_session_ends_with_the_device_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,18 @@ from model.memory.cost.gpus import GPUS
 from model.memory.cost.pipeline import parts, predict
 from model.memory.cost.profiles import PROFILES, get_profile
 from tests.support.bench_session import read_section, rows_of
+from tests.support.memory_requests import predict_nothing
 
 CARDS = ("H800", "H200")
 STAGES = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """The tables and what they are compared with are of VAEs that take nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        predict_nothing(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,7 @@ def test_the_vae_works_as_it_does_beside_both_stages_on_that_card(monkeypatch: p
 
 
 def test_short_runs_are_repeated_and_long_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    OperationClock().install(monkeypatch)  # no memory is predicted
     found = VAEClock(SMALL, plan_vaes(SMALL, CPU, torch.float32), CPU)
     for marks, least in (([0.0, 1.0, 5.0, 5.5], 0.5), ([0.0, 2.5], 2.5)):
         times = iter(marks)

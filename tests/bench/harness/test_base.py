@@ -1,4 +1,4 @@
-"""``--base REV``: revisions in turns, what becomes of their runs, and the whole of it on a small repository."""
+"""The option ``--base REV``: revisions in turns, what becomes of their runs, and all of it on a small repository."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def document(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(folder: Path, *runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of runs merged."""
+    """Returns the rows of merged runs."""
     documents = [document(folder / f"{i}.json", *rows) for i, rows in enumerate(runs)]
     found = merge_runs(copy.deepcopy(documents))
     (table,) = found["sections"]["dit"]["tables"]
@@ -79,7 +79,7 @@ def test_rows_are_matched_by_their_whole_identity(tmp_path: Path) -> None:
 
 
 def test_a_run_that_failed_gives_no_figures(tmp_path: Path) -> None:
-    """Where it is the first of them the row stays failed, with its reason."""
+    """A failed run is left out of the median; where it is the first the row stays failed, with its reason."""
     failed = {"shape": "2K", "provider": "swifti2v", "status": "out of memory", "reason": "24 GiB", "seconds": 77.0}
     (row,) = merged(tmp_path, [timed(1.0)], [failed], [timed(2.0)])
     assert (row["status"], row["seconds"]) == ("ok", 1.5)
@@ -156,7 +156,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_both_run_in_turns_and_are_compared(
     options: list[str], repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A drift favours neither, since each is once the first and once the last; the second checkout is gone after it."""
+    """A drift favours neither revision: each is once the first and once the last; the second checkout is removed."""
     out = tmp_path / "out"
     assert main(["dit", "--quick", "--base", "HEAD", "--out", str(out), *options]) == 0
     assert (out / "order").read_text() == "old new new old "

@@ -50,7 +50,7 @@ def test_operator(case: Case, benchmark: Any) -> None:
 
 
 def test_every_operator_with_a_kernel_is_timed() -> None:
-    """By a case of its own at a real size."""
+    """Each operator has a case of its own at a real size."""
     assert {case.operator for case in CASES} == {case.operator for case in all_cases()}
 
 

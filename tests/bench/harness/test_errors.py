@@ -1,4 +1,4 @@
-"""Bad input to every subcommand: one line that says what was expected, exit code 2, and no folder left behind."""
+"""Bad input to every subcommand: one line that says what was expected, exit code 2, and no folder that stays."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ REFUSED = [
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must be refused, without a GPU, in an empty folder; its message."""
+    """A function that runs a command line, without a GPU and in an empty folder, and returns why it was refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     room = tmp_path / "room"
     room.mkdir()
@@ -195,7 +195,7 @@ def test_what_a_subcommand_cannot_take(arguments: list[str], message: str, refus
 
 
 def test_every_subcommand_is_in_here() -> None:
-    """A new one belongs into the list above."""
+    """A new subcommand belongs into the list of command lines that are refused."""
     assert {benchmark.name for benchmark in ALL} == {arguments[0] for arguments, _ in REFUSED}
 
 

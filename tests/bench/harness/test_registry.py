@@ -1,4 +1,4 @@
-"""``python -m bench``: that subcommands are found by being written, what they all can do, and what their runs leave."""
+"""Subcommands of ``python -m bench`` are found by being written; what they all can do, and what their runs leave."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def added(folder: Path, text: str) -> AbstractContextManager[None]:
 
 @pytest.fixture
 def warmth(tmp_path: Path) -> Iterator[Path]:
-    """A results folder for a subcommand that is a file of its own."""
+    """A folder for results of a subcommand that is found as a file of its own."""
     with added(tmp_path, WARMTH):
         yield tmp_path / "results"
 
@@ -127,7 +127,7 @@ def test_texts_match_names_that_contain_one_of_them(texts: str, name: str, expec
 
 @pytest.mark.parametrize("subject", benchmarks().values(), ids=lambda b: b.name)
 def test_help_describes_and_has_examples(subject: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
-    """Some options are everybody's, others of those that measure."""
+    """Every subcommand has the common options, and those that measure have more."""
     with pytest.raises(SystemExit) as done:
         main([subject.name, "--help"])
     assert done.value.code == 0
@@ -141,7 +141,7 @@ def test_help_describes_and_has_examples(subject: Benchmark, capsys: pytest.Capt
 
 @pytest.mark.parametrize("subject", benchmarks().values(), ids=lambda b: b.name)
 def test_every_example_is_a_command_line_that_it_takes(subject: Benchmark) -> None:
-    """Behind two spaces there is what it is for, behind > where it goes."""
+    """The command of an example ends at two spaces, after which it says what it is for, or at a redirection."""
     parser, parsed = build_parser(), 0
     for line in subject.examples.splitlines():
         command = line.strip().split("  ")[0].split(" > ")[0]
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_and_takes_nothing_away(
     warmth: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where nothing was there and nothing was found no folder is left; else the file says how it ended."""
+    """No folder is left where nothing was there and nothing was found; else the file says how it ended."""
     prepare(warmth)
     assert main(["warmth", "--fail", fail, "--out", str(warmth)]) == 2
     assert capsys.readouterr().err == f"error: fail: expected never, got {fail.split(',')[0]}\n"

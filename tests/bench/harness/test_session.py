@@ -17,6 +17,7 @@ from model.machine.counted import TensorMemory
 from model.machine.measure import StageTimer
 from model.streaming.placement import Placement
 from tests.support.bench_session import read_section, rows_of
+from tests.support.memory_requests import predict_nothing
 
 FILES = [
     "csg_bidirectional.mp4",
@@ -33,7 +34,9 @@ FILES = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["--quick", "--frames", "5,33", "--size", "128x96", "--repeats", "2", "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        predict_nothing(patch)
+        assert main(["--quick", "--frames", "5,33", "--size", "128x96", "--repeats", "2", "--out", str(folder)]) == 0
     return folder
 
 
@@ -78,6 +81,7 @@ def test_the_environment_is_recorded(finished):
 
 def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
     """The second pass fails as the CPU allocator does; the other modes and the files are still there."""
+    predict_nothing(monkeypatch)
     sample, calls = whole.sample_latents, []
 
     def failing(*args, mode, **options):
@@ -110,8 +114,8 @@ def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypat
     assert capsys.readouterr().out.count("decode: out of memory") == len(rows)
 
 
-def test_where_the_card_has_too_little_all_modes_stream_the_same_blocks(tmp_path, monkeypatch):
-    """By one plan, which the settings tell; the clips are those of resident weights."""
+def test_where_the_card_has_too_little_all_modes_stream_the_same_layers(tmp_path, monkeypatch):
+    """One plan serves all modes, and the settings tell it; the clips are those of resident weights."""
     plan_memory, asked = whole.plan_memory, []
 
     def small(request):
@@ -124,8 +128,8 @@ def test_where_the_card_has_too_little_all_modes_stream_the_same_blocks(tmp_path
     assert main([*options, str(tmp_path / "streamed")]) == 0
     assert (asked[0].mode, asked[0].num_frames) == ("end_to_end", 9)  # the largest window
     told = [read_section(tmp_path / name)["settings"]["stage_two_weights"] for name in ("resident", "streamed")]
-    assert told[0] == "all 2 blocks on the device; as they are"
-    assert told[1] == "0 of 2 blocks on the device, 2 from pinned host memory; as they are"
+    assert told[0] == "all 2 layers on the device; as they are"
+    assert told[1] == "0 of 2 layers on the device, 2 from pinned host memory; as they are"
     resident, streamed = (rows_of(tmp_path / name, "whole") for name in ("resident", "streamed"))
     assert [row["difference"] for row in streamed] == [row["difference"] for row in resident]
     for name in FILES[:3]:

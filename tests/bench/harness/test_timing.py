@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 25, 100])
 def test_a_summary_is_the_median_and_the_20th_and_80th_percentile(count: int) -> None:
-    """As numpy has them, whatever the order of the runs."""
+    """Median and percentiles are numpy's, whatever the order of the runs."""
     seconds = np.random.default_rng(count).exponential(size=count)
     found = summary(seconds.tolist(), 0.25)
     assert found[:3] == pytest.approx(np.percentile(seconds, (50, 20, 80)).tolist())
@@ -97,7 +97,7 @@ def test_a_drift_of_the_clocks_falls_on_all_calls_alike(clock: Clock) -> None:
 
 
 def test_a_call_too_short_for_the_clock_ends(clock: Clock) -> None:
-    """An estimate of nothing is taken as a microsecond."""
+    """A call for which the clock shows nothing is taken to last a microsecond."""
     found = WallTimer(0.1)({"nothing": clock.call("nothing", 0.0)})
     assert found["nothing"] == Timing(0.0, 0.0, 0.0, 100)
 
@@ -160,7 +160,7 @@ def test_on_cuda_l2_is_flushed_before_every_timed_run_and_the_flush_is_not_timed
 
 
 def test_on_cuda_replays_are_timed_and_what_cannot_be_captured_is_timed_as_issued(gpu: Clock) -> None:
-    """``launch`` is the host's time to issue the call itself in either case."""
+    """The field ``launch`` is the host's time to issue the call itself in either case."""
     calls = {name: gpu.call(name, 0.02) for name in ("captured", "synchronises")}
     found = CudaTimer(1000)(calls)
     assert found["captured"][:3] == pytest.approx((0.01, 0.01, 0.01))
@@ -179,8 +179,8 @@ def test_on_cuda_a_long_call_is_neither_captured_nor_run_more_than_it_must_be(gp
 # Ceilings, peaks and limits
 
 
-def test_ceilings_are_the_work_of_a_product_and_a_copy_over_their_time() -> None:
-    """The product's operations as torch counts them; the helper's timer runs each call once and says 0.5 s."""
+def test_ceilings_are_the_work_of_a_matmul_and_a_copy_over_their_time() -> None:
+    """The matmul's operations are as torch counts them; the stand-in timer runs each call once and says 0.5 s."""
     with FlopCounterMode(display=False) as counter:
         found = measure_ceilings(CPU, timer, copied_bytes=4096, size=48)
     assert found.matmul_tflops == pytest.approx(counter.get_total_flops() / 0.5 / 1e12)
@@ -211,8 +211,8 @@ def test_a_peak_on_cuda_is_what_was_there_beyond_the_state_before(monkeypatch: p
     assert reset == ["reset", "call"]
 
 
-def test_a_limit_on_cuda_is_held_in_the_body_and_lifted_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the body fails; a device without a number is the current one, and no limit is above the card."""
+def test_a_limit_on_cuda_is_held_in_the_body_and_lifted_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lifted where the body fails too; a device without a number is the current one."""
     held: list[tuple[float, int]] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80))

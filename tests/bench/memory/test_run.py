@@ -35,6 +35,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
     (section,) = read_result(counted / RESULT)["sections"].values()
     assert section["status"] == "complete"
@@ -47,6 +48,7 @@ def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
     assert "peak over the predicted one" in (counted / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: Path) -> None:
     enough, tight, without = rows_of(counted, "clips")
     for row, limit in ((enough, 4_000_000), (tight, 3_000_000)):
@@ -81,6 +83,7 @@ def test_a_stage_that_exceeds_the_limit_is_named_with_its_own_peak(
     assert row["reason"] == f"in {over}: {format_bytes(stages[over])} counted"
 
 
+@pytest.mark.slow
 def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -> None:
     clips = {row["limit"]: row["peak_bytes"] for row in rows_of(counted, "clips") if "peak_bytes" in row}
     timelines = read_section(counted)["timelines"]

@@ -65,7 +65,7 @@ def without_resources(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def case_of(operator: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Case:
-    """Of 4 rows, and of 6 where it is real: 5 operations, 7 bytes."""
+    """A case of 4 rows, of 6 at its real size, with 5 operations and 7 bytes."""
 
     def inputs(rows: int, device: torch.device) -> Arguments:
         return (torch.ones(rows, 8, dtype=dtype, device=device),), {}
@@ -75,7 +75,7 @@ def case_of(operator: Callable[..., Any], dtype: torch.dtype = torch.float32) ->
 
 
 def worked_off(folder: Path, cases: Sequence[Case], timed: Any = timer) -> tuple[list[Any], list[Any]]:
-    """Rows of the checks and of the timings, as the command makes them."""
+    """Returns the rows of the checks and of the timings, as the command makes them."""
     checks = new_table(folder / "checks", CHECK_IDENTITY, CHECK_METRICS)
     timings = new_table(folder / "timings", IDENTITY, METRICS)
     found = check_cases(cases, CPU, checks, 1, BAR.update)
@@ -87,7 +87,7 @@ def worked_off(folder: Path, cases: Sequence[Case], timed: Any = timer) -> tuple
 
 
 def test_the_cases_of_every_module_that_has_some_are_found() -> None:
-    """Of all modules, whatever they are called; each once, and each name once."""
+    """All modules are searched, whatever they are called; each case is found once, and each name is used once."""
     found: list[Case] = []
     for module in pkgutil.walk_packages(swifti2v_kernels.__path__, "swifti2v_kernels."):
         found += getattr(importlib.import_module(module.name), "CASES", ())
@@ -108,7 +108,7 @@ def test_a_new_operator_is_found_by_being_written(tmp_path: Path) -> None:
 
 
 def by_torch(case: Case, spoil: Callable[[list[Any]], None] = lambda results: None) -> Case:
-    """The case with its PyTorch path in place of its kernels; ``spoil`` changes what this returns."""
+    """Returns the case with its PyTorch path in place of its kernels; ``spoil`` changes what this returns."""
 
     @functools.wraps(case.operator)
     def operator(*args: Any, backend: str = "auto", **options: Any) -> Any:
@@ -122,8 +122,10 @@ def by_torch(case: Case, spoil: Callable[[list[Any]], None] = lambda results: No
 
 @pytest.mark.parametrize("case", LAST, ids=operator_name)
 def test_every_operator_passes_by_torch_and_not_with_a_wrong_result(case: Case) -> None:
-    """One case of each. Each of its results in turn is wrong by 3 %, and the error says so. Weights are scaled so that
-    results are about as large as inputs."""
+    """One case of every operator passes; with each of its results in turn wrong by 3 %, the error says so.
+
+    Weights are scaled so that results are about as large as inputs.
+    """
     results: list[Any] = []
     row = check_case(by_torch(case, results.extend), CPU)
     assert row["status"] == "ok", row
@@ -175,7 +177,7 @@ def test_one_wrong_case_keeps_all_cases_of_its_operator_from_being_timed(tmp_pat
 
 
 def test_rates_are_the_least_cost_over_the_time(tmp_path: Path) -> None:
-    """5 operations and 7 bytes in the helper's half second; without a real size there is nothing to time."""
+    """The rates are of 5 operations and 7 bytes in half a second; without a real size nothing is timed."""
     _, (row,) = worked_off(tmp_path, [case_of(right), replace(case_of(right), name="small alone", real=None)])
     assert (row["case"], row["shape"], row["operator"]) == ("right", "6 x 8", "right")
     assert (row["flops"], row["bytes"], row["seconds"], row["peak_bytes"]) == (5, 7, 0.5, 0)
@@ -205,7 +207,7 @@ NEW: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("new", NEW.values(), ids=NEW)
 def test_what_an_operator_leaves_unwritten_is_found(new: Callable[[Tensor], Tensor]) -> None:
-    """A quarter of the result, whatever the memory happens to hold."""
+    """A quarter of the result is not written, and that is found whatever the memory happens to hold."""
 
     def operator(x: Tensor, *, backend: str = "auto") -> Tensor:
         return 2 * x if backend == "torch" else half_written(x, new, rows)
@@ -236,7 +238,7 @@ def test_memory_is_poisoned_in_the_block_alone() -> None:
 
 
 def test_results_written_over_an_input_are_checked_against_the_input_before() -> None:
-    """``out`` and ``residual`` may be one tensor: it is one for the reference too, and another than the kernel's."""
+    """The tensor that is both ``out`` and ``residual`` is one for the reference too, and another than the kernel's."""
 
     def accumulate(x: Tensor, residual: Tensor, out: Tensor, *, backend: str = "auto") -> Tensor:
         assert out is residual
@@ -256,7 +258,7 @@ def test_results_written_over_an_input_are_checked_against_the_input_before() ->
 
 @pytest.mark.parametrize("case", LAST, ids=operator_name)
 def test_inputs_are_random_the_same_every_time_and_keep_their_layout(case: Case) -> None:
-    """Strides and dtypes are what a case is about."""
+    """Strides and dtypes stay as the case has them, since they are what it is about."""
     (args, options), (again, same) = randomised(case, CPU), randomised(case, CPU)
     plain_args, plain_options = case.inputs(CPU)
     leaves = [
@@ -276,7 +278,7 @@ def test_inputs_are_random_the_same_every_time_and_keep_their_layout(case: Case)
 
 
 class Pool:
-    """In place of a pool of processes: the numbers in ``deadly`` end it, and all that was not done with it."""
+    """A stand-in for a pool of processes: the numbers in ``deadly`` end it, and all that was not done with it."""
 
     deadly: tuple[int, ...] = ()
     started = 0
@@ -324,8 +326,9 @@ def test_a_process_that_dies_takes_no_other_case_with_it(
     assert Pool.started == 1 or deadly
 
 
+@pytest.mark.slow
 def test_cases_are_checked_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted there, which this process cannot do."""
+    """The kernels are interpreted there, which this process cannot do."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     cases = cases_of("rms_norm_silu")[:2]
     table = new_table(tmp_path, CHECK_IDENTITY, CHECK_METRICS)
@@ -338,7 +341,7 @@ def test_cases_are_checked_in_processes_of_their_own(tmp_path: Path, monkeypatch
 
 
 def test_without_cuda_it_checks_in_the_interpreter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A kernel, not the PyTorch path: bfloat16 is float32 there, by its tolerance."""
+    """A kernel is checked and not the PyTorch path: bfloat16 is float32 there, by its tolerance."""
     assert main(["operators", "--cases", "rms_norm_silu C96", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "checking every case against float64, bfloat16 as float32, in Triton's interpreter" in capfd.readouterr().out
     (row,) = rows_of(tmp_path, "checks")

@@ -49,7 +49,7 @@ def document(
 
 
 def compared(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
-    """One row in each of some files."""
+    """Compares files that have one row each."""
     documents = [document(tmp_path / str(i), [row]) for i, row in enumerate(rows)]
     comparison = compare_documents(documents, [str(i) for i in range(len(rows))])
     return comparison["tables"][0]["rows"][0]

@@ -1,4 +1,4 @@
-"""What can be tuned, and the way of a measured choice: into the package's table, and from there to a launch."""
+"""The way of a measured choice from what can be tuned into the package's table, and from there to a launch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CASES = [case(1), replace(case(0), operator=both)]
 
 
 def test_every_kernel_with_a_space_is_a_target() -> None:
-    """Found independently: the classes in the sources that have a SPACE, and the names that launches look up."""
+    """The targets are the classes in the sources that have a SPACE, by the names that launches look up."""
     spaces: set[type] = set()
     for module in pkgutil.walk_packages(swifti2v_kernels.__path__, "swifti2v_kernels."):
         classes = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
@@ -82,7 +82,7 @@ def test_a_new_operator_is_a_target_by_being_written(tmp_path: Path) -> None:
 
 
 def test_a_case_counts_for_the_kernel_that_it_launches_first(tmp_path: Path) -> None:
-    """Its time is not that of the second, which has cases of its own."""
+    """A case that launches two kernels is not counted for the second, which has cases of its own."""
     with added_module(swifti2v_kernels, tmp_path / "more", "cases.py", TWO_KERNELS, all_cases):
         found = {target.kernel: target for target in targets(90) if target.kernel in ("scaled", "other")}
     assert {kernel: [one.name for one in target.cases] for kernel, target in found.items()} == {
@@ -92,7 +92,7 @@ def test_a_case_counts_for_the_kernel_that_it_launches_first(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_candidates_are_of_the_space_and_the_heuristic_is_kept_for_the_end(capability: int) -> None:
-    """All that the space allows but the heuristic's own, each once; those that change one field come first."""
+    """All that the space allows is tried once, but the heuristic's own; what changes one field comes first."""
     for target in targets(capability):
         space = type(target.heuristic).SPACE
         own = {name: getattr(target.heuristic, name) for name in space}
@@ -142,7 +142,7 @@ def test_targets_with_the_most_work_come_first_and_names_select() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package's tables, elsewhere."""
+    """A copy of the package's tables that may be written."""
     for name in ("tuned", "conv3d"):
         (tmp_path / f"{name}.json").write_text(dumps_table({"entries": []}))
     monkeypatch.setattr(package_tables, "CONFIGS", tmp_path)
@@ -178,7 +178,7 @@ def test_a_table_is_json_with_a_line_for_each_entry(count: int) -> None:
 
 @pytest.mark.parametrize("path", sorted((SOURCES / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_shipped_tables_are_as_the_writer_writes_them(path: Path) -> None:
-    """So that a new measurement changes its own lines only."""
+    """A new measurement changes its own lines only, since the tables are formatted as the writer formats them."""
     table = json.loads(path.read_text())
     assert path.read_text() == dumps_table(merge(table, []))
     assert len(merge(table, [])["entries"]) == len(table["entries"])
@@ -214,7 +214,7 @@ def shipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_what_a_search_found_is_what_launches_take(shipped: Path) -> None:
-    """For the same kernel, capability and key, in any order; all others keep their heuristic."""
+    """A launch of the same kernel, capability and key takes the choice; all others keep their heuristic."""
     target = Target("scaled", 90, {"width": 8, "itemsize": 2}, OWN, ())
     found = entry(Outcome(target, best={"block": 2, "warps": 4}, gain=1.23456), "a card", {"date": "today"})
     assert found is not None
@@ -231,7 +231,7 @@ def test_what_a_search_found_is_what_launches_take(shipped: Path) -> None:
 
 
 def test_a_real_launch_takes_the_table_s_configuration(shipped: Path) -> None:
-    """Read from the compiled kernel; ``rms_norm_silu`` of another width keeps its heuristic."""
+    """The configuration is read from the compiled kernel; ``rms_norm_silu`` of another width keeps its heuristic."""
     (one,) = cases_of("rms_norm_silu C384")
     (target,) = targets(89, "rms_norm_silu block_c: 512")
 
@@ -273,7 +273,7 @@ def test_forced_fields_go_before_the_table_and_end_with_the_block(shipped: Path)
 
 
 def test_launches_are_seen_with_their_class_and_heuristic(shipped: Path) -> None:
-    """An inner list has its own, and what is forced or measured does not show."""
+    """An inner list sees its own launches, and configurations that are forced or measured do not show."""
     write_entries({"tuned": [choice(2)]})
     with seen_configs() as seen, force_config("scaled", block=4):
         configured("scaled", 90, OWN, width=8)
@@ -286,7 +286,7 @@ def test_launches_are_seen_with_their_class_and_heuristic(shipped: Path) -> None
 
 
 def test_tables_are_read_from_the_package() -> None:
-    """Every file by its name, by the reader that launches use."""
+    """Every file is read by its name, by the reader that launches use."""
     tables.load_table.cache_clear()
     for path in (SOURCES / "configs").glob("*.json"):
         assert tables.load_table(path.stem) == json.loads(path.read_text())["entries"]

@@ -93,7 +93,7 @@ def test_the_description_knows_every_status_and_basis():
 
 
 def test_the_documentation_names_everything_and_its_example_runs(tmp_path):
-    text = (Path(__file__).parent.parent.parent.parent / "docs" / "results.md").read_text()
+    text = (Path(__file__).parent.parent.parent.parent / "docs" / "results" / "format.md").read_text()
     assert all(f"`{name}`" in text for name in (*STATUSES, *BASES, *UNITS))
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def test_failures_become_statuses():
 
 
 def message(path: Path) -> str:
-    """The error of reading a file, which must name it."""
+    """Returns the error of reading a file, which must name the file."""
     with pytest.raises(InputError) as caught:
         read_result(path)
     text = str(caught.value)
@@ -290,7 +290,7 @@ def test_a_column_of_bytes_has_one_unit_where_its_values_are_near_each_other():
     assert column_scale([None, 21_071_649_382, 4e7], "bytes") == (1e9, "GB")
     assert column_scale([58.4e6, 1e6, 0], "bytes") == (1e6, "MB")
     assert column_scale([232_448, 1024], "bytes") == (1e3, "kB")
-    assert column_scale([28e9, 1e6], "bytes") == (None, "")
+    assert column_scale([28e9, 9e5], "bytes") == (None, "")
     assert column_scale([None, "text"], "bytes") == (None, "")
     assert column_scale([0.002], "s") == (1e-3, "ms")
     assert column_scale([1.0], "ratio") == (None, "")

@@ -66,18 +66,18 @@ def page(browser, pages) -> Any:
 
 
 def resize(browser: Any, width: int) -> None:
-    """A viewport of this width; windows have a least width, and viewports have none."""
+    """Gives the viewport this width; windows have a least width, and viewports have none."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def table_of(browser: Any, name: str) -> Any:
-    """The box of a table by what it is called for who cannot see it."""
+    """Returns the box of a table by what it is called for who cannot see it."""
     return browser.find_element("xpath", f"//*[@role='region'][@aria-label='{name}']/..")
 
 
 def column(box: Any, head: str) -> list[str]:
-    """The texts of a column, from top to bottom, of rows that are shown."""
+    """Returns the texts of a column, from top to bottom, of rows that are shown."""
     heads = [element.text.split(" ")[0] for element in box.find_elements("css selector", "th")]
     at = heads.index(head) + 1
     rows = box.find_elements("css selector", f"tbody tr td:nth-child({at})")
@@ -110,7 +110,7 @@ def test_the_page_loads_nothing_and_logs_nothing(browser, pages):
 
 
 def test_the_policy_of_the_page_forbids_requests(page):
-    """What is not there cannot be loaded; and if it were, the browser would refuse."""
+    """The browser refuses a request that the page might make, although it makes none."""
     script = """const done = arguments[0];
         document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));
         fetch('data:text/plain,x').catch(() => {});"""
@@ -140,7 +140,7 @@ def test_columns_sort_as_numbers_and_turn_over(page):
 
 
 def test_columns_sort_by_value_whatever_the_unit_that_is_shown(page):
-    """Bytes are shown as MiB and GiB, targets as words with numbers in them."""
+    """Seconds are shown with commas, targets as words with numbers in them; both sort by their values."""
     box = table_of(page, "end-to-end against two stages with CSG, one clip")
     click(box, "whole")
     assert [text for text in column(box, "whole") if text] == [
@@ -206,6 +206,9 @@ def test_nothing_is_wider_than_the_screen_and_every_chart_has_a_size(browser, pa
     )
     assert len(sizes) >= 10
     assert all(w >= 300 and h >= 40 and drawn > 100 for w, h, drawn in sizes)
+    # The answer is on the first screen.
+    answer = browser.execute_script("return document.querySelector('.answer .tile').getBoundingClientRect().bottom")
+    assert answer < 600
     # What is wider than the screen scrolls in a box of its own, which the keyboard reaches.
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('.scroll')]"
@@ -234,7 +237,7 @@ def test_text_is_readable_in_light_and_in_dark(page, mode):
 
 
 def luminance(browser: Any, selector: str, name: str) -> float:
-    """Relative luminance of a colour as the page has it, by WCAG."""
+    """Returns the relative luminance of a colour as the page has it, by WCAG."""
     colour = browser.find_element("css selector", selector).value_of_css_property(name)
     channels = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -242,5 +245,5 @@ def luminance(browser: Any, selector: str, name: str) -> float:
 
 
 def contrast(a: float, b: float) -> float:
-    """By WCAG."""
+    """Returns the contrast of two luminances, by WCAG."""
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)

@@ -52,7 +52,7 @@ class Reader(HTMLParser):
             self.texts.append((self.open[-1][0], data))
 
     def count(self, name: str, **wanted: str) -> int:
-        """Elements with these words in their attributes."""
+        """Counts elements with these words in their attributes."""
         return sum(
             element == name
             and all(value in (found.get(key.rstrip("_")) or "").split() for key, value in wanted.items())
@@ -60,7 +60,7 @@ class Reader(HTMLParser):
         )
 
     def all_text(self) -> str:
-        """What is read, without styles and scripts."""
+        """Returns the text that is read, without styles and scripts."""
         return " ".join(text for name, text in self.texts if name not in ("style", "script"))
 
 
@@ -307,7 +307,7 @@ def test_files_with_nothing_in_common_are_shown_all_the_same(tmp_path):
 
 
 def hostile(value: Any, key: str = "") -> Any:
-    """The document with every free text replaced."""
+    """Returns the document with every free text replaced."""
     fixed = (
         "status",
         "basis",
@@ -470,7 +470,7 @@ def test_the_command_writes_the_page_whole_and_prints_where(one, tmp_path, capsy
 
 
 def test_quick_takes_the_newest_file_of_each_card_and_json_names_them(tmp_path, capsys):
-    """Newest by the date in the file, whatever it is called."""
+    """The newest file is that with the latest date in it, whatever its name."""
     files = {name: sample(tmp_path / f"{name}.json") for name in ("new", "old", "other")}
     for name, change in (("old", {"date": "2025-01-01T00:00:00+00:00"}), ("other", {"device": "NVIDIA L40S"})):
         found = json.loads(files[name].read_text())

@@ -133,7 +133,7 @@ def test_the_command_line_has_the_check_the_filter_and_the_program() -> None:
 
 
 def kernels_in_the_source() -> set[str]:
-    """The compiled functions that are launched somewhere, as ``kernel[grid](...)``."""
+    """Returns the compiled functions that are launched somewhere, as ``kernel[grid](...)``."""
     nodes = [n for p in (ROOT / "swifti2v_kernels").rglob("*.py") for n in ast.walk(ast.parse(p.read_text()))]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     compiled = {f.name for f in functions if any(".jit" in ast.unparse(d) for d in f.decorator_list)}
@@ -143,7 +143,7 @@ def kernels_in_the_source() -> set[str]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_case_launches_kernels_and_the_filter_takes_them_all(capability: int) -> None:
-    """On the card that it is for; a kernel of another name would run unwatched and be called clean."""
+    """Each case launches kernels with names that are watched; others would run unwatched and be called clean."""
     seen: set[str] = set()
     with compiled_for(capability, compile=False):
         for case in all_cases():
@@ -168,7 +168,7 @@ def test_planted_faults_compile_and_are_what_they_say(capability: int) -> None:
             run_planted(check, CPU)
         (made,) = kernels
         assert made.error is None, made.error
-        # A race needs shared memory; a write behind the end none.
+        # A race needs shared memory; a write beyond the end none.
         assert (made.shared_bytes > 0) == (check == "racecheck")
         assert made.total_warps == 4
 
@@ -195,7 +195,7 @@ def test_the_program_keeps_a_line_for_each_case_as_it_ends(tmp_path: Path, monke
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_each_case_has_one_row_and_only_what_is_to_blame_is_not_clean(jobs: int, tmp_path: Path) -> None:
-    """Whether a fault is reported, ends its process without a report, or is an exception; neighbours run again."""
+    """A fault may be reported, end its process without a report, or be an exception; its neighbours run again."""
     kinds = {2: "invalid", 3: "crash", 7: "raises", 10: "idle"}
     tool, numbers = stand_in(tmp_path, kinds), list(range(1, 12))
     rows = list(watch_cases(tool, "memcheck", numbers, jobs, tmp_path))
@@ -240,7 +240,7 @@ def test_without_a_gpu_it_says_what_it_would_watch(tmp_path: Path, capsys: pytes
 
 
 def on_a_card(room: Path, tool: Path, **options: Any) -> None:
-    """The command with a device that says it is one."""
+    """Runs the command on a device that says it is a GPU."""
     chosen = {"checks": "memcheck,racecheck", "cases": "scaled_linear", "tool": str(tool), "check": False, "jobs": 2}
     with session(room, **chosen | options) as found:
         found.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]

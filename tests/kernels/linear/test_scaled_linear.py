@@ -304,11 +304,11 @@ def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("capability", "kind", "opcode"),
     [
-        (80, "int8", "IMMA"),
+        pytest.param(80, "int8", "IMMA", marks=pytest.mark.slow),
         (89, "float8", "QMMA"),
-        (90, "float8", "QGMMA"),
+        pytest.param(90, "float8", "QGMMA", marks=pytest.mark.slow),
         (90, "int8", "IGMMA"),
-        (120, "int8", "IMMA"),
+        pytest.param(120, "int8", "IMMA", marks=pytest.mark.slow),
     ],
 )
 def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str, own_cache: None) -> None:
