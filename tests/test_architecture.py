@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import keyword
@@ -140,18 +139,3 @@ def test_the_example_of_a_benchmark_is_one(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "warmth of rooms" in out
     assert out.count("1.500") == 3
-
-
-def test_options_that_are_cited_exist() -> None:
-    """The subcommands of ``python -m bench`` take the options that the page gives them."""
-    parsers = {}
-    for name, benchmark in benchmarks().items():
-        parsers[name] = argparse.ArgumentParser()
-        benchmark.add_arguments(parsers[name])
-    shared = {"--device", "--out", "--json", "--quick", "--base"}
-    for page in PAGES:
-        for command, rest in re.findall(r"python\s-m\sbench (\w+)([^`\n#]*)", text_of(page)):
-            if command == "warmth":
-                continue
-            options = set(re.findall(r"--[\w-]+", rest))
-            assert options <= shared | set(parsers[command]._option_string_actions), (command, rest)

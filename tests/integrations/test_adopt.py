@@ -1,4 +1,4 @@
-"""The page on adopting one kernel: every block after gives what the block before gave."""
+"""The page on adopting one kernel: every code block marked "after" gives what the one marked "before" gave."""
 
 from __future__ import annotations
 

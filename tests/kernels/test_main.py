@@ -103,6 +103,7 @@ def test_the_environment_is_told() -> None:
     assert all("(SWIFTI2V_BACKEND is 'torch')" in line for lines in kernels.values() for line in lines)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_leaves_no_traceback() -> None:
     command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,17 +42,6 @@ def new_table(folder: Path, identity: tuple[str, ...], metrics: tuple[str, ...])
     """Returns a table on disk."""
     with session(folder) as found:
         return found.section.table("rows", "rows", identity=identity, metrics=metrics)
-
-
-@contextmanager
-def old_garbage_left() -> Iterator[None]:
-    """Leaves out what is there already when garbage is collected, which takes longer than toy sizes do."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def read_section(folder: Path) -> dict[str, Any]:

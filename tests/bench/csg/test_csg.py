@@ -50,7 +50,9 @@ def window_clock(layers: tuple[int, int] = (1, 3), num_blocks: int = 9) -> Windo
 # A window from few layers
 
 
-@pytest.mark.parametrize("layers", [(1, 2), (1, 3), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layers", [(1, 3), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1, 2), (2, 4)))], ids=str
+)
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_a_window_from_few_layers_is_the_window_of_all_layers(
     mode: str, layers: tuple[int, int], clock: OperationClock
@@ -181,6 +183,7 @@ def test_segments_are_the_anchor_and_then_those_of_the_papers_plan(num_blocks: i
     assert found == [[0.0], *([*map(float, given.noisy)] for given in SegmentPlan(num_blocks))]
 
 
+@pytest.mark.slow
 def test_reference_and_decode_from_few_latent_frames_are_those_of_the_clip(clock: OperationClock) -> None:
     setup = replace(SMALL, num_frames=49)  # 13 latent frames, of which 4 and 7 are run
     rows, columns = setup.latent_size
@@ -202,6 +205,7 @@ def test_reference_and_decode_from_few_latent_frames_are_those_of_the_clip(clock
     assert found.vae.encoder is None  # the pipeline has none either while it decodes
 
 
+@pytest.mark.slow
 def test_the_vae_works_as_it_does_beside_both_stages_on_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The VAE is untiled on a large card, whatever the model; on a small one a larger model leaves it less memory."""
 

@@ -291,6 +291,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_valid_and_complete(finished: Path) -> None:
     (section,) = read_result(finished / RESULT)["sections"].values()
     assert section["status"] == "complete"
@@ -302,6 +303,7 @@ def test_a_run_is_valid_and_complete(finished: Path) -> None:
     assert rows_of(finished, "ablations") == []
 
 
+@pytest.mark.slow
 def test_what_is_extrapolated_says_from_what(finished: Path) -> None:
     rows = [row for name in ("stages", "clips", "validation") for row in rows_of(finished, name)]
     ours = [row for row in rows if row["model"] != PAPER]
@@ -314,6 +316,7 @@ def test_what_is_extrapolated_says_from_what(finished: Path) -> None:
     assert text.count("extrapolated from") == len(ours)
 
 
+@pytest.mark.slow
 def test_a_clip_is_the_sum_of_its_stages(finished: Path) -> None:
     stages = {row["stage"]: row for row in rows_of(finished, "stages")}
     clip, end_to_end, few = rows_of(finished, "clips")[:3]
@@ -328,6 +331,7 @@ def test_a_clip_is_the_sum_of_its_stages(finished: Path) -> None:
     assert end_to_end["tokens"] > clip["tokens"]
 
 
+@pytest.mark.slow
 def test_the_extrapolation_is_that_of_the_whole_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers, steps and latent frames are measured whole, by the functions that make a clip."""
     denoise, decode = rows = rows_of(finished, "validation")
@@ -359,6 +363,7 @@ def test_a_model_or_size_that_is_named_twice_is_measured_once(
     assert json.loads((tmp_path / RESULT).read_text())["sections"]["csg"]["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_models_of_one_vae_and_size_share_the_stages_around(
     measurement: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:

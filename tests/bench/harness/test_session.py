@@ -102,6 +102,7 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "csg_causal.mp4").exists()
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     def failing(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
@@ -114,6 +115,7 @@ def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypat
     assert capsys.readouterr().out.count("decode: out of memory") == len(rows)
 
 
+@pytest.mark.slow
 def test_where_the_card_has_too_little_all_modes_stream_the_same_layers(tmp_path, monkeypatch):
     """One plan serves all modes, and the settings tell it; the clips are those of resident weights."""
     plan_memory, asked = whole.plan_memory, []

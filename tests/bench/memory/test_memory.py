@@ -22,16 +22,10 @@ from model.csg.sampler import SegmentPlan
 from model.errors import InputError
 from model.machine.counted import TensorMemory
 from model.pipeline.encoders import empty_text
-from tests.support.bench_session import CPU, new_table, old_garbage_left
+from tests.support.bench_session import CPU, new_table
 
 TINY = ClipSetup("tiny", 64, 48, 17, steps=2, stage_one_steps=1, dtype=torch.float32)
 STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _garbage() -> Iterator[None]:
-    with old_garbage_left():
-        yield
 
 
 def course(*sizes: int, base: int = 0, marks: tuple[tuple[float, str], ...] = ()) -> Course:
@@ -219,6 +213,7 @@ def measured() -> tuple[ClipRun, int]:
         return run_clip(TINY, CPU), memory.peak
 
 
+@pytest.mark.slow
 def test_a_clip_on_the_cpu_is_followed_as_another_counter_counts(measured: tuple[ClipRun, int]) -> None:
     run, peak = measured
     assert run.course.peak() == peak

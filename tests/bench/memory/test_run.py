@@ -15,16 +15,10 @@ from bench.harness.session import RESULT
 from bench.memory import clip
 from bench.records.read import read_result
 from model.machine.measure import format_bytes
-from tests.support.bench_session import old_garbage_left, read_section, rows_of
+from tests.support.bench_session import read_section, rows_of
 
 SMALL = ["memory", "--preset", "tiny", "--size", "64x48", "--frames", "9", "--device", "cpu"]
 STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _garbage() -> Iterator[None]:
-    with old_garbage_left():
-        yield
 
 
 @pytest.fixture(scope="module")

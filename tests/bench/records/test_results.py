@@ -52,11 +52,16 @@ def good(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["csg", "--frames", "5", "--size", "64x48", "--repeats", "1"],
-        ["csg", "--extrapolate", "--quick", "--models", "1.3b", "--sizes", "720p", "--no-ablations"],
-        ["vae", "--quick", "--part", "encode", "--only", "swifti2v, tiles"],
+        pytest.param(["csg", "--frames", "5", "--size", "64x48", "--repeats", "1"], id="whole"),
+        pytest.param(
+            ["csg", "--extrapolate", "--quick", "--models", "1.3b", "--sizes", "720p", "--no-ablations"],
+            id="extrapolated",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["vae", "--quick", "--part", "encode", "--only", "swifti2v, tiles"], id="vae", marks=pytest.mark.slow
+        ),
     ],
-    ids=["whole", "extrapolated", "vae"],
 )
 def test_what_a_command_writes_is_valid(arguments, tmp_path):
     assert main([*arguments, "--out", str(tmp_path)]) == 0

@@ -27,7 +27,8 @@ from bench.vae.shapes import PARTS, SHAPES
 from model import VAEPlan, plan_vae
 from tests.support.bench_session import CPU, read_section, rows_of, session, timer
 
-SHAPE = replace(SHAPES[0].reduced(), num_frames=9)
+REDUCED = SHAPES[0].reduced()
+SHAPE = replace(REDUCED, num_frames=9, config=replace(REDUCED.config, num_res_blocks=1))
 LARGE = next(shape for shape in SHAPES if str(shape) == "2.1, 2K, 81 frames")
 
 
@@ -283,6 +284,7 @@ def test_counts_at_2k() -> None:
     assert own["bytes"] > 4 * 2560 * 1408 * (3 + 96) * 2
 
 
+@pytest.mark.slow
 def test_without_cuda_it_counts_and_runs_a_small_vae(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

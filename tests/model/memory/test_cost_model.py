@@ -275,7 +275,12 @@ def test_the_vaes_attention_has_the_operations_that_are_counted(tiny_vae: WanVAE
 
 @pytest.mark.parametrize(
     ("mode", "preset"),
-    [("bidirectional", "tiny"), ("causal", "tiny-vae22"), ("end_to_end", "tiny"), ("bidirectional", "tiny-vae22")],
+    [
+        ("bidirectional", "tiny"),
+        ("causal", "tiny-vae22"),
+        pytest.param("end_to_end", "tiny", marks=pytest.mark.slow),
+        pytest.param("bidirectional", "tiny-vae22", marks=pytest.mark.slow),
+    ],
 )
 def test_the_parts_have_the_operations_of_the_pipelines_own_functions(preset: str, mode: str) -> None:
     """Every stage agrees, called as by ``model.generate``, with other steps, windows and sizes than the defaults."""

@@ -31,7 +31,7 @@ VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of times and operations alone."""
+    """A planner of the VAE that predicts nothing, for tests of times and operations alone."""
     predict_nothing(monkeypatch)
 
 
@@ -88,6 +88,7 @@ def test_peaks_do_not_grow_with_the_clip_but_for_stored_latents() -> None:
     assert long["encode"].peak_bytes == short["encode"].peak_bytes
 
 
+@pytest.mark.slow
 def test_a_small_card_gets_tiles_that_fit_and_more_work() -> None:
     c = Configuration.for_preset("1.3b")
     whole, tiled = named(c), named(c, memory=24 * 10**9)
@@ -175,6 +176,7 @@ def test_the_cost_model_knows_which_convolutions_norm_what_they_store() -> None:
     assert vae.MAX_OWNED_CHANNELS == MAX_OWNED_CHANNELS
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_streamed_and_what_cannot_fit_is_said() -> None:
     own, card = get_profile("swifti2v"), get_gpu("RTX 4090")
     slow = replace(card, host=0.5)

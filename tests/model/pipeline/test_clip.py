@@ -26,17 +26,12 @@ from model.vae.model import WanVAE
 from model.vae.tiles import VAEPlan, VAEPlans
 from model.weights.load import random_weights
 from tests.model.vae.test_tiles import OtherMemory
-from tests.support.bench_session import CPU, old_garbage_left
+from tests.support.bench_session import CPU
+from tests.support.memory_requests import predict_nothing
 from tests.support.tolerances import PARITY, relative_error
 
 SIZE, LOW, BLOCKS = (48, 32), (32, 16), 5
 PARKED = VAEPlan(1, 2, chunk=None, park=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _garbage() -> Iterator[None]:
-    with old_garbage_left():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,9 @@ def plans(
         DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, size, low, 4 * BLOCKS - 3,
         SegmentPlan(BLOCKS), GPUS["H200"], dtype=torch.float32, capability=None,
     )  # fmt: skip
-    found = plan_memory(request).vae_plans.tiles
+    with pytest.MonkeyPatch.context() as patch:
+        predict_nothing(patch)
+        found = plan_memory(request).vae_plans.tiles
     return found if plan is None else found._replace(reference=plan, decode=plan)
 
 
