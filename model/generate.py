@@ -306,11 +306,12 @@ def _make(
     for part, given in request.loras.items():
         for lora in given:
             print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
-    (width, height), low = request.size, request.motion_size
+    (width, height), low, segments = request.size, request.motion_size, len(request.plan)
     print(
         f"{width}x{height}, {request.num_frames} frames = {request.plan.num_blocks} blocks;"
         f" Stage I at {low[0]}x{low[1]};"
-        f" Stage II {args.mode}: {len(request.plan)} segments, windows of at most {request.window_blocks} blocks;"
+        f" Stage II {args.mode}: {segments} segment{'' if segments == 1 else 's'}, windows of at most"
+        f" {request.window_blocks} blocks;"
         f" {device.type}, {str(request.dtype).removeprefix('torch.')}"
     )
     print(plan)

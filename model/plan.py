@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpu",
-        help="whose seconds are predicted, and whose kernels are planned for: one of"
+        help="the card to predict seconds and to plan kernels for: one of"
         f" {', '.join(GPUS)} (default: by the memory; with --vae {DEFAULT_GPU})",
     )
     parser.add_argument("--no-text-encoder", dest="text_encoder", action="store_false", help="embeddings are given")

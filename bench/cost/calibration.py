@@ -95,7 +95,6 @@ def difference(more: Work, less: Work) -> Work:
 def _measured() -> Iterator[tuple[str, str, float, Work]]:
     for name, config, tokens, known in (
         ("1.3B", PRESETS["1.3b"].stage_two, 70400, 60.1e-3),
-        ("5B", PRESETS["5b"].stage_two, 17600, 14.8e-3),
         ("14B", PRESETS["14b-1.3b"].stage_one, 18480, 31.3e-3),
     ):
         yield f"layer of the {name}, {tokens:,} tokens", _OWN, known, layer(config, tokens)

@@ -22,8 +22,8 @@ examples:
   python -m bench report                              the results in the repository, as out/report.html
   python -m bench report --quick                      the newest file of each card alone
   python -m bench report out/csg-*/result.json --out csg.html
-  python -m bench report --fill README.md docs/results/*.md             their tables, from the results in the repository
-  python -m bench report --fill README.md docs/results/*.md --check     exit with 2 if some are not up to date
+  python -m bench report --fill README.md docs/*.md docs/results/*.md           their tables, from bench/results
+  python -m bench report --fill README.md docs/*.md docs/results/*.md --check   exit with 2 if some are not up to date
 
 The page is one file that loads nothing. In a Markdown file what stands between the lines
 

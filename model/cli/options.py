@@ -193,7 +193,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
 def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto") -> None:
     """Adds the options of the memory planner (``model/memory/plan.py``); ``vram`` is the default of ``--vram``."""
     group = parser.add_argument_group(
-        "memory", "weights, tiles and formats are chosen so that a run fits; see model.plan"
+        "memory", "weights, tiles and formats are chosen so that a run fits; python -m model.plan shows how"
     )
     group.add_argument(
         "--vram",

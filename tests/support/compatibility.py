@@ -29,8 +29,9 @@ _HEAD = """\
 # What was tested with what
 
 Made from test results by `pytest --compatibility`; do not edit. A cell holds the tested versions of diffusers under
-which every test of that model and feature passed, on tiny random models, first to last; `yes` stands for code that has
-no version: a stand-in that follows the host's published interface. An empty cell was not tested, or not whole.
+which every test of that model and feature passed, on tiny random models, first to last; `yes` stands for tests against
+a copy of the host's interface, which has no version. An empty cell was not tested, or not whole. What was shown on the
+real ComfyUI and the real Wan code, which the test suite does not install, is on [get started](get-started.md).
 
 | feature | what its tests prove |
 |---|---|

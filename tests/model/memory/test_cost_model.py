@@ -133,6 +133,8 @@ def flops_by_extent(work: Work, *kinds: str) -> Counter[int]:
     [
         pytest.param(_14B, (44, 80), 21, 21, id="14B Stage I"),
         # Layers are alike: two of them, and the case above, say the same as all 40.
+        pytest.param(_1B, (176, 320), 5, 3, id="1.3B window at 2K, whole", marks=pytest.mark.slow),
+        pytest.param(_5B, (88, 160), 5, 3, id="5B window at 2K, whole", marks=pytest.mark.slow),
         pytest.param(replace(_1B, num_layers=2), (176, 320), 5, 3, id="1.3B window at 2K"),
         pytest.param(replace(_5B, num_layers=2), (88, 160), 5, 3, id="5B window at 2K"),
         pytest.param(replace(_14B, num_layers=2), (176, 320), 21, 21, id="14B end to end at 2K"),
@@ -231,7 +233,7 @@ def _run_vae(config: VAEConfig, half: str, num_frames: int, dtype: torch.dtype, 
         pass
 
 
-@pytest.mark.parametrize("num_frames", [5, 21])
+@pytest.mark.parametrize("num_frames", [5, 21, pytest.param(81, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("half", ["decode", "encode"])
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_the_vae_has_the_operations_that_are_counted(version: str, half: str, num_frames: int) -> None:
@@ -280,6 +282,8 @@ def test_the_vaes_attention_has_the_operations_that_are_counted(tiny_vae: WanVAE
         ("causal", "tiny-vae22"),
         pytest.param("end_to_end", "tiny", marks=pytest.mark.slow),
         pytest.param("bidirectional", "tiny-vae22", marks=pytest.mark.slow),
+        pytest.param("causal", "tiny", marks=pytest.mark.slow),
+        pytest.param("end_to_end", "tiny-vae22", marks=pytest.mark.slow),
     ],
 )
 def test_the_parts_have_the_operations_of_the_pipelines_own_functions(preset: str, mode: str) -> None:
@@ -378,6 +382,7 @@ def test_the_bytes_of_a_dit_layer_are_those_of_its_operators() -> None:
 @pytest.mark.parametrize(
     ("config", "latent_size", "window", "noisy", "remembered"),
     [
+        pytest.param(_1B, (176, 320), 5, 3, 0, id="1.3B window at 2K, whole", marks=pytest.mark.slow),
         pytest.param(replace(_1B, num_layers=4), (176, 320), 5, 3, 0, id="1.3B window at 2K"),
         pytest.param(replace(_5B, num_layers=4), (88, 160), 5, 3, 0, id="5B window at 2K"),
         pytest.param(replace(_14B, num_layers=4), (44, 80), 21, 21, 0, id="14B Stage I"),

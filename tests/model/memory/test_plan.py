@@ -83,9 +83,9 @@ def test_any_two_limits_are_in_order(limits: list[int]) -> None:
     assert smaller.peak <= smaller.request.usable
 
 
+@pytest.mark.parametrize("lengths", [(17, 81, 241), pytest.param((81, 161, 241), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("preset", ["1.3b", "14b-1.3b"])
-def test_peaks_grow_with_the_clip_without_a_limit_and_at_the_least(preset: str) -> None:
-    lengths = (17, 81, 241)
+def test_peaks_grow_with_the_clip_without_a_limit_and_at_the_least(preset: str, lengths: tuple[int, ...]) -> None:
     unlimited = [planned(preset, None, frames).peak for frames in lengths]
     smallest = [smallest_plan(request(preset, None, frames)).peak for frames in lengths]
     assert unlimited == sorted(set(unlimited))
