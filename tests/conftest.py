@@ -76,12 +76,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out slow tests that were not asked for, and skips those marked ``gpu`` where there is no GPU.
 
-    Slow tests are asked for by ``-m`` or by their own name, ``FILE::TEST``.
+    Slow tests are asked for by ``-m``, by ``--compatibility`` or by their own name, ``FILE::TEST``.
 
     Raises:
         UsageError: a test marked ``gpu`` is in a file that the campaign does not look into.
     """
-    if not config.option.markexpr:
+    if not config.option.markexpr and not config.getoption("--compatibility"):
         arguments = [argument.partition("::") for argument in config.args]
         named = [((config.invocation_params.dir / file).resolve(), test) for file, _, test in arguments if test]
         slow = [

@@ -75,9 +75,10 @@ class VAEPlace:
     """One half of the VAE in one place of the pipeline.
 
     Args:
-        request: its half, size and dtype.
+        request: its half, size and dtype; its ``piece`` is that of plans whose tiles wait in host memory. In other plans
+            latent frames come one by one.
         frames: frames of pixels in all.
-        pieces: the number of pieces that these come in.
+        pieces: the number of pieces of latent frames that these come in.
         waiting: latent frames whose features and results wait in host memory, where tiles wait there.
         gpu: the card whose seconds are predicted.
         untiled: whether only whole frames are tried where nothing waits in host memory.

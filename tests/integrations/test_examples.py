@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,13 @@ PRINTS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def examples() -> Iterator[Any]:
+    """Yields the path of every example; that of the VAE at real width is slow."""
+    for path in sorted(EXAMPLES.glob("*.py")):
+        yield pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "vae_decode_4gb"))
+
+
+@pytest.mark.parametrize("path", examples())
 def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(path.read_text().splitlines()) <= 40
     runpy.run_path(str(path), run_name="__main__")

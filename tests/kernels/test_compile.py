@@ -136,6 +136,7 @@ def test_what_check_objects_to() -> None:
     assert "does not compile: second" in dataclasses.replace(good, error="first\nsecond").faults()
 
 
+@pytest.mark.slow
 def test_the_command(capsys, own_cache, tmp_path, monkeypatch) -> None:
     stock, rows = report.compile_all, []
     # Compiled once, in processes of their own.

@@ -124,6 +124,7 @@ def test_loads_and_computes_alone(backend: str, gathered: Path) -> None:
     assert copy["called"] == ([copy["name"]] if backend == "triton" else [])
 
 
+@pytest.mark.slow
 def test_two_versions_in_one_process(gathered: Path, tmp_path: Path) -> None:
     """Each version is loaded under its own name; of two copies that are the same the second is the first."""
     gather(tmp_path / "other", changed_package(tmp_path, "__init__.py", '\n__version__ = "another"\n'))

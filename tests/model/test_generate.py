@@ -46,7 +46,7 @@ def _planned(request, monkeypatch):
         predict_nothing(monkeypatch)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-vae22"])
+@pytest.mark.parametrize("preset", ["tiny", pytest.param("tiny-vae22", marks=pytest.mark.slow)])
 def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(preset, photo, tmp_path, capsys):
     out = tmp_path / "new" / "clip.mp4"
     assert main([str(photo), "--out", str(out), "--preset", preset, "--frames", "9"]) == 0
@@ -67,7 +67,9 @@ def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(prese
         assert part in printed.err
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+@pytest.mark.parametrize(
+    "mode", ["bidirectional", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("causal", "end_to_end"))]
+)
 def test_the_same_command_twice_writes_the_same_file(mode, photo, tmp_path):
     clips = [tmp_path / f"{i}.mp4" for i in range(2)]
     for clip in clips:
@@ -116,6 +118,7 @@ def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
     return up @ down
 
 
+@pytest.mark.slow
 def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path, capsys):
     """LoRAs are merged at their strengths; the second expert takes its own tensors of a file for both."""
     weights, file, both = tmp_path / "weights", tmp_path / "lora.safetensors", tmp_path / "both.safetensors"
@@ -242,6 +245,7 @@ def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path,
     assert not (tmp_path / "clip.mp4").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
     """A process that cannot import PyAV says which pip command installs it."""
     hidden = tmp_path / "hidden" / "av.py"
@@ -254,6 +258,7 @@ def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
     assert result.stderr == "error: av is not installed; run: pip install -e '.[generate]'\n"
 
 
+@pytest.mark.slow
 def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo, tmp_path, capsys, monkeypatch):
     command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--frames", "5", "--size", "32x32"]
 

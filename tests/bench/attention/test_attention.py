@@ -135,6 +135,7 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
     assert len(table["entries"]) == 2
 
 
+@pytest.mark.slow
 def test_without_cuda_it_says_what_it_would_run_and_checks(capfd, tmp_path) -> None:
     assert main(["attention", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     out = capfd.readouterr().out

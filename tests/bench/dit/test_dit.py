@@ -156,7 +156,7 @@ def test_implementations_compute_the_same(op: Op) -> None:
             assert relative_error(op.sample(inputs, results, rows), expected) < limit, provider.name
 
 
-@pytest.mark.parametrize("timesteps", TIMESTEPS)
+@pytest.mark.parametrize("timesteps", ["per block", pytest.param("one", marks=pytest.mark.slow)])
 def test_layers_compute_the_same(timesteps: str, monkeypatch) -> None:
     """Our layer, diffusers' and the exact one agree, on parts that do not begin with a block."""
     # Traced in one dtype, which takes longer than all else.

@@ -225,6 +225,7 @@ def test_a_clip_on_the_cpu_is_followed_as_another_counter_counts(measured: tuple
     assert sum(size for _, size, _ in run.course.holders()) == peak
 
 
+@pytest.mark.slow
 def test_a_counted_clip_holds_what_a_run_on_the_cpu_holds(
     measured: tuple[ClipRun, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_a_counted_clip_holds_what_a_run_on_the_cpu_holds(
     assert {row["stage"] for row in stage_rows(run)} == STAGES
 
 
+@pytest.mark.slow
 def test_a_counted_clip_takes_a_gpus_operators_and_is_near_the_measured_one(measured: tuple[ClipRun, int]) -> None:
     assert run_clip(TINY, META).course.peak() == pytest.approx(measured[1], rel=0.15)
     found = run_clip(replace(TINY, num_frames=9, dtype=torch.bfloat16), META), measured[0]
@@ -262,6 +264,7 @@ def test_a_clip_that_cannot_be_is_named(changes: dict[str, Any], message: str) -
         run_clip(replace(TINY, **changes), META)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -340,6 +340,7 @@ def test_cases_are_checked_in_processes_of_their_own(tmp_path: Path, monkeypatch
 # The command
 
 
+@pytest.mark.slow
 def test_without_cuda_it_checks_in_the_interpreter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A kernel is checked and not the PyTorch path: bfloat16 is float32 there, by its tolerance."""
     assert main(["operators", "--cases", "rms_norm_silu C96", "--device", "cpu", "--out", str(tmp_path)]) == 0

@@ -54,7 +54,7 @@ def broken(*given: Any) -> Runner:
     raise NotImplementedError("not for this shape")
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
 def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
     rows: list[dict[str, Any]] = []
     failing = [Provider(load.__name__, load) for load in (wrong, empty, missing, hungry, broken)]
@@ -90,6 +90,7 @@ def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch
     assert rows[1]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each implementation runs once alone, which gives its peak, and then in rounds; the spread is that of its runs."""
     order: list[str] = []
@@ -118,6 +119,7 @@ def test_references_are_float32_by_cudnn_all_the_same() -> None:
     assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == given
 
 
+@pytest.mark.slow
 def test_a_limit_is_planned_for() -> None:
     rows: list[dict[str, Any]] = []
     whole = plan_vae(SHAPE.config, "decode", SHAPE.width, SHAPE.height, dtype=torch.float32, capability=None)
@@ -272,6 +274,7 @@ def test_bytes_by_form() -> None:
     assert saved_bytes(up) == {"upsample": 32 * frame}
 
 
+@pytest.mark.slow
 def test_counts_at_2k() -> None:
     """Our VAE moves several times less than diffusers' eager code, and computes less: upsampling is folded."""
     for part in PARTS:

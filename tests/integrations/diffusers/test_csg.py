@@ -150,7 +150,9 @@ class PlainAttention:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("change", ["processors", "offloading", "compiled blocks", "compiled"])
+@pytest.mark.parametrize(
+    "change", ["processors", "offloading", "compiled blocks", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def test_wan_may_have_been_changed_by_others(change):
     transformer, reference = wan(), torch.randn(1, 16, 8, 4, 6)
     expected = run(DiffusersWanWindow(transformer, TEXT), reference)
@@ -169,6 +171,7 @@ def test_wan_may_have_been_changed_by_others(change):
         assert processor.calls == 4 * len(PLANS[0]) * (len(SIGMAS) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_wan_is_not_traced_anew_for_every_window():
     """Positions are no part of its graphs: windows of the same size are the same graphs, whatever their blocks."""

@@ -220,7 +220,9 @@ def test_lora_before_and_after(name: str, first: str) -> None:
 
 
 @pytest.mark.compatibility("torch.compile")
-@every_family
+@pytest.mark.parametrize(
+    "name", [name if name == "CogVideoX" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_compiles_as_one_graph(name: str) -> None:
     """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values."""
     module, inputs, expected = make(name)
@@ -230,6 +232,7 @@ def test_compiles_as_one_graph(name: str) -> None:
     assert relative_error(run(compiled, inputs), expected) < PARITY
 
 
+@pytest.mark.slow
 def test_compiled_before_it_is_accelerated() -> None:
     """The wrapper of ``torch.compile`` is looked through, and its graphs are made anew."""
     module, inputs, expected = make("Wan 2.1 text-to-video")

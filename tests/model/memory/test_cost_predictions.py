@@ -230,6 +230,7 @@ def test_the_papers_ratio_is_that_of_operations_between_4_and_5_steps() -> None:
     assert four.baseline_seconds == pytest.approx(REPORTED.baseline_seconds, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_consistent_configurations_are_within_the_tolerance_nearest_first() -> None:
     found = consistent()
@@ -245,6 +246,7 @@ def test_consistent_configurations_are_within_the_tolerance_nearest_first() -> N
     assert consistent(1.0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_tables_are_flat() -> None:
     for rows in (tables.calibration_rows(), tables.consistent_rows(consistent(steps=(4,)))):

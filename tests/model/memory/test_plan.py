@@ -55,7 +55,9 @@ def test_plans_for_every_card_fit_and_more_memory_is_never_slower_nor_used_less(
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("preset", SWEEP)
+@pytest.mark.parametrize(
+    "preset", ["1.3b", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("14b-1.3b", "5b"))]
+)
 def test_plans_fit_and_more_memory_is_never_slower_nor_used_less(preset: str, frames: int) -> None:
     check_plans(preset, SWEEP[preset], frames)
 

@@ -156,6 +156,7 @@ def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain
     assert not torch.equal(reference, plain[0])
 
 
+@pytest.mark.slow
 def test_a_preset_whose_stage_one_is_conditioned_otherwise_runs_too() -> None:
     found = plans(None, "tiny-vae22", (64, 64), (32, 32))
     given = replace(job(vae_plans=found), picture=picture(64, 64), low_picture=picture(32, 32))

@@ -338,7 +338,7 @@ def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
     ("place", "stage"),
     [
         ("model.pipeline.clip.make_reference", "reference"),
-        ("model.pipeline.clip.sample_latents", "decode"),
+        pytest.param("model.pipeline.clip.sample_latents", "decode", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_out_of_memory_is_planned_anew_and_goes_on(

@@ -154,6 +154,7 @@ def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
 # Two at a time
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_on_one_run(tmp_path, state):
     code = f"from model.resume.state import RunState; RunState.open({str(tmp_path / 'run')!r})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
