@@ -17,8 +17,8 @@ from model.memory.vae_plan import PlannedVAE, Request, predict
 from model.weights.load import random_weights
 
 SMALL = {
-    "2.1": VAEConfig(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
-    "2.2": replace(PRESETS["5b"].vae, base_dim=8, decoder_base_dim=8, num_res_blocks=1),
+    "2.1": VAEConfig(base_dim=8, decoder_base_dim=8),
+    "2.2": replace(PRESETS["5b"].vae, base_dim=8, decoder_base_dim=8),
 }
 #: Two stages, for plans on a CPU, where more operators are counted.
 SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
