@@ -13,7 +13,8 @@ A clip is made in phases, one after the other. In each the device holds only thi
 Every phase that has a choice has candidates with predicted seconds and bytes, which come from shapes alone. The fastest
 of those that fit is taken; of equals the one with most layers on the device, then with the fewest tiles. The order does
 not depend on the limit, so that with a higher one a plan's peak is never lower, nor is it slower. The one exception is
-``quantize="auto"``, which prefers weights as they are to faster ones in 8 bits, where they did not fit before.
+``quantize="auto"``: with a higher limit it may take weights as they are, which did not fit before, instead of faster
+ones in 8 bits.
 """
 
 from __future__ import annotations

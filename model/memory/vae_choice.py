@@ -75,7 +75,7 @@ class VAEPlace:
     """One half of the VAE in one place of the pipeline.
 
     Args:
-        request: its half, size and dtype; its ``piece`` is that of plans whose tiles wait in host memory. In other plans
+        request: its half, size and dtype; its ``piece`` is that of plans whose tiles wait in host memory. In others,
             latent frames come one by one.
         frames: frames of pixels in all.
         pieces: the number of pieces of latent frames that these come in.
