@@ -259,8 +259,8 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
         return memory.peak, state
 
     classes = _classes(request, plan)
-    if plan.park:
-        # Tiles leave nothing on the device: the largest one decides.
+    if plan.park or plan.tiles == 1:
+        # Parked tiles leave nothing on the device: the largest one decides.
         total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
     else:
         # Each tile is at work beside the states of all others; its state is what two of a kind remember more than one.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .target import device_obstacle
+from .tracing import constant_when_traced
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SWIFTI2V_BACKEND"
@@ -93,7 +94,7 @@ def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 # Constant for one process: under torch.compile it is read once, at trace time.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def environment_backend() -> str:
     """Returns the backend that the environment asks for; ``auto`` where it asks for none."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "auto")

@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-import torch
-
 from .registration import PACKAGE
+from .tracing import constant_when_traced
 
 
 # Constant for one process: under torch.compile, which cannot trace it, it is read once, at trace time.
 @functools.cache
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def load_table(name: str) -> list[dict[str, Any]]:
     """Returns the entries of ``configs/<name>.json``."""
     text = resources.files(PACKAGE).joinpath("configs", f"{name}.json").read_text()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .tracing import constant_when_traced
+
 
 @dataclass(frozen=True)
 class Target:
@@ -112,7 +114,7 @@ def for_gpu(device: torch.device) -> bool:
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def device_obstacle(device: torch.device) -> str | None:
     """Returns why no kernel of this library runs on ``device``, or None if they do."""
     if device.type != "cuda":

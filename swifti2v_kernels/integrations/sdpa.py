@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention.segment_attention import segment_attention
 from ..common.dispatch import BACKENDS, explain
+from ..common.tracing import constant_when_traced
 
 
 @dataclass
@@ -175,7 +176,7 @@ class _Routing(TorchFunctionMode):
 
 
 # Constant for a trace; another thread has another stack of modes, so it does not take the same graph.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _thread() -> int:
     return threading.get_ident()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.target import capability_of
+from ..common.tracing import constant_when_traced
 
 #: The largest magnitude of the 8-bit dtypes that rows are quantised to.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -138,7 +139,7 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def float8_obstacle(does: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Returns why there is no kernel for rows of ``dtype`` on ``device``, which has other kernels, or None if there is.
 

@@ -42,6 +42,7 @@ from ..common.cost import Cost
 from ..common.dispatch import KERNEL_DTYPES, Choice, explained_by, kernel_obstacle, pick_backend
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import capability_of, on_device
+from ..common.tracing import constant_when_traced
 from .rows import LARGEST, QuantizedRows, check_rows, float8_obstacle
 
 ACTIVATIONS = (None, "gelu_tanh")
@@ -215,7 +216,7 @@ def _row_stride(values: Tensor) -> int:
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _scales_by_rows(device: torch.device) -> bool:
     """Returns whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
     return device.type == "cuda" and torch.version.hip is None and capability_of(device) == 90

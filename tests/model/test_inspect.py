@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from tests.conftest import TINY_DIT
 from tests.model.dit.test_model import BASE, saved_diffusers_dit
 from tests.model.pipeline.test_encoders import save_text_encoder
 from tests.model.vae.test_model import saved_diffusers_vae
+from tests.support.commands import run_modules
 from tests.support.original_names import float8_with_scales, original_dit, original_module, original_vae
 
-ROOT = Path(__file__).parent.parent.parent
 DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=96, in_channels=36, text_dim=32, freq_dim=64)
 CLIP_DIT = replace(DIT, image_dim=20, added_kv=True)
 VAE_21 = VAEConfig(base_dim=4, decoder_base_dim=8)
@@ -374,11 +372,11 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
 def test_the_command_runs_as_a_module_and_shows_its_help(tmp_path):
     """The module does not hide Python's own ``inspect``, which torch imports."""
     saved_diffusers_dit(tmp_path / "dit")
-    command = [sys.executable, "-m", "model.inspect"]
-    result = subprocess.run([*command, str(tmp_path / "dit")], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "loads   yes, by load_dit" in result.stdout
-    result = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    loads, helped, refused = run_modules(
+        tmp_path, *(["model.inspect", *a] for a in ([str(tmp_path / "dit")], ["--help"], []))
+    )
+    assert "loads   yes, by load_dit" in loads.out
     for part in ("examples:", "few_step_lora.safetensors --for DIR/stage1", "exit code: 0 it loads"):
-        assert part in result.stdout
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert part in helped.out
+    assert [ended.code for ended in (loads, helped, refused)] == [0, 0, 2]
+    assert refused.err.count("\n") == 1

@@ -124,7 +124,14 @@ def test_a_segment_is_opened_once_and_stepped() -> None:
     assert WindowTime(10, 0.5, 2.0, {}, None, 1, 3).seconds(4) == 8.5
 
 
-@pytest.mark.parametrize("plan", [SegmentPlan(12), SegmentPlan(10, 2, 2, 1), SegmentPlan(9, anchor=False)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SegmentPlan(9, anchor=False),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in (SegmentPlan(12), SegmentPlan(10, 2, 2, 1))),
+    ],
+    ids=str,
+)
 def test_a_plan_takes_as_long_as_all_of_its_windows(plan: SegmentPlan, clock: OperationClock) -> None:
     """Windows of one kind are measured once: there are fewer kinds than windows, and the sum is that of all."""
     with clock:

@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         predict_nothing(patch)
-        assert main(["--quick", "--frames", "5,33", "--size", "128x96", "--repeats", "2", "--out", str(folder)]) == 0
+        assert main(["--quick", "--frames", "5,33", "--size", "64x48", "--repeats", "2", "--out", str(folder)]) == 0
     return folder
 
 
@@ -45,7 +45,7 @@ def test_a_run_leaves_clips_table_json_and_plots(finished):
     for name in FILES[:3]:
         with av.open(str(finished / name)) as container:
             stream = container.streams.video[0]
-            assert (sum(1 for _ in container.decode(stream)), stream.width, stream.height) == (33, 128, 96)
+            assert (sum(1 for _ in container.decode(stream)), stream.width, stream.height) == (33, 64, 48)
     for name in ("memory.png", "plan.png", "time.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
@@ -58,7 +58,7 @@ def test_rows_are_complete_and_consistent(finished):
         assert row["status"] == "ok"
         assert row["runs"] == 2
         assert 0 < row["stage_two_seconds_low"] <= row["stage_two_seconds"] <= row["stage_two_seconds_high"]
-        assert row["window_tokens"] == row["window_blocks"] * 48
+        assert row["window_tokens"] == row["window_blocks"] * 12
         assert row["window_blocks"] == (row["num_blocks"] if mode == "end_to_end" else min(row["num_blocks"], 5))
         base = rows[frames, "end_to_end"]
         assert row["speedup"] == base["stage_two_seconds"] / row["stage_two_seconds"]

@@ -171,7 +171,8 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("vae", BOTH, indirect=True)
 @torch.no_grad()
-def test_no_frames_are_padded_or_concatenated_in_replaced_modules(vae):
+def test_no_frames_are_padded_or_concatenated_in_replaced_modules(vae, monkeypatch):
+    monkeypatch.setattr("swifti2v_kernels.conv.by_torch.SMALL_WEIGHT", 0)  # as with channels of a real size
     latents = torch.randn(1, vae.config.z_dim, 3, 4, 4)
 
     def copies():
@@ -340,6 +341,7 @@ def test_compiles_without_a_graph_break(vae):
     """Residual blocks and an ``upsample3d`` compile without a break, over the three states of a cache."""
     patch(vae)
     stage = vae.decoder.up_blocks[0]
+    del stage.resnets[1:]
     inputs = torch.randn(3, 1, stage.in_dim, 1, 2, 2)
 
     @torch.no_grad()

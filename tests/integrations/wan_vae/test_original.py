@@ -17,6 +17,7 @@ from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
 from tests.integrations.wan_vae.test_layers import calls, clip, patch
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
 from tests.support.original_names import original_vae
+from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
 from tests.support.wan_comfyui import WanVAE
 from tests.support.wan_original import WanVAE_
@@ -50,7 +51,7 @@ def coded(vae, video):
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=" ".join)
-@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+@pytest.mark.parametrize("frames", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 13))])
 @torch.no_grad()
 def test_the_stand_in_computes_the_wan_vae(theirs, vae, frames):
     video = clip(theirs, frames, batch=2)
@@ -60,8 +61,7 @@ def test_the_stand_in_computes_the_wan_vae(theirs, vae, frames):
 
 
 @pytest.mark.compatibility("VAE encode", "VAE decode", "restore", model="original Wan code", host="stand-in")
-@pytest.mark.parametrize("host", HOSTS, ids=" ".join)
-@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+@pytest.mark.parametrize(("frames", "host"), half([1, 5, 9, 13], HOSTS), ids=str)
 def test_same_pictures_before_and_after_and_identical_when_restored(theirs, vae, frames, calls):
     """Clips whose last chunk is one latent, or two where ComfyUI takes two at a time, come out the same.
 

@@ -123,10 +123,12 @@ def test_weights_that_ask_for_gradients_are_refused_by_name(tiny_dit):
         assert tiny_dit(*arguments).shape == (1, 4, 1, 4, 6)
 
 
-def test_compiles_as_one_graph(tiny_dit):
+def test_compiles_as_one_graph():
+    """A DiT compiles as one graph; layers are alike, so one of them is as good as many."""
+    model = random_weights(WanDiT, replace(TINY_DIT, num_layers=1), 1)
     arguments = torch.randn(1, 12, 3, 4, 6), torch.tensor([[0.0, 500.0, 500.0]]), torch.randn(1, 7, 16)
-    compiled = torch.compile(tiny_dit, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(*arguments), tiny_dit(*arguments)) < PARITY
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(*arguments), model(*arguments)) < PARITY
 
 
 @pytest.mark.parametrize(

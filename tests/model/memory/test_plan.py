@@ -54,9 +54,12 @@ def test_plans_for_every_card_fit_and_more_memory_is_never_slower_nor_used_less(
         check_plans(preset, LIMITS, frames)
 
 
-@pytest.mark.parametrize("frames", FRAMES)
 @pytest.mark.parametrize(
-    "preset", ["1.3b", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("14b-1.3b", "5b"))]
+    ("preset", "frames"),
+    [
+        ("1.3b", 81),
+        *(pytest.param(p, n, marks=pytest.mark.slow) for p in SWEEP for n in FRAMES if (p, n) != ("1.3b", 81)),
+    ],
 )
 def test_plans_fit_and_more_memory_is_never_slower_nor_used_less(preset: str, frames: int) -> None:
     check_plans(preset, SWEEP[preset], frames)
@@ -76,6 +79,7 @@ def check_plans(preset: str, limits: Sequence[int], frames: int) -> None:
     assert plans[-1].seconds >= unlimited.seconds - 0.01
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(limits=st.tuples(st.integers(4_000, 60_000), st.integers(4_000, 60_000)).map(sorted))
 def test_any_two_limits_are_in_order(limits: list[int]) -> None:
@@ -85,8 +89,18 @@ def test_any_two_limits_are_in_order(limits: list[int]) -> None:
     assert smaller.peak <= smaller.request.usable
 
 
-@pytest.mark.parametrize("lengths", [(17, 81, 241), pytest.param((81, 161, 241), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("preset", ["1.3b", "14b-1.3b"])
+@pytest.mark.parametrize(
+    ("preset", "lengths"),
+    [
+        ("1.3b", (17, 81)),
+        *(
+            pytest.param(p, n, marks=pytest.mark.slow)
+            for p in ("1.3b", "14b-1.3b")
+            for n in ((17, 81, 241), (81, 161, 241))
+        ),
+    ],
+    ids=str,
+)
 def test_peaks_grow_with_the_clip_without_a_limit_and_at_the_least(preset: str, lengths: tuple[int, ...]) -> None:
     unlimited = [planned(preset, None, frames).peak for frames in lengths]
     smallest = [smallest_plan(request(preset, None, frames)).peak for frames in lengths]

@@ -55,9 +55,9 @@ def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
         ("2.1", "decode", VAEPlan(), 2),
         ("2.2", "encode", VAEPlan(), 1),
         ("2.1", "encode", VAEPlan(2, 2, frames=2), 2),
-        ("2.2", "decode", VAEPlan(2, 2, frames=2), 2),
-        ("2.1", "decode", VAEPlan(1, 3, frames=1, chunk=None), 2),
-        ("2.2", "encode", VAEPlan(1, 3, frames=1, chunk=None), 2),
+        pytest.param("2.2", "decode", VAEPlan(2, 2, frames=2), 2, marks=pytest.mark.slow),
+        pytest.param("2.1", "decode", VAEPlan(1, 3, frames=1, chunk=None), 2, marks=pytest.mark.slow),
+        pytest.param("2.2", "encode", VAEPlan(1, 3, frames=1, chunk=None), 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -80,7 +80,10 @@ def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEP
     assert predicted.total - predicted.weights == pytest.approx(measured - given, rel=0.1)
 
 
-@pytest.mark.parametrize(("version", "piece"), [("2.1", 3), ("2.1", 21), ("2.2", 21)])
+@pytest.mark.parametrize(
+    ("version", "piece"),
+    [("2.1", 21), *(pytest.param(*given, marks=pytest.mark.slow) for given in (("2.1", 3), ("2.2", 21)))],
+)
 def test_2k_fits_in_4_gb(version: str, piece: int) -> None:
     """A clip of 81 frames at 2K fits, decoded in bfloat16 and encoded in float32, segment by segment and whole."""
     for part, dtype in (("decode", torch.bfloat16), ("encode", torch.float32)):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from model.resume.clip import MOST_PLANS
 from model.resume.state import RunState
 
 ROOT = Path(__file__).parent.parent.parent.parent
-#: Three segments of two, two and one block: 21 frames in four pieces.
-OPTIONS = ["--frames", "21", "--blocks", "2", "--size", "48x32", "--steps", "1", "--stage1-steps", "1", "--seed", "3"]
+#: Three segments of one block: 13 frames in four pieces.
+OPTIONS = ["--frames", "13", "--blocks", "1", "--size", "48x32", "--steps", "1", "--stage1-steps", "1", "--seed", "3"]
 SEGMENTS = 3
+#: The frames of the film after each piece.
+FRAMES = (1, 5, 9, 13)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +78,39 @@ def ended_after(call: Callable[..., Any], number: int) -> Callable[..., Any]:
     return counted
 
 
-def ended_after_segment(number: int, photo: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begins a run that ends as soon as segment ``number`` is saved."""
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
-        with pytest.raises(EndedError):
-            main([str(photo), "--out", str(out), *OPTIONS])
+def ended_after_a_piece(end_piece: Callable[[VideoWriter], None]) -> Callable[[VideoWriter], None]:
+    """Returns ``end_piece``, which ends the run once it has made a piece; without new frames it makes none."""
+
+    def ended(self: VideoWriter) -> None:
+        before = self.num_pieces
+        end_piece(self)
+        if self.num_pieces > before:
+            raise EndedError
+
+    return ended
+
+
+@pytest.fixture(scope="module")
+def ended_after_segment(tmp_path_factory: pytest.TempPathFactory, photo_file: Path) -> Callable[[int], Path]:
+    """A function that returns the folder of a run that ended as soon as segment ``number`` was saved.
+
+    The run is begun once; then the folder is made again as it was.
+    """
+    room, kept = tmp_path_factory.mktemp("room"), tmp_path_factory.mktemp("kept")
+
+    def folder(number: int) -> Path:
+        shutil.rmtree(room)
+        copy = kept / str(number)
+        if not copy.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
+                with pytest.raises(EndedError):
+                    main([str(photo_file), "--out", str(room / "clip.mp4"), *OPTIONS])
+            shutil.copytree(room, copy)
+            return room
+        return shutil.copytree(copy, room)
+
+    return folder
 
 
 MOMENTS = [
@@ -92,6 +122,28 @@ MOMENTS = [
 ]
 
 
+def test_a_run_that_ends_whenever_something_is_saved_writes_the_same_file(
+    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends at each of ten moments, and goes on each time, makes the film of an undisturbed run."""
+    out, given, ends = tmp_path / "clip.mp4", [str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS], 0
+    while not out.exists():
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoWriter, "end_piece", ended_after_a_piece(VideoWriter.end_piece))
+            for method in ("save", "save_segment"):
+                patch.setattr(RunState, method, ended_after(getattr(RunState, method), 1))
+            try:
+                assert main(given) == 0
+            except EndedError:
+                ends += 1
+        given = ["--resume", str(tmp_path / "clip.run")]
+        assert ends <= len(MOMENTS), "the run does not get on"
+    assert ends == len(MOMENTS)
+    assert digest(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "method", "number"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
 def test_a_run_that_ends_goes_on_and_writes_the_same_file(
     owner: type, method: str, number: int, whole: str, photo_file: Path, tmp_path: Path,
@@ -105,7 +157,7 @@ def test_a_run_that_ends_goes_on_and_writes_the_same_file(
             main([str(photo_file), "--out", str(out), *OPTIONS])
     assert not out.exists()
     if owner is VideoWriter:
-        assert frames_of(tmp_path / "clip.partial.mp4") == [1, 9, 17, 21][number - 1]
+        assert frames_of(tmp_path / "clip.partial.mp4") == FRAMES[number - 1]
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "clip.run")]) == 0
     printed = capsys.readouterr().out
@@ -142,17 +194,16 @@ def test_a_run_that_is_killed_goes_on(seed: int, most: int, whole: str, photo_fi
         assert process.returncode in (0, -signal.SIGKILL), told
         partial = tmp_path / "clip.partial.mp4"
         if partial.exists():
-            assert frames_of(partial) in (1, 9, 17, 21)
+            assert frames_of(partial) in FRAMES
     assert digest(out) == whole
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
-    number: int, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_after_segment(3, photo_file, out, monkeypatch)
+    number: int, whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
+) -> None:
+    folder = ended_after_segment(3)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     file = state / f"segment-000{number}.safetensors"
     data = bytearray(file.read_bytes())
     data[-7] ^= 1
@@ -173,10 +224,10 @@ def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
 
 
 def test_a_damaged_reference_or_film_is_made_again(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_after_segment(3, photo_file, out, monkeypatch)
+    folder = ended_after_segment(3)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     (state / "piece-0001.mp4").write_bytes(b"no film")
     (state / "condition.safetensors").write_bytes(b"no tensors")
     photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
@@ -193,11 +244,11 @@ def test_a_damaged_reference_or_film_is_made_again(
 
 
 def test_what_would_be_another_run_is_refused(
-    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    folder = ended_after_segment(1)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    ended_after_segment(1, photo_file, out, monkeypatch)
 
     def refused(*options: str) -> str:
         capsys.readouterr()
@@ -222,11 +273,10 @@ def test_what_would_be_another_run_is_refused(
 
 
 def test_a_run_goes_on_where_everything_lies_elsewhere(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: str, photo_file: Path, tmp_path: Path, ended_after_segment: Callable[[int], Path]
 ) -> None:
     """A run goes on at new paths, since its inputs are recognised by their fingerprints."""
-    ended_after_segment(2, photo_file, tmp_path / "clip.mp4", monkeypatch)
-    state = (tmp_path / "clip.run").rename(tmp_path / "moved run")
+    state = (ended_after_segment(2) / "clip.run").rename(tmp_path / "moved run")
     photo = tmp_path / "another name.png"
     photo.write_bytes(photo_file.read_bytes())
     assert main([str(photo), "--resume", str(state), "--out", str(tmp_path / "new" / "film.mp4")]) == 0
@@ -258,12 +308,15 @@ def test_a_removal_that_is_broken_off_leaves_no_run(
 
 @pytest.mark.parametrize("damage", ["empty", "gone"])
 def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
-    damage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    whole: str,
+    photo_file: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
+    ended_after_segment: Callable[[int], Path],
+) -> None:
+    folder = ended_after_segment(1)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    ended_after_segment(1, photo_file, out, monkeypatch)
     (state / "job.json").unlink()
     if damage == "empty":
         (state / "job.json").write_text("")
@@ -274,10 +327,10 @@ def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
 
 
 def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_after_segment(2, photo_file, out, monkeypatch)
+    folder = ended_after_segment(2)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     (state / "inputs.safetensors").write_bytes(b"")
     assert main(["--resume", str(state), "--keep-state"]) == 0
     assert "2 of 3 segments are there already" in capsys.readouterr().out
@@ -304,17 +357,17 @@ def test_a_disk_without_room_ends_the_run_in_one_line_and_it_goes_on_later(
 
 
 def test_another_machine_goes_on_and_says_what_that_means(
-    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    ended_after_segment(1, photo_file, out, monkeypatch)
+    folder = ended_after_segment(1)
+    out, state = folder / "clip.mp4", folder / "clip.run"
     monkeypatch.setattr("model.cli.request.device_name", lambda device: "another card")
     capsys.readouterr()
     assert main(["--resume", str(state)]) == 0
     printed = capsys.readouterr().out
     assert "will not be the same bit for bit" in printed
     assert "now 'another card'" in printed or "now another card" in printed or 'now "another card"' in printed
-    assert frames_of(out) == 21
+    assert frames_of(out) == FRAMES[-1]
 
 
 # Out of memory
@@ -356,7 +409,7 @@ def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
     assert "predicted for" in printed.out
     assert f"planned anew, 1 of at most {MOST_PLANS - 1} times" in printed.out
     assert printed.err.count("Stage I: 100%") <= 2  # a bar is drawn twice at its end
-    assert frames_of(out) == 21
+    assert frames_of(out) == FRAMES[-1]
 
 
 def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
@@ -401,4 +454,4 @@ def test_it_never_loops(
     assert f"--resume {tmp_path / 'clip.run'} goes on" in printed.out
     monkeypatch.undo()
     assert main(["--resume", str(tmp_path / "clip.run")]) == 0
-    assert frames_of(tmp_path / "clip.mp4") == 21
+    assert frames_of(tmp_path / "clip.mp4") == FRAMES[-1]

@@ -23,9 +23,11 @@ from model.weights.load import eight_bit_tensors, load_dit, random_weights
 from model.weights.lora import LoRA, apply_loras, merge_loras
 from tests.conftest import TINY_DIT
 from tests.support.original_names import float8_with_scales, original_dit
+from tests.support.products import half
 from tests.support.tolerances import relative_error
 
 LAYERS = 5
+DTYPES = (torch.float32, torch.bfloat16)
 CONFIG = replace(TINY_DIT, num_layers=LAYERS)
 META = torch.device("meta")
 #: Spread over three homes: two layers on the device, one in host memory, two in the file.
@@ -123,8 +125,7 @@ PLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+@pytest.mark.parametrize(("placement", "dtype"), half(PLACEMENTS, DTYPES), ids=str)
 def test_the_bytes_on_the_device_are_those_promised(placement: Placement, dtype: torch.dtype) -> None:
     """The promised bytes are alive after building, host memory not counted; on tensors without memory and with it."""
     promised = placed_bytes(CONFIG, dtype, placement)
@@ -180,8 +181,9 @@ def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
 # The numbers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.quantize in ("none", "file")], ids=str)
+@pytest.mark.parametrize(
+    ("placement", "dtype"), half([p for p in PLACEMENTS if p.quantize in ("none", "file")], DTYPES), ids=str
+)
 def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.dtype) -> None:
     expected = output(random_weights(WanDiT, CONFIG, 1, dtype=dtype))
     model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, placement=placement)
@@ -189,10 +191,11 @@ def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.d
     assert torch.equal(output(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
-@pytest.mark.parametrize("by_row", [False, True], ids=["scale a tensor", "scale a row"])
-@pytest.mark.parametrize("where", [{}, {"resident": 0}, MOVING], ids=["stays", "host", "mixed"])
+@pytest.mark.parametrize(
+    ("where", "by_row", "kind", "dtype"),
+    half([{}, {"resident": 0}, MOVING], [False, True], [torch.float8_e4m3fn, torch.float8_e5m2], DTYPES),
+    ids=str,
+)
 def test_float8_files_run_as_they_are(
     where: dict, by_row: bool, kind: torch.dtype, dtype: torch.dtype, plain: WanDiT, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model import load_vae
+from tests.support.products import half
 from tests.support.tolerances import EXACT, PARITY, relative_error
 
 VERSIONS = {
@@ -73,8 +74,7 @@ def test_equals_diffusers(version, batch, num_frames, rows, columns, tmp_path):
     assert relative_error(ours.decode(latents), expected) < PARITY
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("pieces", [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (5,)], ids=str)
+@pytest.mark.parametrize(("version", "pieces"), half(VERSIONS, [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (5,)]), ids=str)
 def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
     """A clip in pieces (counted in latent frames) equals the whole one; in float64 rounding hides no wrong cache."""
     saved_diffusers_vae(tmp_path, **VERSIONS[version])

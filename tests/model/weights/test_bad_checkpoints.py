@@ -24,6 +24,7 @@ from tests.model.dit.test_model import saved_diffusers_dit
 from tests.model.vae.test_model import saved_diffusers_vae
 from tests.support.lora_spellings import MODULE, pair, saved
 from tests.support.original_names import float8_with_scales, original_dit
+from tests.support.products import half
 
 DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=8, in_channels=36, text_dim=8, freq_dim=8)
 CLIP_DIT = replace(DIT, image_dim=4, added_kv=True, pos_embed_seq_len=6)
@@ -66,8 +67,7 @@ PICKLES = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize(("kind", "suffix"), half(PICKLES, [".pth", ".pt"]))
 def test_pickles_of_anything_else_are_refused(kind, suffix, tmp_path, refused):
     content, message = PICKLES[kind]
     file = tmp_path / f"t{suffix}"
@@ -178,8 +178,7 @@ def test_tensors_of_any_shape_in_the_place_of_a_dits(shape, tmp_path, refused):
         refused(file, 1)
 
 
-@pytest.mark.parametrize("version", VAES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "version"), half(SHAPES, VAES))
 def test_tensors_of_any_shape_in_the_place_of_a_vaes(shape, version, tmp_path, refused):
     state = random_weights(WanVAE, VAES[version], 0).state_dict()
     first = "encoder.down_blocks.0." + ("resnets.0.conv1.weight" if version == "2.2" else "conv1.weight")
