@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VAEConfig
 from model.errors import InputError
-from model.machine.counted import TensorMemory, elsewhere
+from model.machine.counted import Operations, TensorMemory, elsewhere
 from model.machine.host import Host
 from model.machine.measure import format_bytes
 from model.vae.layers import State
@@ -284,10 +283,10 @@ def _flops(request: Request, plan: VAEPlan) -> int:
     vae = meta_vae(request.config, request.dtype)
 
     def count(cores: Sequence[Region]) -> int:
-        with _gpu(request), FlopCounterMode(display=False) as counter:
+        with _gpu(request), Operations() as counted:
             for _ in _run(vae, replace(request, piece=2), _some(plan, cores), Host(META, False)):
                 pass
-        return counter.get_total_flops()
+        return counted.total
 
     whole_frames = count([])
     return whole_frames + sum(len(c) * (count(c[:1]) - whole_frames) for c in _classes(request, plan))

@@ -138,7 +138,8 @@ def test_two_versions_in_one_process(gathered: Path, tmp_path: Path) -> None:
     assert again["called"] == [again["name"]] == [first["name"]]
 
 
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_beside_the_library(backend: str, gathered: Path) -> None:
     copy, library = loaded(backend, gathered, installed=True)
     assert copy["registered"] == [copy["name"]]

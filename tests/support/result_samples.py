@@ -34,6 +34,7 @@ def sample(path: Path, device: str = H200, *, faster: float = 1.0, **changes: An
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = Record(path, environment(device, **changes))
+    record.save = lambda: None  # once at the end instead of after every row, which takes most of the time
     settings = {"milliseconds": 300, "quick": False}
     with record.section("attention", "Attention", settings) as section:
         _machine(section, 760.0 * faster)
@@ -47,6 +48,7 @@ def sample(path: Path, device: str = H200, *, faster: float = 1.0, **changes: An
         _timeline(section)
     with record.section("compile", "What the compiler made of the kernels", {}) as section:
         _kernels(section)
+    Record.save(record)
     return path
 
 

@@ -212,6 +212,7 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
 # The hardware tests
 
 
+@pytest.mark.slow
 def test_the_hardware_tests_import_no_package_that_a_rented_machine_lacks() -> None:
     """The hardware tests are collected with no more than what docs/benchmarks.md lists for a campaign."""
     text = (ROOT / "docs" / "benchmarks.md").read_text().split("needs a plain checkout, not installed, and `")[1]

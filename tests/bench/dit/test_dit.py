@@ -156,18 +156,17 @@ def test_implementations_compute_the_same(op: Op) -> None:
             assert relative_error(op.sample(inputs, results, rows), expected) < limit, provider.name
 
 
-@pytest.mark.parametrize("timesteps", ["per block", pytest.param("one", marks=pytest.mark.slow)])
-def test_layers_compute_the_same(timesteps: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("timesteps", "traced"),
+    [("per block", False), *(pytest.param(t, True, marks=pytest.mark.slow) for t in ("per block", "one"))],
+)
+def test_layers_compute_the_same(timesteps: str, traced: bool, monkeypatch) -> None:
     """Our layer, diffusers' and the exact one agree, on parts that do not begin with a block."""
-    # Traced in one dtype, which takes longer than all else.
-    traced, plain = functools.partial(torch.compile, backend="eager"), lambda layer, **options: layer
+    how = functools.partial(torch.compile, backend="eager") if traced else lambda layer, **options: layer
+    monkeypatch.setattr(torch, "compile", how)
     monkeypatch.setattr(dit_measure, "split_seconds", lambda *args: {})
     assert SMALL.part < 2 * SMALL.block_len
-    for dtype, limit, how in (
-        (torch.float32, 2e-6, traced),
-        (torch.bfloat16, dit_measure.LAYER_TOLERANCE, plain),
-    ):
-        monkeypatch.setattr(torch, "compile", how)
+    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, dit_measure.LAYER_TOLERANCE)):
         rows: list[dict[str, Any]] = []
         measure_layer(SMALL, timesteps, LAYER_PROVIDERS, dtype, MACHINE, rows.append)
         assert [row["status"] for row in rows] == ["ok"] * len(LAYER_PROVIDERS)

@@ -25,7 +25,12 @@ CASES = [case for case in all_cases() if case.real is not None]
 
 
 @pytest.mark.benchmark(group="operators")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    # A thousand channels take seconds without a GPU.
+    [pytest.param(c, marks=pytest.mark.slow if "C1024" in c.name and not CUDA else ()) for c in CASES],
+    ids=lambda case: case.name,
+)
 def test_operator(case: Case, benchmark: Any) -> None:
     assert case.real is not None
     benchmark.extra_info |= {"shape": case.real.shape if CUDA else "small, PyTorch path", "flops": case.real.cost.flops}

@@ -60,7 +60,7 @@ def shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on the CPU."""
     out = tmp_path_factory.mktemp("precision") / "results"
-    options = ["--preset", "tiny", "--size", "128x96", "--device", "cpu", "--out", str(out)]
+    options = ["--preset", "tiny", "--size", "64x48", "--device", "cpu", "--out", str(out)]
     assert main(["precision", *options]) == 0
     return out
 
@@ -85,7 +85,7 @@ def test_every_form_of_every_layer_and_window_has_a_row_with_all_figures(folder:
     found = [tuple(row[name] for name in ("model", "weights", "layer", "form")) for row in tables["layers"]["rows"]]
     assert found == [("tiny", kind, layer, form) for kind in kinds for layer in layers for form in NAMES]
     found = [tuple(row[name] for name in (*window.IDENTITY, "tokens")) for row in tables["window"]["rows"]]
-    assert found == [("tiny", kind, "128x96", 2, form, 5 * 6 * 8) for kind in kinds for form in NAMES]
+    assert found == [("tiny", kind, "64x48", 2, form, 5 * 3 * 4) for kind in kinds for form in NAMES]
     for row in (*tables["layers"]["rows"], *tables["window"]["rows"]):
         assert (row["status"], row["basis"]) == ("ok", "measured")
         assert 0 < row["error"] < row["largest_error"] < 2

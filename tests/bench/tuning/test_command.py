@@ -93,6 +93,7 @@ def test_choices_of_a_result_file_are_taken_over(table: Path, tmp_path: Path) ->
     assert (row["table"], row["entries"]) == ("tuned", 2)
 
 
+@pytest.mark.slow
 def test_without_cuda_it_compiles_and_predicts(table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Real candidates of a real kernel compile for a card that is not there; nothing is written to the package."""
     kernel = "rms_norm_silu block_c: 128"

@@ -28,7 +28,7 @@ from model import VAEPlan, plan_vae
 from tests.support.bench_session import CPU, read_section, rows_of, session, timer
 
 REDUCED = SHAPES[0].reduced()
-SHAPE = replace(REDUCED, num_frames=9, config=replace(REDUCED.config, num_res_blocks=1))
+SHAPE = replace(REDUCED, num_frames=5, config=replace(REDUCED.config, num_res_blocks=1))
 LARGE = next(shape for shape in SHAPES if str(shape) == "2.1, 2K, 81 frames")
 
 

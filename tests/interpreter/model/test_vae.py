@@ -13,10 +13,14 @@ from swifti2v_kernels.conv.loop import ConvConfig
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae, statistics
 from tests.support.tolerances import KERNEL_PARITY, PARITY, relative_error
 
-THREE = {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True], "num_res_blocks": 1}
 SMALL = {
-    "2.1": VERSIONS["2.1"] | THREE | {"scale_factor_spatial": 4, "scale_factor_temporal": 2},
-    "2.2": VERSIONS["2.2"] | THREE | {"scale_factor_spatial": 8, "scale_factor_temporal": 2},
+    "2.1": {"dim_mult": [1, 2], "temperal_downsample": [True], "scale_factor_spatial": 2},
+    # Its shortcuts without downsampling need as many channels as they make.
+    "2.2": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, False], "scale_factor_spatial": 8},
+}
+SMALL = {
+    version: VERSIONS[version] | changes | {"num_res_blocks": 1, "scale_factor_temporal": 2}
+    for version, changes in SMALL.items()
 }
 
 
@@ -33,8 +37,8 @@ def test_the_kernels_equal_diffusers(version: str, tmp_path: Path) -> None:
     ours = load_vae(tmp_path)
     mean, std = statistics(theirs)
     stride = ours.config.spatial_stride
-    latents = torch.randn(1, ours.config.z_dim, 2, 2, 3)
-    video = torch.rand(1, 3, 5, 2 * stride, 3 * stride) * 2 - 1
+    latents = torch.randn(1, ours.config.z_dim, 2, 1, 2)
+    video = torch.rand(1, 3, 5, stride, 2 * stride) * 2 - 1
     with torch.no_grad():
         decoded = theirs.decode(latents * std + mean).sample
         encoded = (theirs.encode(video).latent_dist.mode() - mean) / std
@@ -43,4 +47,5 @@ def test_the_kernels_equal_diffusers(version: str, tmp_path: Path) -> None:
     assert relative_error(ours.encode(video), encoded) < KERNEL_PARITY
     # On hardware bit for bit (tests/gpu/test_vae.py); here the order of a row's sums is that of NumPy's matrix product,
     # which for some CPUs depends on where in the block the row lies.
-    assert relative_error(ours.decode(latents, VAEPlan(1, 2, frames=2)), whole) < PARITY
+    first = latents[:, :, :1]
+    assert relative_error(ours.decode(first, VAEPlan(1, 2, frames=2)), whole[:, :, :1]) < PARITY
