@@ -87,7 +87,7 @@ def of_attention(name: str) -> bool:
 
 
 @needs_compiler
-@pytest.mark.parametrize("capability", LAUNCHED)
+@pytest.mark.parametrize("capability", [pytest.param(89, marks=pytest.mark.slow), 90])
 def test_attention_goes_through_the_real_launcher(capability: int, launched: Any) -> None:
     """Attention gets as far as ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
     launches, descriptors = launched(capability)
@@ -101,6 +101,7 @@ def test_attention_goes_through_the_real_launcher(capability: int, launched: Any
     assert all(line == ["ok"] for line in descriptors)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_fused_operators_go_through_the_real_launcher(launched: Any) -> None:
     launches = [line for line in launched(89)[0] if not of_attention(line[0])]

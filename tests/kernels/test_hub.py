@@ -115,7 +115,8 @@ def test_card_names_every_function(gathered: Path) -> None:
     assert {name for name in functions if f"`{name}`" not in card} == set()
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_loads_and_computes_alone(backend: str, gathered: Path) -> None:
     (copy,) = loaded(backend, gathered)
     assert copy["name"] in identifiers(gathered)

@@ -93,6 +93,7 @@ def test_a_package_that_is_not_there_is_told() -> None:
     assert version("no_such_package") == "cannot be imported: No module named 'no_such_package'"
 
 
+@pytest.mark.slow
 def test_the_environment_is_told() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "SWIFTI2V_BACKEND": "torch"}
     command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]

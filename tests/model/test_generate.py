@@ -67,9 +67,8 @@ def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(prese
         assert part in printed.err
 
 
-@pytest.mark.parametrize(
-    "mode", ["bidirectional", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("causal", "end_to_end"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
 def test_the_same_command_twice_writes_the_same_file(mode, photo, tmp_path):
     clips = [tmp_path / f"{i}.mp4" for i in range(2)]
     for clip in clips:

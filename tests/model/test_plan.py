@@ -242,7 +242,7 @@ def test_the_vae_alone_as_json_is_what_plan_vae_says(capsys: pytest.CaptureFixtu
     ("options", "message"),
     [
         (("--vae", "--size", "100x100"), "multiples of 8, got 100x100"),
-        (("--vae", "decode", "--size", "64x64", "--vae-memory", "1MB"), "error: vae-memory: 1.0 MB is too little"),
+        (("--vae", "decode", "--size", "32x32", "--vae-memory", "1MB"), "error: vae-memory: 1.0 MB is too little"),
         (("--vae", "both", "--vram", "4GB"), "--gpu, --vae-memory, --json; got --vram too"),
         (("--vae", "--no-text-encoder", "--stage2-lora", "x"), "; got --no-text-encoder, --stage2-lora too"),
         (("--piece", "3"), "piece: goes with --vae"),

@@ -1,4 +1,4 @@
-"""Commands run as ``python -m`` runs them, all from one process that has imported torch once."""
+"""Commands run as ``python -m`` runs them, all from one process that has imported torch and ``model`` once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-#: Imports torch, then forks for every command. ``runpy`` is what ``-m`` calls.
+#: Imports what all need, then forks for every command. ``runpy`` is what ``-m`` calls.
 SOURCE = """
 import json, os, runpy, sys
-import torch
+import model
 for number, (module, *arguments) in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if child == 0:

@@ -244,6 +244,7 @@ def test_a_baseline_on_flash_attention_that_does_not_fit_is_a_row_beside_the_oth
 # Ways to cut the clip
 
 
+@pytest.mark.slow
 def test_ways_to_cut_the_clip_are_plans_seconds_over_the_papers(
     measurement: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -325,6 +325,7 @@ def test_activations_have_outlier_channels_only_where_weights_have_structure() -
 # A checkpoint, and what goes wrong
 
 
+@pytest.mark.slow
 def test_the_same_tables_are_made_for_a_checkpoint(tmp_path: Path) -> None:
     path, out = tmp_path / "mine", tmp_path / "results"
     torch.manual_seed(0)

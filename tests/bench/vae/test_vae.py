@@ -76,6 +76,7 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
     json.dumps(rows, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_without_diffusers_ours_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae_measure, "diffusers_runner", missing)
     assert vae_measure.reference(SHAPE, "decode", CPU)[1] == "swifti2v by torch, float32"

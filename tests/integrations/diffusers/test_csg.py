@@ -151,7 +151,8 @@ class PlainAttention:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "change", ["processors", "offloading", "compiled blocks", pytest.param("compiled", marks=pytest.mark.slow)]
+    "change",
+    ["processors", "offloading", *(pytest.param(c, marks=pytest.mark.slow) for c in ("compiled blocks", "compiled"))],
 )
 def test_wan_may_have_been_changed_by_others(change):
     transformer, reference = wan(), torch.randn(1, 16, 8, 4, 6)

@@ -220,9 +220,8 @@ def test_lora_before_and_after(name: str, first: str) -> None:
 
 
 @pytest.mark.compatibility("torch.compile")
-@pytest.mark.parametrize(
-    "name", [name if name == "CogVideoX" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@every_family
 def test_compiles_as_one_graph(name: str) -> None:
     """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values."""
     module, inputs, expected = make(name)

@@ -336,6 +336,7 @@ def test_autocast_computes_and_returns_what_the_host_does(vae):
         assert relative_error(ours, true) < max(BFLOAT16_MODEL, 1.5 * relative_error(theirs, true))
 
 
+@pytest.mark.slow
 @pytest.mark.compatibility("torch.compile", model="Wan VAE 2.1")
 def test_compiles_without_a_graph_break(vae):
     """Residual blocks and an ``upsample3d`` compile without a break, over the three states of a cache."""

@@ -284,7 +284,7 @@ def test_the_vaes_attention_has_the_operations_that_are_counted(tiny_vae: WanVAE
     ("mode", "preset"),
     [
         ("bidirectional", "tiny"),
-        ("causal", "tiny-vae22"),
+        pytest.param("causal", "tiny-vae22", marks=pytest.mark.slow),
         pytest.param("end_to_end", "tiny", marks=pytest.mark.slow),
         pytest.param("bidirectional", "tiny-vae22", marks=pytest.mark.slow),
         pytest.param("causal", "tiny", marks=pytest.mark.slow),

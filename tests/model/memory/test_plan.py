@@ -100,6 +100,7 @@ def test_peaks_grow_with_the_clip_without_a_limit_and_at_the_least(preset: str, 
     assert all(least < most for least, most in zip(smallest, unlimited, strict=True))
 
 
+@pytest.mark.slow
 def test_the_smallest_plan_is_the_smallest() -> None:
     """The smallest plan fits a card of just its bytes, and a card of one byte less is refused."""
     least = smallest_plan(request("1.3b")).peak
@@ -306,6 +307,7 @@ def test_modes_hold_what_their_windows_hold(mode: str) -> None:
         assert held["remembered keys and values"] == 30 * 2 * tokens * 1536 * 2
 
 
+@pytest.mark.slow
 def test_a_clip_takes_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every phase of a clip takes what is predicted for it, to 5 %. (At 2K the two differ by less than 1 %.)
 

@@ -60,6 +60,7 @@ def test_a_limit_of_the_vae_alone() -> None:
         plan_memory(request("1.3b", 24, vae_limit=GB // 2))
 
 
+@pytest.mark.slow
 def test_halves_of_the_vae_that_work_beside_each_other_share_its_limit() -> None:
     """The reference's encoder and the motion's decoder share the limit on a CPU, where nothing waits elsewhere."""
 

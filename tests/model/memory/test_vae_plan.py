@@ -54,7 +54,7 @@ def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
     [
         ("2.1", "decode", VAEPlan(), 2),
         ("2.2", "encode", VAEPlan(), 1),
-        ("2.1", "encode", VAEPlan(2, 2, frames=2), 2),
+        pytest.param("2.1", "encode", VAEPlan(2, 2, frames=2), 2, marks=pytest.mark.slow),
         pytest.param("2.2", "decode", VAEPlan(2, 2, frames=2), 2, marks=pytest.mark.slow),
         pytest.param("2.1", "decode", VAEPlan(1, 3, frames=1, chunk=None), 2, marks=pytest.mark.slow),
         pytest.param("2.2", "encode", VAEPlan(1, 3, frames=1, chunk=None), 2, marks=pytest.mark.slow),
@@ -117,6 +117,7 @@ def test_more_memory_is_used_for_fewer_tiles() -> None:
     assert two.redundancy == pytest.approx(1.03, abs=0.01)
 
 
+@pytest.mark.slow
 def test_portrait_is_cut_the_other_way() -> None:
     wide, tall = (
         plan_vae(REAL["2.1"], "decode", *size, limit=4 * GB, piece=21).plan for size in ((2560, 1408), (1408, 2560))

@@ -130,7 +130,9 @@ def other_vae() -> WanVAE:
 # What is made
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
+@pytest.mark.parametrize(
+    "mode", ["bidirectional", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("causal", "end_to_end"))]
+)
 def test_a_clip_is_the_pipelines_functions_in_their_order(mode: str) -> None:
     given = job(mode)
     reference, frames = whole(components(), given)
@@ -143,8 +145,10 @@ def test_a_clip_is_the_pipelines_functions_in_their_order(mode: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"low_noise": low_noise_expert}, {"stage_one_vae": other_vae}],
-    ids=["a second expert", "a VAE of its own for Stage I"],
+    [
+        pytest.param({"low_noise": low_noise_expert}, id="a second expert"),
+        pytest.param({"stage_one_vae": other_vae}, id="a VAE of its own for Stage I", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain: tuple[Tensor, Tensor]) -> None:
     given = job()

@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_goes_on(seed: int, most: int, whole: str, photo_fi
     assert digest(out) == whole
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
     number: int, whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
@@ -283,6 +283,7 @@ def test_a_run_goes_on_where_everything_lies_elsewhere(
     assert digest(tmp_path / "new" / "film.mp4") == whole
 
 
+@pytest.mark.slow
 def test_a_removal_that_is_broken_off_leaves_no_run(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,7 +307,7 @@ def test_a_removal_that_is_broken_off_leaves_no_run(
     assert not state.exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "gone"])
+@pytest.mark.parametrize("damage", ["empty", pytest.param("gone", marks=pytest.mark.slow)])
 def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
     damage: str,
     whole: str,
@@ -338,6 +339,7 @@ def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
     assert digest(out) == whole
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_ends_the_run_in_one_line_and_it_goes_on_later(
     whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,6 +438,7 @@ def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
     assert "predicted of the machine's memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_never_loops(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

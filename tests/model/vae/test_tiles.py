@@ -62,8 +62,8 @@ def test_tiles_equal_the_whole_frame(version: str, name: str, tmp_path: Path) ->
     """Tiles equal the whole frame; in float64 rounding does not hide a halo that is one pixel short."""
     vae, plan = model(version, tmp_path), PLANS[name]
     stride = vae.config.spatial_stride
-    latents = torch.randn(1, vae.config.z_dim, 3, 4, 5, dtype=torch.float64)
-    video = torch.rand(1, 3, 9, 4 * stride, 5 * stride, dtype=torch.float64) * 2 - 1
+    latents = torch.randn(1, vae.config.z_dim, 3, 3, 4, dtype=torch.float64)
+    video = torch.rand(1, 3, 9, 3 * stride, 4 * stride, dtype=torch.float64) * 2 - 1
     assert relative_error(vae.decode(latents, plan), vae.decode(latents)) < EXACT
     assert relative_error(vae.encode(video, plan), vae.encode(video)) < EXACT
 
@@ -82,7 +82,7 @@ def test_a_new_user_s_clip(version: str, blocks: int, tmp_path: Path) -> None:
         assert relative_error(ours.decode(latents, plan), expected) < PARITY
 
 
-@pytest.mark.parametrize("version", ["2.1", "2.2"])
+@pytest.mark.parametrize("version", ["2.1", pytest.param("2.2", marks=pytest.mark.slow)])
 def test_pieces_through_tiles(version: str, tmp_path: Path) -> None:
     """Segments that arrive one after the other pass through tiles that wait in between; in batches, and to bytes."""
     vae = model(version, tmp_path)
