@@ -238,7 +238,7 @@ def _run_vae(config: VAEConfig, half: str, num_frames: int, dtype: torch.dtype, 
         pass
 
 
-@pytest.mark.parametrize("num_frames", [5, 21, pytest.param(81, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_frames", [21, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 81))])
 @pytest.mark.parametrize("half", ["decode", "encode"])
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_the_vae_has_the_operations_that_are_counted(version: str, half: str, num_frames: int) -> None:

@@ -38,6 +38,7 @@ def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
         plan_memory(replace(wanted, ram=round((enough - 0.1) * GB)))
 
 
+@pytest.mark.slow
 def test_too_small_a_card_is_refused_with_the_smallest_plan() -> None:
     with pytest.raises(InputError) as refused:
         plan_memory(request("14b-1.3b", 2))

@@ -23,6 +23,7 @@ from model.generate import main
 from model.io.media import VideoWriter
 from model.resume.clip import MOST_PLANS
 from model.resume.state import RunState
+from tests.support.memory_requests import predict_nothing
 
 ROOT = Path(__file__).parent.parent.parent.parent
 #: Three segments of one block: 13 frames in four pieces.
@@ -32,11 +33,18 @@ SEGMENTS = 3
 FRAMES = (1, 5, 9, 13)
 
 
+@pytest.fixture(autouse=True)
+def _quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict_nothing(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, photo_file: Path) -> str:
     """The hash of the film of a run that nobody disturbs, which leaves nothing but the film."""
     folder = tmp_path_factory.mktemp("whole")
-    assert main([str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        predict_nothing(patch)
+        assert main([str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS]) == 0
     assert [path.name for path in folder.iterdir()] == ["clip.mp4"]
     return digest(folder / "clip.mp4")
 
@@ -103,6 +111,7 @@ def ended_after_segment(tmp_path_factory: pytest.TempPathFactory, photo_file: Pa
         copy = kept / str(number)
         if not copy.exists():
             with pytest.MonkeyPatch.context() as patch:
+                predict_nothing(patch)
                 patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
                 with pytest.raises(EndedError):
                     main([str(photo_file), "--out", str(room / "clip.mp4"), *OPTIONS])
@@ -401,6 +410,7 @@ def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The message names the stage and what held the memory, and what was finished before is not made again."""
+    monkeypatch.undo()  # predictions matter here
     module, _, name = place.rpartition(".")
     call = getattr(sys.modules[module], name)
     monkeypatch.setattr(place, short_of_memory(call, 1))
@@ -421,6 +431,7 @@ def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
 
     There is no smaller plan here, so the run ends.
     """
+    monkeypatch.undo()  # predictions matter here
     wanted = []
 
     def none(request: Any) -> None:
@@ -443,6 +454,7 @@ def test_it_never_loops(
     photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that never has enough memory tries a bounded number of plans and keeps what was made."""
+    monkeypatch.undo()  # predictions matter here
     tried = []
 
     def never(*args: Any, **kwargs: Any) -> Any:
