@@ -16,7 +16,7 @@ import torch
 
 import swifti2v_kernels
 from tests.support.commands import run_modules
-from tests.support.import_graph import graph, imported, modules
+from tests.support.import_graph import graph, imported, modules, parsed
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "triton", "einops", "numpy"}
@@ -118,7 +118,7 @@ def test_library_imports_nothing_else_at_run_time():
 def test_every_public_name_is_documented():
     for folder in ("swifti2v_kernels", "model", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(file.read_text())
+            tree = parsed(file)
             assert file.name == "__init__.py" or ast.get_docstring(tree), file
             for node in tree.body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

@@ -87,7 +87,8 @@ def of_attention(name: str) -> bool:
 
 
 @needs_compiler
-@pytest.mark.parametrize("capability", [pytest.param(89, marks=pytest.mark.slow), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LAUNCHED)
 def test_attention_goes_through_the_real_launcher(capability: int, launched: Any) -> None:
     """Attention gets as far as ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
     launches, descriptors = launched(capability)
@@ -112,6 +113,7 @@ def test_the_fused_operators_go_through_the_real_launcher(launched: Any) -> None
         assert int(threads) % 32 == 0
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_convolutions_go_through_the_real_launcher(launched: Any) -> None:
     """Convolutions are launched with the tuples of strides of their views, and on 9.0 with a limit of registers."""

@@ -24,7 +24,7 @@ from tests.support.tolerances import PARITY, relative_error
 
 ROOT = Path(__file__).parent.parent.parent
 VAE_21 = {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1}
-VAE_22 = VERSIONS["2.2, one block a stage"]
+VAE_22 = VERSIONS["2.2, two blocks a stage"] | {"num_res_blocks": 1}
 
 
 def video(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def imported(file: Path, module: str, everywhere: bool = True) -> Iterator[tuple
         module: its dotted name.
         everywhere: whether to look inside functions, classes and conditions too.
     """
-    tree = ast.parse(file.read_text())
+    tree = parsed(file)
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -24,6 +25,12 @@ def imported(file: Path, module: str, everywhere: bool = True) -> Iterator[tuple
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from ((base, alias.name, node.level) for alias in node.names)
+
+
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    """Returns the syntax tree of a file, which is parsed once."""
+    return ast.parse(file.read_text())
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:

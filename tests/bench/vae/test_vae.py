@@ -174,7 +174,8 @@ def test_layers_are_those_of_the_model() -> None:
     assert {layer.operator for layer in layers} == {"causal_conv3d", "upsample_conv2d", "frames_out"}
 
 
-@pytest.mark.parametrize("reduced", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduced", [False, True])
 def test_layers_are_told_apart_by_their_names(reduced: bool) -> None:
     """Two layers that differ have different names, by which a table tells its rows apart."""
     layers = [layer for layer, _, _ in unique_layers([s.reduced() if reduced else s for s in SHAPES], PARTS)]

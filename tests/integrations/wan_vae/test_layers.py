@@ -20,6 +20,7 @@ from swifti2v_kernels.integrations.wan_vae import layers as wan_vae_layers
 from swifti2v_kernels.integrations.wan_vae.recipes import RECIPES
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
 from tests.support.diffusers_models import VERSION, needs_group_offload
+from tests.support.products import half
 from tests.support.tolerances import BFLOAT16_MODEL, EXACT, PARITY, relative_error
 
 BOTH = ["2.1", "2.2"]
@@ -75,8 +76,7 @@ def assert_same(actual, expected, tolerance=PARITY):
 
 
 @pytest.mark.compatibility("VAE encode", "VAE decode", "restore", model="Wan VAE {vae}")
-@pytest.mark.parametrize("tiles", [False, True], ids=["whole", "tiled"])
-@pytest.mark.parametrize("vae", BOTH, indirect=True)
+@pytest.mark.parametrize(("vae", "tiles"), half(BOTH, [False, True]), indirect=["vae"], ids=str)
 def test_same_pictures_before_and_after_and_identical_when_restored(vae, tiles, calls):
     """Batches of two and three chunks of a clip give the same pictures; the weights stay the same tensors."""
     if tiles and vae.config.patch_size is not None and VERSION < (0, 36):
@@ -185,8 +185,8 @@ def test_no_frames_are_padded_or_concatenated_in_replaced_modules(vae, monkeypat
     before = copies()
     patch(vae)
     after = copies()
-    assert before.pads > 90
-    assert before.cats > 60
+    assert before.pads > 60
+    assert before.cats > 40
     assert after.pads == 0
     # The decoder's own code around its first convolution: one frame of latents before another.
     assert after.cats == 2
@@ -210,10 +210,18 @@ def offloaded(vae, kind, folder):
 
 
 @pytest.mark.compatibility("model offload", "sequential offload", "group offload", model="Wan VAE 2.1")
-@pytest.mark.parametrize("first", ["patched first", "offloaded first"])
 @pytest.mark.parametrize(
-    "kind",
-    ["accelerate, model", "accelerate, sequential", "groups, block_level", "groups, leaf_level", "layerwise casting"],
+    ("kind", "first"),
+    half(
+        [
+            "accelerate, model",
+            "accelerate, sequential",
+            "groups, block_level",
+            "groups, leaf_level",
+            "layerwise casting",
+        ],
+        ["patched first", "offloaded first"],
+    ),
 )
 def test_hooks_may_come_before_or_after(vae, kind, first, tmp_path, calls):
     if kind.startswith("groups"):
@@ -228,7 +236,7 @@ def test_hooks_may_come_before_or_after(vae, kind, first, tmp_path, calls):
     blocks = "block_level" in kind or "model" in kind
     # Where each leaf has hooks, residual blocks go the host's way, by the convolutions; these are ours all the same.
     assert (calls["rms_norm_silu"] > 0) == blocks
-    assert calls["causal_conv3d"] > 100
+    assert calls["causal_conv3d"] > 60
     assert restore_module(vae).left == []
     calls.clear()
     assert_same(actual, coded(vae, video))
@@ -342,7 +350,6 @@ def test_compiles_without_a_graph_break(vae):
     """Residual blocks and an ``upsample3d`` compile without a break, over the three states of a cache."""
     patch(vae)
     stage = vae.decoder.up_blocks[0]
-    del stage.resnets[1:]
     inputs = torch.randn(3, 1, stage.in_dim, 1, 2, 2)
 
     @torch.no_grad()

@@ -19,8 +19,8 @@ from tests.support.tolerances import KERNEL_PARITY, relative_error
 CONFIG = replace(test_model.CONFIG, num_layers=3)
 PLACEMENTS = [
     Placement(resident=0),
-    Placement(resident=1, quantize="float8"),
-    Placement(quantize="float8", matmul="8bit"),
+    pytest.param(Placement(resident=1, quantize="float8"), marks=pytest.mark.slow),
+    pytest.param(Placement(quantize="float8", matmul="8bit"), marks=pytest.mark.slow),
     Placement(resident=0, quantize="int8", matmul="8bit"),
 ]
 

@@ -146,8 +146,8 @@ def test_a_clip_is_the_pipelines_functions_in_their_order(mode: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"low_noise": low_noise_expert}, id="a second expert"),
-        pytest.param({"stage_one_vae": other_vae}, id="a VAE of its own for Stage I", marks=pytest.mark.slow),
+        pytest.param({"low_noise": low_noise_expert}, id="a second expert", marks=pytest.mark.slow),
+        pytest.param({"stage_one_vae": other_vae}, id="a VAE of its own for Stage I"),
     ],
 )
 def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain: tuple[Tensor, Tensor]) -> None:

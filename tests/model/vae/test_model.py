@@ -10,24 +10,31 @@ from model import load_vae
 from tests.support.products import half
 from tests.support.tolerances import EXACT, PARITY, relative_error
 
+#: A stage has two residual blocks in real models, where nothing else is said; tests take half the time with one.
 VERSIONS = {
-    "2.1": {"base_dim": 4, "z_dim": 4},
+    "2.1": {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1},
+    "2.1, two blocks a stage": {"base_dim": 4, "z_dim": 4},
     "2.1, diffusers' test model": {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-    "2.1, other temporal stages": {"base_dim": 4, "z_dim": 4, "temperal_downsample": [True, True, False]},
+    "2.1, other temporal stages": {
+        "base_dim": 4,
+        "z_dim": 4,
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True, False],
+    },
     "2.2": {
         "base_dim": 4,
         "decoder_base_dim": 8,
         "z_dim": 8,
+        "num_res_blocks": 1,
         "is_residual": True,
         "in_channels": 12,
         "out_channels": 12,
         "patch_size": 2,
         "scale_factor_spatial": 16,
     },
-    "2.2, one block a stage": {
+    "2.2, two blocks a stage": {
         "base_dim": 4,
         "z_dim": 6,
-        "num_res_blocks": 1,
         "is_residual": True,
         "in_channels": 12,
         "out_channels": 12,
@@ -57,9 +64,9 @@ def statistics(model):
     )
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("batch", "num_frames", "rows", "columns"), [(1, 1, 2, 3), (2, 9, 3, 2), (1, 13, 1, 2)])
-def test_equals_diffusers(version, batch, num_frames, rows, columns, tmp_path):
+@pytest.mark.parametrize(("version", "size"), half(VERSIONS, [(2, 9, 3, 2), (1, 1, 2, 3), (1, 13, 1, 2)]), ids=str)
+def test_equals_diffusers(version, size, tmp_path):
+    batch, num_frames, rows, columns = size
     theirs = saved_diffusers_vae(tmp_path, **VERSIONS[version])
     ours = load_vae(tmp_path)
     mean, std = statistics(theirs)

@@ -56,7 +56,7 @@ def model(version: str, path: Path, dtype: torch.dtype = torch.float64) -> WanVA
 
 @pytest.mark.parametrize(
     ("version", "name"),
-    half(["2.1", "2.1, other temporal stages", "2.2", "2.2, one block a stage"], PLANS),
+    half(["2.1", "2.1, other temporal stages", "2.2", "2.2, two blocks a stage"], PLANS),
 )
 def test_tiles_equal_the_whole_frame(version: str, name: str, tmp_path: Path) -> None:
     """Tiles equal the whole frame; in float64 rounding does not hide a halo that is one pixel short."""
@@ -190,7 +190,7 @@ def test_pieces_of_another_size_are_refused(tiny_vae: WanVAE) -> None:
 
 def test_halves_have_dtypes_of_their_own(tmp_path: Path) -> None:
     """Decoding in bfloat16 is close to float32; the encoder stays in float32, and may be released."""
-    saved_diffusers_vae(tmp_path, **VERSIONS["2.1"])
+    saved_diffusers_vae(tmp_path, **VERSIONS["2.1, two blocks a stage"])
     mixed = load_vae(tmp_path, decode_dtype=torch.bfloat16)
     exact = load_vae(tmp_path)
     assert (mixed.encode_dtype, mixed.decode_dtype) == (torch.float32, torch.bfloat16)
