@@ -160,6 +160,7 @@ def test_other_threads_are_neither_routed_nor_open_the_block():
     assert calls.served == 1
 
 
+@pytest.mark.slow
 def test_compiled_before_or_inside_the_block_and_counted_at_every_run():
     model, x = Attention(), torch.randn(2, 7, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

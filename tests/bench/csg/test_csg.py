@@ -53,7 +53,7 @@ def window_clock(layers: tuple[int, int] = (1, 3), num_blocks: int = 9) -> Windo
 @pytest.mark.parametrize(
     "layers", [(1, 3), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1, 2), (2, 4)))], ids=str
 )
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", ["bidirectional", pytest.param("causal", marks=pytest.mark.slow)])
 def test_a_window_from_few_layers_is_the_window_of_all_layers(
     mode: str, layers: tuple[int, int], clock: OperationClock
 ) -> None:

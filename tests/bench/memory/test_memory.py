@@ -286,6 +286,7 @@ def test_of_a_clip_that_ends_early_there_is_what_came_before(
     assert set(run.seconds) == {"load", "Stage I", "reference"}
 
 
+@pytest.mark.slow
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_condition(*given: Any) -> Any:
         raise RuntimeError("illegal memory access")

@@ -92,6 +92,7 @@ def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -
         assert {label for _, label in timeline["marks"]} == STAGES - {"Stage II"} | {"Stage II 1"}
 
 
+@pytest.mark.slow
 def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
     assert main([*SMALL, "--measure", "--file", "--no-lengths", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")
@@ -127,6 +128,7 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pyt
     assert section["verdicts"][0]["met"] is None
 
 
+@pytest.mark.slow
 def test_without_a_limit_a_card_of_24_gb_is_counted_for(tmp_path: Path) -> None:
     assert main([*SMALL, "--no-lengths", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")

@@ -54,7 +54,8 @@ def broken(*given: Any) -> Runner:
     raise NotImplementedError("not for this shape")
 
 
-@pytest.mark.parametrize("part", ["encode", pytest.param("decode", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["encode", "decode"])
 def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(part: str) -> None:
     rows: list[dict[str, Any]] = []
     failing = [Provider(load.__name__, load) for load in (wrong, empty, missing, hungry, broken)]

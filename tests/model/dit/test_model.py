@@ -123,6 +123,7 @@ def test_weights_that_ask_for_gradients_are_refused_by_name(tiny_dit):
         assert tiny_dit(*arguments).shape == (1, 4, 1, 4, 6)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     """A DiT compiles as one graph; layers are alike, so one of them is as good as many."""
     model = random_weights(WanDiT, replace(TINY_DIT, num_layers=1), 1)

@@ -197,6 +197,7 @@ def test_nothing_is_encoded_again(tmp_path):
     assert packets[0] == packets[1]
 
 
+@pytest.mark.slow
 def test_the_same_pieces_are_the_same_file_in_one_run_or_two(tmp_path):
     """Films are the same file ten times each: in one run, with the pieces kept, and resumed at every piece."""
     films = {write_pieces(tmp_path / f"{i}.mp4") for i in range(10)}

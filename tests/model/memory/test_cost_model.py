@@ -144,7 +144,7 @@ def flops_by_extent(work: Work, *kinds: str) -> Counter[int]:
         pytest.param(
             replace(_1B, num_layers=2), (176, 320), 21, 20, id="1.3B end to end at 2K", marks=pytest.mark.slow
         ),
-        pytest.param(replace(_5B, num_layers=2), (88, 160), 21, 20, id="5B end to end at 2K"),
+        pytest.param(replace(_5B, num_layers=2), (88, 160), 21, 20, id="5B end to end at 2K", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_of_the_dit_has_the_operations_that_are_counted(
@@ -165,6 +165,7 @@ def test_a_step_of_the_dit_has_the_operations_that_are_counted(
     assert work.flops["linear"] == pytest.approx(linear, rel=FLOPS)
 
 
+@pytest.mark.slow
 def test_torch_counts_the_same_operations_in_the_dit_without_our_operators() -> None:
     config = replace(_1B, num_layers=1)
     denoise = denoiser(meta_dit(config), (176, 320), 5, 3)
@@ -367,6 +368,7 @@ def test_the_bytes_of_the_vae_are_those_of_its_operators(version: str, half: str
     assert latent_frame(VERSIONS[version], half, 2560, 1408).bytes == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_dit_layer_are_those_of_its_operators() -> None:
     """The bytes between matmuls are exactly 18 rows a token; with matmuls, weights once, they agree within 5 %."""
     counted, works, row = [], [], 2 * _1B.dim * 70400

@@ -183,6 +183,7 @@ def test_tensors_of_any_shape_in_the_place_of_a_dits(shape, turn, tmp_path, refu
         refused(file, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "version"), half(SHAPES, VAES))
 def test_tensors_of_any_shape_in_the_place_of_a_vaes(shape, version, tmp_path, refused):
     state = random_weights(WanVAE, VAES[version], 0).state_dict()
