@@ -134,8 +134,6 @@ def flops_by_extent(work: Work, *kinds: str) -> Counter[int]:
         # Layers are alike: two of them say the same as all 40.
         pytest.param(_14B, (44, 80), 21, 21, id="14B Stage I, whole", marks=pytest.mark.slow),
         pytest.param(replace(_14B, num_layers=2), (44, 80), 21, 21, id="14B Stage I"),
-        pytest.param(_1B, (176, 320), 5, 3, id="1.3B window at 2K, whole", marks=pytest.mark.slow),
-        pytest.param(_5B, (88, 160), 5, 3, id="5B window at 2K, whole", marks=pytest.mark.slow),
         pytest.param(replace(_1B, num_layers=2), (176, 320), 5, 3, id="1.3B window at 2K"),
         pytest.param(replace(_5B, num_layers=2), (88, 160), 5, 3, id="5B window at 2K"),
         pytest.param(
@@ -389,7 +387,6 @@ def test_the_bytes_of_a_dit_layer_are_those_of_its_operators() -> None:
 @pytest.mark.parametrize(
     ("config", "latent_size", "window", "noisy", "remembered"),
     [
-        pytest.param(_1B, (176, 320), 5, 3, 0, id="1.3B window at 2K, whole", marks=pytest.mark.slow),
         pytest.param(replace(_1B, num_layers=4), (176, 320), 5, 3, 0, id="1.3B window at 2K"),
         pytest.param(replace(_5B, num_layers=4), (88, 160), 5, 3, 0, id="5B window at 2K"),
         pytest.param(replace(_14B, num_layers=4), (44, 80), 21, 21, 0, id="14B Stage I"),
