@@ -47,8 +47,8 @@ def with_room(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     """Calls a function with room for the frames of all that it calls.
 
     Python 3.11 and newer keep frames in chunks of 16 kB. Where a loop calls across the end of one, every call maps
-    memory and every return gives it back, which took a third of the time. The chunk with this
-    frame has half a megabyte more.
+    memory and every return gives it back, which took a third of the time. The chunk with this frame has half a megabyte
+    more.
     """
     return function(*args, **kwargs)
 

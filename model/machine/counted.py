@@ -80,8 +80,8 @@ class TensorMemory(TorchDispatchMode):
 class Operations(TorchDispatchMode):
     """A mode that adds up operations in ``total``, a multiply-add being two, by torch's registry of formulas.
 
-    Torch's own ``FlopCounterMode`` uses the same registry, keeps the counts of every module too, and takes three times
-    as long.
+    Torch's own ``FlopCounterMode`` uses the same registry, keeps the counts of every module too, and takes longer
+    for it.
     """
 
     def __init__(self) -> None:

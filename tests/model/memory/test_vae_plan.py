@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.dit.count import peak_of_events
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
-from model.machine.counted import TensorMemory
-from model.memory.vae_plan import PlannedVAE, Request, predict
+from model.machine.counted import Operations, TensorMemory
+from model.memory.vae_plan import PlannedVAE, Request, meta_vae, predict
 from model.weights.load import random_weights
 
 SMALL = {
@@ -164,3 +165,13 @@ def test_the_smallest_plan_that_is_named_fits() -> None:
 
 def test_plans_are_plain_data() -> None:
     assert dataclasses.astuple(VAEPlan(2, 3, 1, None, True)) == (2, 3, 1, None, True)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    vae = meta_vae(SHORT, torch.float32)
+    totals = []
+    for mode in (Operations(), FlopCounterMode(display=False)):
+        with torch.no_grad(), mode:
+            vae.decode(torch.empty(1, SHORT.z_dim, 2, 3, 4, device="meta"))
+        totals.append(mode.total if isinstance(mode, Operations) else mode.get_total_flops())
+    assert totals[0] == totals[1] > 0
