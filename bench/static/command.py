@@ -15,8 +15,9 @@ from swifti2v_kernels.common.target import TARGETS
 
 EXAMPLES = """\
 examples:
-  python -m bench compile                          the whole table, about six minutes on two cores the first time
+  python -m bench compile                          the whole table, about fifteen minutes on two cores the first time
   python -m bench compile --check                  also fail on spills, too much shared memory, missing MMA (CI)
+  python -m bench compile --check --spread 2       each case for two of the cards, which take turns: a third of the time
   python -m bench compile --targets 89,90 --cases "d128"
   python -m bench compile --json > report.json
 """
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets", metavar="CC,CC,...", help=f"capabilities of cards (default {','.join(map(str, TARGETS))})"
     )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    parser.add_argument(
+        "--spread", metavar="N", type=positive, help="compile each case for N of the cards, which take turns"
+    )
     parser.add_argument("--check", action="store_true", help="exit with an error if any kernel has a fault")
     jobs = min(os.cpu_count() or 1, 8)
     parser.add_argument("--jobs", type=positive, default=jobs, help="processes (default %(default)s)")
@@ -35,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Compiles the kernels, reads their binaries, and with ``--check`` fails if one has a fault."""
-    targets, cases = _select(args)
-    rows = report.compile_all(targets, cases, args.jobs)
+    rows = report.compile_all(report.select_tasks(*_select(args), args.spread), args.jobs)
     table = session.section.table(
         "kernels", "every kernel, compiled", identity=report.IDENTITY, metrics=report.METRICS, columns=report.COLUMNS,
         note=report.NOTE,

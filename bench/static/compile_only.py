@@ -33,6 +33,8 @@ class CompiledKernel:
     seconds: float
     error: str | None
     binary: bytes = b""
+    #: The architecture of the binary, as PTX names it.
+    arch: str = ""
     #: Types of the run-time arguments by name, as Triton writes them; tuples are nested.
     signature: dict[str, Any] = field(default_factory=dict)
     shared_bytes: int = 0
@@ -119,13 +121,14 @@ def compiled_for(capability: int, compile: bool = True) -> Iterator[list[Compile
             kernels.append(CompiledKernel(*given))
             return None
         warps = kernel.metadata.num_warps
+        arch = kernel.asm["ptx"].split(".target ", 1)[1].split(",")[0].split()[0]
         marker = "ttg.total-num-warps"
         for line in kernel.asm["ttgir"].splitlines():
             if marker in line:
                 warps = int(line.split(marker)[1].split("=")[1].split(":")[0].strip())
                 break
         kernels.append(
-            CompiledKernel(*given, kernel.asm["cubin"], dict(kernel.src.signature), kernel.metadata.shared, warps)
+            CompiledKernel(*given, kernel.asm["cubin"], arch, dict(kernel.src.signature), kernel.metadata.shared, warps)
         )
         return kernel
 

@@ -1,31 +1,28 @@
 """Reading a compiled kernel's machine code: its registers, its spills, and the instructions of its loops.
 
-The ``cuobjdump`` and ``nvdisasm`` that come with Triton are used, so nothing else must be installed. Results are kept
-by the hash of the binary, since disassembling is most of a warm report's time.
+The ``cuobjdump`` and ``nvdisasm`` that come with Triton are used, so nothing else must be installed. ``nvdisasm`` takes
+most of a second to start, so the code of many kernels is joined and read at once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from model.io.durable import write_text
-
-#: The version of stored results, which changes with their meaning.
-VERSION = 4
 TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
-_LABEL = re.compile(r"^(\.L_x_\d+|\.L_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)$")
 _USAGE = re.compile(r"REG:(\d+)")
+#: The bytes of an instruction.
+_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -54,49 +51,51 @@ class Analysis:
     loops: list[Loop]
 
 
-def analyse(binary: bytes) -> Analysis:
-    """Reads a cubin, or the stored result of the same cubin, and returns its analysis."""
-    path = cache_directory() / f"{hashlib.sha256(binary).hexdigest()}-{VERSION}.json"
-    if path.exists():
-        stored = json.loads(path.read_text())
-        return Analysis(**{**stored, "loops": [Loop(**loop) for loop in stored["loops"]]})
-    result = _read(*_disassemble(binary))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(result)))
-    return result
+def analyse(binaries: Sequence[bytes], arch: str) -> list[Analysis]:
+    """Reads cubins that were compiled for one architecture, as PTX names it: ``sm_90a``; returns their analyses."""
+    if not binaries:
+        return []
+    codes = [_code(binary) for binary in binaries]
+    instructions = _instructions(_run("nvdisasm", b"".join(codes), "-hex", "-b", arch.replace("sm_", "SM")))
+    if len(instructions) * _SIZE != sum(map(len, codes)):
+        raise ValueError(f"nvdisasm: expected {sum(map(len, codes)) // _SIZE} instructions, got {len(instructions)}")
+    analyses, first = [], 0
+    for binary, code in zip(binaries, codes, strict=True):
+        last = first + len(code) // _SIZE
+        analyses.append(_read(instructions[first:last], first, _run("cuobjdump", binary, "-res-usage")))
+        first = last
+    return analyses
 
 
-def cache_directory() -> Path:
-    """Returns ``$XDG_CACHE_HOME/swifti2v/cubin``, by default below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swifti2v" / "cubin"
+def _code(binary: bytes) -> bytes:
+    """Returns the machine code in a cubin, an ELF file with one section of code for its one kernel."""
+    (table,) = struct.unpack_from("<Q", binary, 0x28)
+    size, number, names = struct.unpack_from("<HHH", binary, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", binary, table + i * size) for i in range(number)]
+    start = sections[names][4]
+    (code,) = [s for s in sections if binary[start + s[0] :].startswith(b".text.")]
+    return binary[code[4] : code[4] + code[5]]
 
 
-def _disassemble(binary: bytes) -> tuple[str, str]:
+def _run(tool: str, content: bytes, *options: str) -> str:
+    """Returns what a tool prints of a file with this content."""
     import triton.backends.nvidia
 
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(content)
         file.flush()
-        run = [
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in (
-                [tools / "nvdisasm", "-hex", "-c", file.name],
-                [tools / "cuobjdump", "-res-usage", file.name],
-            )
-        ]
-    return run[0], run[1]
+        path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _read(listing: str, usage: str) -> Analysis:
-    instructions, labels = _parse(listing)
+def _read(instructions: list[tuple[str, int]], address: int, usage: str) -> Analysis:
     opcodes = [opcode(text) for text, _ in instructions]
     mix = Counter(opcodes)
     found = _USAGE.search(usage)
     if found is None:
         raise ValueError(f"cuobjdump did not report registers: {usage[:200]!r}")
     loops = []
-    for first, last in _main_loops(instructions, labels, opcodes):
+    for first, last in _main_loops(instructions, address, opcodes):
         body = instructions[first : last + 1]
         loops.append(
             Loop(
@@ -109,19 +108,16 @@ def _read(listing: str, usage: str) -> Analysis:
     return Analysis(int(found[1]), mix["LDL"], mix["STL"], len(instructions), dict(mix), loops)
 
 
-def _parse(listing: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """Returns the instructions with their stall counts, and the positions of labels."""
+def _instructions(listing: str) -> list[tuple[str, int]]:
+    """Returns the instructions with their stall counts."""
     instructions: list[tuple[str, int]] = []
-    labels: dict[str, int] = {}
     for line in listing.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
+        if found := _INSTRUCTION.match(line):
             instructions.append((found[2].strip(), 0))
         elif (second := _SECOND_WORD.match(line)) and instructions:
             # Bits 105 to 108 of the 128-bit instruction word.
             instructions[-1] = (instructions[-1][0], (int(second[1], 16) >> 41) & 0xF)
-    return instructions, labels
+    return instructions
 
 
 def opcode(text: str) -> str:
@@ -130,15 +126,16 @@ def opcode(text: str) -> str:
     return text.split()[0].split(".")[0].rstrip(";")
 
 
-def _main_loops(
-    instructions: list[tuple[str, int]], labels: dict[str, int], opcodes: list[str]
-) -> list[tuple[int, int]]:
-    """Returns first and last instruction of each backward branch that does the kernel's work, innermost ones only."""
+def _main_loops(instructions: list[tuple[str, int]], address: int, opcodes: list[str]) -> list[tuple[int, int]]:
+    """Returns first and last instruction of each backward branch that does the kernel's work, innermost ones only.
+
+    ``address`` is the number of the kernel's first instruction, as branches count.
+    """
     wanted = set(TENSOR_OPCODES) if set(TENSOR_OPCODES) & set(opcodes) else {"LDG"}
     loops = []
     for i, (text, _) in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", text)
-        start = labels.get(branch[1]) if branch else None
+        branch = _BRANCH.search(text)
+        start = int(branch[1], 16) // _SIZE - address if branch else None
         # Out-of-line retries of barrier waits and the dispatch of specialised warps jump back as well.
         if start is None or start > i or {"EXIT", "BRX"} & set(opcodes[start:i]):
             continue

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +18,14 @@ from typing import Any
 from bench.operators.discover import all_cases
 from bench.static.bounds import EIGHT_BITS, occupancy, predict
 from bench.static.compile_only import CompiledKernel, compiled_for, quiet_exit
-from bench.static.cubin import TENSOR_OPCODES, analyse
+from bench.static.cubin import TENSOR_OPCODES, Analysis, analyse
 from model.errors import InputError, require
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import TARGETS, Target
 
 CASES = all_cases()
+#: The most cases whose binaries are read together, which is quick; progress moves by as many.
+CHUNK = 8
 IDENTITY = ("target", "case", "kernel", "tile")
 METRICS = ("registers", "spills", "shared_bytes", "programs_per_sm", "bound_fraction")
 COLUMNS = (*IDENTITY, *METRICS[:4], "mma", "main_loop", "bound_fraction", "bound")
@@ -73,66 +77,101 @@ class Row:
         return faults
 
 
-def compile_all(targets: list[int], cases: list[int], jobs: int) -> list[Row]:
-    """Compiles the cases that the targets have a kernel for; returns rows in the order of targets and cases.
+def select_tasks(targets: list[int], cases: list[int], spread: int | None = None) -> list[tuple[int, int]]:
+    """Returns pairs of a target and a case to compile, in the order of targets and cases.
 
-    Progress is shown on stderr.
+    Args:
+        targets: capabilities of cards.
+        cases: indices into ``CASES``.
+        spread: how many targets each case is compiled for. The cases of an operator take turns, and where these are few
+            each gets more targets, so that the operator meets them all. None stands for every target that has a
+            kernel for the case.
 
     Raises:
         InputError: no target has a kernel for any of the cases.
     """
-    tqdm = require("tqdm", "generate").tqdm
-    tasks = [(target, case) for target in targets for case in cases if CASES[case].least_capability <= target]
+    kinds = {case: (CASES[case].operator, CASES[case].least_capability) for case in cases}
+    number, turns, tasks = Counter(kinds.values()), Counter[Any](), set()
+    for case, kind in kinds.items():
+        able = [target for target in targets if target >= CASES[case].least_capability]
+        share = len(able) if spread is None else min(len(able), max(spread, -(-len(able) // number[kind])))
+        tasks |= {(able[(turns[kind] + i) % len(able)], case) for i in range(share)}
+        turns[kind] += share
     if not tasks:
         least = min(CASES[case].least_capability for case in cases)
         raise InputError(f"targets: expected one of {least} or newer for these cases, got {max(targets)}")
-    results: dict[tuple[int, int], list[Row]] = {}
+    return sorted(tasks, key=lambda task: (targets.index(task[0]), task[1]))
+
+
+def compile_all(tasks: list[tuple[int, int]], jobs: int) -> list[Row]:
+    """Compiles pairs of a target and a case; returns rows in their order. Progress is shown on stderr."""
+    tqdm = require("tqdm", "generate").tqdm
+    size = min(CHUNK, -(-len(tasks) // jobs))
+    by_target = {target: [case for other, case in tasks if other == target] for target in dict(tasks)}
+    chunks = [(target, cases[i : i + size]) for target, cases in by_target.items() for i in range(0, len(cases), size)]
+    rows: list[list[Row]] = [[] for _ in chunks]
     context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
     with (
         tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False, disable=None) as bar,
-        ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=quiet_exit) as pool,
+        ProcessPoolExecutor(min(jobs, len(chunks)), context, initializer=quiet_exit) as pool,
     ):
-        futures = {pool.submit(compile_case, *task): task for task in tasks}
+        futures = {pool.submit(compile_cases, *chunk): i for i, chunk in enumerate(chunks)}
         for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            bar.update()
-    return [row for task in tasks for row in results[task]]
+            rows[futures[future]] = future.result()
+            bar.update(len(chunks[futures[future]][1]))
+    return [row for chunk in rows for row in chunk]
 
 
-def compile_case(capability: int, case: int) -> list[Row]:
-    """Returns a row for each kernel that one case launches on one target."""
+def compile_cases(capability: int, cases: list[int]) -> list[Row]:
+    """Returns a row for each kernel that these cases launch on one target."""
     import torch
 
-    with warnings.catch_warnings(), compiled_for(capability) as kernels:
-        warnings.simplefilter("ignore")  # Triton announces a changing default that every launch here sets explicitly
-        CASES[case].run(torch.device("cpu"))
-    if not kernels:
-        return [Row(CASES[case].name, capability, "none", "", "the case launches no kernel")]
-    return [_row(CASES[case], kernel, TARGETS[capability]) for kernel in kernels]
+    launches: list[tuple[Case, CompiledKernel | None]] = []
+    for case in (CASES[i] for i in cases):
+        with warnings.catch_warnings(), compiled_for(capability) as kernels:
+            warnings.simplefilter("ignore")  # Triton announces a changing default, which every launch sets
+            case.run(torch.device("cpu"))
+        launches += [(case, kernel) for kernel in kernels or [None]]
+    return rows_of(launches, TARGETS[capability])
 
 
-def _row(case: Case, kernel: CompiledKernel, target: Target) -> Row:
-    tiles = [
-        f"{name.removeprefix('BLOCK_').lower()}{kernel.constants[name]}" for name in _TILES if name in kernel.constants
-    ]
-    stages = [] if "NUM_STAGES" in kernel.constants else [f"s{kernel.num_stages}"]
-    flags = ["tma"] if kernel.constants.get("DESCRIPTORS") or "NUM_K" in kernel.constants else []
-    config = " ".join([*tiles, f"w{kernel.num_warps}", *stages, *flags])
-    if kernel.error is not None:
-        return Row(case.name, target.capability, kernel.name, config, kernel.error)
-    analysis = analyse(kernel.binary)
+def rows_of(launches: Sequence[tuple[Case, CompiledKernel | None]], target: Target) -> list[Row]:
+    """Returns a row for each kernel, compiled for one target; None is that of a case that launched none."""
+    compiled = [kernel for _, kernel in launches if kernel is not None and kernel.error is None]
+    analyses = iter(analyse([kernel.binary for kernel in compiled], compiled[0].arch) if compiled else [])
+    rows = []
+    for case, kernel in launches:
+        if kernel is None:
+            rows.append(Row(case.name, target.capability, "none", "", "the case launches no kernel"))
+        elif kernel.error is not None:
+            rows.append(Row(case.name, target.capability, kernel.name, _config(kernel), kernel.error))
+        else:
+            rows.append(_row(case, kernel, next(analyses), target))
+    return rows
+
+
+def _row(case: Case, kernel: CompiledKernel, analysis: Analysis, target: Target) -> Row:
     work = case.work(kernel.constants)
     programs = occupancy(analysis, kernel.shared_bytes, kernel.total_warps, target)
     bound = predict(analysis, work, kernel.num_warps * work.groups, programs, target)
     loop = max(analysis.loops, key=lambda x: x.instructions, default=None)
     return Row(
-        case.name, target.capability, kernel.name, config, None, analysis.registers, analysis.spill_loads,
+        case.name, target.capability, kernel.name, _config(kernel), None, analysis.registers, analysis.spill_loads,
         analysis.spill_stores, kernel.shared_bytes, target.shared_per_block, programs,
         "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
         loop.instructions if loop else 0, loop.mix if loop else None,
         bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
         kernel.seconds, work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
     )  # fmt: skip
+
+
+def _config(kernel: CompiledKernel) -> str:
+    tiles = [
+        f"{name.removeprefix('BLOCK_').lower()}{kernel.constants[name]}" for name in _TILES if name in kernel.constants
+    ]
+    stages = [] if "NUM_STAGES" in kernel.constants else [f"s{kernel.num_stages}"]
+    flags = ["tma"] if kernel.constants.get("DESCRIPTORS") or "NUM_K" in kernel.constants else []
+    return " ".join([*tiles, f"w{kernel.num_warps}", *stages, *flags])
 
 
 #: The kinds of 8-bit operands by their pointer types, as Triton writes these.

@@ -62,7 +62,7 @@ def compile_candidate(case_number: int, kernel: str, forced: dict[str, Any], cap
     found = kernels[0]
     if found.error is not None:
         return Compiled(f"does not compile: {found.error.strip().splitlines()[-1][:120]}", None)
-    analysis = analyse(found.binary)
+    (analysis,) = analyse([found.binary], found.arch)
     if analysis.spill_loads or analysis.spill_stores:
         return Compiled(f"spills: {analysis.spill_loads} loads, {analysis.spill_stores} stores", None)
     if found.shared_bytes > target.shared_per_block:

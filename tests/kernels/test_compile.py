@@ -10,7 +10,7 @@ import torch
 
 from bench.__main__ import main
 from bench.operators.discover import all_cases
-from bench.static import cubin, report
+from bench.static import report
 from bench.static.bounds import predict
 from bench.static.compile_only import CompiledKernel, compiled_for
 from bench.static.cubin import Analysis, Loop, analyse, opcode
@@ -37,20 +37,15 @@ def flat(signature: Any) -> list[str]:
     return [x for part in signature for x in flat(part)] if isinstance(signature, tuple) else [signature]
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", TARGETS)
-def test_every_target_compiles_without_spills(capability: int, own_cache) -> None:
+def test_every_target_compiles_without_spills(capability: int) -> None:
     """A call of two sources with head_dim 128 compiles without spills.
 
     ``python -m bench compile --check`` checks all cases.
     """
     kernel = compiled("segment_attention d128 2 sources", capability)
-    row = report._row(cases_of(segment_attention)[1], kernel, TARGETS[capability])
+    (row,) = report.rows_of([(cases_of(segment_attention)[1], kernel)], TARGETS[capability])
     assert row.faults() == []
     assert 0 < row.registers <= 255
     assert 0 < row.shared_bytes <= TARGETS[capability].shared_per_block
@@ -88,14 +83,15 @@ def test_one_token_stride_beyond_32_bits_compiles() -> None:
     assert [kernel.error for kernel in kernels] == [None]
 
 
-def test_hopper_overlaps_the_softmax_with_a_product(own_cache) -> None:
+def test_hopper_overlaps_the_softmax_with_a_product() -> None:
     """The softmax runs while a matmul does.
 
     That is what warp specialisation is for; ptxas undoes it silently where a barrier wait is missing.
     """
-    special = analyse(compiled("segment_attention d128", 90).binary)
+    kernels = [compiled(f"segment_attention {head_dim}", 90) for head_dim in ("d128", "d96")]
+    special, portable = analyse([kernel.binary for kernel in kernels], kernels[0].arch)
     assert all(loop.overlapped for loop in special.loops)
-    assert not any(loop.overlapped for loop in analyse(compiled("segment_attention d96", 90).binary).loops)
+    assert not any(loop.overlapped for loop in portable.loops)
 
 
 def test_explain_names_the_kernel_that_compiles() -> None:
@@ -114,12 +110,12 @@ def test_explain_names_the_kernel_that_compiles() -> None:
         assert explain(segment_attention, *args, **options).reason == "capability 12.0"
 
 
-def test_a_spill_is_found(monkeypatch, own_cache) -> None:
+def test_a_spill_is_found(monkeypatch) -> None:
     """A spill is found, since 128 rows on 4 warps need more registers than there are."""
     bad = PortableConfig(128, 64, 4, 2)
     monkeypatch.setattr(PortableConfig, "heuristic", classmethod(lambda cls, *args: bad))
     kernel = compiled("segment_attention d128", 89)
-    row = report._row(cases_of(segment_attention)[1], kernel, TARGETS[89])
+    (row,) = report.rows_of([(cases_of(segment_attention)[1], kernel)], TARGETS[89])
     assert row.spill_loads > 0
     assert any("spills" in fault for fault in row.faults())
 
@@ -137,7 +133,7 @@ def test_what_check_objects_to() -> None:
 
 
 @pytest.mark.slow
-def test_the_command(capsys, own_cache, tmp_path, monkeypatch) -> None:
+def test_the_command(capsys, tmp_path, monkeypatch) -> None:
     stock, rows = report.compile_all, []
     # Compiled once, in processes of their own.
     monkeypatch.setattr(report, "compile_all", lambda *given: rows or rows.extend(stock(*given)) or rows)
@@ -155,6 +151,24 @@ def test_the_command(capsys, own_cache, tmp_path, monkeypatch) -> None:
     assert "targets: expected some of 80, 86, 89, 90, 100, 120, got '75'" in capsys.readouterr().err
     assert main(["compile", "--cases", "no such case"]) != 0
     assert "no case contains 'no such case'" in capsys.readouterr().err
+
+
+def test_cases_that_are_spread_meet_every_target_in_every_form() -> None:
+    """Cases compiled for two cards each: every operator, head_dim and form of attention still meets every target."""
+    every, cases = list(TARGETS), list(range(len(report.CASES)))
+    tasks = report.select_tasks(every, cases, 2)
+    assert len(tasks) == len(set(tasks)) < len(report.select_tasks(every, cases)) / 2
+    met: dict[str, set[int]] = {}
+    for target, index in tasks:
+        case = report.CASES[index]
+        operator, head_dim, *form = case.name.split(" ", 2)
+        attention = operator == "segment_attention" and head_dim != "fp16"
+        for feature in (operator, head_dim, f"attention {form}") if attention else (operator,):
+            met.setdefault(feature, set()).add(target)
+    assert {feature: targets for feature, targets in met.items() if targets != set(every)} == {}
+    assert len(met) == 3 + 10 + len({case.operator for case in report.CASES})
+    assert report.select_tasks([90, 80], [3, 2], 9) == report.select_tasks([90, 80], [3, 2])
+    assert report.select_tasks([90, 80], [3, 2]) == [(90, 2), (90, 3), (80, 2), (80, 3)]
 
 
 def test_check_fails_on_a_fault(monkeypatch, capsys, tmp_path) -> None:
@@ -178,11 +192,13 @@ def test_every_operator_of_the_library_has_cases() -> None:
     assert len({case.name for case in all_cases()}) == len(all_cases())
 
 
-def test_results_are_kept_by_the_binary(monkeypatch, own_cache) -> None:
-    binary = compiled("merge_attention d128 2 parts bfloat16", 89).binary
-    first = analyse(binary)
-    monkeypatch.setattr(cubin, "_disassemble", lambda binary: pytest.fail("disassembled twice"))
-    assert analyse(binary) == first
+@pytest.mark.slow
+def test_binaries_that_are_read_together_are_read_as_alone() -> None:
+    kernels = [compiled(f"{name} bfloat16", 120) for name in ("rms_norm_silu C96", "merge_attention d128 2 parts")]
+    kernels.append(compiled("segment_attention d64", 120))
+    together = analyse([kernel.binary for kernel in kernels], kernels[0].arch)
+    assert together == [analyse([kernel.binary], kernel.arch)[0] for kernel in kernels]
+    assert [len(one.loops) for one in together] == [0, 0, 1]
 
 
 def test_bounds_by_hand() -> None:

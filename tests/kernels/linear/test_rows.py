@@ -264,13 +264,13 @@ def test_cases_are_for_gpus_that_have_their_kernel(
     assert (all_cases()[new].least_capability, all_cases()[old].least_capability) == (89, 80)
     compiled: list[tuple[int, int]] = []
 
-    def compile_case(capability: int, case: int) -> list[report.Row]:
-        compiled.append((capability, case))
-        return [report.Row(all_cases()[case].name, capability, "kernel", "", None)]
+    def compile_cases(capability: int, some: list[int]) -> list[report.Row]:
+        compiled.extend((capability, case) for case in some)
+        return [report.Row(all_cases()[case].name, capability, "kernel", "", None) for case in some]
 
-    monkeypatch.setattr(report, "compile_case", compile_case)
+    monkeypatch.setattr(report, "compile_cases", compile_cases)
     monkeypatch.setattr(report, "ProcessPoolExecutor", lambda jobs, *rest, **more: ThreadPoolExecutor(1))
-    rows = report.compile_all([80, 86, 89], [old, new], 1)
+    rows = report.compile_all(report.select_tasks([80, 86, 89], [old, new]), 1)
     assert compiled == [(80, old), (86, old), (89, old), (89, new)]
     assert [(row.capability, row.case) for row in rows] == [(c, all_cases()[i].name) for c, i in compiled]
     assert main(["compile", "--targets", "80,86", "--cases", "C13824 float8", "--out", str(tmp_path)]) == 2

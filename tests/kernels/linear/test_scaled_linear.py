@@ -293,12 +293,8 @@ def row_of(case: Any, capability: int) -> tuple[report.Row, Analysis]:
         case.run(CPU)
     (kernel,) = kernels
     assert kernel.error is None, kernel.error
-    return report._row(case, kernel, TARGETS[capability]), analyse(kernel.binary)
-
-
-@pytest.fixture
-def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (row,) = report.rows_of([(case, kernel)], TARGETS[capability])
+    return row, analyse([kernel.binary], kernel.arch)[0]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +307,7 @@ def own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(120, "int8", "IMMA", marks=pytest.mark.slow),
     ],
 )
-def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str, own_cache: None) -> None:
+def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str) -> None:
     """One case of each dtype multiplies in 8 bits; ``python -m bench compile --check`` checks all."""
     case = next(case for case in cases_of(scaled_linear) if "K1536" in case.name and kind in case.name)
     row, analysis = row_of(case, capability)
