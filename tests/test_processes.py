@@ -98,7 +98,7 @@ def test_attention_goes_through_the_real_launcher(capability: int, launched: Any
     """Attention gets as far as ``cuLaunchKernelEx``, with valid tensor maps on 9.0."""
     launches, descriptors = launched(capability)
     launches = [line for line in launches if of_attention(line[0])]
-    assert len(launches) == (6 if capability == 89 else 10)
+    assert len(launches) == (6 if capability == 89 else 11)
     for _, x, heads, batch, threads in launches:
         assert 1 <= int(x) <= 20
         assert (int(heads), int(batch)) in ((2, 2), (3, 2))
