@@ -56,7 +56,7 @@ class TensorMemory(TorchDispatchMode):
         result = _without_memory(func, args)
         if result is None:
             result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage())
         return result

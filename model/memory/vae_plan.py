@@ -262,13 +262,13 @@ def predict(request: Request, plan: VAEPlan) -> Peak:
         # Parked tiles leave nothing on the device: the largest one decides.
         total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
     else:
-        # Each tile is at work beside the states of all others; its state is what two of a kind remember more than one.
-        total = state = 0
-        for cores in classes:
-            peak, alone = run(cores[:1])
-            own = run(cores[:1] * 2)[1] - alone
-            state, total = state + len(cores) * own, max(total, peak - own)
-        total, state = total + state, state + alone - own
+        # Each tile is at work beside the states of all others. A run of one tile and a run of two alike tell what is
+        # remembered whichever tiles there are.
+        alone = [run(cores[:1]) for cores in classes]
+        shared = 2 * alone[0][1] - run(classes[0][:1] * 2)[1]
+        states = sum(len(cores) * (state - shared) for cores, (_, state) in zip(classes, alone, strict=True))
+        total = max(peak - (state - shared) for peak, state in alone) + states
+        state = states + shared
     features, result = _feature_bytes(request, vae), _result_bytes(request)
     if plan.park:
         features, result = 0, 0 if request.part == "decode" else result

@@ -118,7 +118,11 @@ def rope_block(x: Tensor, weight: Tensor, one: Tensor) -> list[Tensor]:
     [
         "aot_eager",
         pytest.param(
-            "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on the CPU needs g++")
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on the CPU needs g++"),
+            ],
         ),
     ],
 )

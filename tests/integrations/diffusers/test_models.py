@@ -223,11 +223,15 @@ def test_lora_before_and_after(name: str, first: str) -> None:
 @pytest.mark.slow
 @every_family
 def test_compiles_as_one_graph(name: str) -> None:
-    """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values."""
+    """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values.
+
+    Every operator is traced by autograd's compiler in a test of its own, so one family goes through that as a whole.
+    """
     module, inputs, expected = make(name)
     accelerate(module)
     torch.compiler.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if name.startswith("Wan") else "eager"
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     assert relative_error(run(compiled, inputs), expected) < PARITY
 
 
@@ -235,7 +239,7 @@ def test_compiles_as_one_graph(name: str) -> None:
 def test_compiled_before_it_is_accelerated() -> None:
     """The wrapper of ``torch.compile`` is looked through, and its graphs are made anew."""
     module, inputs, expected = make("Wan 2.1 text-to-video")
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend="eager")
     assert relative_error(run(compiled, inputs), expected) < PARITY
     report = accelerate(compiled)
     assert sum(line.count for line in report.replaced) == 6
