@@ -46,7 +46,7 @@ setup(
         "bench": BENCH,
         "docs": DOCS,
         "test": TEST,
-        # Its metadata asks for Python 3.12; tests/sanitizer passes with it on 3.11, installed as the README says.
+        # Its metadata asks for Python 3.12; on 3.11 tests/sanitizer passes, installed as docs/contributing.md says.
         "sanitize": ['ttsem==0.1.0; python_version >= "3.12"'],
         "all": sorted({*DOCS, *GENERATE, *TEXT, *BENCH, *TEST}),
     },

@@ -141,7 +141,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     told = []
     number = max(config.stash[LEFT_OUT].values(), default=0)  # every worker collects all
     if number:
-        told.append(f"{number} slow tests (pytest -m slow)")
+        command = "TRITON_INTERPRET=1 pytest -m slow tests/interpreter" if room() == "interpreter" else "pytest -m slow"
+        told.append(f"{number} slow tests ({command})")
     if not room() and config.args in ([], ["tests"]) and not config.option.markexpr:
         told.append("the kernels in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/interpreter)")
     if told:

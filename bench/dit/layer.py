@@ -94,7 +94,7 @@ class Runner(Protocol):
     """An implementation, ready to be called again and again."""
 
     def load(self) -> None:
-        """Makes its activations anew."""
+        """Makes the layer's activations anew, as they were at first."""
         ...
 
     def step(self) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ class Runner(Protocol):
         ...
 
     def drop(self) -> None:
-        """Frees its activations."""
+        """Frees the layer's activations on the device."""
         ...
 
     def attentions(self) -> dict[str, tuple[Any, str]]:
@@ -159,7 +159,7 @@ class OwnLayer:
         return x, n
 
     def drop(self) -> None:
-        """Frees the workspace."""
+        """Frees the workspace of our operators."""
         self.workspace = None
 
     def attentions(self) -> dict[str, tuple[Any, str]]:
@@ -214,7 +214,7 @@ class DiffusersLayer:
             return (self.call(self.x, self.inputs.text, self.modulation, self.rope),)
 
     def drop(self) -> None:
-        """Frees the stream."""
+        """Frees the residual stream on the device."""
         self.x = None
 
     def attentions(self) -> dict[str, tuple[Any, str]]:

@@ -145,7 +145,7 @@ class Section:
 
 
 class Record:
-    """A result file.
+    """A result file and its sections, on the disk after every change.
 
     Args:
         path: where the file is; it is written at once, and again whole whenever something is added.
@@ -159,7 +159,7 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        """Writes the file."""
+        """Writes all that was recorded so far to the file."""
         write_text(self.path, dumps(self.data))
 
     @contextmanager

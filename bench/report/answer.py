@@ -113,7 +113,7 @@ def _answer(answer: Answer, documents: Sequence[Document]) -> Markup:
 
 
 def _ratio(ratio: float) -> str:
-    """Returns three digits."""
+    """Returns a ratio as text with three digits."""
     return f"{ratio:,.{max(0, min(2, 2 - math.floor(math.log10(ratio))))}f}"
 
 

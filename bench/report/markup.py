@@ -17,7 +17,7 @@ class Markup(str):
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Returns one element.
+    """Returns one element of a page as HTML.
 
     Args:
         name: name of the element.

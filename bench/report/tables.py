@@ -38,7 +38,7 @@ def badge(word: str, kind: str = "", title: str | None = None) -> Markup:
 def sortable(
     name: str, headers: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, tools: bool = True
 ) -> Any:
-    """Returns a table.
+    """Returns a table of a page as HTML.
 
     Args:
         name: what the table is called, for who cannot see it.

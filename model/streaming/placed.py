@@ -22,7 +22,7 @@ class TensorSource(Protocol):
     """The source of a DiT's tensors, by their names in the model."""
 
     def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """Reads a tensor in ``dtype``."""
+        """Returns a tensor by its name, in ``dtype`` on ``device``."""
 
     def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Reads a matrix ``[N, K]`` as values of ``kind`` and one float32 scale a row ``[N]``."""

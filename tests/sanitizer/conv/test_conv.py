@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses, races and reads of unwritten memory in the video autoencoder's kernels (see test_memory.py).
+"""Out-of-bounds accesses, races and reads of unwritten memory in the video autoencoder's kernels (see conftest.py).
 
 Tensors are exactly as long as what they hold: one pixel, frame or channel more would be out of bounds. Tiles are small,
 so that there are several of them and the last is not full; the launcher's own are large and run once.

@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses, races and reads of unwritten memory in the kernels of 8-bit rows (see test_memory.py).
+"""Out-of-bounds accesses, races and reads of unwritten memory in the kernels of 8-bit rows (see conftest.py).
 
 Tensors are exactly as long as what they hold: one row or channel more would be out of bounds.
 """

@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses, races and reads of unwritten memory in the 8-bit matmul's kernel (see test_memory.py).
+"""Out-of-bounds accesses, races and reads of unwritten memory in the 8-bit matmul's kernel (see conftest.py).
 
 Tensors are exactly as long as what they hold; tiles of rows, of columns and of channels are not full.
 """

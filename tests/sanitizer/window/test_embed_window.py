@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses, races and reads of unwritten memory in the window operators' kernels (see test_memory.py)."""
+"""Out-of-bounds accesses, races and reads of unwritten memory in the window operators' kernels (see conftest.py)."""
 
 from __future__ import annotations
 
