@@ -15,7 +15,7 @@ from swifti2v_kernels.common.target import TARGETS
 
 EXAMPLES = """\
 examples:
-  python -m bench compile                          the whole table, about fifteen minutes on two cores the first time
+  python -m bench compile                          the whole table, about ten minutes on two cores the first time
   python -m bench compile --check                  also fail on spills, too much shared memory, missing MMA (CI)
   python -m bench compile --check --spread 2       each case for two of the cards, which take turns: a third of the time
   python -m bench compile --targets 89,90 --cases "d128"
