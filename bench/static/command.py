@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument(
-        "--spread", metavar="N", type=positive, help="compile each case for N of the cards, which take turns"
+        "--spread",
+        metavar="N",
+        type=positive,
+        help="compile each case for N of the cards, which take turns, or for more where an operator has few cases",
     )
     parser.add_argument("--check", action="store_true", help="exit with an error if any kernel has a fault")
     jobs = min(os.cpu_count() or 1, 8)

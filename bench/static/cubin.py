@@ -53,8 +53,6 @@ class Analysis:
 
 def analyse(binaries: Sequence[bytes], arch: str) -> list[Analysis]:
     """Reads cubins that were compiled for one architecture, as PTX names it: ``sm_90a``; returns their analyses."""
-    if not binaries:
-        return []
     codes = [_code(binary) for binary in binaries]
     instructions = _instructions(_run("nvdisasm", b"".join(codes), "-hex", "-b", arch.replace("sm_", "SM")))
     if len(instructions) * _SIZE != sum(map(len, codes)):
@@ -73,7 +71,7 @@ def _code(binary: bytes) -> bytes:
     size, number, names = struct.unpack_from("<HHH", binary, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", binary, table + i * size) for i in range(number)]
     start = sections[names][4]
-    (code,) = [s for s in sections if binary[start + s[0] :].startswith(b".text.")]
+    (code,) = [s for s in sections if binary.startswith(b".text.", start + s[0])]
     return binary[code[4] : code[4] + code[5]]
 
 

@@ -190,7 +190,7 @@ def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, cap
     [
         (["--mode", "both"], "argument --mode: invalid choice: 'both'"),
         (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
-        (["--blocks", "x"], "argument --blocks: invalid positive value: 'x'"),
+        (["--blocks", "x"], "argument --blocks: expected an integer of at least 1, got 'x'"),
     ],
 )
 def test_options_that_the_parser_refuses_are_one_line_too(options, message, photo, tmp_path, capsys):

@@ -44,7 +44,7 @@ REFUSED = [
     (["compile", "--targets", "90,75"], "targets: expected some of 80, 86, 89, 90, 100, 120, got '75'"),
     (["compile", "--targets", "hopper"], "targets: expected some of 80, 86, 89, 90, 100, 120, got 'hopper'"),
     (["compile", "--cases", "fft"], "cases: no case contains 'fft'; the cases are "),
-    (["compile", "--jobs", "none"], "argument --jobs: invalid positive value: 'none'"),
+    (["compile", "--jobs", "none"], "argument --jobs: expected an integer of at least 1, got 'none'"),
     (["operators", "--cases", "fft"], "cases: no case contains 'fft'; the cases are "),
     (["tune", "--minutes", "0"], "minutes: expected more than 0, got 0.0"),
     (["tune", "--from", "none.json"], "none.json: cannot be read: No such file or directory"),

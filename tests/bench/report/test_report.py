@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from copy import deepcopy
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +13,15 @@ import pytest
 from bench.__main__ import main
 from bench.records.read import read_result
 from bench.records.write import Record, dumps
-from bench.report import charts
 from bench.report.answer import answers
-from bench.report.charts import Axis, Bar, Clip, Point
 from bench.report.figures import bar_charts, whole_clips
 from bench.report.markup import Markup, join, tag
 from bench.report.page import build_page
 from model.errors import InputError
+from tests.support.page_reader import Reader
 from tests.support.result_samples import H100, environment, sample
 
 HOSTILE = "<script>alert('x')</script> & \"</style>"
-
-
-class Reader(HTMLParser):
-    """Checks that elements close in order, and collects what is asked for."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, name: str, attributes: Any) -> None:
-        self.elements.append((name, dict(attributes)))
-        if name not in ("br", "input", "link", "meta"):
-            self.open.append(self.elements[-1])
-
-    def handle_endtag(self, name: str) -> None:
-        assert self.open.pop()[0] == name
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.append((self.open[-1][0], data))
-
-    def count(self, name: str, **wanted: str) -> int:
-        """Counts elements with these words in their attributes."""
-        return sum(
-            element == name
-            and all(value in (found.get(key.rstrip("_")) or "").split() for key, value in wanted.items())
-            for element, found in self.elements
-        )
-
-    def all_text(self) -> str:
-        """Returns the text that is read, without styles and scripts."""
-        return " ".join(text for name, text in self.texts if name not in ("style", "script"))
 
 
 def page_of(*paths: Path) -> str:
@@ -352,88 +312,6 @@ def test_markup_escapes_all_but_itself():
     )
     assert tag("input", type="search") == '<input type="search">'
     assert join(["<", Markup("<br>")], "|") == "&lt;|<br>"
-
-
-def test_axes_have_round_ticks_inside():
-    even = Axis(0, 130, 0, 100)
-    assert even.ticks() == [0, 50, 100]
-    assert (even.at(0), even.at(65), even.at(999)) == (0, 50, 100)
-    log = Axis(3, 2000, 0, 100, log=True)
-    assert log.ticks() == [10, 100, 1000]
-    assert log.at(math.sqrt(3 * 2000)) == 50
-    assert Axis(3, 40, 0, 1, log=True).ticks() == [5, 10, 20]
-    for low, high in ((1e-9, 3e-9), (0.5, 0.50001), (1e12, 9e15)):
-        found = Axis(low, high, 0, 1).ticks()
-        assert 2 <= len(found) <= 7, (low, high, found)
-        assert all(low <= value <= high * 1.001 for value in found)
-
-
-def numbers(markup: str, name: str, attribute: str) -> list[float]:
-    return [float(found[attribute]) for element, found in Reader(markup).elements if element == name]
-
-
-def test_bars_are_to_scale_in_a_group_and_say_what_is_missing():
-    def drawn(*groups: list[float | None]) -> list[float]:
-        found = [(str(i), [Bar("x", v, f"{v}", False, "measured") for v in g]) for i, g in enumerate(groups)]
-        return numbers(charts.bars("title", found), "rect", "width")
-
-    one, two, small = drawn([1.0, 2.0], [0.5])
-    assert (one / two, small / two) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.25, abs=0.01))
-    # Of groups that are far apart each has its own scale.
-    one, two, small = drawn([100.0, 200.0], [0.5])
-    assert small == two == pytest.approx(2 * one, abs=0.5)
-    assert len(drawn([1.0, None])) == 1
-    assert "none here" in charts.bars("t", [("", [Bar("x", None, "none here", True, "measured")])])
-    assert charts.bars("t", [("", [Bar("x", 0.0, "0", True, "measured")])])
-
-
-def test_a_roofline_has_its_ceilings_and_every_row_under_its_pointer():
-    points = [
-        Point(2.0, 5.0, "norm", "norm: tip", True, "measured"),
-        Point(900.0, 700.0, "gemm", "g", False, "predicted"),
-    ]
-    markup = charts.roofline("Roofline", points, 4e12, 760.0)
-    reader = Reader(markup)
-    assert reader.count("circle") == 2
-    assert reader.count("circle", class_="ours") == reader.count("circle", class_="unmeasured") == 1
-    assert "norm: tip" in reader.all_text()
-    assert "matmul 760.0 TFLOP/s" in reader.all_text()
-    assert "copy 4,000 GB/s" in reader.all_text()
-    (roof,) = [found["points"] for name, found in reader.elements if name == "polyline"]
-    (_, y0), (ridge, y1), (_, y2) = (map(float, pair.split(",")) for pair in roof.split())
-    assert y0 > y1 == y2
-    assert ridge > numbers(markup, "circle", "cx")[1]  # 190 operations a byte lie right of 2
-
-
-def test_a_timeline_keeps_its_peak_its_marks_and_its_limit():
-    points = [(i / 1000, 100.0 if i != 12_345 else 1e9) for i in range(20_000)]
-    assert max(value for _, value in charts.thinned(points)) == 1e9
-    assert len(charts.thinned(points)) <= 802
-    marks = [(i / 10, f"segment {i}") for i in range(40)]
-    reader = Reader(charts.timeline("memory", points, marks, 2e9, "predicted"))
-    assert reader.count("line", class_="mark") == 40
-    assert reader.count("line", class_="ceiling") == 1
-    assert "limit 2.00 GB" in reader.all_text()
-    assert "peak 1.00 GB" in reader.all_text()
-    assert reader.count("path", class_="unmeasured") == 1
-    assert all(f"segment {i}: " in reader.all_text() for i in range(40))  # names that have no room are tips
-    assert Reader(charts.timeline("one", [(0.0, 0.0)], [], None, "measured")).count("svg") == 1
-    counted = Reader(charts.timeline("counted", [(0.0, 0), (9.0, 5)], [(4.0, "decode")], None, "counted")).all_text()
-    assert "tensors made and freed" in counted
-    assert "decode: 4 " in counted  # no seconds
-
-
-def test_every_chart_has_a_title_and_words():
-    bars = charts.bars("a < b", [("", [Bar("x", 1.0, "1", True, "measured")])])
-    clips = charts.clips(
-        "clips", [Clip("paper", [("two", 111.0, True, "reported"), ("one", 22_400.0, False, "x")], 202.0)]
-    )
-    for markup in (bars, clips):
-        reader = Reader(markup)
-        assert reader.count("svg", role="img") == 1
-        names = [name for name, _ in reader.elements]
-        assert names[names.index("svg") + 1 : names.index("svg") + 3] == ["title", "desc"]
-    assert "202x" in clips
 
 
 def test_only_tables_that_compare_something_have_bars(one):
