@@ -8,7 +8,6 @@ import sys
 from bench.harness.registry import add_parser, benchmarks
 from bench.harness.session import run_benchmark
 from model.cli.options import CommandParser, run_command
-from swifti2v_kernels.common.target import interpreting
 
 EXAMPLES = """\
 examples:
@@ -44,10 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         argv.insert(0, "csg")
     args = parser.parse_args(argv)
     args.argv = argv
-    if interpreting():
-        from bench.harness import interpreter
-
-        interpreter.install()
     return run_command(lambda: run_benchmark(benchmarks()[args.command], args))
 
 

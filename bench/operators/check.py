@@ -22,7 +22,6 @@ from bench.dit.ops import relative_error
 from bench.operators.discover import operator_name
 from bench.records.outcome import failure
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.target import interpreting
 from swifti2v_kernels.linear.rows import QuantizedRows, quantized_reference
 
 #: Relative L2 error against float64 above which a result is wrong: the coarsest dtype among the inputs is rounded a few
@@ -62,14 +61,9 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def randomised(case: Case, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns a case's inputs with numbers that are not all alike.
-
-    They are float32 instead of bfloat16 where kernels are interpreted, since Triton's interpreter is wrong in bfloat16.
-    """
+    """Returns a case's inputs with numbers that are not all alike."""
     torch.manual_seed(0)
     args, kwargs = case.inputs(device)
-    if interpreting():
-        args, kwargs = tree_map_only(Tensor, _interpretable, (args, kwargs))
     fill(case, args, kwargs)
     return args, kwargs
 
@@ -105,14 +99,6 @@ def _fill_rows(rows: QuantizedRows, mean: float, deviation: float) -> None:
     wide = torch.empty(rows.values.shape, device=rows.values.device).normal_(mean, deviation)
     for x, made in zip(rows, quantized_reference(wide, rows.values.dtype), strict=True):
         x.copy_(made)
-
-
-def _interpretable(x: Tensor) -> Tensor:
-    if x.dtype != torch.bfloat16:
-        return x
-    # Strides stay, since they are what a case is about.
-    wide = torch.empty(x.untyped_storage().nbytes() // 2, dtype=torch.float32, device=x.device)
-    return wide.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
 def _double(case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -18,7 +18,7 @@ from model.errors import InputError
 #: Nothing may be loaded from anywhere: the browser itself holds the page to it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 #: Sections before the figures to be reached: the clip and its memory, then kernels; and those that follow.
-FIRST = ("csg", "memory", "operators", "attention", "vae", "dit")
+FIRST = ("csg", "memory", "operators", "attention", "vae", "dit", "hosts")
 THEN = ("precision", "tune", "compile", "sanitize", "tests", "cost")
 #: Bars beyond which a chart is folded away.
 MANY_ROWS = 40

@@ -16,7 +16,7 @@ from swifti2v_kernels.common.target import TARGETS
 EXAMPLES = """\
 examples:
   python -m bench compile                          the whole table, about ten minutes on two cores the first time
-  python -m bench compile --check                  also fail on spills, too much shared memory, missing MMA (CI)
+  python -m bench compile --check                  also fail on spills, too much shared memory, no or serial MMA (CI)
   python -m bench compile --check --spread 2       each case for two of the cards, which take turns: a third of the time
   python -m bench compile --targets 89,90 --cases "d128"
   python -m bench compile --json > report.json
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
         session.section.note(message)
     else:
         session.section.note(
-            f"{len(rows)} kernels: no spills, shared memory within limits, tensor-core instructions as meant"
+            f"{len(rows)} kernels: no spills, shared memory within limits, MMA instructions as meant, none serialised"
         )
 
 

@@ -40,6 +40,7 @@ class CompiledKernel:
     shared_bytes: int = 0
     #: All warps of a program, those of specialised partitions included.
     total_warps: int = 0
+    ptx: str = ""
 
 
 class _Driver:
@@ -121,15 +122,15 @@ def compiled_for(capability: int, compile: bool = True) -> Iterator[list[Compile
             kernels.append(CompiledKernel(*given))
             return None
         warps = kernel.metadata.num_warps
-        arch = kernel.asm["ptx"].split(".target ", 1)[1].split(",")[0].split()[0]
+        ptx = kernel.asm["ptx"]
+        arch = ptx.split(".target ", 1)[1].split(",")[0].split()[0]
         marker = "ttg.total-num-warps"
         for line in kernel.asm["ttgir"].splitlines():
             if marker in line:
                 warps = int(line.split(marker)[1].split("=")[1].split(":")[0].strip())
                 break
-        kernels.append(
-            CompiledKernel(*given, kernel.asm["cubin"], arch, dict(kernel.src.signature), kernel.metadata.shared, warps)
-        )
+        signature, shared = dict(kernel.src.signature), kernel.metadata.shared
+        kernels.append(CompiledKernel(*given, kernel.asm["cubin"], arch, signature, shared, warps, ptx))
         return kernel
 
     stock_driver = getattr(driver, "_active", None)

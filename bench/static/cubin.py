@@ -6,6 +6,7 @@ most of a second to start, so the code of many kernels is joined and read at onc
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -13,9 +14,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-TENSOR_OPCODES = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")
+#: ``wgmma`` of 16-bit, float8 and int8 operands, which a Hopper GPU runs while its warps go on.
+WGMMA_OPCODES = ("HGMMA", "QGMMA", "IGMMA")
+TENSOR_OPCODES = (*WGMMA_OPCODES, "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
@@ -49,6 +53,8 @@ class Analysis:
     instructions: int
     mix: dict[str, int]
     loops: list[Loop]
+    #: Whether the kernel has ``wgmma`` instructions and waits for each of them before it issues the next.
+    one_by_one: bool = False
 
 
 def analyse(binaries: Sequence[bytes], arch: str) -> list[Analysis]:
@@ -65,6 +71,23 @@ def analyse(binaries: Sequence[bytes], arch: str) -> list[Analysis]:
     return analyses
 
 
+def serialised(analysis: Analysis, ptx: str, arch: str) -> str | None:
+    """Returns why ptxas made the ``wgmma`` of a kernel wait for each other, in its own words; None if it did not.
+
+    It then does so in the whole kernel and says so in a log that Triton drops. The machine code tells as much, at no
+    cost: every ``wgmma`` is waited for, although the PTX groups them or goes on while one is in flight. So ptxas runs
+    again only to name the reason.
+    """
+    together = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
+    if not analysis.one_by_one or not (together or re.search(r"wgmma\.wait_group\S* [1-9]", ptx)):
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    log = _run(get_ptxas(90).path, ptx.encode(), f"--gpu-name={arch}", f"--output-file={os.devnull}")
+    found = re.search(r"instructions are serialized due to (.*) in the function", log)
+    return found[1] if found else "every wgmma is waited for at once"
+
+
 def _code(binary: bytes) -> bytes:
     """Returns the machine code in a cubin, an ELF file with one section of code for its one kernel."""
     (table,) = struct.unpack_from("<Q", binary, 0x28)
@@ -76,14 +99,15 @@ def _code(binary: bytes) -> bytes:
 
 
 def _run(tool: str, content: bytes, *options: str) -> str:
-    """Returns what a tool prints of a file with this content."""
+    """Returns what a tool, of Triton's or at a path, prints of a file with this content."""
     import triton.backends.nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
         file.flush()
         path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+        command = [path, *options, file.name]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def _read(instructions: list[tuple[str, int]], address: int, usage: str) -> Analysis:
@@ -103,7 +127,8 @@ def _read(instructions: list[tuple[str, int]], address: int, usage: str) -> Anal
                 _overlaps([text for text, _ in body]),
             )
         )
-    return Analysis(int(found[1]), mix["LDL"], mix["STL"], len(instructions), dict(mix), loops)
+    alone = _one_by_one([text for text, _ in instructions], opcodes)
+    return Analysis(int(found[1]), mix["LDL"], mix["STL"], len(instructions), dict(mix), loops, alone)
 
 
 def _instructions(listing: str) -> list[tuple[str, int]]:
@@ -140,6 +165,13 @@ def _main_loops(instructions: list[tuple[str, int]], address: int, opcodes: list
         if wanted & set(opcodes[start : i + 1]):
             loops.append((start, i))
     return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
+def _one_by_one(texts: list[str], opcodes: list[str]) -> bool:
+    """Returns whether there are ``wgmma`` instructions and a wait for all stands after each, before the next one."""
+    steps = [text for text, name in zip(texts, opcodes, strict=True) if name in (*WGMMA_OPCODES, "WARPGROUP")]
+    after = [step for before, step in pairwise([*steps, ""]) if opcode(before) in WGMMA_OPCODES]
+    return bool(after) and all("DEPBAR" in step and step.endswith(" 0x0") for step in after)
 
 
 def _overlaps(body: list[str]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from bench.operators.discover import all_cases
 from bench.static.bounds import EIGHT_BITS, occupancy, predict
 from bench.static.compile_only import CompiledKernel, compiled_for, quiet_exit
-from bench.static.cubin import TENSOR_OPCODES, Analysis, analyse
+from bench.static.cubin import TENSOR_OPCODES, Analysis, analyse, serialised
 from model.errors import InputError, require
 from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import TARGETS, Target
@@ -61,6 +61,8 @@ class Row:
     has_matmul: bool = False
     #: The key of ``EIGHT_BITS`` for operands of 8 bits; empty for those of 16.
     operands: str = ""
+    #: Why matrix multiplications wait that were written to run while the program goes on; empty if none does.
+    waits: str = ""
 
     def faults(self) -> list[str]:
         """Returns the faults for which ``--check`` fails, in words."""
@@ -74,6 +76,8 @@ class Row:
         wanted = EIGHT_BITS[self.operands][0] if self.operands else TARGETS[self.capability].mma_opcodes
         if self.has_matmul and not set(self.mma.split("+")) & set(wanted):
             faults.append(f"tensor cores: expected {' or '.join(wanted)}, got {self.mma or 'none'}")
+        if self.waits:
+            faults.append(self.waits)
         return faults
 
 
@@ -162,7 +166,19 @@ def _row(case: Case, kernel: CompiledKernel, analysis: Analysis, target: Target)
         loop.instructions if loop else 0, loop.mix if loop else None,
         bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
         kernel.seconds, work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
+        _waits(kernel, analysis, work.groups),
     )  # fmt: skip
+
+
+def _waits(kernel: CompiledKernel, analysis: Analysis, groups: int) -> str:
+    if reason := serialised(analysis, kernel.ptx, kernel.arch):
+        return f"wgmma serialised by ptxas: {reason}"
+    # A kernel is split into groups so that the softmax runs while a multiplication does, in its own loop. ptxas undoes
+    # it silently where it moves a wait up. Other kernels wait before their softmax as they are written.
+    overlapped = sum(loop.overlapped for loop in analysis.loops)
+    if groups > 1 and overlapped < groups:
+        return f"overlap: exponentials run during a multiplication in {overlapped} of {groups} loops"
+    return ""
 
 
 def _config(kernel: CompiledKernel) -> str:

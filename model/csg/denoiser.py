@@ -216,7 +216,7 @@ class Denoiser:
             rope=self._rope(range(len(slots))),
             targets=tuple(i for i, slot in enumerate(slots) if slot >= 0),
         )
-        return _Kind(window, noisy, torch.zeros(1, device=device), memory)
+        return _Kind(window, noisy, torch.zeros(1, dtype=torch.float32, device=device), memory)
 
     def _new_memory(self, num_blocks: int) -> tuple[KeyValue, ...]:
         shape = 1, num_blocks * self._grid[0] * self._grid[1], self.dit.config.dim
@@ -231,5 +231,5 @@ class Denoiser:
 
     def _place(self, window: WindowTensors, blocks: Sequence[int]) -> None:
         """Writes the blocks' indices into the window's tensors, whose memory a captured step reads."""
-        window.reference_index.copy_(torch.tensor(blocks, dtype=torch.int32))
+        window.reference_index.copy_(torch.tensor(blocks, dtype=torch.int32, device="cpu"))
         window.rope.t.copy_(self._rope(blocks).t)

@@ -34,7 +34,7 @@ class Host:
         if not self.enabled:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         if self._pool is None:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return self._pool.take(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def near(self, target: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class PinnedPool:
     def take(self, size: int) -> Tensor:
         """Returns ``size`` bytes, uint8, which come back to the pool by themselves."""
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         free = self._free[size]
         flat = free.pop() if free else pinned_bytes(size, self._device)
         # The tensor that is given out holds the lease, and the end of the lease gives the buffer back.
@@ -93,7 +93,7 @@ def pinned_bytes(size: int, device: torch.device) -> Tensor:
     memory, and a warning says that copies are slower.
     """
     whole = -(-size // PAGE) * PAGE
-    base = torch.empty(whole + PAGE, dtype=torch.uint8)
+    base = torch.empty(whole + PAGE, dtype=torch.uint8, device="cpu")
     start = -base.data_ptr() % PAGE
     flat = base[start : start + size]
     if not size:

@@ -91,7 +91,7 @@ def load_text_embedding(path: Path, text_dim: int) -> Tensor:
 
 def empty_text(text_dim: int) -> Tensor:
     """Returns the embedding ``[1, 512, text_dim]`` that stands for no text where there is no encoder: all zero."""
-    return torch.zeros(1, TEXT_LENGTH, text_dim)
+    return torch.zeros(1, TEXT_LENGTH, text_dim, dtype=torch.float32, device="cpu")
 
 
 def encode_image(

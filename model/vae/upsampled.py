@@ -19,7 +19,7 @@ from model.vae.tiles import Region
 def interpolation_matrix(size: int, target: int, device: torch.device) -> Tensor:
     """Returns the matrix ``[target, size]`` of bicubic interpolation on an axis: half-pixel centres, edges repeated."""
     # The unit matrix is an image of which only the number of rows changes, so no column is interpolated.
-    unit = torch.eye(size).view(1, 1, size, size)
+    unit = torch.eye(size, dtype=torch.float32, device="cpu").view(1, 1, size, size)
     return F.interpolate(unit, (target, size), mode="bicubic", align_corners=False)[0, 0].to(device)
 
 

@@ -82,7 +82,7 @@ class ScaledTensor:
         """
         rows = self.shape[0]
         if self.scale is None:
-            scales = torch.ones(rows)
+            scales = torch.ones(rows, dtype=torch.float32, device="cpu")
         else:
             scales = self.scale.read().float().flatten().expand(rows).contiguous()
         if not torch.isfinite(scales).all():

@@ -203,7 +203,7 @@ class _RandomTensors:
             fill = torch.zeros if name.endswith("bias") else torch.ones
             return fill(shape, dtype=dtype, device=device)
         fan_in = shape[-1] if len(shape) == 3 else prod(shape[1:])
-        normal = torch.empty(shape, device=self._device)
+        normal = torch.empty(shape, dtype=torch.float32, device=self._device)
         if self._device.type != "meta":
             generator = torch.Generator(self._device).manual_seed(self._seeds[name])
             normal.normal_(0, fan_in**-0.5, generator=generator)

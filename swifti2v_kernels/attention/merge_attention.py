@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..common.checks import check_views
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
@@ -39,11 +39,13 @@ MAX_PARTS = 24
 def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Computes the formula above in PyTorch, differentiable; shapes as in :func:`merge_attention`."""
     stacked = torch.stack(list(lses))  # [n, B, H, L]
-    lse = stacked.logsumexp(0)
-    none = torch.isneginf(lse)
-    weights = torch.where(none, torch.zeros_like(stacked), (stacked - lse.masked_fill(none, 0.0)).exp())
-    weights = weights.transpose(2, 3).unsqueeze(-1)  # [n, B, L, H, 1]
-    out = sum(w * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
+    # The output of a part without keys does not count, even where it is NaN.
+    empty = stacked.isneginf()
+    none = empty.all(0)
+    lse = stacked.masked_fill(none, 0.0).logsumexp(0)
+    weights, lse = (stacked - lse).exp(), lse.masked_fill(none, float("-inf"))
+    weights, empty = (x.transpose(2, 3).unsqueeze(-1) for x in (weights, empty))  # [n, B, L, H, 1]
+    out = sum(w * o.to(w.dtype).masked_fill(e, 0.0) for w, e, o in zip(weights, empty, outputs, strict=True))
     return out.to(outputs[0].dtype), lse
 
 
@@ -73,7 +75,7 @@ def _choose(*, outputs: Sequence[Tensor], lses: Sequence[Tensor], backend: str) 
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def merge_attention(
     outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +87,8 @@ def merge_attention(
     Args:
         outputs: the attention to each part, ``[B, L, H, D]``, all of one dtype; at most 24.
         lses: the log-sum-exp of each part, ``[B, H, L]`` float32 (float64 for float64 outputs): natural logarithm of
-            the sum of exponentials, -inf where the part has no keys. ``segment_attention(..., return_lse=True)``
-            returns both.
+            the sum of exponentials, -inf where the part has no keys, whose output then does not count, even if it is
+            NaN. ``segment_attention(..., return_lse=True)`` returns both.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:

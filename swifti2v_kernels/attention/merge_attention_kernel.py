@@ -35,9 +35,12 @@ def merge_attention_fwd_kernel(
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for i in tl.static_range(len(OUTS)):
         p_lse = LSES[i] + b * lse_strides[i][0] + h * lse_strides[i][1] + o_l * lse_strides[i][2]
-        weight = tl.exp(tl.load(p_lse, mask=m_l, other=float("-inf")) - top)
+        lse = tl.load(p_lse, mask=m_l, other=float("-inf"))
+        weight = tl.exp(lse - top)
         p_out = OUTS[i] + b * out_strides[i][0] + o_l[:, None] * out_strides[i][1] + h * out_strides[i][2]
-        part = tl.load(p_out + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_D]
+        # What a part without keys holds does not count, even where it is NaN, so it is not read.
+        m_part = m_out & (lse != float("-inf"))[:, None]
+        part = tl.load(p_out + o_d[None, :], mask=m_part, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_D]
         total += weight
         acc += weight[:, None] * part
     none = total == 0.0

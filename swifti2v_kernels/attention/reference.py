@@ -1,14 +1,30 @@
-"""Segment attention in plain PyTorch: the CPU path, the derivative, and what every kernel must equal."""
+"""Segment attention in plain PyTorch: the CPU path, the derivative, and what every kernel must equal.
+
+Torch's own attention computes all but two kinds of calls, which it cannot: those that return a log-sum-exp, and
+derivatives by transforms of ``torch.func`` or in forward mode. The formula itself computes these, in pieces of the
+queries, so that few logits exist at a time; in the backward pass each piece is computed again. (``torch.compile`` has
+one piece, since it would unroll the loop.)
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ..common.dispatch import derivative_obstacle
 from .arguments import BlockWindow, Source
+
+#: Logits of a piece: what stays in the caches of a CPU, and enough for a GPU to be busy.
+PIECE = {"cpu": 1 << 22, "cuda": 1 << 26}
+#: Queries of a piece, at least.
+LEAST_ROWS = 16
+
+Range = tuple[int, int, int]
 
 
 def segment_attention_reference(
@@ -20,23 +36,36 @@ def segment_attention_reference(
     window: BlockWindow | None,
     return_lse: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes the formula of ``segment_attention.py``, differentiable, piece by piece of the queries.
+    """Computes the formula of ``segment_attention.py``, differentiable.
 
-    Queries of one piece see the same keys, so that masks are slices.
+    Queries of one block of a window see the same keys, so that masks are slices.
     """
+
     out, lse = [], []
+    last: list[Range] = []
     for view, visible in zip(q, attends, strict=True):
         results = []
-        for start, stop, seen in _pieces(view.shape[1], sources, visible, window):
-            k, v = (_joined([sources[j][i][:, a:b] for j, a, b in seen]) for i in range(2))
-            valid = None
-            if any(valid_lengths[j] is not None for j, _, _ in seen):
-                valid = torch.cat([_valid_rows(valid_lengths[j], a, b, view) for j, a, b in seen], dim=1)
-            results.append(_attend(view[:, start:stop], k, v, scale, valid, return_lse))
+        for start, stop, seen in _blocks(view.shape[1], sources, visible, window):
+            if seen != last:  # views that see the same keys share one copy of them
+                last, keys = seen, _keys(sources, valid_lengths, seen)
+            results.append(_attend(view[:, start:stop], *keys, scale, return_lse))
         out.append(_joined([o for o, _ in results]))
         if return_lse:
             lse.append(torch.cat([s for _, s in results if s is not None], dim=2))
     return out, lse
+
+
+def _keys(
+    sources: Sequence[Source], valid_lengths: Sequence[Tensor | None], seen: Sequence[Range]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the keys and values of these ranges, each [B, L, H, D], and which of them count, [B, L] (None: all)."""
+    rows = [_valid_rows(valid_lengths[j], a, b) for j, a, b in seen]
+    k, v = (_joined([_kept(sources[j][i][:, a:b], m) for (j, a, b), m in zip(seen, rows, strict=True)]) for i in (0, 1))
+    if all(mask is None for mask in rows):
+        return k, v, None
+    everything = torch.ones((k.shape[0], 1), dtype=torch.bool, device=k.device)
+    masks = [everything.expand(-1, b - a) if m is None else m for (_, a, b), m in zip(seen, rows, strict=True)]
+    return k, v, torch.cat(masks, dim=1)
 
 
 def _joined(views: list[Tensor]) -> Tensor:
@@ -44,9 +73,19 @@ def _joined(views: list[Tensor]) -> Tensor:
     return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
 
-def _pieces(
+def _valid_rows(valid: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Returns which of these keys count, [B, stop - start]; None for all."""
+    return None if valid is None else torch.arange(start, stop, device=valid.device) < valid.unsqueeze(1)
+
+
+def _kept(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Returns zeros in the place of what does not count: it may be NaN, which no mask would stop."""
+    return x if rows is None else x.masked_fill(~rows[:, :, None, None], 0.0)
+
+
+def _blocks(
     num_queries: int, sources: Sequence[Source], visible: Sequence[int], window: BlockWindow | None
-) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+) -> Iterator[tuple[int, int, list[Range]]]:
     """Yields ranges of queries that see the same keys: (start, stop, [(source, first row, last row + 1)])."""
     everything = [(j, 0, sources[j][0].shape[1]) for j in visible]
     if window is None or num_queries == 0:
@@ -59,26 +98,34 @@ def _pieces(
         yield start, min(start + window.block_len, num_queries), [(0, low, high), *everything[1:]]
 
 
-def _valid_rows(valid: Tensor | None, start: int, stop: int, like: Tensor) -> Tensor:
-    rows = torch.arange(start, stop, device=like.device)
-    if valid is None:
-        return torch.ones_like(rows, dtype=torch.bool).expand(like.shape[0], -1)
-    return rows < valid.unsqueeze(1)
-
-
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
-    if not return_lse and valid is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), None
+    transformed = derivative_obstacle(()) is not None
+    if not return_lse and not transformed:
+        # An entry without any valid key has zeros for values, so whichever it attends to, its result is 0.
+        mask = None if valid is None else (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    piece = functools.partial(_formula, valid=valid, scale=scale)
+    if needs_gradients and not transformed:
+        piece = functools.partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+    logits_of_a_row = q.shape[0] * q.shape[1] * k.shape[2]
+    rows = max(PIECE.get(q.device.type, PIECE["cuda"]) // max(logits_of_a_row, 1), LEAST_ROWS)
+    queries = [q] if torch.compiler.is_compiling() else q.split(rows, dim=2)
+    results = [piece(part, k, v) for part in queries]
+    out, lse = (torch.cat([result[i] for result in results], dim=2) for i in (0, 1))
+    return out.transpose(1, 2), lse if return_lse else None
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns the attention [B, H, Lq, D] and its log-sum-exp, from all logits at once."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    if valid is not None:  # whatever lies past a valid length, even NaN, must not count
-        k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
     logits = scale * (q.to(wide) @ k.to(wide).transpose(2, 3))
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None, :], float("-inf"))
     lse = logits.logsumexp(-1)
     # A row without any valid key: weights 0, not NaN.
     weights = (logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp()
-    return (weights @ v.to(wide)).to(v.dtype).transpose(1, 2), lse if return_lse else None
+    return (weights @ v.to(wide)).to(v.dtype), lse

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ..common.checks import check_range
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, pick_backend
+from ..common.dispatch import Choice, derivative_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import device_obstacle, interpreting, on_device
 from .arguments import BlockWindow, Call, Source, check_call, check_overlaps
@@ -141,7 +141,7 @@ def _choose(*, return_lse: bool, backend: str, **arguments: Any) -> Choice:
     return Choice(chosen, *choose_kernel(queries, call.sources, call.valid, call.window is not None, return_lse))
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def segment_attention(
     q: Tensor | Sequence[Tensor],
     sources: Sequence[Source],
@@ -198,8 +198,7 @@ def segment_attention(
                 check_range(f"valid_lengths[{j}]", x, 0, call.sources[j][0].shape[1])
         results, lses = segment_attention_reference(*call[:6], return_lse)
         if call.out is not None:
-            if not torch.compiler.is_compiling():
-                check_overlaps(call.out, call.q, call.sources)
+            check_overlaps(call.out, call.q, call.sources)
             results = [target.copy_(result) for target, result in zip(call.out, results, strict=True)]
     else:
         k, v = [k for k, _ in call.sources], [v for _, v in call.sources]
@@ -219,9 +218,8 @@ def segment_attention(
 def _obstacle(call: Call) -> str | None:
     """Returns why the kernels cannot take this call, or None if they can."""
     q = call.q[0]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*call.q, *(x for pair in call.sources for x in pair))):
-        return "an input needs gradients, and the kernels have no backward"
-    if (reason := device_obstacle(q.device)) is not None:
+    reason = derivative_obstacle((*call.q, *(x for pair in call.sources for x in pair))) or device_obstacle(q.device)
+    if reason is not None:
         return reason
     if q.shape[3] not in KERNEL_HEAD_DIMS:
         return f"kernels exist for head_dim {', '.join(map(str, KERNEL_HEAD_DIMS))}, got {q.shape[3]}"

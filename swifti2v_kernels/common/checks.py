@@ -6,9 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 #: What tensors of numbers may be; float64 is for references alone.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def concrete(*tensors: Tensor | None) -> bool:
+    """Returns whether values and addresses of these tensors can be looked at.
+
+    They cannot while a graph is traced, in a transform of ``torch.func``, and of fake or ``meta`` tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(x is not None and (x.device.type == "meta" or is_fake(x)) for x in tensors)
 
 
 def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
@@ -35,16 +46,22 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
     """Checks that every value of a vector lies in ``low .. high``.
 
     On the CPU the values are read and named. On a GPU, reading them would stop the stream, so the check runs there: a
-    violation ends the process's CUDA work with the message. Under ``torch.compile`` likewise.
+    violation ends the process's CUDA work with the message. Under ``torch.compile`` likewise. Where values cannot be
+    looked at (:func:`concrete`) nothing is checked.
 
     Raises:
         ValueError: a value on the CPU is out of range.
     """
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        given = values.tolist()
-        if not all(low <= value <= high for value in given):
-            raise ValueError(f"{name}: expected values in {low}..{high}, got {given}")
-        return
+    if not concrete(values):
+        if torch.compiler.is_compiling():
+            _check_range_there(name, values, low, high)
+    elif values.device.type != "cpu":
+        _check_range_there(name, values, low, high)
+    elif any(not low <= value <= high for value in values.tolist()):
+        raise ValueError(f"{name}: expected values in {low}..{high}, got {values.tolist()}")
+
+
+def _check_range_there(name: str, values: Tensor, low: int, high: int) -> None:
     torch._assert_async(((values >= low) & (values <= high)).all(), f"{name}: a value lies outside {low}..{high}")
 
 
@@ -70,7 +87,7 @@ def check_index(name: str, index: Tensor, length: int | None, low: int, high: in
             f"{name}: expected [{'T' if length is None else length}] int32 on {device},"
             f" got {list(index.shape)} {index.dtype} on {index.device}{layout}"
         )
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and concrete(index):
         check_range(name, index, low, high)
 
 
@@ -170,7 +187,9 @@ def check_vector(name: str, x: Tensor | None, length: int, like: Tensor) -> None
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
-    """Returns whether both views name the same elements in the same order."""
+    """Returns whether both views name the same elements in the same order; they do if they are one tensor."""
+    if a is b or not concrete(a, b):
+        return a is b
     if a.data_ptr() != b.data_ptr() or a.shape != b.shape or a.dtype != b.dtype:
         return False
     # The stride of an axis of one is never used.
@@ -182,6 +201,8 @@ def check_targets(
 ) -> None:
     """Checks what is to be written: distinct elements, apart from each other and from the inputs.
 
+    Where addresses cannot be looked at (:func:`concrete`) nothing is checked.
+
     Args:
         targets: what is written, by argument.
         inputs: what is read, by argument.
@@ -191,6 +212,8 @@ def check_targets(
         ValueError: a target breaks this, or may.
     """
     written = {name: x for name, x in targets.items() if x is not None}
+    if not concrete(*written.values(), *inputs.values()):
+        return
     for name, target in written.items():
         if self_overlapping(target):
             layout = f"shape {tuple(target.shape)}, strides {target.stride()}"
@@ -209,28 +232,29 @@ def overlapping(a: Tensor, b: Tensor) -> bool:
     """Returns whether two strided views share an element, or may: True where that cannot be decided cheaply.
 
     The answer is exact for slices of one buffer: along some axis these are disjoint intervals, or they share an
-    element.
+    element. Addresses alone count, since tensors of two storages may share memory too (NumPy, DLPack).
     """
-    if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device or a.device.type == "meta":
         return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    if _first_byte(a) > _first_byte(b):
+    if a.data_ptr() > b.data_ptr():
         a, b = b, a
-    if _first_byte(b) >= _first_byte(a) + (_extent(a) + 1) * a.element_size():
+    if b.data_ptr() >= a.data_ptr() + (_extent(a) + 1) * a.element_size():
         return False
     if a.dtype != b.dtype or a.stride() != b.stride():
         return True
-    # Where the buffer starts in its storage is not known: the storage's start and the first view's are likely.
-    return not any(_disjoint_along_an_axis(a, b, origin) for origin in (0, a.storage_offset()))
+    # Where the buffer starts is not known: the storage's start and the first view's are likely.
+    starts = (min(x.untyped_storage().data_ptr() for x in (a, b)), a.data_ptr())
+    return not any(_disjoint_along_an_axis(a, b, start) for start in starts)
 
 
-def _disjoint_along_an_axis(a: Tensor, b: Tensor, origin: int) -> bool:
-    """Returns whether the views are disjoint along an axis of a buffer that has their strides and begins at ``origin``.
+def _disjoint_along_an_axis(a: Tensor, b: Tensor, start: int) -> bool:
+    """Returns whether the views are disjoint along an axis of a buffer that has their strides and begins at ``start``.
 
     False where a view would leave that buffer.
     """
-    offset_a, offset_b = a.storage_offset() - origin, b.storage_offset() - origin
+    (offset_a, rest_a), (offset_b, rest_b) = (divmod(x.data_ptr() - start, x.element_size()) for x in (a, b))
+    if rest_a or rest_b:
+        return False
     disjoint = False
     larger = None
     for axis in sorted(range(a.ndim), key=lambda axis: -a.stride(axis)):
@@ -255,10 +279,6 @@ def self_overlapping(x: Tensor) -> bool:
             return True
         needed = stride * n
     return False
-
-
-def _first_byte(x: Tensor) -> int:
-    return x.storage_offset() * x.element_size()
 
 
 def _extent(x: Tensor) -> int:

@@ -1,20 +1,26 @@
 """The choice between an operator's PyTorch reference and its Triton kernels, which :func:`explain` tells for any call.
 
 ``backend="auto"`` takes the kernels for CUDA tensors (and on the CPU under ``TRITON_INTERPRET=1``) and the reference
-for everything that the kernels do not cover: other devices and dtypes, and inputs that need gradients. The environment
-variable ``SWIFTI2V_BACKEND`` replaces ``auto`` for the whole process.
+for everything that the kernels do not cover: other devices and dtypes, and calls that are differentiated or vectorised
+(gradients, forward-mode derivatives, all transforms of ``torch.func``). The environment variable ``SWIFTI2V_BACKEND``
+replaces ``auto`` for the whole process.
+
+No operator depends on torch's global state: results have the dtypes that its documentation says, under autocast too.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .target import device_obstacle
 from .tracing import constant_when_traced
@@ -43,12 +49,29 @@ class Choice:
 
 
 _CHOOSERS: dict[Callable[..., Any], Callable[..., Choice]] = {}
+#: Devices whose autocast changes the dtypes of torch's functions.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_asked: str | None = None
 
 
-def explained_by(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns a decorator for operators; ``chooser`` takes all arguments of a call by name and gives its choice."""
+def public_operator(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator for operators: without autocast, and known to :func:`explain`.
 
-    def mark(operator: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        chooser: takes all arguments of a call by name and gives its choice.
+    """
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def operator(*args: Any, **kwargs: Any) -> Any:
+            casting = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+            if not casting:
+                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                for device in casting:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                return function(*args, **kwargs)
+
         _CHOOSERS[operator] = chooser
         return operator
 
@@ -82,22 +105,62 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     return _CHOOSERS[operator](**bound.arguments)
 
 
+def derivative_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
+    """Returns which derivative or transform is asked for, of which a kernel knows nothing, or None if there is none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "an input needs gradients, which no kernel computes"
+    # A kernel would see tensors without their tangents or batches. While a graph is traced it cannot be known which
+    # tensors have tangents, so the level alone decides.
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, which no kernel knows"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are on, which no kernel computes"
+    return None
+
+
 def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
     """Returns why a forward kernel for 16 and 32 bits cannot take a call with these tensors, or None if it can."""
     present = [t for t in tensors if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        return "an input needs gradients, and the kernel has no backward"
-    if (reason := device_obstacle(present[0].device)) is not None:
+    reason = derivative_obstacle(present) or device_obstacle(present[0].device)
+    if reason is not None:
         return reason
     odd = {str(t.dtype) for t in present if t.is_floating_point() and t.dtype not in KERNEL_DTYPES}
     return f"kernels exist for float16, bfloat16 and float32, got {', '.join(sorted(odd))}" if odd else None
 
 
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Replaces ``auto`` by this backend for all calls of the process while the block runs, as the environment does.
+
+    Args:
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    global _asked
+    before, _asked = _asked, _known_backend("backend", backend)
+    try:
+        yield
+    finally:
+        _asked = before
+
+
 # Constant for one process: under torch.compile it is read once, at trace time.
 @constant_when_traced
 def environment_backend() -> str:
-    """Returns the backend that the environment asks for; ``auto`` where it asks for none."""
-    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    """Returns the backend that :func:`use_backend` or else the environment asks for; ``auto`` where none is.
+
+    Raises:
+        ValueError: the environment names an unknown one.
+    """
+    return _asked or _known_backend(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+
+
+def _known_backend(source: str, name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
 
 def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
@@ -110,18 +173,14 @@ def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
     Raises:
         ValueError: an unknown backend, or the kernels are asked for by name where they cannot run.
     """
-    source = "backend"
-    if requested == "auto":
-        environment = environment_backend()
-        if environment != "auto":
-            source, requested = ENVIRONMENT_VARIABLE, environment
-    if requested not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {requested!r}")
+    source, requested = "backend", _known_backend("backend", requested)
+    if requested == "auto" and (environment := environment_backend()) != "auto":
+        source, requested = ENVIRONMENT_VARIABLE, environment
     if requested == "torch":
         return "torch", f"{source} is 'torch'"
-    if requested == "triton":
-        # From the environment it is a preference for all calls, some of which have no kernel.
-        if obstacle is not None and source == "backend":
-            raise ValueError(f"backend: 'triton' cannot take this call: {obstacle}")
-        return ("torch", obstacle) if obstacle is not None else ("triton", f"{source} is 'triton'")
-    return ("torch", obstacle) if obstacle is not None else ("triton", "the kernels cover this call")
+    # From the environment it is a preference for all calls, some of which have no kernel.
+    if requested == "triton" and obstacle is not None and source == "backend":
+        raise ValueError(f"backend: 'triton' cannot take this call: {obstacle}")
+    if obstacle is not None:
+        return "torch", obstacle
+    return "triton", "the kernels cover this call" if requested == "auto" else f"{source} is 'triton'"

@@ -104,7 +104,14 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one while the block runs, since Triton launches there and not by the tensors."""
+    """Makes ``device`` the current one while the block runs, since Triton launches there and not by the tensors.
+
+    Where kernels are interpreted, it also repairs the interpreter before the first of them.
+    """
+    if interpreting():
+        from .interpreter import repair_interpreter
+
+        repair_interpreter()
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -118,7 +125,11 @@ def for_gpu(device: torch.device) -> bool:
 def device_obstacle(device: torch.device) -> str | None:
     """Returns why no kernel of this library runs on ``device``, or None if they do."""
     if device.type != "cuda":
-        if interpreting() or _pretended is not None:
+        if interpreting():
+            from .interpreter import version_obstacle
+
+            return version_obstacle()
+        if _pretended is not None:
             return None
         return f"kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got {device}"
     if torch.version.hip is not None:

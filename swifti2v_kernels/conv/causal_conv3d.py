@@ -45,7 +45,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import check_frames, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
@@ -129,7 +129,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -191,8 +191,7 @@ def causal_conv3d(
     _check(**arguments, keep_sum=keep_sum, out=out, normed=normed)
     chosen, _ = _backend(backend, arguments | {"out": out, "normed": normed})
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            _check_outputs(x, weight, bias, past, residual, norm_weight, out, normed)
+        _check_outputs(x, weight, bias, past, residual, norm_weight, out, normed)
         y, _ = causal_conv3d_reference(**{**arguments, "norm_weight": None})
         y = y if out is None else out.copy_(y)
         # Whoever computes the sum, the norm has its own kernel.

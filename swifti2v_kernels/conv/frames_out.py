@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import FLOATS, check_frames, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from .by_torch import conv_sums, cudnn_preference
@@ -107,7 +107,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     return Choice(chosen, in_torch if chosen == "torch" else "implicit GEMM", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def frames_out(
     x: Tensor,
     weight: Tensor,
@@ -157,8 +157,7 @@ def frames_out(
     _check(**arguments)
     chosen, _ = _backend(backend, arguments)
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            _check_output(x, weight, bias, past, out)
+        _check_output(x, weight, bias, past, out)
         return frames_out_reference(**arguments)
     assert padding is not None
     _frames_out_op(x, weight, bias, past, padding, patch_size, out)

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import check_frames, check_parameter, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
@@ -155,7 +155,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def upsample_conv2d(
     x: Tensor,
     phases: Tensor,
@@ -204,8 +204,7 @@ def upsample_conv2d(
     _check(**tensors, padding=padding, out=out, normed=normed)
     chosen, _ = _backend(backend, [*tensors.values(), out, normed])
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            _check_outputs(**tensors, out=out, normed=normed)
+        _check_outputs(**tensors, out=out, normed=normed)
         y, _ = upsample_conv2d_reference(**{**tensors, "norm_weight": None}, padding=padding)
         y = y if out is None else out.copy_(y)
         # Whoever computes the sum, the norm has its own kernel.

@@ -126,7 +126,7 @@ def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, 
     for block in blocks:
         state = np.random.SeedSequence((seed, stage, block)).generate_state(1, np.uint64)[0]
         generator = torch.Generator("cpu").manual_seed(int(state) >> 1)
-        drawn.append(torch.randn(shape, generator=generator))
+        drawn.append(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
     return torch.stack(drawn, dim=1).unsqueeze(0)
 
 

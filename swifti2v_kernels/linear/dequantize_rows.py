@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..common.checks import check_targets
 from ..common.cost import Cost
-from ..common.dispatch import KERNEL_DTYPES, Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import KERNEL_DTYPES, Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 from .rows import EIGHT_BITS, check_rows
@@ -61,7 +61,7 @@ def _choose(values: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | No
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def dequantize_rows(
     values: Tensor,
     scales: Tensor,
@@ -96,7 +96,7 @@ def dequantize_rows(
     _check(values, scales, dtype, out)
     chosen, _ = pick_backend(backend, kernel_obstacle((scales, out)))
     if chosen == "torch":
-        if out is not None and not torch.compiler.is_compiling():
+        if out is not None:
             check_targets({"out": out}, {"values": values, "scales": scales}, ())
         y = dequantize_rows_reference(values, scales, dtype)
         return y if out is None else out.copy_(y)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..common.checks import check_targets
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by
+from ..common.dispatch import Choice, derivative_obstacle, public_operator
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Choice:
     _check(x, weight, bias, out)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
-        return Choice("torch", "reference", "an input needs gradients")
+    if (reason := derivative_obstacle((x, weight, bias))) is not None:
+        return Choice("torch", "reference", reason)
     if torch.compiler.is_compiling():
         return Choice("torch", "reference", "torch.compile fuses it")
     if x.device.type == "cuda" and torch.version.hip is None:
@@ -49,7 +49,7 @@ def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> C
     return Choice("torch", "linear, GELU in place", f"no fused tanh GELU on {x.device.type}")
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Computes ``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
 
@@ -72,7 +72,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     Source: feed-forward of Wan (diffusers ``FeedForward`` with ``gelu-approximate``).
     """
     chosen = _choose(x=x, weight=weight, bias=bias, out=out)
-    if out is not None and not torch.compiler.is_compiling():
+    if out is not None:
         check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias}, ())
     if chosen.implementation == "reference":
         y = linear_gelu_reference(x, weight, bias)

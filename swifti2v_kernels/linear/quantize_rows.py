@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..common.checks import FLOATS, check_targets
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 from .rows import (
@@ -78,7 +78,7 @@ def _choose(x: Tensor, dtype: torch.dtype, out: QuantizedRows | None, backend: s
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -115,7 +115,7 @@ def quantize_rows(
     _check(x, dtype, out)
     chosen, _ = pick_backend(backend, _obstacle(x, dtype))
     if chosen == "torch":
-        if out is not None and not torch.compiler.is_compiling():
+        if out is not None:
             check_targets(out.parts("out"), {"x": x}, ())
         return written(out, quantize_rows_reference(x, dtype))
     out = new_rows(x, dtype) if out is None else out

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import check_parameter, check_targets
 from ..common.cost import Cost
-from ..common.dispatch import KERNEL_DTYPES, Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import KERNEL_DTYPES, Choice, derivative_obstacle, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import capability_of, on_device
 from ..common.tracing import constant_when_traced
@@ -116,7 +116,7 @@ def _choose(*, backend: str, **arguments: Any) -> Choice:
     return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused matmul", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def scaled_linear(
     x: QuantizedRows,
     weight: QuantizedRows,
@@ -162,7 +162,7 @@ def scaled_linear(
         out = x.values.new_empty((*x.values.shape[:-1], weight.values.shape[0]), dtype=dtype) if out is None else out
         _scaled_linear_op(*x, *weight, bias, activation is not None, out)
         return out
-    if out is not None and not torch.compiler.is_compiling():
+    if out is not None:
         _check_out(x, weight, bias, out)
     implementation = _by_torch(x, weight, bias, dtype)
     if implementation == "reference":
@@ -225,7 +225,7 @@ def _scales_by_rows(device: torch.device) -> bool:
 def _by_torch(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> str:
     """Returns which of torch's matmuls computes the call, or ``reference``."""
     columns, depth = weight.values.shape
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x.scales, weight.scales, bias)):
+    if derivative_obstacle((x.scales, weight.scales, bias)) is not None:
         return "reference"
     # Both want rows of 16 bytes without gaps, and torch._int_mm more than 16 of them.
     dense = x.values.is_contiguous() and x.scales.is_contiguous() and columns % 16 == 0 and depth % 16 == 0

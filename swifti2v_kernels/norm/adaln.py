@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by
+from ..common.dispatch import Choice, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 from ..linear.rows import QuantizedRows, new_rows, quantized_reference, written
@@ -144,7 +144,7 @@ def _choose(*, backend: str, inplace: bool, **arguments: Any) -> Choice:
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def norm_modulate(
     x: Tensor,
     shift: Tensor | None = None,
@@ -205,15 +205,14 @@ def norm_modulate(
     chosen, _ = prepare(x=x, out=out, quantize=quantize, backend=backend, **arguments)
     target = x if inplace else out
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            check_outputs(None, target, x, None, arguments)
+        check_outputs(None, target, x, None, arguments)
         return _into(target, norm_modulate_reference(x, eps=eps, quantize=quantize, **arguments))
     target = _new(x, quantize) if target is None else target
     _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, *_tensors(target))
     return target
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def gated_residual(
     x: Tensor,
     update: Tensor,
@@ -248,7 +247,7 @@ def gated_residual(
     """
     chosen, _ = prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
     if chosen == "torch":
-        if inplace and not torch.compiler.is_compiling():
+        if inplace:
             check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
         return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
     target = x if inplace else _new(x)
@@ -256,7 +255,7 @@ def gated_residual(
     return target
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def gated_residual_norm_modulate(
     x: Tensor,
     update: Tensor,
@@ -314,8 +313,7 @@ def gated_residual_norm_modulate(
     arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
     chosen, _ = prepare(x=x, update=update, gate=gate, out=out, quantize=quantize, backend=backend, **arguments)
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
+        check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
         x_new = gated_residual_reference(x, update, gate, block_map)
         y = norm_modulate_reference(x_new, eps=eps, quantize=quantize, **arguments)
         return _into(x if inplace else None, x_new), _into(out, y)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..common.checks import check_targets
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 from .rope import Rope3D
@@ -158,7 +158,7 @@ def _choose_one(*, x, weight, rope, num_heads, start, eps, layout, inplace, back
     return _choose(backend, (x, weight), num_heads)
 
 
-@explained_by(_choose_pair)
+@public_operator(_choose_pair)
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -209,7 +209,7 @@ def qk_norm_rope(
     _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
     tables = [] if rope is None else list(rope)
     if _choose(backend, (q, k, q_weight, k_weight), num_heads).backend == "torch":
-        if inplace and not torch.compiler.is_compiling():
+        if inplace:
             _check_outputs(q, k, q_weight, k_weight, tables, q, k)
         results = [
             norm_rope_reference(x, w, rope, num_heads, 0, eps, layout) for x, w in ((q, q_weight), (k, k_weight))
@@ -220,7 +220,7 @@ def qk_norm_rope(
     return q_out.unflatten(2, (num_heads, -1)), k_out.unflatten(2, (num_heads, -1))
 
 
-@explained_by(_choose_one)
+@public_operator(_choose_one)
 def norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -264,7 +264,7 @@ def norm_rope(
     _check("x", x, weight, rope, num_heads, start, layout, whole=False)
     tables = [] if rope is None else list(rope)
     if _choose(backend, (x, weight), num_heads).backend == "torch":
-        if inplace and not torch.compiler.is_compiling():
+        if inplace:
             _check_outputs(x, None, weight, None, tables, x, None)
         return _into(x if inplace else None, norm_rope_reference(x, weight, rope, num_heads, start, eps, layout))
     out = x if inplace else x.new_empty(x.shape)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..common.checks import check_frames, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
@@ -67,7 +67,7 @@ def _choose(x: Tensor, weight: Tensor, out: Tensor | None, backend: str) -> Choi
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Norms every pixel over its channels, scales it and applies SiLU.
 
@@ -99,8 +99,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
         y = rms_norm_silu_reference(x, weight)
         if out is None:
             return y
-        if not torch.compiler.is_compiling():
-            check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
+        check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
         return out.copy_(y)
     out = x.new_empty(x.shape) if out is None else out
     _rms_norm_silu_op(x, weight, out)

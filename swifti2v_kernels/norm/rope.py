@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +67,11 @@ def rope_3d(
     dims = (head_dim - 2 * spatial, spatial, spatial) if axis_dims is None else tuple(axis_dims)
     if len(dims) != 3 or sum(dims) != head_dim or any(d % 2 or d < 0 for d in dims):
         raise ValueError(f"axis_dims: expected three even numbers with sum {head_dim}, got {axis_dims}")
-    index = torch.as_tensor(block_index, dtype=torch.float64)
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    positions = (torch.as_tensor(block_index, **exact), torch.arange(height, **exact), torch.arange(width, **exact))
     tables = []
-    for position, channels in zip((index, torch.arange(height), torch.arange(width)), dims, strict=True):
-        frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angle = torch.outer(position.to("cpu", torch.float64), frequency)
+    for position, channels in zip(positions, dims, strict=True):
+        angle = torch.outer(position, theta ** (-torch.arange(0, channels, 2, **exact) / channels))
         tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, torch.float32))
     return Rope3D(*tables)
 

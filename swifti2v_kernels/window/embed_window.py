@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..common.checks import check_index, check_parameter, check_range, check_store, check_targets
+from ..common.checks import check_index, check_parameter, check_range, check_store, check_targets, concrete
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
@@ -125,7 +125,7 @@ def _choose(*, backend: str, out: Tensor | None, **arguments: Any) -> Choice:
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def embed_window(
     latents: Tensor,
     weight: Tensor,
@@ -178,7 +178,7 @@ def embed_window(
     shape = _check(*arguments, out)
     chosen, _ = pick_backend(backend, kernel_obstacle((*arguments, out)))
     if chosen == "torch":
-        if out is not None and not torch.compiler.is_compiling():
+        if out is not None:
             _check_contents(*arguments, out)
         tokens = embed_window_reference(*arguments)
         return tokens if out is None else out.copy_(tokens)
@@ -279,7 +279,7 @@ def _check_contents(
     out: Tensor,
 ) -> None:
     """Checks what only real tensors can tell: values of indices, and addresses."""
-    if latents.device.type == "cpu":
+    if latents.device.type == "cpu" and concrete(latent_index, reference_index):
         if latent_index is not None:
             has_given = reference is not None and reference.shape[1] == latents.shape[1]
             check_range("latent_index", latent_index, -1 if has_given else 0, latents.shape[2] - 1)

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..common.checks import FLOATS, check_index, check_parameter, check_range, check_store, check_targets
+from ..common.checks import FLOATS, check_index, check_parameter, check_range, check_store, check_targets, concrete
 from ..common.cost import Cost
-from ..common.dispatch import Choice, explained_by, kernel_obstacle, pick_backend
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
@@ -137,7 +137,7 @@ def _choose(*, patch_size: Sequence[int], eps: float, backend: str, **arguments:
     return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
 
 
-@explained_by(_choose)
+@public_operator(_choose)
 def project_step(
     x: Tensor,
     weight: Tensor,
@@ -198,8 +198,7 @@ def project_step(
     _check(*arguments, patch_size)
     chosen, _ = pick_backend(backend, _obstacle(*arguments))
     if chosen == "torch":
-        if not torch.compiler.is_compiling():
-            _check_contents(*arguments)
+        _check_contents(*arguments)
         return project_step_reference(*arguments, patch_size, eps)
     tensor, factor = (step, None) if isinstance(step, Tensor) else (None, step)
     _project_step_op(*arguments[:-1], tensor, factor, patch_size, eps)
@@ -296,7 +295,7 @@ def _check_contents(
     step: float | Tensor | None,
 ) -> None:
     """Checks what only real tensors can tell: values of indices, and addresses."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and concrete(latent_index, block_map):
         if block_map is not None:
             check_range("block_map", block_map, 0, shift.shape[1] - 1)
         if latent_index is not None:

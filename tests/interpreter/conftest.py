@@ -11,7 +11,3 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/interpreter needs TRITON_INTERPRET=1 in the environment")
-
-from bench.harness import interpreter
-
-interpreter.install()

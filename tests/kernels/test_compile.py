@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from bench.__main__ import main
 from bench.operators.discover import all_cases
@@ -92,6 +94,45 @@ def test_hopper_overlaps_the_softmax_with_a_product() -> None:
     special, portable = analyse([kernel.binary for kernel in kernels], kernels[0].arch)
     assert all(loop.overlapped for loop in special.loops)
     assert not any(loop.overlapped for loop in portable.loops)
+
+
+@triton.jit
+def asserting_matmul_kernel(A, B, OUT, n):
+    """Sums the products of n tiles; its assertion, there in debug mode, is a call that no ``wgmma`` may cross."""
+    offsets = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    acc = tl.zeros([64, 64], tl.float32)
+    for i in range(n):
+        acc = tl.dot(tl.load(A + i * 4096 + offsets), tl.load(B + i * 4096 + offsets), acc)
+        tl.device_assert(i < 100, "tiles")
+    tl.store(OUT + offsets, acc)
+
+
+def test_serialised_multiplications_are_found() -> None:
+    """A matmul that ptxas serialises has a fault with ptxas' reason; the same matmul without the cause has none."""
+    case = dataclasses.replace(cases_of(segment_attention)[1], work=lambda constants: Work(64**3, 2 * 2 * 64**2))
+    a, out = torch.ones(64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    with compiled_for(90) as kernels:
+        for debug in (True, False):
+            asserting_matmul_kernel[(1,)](a, a, out, 5, debug=debug, enable_fp_fusion=True)
+    serial, sound = report.rows_of([(case, kernel) for kernel in kernels], TARGETS[90])
+    reason = "wgmma pipeline crossing function boundary at a function call"
+    assert (serial.mma, serial.faults()) == ("HGMMA", [f"wgmma serialised by ptxas: {reason}"])
+    assert (sound.mma, sound.faults()) == ("HGMMA", [])
+
+
+def test_a_softmax_that_waits_is_found(monkeypatch) -> None:
+    """The Hopper kernel has no fault, and one where the softmax of one of its two loops waits for the product."""
+    case = next(case for case in report.CASES if case.name == "segment_attention d128")
+    launches = [(case, compiled(case.name, 90))]
+    (row,) = report.rows_of(launches, TARGETS[90])
+    assert (row.kernel, row.faults()) == ("segment_attention_hopper_kernel", [])
+    (analysis,) = analyse([launches[0][1].binary], launches[0][1].arch)
+    hoisted = dataclasses.replace(analysis.loops[0], overlapped=False)
+    monkeypatch.setattr(
+        report, "analyse", lambda *args: [dataclasses.replace(analysis, loops=[hoisted, *analysis.loops[1:]])]
+    )
+    (row,) = report.rows_of(launches, TARGETS[90])
+    assert row.faults() == ["overlap: exponentials run during a multiplication in 1 of 2 loops"]
 
 
 def test_explain_names_the_kernel_that_compiles() -> None:

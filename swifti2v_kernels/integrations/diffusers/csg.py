@@ -139,7 +139,8 @@ class DiffusersWanWindow:
             raise ValueError(f"text: expected a batch of 1 or {batch}, got {self.text.shape[0]}")
         tokens = (height // config.patch_size[1]) * (width // config.patch_size[2])
         per_block = [0.0] * len(window.conditioning) + [_TIMESTEPS * sigma] * len(window.noisy)
-        timestep = torch.tensor(per_block, device=latents.device).repeat_interleave(tokens).expand(batch, -1)
+        timestep = torch.tensor(per_block, dtype=torch.float32, device=latents.device)
+        timestep = timestep.repeat_interleave(tokens).expand(batch, -1)
         text, image = (self._context(x, latents) for x in (self.text, self.image))
         with self._positions(window.blocks):
             return self.transformer(

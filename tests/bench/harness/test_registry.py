@@ -50,6 +50,7 @@ NAMES = [
     "cost",
     "csg",
     "dit",
+    "hosts",
     "memory",
     "operators",
     "precision",

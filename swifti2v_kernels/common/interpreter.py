@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter (3.6 to 3.9), for benchmarks and tests that run kernels in it.
+"""Repairs of Triton's interpreter (3.6 to 3.9), which come before the first kernel that this library runs in it.
 
 The stock interpreter keeps bfloat16 and float8 values as raw integers. It multiplies these in ``tl.dot``, truncates
 where the hardware rounds to nearest even, and adds bits where an operator meets two bfloat16 tensors. Here those
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -56,9 +57,17 @@ def with_room(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
 with_room.__code__ = with_room.__code__.replace(co_stacksize=1 << 16)
 
 
+def version_obstacle() -> str | None:
+    """Returns why kernels cannot be trusted in this Triton's interpreter, or None: others have not been looked at."""
+    major, minor = triton.__version__.split(".")[:2]
+    if (3, 6) <= (int(major), int(minor)) <= (3, 9):
+        return None
+    return f"kernels are interpreted by Triton 3.6 to 3.9, this is {triton.__version__}"
+
+
 @functools.cache
-def install() -> None:
-    """Replaces the faulty operations, once; call before the first launch."""
+def repair_interpreter() -> None:
+    """Replaces the faulty operations, once, for all kernels of the process."""
     builder = interpreter.InterpreterBuilder
     stock_cast: Callable[..., Any] = builder.cast_impl
     stock_binary: Callable[..., Any] = builder.binary_op

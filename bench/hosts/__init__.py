@@ -1,0 +1,1 @@
+"""Models of diffusers before and after ``accelerate``: what the change costs or saves."""
