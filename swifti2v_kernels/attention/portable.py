@@ -33,9 +33,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2E = 1.4426950408889634
 #: Descriptors are single kernel arguments: Triton 3.6 cannot launch with a tuple of them.
 MAX_DESCRIPTOR_SOURCES = 4
-#: (head_dim, whether of several sources) whose usual forms Triton 3.6 translates for Hopper so that ptxas serialises the
-#: matrix multiplications. Their forms below it does not. Newer ones have no such fault.
-_SERIALISED = ((96, False), (96, True), (128, True))
+#: (head_dim, whether there are several sources) where Triton 3.6 writes PTX for Hopper of which ptxas serialises the
+#: matrix multiplications, unless the form is another than the usual one. Newer ones do not.
+_SERIALISED = {(96, False), (96, True), (128, True)} if triton.__version__.startswith("3.6.") else set()
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,7 @@ class PortableConfig:
         if capability // 10 in (9, 10):
             if not aligned:
                 return cls(128, 32, 8, 2)  # element-wise loads take many registers
-            if (
-                capability == 90
-                and triton.__version__.startswith("3.6.")
-                and (head_dim, num_sources > 1) in _SERIALISED
-            ):
+            if capability == 90 and (head_dim, num_sources > 1) in _SERIALISED:
                 return cls(128, 64, 8, 3) if num_sources > 1 else cls(128, 128, 8, 1, True)
             if num_sources > MAX_DESCRIPTOR_SOURCES:
                 return cls(128, 64, 8, 3)

@@ -146,15 +146,19 @@ def use_backend(backend: str) -> Iterator[None]:
         _asked = before
 
 
-# Constant for one process: under torch.compile it is read once, at trace time.
-@constant_when_traced
 def environment_backend() -> str:
     """Returns the backend that :func:`use_backend` or else the environment asks for; ``auto`` where none is.
 
     Raises:
         ValueError: the environment names an unknown one.
     """
-    return _asked or _known_backend(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    return _known_backend(ENVIRONMENT_VARIABLE, _environment())
+
+
+# Constant for one process: under torch.compile it is read once, at trace time.
+@constant_when_traced
+def _environment() -> str:
+    return _asked or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 def _known_backend(source: str, name: str) -> str:

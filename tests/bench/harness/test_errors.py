@@ -35,7 +35,7 @@ REFUSED = [
     (["dit", "--ops", "fft"], "ops: no operator contains 'fft'; the operators are norm_modulate, "),
     (["dit", "--part", "attention"], "argument --part: invalid choice: 'attention'"),
     (["dit", "--timesteps", "two"], "argument --timesteps: invalid choice: 'two'"),
-    (["hosts", "--models", "Sora"], "models: expected a part of Wan, HunyuanVideo, padded text, LTX-Video, padded text, "),
+    (["hosts", "--models", "Sora"], "models: expected a part of Wan, HunyuanVideo, padded text, LTX-Vid"),
     (["vae", "--shapes", "8K"], "shapes: none contains '8K'; they are 2.1, 360P, 81 frames; "),
     (["vae", "--only", "theirs"], "only: none contains 'theirs'; they are swifti2v; swifti2v, tiles; diffusers"),
     (["vae", "--limit", "4 apples"], MEMORY.format("limit")),

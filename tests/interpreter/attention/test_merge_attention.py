@@ -30,3 +30,38 @@ def test_against_float64(parts: int, head_dim: int, length: int, dtype: torch.dt
     assert relative_error(out, expected) < max(OPERATOR[name], 2e-5)
     finite = expected_lse.isfinite()
     assert (lse[finite] - expected_lse[finite]).abs().max() < 2 * LSE["float32"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_a_part_without_keys_holds_does_not_count(backend: str) -> None:
+    """Its output may be NaN, as memory that nobody has written is; where no part has keys the result is 0."""
+    (full, empty), nothing = torch.randn(2, 1, 5, 2, 16), torch.full((1, 2, 5), float("-inf"))
+    empty[:] = float("nan")
+    lse = torch.randn(1, 2, 5)
+    for parts in ([(full, lse), (empty, nothing)], [(empty, nothing), (full, lse)]):
+        merged, total = merge_attention(*zip(*parts, strict=True), backend=backend)
+        assert relative_error(merged, full) < OPERATOR["float32"]
+        assert relative_error(total, lse) < OPERATOR["float32"]
+    merged, total = merge_attention([empty, empty], [nothing, nothing], backend=backend)
+    assert (merged == 0).all()
+    assert total.isneginf().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_infinite_sum_of_exponentials_is_no_part_without_keys(backend: str) -> None:
+    """Logits that have overflowed are not hidden: the result is NaN, and so is that of a NaN in a part that counts."""
+    parts, lse = torch.randn(2, 1, 5, 2, 16), torch.zeros(1, 2, 5)
+    infinite, unknown = torch.full_like(lse, float("inf")), torch.full_like(lse, float("nan"))
+    for lses in ([infinite, lse], [infinite, infinite], [lse, unknown]):
+        merged, total = merge_attention(list(parts), lses, backend=backend)
+        assert merged.isnan().all()
+        assert not (total.isfinite() | total.isneginf()).any()
+    parts[1] = float("nan")
+    assert merge_attention(list(parts), [lse, lse - 200], backend=backend)[0].isnan().all()
+
+
+def test_gradients_of_merging_nothing_are_zero() -> None:
+    lses = [torch.full((1, 2, 5), float("-inf"), requires_grad=True) for _ in range(2)]
+    out, _ = merge_attention([torch.randn(1, 5, 2, 16)] * 2, lses)
+    gradients = torch.autograd.grad(out.sum(), lses)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)

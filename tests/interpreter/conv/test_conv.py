@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swifti2v_kernels import causal_conv3d, explain, fold_upsample_weight, frames_out, rms_norm_silu, upsample_conv2d
@@ -39,6 +40,25 @@ CASES = [
     *((name, torch.float32) for name in ("a tile in a corner, one frame of history", "half frames", "half rate")),
     *((name, torch.float16) for name in ("several programs share a pixel", "even kernel")),
 ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("length", [1e-15, 1e-11, 1e-8, 1e-4])
+def test_pixels_of_any_length_are_normed_to_one(length: float, backend: str) -> None:
+    """The floor of the length is 1e-12, in all three operators: far above it, short pixels are as long as others."""
+    x = length * F.normalize(scattered((1, 1, 3, 4, 16), torch.float32), dim=-1)
+    gamma = torch.rand(16) + 0.5
+    weight = torch.eye(16).view(16, 16, 1, 1, 1).contiguous(memory_format=torch.channels_last_3d)
+    phases = torch.zeros(4, 16, 2, 2, 16)
+    for i, phase in enumerate(phases):
+        phase[:, 1 - i // 2, 1 - i % 2] = torch.eye(16)
+    expected = normed(x, gamma)
+    assert relative_error(rms_norm_silu(x, gamma, backend=backend), expected) < KERNEL["float32"]
+    y = causal_conv3d(x, weight, norm_weight=gamma, keep_sum=False, backend=backend)
+    assert relative_error(y, expected) < KERNEL["float32"]
+    _, y = upsample_conv2d(x, phases, norm_weight=gamma, backend=backend)
+    doubled = expected.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert relative_error(y, doubled) < KERNEL["float32"]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)

@@ -19,6 +19,7 @@ from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common import tables, target
 from swifti2v_kernels.common.checks import overlapping, self_overlapping
+from swifti2v_kernels.common.dispatch import environment_backend, use_backend
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import EXACT, OPERATOR, relative_error
 
@@ -218,6 +219,26 @@ def test_the_choice_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
         segment_attention(Q, [(K, V)])
     monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")  # a preference: what has no kernel still runs
     assert explain(segment_attention, Q, [(K, V)]).backend == "torch"
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "")  # as if it were not set
+    assert explain(segment_attention, Q, [(K, V)]) == choice
+
+
+def test_a_backend_of_another_word_is_named_in_a_compiled_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "cuda")
+    compiled = torch.compile(lambda q, k, v: segment_attention(q, [(k, v)]), backend="eager")
+    with pytest.raises(ValueError, match=r"^SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'cuda'$"):
+        compiled(Q, K, V)
+
+
+def test_a_backend_can_be_asked_for_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
+    with use_backend("torch"):
+        assert environment_backend() == "torch"
+        unknown = use_backend("cuda")
+        with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton, got 'cuda'"):
+            unknown.__enter__()
+        assert environment_backend() == "torch"
+    assert environment_backend() == "triton"
 
 
 def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -151,6 +152,20 @@ def test_views_of_other_dtypes_overlap_by_their_bytes():
     assert overlapping(store[:512], halves[1023:1100])
     nowhere = torch.empty(4, device="meta")
     assert not overlapping(nowhere, nowhere.clone())
+
+
+def test_tensors_of_two_storages_overlap_by_their_addresses():
+    memory = np.zeros((8, 16), dtype=np.float32)
+    x, y = torch.from_numpy(memory).unsqueeze(0), torch.from_numpy(memory).unsqueeze(0)
+    assert x.untyped_storage()._cdata != y.untyped_storage()._cdata
+    assert overlapping(x[:, 2:5], y[:, 4:])
+    assert not overlapping(x[:, :4], y[:, 4:])
+    assert not overlapping(x[..., :8], y[..., 8:])
+    assert overlapping(x, torch.from_numpy(memory.reshape(-1)[3:7]))
+    assert overlapping(torch.from_dlpack(x), y)
+    with pytest.raises(ValueError, match="out: expected x itself or memory of its own, but it overlaps x"):
+        norm_modulate(x[:, :4], out=y[:, 2:6])
+    assert norm_modulate(x, out=y) is y  # one and the same elements
 
 
 def test_a_row_that_is_not_there_is_nan_where_values_are_not_checked():

@@ -1,12 +1,14 @@
-"""Every command ends at an interruption, also at one that Python itself would lose."""
+"""Every command ends at an interruption, also at one that Python itself would lose, and at an unknown backend."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,17 @@ def test_what_else_a_finalizer_raises_is_python_s_to_report() -> None:
     finally:
         sys.unraisablehook = hook
     assert [str(value) for value in reported] == ["of its own"]
+
+
+@pytest.mark.parametrize("command", ["model.generate", "model.plan", "model.inspect", "bench.__main__"])
+def test_a_backend_of_another_word_is_one_line_before_any_work(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SWIFTI2V_BACKEND", "cuda")
+    monkeypatch.chdir(tmp_path)
+    arguments = {"model.inspect": ["file"], "bench.__main__": ["cost"]}.get(command, [])
+    assert importlib.import_module(command).main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'cuda'\n"
+    assert printed.out == ""
+    assert not list(tmp_path.iterdir())
