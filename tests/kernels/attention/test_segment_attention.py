@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model.machine.counted import TensorMemory
 from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
 from swifti2v_kernels.attention import choice as attention_choice
+from swifti2v_kernels.attention import reference
 from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common import tables, target
@@ -103,6 +105,32 @@ def test_log_sum_exp_in_every_dtype(dtype: torch.dtype) -> None:
     assert lse.dtype == torch.float32
     assert relative_error(out, expected) < OPERATOR[str(dtype).removeprefix("torch.")]
     assert relative_error(lse, expected_lse) < OPERATOR["float32"]
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("return_lse", [False, True], ids=["attention alone", "log-sum-exp"])
+def test_logits_are_never_all_there_at_once(return_lse: bool, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of [B, H, Lq, L] is held, forward or backward, with padded text and without a kernel."""
+    length, (q, k, v) = 1024, qkv(1024, batch=1, heads=2, dtype=torch.float32)
+    text, valid = qkv(16, batch=1, heads=2, dtype=torch.float32)[1:], torch.tensor([9])
+    monkeypatch.setattr(reference, "PIECE", dict.fromkeys(reference.PIECE, 32 * 2 * (length + 16)))
+
+    def computed() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(gradients) for x in (q, k, v, *text)]
+        sources = [(leaves[1], leaves[2]), (leaves[3], leaves[4])]
+        result = segment_attention(leaves[0], sources, valid_lengths=[None, valid], return_lse=return_lse)
+        results = list(result) if return_lse else [result]
+        return [*results, *(torch.autograd.grad(sum(x.sin().sum() for x in results), leaves) if gradients else ())]
+
+    with TensorMemory([q, k, v, *text]) as memory:
+        before = memory.live
+        found = computed()
+    assert (
+        memory.peak - before < 2 * length**2 * 4 / 2
+    )  # half of the logits in float32, which would be held several times
+    monkeypatch.setattr(reference, "PIECE", dict.fromkeys(reference.PIECE, 1 << 30))
+    for a, b in zip(found, computed(), strict=True):
+        assert relative_error(a, b) < OPERATOR["float32"]
 
 
 def test_gradients_flow_through_every_option() -> None:
