@@ -9,7 +9,9 @@ own ``forward`` stood, so hooks may come before or after it and may go again.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -17,10 +19,15 @@ from typing import Any
 
 from torch import nn
 
+from .calls import COMPILED, AttentionCalls, counts, is_traced
 from .hooks import foreign_forward, forward_slots, own_forward
+from .obstacles import in_model
+from .probing import Probe, disproofs
 
 #: Attribute of a patched root module that holds what was done to it.
 _RECORD = "_swifti2v_patches"
+#: Attribute of a patched module that holds the counts of its calls. There a copy of the module has counts of its own.
+_CALLS = "_swifti2v_calls"
 
 
 class HostChanged(RuntimeError):
@@ -41,10 +48,15 @@ class Recipe:
         needs: attributes of the module that the replacement reads, dotted; or a function of the module that gives them.
         parameters: names of the parameters of the host's ``forward`` (or of the processor's ``__call__``), or None if
             ``fits`` looks at them.
-        forward: ``forward(module, ...)`` that replaces the module's own.
+        forward: ``forward(module, ...)`` that replaces the module's own. For a call that it does not take, it changes
+            nothing and returns the reason, a string; the host's own forward is called then.
         processor: makes an attention processor from the present one.
         fits: says why one particular module cannot be replaced, or None.
         package: the host's package; a class or a ``forward`` of the same name from elsewhere is left and named.
+        own: gives the host's own forward by the class of a module.
+        served_apart: whether :attr:`Report.calls` says which calls are served, and the replacement cannot.
+        probe: gives the trials that prove that ``forward`` computes what the module's own does. A recipe without a
+            package has one, unless ``forward`` is the host's code, since a class's name proves nothing.
     """
 
     host: str
@@ -56,20 +68,62 @@ class Recipe:
     processor: Callable[[Any], Any] | None = None
     fits: Callable[[Any], str | None] = lambda module: None
     package: str | None = None
+    own: Callable[[type[nn.Module]], Callable[..., Any]] = lambda kind: kind.forward
+    served_apart: bool = False
+    probe: Probe | None = None
+
+    # One function for all modules: compiled code of one layer is then that of the others too.
+    @functools.cached_property
+    def counted_forward(self) -> Callable[..., Any]:
+        """``forward``, with the host's own for the calls that it does not take; both are counted."""
+        forward = self.forward
+        assert forward is not None
+
+        @functools.wraps(forward)
+        def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out = forward(module, *args, **kwargs)
+            if is_taken(out, module, self.host):
+                return out
+            return self.own(type(module))(module, *args, **kwargs)
+
+        return counted
+
+
+def is_taken(out: Any, module: nn.Module, host: str) -> bool:
+    """Returns whether ``out`` is a replacement's result, and not the reason why the host must compute; counts it."""
+    reason = out if isinstance(out, str) else None
+    if counts(host) and (calls := module.__dict__.get(_CALLS)) is not None:
+        calls[reason] += 1
+    return reason is None
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One replacement in one module: ``original`` is what stood there and ``replacement`` what stands there now."""
+    """One replacement in one module: ``original`` is what stood there and ``replacement`` what stands there now.
+
+    ``calls`` counts the module's calls, by the reason why the host computed them or, where ours did, None.
+    """
 
     name: str
     module: nn.Module
     recipe: Recipe
     original: Any
     replacement: Any
+    calls: Counter[str | None] = field(default_factory=Counter, compare=False)
+
+    def around(self) -> Iterator[tuple[str, str]]:
+        """Yields the names of the modules around this one, each with the feature of this one."""
+        for i, character in enumerate(self.name):
+            if character == ".":
+                yield self.recipe.feature, self.name[:i]
+
+    def count(self) -> None:
+        """Has the module's calls counted from now on."""
+        self.module.__dict__[_CALLS] = self.calls
 
     def apply(self) -> None:
         """Puts the replacement in place."""
+        self.count()
         if self.recipe.processor is not None:
             _set_processor(self.module, self.replacement)
             return
@@ -81,6 +135,7 @@ class Patch:
 
     def undo(self) -> bool:
         """Puts the original back; returns False if something else has taken the replacement's place since."""
+        self.module.__dict__.pop(_CALLS, None)
         if self.recipe.processor is not None:
             if self.module.processor is not self.replacement:
                 return False
@@ -113,12 +168,17 @@ class Line:
 class Report:
     """An account of what was replaced, and of what was not and why; printed, it is a table.
 
+    Printed again after a run, it also counts the calls: served by our operators, handed back to the host and why. What
+    was never called is named.
+
     Attributes:
         title: the first line.
         dry_run: whether nothing was replaced; ``replaced`` is then what would be.
         replaced: the kinds of modules that were replaced, by what.
         left: the kinds of modules that were not, with the reason.
         roots: the models that were changed.
+        planned: the models by name, with what is replaced in each; None for one whose host moves it as it runs.
+        calls: the counts of attention calls by what served them, where a host's attention function is replaced.
     """
 
     title: str
@@ -126,6 +186,8 @@ class Report:
     replaced: list[Line] = field(default_factory=list)
     left: list[Line] = field(default_factory=list)
     roots: list[nn.Module] = field(default_factory=list, repr=False)
+    planned: list[tuple[str, nn.Module | None, list[Patch]]] = field(default_factory=list, repr=False)
+    calls: AttentionCalls | None = None
 
     def restore(self) -> Report:
         """Puts the host's own code back in all models of this report.
@@ -138,15 +200,57 @@ class Report:
             result.left += restore_module(root).left
         return result
 
+    def obstacles(self) -> Iterator[tuple[str, Line]]:
+        """Yields rows that say where no kernel runs, by where the models are now."""
+        for component, root, patches in self.planned:
+            attentions = [(p.module, p.recipe.served_apart) for p in patches if p.recipe.feature == "attention"]
+            for reason in in_model(root, attentions) if root is not None and patches else ():
+                yield "no kernel", Line(component, type(root).__name__, 0, reason)
+
+    def outcomes(self) -> Iterator[tuple[str, Line]]:
+        """Yields rows that say what has become of the calls of each kind of module until now."""
+        for component, _, patches in self.planned:
+            layers = {(patch.recipe.feature, patch.name) for patch in patches if None in patch.calls}
+            for recipe in {patch.recipe.host: patch.recipe for patch in patches}.values():
+                kind = [patch for patch in patches if patch.recipe.host == recipe.host]
+                for reason, n in sum((patch.calls for patch in kind), Counter()).most_common():
+                    some = [patch for patch in kind if reason in patch.calls]
+                    calls = f"{n} call{'s' * (n > 1)}"
+                    if reason is not None:
+                        yield "handed back", _line(some, component, f"{calls}: {reason}")
+                    else:
+                        yield "called" if recipe.served_apart else "served", _line(some, component, calls)
+                idle = [patch for patch in kind if not patch.calls]
+                # A layer of a VAE computes with the weights of its parts and calls none of them.
+                if parts := [patch for patch in idle if not layers.isdisjoint(patch.around())]:
+                    yield "served", _line(parts, component, "as parts of layers that were")
+                    idle = [patch for patch in idle if patch not in parts]
+                if is_traced(recipe.host):
+                    yield "not counted", _line(kind, component, COMPILED)
+                elif idle:
+                    names = [patch.name.removeprefix(f"{component}.") for patch in idle]
+                    text = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                    yield "never called", _line(idle, component, text)
+
     def __str__(self) -> str:
         rows = [("would replace" if self.dry_run else "replaced", line) for line in self.replaced]
         rows += [("left", line) for line in self.left]
-        cells = [(verb, f"{x.count} x {x.host}" if x.count else x.host, x.component, x.text) for verb, x in rows]
-        widths = [max((len(cell[i]) for cell in cells), default=0) for i in range(3)]
-        lines = [
-            "  ".join(part.ljust(w) for part, w in zip(cell, widths, strict=False)) + f"  {cell[3]}" for cell in cells
-        ]
-        return "\n".join([self.title, *(f"  {line}" for line in lines or ["nothing here is known"])])
+        rows += self.obstacles()
+        outcomes = [] if self.dry_run else list(self.outcomes())
+        called = any(verb != "never called" for verb, _ in outcomes)
+        lines = [self.title, *(table(rows + outcomes * called) or ["  nothing here is known"])]
+        if outcomes and not called:
+            lines.append("  no call so far; after a run this report says which were served")
+        if self.calls is not None and self.calls.kinds:
+            lines += (f"  {line}" for line in str(self.calls).splitlines())
+        return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, Line]]) -> list[str]:
+    """Returns rows of a report in columns."""
+    cells = [(verb, f"{x.count} x {x.host}" if x.count else x.host, x.component, x.text) for verb, x in rows]
+    widths = [max((len(cell[i]) for cell in cells), default=0) for i in range(3)]
+    return ["  ".join(["", *(part.ljust(w) for part, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells]
 
 
 def plan_patches(
@@ -168,7 +272,7 @@ def plan_patches(
         HostChanged: a module is of a known kind but lacks an attribute, or its ``forward`` takes other parameters.
     """
     by_host = {recipe.host: recipe for recipe in recipes}
-    patches: list[Patch] = []
+    fitting: list[tuple[str, nn.Module, Recipe]] = []
     left: list[Line] = []
     for name, module in root.named_modules():
         path = f"{component}.{name}" if name else component
@@ -192,7 +296,10 @@ def plan_patches(
             if reason is not None:
                 left.append(Line(path, kind, 1, reason))
             else:
-                patches.append(_make_patch(path, module, recipe))
+                fitting.append((path, module, recipe))
+    unproved = disproofs((m, r.counted_forward, r.probe) for _, m, r in fitting if r.forward and r.probe)
+    left += [Line(path, recipe.host, 1, unproved[m]) for path, m, recipe in fitting if m in unproved]
+    patches = [_make_patch(path, module, recipe) for path, module, recipe in fitting if module not in unproved]
     return (
         patches,
         _grouped((Line(p.name, p.recipe.host, 1, p.recipe.by) for p in patches), component),
@@ -262,6 +369,7 @@ def patch_models(
         patches, replaced, left = plan_patches(name, root, recipes, wanted, host_version)
         left += look(name, root)
         plans.append((root, patches))
+        report.planned.append((name, root, patches))
         report.replaced += replaced
         report.left += left or ([] if replaced else [Line(name, type(root).__name__, 0, "not known")])
     if report.dry_run:
@@ -310,9 +418,8 @@ def _kinds(module: nn.Module) -> Iterator[str]:
 def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
     if recipe.processor is not None:
         return Patch(path, module, recipe, module.processor, recipe.processor(module.processor))
-    assert recipe.forward is not None
     original = MethodType(type(module).forward, module)
-    return Patch(path, module, recipe, original, MethodType(recipe.forward, module))
+    return Patch(path, module, recipe, original, MethodType(recipe.counted_forward, module))
 
 
 def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
@@ -351,6 +458,12 @@ def _check_host(path: str, module: nn.Module, recipe: Recipe, host_version: str)
         raise changed(f"no parameter {missing[0]!r} in its {where}")
     if surplus:
         raise changed(f"a parameter {surplus[0]!r} in its {where} that is not known")
+
+
+def _line(patches: Sequence[Patch], component: str, text: str) -> Line:
+    """Returns a line for patches of one kind; a single one has its full name."""
+    name = patches[0].name if len(patches) == 1 else component
+    return Line(name, patches[0].recipe.host, len(patches), text)
 
 
 def _set_processor(module: nn.Module, processor: Any) -> None:

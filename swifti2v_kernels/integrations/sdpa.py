@@ -12,18 +12,16 @@ reading it, which would stop the GPU.
 
 Not seen: calls in other threads, and those inside functions that a mode sees as a whole
 (``torch.nn.MultiheadAttention``, ``torch.jit`` code, compiled C++). ``torch.compile`` takes the mode as part of the
-state that it guards: a compiled model is compiled once more inside the block, counts at every run, and has its own
-graph back after it. Dynamo breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True``
-may refuse there.
+state that it guards: a compiled model is compiled once more inside the block and has its own graph back after it. Its
+calls are served and not counted (:mod:`~swifti2v_kernels.integrations.calls`), which the printed counts say. Dynamo
+breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True`` may refuse there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,29 +32,7 @@ from torch.overrides import TorchFunctionMode
 from ..attention.segment_attention import segment_attention
 from ..common.dispatch import BACKENDS, explain
 from ..common.tracing import constant_when_traced
-
-
-@dataclass
-class AttentionCalls:
-    """Counts of a model's attention calls; printed, one line for each kind of call.
-
-    Attributes:
-        implementations: the calls that our operator served, by the implementation that computed them.
-        not_served: the other calls, by the reason; they went where they would have gone anyway.
-    """
-
-    implementations: Counter[str] = field(default_factory=Counter)
-    not_served: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def served(self) -> int:
-        """The number of calls that our operator served."""
-        return self.implementations.total()
-
-    def __str__(self) -> str:
-        rows = [(n, f"served by {name}") for name, n in self.implementations.most_common()]
-        rows += [(n, f"not served: {reason}") for reason, n in self.not_served.most_common()]
-        return "\n".join(["attention calls", *(f"{n:8d}  {text}" for n, text in rows or [(0, "none seen")])])
+from .calls import AttentionCalls
 
 
 @contextmanager
@@ -131,10 +107,10 @@ def attend(
         call: dict[str, Any] = {"scale": scale, "valid_lengths": [valid_lengths], "backend": backend}
         choice = explain(segment_attention, q, [(k, v)], **call)
         if choice.backend == "triton" or backend == "torch":
-            calls.implementations[choice.implementation] += 1
+            calls.serve(choice.implementation)
             return segment_attention(q, [(k, v)], **call)
         reason = choice.reason
-    calls.not_served[reason] += 1
+    calls.decline(reason)
     return None
 
 
@@ -202,11 +178,11 @@ def _sdpa(
         (enable_gqa and query.shape[-3] != key.shape[-3], "enable_gqa: fewer heads of keys than of queries"),
     ):
         if asked:
-            calls.not_served[reason] += 1
+            calls.decline(reason)
             return None
     q, k, v = (_autocast(x) for x in (query, key, value))
     if not q.ndim == k.ndim == v.ndim == 4:
-        calls.not_served["not [B, H, L, D]"] += 1
+        calls.decline("not [B, H, L, D]")
         return None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, calls, scale=scale, backend=backend)

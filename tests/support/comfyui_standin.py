@@ -57,17 +57,25 @@ def attention_pytorch(
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
+class WrappersMP:
+    """The kinds of wrappers, as in comfy/patcher_extension.py."""
+
+    OUTER_SAMPLE = "outer_sample"
+
+
 def install(patch: pytest.MonkeyPatch) -> ModuleType:
-    """Puts ``comfy.ldm.modules.attention`` where imports find it."""
-    attention = ModuleType("comfy.ldm.modules.attention")
+    """Puts ``comfy.ldm.modules.attention``, which is returned, and ``comfy.patcher_extension`` where imports look."""
+    attention, extension = ModuleType("comfy.ldm.modules.attention"), ModuleType("comfy.patcher_extension")
     attention.wrap_attn = wrap_attn  # type: ignore[attr-defined]
     attention.optimized_attention = attention_pytorch  # type: ignore[attr-defined]
+    extension.WrappersMP = WrappersMP  # type: ignore[attr-defined]
     names = attention.__name__.split(".")
     for i in range(1, len(names)):
         package = ModuleType(".".join(names[:i]))
         package.__path__ = []
         patch.setitem(sys.modules, package.__name__, package)
-    patch.setitem(sys.modules, attention.__name__, attention)
+    for module in (attention, extension):
+        patch.setitem(sys.modules, module.__name__, module)
     return attention
 
 
@@ -107,6 +115,13 @@ class WanModel(nn.Module):
         return x
 
 
+class WanModel_S2V(WanModel):
+    """A model that hands no options to its layers, so that no override is called."""
+
+    def forward(self, x: Tensor, context: Tensor, transformer_options: dict[str, Any]) -> Tensor:
+        return super().forward(x, context, {})
+
+
 class BaseModel(nn.Module):
     """The object that a patcher of a diffusion model holds, as in comfy/model_base.py."""
 
@@ -126,13 +141,22 @@ class ModelPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.object_patches: dict[str, Any] = {}
         self.object_patches_backup: dict[str, Any] = {}
+        self.wrappers: dict[str, dict[str, list[Callable[..., Any]]]] = {}
+        self.load_device = torch.device("cpu")
 
     def clone(self) -> ModelPatcher:
         n = type(self)(self.model)
         n.model_options = copy.deepcopy(self.model_options)
         n.object_patches = dict(self.object_patches)
         n.object_patches_backup = self.object_patches_backup
+        n.wrappers = {kind: {key: w.copy() for key, w in keys.items()} for kind, keys in self.wrappers.items()}
         return n
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable[..., Any]) -> None:
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
 
     def is_clone(self, other: ModelPatcher) -> bool:
         return self.model is other.model
@@ -181,6 +205,7 @@ class VAE:
         self.first_stage_model = first_stage_model
         if first_stage_model is not None:
             self.patcher = ModelPatcher(first_stage_model)
+            self.device = torch.device("cpu")
 
     def decode(self, samples: Tensor) -> Tensor:
         load_models_gpu([self.patcher])
@@ -227,3 +252,19 @@ def run(model: ModelPatcher, *inputs: Tensor) -> Tensor:
     load_models_gpu([model])
     with torch.no_grad():
         return model.model.diffusion_model(*inputs, transformer_options=model.model_options["transformer_options"])
+
+
+def sample(model: ModelPatcher, *inputs: Tensor, steps: int = 1, after: Callable[[int], None] | None = None) -> Tensor:
+    """Samples with a model as comfy/samplers.py does, its wrappers around; ``after`` is called after every step."""
+
+    def outer_sample(x: Tensor, *others: Tensor) -> Tensor:
+        for i in range(steps):
+            x = run(model, x, *others)
+            if after is not None:
+                after(i)
+        return x
+
+    wrappers = [w for keyed in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).values() for w in keyed]
+    for wrapper in reversed(wrappers):
+        outer_sample = functools.partial(wrapper, outer_sample)
+    return outer_sample(*inputs)

@@ -33,6 +33,9 @@ which every test of that model and feature passed, on tiny random models, first 
 a copy of the host's interface, which has no version. An empty cell was not tested, or not whole. What was shown on the
 real ComfyUI and the real Wan code, which the test suite does not install, is on [get started](get-started.md).
 
+`original Wan code` stands for its t2v, i2v and ti2v models. Of VACE no norms are replaced there, of S2V only
+cross-attention, of Animate nothing; Wan2.1 i2v still needs `flash_attn`, for its CLIP encoder.
+
 | feature | what its tests prove |
 |---|---|
 | attention, norms, restore | the host's output to 1e-5 (float32) with each and with both; identical after `restore` |

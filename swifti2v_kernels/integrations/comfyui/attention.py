@@ -2,6 +2,9 @@
 
 The override is an entry of a model's ``transformer_options`` and so belongs to one ``MODEL`` of a graph. ComfyUI calls
 it with the attention function that it would have used, and with that function's arguments.
+
+Whether a model hands its ``transformer_options`` to its attention, and so calls the override at all, is not known
+before it runs. So the node promises nothing, and after every sampling run the log says what became of the run's calls.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import obstacles
+from ..calls import ATTENTION, AttentionCalls, is_traced
 from ..patching import HostChanged
-from ..sdpa import AttentionCalls, attend
-from .host import need
+from ..sdpa import attend
+from .host import need, told_after
 
 KEY = "optimized_attention_override"
+_WRAPPER = "swifti2v_attention"
 _ATTENTION_MODULE = "comfy.ldm.modules.attention"
 
 Override = Callable[..., Tensor]
@@ -54,8 +60,44 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
     override = make_override(calls, options.get(KEY), backend)
     # New dictionaries, however deep this version's clone is.
     patched.model_options = {**patched.model_options, "transformer_options": {**options, KEY: override}}
-    _log.info("SwiftI2V attention: %s", _describe(model.model))
+    name = type(getattr(model.model, "diffusion_model", model.model)).__name__
+    told = _tell_totals(patched, calls, name)
+    _log.info(
+        "SwiftI2V attention: calls that %s makes of ComfyUI's optimized attention will be offered to the kernels; %s",
+        name,
+        "totals follow after each run" if told else "this version of ComfyUI lets no node show totals after a run",
+    )
+    device = getattr(model, "load_device", None)
+    if backend != "torch" and device is not None and (reason := obstacles.on_device(device)) is not None:
+        _log.warning("SwiftI2V attention: no kernel runs here, ComfyUI computes: %s", reason)
     return patched, calls
+
+
+def _tell_totals(patched: Any, calls: AttentionCalls, name: str) -> bool:
+    """Puts a report after every sampling run of a patcher; returns whether this version of ComfyUI lets it."""
+    try:
+        outer = importlib.import_module("comfy.patcher_extension").WrappersMP.OUTER_SAMPLE
+        # A node of ours before this one is offered what is left, and would report that.
+        patched.remove_wrappers_with_key(outer, _WRAPPER)
+        add = patched.add_wrapper_with_key
+    except (ImportError, AttributeError):
+        return False
+
+    def end(before: AttentionCalls, finished: bool) -> None:
+        run = calls.since(before)
+        if not run.kinds and finished and not is_traced(ATTENTION):
+            _log.warning(
+                "SwiftI2V attention: %s never called the override in this run, so nothing was accelerated. Its"
+                " attention does not pass through the override, or another node has put its own there, or no step was"
+                " made.",
+                name,
+            )
+        else:
+            what = "in this run" if finished else "in this run, which was broken off"
+            _log.info("SwiftI2V attention of %s, %s: %s", name, what, run)
+
+    add(outer, _WRAPPER, told_after(lambda run, *args, **kwargs: run(*args, **kwargs), lambda: calls.since(None), end))
+    return True
 
 
 def make_override(calls: AttentionCalls, previous: Override | None, backend: str = "auto") -> Override:
@@ -65,9 +107,9 @@ def make_override(calls: AttentionCalls, previous: Override | None, backend: str
     """
 
     def override(function: Override, *args: Any, **kwargs: Any) -> Tensor:
-        kinds = len(calls.implementations) + len(calls.not_served)
+        kinds = calls.kinds
         out = _serve(calls, backend, *args, **kwargs)
-        if len(calls.implementations) + len(calls.not_served) > kinds:
+        if calls.kinds > kinds:
             _log.info("SwiftI2V attention, so far: %s", calls)
         if out is not None:
             return out
@@ -111,16 +153,5 @@ def _serve(
         if out is None:
             return None
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
-    calls.not_served[reason] += 1
+    calls.decline(reason)
     return None
-
-
-def _describe(model: Any) -> str:
-    """Returns what was patched, in words for the log."""
-    diffusion = getattr(model, "diffusion_model", model)
-    name = type(diffusion).__name__
-    if not any(kind.__name__ == "WanModel" for kind in type(diffusion).__mro__):
-        return f"{name} is not a Wan model; its calls of optimized_attention are served all the same"
-    kinds = [type(module).__name__ for module in diffusion.modules()]
-    count = sum(kind.startswith("Wan") and kind.endswith("Attention") for kind in kinds)
-    return f"{name}, {count} attention modules"

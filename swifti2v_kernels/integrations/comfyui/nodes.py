@@ -15,7 +15,8 @@ class SwiftI2VAttention:
 
     DESCRIPTION = (
         "Attention of the model on the SwiftI2V kernels. Calls that they cannot serve (masks, other head sizes) go"
-        " where they went before, to an attention node before this one or to ComfyUI's own; the log counts both."
+        " where they went before, to an attention node before this one or to ComfyUI's own. After each run the log"
+        " counts both, and warns if the model never called the kernels."
     )
     CATEGORY = "SwiftI2V"
     RETURN_TYPES = ("MODEL",)
@@ -38,7 +39,8 @@ class SwiftI2VVAE:
 
     DESCRIPTION = (
         "Convolutions, norms and upsampling of a Wan VAE (2.1 or 2.2) on the SwiftI2V kernels. Any other VAE is passed"
-        " on as it is, and named in the log."
+        " on as it is, and named in the log. After each run the log counts the calls of these layers, and those of them"
+        " that ComfyUI computed, with the reason."
     )
     CATEGORY = "SwiftI2V"
     RETURN_TYPES = ("VAE",)

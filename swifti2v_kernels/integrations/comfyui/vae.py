@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..patching import Line, Report, plan_patches
-from .host import need
+from .. import obstacles
+from ..patching import Line, Report, plan_patches, table
+from .host import need, told_after
 
 _log = logging.getLogger(__name__)
 
+#: Methods of a ``VAE`` that run it.
+_RUNS = ("decode", "decode_tiled", "encode", "encode_tiled")
 #: The object patches and the report of each module. They are kept, because a module may show our forwards when it is
 #: looked at again: the patcher that has them is loaded then.
 _PLANS: WeakKeyDictionary[nn.Module, tuple[dict[str, MethodType], Report]] = WeakKeyDictionary()
@@ -31,7 +35,8 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
         vae: a ``VAE``; it is not changed. One that is not Wan's is returned itself.
 
     Returns:
-        The copy, and a report of what was replaced and what was not.
+        The copy, and a report of what was replaced and what was not. It counts the calls of the last run, which are
+        logged after each: a replaced layer may hand a call back to ComfyUI.
 
     Raises:
         HostChanged: this version of ComfyUI has another interface.
@@ -48,8 +53,38 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
     patched.patcher = vae.patcher.clone()
     for name, forward in patches.items():
         patched.patcher.add_object_patch(name, forward)
+    patched.__class__ = _telling(type(vae), report)
     _log.info("%s", report)
+    device = getattr(vae, "device", None)
+    if device is not None and (reason := obstacles.on_device(device)) is not None:
+        _log.warning("SwiftI2V VAE: no kernel runs here, PyTorch computes: %s", reason)
     return patched, report
+
+
+def _telling(kind: type, report: Report) -> type:
+    """Returns a class like ``kind`` whose runs are followed by a report of their calls; ``kind`` if it is one."""
+    if hasattr(kind, "_swifti2v_report"):
+        return kind
+    patches = [patch for _, _, patches in report.planned for patch in patches]
+
+    def begin() -> None:
+        for patch in patches:
+            patch.calls.clear()
+            patch.count()
+
+    def telling(name: str) -> Callable[..., Any]:
+        def end(_: None, finished: bool) -> None:
+            rows = [row for row in report.outcomes() if row[0] != "never called"]
+            what = f"{report.title}, {name}{'' if finished else ', which was broken off'}"
+            if rows:
+                _log.info("%s", "\n".join([what, *table(rows)]))
+            elif finished:
+                _log.warning("%s: none of the replaced layers was called, so nothing was accelerated", what)
+
+        return told_after(getattr(kind, name), begin, end)
+
+    runs = {name: telling(name) for name in _RUNS if hasattr(kind, name)}
+    return type(kind.__name__, (kind,), {**runs, "__module__": kind.__module__, "_swifti2v_report": report})
 
 
 def _plan(module: nn.Module) -> tuple[dict[str, MethodType], Report]:
@@ -59,6 +94,7 @@ def _plan(module: nn.Module) -> tuple[dict[str, MethodType], Report]:
         name = type(module).__name__
         patches, replaced, left = plan_patches(name, module, ORIGINAL_RECIPES, {"vae": True}, "ComfyUI")
         report = Report(f"SwiftI2V VAE: {name}", replaced=replaced, left=left) if patches else _unknown(module)
+        report.planned.append((name, None, patches))
         _PLANS[module] = {f"{patch.name[len(name) + 1 :]}.forward": patch.replacement for patch in patches}, report
     return _PLANS[module]
 

@@ -47,7 +47,8 @@ def accelerate(
         dry_run: whether only to report what would be replaced.
 
     Returns:
-        A report of what was replaced, and of what was not and why. Its ``restore()`` undoes it.
+        A report of what was replaced, and of what was not and why. Printed again after a run, it counts the calls:
+        served, handed back to diffusers and why, never called. Its ``restore()`` undoes it.
 
     Raises:
         TypeError: neither a pipeline nor a module.
@@ -57,6 +58,8 @@ def accelerate(
     Examples:
         >>> pipe = WanImageToVideoPipeline.from_pretrained(...)  # doctest: +SKIP
         >>> report = accelerate(pipe)  # doctest: +SKIP
+        >>> frames = pipe(...).frames  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
         >>> report.restore()  # doctest: +SKIP
     """
     import diffusers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 
 from ... import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
 from ..hooks import hook_kinds, hooked, hooked_inside, only_moves
+from ..patching import is_taken
 
 
 class Processor:
     """An attention processor in place of diffusers' own, which it keeps for the calls that it does not take.
+
+    A subclass's ``__call__`` returns the reason, a string, for such a call; diffusers' own processor is called then.
+    Calls are counted either way.
 
     The class attributes are diffusers' protocol: ``set_attention_backend`` and ``enable_parallelism`` write them. Where
     somebody has chosen a backend or context parallelism, diffusers' own processor computes.
@@ -24,21 +29,34 @@ class Processor:
     def __init__(self, original: Any):
         self.original = original
 
-    def declines(self, attn: nn.Module, *shared: nn.Module | None) -> bool:
-        """Returns whether diffusers' own processor is to be called instead.
+    def __init_subclass__(cls) -> None:
+        attend = cls.__call__
+
+        @functools.wraps(attend)
+        def counted(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out = attend(self, attn, *args, **kwargs)
+            if is_taken(out, attn, type(self.original).__name__):
+                return out
+            self.hand_back()
+            return self.original(attn, *args, **kwargs)
+
+        cls.__call__ = counted
+
+    def declines(self, attn: nn.Module, *shared: nn.Module | None) -> str | None:
+        """Returns why diffusers' own processor is to be called instead, or None.
 
         Args:
             attn: the attention module.
             shared: modules that diffusers calls once for all tokens and we for each stream: whatever hooks on them do
                 to the tokens, they must see all of them.
         """
-        self.hand_back()
-        if self._attention_backend is not None or self._parallel_config is not None or chosen_backend() is not None:
-            return True
+        if (reason := _other_choice(self)) is not None:
+            return reason
         # This hook skips attention by catching the call of torch's that is in diffusers' own processor.
         if "AttentionProcessorSkipHook" in hook_kinds(attn):
-            return True
-        return any(not only_moves(module) for module in shared if module is not None)
+            return "a hook may skip the attention inside diffusers' own processor"
+        watched = any(not only_moves(module) for module in shared if module is not None)
+        return "a hook on a projection or norm must see all tokens at once" if watched else None
 
     def hand_back(self) -> None:
         """Gives the original processor the backend and parallelism chosen since, for when it computes."""
@@ -60,10 +78,14 @@ def chosen_backend() -> str | None:
 
 def backend_is_free(attn: nn.Module) -> str | None:
     """Returns why an attention module is left alone, a backend or parallelism chosen for it before, or None."""
-    backend = getattr(attn.processor, "_attention_backend", None)
+    return _other_choice(attn.processor)
+
+
+def _other_choice(processor: Any) -> str | None:
+    backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
         return f"the attention backend {getattr(backend, 'value', backend)} was chosen for it"
-    if getattr(attn.processor, "_parallel_config", None) is not None:
+    if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism is enabled for it"
     active = chosen_backend()
     return None if active is None else f"the attention backend {active} is active"

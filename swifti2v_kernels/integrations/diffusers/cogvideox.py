@@ -23,11 +23,12 @@ class CogVideoXProcessor(Processor):
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | str:
         """Computes the attention that diffusers' ``CogVideoXAttnProcessor2_0`` computes."""
         shared = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, *attn.to_out
-        if self.declines(attn, *shared) or attention_mask is not None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        reason = "attention_mask is given" if attention_mask is not None else self.declines(attn, *shared)
+        if reason is not None:
+            return reason
         queries, sources = [], []
         for stream, rope in ((encoder_hidden_states, None), (hidden_states, token_rope(image_rotary_emb))):
             queries.append(norm_rotate(attn.to_q(stream), attn.norm_q, attn.heads, rope, inplace=False))
@@ -48,10 +49,9 @@ def _layer(
     temb: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    if watched(self, self.attn1):  # a hook would see one stream, not both
-        arguments = hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
-        return type(self).forward(self, *arguments)
+) -> tuple[Tensor, Tensor] | str:
+    if watched(self, self.attn1):
+        return "a hook inside must see both streams at once"
     streams = token_rows(hidden_states), token_rows(encoder_hidden_states)
     first, second = _modulations(self.norm1, temb), _modulations(self.norm2, temb)
     normed = [

@@ -31,14 +31,15 @@ class LTXVideoProcessor(Processor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | str:
         """Computes the attention that diffusers' ``LTXVideoAttnProcessor`` computes.
 
         The only mask that it takes is text padding as the model makes it (0 and -10000).
         """
         known_mask = attention_mask is None or (attention_mask.ndim == 3 and attention_mask.shape[1] == 1)
-        if self.declines(attn) or not known_mask:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        reason = self.declines(attn) if known_mask else "attention_mask is not one over keys"
+        if reason is not None:
+            return reason
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         inplace = may_overwrite(attn.to_q, attn.to_k)

@@ -25,10 +25,11 @@ class WanProcessor(Processor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | str:
         """Computes the attention that diffusers' ``WanAttnProcessor`` computes."""
-        if self.declines(attn) or attention_mask is not None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        reason = "attention_mask is given" if attention_mask is not None else self.declines(attn)
+        if reason is not None:
+            return reason
         image = None
         if attn.add_k_proj is not None and encoder_hidden_states is not None:
             image, encoder_hidden_states = encoder_hidden_states.tensor_split(

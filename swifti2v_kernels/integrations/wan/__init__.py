@@ -14,15 +14,15 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ...common.dispatch import BACKENDS
+from ..calls import AttentionCalls
 from ..patching import HostChanged, Line, Recipe, Report, patch_models, restore_module
-from ..sdpa import AttentionCalls
 from .dit import FUNCTION, Attention, cross_attention_forward, layer_forward, own_forward, self_attention_forward
+from .probes import layer_probe, self_attention_probe
 
 __all__ = ["HostChanged", "Report", "accelerate", "restore"]
 
@@ -33,17 +33,6 @@ _LAYER = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.
 _PASSED = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 
 
-@dataclass
-class WanReport(Report):
-    """A report with the counts of the model's attention calls.
-
-    Attributes:
-        calls: the counts, which grow as the model runs.
-    """
-
-    calls: AttentionCalls = field(default_factory=AttentionCalls)
-
-
 def accelerate(
     model: Any,
     attention: bool = True,
@@ -52,7 +41,7 @@ def accelerate(
     dry_run: bool = False,
     *,
     backend: str = "auto",
-) -> WanReport:
+) -> Report:
     """Puts our operators into a model of the original Wan code wherever they are known to fit, and prints what it did.
 
     The model is used as before and gives the same result up to rounding; on a GPU where our kernels serve its attention
@@ -69,8 +58,8 @@ def accelerate(
             :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
 
     Returns:
-        A report of what was replaced, and of what was not and why. Its ``calls`` counts attention calls as the model
-        runs; its ``restore()`` undoes it.
+        A report of what was replaced, and of what was not and why. Printed again after a run, it counts the calls; its
+        ``calls`` are those of attention by what served them, and its ``restore()`` undoes it.
 
     Raises:
         TypeError: there is no torch module in ``model``.
@@ -81,12 +70,14 @@ def accelerate(
     Examples:
         >>> wan_i2v = wan.WanI2V(config, checkpoint_dir)  # doctest: +SKIP
         >>> report = accelerate(wan_i2v)  # doctest: +SKIP
-        >>> print(report.calls)  # doctest: +SKIP
+        >>> wan_i2v.generate(...)  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    report = WanReport(f"swifti2v_kernels in {type(model).__name__} (original Wan code)", dry_run)
-    recipes = _recipes(Attention(report.calls, backend))
+    calls = AttentionCalls()
+    report = Report(f"swifti2v_kernels in {type(model).__name__} (original Wan code)", dry_run, calls=calls)
+    recipes = _recipes(Attention(calls, backend))
     wanted = {"attention": attention, "norms": norms, "vae": vae}
 
     def look(name: str, root: nn.Module) -> list[Line]:
@@ -129,8 +120,15 @@ def _recipes(attention: Attention) -> tuple[Recipe, ...]:
             _PROJECTIONS,
             ("x", "seq_lens", "grid_sizes", "freqs"),
             forward=self_attention_forward(attention),
+            fits=_decorated,
+            own=attention.forward,
+            served_apart=True,
+            probe=self_attention_probe,
         ),
-        *(Recipe(host, "attention", "segment_attention", (), None, forward=cross) for host in _CROSS),
+        *(
+            Recipe(host, "attention", "segment_attention", (), None, cross, fits=_decorated, served_apart=True)
+            for host in _CROSS
+        ),
         Recipe(
             "WanAttentionBlock",
             "norms",
@@ -138,9 +136,16 @@ def _recipes(attention: Attention) -> tuple[Recipe, ...]:
             _LAYER,
             _PASSED,
             forward=layer_forward,
+            probe=layer_probe,
         ),
         *ORIGINAL_RECIPES,
     )
+
+
+def _decorated(module: nn.Module) -> str | None:
+    """Returns why the forward cannot be copied: what decorators do, its code does not show."""
+    kind = type(module)
+    return None if own_forward(kind) is kind.forward else "its forward has a decorator"
 
 
 def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:

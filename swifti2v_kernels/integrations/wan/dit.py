@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ...norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
 from ...norm.qk_norm_rope import norm_rope, qk_norm_rope
 from ...norm.rope import Rope3D
+from ..calls import AttentionCalls
 from ..hooks import hooked
-from ..sdpa import AttentionCalls, attend
+from ..sdpa import attend
 
 #: The function in the original's attention module, and the name that its other modules import it under.
 FUNCTION = "flash_attention"
@@ -63,7 +64,7 @@ class Attention:
                 if out is not None:
                     return out
             else:
-                self.calls.not_served[reason] += 1
+                self.calls.decline(reason)
             options = {"softmax_scale": softmax_scale, "q_scale": q_scale, "causal": causal, "window_size": window_size}
             options |= {"deterministic": deterministic, "dtype": dtype, "version": version}
             return host(q, k, v, q_lens, k_lens, dropout_p, **options)
@@ -143,17 +144,20 @@ def cross_attention_forward(attention: Attention) -> Forward:
 
 
 def self_attention_forward(attention: Attention) -> Forward:
-    """Returns a ``forward`` for ``WanSelfAttention``: norm and rotation of q and k in one pass, then our function."""
+    """Returns a ``forward`` for ``WanSelfAttention``: norm and rotation of q and k in one pass, then our function.
 
-    def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor:
-        host = attention.forward(type(module))
-        grid = _common_grid(grid_sizes)
-        eps = _norm_eps(module, x)
-        rope = None if grid is None or eps is None else _tables(freqs, grid, module.head_dim, x.device)
-        if rope is None or eps is None or math.prod(grid or ()) > x.shape[1]:
-            return host(module, x, seq_lens, grid_sizes, freqs)
+    What it does not take is for :meth:`Attention.forward`.
+    """
+
+    def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor | str:
+        if (grid := _common_grid(grid_sizes)) is None or math.prod(grid) > x.shape[1]:
+            return "norm and rotation: grids that differ or have more tokens than there are"
+        if (eps := _norm_eps(module, x)) is None:
+            return "norm and rotation: its norms have hooks, are elsewhere or not as in Wan"
+        if (rope := _tables(freqs, grid, module.head_dim, x.device)) is None:
+            return "norm and rotation: its tables are not as in Wan"
         q, k = _normed(module, module.q(x), module.k(x), rope, eps)
-        out = host.__globals__[FUNCTION](
+        out = attention.forward(type(module)).__globals__[FUNCTION](
             q, k, module.v(x).unflatten(2, q.shape[2:]), k_lens=seq_lens, window_size=module.window_size
         )
         return module.o(out.flatten(2))
@@ -219,14 +223,14 @@ def layer_forward(
     freqs: Tensor,
     context: Tensor,
     context_lens: Tensor | None,
-) -> Tensor:
+) -> Tensor | str:
     """Computes a layer, in place of the ``forward`` of ``WanAttentionBlock``.
 
     ``e`` is ``[B, 6, C]`` (2.1) or ``[B, L, 6, C]`` (2.2), float32. The residual stream has the dtype that the host's
     sums have from the first one on, float32 beside a float32 ``e``.
     """
     if hooked(module.norm1) or hooked(module.norm2):
-        return type(module).forward(module, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
+        return "a hook on norm1 or norm2"
     table = module.modulation if e.ndim == 3 else module.modulation.unsqueeze(0)
     table = (table + e).unsqueeze(2) if e.ndim == 3 else table + e
     shift, scale, gate, c_shift, c_scale, c_gate = table.unbind(1 if e.ndim == 3 else 2)

@@ -7,7 +7,8 @@ those of an upsampling folded, at every call, since they may be others at the ne
 The hosts' protocol of caching is kept, so that replaced and original layers may stand side by side and change between
 two chunks of a clip. ``feat_cache`` is a list of slots, ``feat_idx[0]`` the next one, and each convolution in time
 takes one: None before the first chunk, then the last two frames of its input. Slots are copies of those frames alone,
-read where they lie; a slot of one frame has zeros before it.
+read where they lie; a slot of one frame has zeros before it. After a chunk of one frame the older one is that of the
+slot before, unless ``joins`` is off: ComfyUI's 2.1 forgets it.
 """
 
 from __future__ import annotations
@@ -75,25 +76,30 @@ def frame_padding(conv: nn.Conv3d) -> tuple[int, int, int, int]:
     return top, bottom, left, right
 
 
-def residual_block(x: Tensor, block: ResidualBlock, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
+def residual_block(
+    x: Tensor, block: ResidualBlock, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool = True
+) -> Tensor:
     """Computes norm, SiLU and convolution twice and adds the (projected) input."""
     frames = to_frames(x)
     hidden = rms_norm_silu(frames, _gain(block.norm1, frames))
-    hidden = _cached(hidden, block.conv1, feat_cache, feat_idx, norm_weight=_gain(block.norm2, frames), keep_sum=False)
+    second = {"norm_weight": _gain(block.norm2, frames), "keep_sum": False}
+    hidden = _cached(hidden, block.conv1, feat_cache, feat_idx, joins, **second)
     options: dict[str, Any] = {"residual": frames}
     if block.shortcut is not None:
         projected = convolve(frames, block.shortcut, None)
         options = {"residual": projected, "out": None if torch.is_grad_enabled() else projected}
-    return from_frames(_cached(hidden, block.conv2, feat_cache, feat_idx, **options))
+    return from_frames(_cached(hidden, block.conv2, feat_cache, feat_idx, joins, **options))
 
 
-def resample(x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: MutableSequence[int]) -> Tensor:
+def resample(
+    x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool = True
+) -> Tensor:
     """Doubles or halves frames, and with a cache, in a ``3d`` mode, the frame rate after the clip's first frame."""
     in_time = feat_cache is not None and parts.mode.endswith("3d")
     if parts.mode.startswith("up"):
         frames = to_frames(x)
         if in_time:
-            frames = _double_frames(frames, parts, feat_cache, feat_idx)
+            frames = _double_frames(frames, parts, feat_cache, feat_idx, joins)
         with Lent(parts.conv, frames) as (weight, bias):
             return from_frames(upsample_conv2d(frames, fold_upsample_weight(weight), bias))
     frames = to_frames(x)
@@ -145,14 +151,14 @@ def _gain(norm: nn.Module, like: Tensor) -> Tensor:
 
 
 def _cached(
-    frames: Tensor, conv: nn.Conv3d, feat_cache: FeatCache, feat_idx: MutableSequence[int], **options: Any
+    frames: Tensor, conv: nn.Conv3d, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool, **options: Any
 ) -> Tensor:
     """Computes :func:`convolve` with the next slot, on frames that belong to nobody else."""
     if feat_cache is None:
         return convolve(frames, conv, None, **options)
     slot = feat_cache[feat_idx[0]]
     y = convolve(frames, conv, slot, **options)
-    feat_cache[feat_idx[0]] = _next_slot(frames, slot, own=True)
+    feat_cache[feat_idx[0]] = _next_slot(frames, slot if joins else None, own=True)
     feat_idx[0] += 1
     return y
 
@@ -171,7 +177,7 @@ def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
 
 
 def _double_frames(
-    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
+    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int], joins: bool
 ) -> Tensor:
     index = feat_idx[0]
     feat_idx[0] += 1
@@ -189,7 +195,7 @@ def _double_frames(
         for i, half in enumerate(channels_last(weight).chunk(2)):
             # Each half of the features is every second frame and is written there.
             causal_conv3d(frames, half, biases[i], past=past, out=out[:, i::2])
-    feat_cache[index] = _next_slot(frames, slot, own=False)
+    feat_cache[index] = _next_slot(frames, slot if joins else None, own=False)
     return out
 
 

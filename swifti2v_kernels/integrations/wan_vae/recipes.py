@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ from .layers import (
     time_padding,
     to_frames,
 )
-from .weights import cast, nearby, readable, watched, without_autocast
+from .probes import conv_probe, layer_probe, norm_probe
+from .weights import apart, cast, unreadable, watched, without_autocast
 
 Index = MutableSequence[int] | None
 Reason = Callable[[nn.Module], str | None]
@@ -62,67 +63,77 @@ def _residual(norm1: nn.Module, conv1: Any, norm2: nn.Module, conv2: Any, shortc
 
 def _diffusers_residual_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
-) -> Tensor:
+) -> Tensor | str:
     """Replaces the ``forward`` of ``WanResidualBlock``."""
-    y = _run_residual(module, x, _diffusers_residual(module), module.dropout, feat_cache, feat_idx)
-    return _host(module, x, feat_cache, feat_idx) if y is None else y
+    return _run_residual(module, x, _diffusers_residual(module), module.dropout, feat_cache, feat_idx)
 
 
 def _original_residual_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
-) -> Tensor:
+) -> Tensor | str:
     """Replaces the ``forward`` of ``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
-    y = _run_residual(module, x, _original_residual(module), module.residual[5], feat_cache, feat_idx)
-    return _host(module, x, feat_cache, feat_idx, final) if y is None else y
+    block, joins = _original_residual(module), not _takes_final(type(module))
+    return _run_residual(module, x, block, module.residual[5], feat_cache, feat_idx, joins)
 
 
 def _run_residual(
-    module: nn.Module, x: Tensor, block: ResidualBlock, dropout: nn.Module, feat_cache: FeatCache, feat_idx: Index
-) -> Tensor | None:
+    module: nn.Module,
+    x: Tensor,
+    block: ResidualBlock,
+    dropout: nn.Module,
+    feat_cache: FeatCache,
+    feat_idx: Index,
+    joins: bool = True,
+) -> Tensor | str:
     parts = [part for part in block if part is not None]
     convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
-    if (dropout.training and dropout.p) or not _are_convolutions(convs) or not readable(x, *parts) or watched(module):
-        return None
+    if dropout.training and dropout.p:
+        return "dropout is on"
+    if (reason := _obstacle(module, x, convs, parts)) is not None:
+        return reason
     frames = cast(x)
     with without_autocast(x):
-        y = residual_block(frames, block, feat_cache, [0] if feat_idx is None else feat_idx)
+        y = residual_block(frames, block, feat_cache, [0] if feat_idx is None else feat_idx, joins)
     # Added to the input itself, the host's result has the wider dtype of the two.
     return y if block.shortcut is not None else y.to(torch.promote_types(y.dtype, x.dtype))
 
 
-def _resample_forward(module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None) -> Tensor:
+def _resample_forward(
+    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
+) -> Tensor | str:
     """Replaces the ``forward`` of ``WanResample``."""
-    y = _run_resample(x, module, feat_cache, feat_idx)
-    return _host(module, x, feat_cache, feat_idx) if y is None else y
+    return _run_resample(x, module, feat_cache, feat_idx)
 
 
 def _original_resample_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
-) -> Tensor | None:
+) -> Tensor | str | None:
     """Replaces the ``forward`` of ``Resample``.
 
     ComfyUI's (2.1), known by its parameter ``final``, has a second slot where it halves the frame rate: a single frame
-    waits there, and None is returned, until there are two or the clip ends.
+    waits there, and None is returned, until there are two or the clip ends. It also joins no frames of two chunks in a
+    slot, and neither does its residual block.
     """
     waits = feat_cache is not None and module.mode == "downsample3d" and _takes_final(type(module))
     # Only a frame that has been through the convolution in time may wait.
     starts = waits and feat_cache[feat_idx[0]] is None
     y = _run_resample(x, module, feat_cache, feat_idx)
-    if y is None:
-        return _host(module, x, feat_cache, feat_idx, final)
+    if isinstance(y, str):
+        return y
     if waits:
         feat_idx[0] += 1
     return y if not waits or starts else _gathered(y, feat_cache, feat_idx[0] - 1, final)
 
 
-def _run_resample(x: Tensor, module: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | None:
+def _run_resample(x: Tensor, module: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | str:
     parts = Resampling(module.mode, module.resample[1], getattr(module, "time_conv", None))
     convs = (parts.conv,) if parts.time_conv is None else (parts.conv, parts.time_conv)
-    if not _are_convolutions(convs) or not readable(x, *convs) or watched(module):
-        return None
+    if (reason := _obstacle(module, x, convs, convs)) is not None:
+        return reason
     frames = cast(x)
     with without_autocast(x):
-        return resample(frames, parts, feat_cache, [0] if feat_idx is None else feat_idx)
+        joins = not _takes_final(type(module))
+        return resample(frames, parts, feat_cache, [0] if feat_idx is None else feat_idx, joins)
 
 
 def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: bool) -> Tensor | None:
@@ -135,10 +146,14 @@ def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: boo
     return y
 
 
-def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """Replaces the ``forward`` of ``WanCausalConv3d`` and ``CausalConv3d``."""
-    y = _run_conv(module, x, cache_x)
-    return type(module).forward(module, x, cache_x) if y is None else y
+def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor | str:
+    """Replaces the ``forward`` of ``WanCausalConv3d``."""
+    # Hooks of the module itself are around this forward and have done their work.
+    if (reason := apart(x, module)) is not None:
+        return reason
+    frames = to_frames(cast(x))
+    with without_autocast(x):
+        return from_frames(convolve(frames, module, cache_x))
 
 
 def _original_conv_forward(
@@ -147,42 +162,37 @@ def _original_conv_forward(
     cache_x: Tensor | None = None,
     cache_list: MutableSequence[Any] | None = None,
     cache_idx: int | None = None,
-) -> Tensor:
+) -> Tensor | str:
     """Replaces the ``forward`` of ``CausalConv3d``; ComfyUI's also takes its past out of a list."""
-    if cache_list is not None and cache_idx is not None:
+    # What the host must compute, it takes out of the list itself.
+    if cache_list is not None and cache_idx is not None and apart(x, module) is None:
         cache_x, cache_list[cache_idx] = cache_list[cache_idx], None
     return _conv_forward(module, x, cache_x)
 
 
-def _run_conv(module: nn.Module, x: Tensor, cache_x: Tensor | None) -> Tensor | None:
-    # Hooks of the module itself are around this forward and have done their work.
-    if not nearby(x, module):
-        return None
-    frames = to_frames(cast(x))
-    with without_autocast(x):
-        return from_frames(convolve(frames, module, cache_x))
-
-
-def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _norm_forward(module: nn.Module, x: Tensor) -> Tensor | str:
     """Replaces the ``forward`` of ``WanRMS_norm`` and ``RMS_norm``."""
-    casts = torch.is_autocast_enabled(x.device.type)
-    y = None if casts or not nearby(x, module) else normalize(x, module)
-    return type(module).forward(module, x) if y is None else y
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast, under which the host norms in float32"
+    if (reason := apart(x, module)) is not None:
+        return reason
+    y = normalize(x, module)
+    return "channels that do not lie last in memory" if y is None else y
 
 
-def _are_convolutions(modules: tuple[nn.Module, ...]) -> bool:
+def _obstacle(layer: nn.Module, x: Tensor, convs: Sequence[nn.Module], parts: Sequence[nn.Module]) -> str | None:
+    """Returns why a layer is to be computed by its modules, not by us with the weights of its ``parts``, or None."""
+    if not _are_convolutions(convs):
+        return "a convolution inside was replaced"
+    return unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else None)
+
+
+def _are_convolutions(modules: Sequence[nn.Module]) -> bool:
     """Returns whether the modules are still convolutions.
 
     An adapter that has taken the place of one shows its weight and computes more.
     """
     return all(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in modules)
-
-
-def _host(module: nn.Module, x: Tensor, feat_cache: FeatCache, feat_idx: Index, final: bool = False) -> Tensor | None:
-    """Calls the host's own ``forward``."""
-    options: dict[str, Any] = {} if feat_idx is None else {"feat_idx": feat_idx}
-    options |= {"final": True} if final else {}
-    return type(module).forward(module, x, feat_cache, **options)
 
 
 @functools.cache
@@ -327,13 +337,34 @@ RECIPES: tuple[Recipe, ...] = (
 )
 
 #: Recipes for the modules of the Wan repositories and ComfyUI. Their names are common ones: a module that is not the
-#: Wan VAE's, or not as it is known, is left with the reason.
+#: Wan VAE's, or not as it is known, or does not compute the same on tiny tensors, is left with the reason.
 ORIGINAL_RECIPES: tuple[Recipe, ...] = tuple(
-    Recipe(host, "vae", by, needs=(), parameters=None, forward=forward, fits=_with_parameters(reason, *known))
-    for host, by, forward, reason, known in (
-        ("ResidualBlock", _RESIDUAL, _original_residual_forward, _original_residual_reason, (*_PARAMETERS, "final")),
-        ("Resample", _RESAMPLE, _original_resample_forward, _resample_reason, (*_PARAMETERS, "final")),
-        ("CausalConv3d", _CONV, _original_conv_forward, _conv_reason, ("x", "cache_x", "cache_list", "cache_idx")),
-        ("RMS_norm", _NORM, _norm_forward, _norm_reason, ("x",)),
+    Recipe(host, "vae", by, (), None, forward=forward, fits=_with_parameters(reason, *known), probe=probe)
+    for host, by, forward, reason, known, probe in (
+        (
+            "ResidualBlock",
+            _RESIDUAL,
+            _original_residual_forward,
+            _original_residual_reason,
+            (*_PARAMETERS, "final"),
+            layer_probe(lambda module: module.residual[2].in_channels),
+        ),
+        (
+            "Resample",
+            _RESAMPLE,
+            _original_resample_forward,
+            _resample_reason,
+            (*_PARAMETERS, "final"),
+            layer_probe(lambda module: module.resample[1].in_channels),
+        ),
+        (
+            "CausalConv3d",
+            _CONV,
+            _original_conv_forward,
+            _conv_reason,
+            ("x", "cache_x", "cache_list", "cache_idx"),
+            conv_probe,
+        ),
+        ("RMS_norm", _NORM, _norm_forward, _norm_reason, ("x",), norm_probe),
     )
 )

@@ -2,7 +2,7 @@
 
 Nothing is kept between calls: offloading moves weights, casting hooks change their dtype, and an adapter may replace
 the whole module. Whether a module's weights may be read past its own ``forward`` is therefore asked at every call
-(:func:`readable`); if not, the caller goes the host's way, through the module.
+(:func:`unreadable`); if not, the caller goes the host's way, through the module.
 
 ComfyUI keeps weights elsewhere too, but has a function that lends them (``comfy.ops.cast_bias_weight``), which
 :class:`Lent` uses.
@@ -21,11 +21,19 @@ from torch import Tensor, nn
 
 from ...common.registration import PACKAGE
 from ..hooks import hooked
+from ..probing import LENDING
 
 
-def readable(x: Tensor, *modules: nn.Module) -> bool:
-    """Returns whether the parameters of all ``modules`` may be read without calling them, for an operator on ``x``."""
-    return all(not _is_wrapped(module) and nearby(x, module) for module in modules)
+def unreadable(x: Tensor, *modules: nn.Module) -> str | None:
+    """Returns why the parameters of ``modules`` may not be read without calling them, for an operator on ``x``.
+
+    None if they may.
+    """
+    for module in modules:
+        reason = "a hook on a layer inside" if _is_wrapped(module) else apart(x, module)
+        if reason is not None:
+            return reason
+    return None
 
 
 def watched(layer: nn.Module) -> bool:
@@ -36,20 +44,26 @@ def watched(layer: nn.Module) -> bool:
     return any(_is_wrapped(module) for module in layer.modules() if module is not layer)
 
 
-def nearby(x: Tensor, module: nn.Module) -> bool:
-    """Returns whether the module's own parameters can be used with ``x`` as they are, or after its host's cast.
+def apart(x: Tensor, module: nn.Module) -> str | None:
+    """Returns why the module's own parameters cannot be used with ``x`` as they are, or after its host's cast.
 
-    They are on the device of ``x`` in its dtype, or in another that autocast casts. Quantised weights, which are
-    tensors of classes of their own, are not.
+    None if they can: they are on the device of ``x`` in its dtype, or in another that autocast casts.
     """
-    if _is_lent(module):
-        return _lender() is not None and not _autocasts(x)
     casts = _autocasts(x)
-    return all(
-        type(p) in (Tensor, nn.Parameter) and p.device == x.device and (casts or p.dtype == x.dtype)
-        for p in module._parameters.values()
-        if p is not None
-    )
+    if _is_lent(module):
+        if _lender() is None:
+            return "this version of ComfyUI does not lend its weights"
+        return "autocast, and ComfyUI casts too" if casts else None
+    for p in module._parameters.values():
+        if p is None:
+            continue
+        if type(p) not in (Tensor, nn.Parameter):
+            return f"quantised weights, {type(p).__name__}"
+        if p.device != x.device:
+            return f"weights on {p.device} for frames on {x.device}"
+        if not casts and p.dtype != x.dtype:
+            return f"weights in {p.dtype} for frames in {x.dtype}"
+    return None
 
 
 def cast(x: Tensor) -> Tensor:
@@ -114,7 +128,7 @@ def _autocasts(x: Tensor) -> bool:
 
 def _is_lent(module: nn.Module) -> bool:
     """Returns whether ComfyUI casts, moves or patches this module's weights at every call."""
-    return any(getattr(module, name, None) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
+    return any(getattr(module, name, None) for name in LENDING)
 
 
 def _lender() -> ModuleType | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -180,19 +181,120 @@ class OtherModel(nn.Module):
         return self.attention(x, context, transformer_options)
 
 
-def test_the_log_says_what_was_patched_and_what_is_not_served(host, caplog):
+NO_GPU = "kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu"
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO)
+    return caplog
+
+
+def taken(log: pytest.LogCaptureFixture) -> list[str]:
+    """Returns what was logged since it was last taken, with its level, but for what a run says on its way."""
+    said = [f"{record.levelname} {record.getMessage()}" for record in log.records]
+    log.clear()
+    return [text for text in said if "so far:" not in text]
+
+
+@pytest.mark.parametrize("kind", [comfy.WanModel, comfy.WanModel_S2V, CameraWanModel, OtherModel])
+def test_the_node_claims_nothing_before_a_run(kind, host, log):
+    """The log says what the node will do with calls, not that there will be any, and that no kernel runs here."""
+    comfy.execute(NODES["SwiftI2VAttention"], model=diffusion_model(kind)[0])
+    offered = "will be offered to the kernels; totals follow after each run"
+    assert taken(log) == [
+        f"INFO SwiftI2V attention: calls that {kind.__name__} makes of ComfyUI's optimized attention {offered}",
+        f"WARNING SwiftI2V attention: no kernel runs here, ComfyUI computes: {NO_GPU}",
+    ]
+
+
+def totals(*lines: str, how: str = "in this run", level: str = "INFO") -> list[str]:
+    return ["\n".join([f"{level} SwiftI2V attention of WanModel, {how}: attention calls", *lines])]
+
+
+def test_each_run_ends_with_its_own_totals(host, log):
+    """Totals are of one run, whatever was counted before; nested and repeated nodes count nothing twice."""
+    model, inputs = diffusion_model()
+    patched, calls = accelerate_attention(model, backend="torch")
+    taken(log)
+    comfy.sample(patched, *inputs, steps=3)
+    assert taken(log) == totals("      12  served by reference")
+    comfy.sample(patched, *inputs)
+    assert taken(log) == totals("       4  served by reference")
+    comfy.run(patched, *inputs)  # no sampling run
+    assert not taken(log)
+    assert calls.served == 20
+    comfy.sample(patched, *inputs, after=lambda i: comfy.sample(patched, *inputs, steps=2))
+    assert taken(log) == totals("      12  served by reference")
+    again, _ = accelerate_attention(accelerate_attention(patched)[0])
+    taken(log)
+    comfy.sample(again, *inputs)
+    assert taken(log) == totals(f"       4  not served: {NO_GPU}")
+    comfy.sample(patched, *inputs)
+    assert taken(log) == totals("       4  served by reference")
+    assert not model.wrappers
+
+
+def test_an_override_that_is_never_called_is_a_warning(host, log):
+    """A model that hands its options to nobody is told after every run, and computes as before."""
+    model, inputs = diffusion_model(comfy.WanModel_S2V)
+    expected = comfy.sample(model, *inputs)
+    patched, _ = accelerate_attention(model, backend="torch")
+    taken(log)
+    for _ in range(2):
+        assert torch.equal(comfy.sample(patched, *inputs), expected)
+        (line,) = taken(log)
+        assert line.startswith("WARNING SwiftI2V attention: WanModel_S2V never called the override in this run")
+        assert "nothing was accelerated" in line
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_that_is_broken_off_tells_what_it_counted(steps, host, log):
+    """The exception passes, nothing is said of calls that might still have come, and the next run counts anew."""
+    model, inputs = diffusion_model()
+    patched, _ = accelerate_attention(model, backend="torch")
+    taken(log)
+
+    def interrupt(step: int) -> None:
+        raise KeyboardInterrupt
+
+    given = inputs if steps else ()
+    with pytest.raises(KeyboardInterrupt if steps else TypeError):
+        comfy.sample(patched, *given, steps=steps, after=interrupt)
+    counted = "       4  served by reference" if steps else "       0  none seen"
+    assert taken(log) == totals(counted, how="in this run, which was broken off")
+    comfy.sample(patched, *inputs)
+    assert taken(log) == totals("       4  served by reference")
+
+
+@pytest.mark.parametrize("missing", ["module", "method"])
+def test_a_host_without_wrappers_shows_kinds_of_calls_and_says_that_there_are_no_totals(
+    missing, host, log, monkeypatch
+):
+    if missing == "module":
+        monkeypatch.delitem(sys.modules, "comfy.patcher_extension")
+    else:
+        monkeypatch.delattr(comfy.ModelPatcher, "add_wrapper_with_key")
     model, inputs = diffusion_model()
     (patched,) = comfy.execute(NODES["SwiftI2VAttention"], model=model)
-    assert "SwiftI2V attention: WanModel, 4 attention modules" in caplog.text
-    comfy.run(patched, *inputs)
-    comfy.run(patched, *inputs)
-    assert caplog.text.count("not served: kernels need an NVIDIA GPU") == 1
-    comfy.execute(NODES["SwiftI2VAttention"], model=diffusion_model(CameraWanModel)[0])
-    assert "SwiftI2V attention: CameraWanModel, 4 attention modules" in caplog.text
-    other, _ = diffusion_model(OtherModel)
-    comfy.execute(NODES["SwiftI2VAttention"], model=other)
-    assert "OtherModel is not a Wan model; its calls of optimized_attention are served all the same" in caplog.text
+    assert "this version of ComfyUI lets no node show totals after a run" in log.text
+    for _ in range(2):
+        comfy.sample(patched, *inputs)
+    assert log.text.count(f"so far: attention calls\n       1  not served: {NO_GPU}") == 1
+
+
+def test_calls_in_compiled_code_are_not_taken_for_none(host, log, monkeypatch):
+    """A node may compile the model: its calls are not counted, and no warning says that there were none."""
+    from swifti2v_kernels.integrations import calls
+
+    monkeypatch.setattr(calls, "_TRACED", set())
+    model, inputs = diffusion_model()
+    patched, _ = accelerate_attention(model, backend="torch")
+    taken(log)
+    patched.model.diffusion_model.compile(backend="aot_eager")
+    for _ in range(2):
+        comfy.sample(patched, *inputs)
+        assert taken(log) == totals(f"       ?  not counted: {calls.COMPILED}")
 
 
 def test_a_changed_host_of_attention_is_one_message(host, monkeypatch):
@@ -254,6 +356,54 @@ def test_the_node_runs_again_while_its_patches_are_loaded(host):
     for vae in (second, third):
         assert set(vae.patcher.object_patches) == set(first.patcher.object_patches)
         assert torch.equal(vae.decode(z), expected)
+
+
+@torch.no_grad()
+def test_each_run_of_a_vae_ends_with_its_own_totals(host, log):
+    """Replaced is not served: what a layer hands back is counted with the reason, in this run alone."""
+    vae, z = wan_vae(), torch.randn(1, 4, 1, 4, 4)
+    (patched,) = comfy.execute(NODES["SwiftI2VVAE"], vae=vae)
+    told = taken(log)
+    assert told[0].startswith("INFO SwiftI2V VAE: WanVAE\n  replaced ")
+    assert told[0].endswith("no call so far; after a run this report says which were served")
+    assert told[1:] == [f"WARNING SwiftI2V VAE: no kernel runs here, PyTorch computes: {NO_GPU}"]
+    blocks = sum(type(m).__name__ == "ResidualBlock" for m in vae.first_stage_model.decoder.modules())
+    for _ in range(2):
+        frames = patched.decode(z)
+        (decoded,) = taken(log)
+        assert decoded.startswith("INFO SwiftI2V VAE: WanVAE, decode\n  served  ")
+        assert re.search(f"{blocks} x ResidualBlock +WanVAE +{blocks} calls", decoded)
+        assert "never called" not in decoded
+    hook = vae.first_stage_model.decoder.middle[0].residual[2].register_forward_hook(lambda *_: None)
+    patched.decode(z)
+    (decoded,) = taken(log)
+    assert re.search(
+        r"handed back +1 x ResidualBlock +WanVAE\.decoder\.middle\.0 +1 call: a hook on a layer in", decoded
+    )
+    hook.remove()
+    again, _ = accelerate_vae(patched)
+    taken(log)
+    again.encode(frames)
+    (encoded,) = taken(log)
+    assert encoded.startswith("INFO SwiftI2V VAE: WanVAE, encode\n  served  ")
+    assert "handed back" not in encoded
+    vae.decode(z)
+    assert not taken(log)
+
+
+@torch.no_grad()
+def test_a_run_of_a_vae_that_is_broken_off_or_calls_no_layer_is_told(host, log, monkeypatch):
+    patched, _ = accelerate_vae(wan_vae())
+    taken(log)
+    patched.first_stage_model.decoder.middle[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patched.decode(torch.randn(1, 4, 1, 4, 4))
+    (broken_off,) = taken(log)
+    assert broken_off.startswith("INFO SwiftI2V VAE: WanVAE, decode, which was broken off\n  served  ")
+    monkeypatch.setattr(wan_comfyui.WanVAE, "decode", lambda self, z: z)
+    patched.decode(torch.randn(1, 4, 1, 4, 4))
+    told = "none of the replaced layers was called, so nothing was accelerated"
+    assert taken(log) == [f"WARNING SwiftI2V VAE: WanVAE, decode: {told}"]
 
 
 class ResidualBlock(nn.Module):

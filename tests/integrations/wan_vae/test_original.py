@@ -6,7 +6,7 @@ The stand-ins (tests/support/wan_original.py, tests/support/wan_comfyui.py) are 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_a_comfyui_that_cannot_lend_weights_computes_itself(theirs, vae, monkeyp
     monkeypatch.setitem(sys.modules, "comfy.ops", EarlierOps("comfy.ops"))
     conv = vae.decoder.middle[0].residual[2]
     conv.comfy_cast_weights = True
-    monkeypatch.setattr(conv, "compute", lambda x: nn.Conv3d.forward(conv, x))
+    monkeypatch.setattr(conv, "compute", MethodType(nn.Conv3d.forward, conv))
     video = clip(theirs)
     expected = coded(vae, video)
     patch(vae, ORIGINAL_RECIPES)

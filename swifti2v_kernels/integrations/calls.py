@@ -1,0 +1,85 @@
+"""Counts of calls: which of them ours computed, and which the host, and why.
+
+In compiled code nothing is counted: ``torch.compile`` guards what traced code reads, so a count that grows would have
+the code compiled anew at every call. That such calls are there at all is noted when they are traced, and told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from ..common.tracing import constant_when_traced
+
+#: The kind of the calls of :class:`AttentionCalls`; other kinds are class names of hosts.
+ATTENTION = "attention"
+#: What reports say of calls that were not counted.
+COMPILED = "calls in compiled code, which this process has"
+
+#: Kinds of calls that this process has traced.
+_TRACED: set[str] = set()
+
+
+def counts(kind: str) -> bool:
+    """Returns whether a call is to be counted: not in code that ``torch.compile`` traces, where its kind is noted."""
+    if not torch.compiler.is_compiling():
+        return True
+    _note(kind)
+    return False
+
+
+def is_traced(kind: str) -> bool:
+    """Returns whether calls of this kind were traced by ``torch.compile`` in this process."""
+    return kind in _TRACED
+
+
+# Called as the code is traced, and no part of it.
+@constant_when_traced
+def _note(kind: str) -> None:
+    _TRACED.add(kind)
+
+
+@dataclass
+class AttentionCalls:
+    """Counts of a model's attention calls; printed, one line for each kind of call.
+
+    Attributes:
+        implementations: the calls that our operator served, by the implementation that computed them.
+        not_served: the other calls, by the reason; they went where they would have gone anyway.
+    """
+
+    implementations: Counter[str] = field(default_factory=Counter)
+    not_served: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def served(self) -> int:
+        """The number of calls that our operator served."""
+        return self.implementations.total()
+
+    @property
+    def kinds(self) -> int:
+        """The number of kinds of calls, which is 0 if no call was counted."""
+        return len(self.implementations) + len(self.not_served)
+
+    def serve(self, implementation: str) -> None:
+        """Counts a call that our operator serves by this implementation."""
+        if counts(ATTENTION):
+            self.implementations[implementation] += 1
+
+    def decline(self, reason: str) -> None:
+        """Counts a call that goes where it would have gone anyway."""
+        if counts(ATTENTION):
+            self.not_served[reason] += 1
+
+    def since(self, before: AttentionCalls | None) -> AttentionCalls:
+        """Returns the calls that were counted after ``before`` was, as a copy; without one, all of them."""
+        before = before or AttentionCalls()
+        return AttentionCalls(self.implementations - before.implementations, self.not_served - before.not_served)
+
+    def __str__(self) -> str:
+        rows = [(str(n), f"served by {name}") for name, n in self.implementations.most_common()]
+        rows += [(str(n), f"not served: {reason}") for reason, n in self.not_served.most_common()]
+        rows += [("?", f"not counted: {COMPILED}")] if is_traced(ATTENTION) else []
+        return "\n".join(["attention calls", *(f"{n:>8}  {text}" for n, text in rows or [("0", "none seen")])])

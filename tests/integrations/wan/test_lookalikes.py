@@ -1,0 +1,184 @@
+"""Modules that only look like those of the Wan DiT are left and named, and the model computes as before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from swifti2v_kernels.integrations.wan import accelerate, restore
+from tests.integrations.wan.test_dit import exact, inputs, make, untouched
+from tests.support.tolerances import PARITY, relative_error
+from tests.support.wan_lookalikes import imitate
+from tests.support.wan_standin import attention, model
+from tests.support.wan_standin.attention import flash_attention
+from tests.support.wan_standin.model import rope_apply
+
+__all__ = ["exact"]
+
+SELF, CROSS, LAYER = "WanSelfAttention", "WanT2VCrossAttention", "WanAttentionBlock"
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def qkv(self, x):
+    return self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+
+def keys_not_rotated(self, x, seq_lens, grid_sizes, freqs):
+    q, k, v = qkv(self, x)
+    x = flash_attention(rope_apply(q, grid_sizes, freqs), k, v, k_lens=seq_lens, window_size=self.window_size)
+    return self.o(x.flatten(2))
+
+
+def causal(self, x, seq_lens, grid_sizes, freqs):
+    q, k, v = qkv(self, x)
+    q, k = rope_apply(q, grid_sizes, freqs), rope_apply(k, grid_sizes, freqs)
+    return self.o(flash_attention(q, k, v, k_lens=seq_lens, window_size=self.window_size, causal=True).flatten(2))
+
+
+def by_another_name(self, x, seq_lens, grid_sizes, freqs):
+    q, k, v = qkv(self, x)
+    q, k = rope_apply(q, grid_sizes, freqs), rope_apply(k, grid_sizes, freqs)
+    return self.o(attention.flash_attention(q, k, v, k_lens=seq_lens, softmax_scale=0.1).flatten(2))
+
+
+def gated(self, x, seq_lens, grid_sizes, freqs):
+    q, k, v = qkv(self, x)
+    q, k = rope_apply(q, grid_sizes, freqs), rope_apply(k, grid_sizes, freqs)
+    y = flash_attention(q, k, v, k_lens=seq_lens, window_size=self.window_size)
+    return self.o(y.flatten(2)) * torch.sigmoid(x)
+
+
+def needs_a_gpu(self, x, seq_lens, grid_sizes, freqs):
+    assert x.shape[1] != 14, "no GPU here"
+    return gated(self, x, seq_lens, grid_sizes, freqs)
+
+
+def adds(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+    return model.WanAttentionBlock.forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens) + 0.01 * x
+
+
+def without_gate(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+    e0, e1, _, e3, e4, e5 = (self.modulation + e).chunk(6, dim=1)
+    x = x + self.self_attn(self.norm1(x).float() * (1 + e1) + e0, seq_lens, grid_sizes, freqs)
+    x = x + self.cross_attn(self.norm3(x), context, context_lens)
+    return x + self.ffn(self.norm2(x).float() * (1 + e4) + e3) * e5
+
+
+def other_norm(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+    e0, e1, e2, e3, e4, e5 = (self.modulation + e).chunk(6, dim=1)
+    x = x + self.self_attn(self.norm1(x).float() * (1 + e1) + e0, seq_lens, grid_sizes, freqs) * e2
+    x = x + self.cross_attn(self.norm3(x), context, context_lens)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return x + self.ffn(y * (1 + e4) + e3) * e5
+
+
+def narrow(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+    y = model.WanAttentionBlock.forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
+    return y.to(x.dtype)
+
+
+LOOKALIKES: dict[Callable[..., Any], tuple[str, str]] = {
+    keys_not_rotated: (SELF, "its forward returns something else: other values"),
+    causal: (SELF, "it calls flash_attention in another way: True, not False"),
+    by_another_name: (SELF, "its forward returns something else: other values"),
+    gated: (SELF, "its forward returns something else: other values"),
+    needs_a_gpu: (SELF, "its forward could not be tried: AssertionError: no GPU here"),
+    adds: (LAYER, "its forward returns something else: other values"),
+    without_gate: (LAYER, "its forward returns something else: other values"),
+    other_norm: (LAYER, "its forward returns something else: other values"),
+    narrow: (LAYER, "its forward returns something else: torch.bfloat16, not torch.float32"),
+}
+
+
+@pytest.mark.parametrize("forward", LOOKALIKES, ids=lambda forward: forward.__name__)
+def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(forward, exact):
+    host, given, (kind, reason) = make(), inputs(), LOOKALIKES[forward]
+    imitate(host, kind, forward)
+    expected = host(*given)
+    for dry_run in (True, False):
+        report = accelerate(host, dry_run=dry_run)
+        assert [(line.host, line.count, line.text) for line in report.left] == [(kind, 2, reason)]
+        assert {line.host for line in report.replaced} == {SELF, CROSS, LAYER} - {kind}
+        assert relative_error(host(*given), expected) < PARITY
+    restore(host)
+    assert torch.equal(host(*given), expected)
+
+
+def returns_two(self, x, context, context_lens):
+    q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
+    return self.o(flash_attention(q, k, self.heads(self.v(context)), k_lens=context_lens).flatten(2)), context
+
+
+def unpacks(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+    e0, e1, e2, e3, e4, e5 = (self.modulation + e).chunk(6, dim=1)
+    x = x + self.self_attn(self.norm1(x).float() * (1 + e1) + e0, seq_lens, grid_sizes, freqs) * e2
+    y, context = self.cross_attn(self.norm3(x), context, context_lens)
+    x = x + y
+    return x + self.ffn(self.norm2(x).float() * (1 + e4) + e3) * e5
+
+
+def test_a_cross_attention_stays_the_hosts_code_whatever_it_returns(exact):
+    host, given = make(), inputs()
+    imitate(host, CROSS, returns_two)
+    imitate(host, LAYER, unpacks)
+    expected = host(*given)
+    report = accelerate(host)
+    assert [(line.host, line.count) for line in report.left] == [(LAYER, 2)]
+    assert relative_error(host(*given), expected) < PARITY
+
+
+def doubling(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(forward)(lambda *args: 2 * forward(*args))
+
+
+@pytest.mark.parametrize("kind", [SELF, CROSS])
+def test_an_attention_whose_forward_is_decorated_is_left(kind, exact):
+    """Our copy of the host's code would lose what the decorator does."""
+    host, given = make(), inputs()
+    imitate(host, kind, doubling(getattr(model, kind).forward))
+    expected = host(*given)
+    report = accelerate(host)
+    assert [(line.host, line.text) for line in report.left] == [(kind, "its forward has a decorator")]
+    assert relative_error(host(*given), expected) < PARITY
+
+
+@pytest.mark.parametrize("kind", ["2.1", "2.2"])
+def test_a_host_that_takes_one_form_of_modulation_is_replaced(kind, monkeypatch, exact):
+    """The repositories' layers take ``e`` as of their version alone; they are proved by that."""
+    forward = model.WanAttentionBlock.forward
+
+    def one_form(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
+        assert e.ndim == (3 if kind == "2.1" else 4)
+        return forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens)
+
+    monkeypatch.setattr(model.WanAttentionBlock, "forward", one_form)
+    assert not accelerate(make()).left
+
+
+def test_a_model_whose_weights_are_elsewhere_is_tried_without_them():
+    host = make().to("meta")
+    report = accelerate(host, dry_run=True)
+    assert {line.host: line.count for line in report.replaced} == {SELF: 2, CROSS: 2, LAYER: 2}
+    assert not report.left
+    assert untouched(host)
+
+
+def test_a_trial_calls_neither_hooks_nor_the_hosts_attention():
+    host = make()
+    for module in host.modules():
+        module.register_forward_pre_hook(lambda *args: pytest.fail("a hook ran"))
+    attention.SEEN.clear()
+    state = torch.random.get_rng_state()
+    report = accelerate(host, dry_run=True)
+    assert len(report.replaced) == 3
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not attention.SEEN
