@@ -12,7 +12,7 @@ or read 8-bit rows; on other cards not yet timed on hardware). :func:`explain` s
 from .attention.arguments import BlockWindow
 from .attention.merge_attention import merge_attention
 from .attention.segment_attention import segment_attention
-from .common.dispatch import Choice, explain
+from .common.dispatch import Choice, default_backend, explain, use_backend
 from .common.target import pretend_gpu
 from .conv.causal_conv3d import causal_conv3d
 from .conv.frames_out import frames_out
@@ -45,6 +45,7 @@ __all__ = [
     "assemble_window",
     "block_noise",
     "causal_conv3d",
+    "default_backend",
     "dequantize_rows",
     "embed_window",
     "explain",
@@ -67,4 +68,5 @@ __all__ = [
     "scaled_linear",
     "segment_attention",
     "upsample_conv2d",
+    "use_backend",
 ]

@@ -24,7 +24,7 @@ from model.machine.measure import is_out_of_memory, parse_bytes
 from model.pipeline.components import Components
 from model.streaming.placement import MATMUL, QUANTIZE
 from model.weights.lora import LoRA
-from swifti2v_kernels.common.dispatch import environment_backend
+from swifti2v_kernels import default_backend
 
 LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
 
@@ -44,7 +44,7 @@ def run_command(command: Callable[[], None]) -> int:
     Any other exception is a defect of this project or of the machine and keeps its traceback.
     """
     try:
-        environment_backend()
+        default_backend()
     except ValueError as error:  # a word that names no backend
         print(f"error: {error}", file=sys.stderr)
         return 2

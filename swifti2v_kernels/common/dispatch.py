@@ -130,13 +130,22 @@ def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Replaces ``auto`` by this backend for all calls of the process while the block runs, as the environment does.
+    """Replaces ``auto`` by this backend for all calls of the process while the block runs.
+
+    It goes before the environment variable ``SWIFTI2V_BACKEND``, which does the same for the whole process. Calls that
+    name a backend are not changed, and graphs that ``torch.compile`` has traced already keep theirs.
 
     Args:
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``torch``, or ``triton`` for the kernels wherever they can take a call, or ``auto``.
 
     Raises:
         ValueError: an unknown backend.
+
+    Examples:
+        >>> x = torch.randn(1, 6, 32)
+        >>> with use_backend("torch"):
+        ...     print(explain(norm_modulate, x))
+        torch: reference (use_backend is 'torch')
     """
     global _asked
     before, _asked = _asked, _known_backend("backend", backend)
@@ -146,11 +155,16 @@ def use_backend(backend: str) -> Iterator[None]:
         _asked = before
 
 
-def environment_backend() -> str:
-    """Returns the backend that :func:`use_backend` or else the environment asks for; ``auto`` where none is.
+def default_backend() -> str:
+    """Returns the backend that :func:`use_backend` or else the environment asks for; ``auto`` where neither does.
 
     Raises:
         ValueError: the environment names an unknown one.
+
+    Examples:
+        >>> with use_backend("torch"):
+        ...     default_backend()
+        'torch'
     """
     return _known_backend(ENVIRONMENT_VARIABLE, _environment())
 
@@ -178,8 +192,8 @@ def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
         ValueError: an unknown backend, or the kernels are asked for by name where they cannot run.
     """
     source, requested = "backend", _known_backend("backend", requested)
-    if requested == "auto" and (environment := environment_backend()) != "auto":
-        source, requested = ENVIRONMENT_VARIABLE, environment
+    if requested == "auto" and (default := default_backend()) != "auto":
+        source, requested = "use_backend" if _asked else ENVIRONMENT_VARIABLE, default
     if requested == "torch":
         return "torch", f"{source} is 'torch'"
     # From the environment it is a preference for all calls, some of which have no kernel.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.dispatch import environment_backend
+from ..common.dispatch import default_backend
 from ..common.tables import fastest
 from ..common.target import capability_of, for_gpu
 from ..common.tracing import constant_when_traced
@@ -177,7 +177,7 @@ def cudnn_preference(x: Tensor, columns: int, kernel: Sequence[int] | str) -> st
         columns: output channels.
         kernel: taps (time, rows, columns), or what the operator is called in ``configs/conv3d.json``.
     """
-    if not for_gpu(x.device) or environment_backend() != "auto":
+    if not for_gpu(x.device) or default_backend() != "auto":
         return None
     if x.dtype not in HALVES:
         return "cuDNN has tensor cores for float32, the kernel has not"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from swifti2v_kernels.common.dispatch import environment_backend
+from swifti2v_kernels.common.dispatch import default_backend
 from swifti2v_kernels.integrations.patching import plan_patches
 from swifti2v_kernels.integrations.wan import accelerate, restore
 from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
@@ -168,7 +168,7 @@ def test_a_trial_leaves_no_trace():
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     plan(vae)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert (torch.get_num_threads(), environment_backend(), torch.is_grad_enabled()) == (threads, "auto", True)
+    assert (torch.get_num_threads(), default_backend(), torch.is_grad_enabled()) == (threads, "auto", True)
     assert [(p._version, p.grad._version, p.requires_grad) for p in vae.parameters()] == versions
     for module, attributes, containers in zip(vae.modules(), before, shallow, strict=True):
         assert vars(module) == attributes

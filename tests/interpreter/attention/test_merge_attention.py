@@ -34,7 +34,7 @@ def test_against_float64(parts: int, head_dim: int, length: int, dtype: torch.dt
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_what_a_part_without_keys_holds_does_not_count(backend: str) -> None:
-    """Its output may be NaN, as memory that nobody has written is; where no part has keys the result is 0."""
+    """The output of such a part may be NaN, as unwritten memory is; where no part has keys the result is 0."""
     (full, empty), nothing = torch.randn(2, 1, 5, 2, 16), torch.full((1, 2, 5), float("-inf"))
     empty[:] = float("nan")
     lse = torch.randn(1, 2, 5)

@@ -21,7 +21,7 @@ from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common import tables, target
 from swifti2v_kernels.common.checks import overlapping, self_overlapping
-from swifti2v_kernels.common.dispatch import environment_backend, use_backend
+from swifti2v_kernels.common.dispatch import default_backend, use_backend
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import EXACT, OPERATOR, relative_error
 
@@ -261,12 +261,12 @@ def test_a_backend_of_another_word_is_named_in_a_compiled_call_too(monkeypatch: 
 def test_a_backend_can_be_asked_for_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
     with use_backend("torch"):
-        assert environment_backend() == "torch"
+        assert default_backend() == "torch"
         unknown = use_backend("cuda")
         with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton, got 'cuda'"):
             unknown.__enter__()
-        assert environment_backend() == "torch"
-    assert environment_backend() == "triton"
+        assert default_backend() == "torch"
+    assert default_backend() == "triton"
 
 
 def test_the_table_decides_by_the_nearest_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
