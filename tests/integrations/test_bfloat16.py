@@ -1,4 +1,4 @@
-"""A diffusers model in bfloat16 on our operators is as far from float32 as on its own code."""
+"""A diffusers model in bfloat16, or under autocast, is as far from float32 on our operators as on its own code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from swifti2v_kernels.integrations.diffusers import accelerate
 from tests.support.diffusers_models import HEAD_DIM, MODELS, build, run
@@ -36,3 +37,34 @@ def test_as_near_to_float32_as_the_host_is(name: str) -> None:
     ours = run(module, inputs)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert relative_error(ours, exact) < RATIO * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_under_autocast_dtypes_and_values_are_the_hosts(name: str) -> None:
+    """float32 weights, as LoRAs are trained: every output that a layer hands on has the host's dtype too."""
+    model = MODELS[name]
+    module = build(model, HEAD_DIM[name])
+    inputs = model.inputs(module)
+    exact = run(module, inputs)
+    theirs, their_dtypes = _autocast(module, inputs)
+    accelerate(module)
+    ours, our_dtypes = _autocast(module, inputs)
+    assert our_dtypes == their_dtypes
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert relative_error(ours, exact) < RATIO * relative_error(theirs, exact)
+
+
+def _autocast(module: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+    """Returns a model's sample under autocast, and the dtypes that its layers return."""
+    dtypes: list[Any] = []
+    layers = [part for part in module.modules() if type(part).__name__.endswith("Block")]
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, out: dtypes.append(tree_map(lambda x: x.dtype, out)))
+        for layer in layers
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = run(module, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert len(dtypes) >= len(layers) > 0
+    return sample, dtypes

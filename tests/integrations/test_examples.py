@@ -16,7 +16,7 @@ PRINTS = {
     "csg_diffusers_wan": r"in 4 segments, at most 5 of 11 blocks at once",
     "diffusers_wan_i2v": r"4 x WanAttnProcessor .* segment_attention[\s\S]*video \(1, 9, 3, 32, 48\), finite: True",
     "dit_layer": r"tokens \(2, 72, 256\) -> \(2, 72, 256\), finite: True",
-    "joint_attention": r"video \(2, 300, 4, 128\), text \(2, 32, 4, 128\), relative difference (0\.0e\+00|\d\.\de-0[3-9])",
+    "joint_attention": r"video \(2, 300, 4, 128\), text \(2, 32, 4, 128\), relative difference \d\.\de[+-]0[03-9]",
     "vae_decode_4gb": r"peak +3\.\d+ GB of 4.00 GB[\s\S]*in 2 x 4 tiles[\s\S]* all at once: [01] of 255",
 }
 

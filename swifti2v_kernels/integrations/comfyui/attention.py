@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import obstacles
 from ..calls import ATTENTION, AttentionCalls, is_traced
 from ..patching import HostChanged
-from ..sdpa import attend
+from ..sdpa import attend, autocast
 from .host import need, told_after
 
 KEY = "optimized_attention_override"
@@ -148,7 +148,7 @@ def _serve(
     elif enable_gqa and (k.shape[1] != q.shape[1] if skip_reshape else k.shape[-1] != q.shape[-1]):
         reason = "enable_gqa: fewer heads of keys than of queries"
     else:
-        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v))
+        q, k, v = (autocast(x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1))) for x in (q, k, v))
         out = attend(q, k, v, calls, scale=scale, backend=backend)
         if out is None:
             return None

@@ -96,8 +96,10 @@ def _layer(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
-    x = token_rows(hidden_states)
     row = modulation_rows(self.scale_shift_table, temb.unflatten(2, (self.scale_shift_table.shape[0], -1)))
+    # The host's sums with a gate of a wider dtype, as autocast gives them, make its residual stream wider too.
+    gate_dtype = torch.promote_types(self.scale_shift_table.dtype, temb.dtype)
+    x = token_rows(hidden_states.to(torch.promote_types(hidden_states.dtype, gate_dtype)))
     y = modulated_norm(x, self.norm1, row(0), row(1))
     update = self.attn1(hidden_states=y, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
     x = gated_residual(x, like(update, x), row(2))

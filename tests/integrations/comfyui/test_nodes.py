@@ -21,7 +21,7 @@ from swifti2v_kernels.integrations.patching import HostChanged
 from swifti2v_kernels.integrations.sdpa import AttentionCalls
 from tests.support import comfyui_standin as comfy
 from tests.support import wan_comfyui
-from tests.support.tolerances import PARITY, relative_error
+from tests.support.tolerances import OPERATOR, PARITY, relative_error
 
 FOLDER = Path(folder.__file__).parent
 NODES = folder.NODE_CLASS_MAPPINGS
@@ -126,6 +126,16 @@ def test_every_layout_that_attention_is_called_with(skip_reshape, skip_output_re
     actual = comfy.attention_pytorch(*given, **extra, transformer_options=options)
     assert relative_error(actual, expected) < PARITY
     assert calls.served == 1
+
+
+def test_under_autocast_attention_has_the_hosts_dtype_and_values():
+    q, k, v = torch.randn(3, 2, 7, 24)
+    options = {KEY: make_override(AttentionCalls(), None, "torch")}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = comfy.attention_pytorch(q, k, v, 3)
+        actual = comfy.attention_pytorch(q, k, v, 3, transformer_options=options)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert relative_error(actual, expected) < OPERATOR["bfloat16"]
 
 
 UNSERVED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
