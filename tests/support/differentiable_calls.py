@@ -91,9 +91,11 @@ def _embed(latents: Tensor, weight: Tensor, bias: Tensor, reference: Tensor) -> 
     return embed_window(latents, weight, bias, reference=reference, latent_index=index, mask=mask)
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, latents: Tensor) -> Any:
+def _project(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, latents: Tensor, step: Tensor
+) -> Any:
     index = torch.tensor([1, -1], dtype=torch.int32, device="cpu")
-    return project_step(x, weight, bias, shift, scale, latents.clone(), latent_index=index, step=-0.5)
+    return project_step(x, weight, bias, shift, scale, latents.clone(), latent_index=index, step=step)
 
 
 def _block_map() -> Tensor:
@@ -175,7 +177,7 @@ CALLS = (
         "project_step",
         project_step,
         _project,
-        ((1, 12, 16), (16, 16), (16,), (1, 2, 16), (1, 2, 16), (1, 4, 3, 4, 6)),
+        ((1, 12, 16), (16, 16), (16,), (1, 2, 16), (1, 2, 16), (1, 4, 3, 4, 6), (1,)),
         writes=True,
     ),
     Differentiable("linear_gelu", linear_gelu, linear_gelu, ((2, 3, 16), (8, 16), (8,))),

@@ -51,6 +51,7 @@ def test_too_small_a_card_is_refused_with_the_smallest_plan() -> None:
     assert f"predicted peak         {least.peak / GB:.2f} GB" in "\n".join(plan)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_vae_alone() -> None:
     limit = 4 * GB
     plan = plan_memory(request("1.3b", 24, vae_limit=limit))
