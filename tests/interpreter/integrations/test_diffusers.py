@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.dit.count import count_layer
@@ -88,3 +89,21 @@ def test_a_block_needs_a_third_of_the_memory(timesteps: str, ours: float, theirs
         peaks[provider.name] = count_layer(provider.prepare, shape, timesteps, torch.device("meta"))[0] / stream
     assert peaks[ACCELERATED] < ours
     assert peaks["diffusers, eager"] > theirs
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1 text-to-video", "HunyuanVideo"])
+def test_forward_derivatives_are_the_hosts(name: str) -> None:
+    """The derivative of a model in a direction, which the kernels would give as zero."""
+    model = MODELS[name]
+    module = build(model, head_dim=64).requires_grad_(False)
+    inputs = model.inputs(module)
+    x = inputs.pop("hidden_states")
+
+    def derivative() -> torch.Tensor:
+        # Torch's fused attention has no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda x: module(x, **inputs, return_dict=False)[0], (x,), (x.cos(),))[1]
+
+    expected = derivative()
+    accelerate(module)
+    assert relative_error(derivative(), expected) < KERNEL_PARITY
