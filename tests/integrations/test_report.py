@@ -123,7 +123,9 @@ def test_a_copy_is_not_counted_for_the_model() -> None:
     assert ("served", 2, "WanTransformerBlock", "2 calls") in rows(report)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, marks=pytest.mark.slow, id="whole"), pytest.param(False, id="layers")]
+)
 def test_compiled_code_is_not_compiled_again_and_its_calls_are_said_not_to_be_counted(whole: bool) -> None:
     """Neither counts nor what the host may have chosen are guarded such that the next call is another graph."""
     module, inputs = make()

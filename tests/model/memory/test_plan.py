@@ -93,6 +93,7 @@ def test_the_smallest_plan_is_the_smallest() -> None:
         plan_memory(replace(request("1.3b"), vram=below))
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_fastest_of_all_that_fit() -> None:
     """Stage II and its decoder on 24 GB are the fastest of all pairs that fit.
 
