@@ -46,7 +46,7 @@ def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor])
     weights, lse = (stacked - lse).exp(), lse.masked_fill(none, float("-inf"))
     weights, empty = (x.transpose(2, 3).unsqueeze(-1) for x in (weights, empty))  # [n, B, L, H, 1]
     out = sum(w * o.to(w.dtype).masked_fill(e, 0.0) for w, e, o in zip(weights, empty, outputs, strict=True))
-    return out.to(outputs[0].dtype), lse
+    return out.to(outputs[0].dtype).contiguous(), lse
 
 
 @torch.library.custom_op(

@@ -2,8 +2,8 @@
 
 Torch's own attention computes all but two kinds of calls, which it cannot: those that return a log-sum-exp, and
 derivatives by transforms of ``torch.func`` or in forward mode. The formula itself computes these, in pieces of the
-queries, so that few logits exist at a time; in the backward pass each piece is computed again. (``torch.compile`` has
-one piece, since it would unroll the loop.)
+queries, so that few logits exist at a time; in the backward pass each piece is computed again. ``torch.compile`` has
+one piece, since it would unroll the loop, and ``torch.func`` keeps the pieces for its gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..common.dispatch import derivative_obstacle
+from ..common.dispatch import transform
 from .arguments import BlockWindow, Source
 
 #: Logits of a piece: what stays in the caches of a CPU, and enough for a GPU to be busy.
@@ -102,11 +102,11 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
-    transformed = derivative_obstacle(()) is not None
+    transformed = transform() is not None
     if not return_lse and not transformed:
         # An entry without any valid key has zeros for values, so whichever it attends to, its result is 0.
         mask = None if valid is None else (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous(), None
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     piece = functools.partial(_formula, valid=valid, scale=scale)
     if needs_gradients and not transformed:
@@ -116,7 +116,7 @@ def _attend(
     queries = [q] if torch.compiler.is_compiling() else q.split(rows, dim=2)
     results = [piece(part, k, v) for part in queries]
     out, lse = (torch.cat([result[i] for result in results], dim=2) for i in (0, 1))
-    return out.transpose(1, 2), lse if return_lse else None
+    return out.transpose(1, 2).contiguous(), lse if return_lse else None
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -218,7 +218,8 @@ def segment_attention(
 def _obstacle(call: Call) -> str | None:
     """Returns why the kernels cannot take this call, or None if they can."""
     q = call.q[0]
-    reason = derivative_obstacle((*call.q, *(x for pair in call.sources for x in pair))) or device_obstacle(q.device)
+    tensors = (*call.q, *(x for pair in call.sources for x in pair), *(call.out or ()))
+    reason = derivative_obstacle(tensors) or device_obstacle(q.device)
     if reason is not None:
         return reason
     if q.shape[3] not in KERNEL_HEAD_DIMS:

@@ -14,7 +14,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,12 @@ def public_operator(chooser: Callable[..., Choice]) -> Callable[[Callable[..., A
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def operator(*args: Any, **kwargs: Any) -> Any:
-            casting = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
-            if not casting:
-                return function(*args, **kwargs)
-            with ExitStack() as stack:
-                for device in casting:
-                    stack.enter_context(torch.autocast(device, enabled=False))
-                return function(*args, **kwargs)
+            # Spelled out by a plain ``with``, which ``torch.compile`` traces.
+            for device in _AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return operator(*args, **kwargs)
+            return function(*args, **kwargs)
 
         _CHOOSERS[operator] = chooser
         return operator
@@ -109,8 +108,15 @@ def derivative_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
     """Returns which derivative or transform is asked for, of which a kernel knows nothing, or None if there is none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "an input needs gradients, which no kernel computes"
-    # A kernel would see tensors without their tangents or batches. While a graph is traced it cannot be known which
-    # tensors have tangents, so the level alone decides.
+    return transform()
+
+
+def transform() -> str | None:
+    """Returns which transform of ``torch.func`` or forward mode is on, in words, or None.
+
+    A kernel would see tensors without their tangents or batches. While a graph is traced it cannot be known which
+    tensors have tangents, so the level alone decides.
+    """
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active, which no kernel knows"
     if forward_ad._current_level >= 0:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.dispatch import default_backend
+from ..common.dispatch import default_backend, transform
 from ..common.tables import fastest
 from ..common.target import capability_of, for_gpu
 from ..common.tracing import constant_when_traced
@@ -38,7 +38,8 @@ def conv_sums(
     """
     if for_gpu(x.device) and _conv3d_works(x.dtype):
         return _by_cudnn(x, past, weight, bias, stride, padding)
-    if not for_gpu(x.device) and weight.numel() <= SMALL_WEIGHT:
+    # Taps are summed in place, which ``torch.func.linearize`` gets wrong and ``vmap`` may refuse.
+    if transform() is not None or (not for_gpu(x.device) and weight.numel() <= SMALL_WEIGHT):
         return _by_channels(x, past, weight, bias, stride, padding)
     return _by_taps(x, past, weight, bias, stride, padding)
 

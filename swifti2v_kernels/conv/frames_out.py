@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import FLOATS, check_frames, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
+from ..common.dispatch import Choice, derivative_obstacle, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from .by_torch import conv_sums, cudnn_preference
@@ -167,7 +167,8 @@ def frames_out(
 def _backend(requested: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     x, weight = arguments["x"], arguments["weight"]
     tensors = [t for name, t in arguments.items() if isinstance(t, Tensor) and name != "out"]
-    obstacle = kernel_obstacle(tensors) or stride_obstacle(x, arguments["past"])
+    obstacle = kernel_obstacle(tensors) or derivative_obstacle((arguments["out"],))
+    obstacle = obstacle or stride_obstacle(x, arguments["past"])
     if obstacle is None and weight.shape[2] > MAX_TAPS:
         obstacle = f"kernels exist for up to {MAX_TAPS} taps in time, got {weight.shape[2]}"
     if obstacle is None and weight.shape[0] > MAX_FEATURES:

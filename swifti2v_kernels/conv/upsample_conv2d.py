@@ -36,12 +36,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import check_frames, check_parameter, check_targets, check_vector
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
+from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator, transform
 from ..common.registration import add_op_namespace_prefix, registered
 from ..common.target import for_gpu, on_device
 from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
@@ -95,12 +96,19 @@ def upsample_conv2d_reference(
     dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
     batch, frames, height, width, _ = x.shape
     flat = x.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
-    y = flat.new_empty(batch * frames, 2 * height, 2 * width, phases.shape[1], dtype=wide)
-    for i, phase in enumerate(phases.to(dtype).unbind()):
+
+    def part(i: int) -> Tensor:
         down, right = divmod(i, 2)
         # Padded on both sides: of the row too many the last (even) or the first (odd) is left out.
-        part = F.conv2d(flat, phase.permute(0, 3, 1, 2), padding=1)[:, :, down : down + height, right : right + width]
-        y[:, down::2, right::2] = part.permute(0, 2, 3, 1)
+        sums = F.conv2d(flat, phases[i].to(dtype).permute(0, 3, 1, 2), padding=1)
+        return sums[:, :, down : down + height, right : right + width].permute(0, 2, 3, 1)
+
+    if transform() is None:
+        y = flat.new_empty(batch * frames, 2 * height, 2 * width, phases.shape[1], dtype=wide)
+        for i in range(4):
+            y[:, i // 2 :: 2, i % 2 :: 2] = part(i)
+    else:  # ``torch.func.linearize`` gets what is written in place wrong, and ``vmap`` may refuse it
+        y = rearrange([part(i).to(wide) for i in range(4)], "(p q) n h w c -> n (h p) (w q) c", p=2)
     top, bottom, left, right = padding
     y = y.unflatten(0, (batch, frames))
     y = y[:, :, 1 - top : y.shape[2] - 1 + bottom, 1 - left : y.shape[3] - 1 + right]

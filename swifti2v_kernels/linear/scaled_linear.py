@@ -112,7 +112,7 @@ def _flops(values, scales, weight, weight_scales, bias, gelu, out, *args, **kwar
 def _choose(*, backend: str, **arguments: Any) -> Choice:
     _check(**arguments)
     x, weight, bias, dtype = (arguments[name] for name in ("x", "weight", "bias", "dtype"))
-    chosen, reason = pick_backend(backend, _obstacle(x, weight, bias))
+    chosen, reason = pick_backend(backend, _obstacle(x, weight, bias, arguments["out"]))
     return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused matmul", reason)
 
 
@@ -157,7 +157,7 @@ def scaled_linear(
     Source: dynamic quantisation by token of activations and by output of weights (arXiv 2208.07339, 2209.05433).
     """
     _check(x, weight, bias, activation, dtype, out)
-    chosen, _ = pick_backend(backend, _obstacle(x, weight, bias))
+    chosen, _ = pick_backend(backend, _obstacle(x, weight, bias, out))
     if chosen == "triton":
         out = x.values.new_empty((*x.values.shape[:-1], weight.values.shape[0]), dtype=dtype) if out is None else out
         _scaled_linear_op(*x, *weight, bias, activation is not None, out)
@@ -190,10 +190,10 @@ def _flat(x: QuantizedRows) -> QuantizedRows:
     return QuantizedRows(x.values.view(-1, x.values.shape[-1]), x.scales.view(-1))
 
 
-def _obstacle(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None) -> str | None:
+def _obstacle(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, out: Tensor | None) -> str | None:
     columns, depth = weight.values.shape
     stride = _row_stride(x.values)
-    if (reason := kernel_obstacle((x.scales, weight.scales, bias))) is not None:
+    if (reason := kernel_obstacle((x.scales, weight.scales, bias, out))) is not None:
         return reason
     if (reason := float8_obstacle("multiply", x.values.dtype, x.values.device)) is not None:
         return reason

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.cost import Cost
-from ..common.dispatch import Choice, public_operator
+from ..common.dispatch import Choice, public_operator, transform
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 from ..linear.rows import QuantizedRows, new_rows, quantized_reference, written
@@ -75,7 +75,7 @@ def norm_modulate_reference(
     y, width = _wide(x), x.shape[2:]
     weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
     if norm == "layer":
-        y = F.layer_norm(y, width, weight, bias, eps)
+        y = layer_norm_reference(y, weight, bias, eps)
     else:
         y = F.rms_norm(y, width, weight, eps)
         y = y if bias is None else y + bias
@@ -83,6 +83,17 @@ def norm_modulate_reference(
         shift, scale = _rows(shift, block_map), _rows(scale, block_map)
         y = (y.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
     return y.to(x.dtype) if quantize is None else quantized_reference(y, quantize)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Returns the LayerNorm over the last axis."""
+    if transform() is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # Derivatives of torch's own forward-mode derivative of it are wrong.
+    centred = x - x.mean(dim=-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -150,12 +150,12 @@ def _choose(backend: str, tensors: Sequence[Tensor], num_heads: int) -> Choice:
 
 def _choose_pair(*, q, k, q_weight, k_weight, rope, num_heads, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
     _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
-    return _choose(backend, (q, k, q_weight, k_weight), num_heads)
+    return _choose(backend, (q, k, q_weight, k_weight, *(rope or ())), num_heads)
 
 
 def _choose_one(*, x, weight, rope, num_heads, start, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
     _check("x", x, weight, rope, num_heads, start, layout, whole=False)
-    return _choose(backend, (x, weight), num_heads)
+    return _choose(backend, (x, weight, *(rope or ())), num_heads)
 
 
 @public_operator(_choose_pair)
@@ -208,7 +208,7 @@ def qk_norm_rope(
     """
     _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
     tables = [] if rope is None else list(rope)
-    if _choose(backend, (q, k, q_weight, k_weight), num_heads).backend == "torch":
+    if _choose(backend, (q, k, q_weight, k_weight, *tables), num_heads).backend == "torch":
         if inplace:
             _check_outputs(q, k, q_weight, k_weight, tables, q, k)
         results = [
@@ -263,7 +263,7 @@ def norm_rope(
     """
     _check("x", x, weight, rope, num_heads, start, layout, whole=False)
     tables = [] if rope is None else list(rope)
-    if _choose(backend, (x, weight), num_heads).backend == "torch":
+    if _choose(backend, (x, weight, *tables), num_heads).backend == "torch":
         if inplace:
             _check_outputs(x, None, weight, None, tables, x, None)
         return _into(x if inplace else None, norm_rope_reference(x, weight, rope, num_heads, start, eps, layout))

@@ -99,5 +99,5 @@ def rope_from_tokens(cos: Tensor, sin: Tensor) -> Rope3D:
     """
     if cos.ndim != 2 or cos.shape != sin.shape:
         raise ValueError(f"cos, sin: expected both [L, pairs], got {list(cos.shape)} and {list(sin.shape)}")
-    table = torch.stack((cos, sin), dim=-1).to(torch.float32)
+    table = torch.stack((cos.to(torch.float32), sin.to(torch.float32)), dim=-1)
     return Rope3D(table, table.new_empty(1, 0, 2), table.new_empty(1, 0, 2))

@@ -45,6 +45,7 @@ from ..common.cost import Cost
 from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
+from ..norm.adaln import layer_norm_reference
 
 #: A program holds all features of its tokens: 256 float32 sums a token are what registers allow.
 MAX_FEATURES = 256
@@ -75,7 +76,7 @@ def project_step_reference(
     if block_map is not None:
         rows = block_map.clamp(0, shift.shape[1] - 1)
         shift, scale = shift.index_select(1, rows), scale.index_select(1, rows)
-    y = F.layer_norm(blocks.to(wide), x.shape[-1:], eps=eps)
+    y = layer_norm_reference(blocks.to(wide), None, None, eps)
     y = (y * (1 + scale.to(wide).unsqueeze(2)) + shift.to(wide).unsqueeze(2)).to(x.dtype)
     velocity = F.linear(y.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if block_map is not None:

@@ -6,21 +6,28 @@ or shapes of its own. The expected derivative is a central difference of the PyT
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from swifti2v_kernels import quantize_rows
+from swifti2v_kernels import merge_attention, quantize_rows, segment_attention
 from swifti2v_kernels.common.dispatch import use_backend
 from tests.support.differentiable_calls import CALLS, Differentiable
 from tests.support.global_states import STATES
 from tests.support.tolerances import KERNEL, relative_error
 
-#: Operators of scales that are float32 alone, so that their differences are too.
+#: The error of differences of calls that take float32 alone.
 COARSE = 1e-3
 SMOOTH = [call for call in CALLS if call.operator is not quantize_rows]
+
+
+def is_coarse(call: Differentiable) -> bool:
+    """Returns whether a call takes float32 alone."""
+    return call.name in ("dequantize_rows", "scaled_linear", "norm_rope by its tables")
 
 
 def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limit: float = 5 * KERNEL["float32"]) -> None:
@@ -31,7 +38,7 @@ def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limit: float 
 
 def difference(call: Differentiable) -> tuple[tuple[Tensor, ...], float]:
     """Returns the derivative of a call in the direction of ``tensors(seed=1)``, and how exact it is."""
-    coarse = call.name in ("dequantize_rows", "scaled_linear")
+    coarse = is_coarse(call)
     dtype, h = (torch.float32, 1e-2) if coarse else (torch.float64, 1e-6)
     with use_backend("torch"):
         there, back = (
@@ -47,6 +54,7 @@ def test_forward_derivatives_are_those_of_the_formula(call: Differentiable) -> N
     inputs, directions = call.tensors(torch.float32), call.tensors(torch.float32, 1)
     expected, limit = difference(call)
     close(torch.func.jvp(call.results, tuple(inputs), tuple(directions))[1], expected, limit)
+    close(torch.func.linearize(call.results, *inputs)[1](*directions), expected, limit)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, directions, strict=True)]
         tangents = [forward_ad.unpack_dual(x).tangent for x in call.results(*duals)]
@@ -70,6 +78,25 @@ def test_gradients_are_those_of_the_formula(call: Differentiable) -> None:
         products = [(g.double() * t.double()).sum() for g, t in zip(gradients, directions, strict=True)]
         scale = sum((t.abs() * w.double().abs()).sum() for t, w in zip(expected, weights, strict=True))
         assert abs(sum(products) - slope) < limit * scale
+
+
+@pytest.mark.parametrize("call", [c for c in SMOOTH if not is_coarse(c)], ids=lambda call: call.name)
+def test_second_derivatives_agree_in_every_order_of_modes(call: Differentiable) -> None:
+    """Forward over forward, reverse over forward, and reverse over reverse, along one direction in float64."""
+    inputs, directions = tuple(call.tensors(torch.float64)), tuple(call.tensors(torch.float64, 1))
+
+    def at(s: Tensor) -> Tensor:
+        shifted = (x + s * t for x, t in zip(inputs, directions, strict=True))
+        return sum(x.sin().sum() for x in call.results(*shifted))
+
+    def forward(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda s: torch.func.jvp(f, (s,), (torch.ones_like(s),))[1]
+
+    zero = torch.zeros((), dtype=torch.float64)
+    reverse = torch.func.grad
+    expected = reverse(reverse(at))(zero)
+    for first, second in ((forward, forward), (forward, reverse), (reverse, forward)):
+        assert abs(second(first(at))(zero) - expected) < 1e-9 * (1 + abs(expected))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
@@ -123,3 +150,24 @@ def test_a_kernel_asked_for_by_name_refuses_transforms() -> None:
         torch.func.jvp(by_kernel, inputs, inputs)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode derivatives are on"):
         by_kernel(*inputs)
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c.writes], ids=lambda call: call.name)
+def test_what_is_overwritten_hands_on_no_gradient(call: Differentiable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory with a history of its own is written by PyTorch, which cuts the history off; a kernel would not."""
+    leaf = torch.zeros((), requires_grad=True)
+    for name in ("zeros", "zeros_like"):
+        stock = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, stock=stock, **kwargs: stock(*args, **kwargs) + leaf)
+    total = sum(x.sum() for x in call.results(*call.tensors(torch.float32)))
+    (gradient,) = torch.autograd.grad(total + 0 * leaf, leaf)
+    assert gradient == 0
+
+
+def test_results_are_contiguous_whoever_computes_them() -> None:
+    q = torch.randn(2, 5, 2, 64)
+    for backend in ("triton", "torch"):
+        alone, (out, lse) = (segment_attention(q, [(q, q)], return_lse=both, backend=backend) for both in (False, True))
+        merged, total = merge_attention([out, q], [lse, lse], backend=backend)
+        assert all(x.is_contiguous() for x in (alone, out, lse, merged, total))
+    assert torch.func.jvp(lambda q: segment_attention(q, [(q, q)]), (q,), (q,))[0].is_contiguous()

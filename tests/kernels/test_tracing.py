@@ -1,9 +1,13 @@
-"""Functions that are constant when traced are marked as torch marks them."""
+"""Tracing by ``torch.compile``: functions that are constant in it, and autocast around operators."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 
+from swifti2v_kernels import norm_modulate
 from swifti2v_kernels.common.tracing import constant_when_traced
 
 
@@ -18,3 +22,18 @@ def test_the_mark_is_torch_s_own() -> None:
 
     assert constant_when_traced(ours) is ours
     assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["around the graph", "inside it"])
+def test_autocast_breaks_no_graph_and_changes_no_dtype(around: bool) -> None:
+    x = torch.randn(1, 6, 32)
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+            y = norm_modulate(x)
+            return y, y @ y.transpose(1, 2)
+
+    with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
+        y, product = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, norm_modulate(x))
+    assert product.dtype == torch.bfloat16  # the caller's own code goes on under autocast

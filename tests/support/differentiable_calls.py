@@ -29,6 +29,7 @@ from swifti2v_kernels import (
     quantize_rows,
     rms_norm_silu,
     rope_3d,
+    rope_from_tokens,
     scaled_linear,
     segment_attention,
     upsample_conv2d,
@@ -75,6 +76,11 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 def _into(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return segment_attention(q, [(k, v)], out=torch.zeros_like(q))
+
+
+def _rotated(cos: Tensor, sin: Tensor) -> Any:
+    x = torch.linspace(-1, 1, 6 * 32, dtype=torch.float32, device="cpu").view(1, 6, 32)
+    return norm_rope(x, torch.ones(32, dtype=torch.float32, device="cpu"), rope_from_tokens(cos, sin), 2)
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -158,6 +164,14 @@ CALLS = (
         lambda x, w: norm_rope(x[:, 2:], w, _rope(x), 2, start=2, layout="half"),
         (_ROWS, (16,)),
     ),
+    Differentiable(
+        "norm_rope by its tables",
+        norm_rope,
+        lambda cos, sin: norm_rope(
+            torch.ones(1, 6, 32, **_FLOAT), torch.ones(32, **_FLOAT), rope_from_tokens(cos, sin), 2
+        ),
+        ((6, 8), (6, 8)),
+    ),
     Differentiable("rms_norm_silu", rms_norm_silu, rms_norm_silu, ((1, 1, 2, 3, 8), (8,))),
     Differentiable(
         "causal_conv3d",
@@ -170,6 +184,19 @@ CALLS = (
         upsample_conv2d,
         lambda x, p, b, r: upsample_conv2d(x, p, b, residual=r),
         ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,), (1, 1, 4, 6, 4)),
+    ),
+    # So large a weight that PyTorch sums the taps one after the other.
+    Differentiable(
+        "causal_conv3d of many channels",
+        causal_conv3d,
+        lambda x, w, n: causal_conv3d(x, _channels_last(w), norm_weight=n)[1],
+        ((1, 3, 2, 3, 36), (36, 3, 3, 3, 36), (36,)),
+    ),
+    Differentiable(
+        "upsample_conv2d norm",
+        upsample_conv2d,
+        lambda x, p, n: upsample_conv2d(x, p, norm_weight=n)[1],
+        ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,)),
     ),
     Differentiable("frames_out", frames_out, _frames, ((1, 2, 4, 5, 8), (3, 3, 3, 3, 8), (3,)), writes=True),
     Differentiable("embed_window", embed_window, _embed, ((1, 4, 2, 4, 6), (16, 12, 1, 2, 2), (16,), (1, 4, 3, 4, 6))),

@@ -44,6 +44,7 @@ STATES: dict[str, State] = {
     # What is made without a device has no values.
     "default device meta": lambda: torch.device("meta"),
     "autocast bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast float16": lambda: torch.autocast("cpu", torch.float16),
     "deterministic algorithms": _deterministic,
     "inference mode": torch.inference_mode,
     "all at once": _all_at_once,
