@@ -108,10 +108,10 @@ def _block_map() -> Tensor:
     return torch.tensor([1, 0], dtype=torch.int32, device="cpu")
 
 
-def _scaled(scales: Tensor, weight_scales: Tensor, bias: Tensor) -> Any:
-    values = torch.arange(-48, 48, dtype=torch.int8, device="cpu")
-    x, weight = QuantizedRows(values.view(6, 16), scales), QuantizedRows(values.flip(0)[:48].view(3, 16), weight_scales)
-    return scaled_linear(x, weight, bias.float(), activation="gelu_tanh", dtype=torch.float32)
+def _scaled(scales: Tensor, weight_scales: Tensor, bias: Tensor, **options: Any) -> Any:
+    values = torch.arange(-127, 129, device="cpu").remainder(61).sub(30).to(torch.int8).view(16, 16)
+    x, weight = QuantizedRows(values[:6], scales), QuantizedRows(values.t().contiguous(), weight_scales)
+    return scaled_linear(x, weight, bias.float(), activation="gelu_tanh", dtype=torch.float32, **options)
 
 
 _ROWS, _PART = (1, 6, 32), (1, 2, 32)
@@ -167,9 +167,7 @@ CALLS = (
     Differentiable(
         "norm_rope by its tables",
         norm_rope,
-        lambda cos, sin: norm_rope(
-            torch.ones(1, 6, 32, **_FLOAT), torch.ones(32, **_FLOAT), rope_from_tokens(cos, sin), 2
-        ),
+        _rotated,
         ((6, 8), (6, 8)),
     ),
     Differentiable("rms_norm_silu", rms_norm_silu, rms_norm_silu, ((1, 1, 2, 3, 8), (8,))),
@@ -216,6 +214,13 @@ CALLS = (
         ),
         ((3,),),
     ),
-    Differentiable("scaled_linear", scaled_linear, _scaled, ((6,), (3,), (3,))),
+    Differentiable("scaled_linear", scaled_linear, _scaled, ((6,), (16,), (16,))),
+    Differentiable(
+        "scaled_linear out",
+        scaled_linear,
+        lambda *xs: _scaled(*xs, out=torch.zeros(6, 16, dtype=torch.float32, device="cpu")),
+        ((6,), (16,), (16,)),
+        writes=True,
+    ),
     Differentiable("quantize_rows", quantize_rows, lambda x: quantize_rows(x, torch.int8), ((3, 8),)),
 )
