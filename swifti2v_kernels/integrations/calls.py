@@ -13,32 +13,30 @@ import torch
 
 from ..common.tracing import constant_when_traced
 
-#: The kind of the calls of :class:`AttentionCalls`; other kinds are class names of hosts.
-ATTENTION = "attention"
-#: What reports say of calls that were not counted.
-COMPILED = "calls in compiled code, which this process has"
+#: What reports say of calls that were not counted. Whose they are is not known.
+COMPILED = "this process also has compiled calls, perhaps of another model, which are not counted"
 
-#: Kinds of calls that this process has traced.
-_TRACED: set[str] = set()
+_any_traced = False
 
 
-def counts(kind: str) -> bool:
-    """Returns whether a call is to be counted: not in code that ``torch.compile`` traces, where its kind is noted."""
+def counts() -> bool:
+    """Returns whether a call is to be counted: not in code that ``torch.compile`` traces, which is noted."""
     if not torch.compiler.is_compiling():
         return True
-    _note(kind)
+    _note()
     return False
 
 
-def is_traced(kind: str) -> bool:
-    """Returns whether calls of this kind were traced by ``torch.compile`` in this process."""
-    return kind in _TRACED
+def any_traced() -> bool:
+    """Returns whether ``torch.compile`` has traced, in this process, a call that would otherwise be counted."""
+    return _any_traced
 
 
 # Called as the code is traced, and no part of it.
 @constant_when_traced
-def _note(kind: str) -> None:
-    _TRACED.add(kind)
+def _note() -> None:
+    global _any_traced
+    _any_traced = True
 
 
 @dataclass
@@ -65,21 +63,20 @@ class AttentionCalls:
 
     def serve(self, implementation: str) -> None:
         """Counts a call that our operator serves by this implementation."""
-        if counts(ATTENTION):
+        if counts():
             self.implementations[implementation] += 1
 
     def decline(self, reason: str) -> None:
         """Counts a call that goes where it would have gone anyway."""
-        if counts(ATTENTION):
+        if counts():
             self.not_served[reason] += 1
 
-    def since(self, before: AttentionCalls | None) -> AttentionCalls:
-        """Returns the calls that were counted after ``before`` was, as a copy; without one, all of them."""
-        before = before or AttentionCalls()
+    def since(self, before: AttentionCalls) -> AttentionCalls:
+        """Returns the calls that were counted after ``before`` was copied from these."""
         return AttentionCalls(self.implementations - before.implementations, self.not_served - before.not_served)
 
     def __str__(self) -> str:
         rows = [(str(n), f"served by {name}") for name, n in self.implementations.most_common()]
         rows += [(str(n), f"not served: {reason}") for reason, n in self.not_served.most_common()]
-        rows += [("?", f"not counted: {COMPILED}")] if is_traced(ATTENTION) else []
+        rows += [("?", COMPILED)] if any_traced() else []
         return "\n".join(["attention calls", *(f"{n:>8}  {text}" for n, text in rows or [("0", "none seen")])])

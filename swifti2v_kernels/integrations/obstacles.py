@@ -13,7 +13,7 @@ from ..common.dispatch import explain, pick_backend
 from ..common.target import device_obstacle
 from .hooks import hooks_of
 
-_INSTEAD = "PyTorch computes, no faster than the host"
+_INSTEAD = "PyTorch computes, no faster than the host and slower on small inputs"
 
 
 def on_device(device: torch.device) -> str | None:

@@ -19,15 +19,17 @@ from typing import Any
 
 from torch import nn
 
-from .calls import COMPILED, AttentionCalls, counts, is_traced
-from .hooks import foreign_forward, forward_slots, own_forward
+from .calls import COMPILED, AttentionCalls, any_traced, counts
+from .hooks import REPLACED, foreign_forward, forward_slots, own_forward
 from .obstacles import in_model
-from .probing import Probe, disproofs
+from .probing import Probe, disproofs, one_line
 
 #: Attribute of a patched root module that holds what was done to it.
 _RECORD = "_swifti2v_patches"
 #: Attribute of a patched module that holds the counts of its calls. There a copy of the module has counts of its own.
 _CALLS = "_swifti2v_calls"
+#: Attribute of a patched layer of a VAE that holds the classes of the modules in it.
+PARTS = "_swifti2v_parts"
 
 
 class HostChanged(RuntimeError):
@@ -82,17 +84,17 @@ class Recipe:
         @functools.wraps(forward)
         def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             out = forward(module, *args, **kwargs)
-            if is_taken(out, module, self.host):
+            if is_taken(out, module):
                 return out
             return self.own(type(module))(module, *args, **kwargs)
 
         return counted
 
 
-def is_taken(out: Any, module: nn.Module, host: str) -> bool:
+def is_taken(out: Any, module: nn.Module) -> bool:
     """Returns whether ``out`` is a replacement's result, and not the reason why the host must compute; counts it."""
     reason = out if isinstance(out, str) else None
-    if counts(host) and (calls := module.__dict__.get(_CALLS)) is not None:
+    if counts() and (calls := module.__dict__.get(_CALLS)) is not None:
         calls[reason] += 1
     return reason is None
 
@@ -101,7 +103,8 @@ def is_taken(out: Any, module: nn.Module, host: str) -> bool:
 class Patch:
     """One replacement in one module: ``original`` is what stood there and ``replacement`` what stands there now.
 
-    ``calls`` counts the module's calls, by the reason why the host computed them or, where ours did, None.
+    ``calls`` counts the module's calls, by the reason why the host computed them or, where ours did, None. ``parts`` are
+    the classes of the modules within a layer that computes with the weights of its parts.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Patch:
     original: Any
     replacement: Any
     calls: Counter[str | None] = field(default_factory=Counter, compare=False)
+    parts: tuple[type, ...] = ()
 
     def around(self) -> Iterator[tuple[str, str]]:
         """Yields the names of the modules around this one, each with the feature of this one."""
@@ -118,8 +122,10 @@ class Patch:
                 yield self.recipe.feature, self.name[:i]
 
     def count(self) -> None:
-        """Has the module's calls counted from now on."""
+        """Has the module's calls counted from now on, and changes of its parts noticed."""
         self.module.__dict__[_CALLS] = self.calls
+        if self.parts:
+            self.module.__dict__[PARTS] = self.parts
 
     def apply(self) -> None:
         """Puts the replacement in place."""
@@ -127,15 +133,13 @@ class Patch:
         if self.recipe.processor is not None:
             _set_processor(self.module, self.replacement)
             return
-        slot = own_forward(self.module)
-        if slot is None and foreign_forward(self.module) is not None:
-            raise RuntimeError(f"{self.name}: its forward was replaced while patches were applied")
-        holder, attribute = slot or (self.module, "forward")
+        holder, attribute = own_forward(self.module) or (self.module, "forward")
         setattr(holder, attribute, self.replacement)
 
     def undo(self) -> bool:
         """Puts the original back; returns False if something else has taken the replacement's place since."""
         self.module.__dict__.pop(_CALLS, None)
+        self.module.__dict__.pop(PARTS, None)
         if self.recipe.processor is not None:
             if self.module.processor is not self.replacement:
                 return False
@@ -168,8 +172,8 @@ class Line:
 class Report:
     """An account of what was replaced, and of what was not and why; printed, it is a table.
 
-    Printed again after a run, it also counts the calls: served by our operators, handed back to the host and why. What
-    was never called is named.
+    Printed again after a run, it also counts the calls: served by our operators, handed back to the host and why.
+    Modules of which no call has finished are named.
 
     Attributes:
         title: the first line.
@@ -203,6 +207,7 @@ class Report:
     def obstacles(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say where no kernel runs, by where the models are now."""
         for component, root, patches in self.planned:
+            # Attention that is served apart is the host's function, which casts queries to 16 bits first.
             attentions = [(p.module, p.recipe.served_apart) for p in patches if p.recipe.feature == "attention"]
             for reason in in_model(root, attentions) if root is not None and patches else ():
                 yield "no kernel", Line(component, type(root).__name__, 0, reason)
@@ -225,12 +230,13 @@ class Report:
                 if parts := [patch for patch in idle if not layers.isdisjoint(patch.around())]:
                     yield "served", _line(parts, component, "as parts of layers that were")
                     idle = [patch for patch in idle if patch not in parts]
-                if is_traced(recipe.host):
-                    yield "not counted", _line(kind, component, COMPILED)
-                elif idle:
+                if idle:
                     names = [patch.name.removeprefix(f"{component}.") for patch in idle]
                     text = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                    yield "never called", _line(idle, component, text)
+                    if any_traced():
+                        yield "not counted", _line(idle, component, f"{text}: no counted call; {COMPILED}")
+                    else:
+                        yield "never called", _line(idle, component, text)
 
     def __str__(self) -> str:
         rows = [("would replace" if self.dry_run else "replaced", line) for line in self.replaced]
@@ -254,7 +260,12 @@ def table(rows: Sequence[tuple[str, Line]]) -> list[str]:
 
 
 def plan_patches(
-    component: str, root: nn.Module, recipes: Sequence[Recipe], wanted: Mapping[str, bool], host_version: str
+    component: str,
+    root: nn.Module,
+    recipes: Sequence[Recipe],
+    wanted: Mapping[str, bool],
+    host_version: str,
+    earlier: Mapping[nn.Module, str] | None = None,
 ) -> tuple[list[Patch], list[Line], list[Line]]:
     """Plans the replacement of everything in ``root`` that recipes know.
 
@@ -264,6 +275,7 @@ def plan_patches(
         recipes: the kinds of modules that are known.
         wanted: whether each feature was asked for.
         host_version: for the error, such as ``diffusers 0.42.1``.
+        earlier: modules that other models of this call have too, with the name of the model; they are left.
 
     Returns:
         The patches, the report's lines of what they replace, and those of what is left alone.
@@ -282,8 +294,13 @@ def plan_patches(
                 if any(base.__name__ in by_host for base in type(module).__mro__):
                     left.append(Line(path, kind, 1, "not known"))
                 continue
+            if (owner := (earlier or {}).get(module)) is not None:
+                left.append(Line(path, kind, 1, f"the same modules as in {owner}"))
+                continue
             if recipe is None:
-                left.append(Line(path, kind, 1, "no replacement for this attention processor"))
+                ours = _CALLS in module.__dict__
+                text = "accelerated already" if ours else "no replacement for this attention processor"
+                left.append(Line(path, kind, 1, text))
                 continue
             if not wanted[recipe.feature]:
                 left.append(Line(path, kind, 1, f"{recipe.feature}=False"))
@@ -292,7 +309,9 @@ def plan_patches(
                 left.append(Line(path, kind, 1, elsewhere))
                 continue
             _check_host(path, module, recipe, host_version)
-            reason = recipe.fits(module) or (None if recipe.processor else foreign_forward(module))
+            reason = _unfit(module, recipe) or (None if recipe.processor else foreign_forward(module))
+            if reason == REPLACED and _CALLS in module.__dict__:
+                reason = "accelerated already"
             if reason is not None:
                 left.append(Line(path, kind, 1, reason))
             else:
@@ -356,6 +375,7 @@ def patch_models(
     """
     plans: list[tuple[nn.Module, list[Patch]]] = []
     names: dict[nn.Module, str] = {}
+    owners: dict[nn.Module, str] = {}
     for name, root in models:
         if root in names:
             report.left.append(Line(name, type(root).__name__, 0, f"the same model as {names[root]}"))
@@ -366,7 +386,8 @@ def patch_models(
                 report.left.append(Line(name, type(root).__name__, 0, "accelerated already"))
                 continue
             restore_module(root)
-        patches, replaced, left = plan_patches(name, root, recipes, wanted, host_version)
+        patches, replaced, left = plan_patches(name, root, recipes, wanted, host_version, owners)
+        owners |= {module: owners.get(module, name) for module in root.modules()}
         left += look(name, root)
         plans.append((root, patches))
         report.planned.append((name, root, patches))
@@ -415,11 +436,20 @@ def _kinds(module: nn.Module) -> Iterator[str]:
         yield type(processor).__name__
 
 
+def _unfit(module: nn.Module, recipe: Recipe) -> str | None:
+    try:
+        return recipe.fits(module)
+    # A module of the same name may be anything.
+    except Exception as error:
+        return f"it could not be looked at: {one_line(error)}"
+
+
 def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
     if recipe.processor is not None:
         return Patch(path, module, recipe, module.processor, recipe.processor(module.processor))
     original = MethodType(type(module).forward, module)
-    return Patch(path, module, recipe, original, MethodType(recipe.counted_forward, module))
+    parts = tuple(map(type, module.modules())) if recipe.feature == "vae" else ()
+    return Patch(path, module, recipe, original, MethodType(recipe.counted_forward, module), parts=parts)
 
 
 def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
@@ -474,7 +504,7 @@ def _set_processor(module: nn.Module, processor: Any) -> None:
         module.processor = processor
 
 
-def _grouped(lines: Iterator[Line] | list[Line], component: str) -> list[Line]:
+def _grouped(lines: Iterable[Line], component: str) -> list[Line]:
     """Returns one line for all modules of a kind that were treated alike; a single one keeps its full name."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:

@@ -5,14 +5,27 @@ result. A recipe for such a name has a ``probe``, which gives :class:`Trial` obj
 
 Trials run on a :func:`twin` of the module: on the CPU, with random weights of its own and few channels. So it does not
 matter where and how a host keeps its weights, or whether they are zero; no hook of the host runs, nothing of it
-changes, and no kernel is compiled. Modules with equal twins are tried once.
+changes, and no code is compiled. Modules with equal twins are tried once.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import sys
+import zlib
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -27,8 +40,9 @@ Forward = Callable[..., Any]
 #: What a computation gave, by what it means if another one gives something else.
 Outcome = Mapping[str, Any]
 
-#: What a difference in the result means.
+#: What a difference in the result means, and in what was given after the call.
 RETURNS = "its forward returns something else"
+CHANGES = "its forward leaves what it is given in another state"
 #: Attributes by which ComfyUI's modules say that their weights are lent for every call, with the values of those whose
 #: weights are not.
 LENDING: dict[str, Any] = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -71,14 +85,14 @@ def disproofs(modules: Iterable[tuple[nn.Module, Forward, Probe]]) -> dict[nn.Mo
             if form not in reasons:
                 reasons[form] = _disproof(module, forward, probe)
         except Exception as error:
-            reasons[form] = f"its forward could not be tried: {_one_line(error)}"
+            reasons[form] = f"its forward could not be tried: {one_line(error)}"
         if (reason := reasons[form]) is not None:
             found[module] = reason
     return found
 
 
 def twin(module: nn.Module, dtype: torch.dtype, stand_ins: Sequence[str] = ()) -> Any:
-    """Returns a module of the same classes and attributes, without hooks, in evaluation, with random weights.
+    """Returns a module of the same classes, attributes and modes, without hooks, with random weights.
 
     Without ``stand_ins`` it has fewer channels: sizes of weights, and attributes that are such a size or its root, are
     smaller by one factor.
@@ -90,13 +104,10 @@ def twin(module: nn.Module, dtype: torch.dtype, stand_ins: Sequence[str] = ()) -
             depends on all its arguments and, if there are several, gives small tokens too. Weights take no memory.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn: dict[int, Tensor] = {}
     number = (lambda value: value) if stand_ins else _smaller(module)
 
     def draw(t: Tensor) -> Tensor:
-        if id(t) not in drawn:
-            drawn[id(t)] = _random(t, [number(n) for n in t.shape], dtype, generator)
-        return drawn[id(t)]
+        return _random(t, [number(n) for n in t.shape], dtype, generator)
 
     parts = {}
     for seed, name in enumerate(stand_ins):
@@ -117,15 +128,15 @@ def _disproof(module: nn.Module, forward: Forward, probe: Probe) -> str | None:
         for trial in probe(module, forward):
             # What the host does not take, such as a dtype, proves nothing; there must be something that it takes.
             try:
-                expected = trial.host()
+                expected = _alone(trial.host)
             except Exception as error:
                 failure = failure or error
                 continue
             for run in trial.ours:
                 try:
-                    actual = run()
+                    actual = _alone(run)
                 except Exception as error:
-                    return f"{RETURNS}: ours raises {_one_line(error)}"
+                    return f"{RETURNS}: ours raises {one_line(error)}"
                 for words, value in expected.items():
                     if (what := _difference(value, actual[words], trial.tolerance)) is not None:
                         return f"{words}: {what}"
@@ -135,25 +146,27 @@ def _disproof(module: nn.Module, forward: Forward, probe: Probe) -> str | None:
     return None
 
 
+def _alone(run: Callable[[], Outcome]) -> Outcome:
+    # Dropout is the same in all runs. Only the CPU's random numbers are the caller's again after a trial.
+    torch.default_generator.manual_seed(0)
+    return run()
+
+
 @contextmanager
 def _apart() -> Iterator[None]:
     """Keeps what runs in the block from the caller's settings, and the caller's random numbers from the block."""
-    threads = torch.get_num_threads()
-    # A mode, which every call of torch passes through; so it is set where it is needed alone.
-    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    # Tensors are so small that threads would mostly wait for each other.
-    torch.set_num_threads(1)
-    try:
-        with (
-            torch.no_grad(),
-            device,
-            torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
-            use_backend("torch"),
-        ):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    # A host's function may be a compiled one, which would be compiled again for the shapes here. Whoever has none has
+    # not imported the compiler, which takes seconds.
+    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    with (
+        torch.no_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        use_backend("torch"),
+        stance("force_eager") if stance else nullcontext(),
+    ):
+        yield
 
 
 def _difference(host: Any, ours: Any, tolerance: float) -> str | None:
@@ -162,7 +175,7 @@ def _difference(host: Any, ours: Any, tolerance: float) -> str | None:
             return "another shape"
         if host.dtype != ours.dtype:
             return f"{host.dtype}, not {ours.dtype}"
-        a, b = host.double(), ours.double()
+        a, b = (x.to(torch.complex128 if x.is_complex() else torch.float64) for x in (host, ours))
         limit = tolerance * a.nan_to_num().abs().max().item()
         return None if torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True) else "other values"
     if isinstance(host, (tuple, list)) and type(host) is type(ours) and len(host) == len(ours):
@@ -179,7 +192,7 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list, dict)) else repr(value)[:60]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
@@ -215,10 +228,14 @@ def _bare(
     def own(value: Any) -> Any:
         if isinstance(value, Tensor):
             return fill(value)
-        if type(value) in (list, tuple, set):
+        if type(value) in (tuple, set):
             return type(value)(map(own, value))
-        if type(value) is dict:
-            return {key: own(x) for key, x in value.items()}
+        if isinstance(value, Collection):
+            value = copy.copy(value)
+            if isinstance(value, (MutableMapping, MutableSequence)):
+                for key in list(value) if isinstance(value, MutableMapping) else range(len(value)):
+                    value[key] = own(value[key])
+            return value
         # A method that somebody has put over one of the class.
         bound = isinstance(value, MethodType) and value.__self__ is module
         return MethodType(value.__func__, result) if bound else number(value)
@@ -227,7 +244,7 @@ def _bare(
     nn.Module.__init__(result)
     result.__dict__ |= {name: own(value) for name, value in _own_attributes(module).items()}
     result.__dict__ |= {name: value for name, value in LENDING.items() if hasattr(result, name)}
-    result.__dict__["training"] = False
+    result.__dict__["training"] = module.training
     for name, p in module._parameters.items():
         result._parameters[name] = None if p is None else nn.Parameter(fill(p), requires_grad=False)
     for name, buffer in module._buffers.items():
@@ -249,17 +266,26 @@ def _stand_in(child: nn.Module, seed: int) -> Forward:
     signature = inspect.signature(type(child).forward)
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        _, x, *others = signature.bind(child, *args, **kwargs).arguments.values()
+        bound = signature.bind(child, *args, **kwargs)
+        bound.apply_defaults()
+        _, x, *others = bound.arguments.values()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         gain = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         if others:
             x = x * magnitudes(x.shape[-2])[:, None]
         for i, other in enumerate(others, 1):
-            if isinstance(other, Tensor):
-                gain = gain * (1 + 0.5 * torch.sin(i * other.abs().double().mean())).float()
+            gain = gain * (1 + 0.5 * math.sin(i * _number(other)))
         return (x * gain).to(dtype)
 
     return forward
+
+
+def _number(value: Any) -> float:
+    """Returns a number that depends on all of an argument, and little on how it is rounded."""
+    if not isinstance(value, Tensor):
+        return zlib.crc32(repr(value).encode()) / 2**32
+    flat = (torch.view_as_real(value) if value.is_complex() else value).double().flatten()
+    return ((flat * torch.cos(torch.arange(len(flat)))).sum() / max(1, len(flat)) ** 0.5).item()
 
 
 def _form(module: nn.Module) -> Hashable:
@@ -268,7 +294,8 @@ def _form(module: nn.Module) -> Hashable:
 
     def plain(value: Any) -> Hashable:
         if isinstance(value, Tensor):
-            return plain(tuple(value.shape))
+            # Others than random ones are the twin's too.
+            return plain(tuple(value.shape)), None if value.is_floating_point() else plain(value.flatten().tolist())
         if isinstance(value, (tuple, list)):
             return type(value), tuple(map(plain, value))
         value = number(getattr(value, "__func__", value))
@@ -280,6 +307,6 @@ def _form(module: nn.Module) -> Hashable:
         return type(value), value
 
     return tuple(
-        (name, type(part), *((key, plain(x)) for key, x in sorted(_own_attributes(part).items())))
+        (name, type(part), part.training, *((key, plain(x)) for key, x in sorted(_own_attributes(part).items())))
         for name, part in module.named_modules()
     ), tuple((name, plain(t)) for name, t in (*module.named_parameters(), *module.named_buffers()))

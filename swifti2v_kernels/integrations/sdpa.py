@@ -180,7 +180,7 @@ def _sdpa(
         if asked:
             calls.decline(reason)
             return None
-    q, k, v = (autocast(x) for x in (query, key, value))
+    q, k, v = (_autocast(x) for x in (query, key, value))
     if not q.ndim == k.ndim == v.ndim == 4:
         calls.decline("not [B, H, L, D]")
         return None
@@ -189,7 +189,7 @@ def _sdpa(
     return None if out is None else out.transpose(1, 2)
 
 
-def autocast(x: Tensor) -> Tensor:
+def _autocast(x: Tensor) -> Tensor:
     """Returns ``x`` as torch's own attention is given it under autocast, for calls that come to us before."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:

@@ -21,11 +21,13 @@ from tests.support.wan_standin import model as original
 
 WAN = "Wan 2.1 text-to-video"
 NO_GPU = "kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu"
+INSTEAD = "PyTorch computes, no faster than the host and slower on small inputs"
+UNCOUNTED = f"no counted call; {calls.COMPILED}"
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_TRACED", set())
+    monkeypatch.setattr(calls, "_any_traced", False)
 
 
 def make(name: str = WAN) -> tuple[nn.Module, dict[str, Any]]:
@@ -140,9 +142,35 @@ def test_compiled_code_is_not_compiled_again_and_its_calls_are_said_not_to_be_co
     for _ in range(3):
         run(compiled, inputs)
         assert graphs.frame_count == 1
-    kinds = (("not counted", 4, "WanAttnProcessor"), ("not counted", 2, "WanTransformerBlock"))
-    assert rows(report) == {(*kind, calls.COMPILED) for kind in kinds}
+    attentions = ", ".join(f"blocks.{i}.attn{j}" for i in (0, 1) for j in (1, 2))
+    assert rows(report) == {
+        ("not counted", 4, "WanAttnProcessor", f"{attentions}: {UNCOUNTED}"),
+        ("not counted", 2, "WanTransformerBlock", f"blocks.0, blocks.1: {UNCOUNTED}"),
+    }
     assert "never called" not in str(report)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_s_parts_are_not_said_to_be_never_called_and_others_keep_their_rows() -> None:
+    """Counts of what is not compiled stay, and what has none is named, be it compiled or unused."""
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]).eval()
+    report = diffusers.accelerate(vae)
+    vae.decoder.mid_block.resnets[0].compile(backend="eager")
+    vae.decode(torch.randn(1, 4, 2, 4, 4))
+    found = {(verb, host): (count, text) for verb, count, host, text in rows(report) if not text.startswith("as parts")}
+    assert not any(verb == "never called" for verb, _ in found)
+    blocks = [name for name, m in vae.named_modules() if type(m).__name__ == "WanResidualBlock"]
+    idle = [name for name in blocks if name.startswith("encoder") or name == "decoder.mid_block.resnets.0"]
+    count, text = found["not counted", "WanResidualBlock"]
+    assert count == len(idle)
+    assert text == f"{', '.join(idle[:4])} and {len(idle) - 4} more: {UNCOUNTED}"
+    assert found["served", "WanResidualBlock"][0] == len(blocks) - len(idle)
+    module, inputs = make()
+    report = diffusers.accelerate(module)
+    module.blocks = module.blocks[:1]
+    run(module, inputs)
+    assert ("not counted", 1, "WanTransformerBlock", f"blocks.1: {UNCOUNTED}") in rows(report)
+    assert ("served", 1, "WanTransformerBlock", "1 call") in rows(report)
 
 
 def test_the_wan_code_has_the_same_report_with_its_attention_calls() -> None:
@@ -175,7 +203,7 @@ def obstacle(report: Report) -> list[str]:
 def test_a_model_on_the_cpu_has_no_kernels_and_is_told_so() -> None:
     for report in (diffusers.accelerate(make()[0]), wan.accelerate(original.WanModel(original.WanT2VCrossAttention))):
         (text,) = obstacle(report)
-        assert text == f"weights are on cpu: {NO_GPU}; PyTorch computes, no faster than the host"
+        assert text == f"weights are on cpu: {NO_GPU}; {INSTEAD}"
         assert f"{text}\n" in str(report)
     assert obstacle(diffusers.accelerate(make()[0], dry_run=True))
     assert not obstacle(diffusers.accelerate(nn.Linear(2, 2)))
@@ -202,7 +230,7 @@ def test_where_hooks_bring_the_weights_decides(kind: str, device: str | int, gpu
     else:
         part = module if kind == "model" else module.blocks[0].attn1.to_q
         part._hf_hook = SimpleNamespace(execution_device=device)
-    brought = f"hooks bring the weights to cpu: {NO_GPU}; PyTorch computes, no faster than the host"
+    brought = f"hooks bring the weights to cpu: {NO_GPU}; {INSTEAD}"
     assert obstacle(report) == ([brought] if device == "cpu" else [])
 
 
@@ -221,7 +249,7 @@ def test_attention_that_no_kernel_takes_is_told(head_dim: int, dtype: torch.dtyp
     module = build(MODELS[WAN], head_dim).to(dtype)
     with pretend_gpu(90):
         report = diffusers.accelerate(module)
-        expected = [] if reason is None else [f"attention: {reason}; PyTorch computes, no faster than the host"]
+        expected = [] if reason is None else [f"attention: {reason}; {INSTEAD}"]
         assert obstacle(report) == expected
     with pretend_gpu(90):
         host = original.WanModel(original.WanT2VCrossAttention, dim=2 * head_dim).to(dtype)

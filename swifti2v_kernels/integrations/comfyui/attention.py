@@ -9,6 +9,8 @@ before it runs. So the node promises nothing, and after every sampling run the l
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import logging
 from collections.abc import Callable
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import obstacles
-from ..calls import ATTENTION, AttentionCalls, is_traced
+from ..calls import AttentionCalls, any_traced
 from ..patching import HostChanged
-from ..sdpa import attend, autocast
+from ..sdpa import attend
 from .host import need, told_after
 
 KEY = "optimized_attention_override"
@@ -85,7 +87,7 @@ def _tell_totals(patched: Any, calls: AttentionCalls, name: str) -> bool:
 
     def end(before: AttentionCalls, finished: bool) -> None:
         run = calls.since(before)
-        if not run.kinds and finished and not is_traced(ATTENTION):
+        if not run.kinds and finished and not any_traced():
             _log.warning(
                 "SwiftI2V attention: %s never called the override in this run, so nothing was accelerated. Its"
                 " attention does not pass through the override, or another node has put its own there, or no step was"
@@ -96,7 +98,8 @@ def _tell_totals(patched: Any, calls: AttentionCalls, name: str) -> bool:
             what = "in this run" if finished else "in this run, which was broken off"
             _log.info("SwiftI2V attention of %s, %s: %s", name, what, run)
 
-    add(outer, _WRAPPER, told_after(lambda run, *args, **kwargs: run(*args, **kwargs), lambda: calls.since(None), end))
+    begin = functools.partial(copy.deepcopy, calls)
+    add(outer, _WRAPPER, told_after(lambda run, *args, **kwargs: run(*args, **kwargs), begin, end))
     return True
 
 
@@ -139,7 +142,9 @@ def _serve(
     Tensors are ``[B, L, H*D]``, or ``[B, H, L, D]`` with ``skip_reshape``, and the result likewise by
     ``skip_output_reshape``. Other arguments (``transformer_options``, permission for low precision) do not concern us.
     """
-    if mask is not None:
+    if torch.is_autocast_enabled(q.device.type):
+        reason = "autocast is on, under which ComfyUI's attention functions differ"
+    elif mask is not None:
         reason = "mask is given"
     elif attn_precision not in (None, q.dtype):
         reason = f"attn_precision {attn_precision} for {q.dtype}"
@@ -148,7 +153,7 @@ def _serve(
     elif enable_gqa and (k.shape[1] != q.shape[1] if skip_reshape else k.shape[-1] != q.shape[-1]):
         reason = "enable_gqa: fewer heads of keys than of queries"
     else:
-        q, k, v = (autocast(x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1))) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v))
         out = attend(q, k, v, calls, scale=scale, backend=backend)
         if out is None:
             return None

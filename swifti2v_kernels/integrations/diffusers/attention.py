@@ -35,7 +35,7 @@ class Processor:
         @functools.wraps(attend)
         def counted(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
             out = attend(self, attn, *args, **kwargs)
-            if is_taken(out, attn, type(self.original).__name__):
+            if is_taken(out, attn):
                 return out
             self.hand_back()
             return self.original(attn, *args, **kwargs)

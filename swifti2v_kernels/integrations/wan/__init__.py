@@ -192,7 +192,9 @@ def _not_known(component: str, root: nn.Module, recipes: Sequence[Recipe]) -> li
     counts: Counter[str] = Counter()
     for module in root.modules():
         kinds = [kind.__name__ for kind in type(module).__mro__]
-        names = getattr(getattr(own_forward(type(module)), "__code__", None), "co_names", ())
+        # Scripted modules have no code of their own.
+        forward = inspect.unwrap(getattr(type(module), "forward", None))
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
         if FUNCTION in names and known.isdisjoint(kinds):
             counts[kinds[0]] += 1
     return [Line(component, kind, n, "not known") for kind, n in counts.items()]

@@ -14,36 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..probing import RETURNS, Forward, Outcome, Trial, twin
+from ..probing import CHANGES, RETURNS, Forward, Outcome, Trial, twin
 from .layers import time_padding
 
-#: dtypes and tolerances. float64 shows any other computation, bfloat16 what a host does with dtypes.
-_PRECISIONS = ((torch.float64, 1e-5), (torch.bfloat16, 0.1))
+#: dtypes, tolerances and entries of the batch. float64 shows any other computation, the others what a host does with
+#: dtypes.
+_PRECISIONS = ((torch.float64, 1e-5, 2), (torch.float32, 1e-4, 1), (torch.bfloat16, 0.1, 2))
 _CACHE = "its cache is kept in another way"
 #: Magnitudes of a row's pixels in every second entry: an epsilon shows in small ones alone.
-_MAGNITUDES = (1.0, 1e-3, 1e-6, 1e-9, 0.0)
+_MAGNITUDES = (1.0, 1e-3, 1e-6, 1e-9, 0.0, 1.0, 1.0, 1.0)
 
 
 def layer_probe(channels: Callable[[Any], int]) -> Callable[[nn.Module, Forward], Iterator[Trial]]:
-    """Returns the probe of a layer with a cache; ``channels`` gives the number of channels that it takes."""
+    """Returns the probe of a layer with a cache; ``channels`` gives the number of channels that it takes.
+
+    The layer is tried in the mode that it is in, training or evaluation, and always in evaluation.
+    """
 
     def probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
         halves = getattr(module, "mode", None) == "downsample3d"
-        counts = (2, 1, 2, 2, 4) if halves else (2, 1, 1, 2, 1)
+        counts = (1, 2, 2, 4) if halves else (1, 1, 2, 4, 1)
         takes_final = "final" in inspect.signature(type(module).forward).parameters
-        for dtype, tolerance in _PRECISIONS:
-            made = twin(module, dtype)
-            whole, *chunks = (_frames(channels(made), count, dtype) for count in counts)
+        for dtype, tolerance, batch in _PRECISIONS:
+            made = twin(module, dtype).train(module.training and dtype == torch.float64)
+            wholes, chunks = ([_frames(channels(made), n, dtype, batch) for n in ns] for ns in ((1, 2, 3, 4), counts))
 
-            def run(*forwards: Forward, made: Any = made, whole: Tensor = whole, chunks: Any = chunks) -> Outcome:
-                results, kept, slots = [forwards[0](made, whole.clone())], [], [None] * 6
+            def run(*forwards: Forward, made: Any = made, wholes: Any = wholes, chunks: Any = chunks) -> Outcome:
+                wholes, chunks = ([x.clone() for x in xs] for xs in (wholes, chunks))
+                results, kept, slots = [forwards[0](made, x) for x in wholes], [], [None] * 6
                 for i, chunk in enumerate(chunks):
                     # Hosts pass one list of slots through all layers, so a layer's first one is anywhere.
                     index, last = [1], i == len(chunks) - 1
                     final = {"final": last} if takes_final else {}
-                    results.append(forwards[i % len(forwards)](made, chunk.clone(), slots, index, **final))
+                    results.append(forwards[i % len(forwards)](made, chunk, slots, index, **final))
                     kept.append((index[0], [_kind(slot) for slot in slots]))
-                return {RETURNS: results, _CACHE: kept}
+                return {RETURNS: results, _CACHE: kept, CHANGES: [*wholes, *chunks]}
 
             host = type(module).forward
             mixtures = ((forward,), (forward, host), (host, forward)) if dtype == torch.float64 else ((forward,),)
@@ -56,42 +61,48 @@ def conv_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     """Yields the trials of a causal convolution, with slots of one and two frames; ComfyUI's may take them itself."""
     takes_list = "cache_list" in inspect.signature(type(module).forward).parameters
     few = max(1, module.kernel_size[0] - time_padding(module))
-    for dtype, tolerance in _PRECISIONS:
-        made = twin(module, dtype)
-        x, past = (_frames(made.in_channels, count, dtype) for count in (3, 2))
+    for dtype, tolerance, batch in _PRECISIONS:
+        made = twin(module, dtype).train(module.training and dtype == torch.float64)
+        x, past = (_frames(made.in_channels, count, dtype, batch) for count in (4, 2))
 
         def run(call: Forward, made: Any = made, x: Tensor = x, past: Tensor = past) -> Outcome:
             results, kept = [], []
-            for frames, slot in ((x, None), (x, past[:, :, :1]), (x, past), (x[:, :, :few], past)):
+            x, past = x.clone(), past.clone()
+            three, start = x[:, :, :3], x[:, :, :few]
+            for frames, slot in (
+                *((frames, None) for frames in (start, three, x)),
+                *((three, past[:, :, :1]), (three, past), (start, past), (x, past)),
+            ):
                 results.append(call(made, frames, slot))
                 if takes_list:
                     slots = [None, slot]
                     results.append(call(made, frames, cache_list=slots, cache_idx=1))
                     kept.append([_kind(slot) for slot in slots])
-            return {RETURNS: results, _CACHE: kept}
+            return {RETURNS: results, _CACHE: kept, CHANGES: [x, past]}
 
         yield Trial(partial(run, type(module).forward), [partial(run, forward)], tolerance)
 
 
 def norm_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     """Yields the trials of a norm over channels, of frames or of single ones as its weight says."""
-    for dtype, tolerance in _PRECISIONS:
-        made = twin(module, dtype)
-        x = _frames(made.gamma.numel(), 2, dtype)
-        x = x if module.gamma.ndim == 4 else x.transpose(1, 2).flatten(0, 1)
+    for dtype, tolerance, batch in _PRECISIONS:
+        made = twin(module, dtype).train(module.training and dtype == torch.float64)
+        x = _frames(made.gamma.numel(), 2, dtype, batch)
+        given = [x, x[:, :, :1]] if module.gamma.ndim == 4 else [x.transpose(1, 2).flatten(0, 1), x[:1, :, 0]]
 
-        def run(call: Forward, made: Any = made, x: Tensor = x) -> Outcome:
-            return {RETURNS: call(made, x.clone())}
+        def run(call: Forward, made: Any = made, given: Any = given) -> Outcome:
+            mine = [x.clone() for x in given]
+            return {RETURNS: [call(made, x) for x in mine], CHANGES: mine}
 
         yield Trial(partial(run, type(module).forward), [partial(run, forward)], tolerance)
 
 
-def _frames(channels: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns random ``[2, C, count, 2, 5]`` whose channels lie last in memory."""
+def _frames(channels: int, count: int, dtype: torch.dtype, batch: int) -> Tensor:
+    """Returns random ``[B, C, count, 4, 8]`` whose channels lie last in memory."""
     generator = torch.Generator().manual_seed(count)
-    frames = torch.randn(2, count, 2, len(_MAGNITUDES), channels, generator=generator, dtype=torch.float64)
+    frames = torch.randn(2, count, 4, len(_MAGNITUDES), channels, generator=generator, dtype=torch.float64)
     frames[1] *= torch.tensor(_MAGNITUDES, dtype=torch.float64)[:, None]
-    return frames.to(dtype).permute(0, 4, 1, 2, 3)
+    return frames[:batch].to(dtype).permute(0, 4, 1, 2, 3)
 
 
 def _kind(slot: Any) -> Any:

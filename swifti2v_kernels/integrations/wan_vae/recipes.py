@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import Recipe
+from ..patching import PARTS, Recipe
 from .layers import (
     FeatCache,
     Resampling,
@@ -87,10 +87,10 @@ def _run_residual(
 ) -> Tensor | str:
     parts = [part for part in block if part is not None]
     convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
-    if dropout.training and dropout.p:
-        return "dropout is on"
     if (reason := _obstacle(module, x, convs, parts)) is not None:
         return reason
+    if dropout.training and dropout.p:
+        return "dropout is on"
     frames = cast(x)
     with without_autocast(x):
         y = residual_block(frames, block, feat_cache, [0] if feat_idx is None else feat_idx, joins)
@@ -184,7 +184,11 @@ def _obstacle(layer: nn.Module, x: Tensor, convs: Sequence[nn.Module], parts: Se
     """Returns why a layer is to be computed by its modules, not by us with the weights of its ``parts``, or None."""
     if not _are_convolutions(convs):
         return "a convolution inside was replaced"
-    return unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else None)
+    if (reason := unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else None)) is not None:
+        return reason
+    planned = getattr(layer, PARTS, None)
+    same = planned is None or planned == tuple(map(type, layer.modules()))
+    return None if same else "a part of it was replaced"
 
 
 def _are_convolutions(modules: Sequence[nn.Module]) -> bool:
@@ -204,9 +208,9 @@ def _norm_reason(norm: nn.Module) -> str | None:
     gamma, scale = getattr(norm, "gamma", None), getattr(norm, "scale", None)
     if not isinstance(gamma, Tensor) or not isinstance(scale, float):
         return f"{type(norm).__name__} is not the Wan VAE's norm: no gamma and scale"
-    if not norm.channel_first:
+    if not getattr(norm, "channel_first", True):
         return "its norm is over the last axis"
-    if isinstance(norm.bias, Tensor):
+    if isinstance(getattr(norm, "bias", None), Tensor):
         return "its norm has a bias"
     if abs(scale**2 - gamma.numel()) > 1e-3:
         return f"its norm scales {gamma.numel()} channels by {scale}"
@@ -285,6 +289,8 @@ def _with_parameters(reason: Reason, *known: str) -> Reason:
         if found is None:
             unknown = [name for name in inspect.signature(type(module).forward).parameters if name not in known][1:]
             found = f"a parameter {unknown[0]!r} in its forward that is not known" if unknown else None
+        if found is None and not all(p.is_floating_point() for p in module.parameters()):
+            found = "integer weights"
         return found
 
     return why

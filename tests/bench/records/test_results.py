@@ -52,7 +52,7 @@ def good(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["csg", "--frames", "5", "--size", "64x48", "--repeats", "1"], id="whole"),
+        pytest.param(["csg", "--frames", "5", "--size", "64x48", "--repeats", "1"], id="whole", marks=pytest.mark.slow),
         pytest.param(
             ["csg", "--extrapolate", "--quick", "--models", "1.3b", "--sizes", "720p", "--no-ablations"],
             id="extrapolated",

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor, nn
 
 import swifti2v_kernels.integrations.comfyui as folder
+from swifti2v_kernels.integrations import calls
 from swifti2v_kernels.integrations.comfyui.attention import KEY, accelerate_attention, make_override
 from swifti2v_kernels.integrations.comfyui.vae import accelerate_vae
 from swifti2v_kernels.integrations.patching import HostChanged
 from swifti2v_kernels.integrations.sdpa import AttentionCalls
 from tests.support import comfyui_standin as comfy
 from tests.support import wan_comfyui
-from tests.support.tolerances import OPERATOR, PARITY, relative_error
+from tests.support.tolerances import PARITY, relative_error
 
 FOLDER = Path(folder.__file__).parent
 NODES = folder.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_any_traced", False)
 
 
 @pytest.fixture
@@ -128,14 +134,25 @@ def test_every_layout_that_attention_is_called_with(skip_reshape, skip_output_re
     assert calls.served == 1
 
 
-def test_under_autocast_attention_has_the_hosts_dtype_and_values():
+@comfy.wrap_attn
+def attention_float32(q: Tensor, k: Tensor, v: Tensor, heads: int, **rest: Any) -> Tensor:
+    """Attention that leaves autocast's dtype, as ComfyUI's ``attention_sub_quad`` and ``attention_split`` do."""
+    return comfy.attention_pytorch(q, k, v, heads, **rest).float()
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"), [(comfy.attention_pytorch, torch.bfloat16), (attention_float32, torch.float32)]
+)
+def test_under_autocast_attention_has_the_hosts_dtype_and_values(function, dtype):
     q, k, v = torch.randn(3, 2, 7, 24)
-    options = {KEY: make_override(AttentionCalls(), None, "torch")}
+    calls = AttentionCalls()
+    options = {KEY: make_override(calls, None, "torch")}
     with torch.autocast("cpu", torch.bfloat16):
-        expected = comfy.attention_pytorch(q, k, v, 3)
-        actual = comfy.attention_pytorch(q, k, v, 3, transformer_options=options)
-    assert actual.dtype == expected.dtype == torch.bfloat16
-    assert relative_error(actual, expected) < OPERATOR["bfloat16"]
+        expected = function(q, k, v, 3)
+        actual = function(q, k, v, 3, transformer_options=options)
+    assert actual.dtype == expected.dtype == dtype
+    assert torch.equal(actual, expected)
+    assert dict(calls.not_served) == {"autocast is on, under which ComfyUI's attention functions differ": 1}
 
 
 UNSERVED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -293,18 +310,15 @@ def test_a_host_without_wrappers_shows_kinds_of_calls_and_says_that_there_are_no
     assert log.text.count(f"so far: attention calls\n       1  not served: {NO_GPU}") == 1
 
 
-def test_calls_in_compiled_code_are_not_taken_for_none(host, log, monkeypatch):
+def test_calls_in_compiled_code_are_not_taken_for_none(host, log):
     """A node may compile the model: its calls are not counted, and no warning says that there were none."""
-    from swifti2v_kernels.integrations import calls
-
-    monkeypatch.setattr(calls, "_TRACED", set())
     model, inputs = diffusion_model()
     patched, _ = accelerate_attention(model, backend="torch")
     taken(log)
     patched.model.diffusion_model.compile(backend="aot_eager")
     for _ in range(2):
         comfy.sample(patched, *inputs)
-        assert taken(log) == totals(f"       ?  not counted: {calls.COMPILED}")
+        assert taken(log) == totals(f"       ?  {calls.COMPILED}")
 
 
 def test_a_changed_host_of_attention_is_one_message(host, monkeypatch):

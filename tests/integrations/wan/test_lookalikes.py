@@ -58,7 +58,7 @@ def gated(self, x, seq_lens, grid_sizes, freqs):
 
 
 def needs_a_gpu(self, x, seq_lens, grid_sizes, freqs):
-    assert x.shape[1] != 14, "no GPU here"
+    assert x.shape[1] > 14, "no GPU here"
     return gated(self, x, seq_lens, grid_sizes, freqs)
 
 

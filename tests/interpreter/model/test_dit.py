@@ -22,7 +22,9 @@ CONFIG = DiTConfig(
 )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "end_to_end")) for mode in MODES]
+)
 def test_csg_is_the_same_on_the_kernels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dit = random_weights(WanDiT, CONFIG, 1)
     reference, text = torch.randn(1, 4, 5, 4, 6), torch.randn(1, 7, 16)

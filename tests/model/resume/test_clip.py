@@ -374,7 +374,7 @@ def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "stage"),
     [
-        ("model.pipeline.clip.make_reference", "reference"),
+        pytest.param("model.pipeline.clip.make_reference", "reference", marks=pytest.mark.slow),
         pytest.param("model.pipeline.clip.sample_latents", "decode", marks=pytest.mark.slow),
     ],
 )
