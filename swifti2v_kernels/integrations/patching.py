@@ -103,8 +103,8 @@ def is_taken(out: Any, module: nn.Module) -> bool:
 class Patch:
     """One replacement in one module: ``original`` is what stood there and ``replacement`` what stands there now.
 
-    ``calls`` counts the module's calls, by the reason why the host computed them or, where ours did, None. ``parts`` are
-    the classes of the modules within a layer that computes with the weights of its parts.
+    ``calls`` counts the module's calls, by the reason why the host computed them or, where ours did, None. ``parts``
+    are the classes of the modules within a layer whose replacement computes with their weights.
     """
 
     name: str

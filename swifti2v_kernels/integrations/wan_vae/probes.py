@@ -39,18 +39,23 @@ def layer_probe(channels: Callable[[Any], int]) -> Callable[[nn.Module, Forward]
             made = twin(module, dtype).train(module.training and dtype == torch.float64)
             wholes, chunks = ([_frames(channels(made), n, dtype, batch) for n in ns] for ns in ((1, 2, 3, 4), counts))
 
-            def run(*forwards: Forward, made: Any = made, wholes: Any = wholes, chunks: Any = chunks) -> Outcome:
-                wholes, chunks = ([x.clone() for x in xs] for xs in (wholes, chunks))
-                results, kept, slots = [forwards[0](made, x) for x in wholes], [], [None] * 6
-                for i, chunk in enumerate(chunks):
+            def whole(call: Forward, made: Any = made, clips: Any = wholes) -> Outcome:
+                mine = [x.clone() for x in clips]
+                return {RETURNS: [call(made, x) for x in mine], CHANGES: mine}
+
+            def run(*forwards: Forward, made: Any = made, chunks: Any = chunks) -> Outcome:
+                mine = [x.clone() for x in chunks]
+                results, kept, slots = [], [], [None] * 6
+                for i, chunk in enumerate(mine):
                     # Hosts pass one list of slots through all layers, so a layer's first one is anywhere.
-                    index, last = [1], i == len(chunks) - 1
+                    index, last = [1], i == len(mine) - 1
                     final = {"final": last} if takes_final else {}
                     results.append(forwards[i % len(forwards)](made, chunk, slots, index, **final))
                     kept.append((index[0], [_kind(slot) for slot in slots]))
-                return {RETURNS: results, _CACHE: kept, CHANGES: [*wholes, *chunks]}
+                return {RETURNS: results, _CACHE: kept, CHANGES: mine}
 
             host = type(module).forward
+            yield Trial(partial(whole, host), [partial(whole, forward)], tolerance)
             mixtures = ((forward,), (forward, host), (host, forward)) if dtype == torch.float64 else ((forward,),)
             yield Trial(partial(run, host), [partial(run, *forwards) for forwards in mixtures], tolerance)
 

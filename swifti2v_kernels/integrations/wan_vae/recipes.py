@@ -149,7 +149,7 @@ def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: boo
 def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor | str:
     """Replaces the ``forward`` of ``WanCausalConv3d``."""
     # Hooks of the module itself are around this forward and have done their work.
-    if (reason := apart(x, module)) is not None:
+    if (reason := apart(x, module) or _changed(module)) is not None:
         return reason
     frames = to_frames(cast(x))
     with without_autocast(x):
@@ -165,7 +165,7 @@ def _original_conv_forward(
 ) -> Tensor | str:
     """Replaces the ``forward`` of ``CausalConv3d``; ComfyUI's also takes its past out of a list."""
     # What the host must compute, it takes out of the list itself.
-    if cache_list is not None and cache_idx is not None and apart(x, module) is None:
+    if cache_list is not None and cache_idx is not None and (apart(x, module) or _changed(module)) is None:
         cache_x, cache_list[cache_idx] = cache_list[cache_idx], None
     return _conv_forward(module, x, cache_x)
 
@@ -174,7 +174,7 @@ def _norm_forward(module: nn.Module, x: Tensor) -> Tensor | str:
     """Replaces the ``forward`` of ``WanRMS_norm`` and ``RMS_norm``."""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast, under which the host norms in float32"
-    if (reason := apart(x, module)) is not None:
+    if (reason := apart(x, module) or _changed(module)) is not None:
         return reason
     y = normalize(x, module)
     return "channels that do not lie last in memory" if y is None else y
@@ -184,11 +184,17 @@ def _obstacle(layer: nn.Module, x: Tensor, convs: Sequence[nn.Module], parts: Se
     """Returns why a layer is to be computed by its modules, not by us with the weights of its ``parts``, or None."""
     if not _are_convolutions(convs):
         return "a convolution inside was replaced"
-    if (reason := unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else None)) is not None:
-        return reason
+    return unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else _changed(layer))
+
+
+def _changed(layer: nn.Module) -> str | None:
+    """Returns a reason if modules in a layer are of other classes than those that it was planned with, or patched."""
     planned = getattr(layer, PARTS, None)
-    same = planned is None or planned == tuple(map(type, layer.modules()))
-    return None if same else "a part of it was replaced"
+    if planned is None:
+        return None
+    same = planned == tuple(type(part) for part in layer.modules())
+    patched = any("_conv_forward" in part.__dict__ for part in layer.modules())
+    return "a part of it was replaced" if patched or not same else None
 
 
 def _are_convolutions(modules: Sequence[nn.Module]) -> bool:

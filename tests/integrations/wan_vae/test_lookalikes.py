@@ -187,3 +187,151 @@ def test_modules_with_equal_twins_are_tried_once(monkeypatch):
     once = len(calls)
     assert plan(nn.ModuleList(Resample(n, "upsample2d", n // 2) for n in (16, 32, 48)))[0] == {"Resample": 3}
     assert len(calls) == 2 * once
+
+
+#: A kind, and inputs for which it computes something else.
+RARE = {
+    "one frame": ("CausalConv3d", lambda x: x.shape[2] == 1),
+    "four frames": ("CausalConv3d", lambda x: x.shape[2] == 4),
+    "one entry": ("CausalConv3d", lambda x: len(x) == 1),
+    "float32": ("CausalConv3d", lambda x: x.dtype == torch.float32),
+    "8 columns": ("CausalConv3d", lambda x: x.shape[-1] >= 8),
+    "norm of one frame": ("RMS_norm", lambda x: x.ndim == 5 and x.shape[2] == 1),
+    "layer of one frame": ("ResidualBlock", lambda x, cache=None, index=None: cache is None and x.shape[2] == 1),
+    "layer of three frames": ("ResidualBlock", lambda x, cache=None, index=None: x.shape[2] == 3),
+    "chunk of four frames": ("ResidualBlock", lambda x, cache=None, index=None: cache and x.shape[2] == 4),
+    "cached entry": ("ResidualBlock", lambda x, cache=None, index=None: cache and len(x) == 1),
+}
+KINDS = {kind.__name__: kind for kind in (CausalConv3d, RMS_norm, ResidualBlock)}
+
+
+@pytest.mark.parametrize("case", RARE)
+def test_what_differs_for_some_inputs_alone_is_found_out(case):
+    kind, rare = RARE[case]
+
+    def forward(self, x, *others):
+        y = KINDS[kind].forward(self, x, *others)
+        return 0.9 * y if rare(x, *others) else y
+
+    def of_layer(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
+        return forward(self, x, feat_cache, feat_idx)
+
+    def of_conv(self, x, cache_x=None):
+        y = CausalConv3d.forward(self, x, cache_x)
+        return 0.9 * y if rare(x) else y
+
+    def of_norm(self, x):
+        return forward(self, x)
+
+    layers = nn.ModuleList([ResidualBlock(4, 8)])
+    imitate(layers, kind, {"ResidualBlock": of_layer, "CausalConv3d": of_conv, "RMS_norm": of_norm}[kind])
+    assert plan(layers)[1][kind] == "its forward returns something else: other values"
+
+
+def test_a_layer_that_changes_its_input_is_left():
+    def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
+        y = ResidualBlock.forward(self, x, feat_cache, feat_idx)
+        x.zero_()
+        return y
+
+    layers = nn.ModuleList([ResidualBlock(4, 8)])
+    imitate(layers, "ResidualBlock", forward)
+    text = "its forward leaves what it is given in another state: other values"
+    assert plan(layers)[1] == {"ResidualBlock": text}
+
+
+def test_values_of_integers_and_modes_are_other_forms():
+    def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
+        y = ResidualBlock.forward(self, x, feat_cache, feat_idx)
+        return 0.5 * y if self.flag or self.training else y
+
+    layers = nn.ModuleList(ResidualBlock(4, 8) for _ in range(3)).eval()
+    imitate(layers, "ResidualBlock", forward)
+    for i, layer in enumerate(layers):
+        layer.register_buffer("flag", torch.tensor(i % 2))
+    layers[2].train()
+    replaced, left = plan(layers)
+    assert replaced["ResidualBlock"] == 1
+    assert left == {"ResidualBlock": "its forward returns something else: other values"}
+
+
+def test_dropout_of_a_layer_in_training_is_no_difference():
+    assert not plan(nn.ModuleList([ResidualBlock(4, 8, dropout=0.5)]).train())[1]
+
+
+def test_what_cannot_be_looked_at_is_left_with_the_reason():
+    class RMS_norm(nn.Module):
+        """As in ComfyUI's refiner VAE of HunyuanVideo."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.gamma = 2.0, nn.Parameter(torch.ones(4, 1, 1, 1))
+
+        def forward(self, x):
+            return nn.functional.normalize(x, dim=1) * self.scale * self.gamma
+
+    class Broken(RMS_norm):
+        scale = property(lambda self: self.nothing, lambda self, value: None)
+
+    Broken.__name__ = "RMS_norm"
+    assert plan(nn.ModuleList([RMS_norm()])) == ({"RMS_norm": 1}, {})
+    broken = Broken()
+    broken.gamma = None
+    Broken.gamma = property(lambda self: 1 / 0)
+    del broken._parameters["gamma"]
+    assert plan(nn.ModuleList([broken]))[1] == {
+        "RMS_norm": "it could not be looked at: ZeroDivisionError: division by zero"
+    }
+
+
+def test_integer_weights_are_named():
+    layers = nn.ModuleList([ResidualBlock(4, 8)])
+    for conv in layers.modules():
+        if isinstance(conv, CausalConv3d):
+            conv.weight = nn.Parameter(conv.weight.detach().to(torch.int8), requires_grad=False)
+    assert plan(layers)[1] == {"ResidualBlock": "integer weights", "CausalConv3d": "integer weights"}
+
+
+class Halved(nn.Module):
+    """Wraps a norm and has its weight."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.gamma = norm, norm.gamma
+
+    def forward(self, x):
+        return 0.5 * self.norm(x)
+
+
+class Adapted(CausalConv3d):
+    def forward(self, x, cache_x=None):
+        return 1.5 * super().forward(x, cache_x)
+
+
+def adapt(parts: nn.Sequential) -> None:
+    parts[6].__class__ = Adapted
+
+
+def pad_otherwise(parts: nn.Sequential) -> None:
+    parts[6]._conv_forward = lambda x, *others: nn.Conv3d._conv_forward(parts[6], x.roll(1, dims=-1), *others)
+
+
+SWAPS = {
+    "no norm": lambda parts: parts.__setitem__(0, nn.Identity()),
+    "wrapped norm": lambda parts: parts.__setitem__(0, Halved(parts[0])),
+    "activation": lambda parts: parts.__setitem__(1, nn.GELU()),
+    "dropout": lambda parts: parts.__setitem__(5, nn.Hardtanh(-0.1, 0.1)),
+    "adapter": adapt,
+    "method": pad_otherwise,
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_part_that_is_replaced_later_is_the_hosts(swap):
+    vae, theirs = (WanVAE_(*LAYOUT, False).eval() for _ in range(2))
+    theirs.load_state_dict(vae.state_dict())
+    report = accelerate(vae)
+    for each in (vae, theirs):
+        SWAPS[swap](each.decoder.middle[0].residual)
+    assert relative_error(coded(vae), coded(theirs)) < PARITY
+    assert "a part of it was replaced" in str(report)
