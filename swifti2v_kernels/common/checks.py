@@ -232,7 +232,8 @@ def overlapping(a: Tensor, b: Tensor) -> bool:
     """Returns whether two strided views share an element, or may: True where that cannot be decided cheaply.
 
     The answer is exact for slices of one buffer that begins where its storage does: along some axis these are disjoint
-    intervals, or they share an element. Addresses alone count, since tensors of two storages may share memory too (NumPy, DLPack).
+    intervals, or they share an element. Addresses alone count, since tensors of two storages may share memory too, such
+    as those that NumPy and DLPack lend.
     """
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device or a.device.type == "meta":
         return False

@@ -199,6 +199,7 @@ def _described(value: Any) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """Returns the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 

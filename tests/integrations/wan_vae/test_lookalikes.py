@@ -261,7 +261,7 @@ def test_dropout_of_a_layer_in_training_is_no_difference():
 
 def test_what_cannot_be_looked_at_is_left_with_the_reason():
     class RMS_norm(nn.Module):
-        """As in ComfyUI's refiner VAE of HunyuanVideo."""
+        """The norm of ComfyUI's refiner VAE of HunyuanVideo has no more attributes."""
 
         def __init__(self):
             super().__init__()
