@@ -14,6 +14,7 @@ from torch import nn
 
 from swifti2v_kernels.integrations.wan import accelerate, restore
 from tests.integrations.wan.test_dit import exact, inputs, make, untouched
+from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
 from tests.support.wan_lookalikes import imitate
 from tests.support.wan_standin import attention, model
@@ -146,7 +147,7 @@ LOOKALIKES: dict[Callable[..., Any], tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("forward", LOOKALIKES, ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize("forward", half(LOOKALIKES), ids=lambda forward: forward.__name__)
 def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(forward, exact):
     host, (kind, reason) = make(), LOOKALIKES[forward]
     imitate(host, kind, forward)
@@ -250,6 +251,7 @@ def test_containers_of_any_kind_are_not_changed_by_a_trial(exact):
     assert [(block.stats, block.history) for block in host.blocks] == [({}, {})] * 2
 
 
+@pytest.mark.slow
 def test_compiled_code_of_a_host_is_not_compiled_by_a_trial(exact):
     compiled = []
 

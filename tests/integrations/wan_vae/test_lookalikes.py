@@ -13,6 +13,7 @@ from swifti2v_kernels.common.dispatch import default_backend
 from swifti2v_kernels.integrations.patching import plan_patches
 from swifti2v_kernels.integrations.wan import accelerate, restore
 from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
+from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
 from tests.support.wan_lookalikes import LOOKALIKES, DiffSynthVAE, imitate, needs_a_gpu, scaled_branch
 from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, WanVAE_
@@ -52,7 +53,7 @@ def test_diffsynth_studios_layers_are_left_and_it_codes_as_before():
     assert torch.equal(coded(vae), expected)
 
 
-@pytest.mark.parametrize("forward", LOOKALIKES, ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize("forward", half(LOOKALIKES), ids=lambda forward: forward.__name__)
 def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(forward):
     """The residual block and whatever else calls the imitated module is left too, and the rest is replaced."""
     vae, (kind, reason) = WanVAE_(*LAYOUT, False).eval(), LOOKALIKES[forward]
@@ -205,7 +206,7 @@ RARE = {
 KINDS = {kind.__name__: kind for kind in (CausalConv3d, RMS_norm, ResidualBlock)}
 
 
-@pytest.mark.parametrize("case", RARE)
+@pytest.mark.parametrize("case", half(RARE))
 def test_what_differs_for_some_inputs_alone_is_found_out(case):
     kind, rare = RARE[case]
 
@@ -326,7 +327,7 @@ SWAPS = {
 }
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", half(SWAPS))
 def test_a_part_that_is_replaced_later_is_the_hosts(swap):
     vae, theirs = (WanVAE_(*LAYOUT, False).eval() for _ in range(2))
     theirs.load_state_dict(vae.state_dict())
