@@ -63,6 +63,7 @@ def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: P
     assert [v["value"] for v in found[::2]] == [row["peak_bytes"] / row["limit_bytes"] for row in (enough, tight)]
 
 
+@pytest.mark.slow
 def test_a_stage_that_exceeds_the_limit_is_named_with_its_own_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

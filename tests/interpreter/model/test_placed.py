@@ -21,7 +21,7 @@ PLACEMENTS = [
     Placement(resident=0),
     pytest.param(Placement(resident=1, quantize="float8"), marks=pytest.mark.slow),
     pytest.param(Placement(quantize="float8", matmul="8bit"), marks=pytest.mark.slow),
-    Placement(resident=0, quantize="int8", matmul="8bit"),
+    pytest.param(Placement(resident=0, quantize="int8", matmul="8bit"), marks=pytest.mark.slow),
 ]
 
 

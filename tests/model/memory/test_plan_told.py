@@ -22,6 +22,7 @@ from model.vae.tiles import VAEPlan
 from tests.support.memory_requests import GB, TEXT, planned, request
 
 
+@pytest.mark.slow
 def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
     wanted = request("1.3b", 12, ram=8 * GB, text_encoder_bytes=TEXT)
     with pytest.raises(InputError) as refused:

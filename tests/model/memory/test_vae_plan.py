@@ -100,6 +100,7 @@ def test_the_peak_does_not_depend_on_the_clip(version: str) -> None:
     assert len(peaks) == 1
 
 
+@pytest.mark.slow
 def test_more_memory_is_used_for_fewer_tiles() -> None:
     limits = (None, 48 * GB, 24 * GB, 12 * GB, 6 * GB, 3 * GB)
     plans = [plan_vae(REAL["2.1"], "decode", 2560, 1408, limit=limit) for limit in limits]
