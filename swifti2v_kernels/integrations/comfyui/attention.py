@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import obstacles
 from ..calls import AttentionCalls, any_traced
-from ..patching import HostChanged
+from ..recipe import HostChanged
 from ..sdpa import attend
 from .host import need, told_after
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-from ..patching import HostChanged
+from ..recipe import HostChanged
 
 
 def need(owner: Any, owner_name: str, *attributes: str) -> None:

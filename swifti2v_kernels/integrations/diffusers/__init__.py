@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from ..patching import HostChanged, Report, patch_models, restore_module
+from ..patching import Report, patch_models, restore_module
+from ..recipe import HostChanged
 from .csg import DiffusersWanWindow
 
 __all__ = ["DiffusersWanWindow", "HostChanged", "Report", "accelerate", "restore"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ... import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
 from ..hooks import hook_kinds, hooked, hooked_inside, only_moves
-from ..patching import is_taken
+from ..recipe import is_taken
 
 
 class Processor:

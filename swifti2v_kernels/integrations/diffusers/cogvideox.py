@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import gated_residual, segment_attention
 from ..hooks import watched
-from ..patching import Recipe
+from ..recipe import Recipe
 from .attention import Processor, may_overwrite, norm_rotate, token_rope
 from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...csg.plan import Window
-from ..patching import HostChanged
+from ..recipe import HostChanged
 
 #: Text tokens of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
 _TEXT_TOKENS = 512

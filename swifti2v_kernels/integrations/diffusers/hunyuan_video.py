@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import gated_residual, segment_attention
 from ..hooks import only_moves, watched
-from ..patching import Recipe
+from ..recipe import Recipe
 from .attention import Processor, backend_is_free, may_overwrite, norm_rotate_pair, prefix_lengths, token_rope
 from .norms import in_parts, like, modulated_norm, residual_norm, token_rows
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import gated_residual, norm_rope, rope_from_tokens, segment_attention
-from ..patching import Recipe
+from ..recipe import Recipe
 from .attention import (
     Processor,
     backend_is_free,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
 from ..hooks import only_moves
-from ..patching import Recipe
+from ..recipe import Recipe
 from .attention import Processor, may_overwrite, norm_rotate, norm_rotate_pair, prefix_lengths, rotate
 from .norms import in_parts, like, token_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import gated_residual, segment_attention
-from ..patching import Recipe
+from ..recipe import Recipe
 from .attention import Processor, backend_is_free, may_overwrite, norm_rotate, norm_rotate_pair, token_rope
 from .norms import in_parts, like, modulated_norm, modulation_rows, residual_norm, token_rows
 

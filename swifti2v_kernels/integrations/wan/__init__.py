@@ -20,7 +20,8 @@ from torch import nn
 
 from ...common.dispatch import BACKENDS
 from ..calls import AttentionCalls
-from ..patching import HostChanged, Line, Recipe, Report, patch_models, restore_module
+from ..patching import Line, Report, patch_models, restore_module
+from ..recipe import HostChanged, Recipe
 from .dit import FUNCTION, Attention, cross_attention_forward, layer_forward, own_forward, self_attention_forward
 from .probes import layer_probe, self_attention_probe
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import PARTS, Recipe
+from ..recipe import PARTS, Recipe
 from .layers import (
     FeatCache,
     Resampling,

@@ -18,7 +18,7 @@ import swifti2v_kernels.integrations.comfyui as folder
 from swifti2v_kernels.integrations import calls
 from swifti2v_kernels.integrations.comfyui.attention import KEY, accelerate_attention, make_override
 from swifti2v_kernels.integrations.comfyui.vae import accelerate_vae
-from swifti2v_kernels.integrations.patching import HostChanged
+from swifti2v_kernels.integrations.recipe import HostChanged
 from swifti2v_kernels.integrations.sdpa import AttentionCalls
 from tests.support import comfyui_standin as comfy
 from tests.support import wan_comfyui

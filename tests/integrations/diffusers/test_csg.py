@@ -15,7 +15,7 @@ from torch import nn
 from model import load_dit, sample_latents
 from swifti2v_kernels import SegmentPlan, Window
 from swifti2v_kernels.integrations.diffusers import DiffusersWanWindow
-from swifti2v_kernels.integrations.patching import HostChanged
+from swifti2v_kernels.integrations.recipe import HostChanged
 from tests.kernels.csg.test_sampler import PLANS, SIGMAS, run
 from tests.model.dit.test_model import BASE, saved_diffusers_dit
 from tests.support.tolerances import BFLOAT16_MODEL, PARITY, relative_error

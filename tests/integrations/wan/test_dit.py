@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swifti2v_kernels.integrations.patching import HostChanged
+from swifti2v_kernels.integrations.recipe import HostChanged
 from swifti2v_kernels.integrations.wan import accelerate, restore
 from tests.support.tolerances import OPERATOR, PARITY, relative_error
 from tests.support.wan_original import WanVAE_

@@ -15,7 +15,8 @@ from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swifti2v_kernels.integrations.patching import HostChanged, apply_patches, plan_patches, restore_module
+from swifti2v_kernels.integrations.patching import apply_patches, plan_patches, restore_module
+from swifti2v_kernels.integrations.recipe import HostChanged
 from swifti2v_kernels.integrations.wan_vae import layers as wan_vae_layers
 from swifti2v_kernels.integrations.wan_vae.recipes import RECIPES
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
