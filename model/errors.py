@@ -31,3 +31,11 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package:
             raise
         raise InputError(f"{package} is not installed; run: pip install -e '.[{extra}]'") from error
+
+
+def printable(text: str) -> str:
+    """Returns the text with every character that a terminal would obey, line ends aside, as its escape.
+
+    Names of tensors, of devices and of files come from whoever wrote them: ``ESC [ 2 J`` in one would clear the screen.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -24,7 +24,8 @@ from model.cli.request import ClipRequest, resumed_arguments
 from model.config import PRESETS
 from model.csg.sampler import MODES
 from model.errors import InputError, require
-from model.io.media import VideoWriter, check_video_path, fit_image, open_image
+from model.io.media import VideoWriter, check_video_path
+from model.io.photo import fit_image, open_image
 from model.machine.host import release
 from model.machine.measure import StageTimer, format_bytes, full_memory, peak_memory
 from model.memory.plan import plan_memory

@@ -32,7 +32,8 @@ from model.csg.sampler import SegmentPlan, plan_for, sample_latents
 from model.csg.schedule import flow_sigmas
 from model.dit.model import WanDiT
 from model.errors import InputError
-from model.io.media import VideoWriter, fit_image, open_image
+from model.io.media import VideoWriter
+from model.io.photo import fit_image, open_image
 from model.machine.counted import TensorMemory
 from model.machine.measure import StageTimer, is_out_of_memory, parse_bytes
 from model.memory.plan import plan_memory

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from bench.assets import PHOTO
 from bench.precision.forms import add_ratios, errors_of
 from bench.records.outcome import FAILURES, failure
-from model.io.media import fit_image, open_image
+from model.io.photo import fit_image, open_image
 from model.machine.host import release
 from model.vae.model import WanVAE
 

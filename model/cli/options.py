@@ -18,7 +18,7 @@ import torch
 
 from model.config import PRESETS
 from model.csg.sampler import SegmentPlan, plan_segments
-from model.errors import InputError, NoMemoryError
+from model.errors import InputError, NoMemoryError, printable
 from model.machine.host import machine_memory
 from model.machine.measure import is_out_of_memory, parse_bytes
 from model.pipeline.components import Components
@@ -34,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message without the usage and exits with 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, printable(f"error: {message} (see {self.prog} --help)\n"))
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -52,7 +52,7 @@ def run_command(command: Callable[[], None]) -> int:
         with no_interruption_lost():
             command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except NoMemoryError as error:
         print(f"error: {error}", file=sys.stderr)
