@@ -9,11 +9,15 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__init__.py").read_text())[1]
 
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.9"]
-GENERATE = ["av>=13", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"]
+GENERATE = ["av>=13", "pillow>=10.3", "safetensors>=0.4", "tqdm>=4.60"]
+GGUF = ["gguf>=0.10"]
+HEIF = ["pillow-heif>=1"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
 BENCH = [*GENERATE, "jsonschema>=4.18", "matplotlib>=3.8", "nvidia-ml-py>=12"]
 TEST = [
     *BENCH,
+    *GGUF,
+    *HEIF,
     *TEXT,
     "accelerate>=1",
     "diffusers>=0.35",
@@ -42,6 +46,8 @@ setup(
     install_requires=["einops>=0.7", "numpy>=1.26", "torch>=2.6", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "generate": GENERATE,
+        "gguf": GGUF,
+        "heif": HEIF,
         "text": TEXT,
         "bench": BENCH,
         "docs": DOCS,

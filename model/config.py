@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
 from model.errors import InputError
 
 MASK_CHANNELS = 4
+#: The smallest and the largest number above 0 that float32 holds in full precision; models compute in it at most.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def check_count(name: str, value: Any) -> int:
@@ -29,14 +31,14 @@ def _check_list(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise InputError(f"{name}: expected a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        raise InputError(f"{name}: expected a finite number (of float32), got {value!r}")
 
 
 def _check_above_zero(name: str, value: Any) -> None:
     _check_number(name, value)
-    if value <= 0:
-        raise InputError(f"{name}: expected a number above 0, got {value!r}")
+    if value < _SMALLEST:
+        raise InputError(f"{name}: expected a number above 0 (at least {_SMALLEST:.2g}), got {value!r}")
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -89,8 +91,16 @@ class DiTConfig:
             raise InputError(f"patch_size: expected 3 integers, got {self.patch_size}")
         for size in self.patch_size:
             check_count("patch_size", size)
-        if self.patch_size[0] != 1:
-            raise InputError(f"patch_size: a temporal patch of 1 is supported, got {self.patch_size}")
+        if self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
+            raise InputError(
+                f"patch_size: a temporal patch of 1 and a square one in space are supported, got {self.patch_size}"
+            )
+        if self.head_dim < 6 or self.head_dim % 2:
+            raise InputError(
+                f"head_dim: expected an even number of at least 6 (three axes of rotation), got {self.head_dim}"
+            )
+        if self.freq_dim % 2:
+            raise InputError(f"freq_dim: expected an even number (cosines and sines), got {self.freq_dim}")
         if self.added_kv and self.image_dim is None:
             raise InputError("added_kv_proj_dim is set but image_dim is not: there would be nothing to attend to")
 
@@ -171,8 +181,8 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size", "pixel_channels"):
             check_count(name, getattr(self, name))
-        if not _check_list("dim_mult", self.dim_mult):
-            raise InputError("dim_mult: expected at least one stage, got none")
+        if len(_check_list("dim_mult", self.dim_mult)) < 2:
+            raise InputError(f"dim_mult: expected at least two stages, got {len(self.dim_mult)}")
         for factor in self.dim_mult:
             check_count("dim_mult", factor)
         _check_flag("is_residual", self.residual)
@@ -189,6 +199,36 @@ class VAEConfig:
                 f"temperal_downsample: expected {len(self.dim_mult) - 1} entries for {len(self.dim_mult)} stages,"
                 f" got {len(self.temporal_downsample)}"
             )
+        if self.pixel_channels != 3 * self.patch_size**2:
+            raise InputError(
+                f"pixel_channels: expected {3 * self.patch_size**2} (RGB at patch_size {self.patch_size}),"
+                f" got {self.pixel_channels}"
+            )
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        """Checks that each stage can be built, and that its shortcut (of Wan2.2) can average and repeat channels."""
+        down = [self.base_dim * factor for factor in (1, *self.dim_mult)]
+        up = [self.decoder_base_dim * factor for factor in (self.dim_mult[-1], *reversed(self.dim_mult))]
+        if not self.residual:
+            if min(up[1:-1]) < 2:
+                raise InputError(f"decoder_base_dim, dim_mult: expected stages of 2 channels or more, got {up[1:-1]}")
+            return
+        # In space a cell has 2 x 2 pixels, and in time 2 frames where a stage changes their number.
+        cells = [4 * (2 if temporal else 1) for temporal in self.temporal_downsample]
+        for i, (given, made) in enumerate(itertools.pairwise(down)):
+            numbers = given * (*cells, 1)[i]
+            if numbers % made:
+                raise InputError(
+                    f"base_dim, dim_mult: the encoder's stage {i} goes from {given} to {made} channels;"
+                    f" expected a divisor of {numbers} (is_residual)"
+                )
+        for i, (given, made) in enumerate(itertools.pairwise(up[:-1])):
+            if given % made or cells[-1 - i] * made % given:
+                raise InputError(
+                    f"decoder_base_dim, dim_mult: the decoder's stage {i} goes from {given} to {made} channels;"
+                    f" expected as many, a half or a quarter (is_residual)"
+                )
 
     @property
     def temporal_stride(self) -> int:

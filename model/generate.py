@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,15 +19,19 @@ from model.cli.options import (
     add_lora_options,
     add_memory_options,
     add_model_options,
-    positive,
+    count,
+    parse_file,
+    parse_path,
     run_command,
 )
 from model.cli.request import ClipRequest, resumed_arguments
 from model.config import PRESETS
 from model.csg.sampler import MODES
 from model.errors import InputError, require
-from model.io.media import VideoWriter, check_video_path
+from model.io.durable import check_place
+from model.io.media import VideoWriter, check_video_path, reserved
 from model.io.photo import fit_image, open_image
+from model.machine.finite import NotFiniteError
 from model.machine.host import release
 from model.machine.measure import StageTimer, format_bytes, full_memory, peak_memory
 from model.memory.plan import plan_memory
@@ -33,8 +39,9 @@ from model.memory.report import MemoryPlan
 from model.pipeline.clip import ClipJob, Item, Watcher
 from model.pipeline.components import LAYOUT, Components
 from model.pipeline.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
-from model.resume.clip import ClipWork, make_clip
+from model.resume.clip import ClipWork, input_shapes, make_clip
 from model.resume.state import RunState
+from model.sizes import MOST_FRAMES
 
 EXAMPLES = f"""\
 examples:
@@ -60,6 +67,22 @@ weights:
 """
 
 
+#: Frames a second at most: far more than are shown, and few enough for every player's clock.
+MOST_FPS = 1000
+#: Characters of a prompt at most. UMT5 reads 512 tokens of it.
+MOST_PROMPT = 100_000
+
+
+def parse_prompt(text: str) -> str:
+    """Parses a prompt (an argparse type): any text that can be written down."""
+    if len(text) > MOST_PROMPT:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_PROMPT} characters, got {len(text)}")
+    odd = re.search(r"[\0\ud800-\udfff]", text)
+    if odd is not None:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {odd[0]!r} as character {odd.start() + 1}")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line of ``python -m model.generate``."""
     parser = CommandParser(
@@ -69,16 +92,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "photo", metavar="PHOTO", nargs="?", type=Path, help="the first frame: any image that Pillow reads"
+        "photo", metavar="PHOTO", nargs="?", type=parse_file, help="the first frame: any image that Pillow reads"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.mp4", help="the video to write")
-    parser.add_argument("--prompt", default="", help="what should happen; needs a text encoder in --weights")
+    parser.add_argument("--out", type=parse_file, metavar="FILE.mp4", help="the video to write")
     parser.add_argument(
-        "--text-embeddings", type=Path, metavar="FILE", help="precomputed, one safetensors tensor [L, D]"
+        "--prompt", type=parse_prompt, default="", help="what should happen; needs a text encoder in --weights"
+    )
+    parser.add_argument(
+        "--text-embeddings", type=parse_file, metavar="FILE", help="precomputed, one safetensors tensor [L, D]"
     )
     parser.add_argument("--size", metavar="WxH", help="default: the preset's area in the photograph's aspect ratio")
-    parser.add_argument("--frames", type=int, help="1 + 4n (default 81)")
-    parser.add_argument("--fps", type=positive, help="frames a second (default: the preset's)")
+    parser.add_argument("--frames", type=count(1, MOST_FRAMES), help="1 + 4n (default 81)")
+    parser.add_argument("--fps", type=count(1, MOST_FPS), help="frames a second (default: the preset's)")
     parser.add_argument(
         "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
     )
@@ -89,27 +114,38 @@ def build_parser() -> argparse.ArgumentParser:
         "a run that goes on", "what is made is kept in a folder until the video is complete"
     )
     group.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR; PHOTO and --out are its own"
+        "--resume", type=parse_path, metavar="DIR", help="go on with the run in DIR; PHOTO and --out are its own"
     )
-    group.add_argument("--state", type=Path, metavar="DIR", help="the folder (default: FILE.run beside FILE.mp4)")
+    group.add_argument("--state", type=parse_path, metavar="DIR", help="the folder (default: FILE.run beside FILE.mp4)")
     group.add_argument("--keep-state", action="store_true", help="leave the folder when the video is complete")
     group.add_argument("--restart", action="store_true", help="begin anew where the folder holds an unfinished run")
     return parser
 
 
-def text_embedding(
-    args: argparse.Namespace, components: Components, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, str]:
-    """Returns the text embedding ``[1, 512, D]`` for both stages, and a sentence that says where it comes from.
+def given_embedding(args: argparse.Namespace, components: Components) -> Tensor | None:
+    """Returns the embedding of ``--text-embeddings``, and checks that there is what the other inputs take.
 
-    An encoder runs on ``device`` in ``dtype``.
+    Raises:
+        InputError: the embedding does not fit, both stages read texts of different widths, or there is no CLIP encoder
+            for a DiT that reads its tokens.
     """
     dims = {components.stage_one_config.text_dim, components.stage_two_config.text_dim}
     if len(dims) > 1:
         raise InputError(f"weights: both stages must read the same text width, got {sorted(dims)}")
-    (text_dim,) = dims
-    if args.text_embeddings is not None:
-        return load_text_embedding(args.text_embeddings, text_dim), f"embeddings from {args.text_embeddings}"
+    components.check_image_encoder()
+    return None if args.text_embeddings is None else load_text_embedding(args.text_embeddings, *dims)
+
+
+def text_embedding(
+    args: argparse.Namespace, components: Components, given: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, str]:
+    """Returns the text embedding ``[1, 512, D]``, ``given`` or the prompt's, and a sentence that says whence it is.
+
+    An encoder runs on ``device`` in ``dtype``.
+    """
+    if given is not None:
+        return given, f"embeddings from {args.text_embeddings}"
+    text_dim = components.stage_two_config.text_dim
     if components.weights is not None and (components.weights / "text_encoder").is_dir():
         text = encode_prompt(args.prompt, components.weights, dtype=dtype, device=device)
         if text.shape[2] != text_dim:
@@ -168,27 +204,38 @@ def run(args: argparse.Namespace) -> None:
         if args.restart or args.state is not None:
             raise InputError("resume: not together with --restart or --state; a run goes on in its own folder")
         with RunState.open(args.resume) as state:
-            resumed_arguments(args, state.job["arguments"], build_parser().parse_args([]))
-            _run(args, state, started)
+            resumed_arguments(args, state.job, build_parser())
+            with reserved(args.out):
+                _run(args, state, started)
         return
     if args.photo is None or args.out is None:
         raise InputError("PHOTO and --out FILE.mp4 are needed, or --resume DIR")
     folder = state_folder(args)
-    if not args.restart and RunState.holds(folder):
+    if RunState.holds(folder) and not args.restart:
         raise InputError(f"state: {folder} holds a run; --resume {folder} goes on with it, --restart begins anew")
-    _run(args, None, started)
+    with reserved(args.out):
+        _run(args, None, started)
 
 
 def _run(args: argparse.Namespace, state: RunState | None, started: float) -> None:
     """Makes the clip, from the state of an earlier run if there is one."""
-    out = check_video_path(args.out)
+    out = check_places(args)
     photo = open_image(args.photo) if state is None or args.photo.is_file() else None
     request = ClipRequest.resolve(args, None if photo is None else photo.size)
+    given = given_embedding(args, request.components) if state is None else None
     plan = plan_memory(request.memory())
-    inputs = None if state is None else state.load("inputs")
-    if inputs is None and photo is None:
-        problems = "".join(f"{problem}; " for problem in ([] if state is None else state.damaged))
-        raise InputError(f"resume: {problems}the photograph {args.photo}, of which they are made, is not there")
+    description = request.description(
+        plan, photo=None if state is None or photo is not None else state.job["inputs"]["photo"]
+    )
+    inputs = None
+    if state is not None:
+        _go_on(state, description)
+        inputs = state.load("inputs", input_shapes(request.components, request.size, request.motion_size))
+        if inputs is None:
+            if photo is None:
+                problems = "".join(f"{problem}; " for problem in state.damaged)
+                raise InputError(f"resume: {problems}the photograph {args.photo}, of which they are made, is not there")
+            given = given_embedding(args, request.components)
     again = state is not None and inputs is None
     progress = Progress(
         request.device,
@@ -199,17 +246,13 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
         },
     )
     if inputs is None:
-        inputs, note = _inputs(args, request, photo, plan, progress)
+        inputs, note = _inputs(args, request, given, photo, plan, progress)
         print(f"text: {note}")
-    description = request.description(
-        plan, photo=None if state is None or photo is not None else state.job["inputs"]["photo"]
-    )
     if state is None:
         with _begun(args, description) as state:
             state.save("inputs", inputs)
             _make(args, request, plan, inputs, state, out, progress)
     else:
-        _go_on(state, description)
         if again:
             state.restore("inputs", inputs)
         _make(args, request, plan, inputs, state, out, progress)
@@ -217,6 +260,24 @@ def _run(args: argparse.Namespace, state: RunState | None, started: float) -> No
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.timer.seconds.items())
     print(f"time: {time.perf_counter() - started:.1f} s ({spent})")
     print(f"peak memory: {format_bytes(peak)} ({what})")
+
+
+def check_places(args: argparse.Namespace) -> Path:
+    """Returns ``--out`` if a run can keep its film and its state without a file of the user's in their place.
+
+    Raises:
+        InputError: it cannot.
+    """
+    out = check_video_path(args.out)
+    for name, path in (("PHOTO", args.photo), ("--text-embeddings", args.text_embeddings)):
+        if path is not None and path.exists() and out.exists() and path.samefile(out):
+            raise InputError(f"out: {out} is {name}, which the video would replace")
+    folder = args.resume or state_folder(args)
+    check_place(folder / "job.json", "state")
+    film = Path(os.path.realpath(out))
+    if Path(os.path.realpath(folder)) in (film, *film.parents):
+        raise InputError(f"state: expected a folder of the run alone, got {folder}, where --out {out} is")
+    return out
 
 
 def state_folder(args: argparse.Namespace) -> Path:
@@ -227,7 +288,7 @@ def state_folder(args: argparse.Namespace) -> Path:
 def _begun(args: argparse.Namespace, description: dict[str, Any]) -> RunState:
     """Returns the state of a new run, which is removed first if one is to be begun anew."""
     folder = state_folder(args)
-    if args.restart and folder.is_dir():
+    if args.restart:
         RunState.discard(folder)
     return RunState.create(folder, description)
 
@@ -248,14 +309,22 @@ def _go_on(state: RunState, description: dict[str, Any]) -> None:
 
 
 def _inputs(
-    args: argparse.Namespace, request: ClipRequest, photo: Any, plan: MemoryPlan, progress: Progress
+    args: argparse.Namespace,
+    request: ClipRequest,
+    given: Tensor | None,
+    photo: Any,
+    plan: MemoryPlan,
+    progress: Progress,
 ) -> tuple[dict[str, Tensor], str]:
-    """Returns everything that is made of the photograph and the prompt, on the CPU, and where the text comes from."""
+    """Returns everything that is made of the photograph and the prompt, on the CPU, and where the text comes from.
+
+    ``given`` is the embedding of the text if there is no prompt to encode.
+    """
     components, device = request.components, request.device
     with progress.timer.stage("text and image"):
         try:
             place = device if plan.text_on_device else torch.device("cpu")
-            text, note = text_embedding(args, components, place, encoder_dtype(device))
+            text, note = text_embedding(args, components, given, place, encoder_dtype(device))
         except RuntimeError as error:
             if place.type == "cpu" or full_memory(error) != "device":
                 raise
@@ -263,7 +332,7 @@ def _inputs(
         if text is None:
             release(device)
             print("the text encoder ran out of the card's memory; it runs on the CPU")
-            text, note = text_embedding(args, components, torch.device("cpu"), encoder_dtype(device))
+            text, note = text_embedding(args, components, given, torch.device("cpu"), encoder_dtype(device))
         release(device)
         inputs = {
             "picture": fit_image(photo, request.size),
@@ -316,21 +385,46 @@ def _make(
         f" {device.type}, {str(request.dtype).removeprefix('torch.')}"
     )
     print(plan)
-    writer = VideoWriter(out, width, height, request.fps, pieces=state.folder)
+    writer = VideoWriter(out, width, height, request.fps, pieces=state.folder, run=state.digest)
     for problem in writer.damaged:
         print(problem)
+    found = ""
     try:
         with writer:
             work = ClipWork(job, request.components, state, writer, progress)
             make_clip(work, plan)
+    except NotFiniteError as error:
+        found = str(error)
     except BaseException:
-        frames = writer.film_frames
-        kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
-        print(f"\nstopped{kept}; --resume {state.folder} goes on")
+        _tell_stopped(writer, state)
         raise
+    # Only here, after the handler: what the exception keeps alive includes bars, which would be drawn after the line.
+    if found:
+        _tell_stopped(writer, state)
+        raise InputError(f"{found}; likely cause: {likely_cause(request)}")
     print(f"wrote {out}: {width}x{height}, {writer.num_frames} frames at {request.fps} a second")
     if not args.keep_state:
         state.remove()
+
+
+def _tell_stopped(writer: VideoWriter, state: RunState) -> None:
+    """Prints what there is of a run that stops."""
+    frames = writer.film_frames
+    kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
+    print(f"\nstopped{kept}; --resume {state.folder} goes on")
+
+
+def likely_cause(request: ClipRequest) -> str:
+    """Returns what most likely makes the results of a run NaN or infinite."""
+    if request.dtype == torch.float16:
+        return "float16 holds no number above 65504; --dtype bfloat16 or float32 does (with --restart)"
+    loras = [f"{lora.path} at strength {lora.strength:g}" for given in request.loras.values() for lora in given]
+    if loras:
+        return f"the LoRAs or their strengths: {', '.join(loras)}"
+    if request.arguments["quantize"] in ("float8", "int8") or request.arguments["matmul"] == "8bit":
+        return "--quantize or --matmul, which change numbers"
+    weights = request.components.weights
+    return "the random weights of this seed" if weights is None else f"damaged or unsuitable weights in {weights}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from model.cli.options import CommandParser, run_command
+from model.cli.options import CommandParser, add_strict_option, parse_path, run_command
 from model.dit.model import WanDiT
-from model.errors import InputError
+from model.errors import InputError, printable
 from model.machine.measure import format_bytes
 from model.weights.files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
-from model.weights.float8 import PlainWeights, plain_weights
 from model.weights.keys import PARTS, is_original, strip_prefix
 from model.weights.load import dit_config, inspect_dit, inspect_vae
-from model.weights.lora import misfits
+from model.weights.lora import LoRAFit
 from model.weights.lora_files import LoRAFile, open_lora
 from model.weights.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
+from model.weights.scaled import PlainWeights, plain_weights
 
 EXAMPLES = """\
 examples:
@@ -66,6 +66,8 @@ class Report:
     loads: bool = False
     loaded_by: str | None = None
     problem: str | None = None
+    #: What of a LoRA that loads is left out.
+    warning: str | None = None
     exit_code: int = 2
 
     def __str__(self) -> str:
@@ -78,17 +80,19 @@ class Report:
             "tensors": dtypes,
             "size": f"{self.parameters:,} parameters, {format_bytes(self.bytes)}" if self.tensors else "",
             "loads": loads,
+            "warning": self.warning or "",
         }
-        return "\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)])
+        return printable("\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)]))
 
 
-def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1) -> Report:
+def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, strict: bool = False) -> Report:
     """Returns a report on one checkpoint, faults included.
 
     Args:
         path: a file, or a directory that holds one checkpoint.
         dit: for a LoRA: the DiT that it is to fit.
         expert: for a LoRA of both experts of Wan2.2 A14B: 1 or 2, the one whose tensors are meant.
+        strict: for a LoRA: whether all of its keys must fit.
 
     Raises:
         InputError: ``dit`` is given and does not load, or ``path`` is no LoRA.
@@ -98,8 +102,12 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1) -> 
         plain = plain_weights(files)
     except InputError as error:
         return Report(str(path), problem=str(error))
-    keys = strip_prefix(plain.tensors)
-    kind = recognise(keys, files.config)
+    # A file that holds both is its DiT.
+    for part in ("DiT", "VAE"):
+        keys = strip_prefix(plain.tensors, part)
+        kind = recognise(keys, files.config)
+        if kind is not None:
+            break
     if dit is not None and (kind is None or kind.part != "LoRA"):
         raise InputError(f"for: expected a LoRA to hold against a DiT, got {path}: {kind.name if kind else 'unknown'}")
     facts = {
@@ -115,14 +123,14 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1) -> 
         example = next(iter(keys), "nothing")
         return Report(**facts, problem=f"unknown: its tensors are named like {example}")
     if kind.part == "LoRA":
-        return _report_lora(path, facts, dit, expert)
+        return _report_lora(path, facts, dit, expert, strict)
     return _report_model(path, kind, files, plain, facts)
 
 
 def _report_model(path: Path, kind: Kind, files: WeightFiles, plain: PlainWeights, facts: Mapping[str, Any]) -> Report:
     description, details, problem = "", {}, kind.lacks
     if problem is None and kind.part not in ("DiT", "VAE"):
-        problem = plain.problem
+        problem = plain.problem()
     loaded_by = {
         "DiT": "load_dit",
         "VAE": "load_vae",
@@ -157,24 +165,23 @@ def _report_model(path: Path, kind: Kind, files: WeightFiles, plain: PlainWeight
     )
 
 
-def _report_lora(path: Path, facts: Mapping[str, Any], dit: Path | None, expert: int) -> Report:
+def _report_lora(path: Path, facts: Mapping[str, Any], dit: Path | None, expert: int, strict: bool) -> Report:
     shapes = None if dit is None else _shapes(dit)
     facts = {**facts, "kind": "LoRA", "exit_code": 1}
     try:
         file = open_lora(path, expert)
     except InputError as error:
         return Report(**facts, problem=str(error))
-    misfit = list(file.unmatched) if shapes is None else misfits(file, shapes)
+    fit = LoRAFit(file, shapes, strict=strict, model=str(dit or "any Wan DiT"))
     facts["details"] = _lora_details(file)
     facts["description"] = _describe_lora(facts["details"])
     facts["layout"] = (file.naming, *facts["layout"])
-    if misfit:
-        more = f"; and {len(misfit) - _LISTED} more" if len(misfit) > _LISTED else ""
-        problem = f"{len(misfit)} keys do not fit {dit or 'any Wan DiT'}: {'; '.join(misfit[:_LISTED])}{more}"
-        return Report(**facts, problem=problem)
+    if fit.problem is not None:
+        return Report(**facts, problem=fit.problem)
     facts["exit_code"] = 0
     fits = "" if dit is None else f"; it fits {dit}"
-    return Report(**facts, loads=True, loaded_by=f"load_dit(loras=...), merge_loras and apply_loras{fits}")
+    loaded_by = f"load_dit(loras=...), merge_loras and apply_loras{fits}"
+    return Report(**facts, loads=True, loaded_by=loaded_by, warning=fit.warning)
 
 
 def _shapes(dit: Path) -> dict[str, tuple[int, ...]]:
@@ -228,8 +235,8 @@ def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], ki
         naming.append(f"a whole pipeline in one file: {', '.join(others)}")
     naming += [f"prefix {name}{' (as ComfyUI)' if name in _COMFYUI else ''}" for name in sorted(prefix)]
     if plain.formats:
-        counts = ", ".join(f"{count} x {name}" for name, count in plain.formats.items())
-        naming.append(f"{'quantised' if plain.problem else 'float8 with scales'}: {counts}")
+        counts = ", ".join(f"{count} x {name}" for name, count in Counter(plain.formats.values()).items())
+        naming.append(f"{'quantised' if plain.problem() else '8 bits with scales'}: {counts}")
     elif any(tensor.stored.dtype.startswith("float8") for tensor in plain.tensors.values()):
         naming.append("float8 without scales")
     return [*naming, f"sharded in {len(files.files)} files" if len(files.files) > 1 else "one file"]
@@ -268,7 +275,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
     return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
 
 
-def _reports(path: Path, dit: Path | None, expert: int) -> list[Report]:
+def _reports(path: Path, dit: Path | None, expert: int, strict: bool) -> list[Report]:
     """Returns a report for each checkpoint.
 
     Among several, one that cannot be compared with ``dit`` has a report that says so; alone it is an error.
@@ -279,7 +286,7 @@ def _reports(path: Path, dit: Path | None, expert: int) -> list[Report]:
     reports = []
     for checkpoint in paths:
         try:
-            reports.append(inspect_checkpoint(checkpoint, dit, expert))
+            reports.append(inspect_checkpoint(checkpoint, dit, expert, strict))
         except InputError as error:
             if len(paths) == 1:
                 raise
@@ -295,11 +302,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", type=Path, metavar="FILE_OR_DIR", help="a checkpoint, a LoRA, or a directory of them")
-    parser.add_argument("--for", dest="dit", type=Path, metavar="DIT", help="the DiT that a LoRA is to fit")
+    parser.add_argument(
+        "path", type=parse_path, metavar="FILE_OR_DIR", help="a checkpoint, a LoRA, or a directory of them"
+    )
+    parser.add_argument("--for", dest="dit", type=parse_path, metavar="DIT", help="the DiT that a LoRA is to fit")
     parser.add_argument(
         "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
     )
+    add_strict_option(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object instead of text, with an error if there is nothing to tell"
     )
@@ -313,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         try:
-            reports = _reports(args.path, args.dit, args.expert)
+            reports = _reports(args.path, args.dit, args.expert, args.strict_loras)
         except InputError as error:
             if args.json:
                 print(json.dumps({"path": str(args.path), "error": str(error)}, indent=2))

@@ -20,7 +20,8 @@ from model.cli.options import (
     add_model_options,
     build_components,
     chosen_loras,
-    parse_ram,
+    count,
+    memory_limits,
     parse_size,
     pick_dtype,
     positive,
@@ -38,9 +39,11 @@ from model.memory.report import NOT_PREDICTED, SCHEMA_VERSION, MemoryPlan, Stage
 from model.memory.request import MemoryRequest
 from model.memory.vae_places import Card
 from model.memory.vae_plan import PARTS, PlannedVAE, plan_vae
-from model.sizes import check_frames
+from model.sizes import MOST_FRAMES, check_frames
 
 DEFAULT_PRESET = "14b-1.3b"
+#: Sizes in --vram at most, each of which is planned for.
+MOST_LIMITS = 32
 #: Whose kernels the VAE alone is planned for, unless a card is named.
 DEFAULT_GPU = "H100"
 #: The options that --vae takes.
@@ -73,7 +76,10 @@ def vram_limits(text: str | None) -> list[int]:
         InputError: a size has another form, or there is no CUDA device to ask.
     """
     found = []
-    for part in (text or "auto").split(","):
+    parts = ("auto" if text is None else text).split(",")
+    if len(parts) > MOST_LIMITS:
+        raise InputError(f"vram: expected at most {MOST_LIMITS} sizes, got {len(parts)}")
+    for part in parts:
         if part.strip() != "auto":
             found.append(parse_bytes("vram", part.strip()))
             continue
@@ -95,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the preset's)")
-    parser.add_argument("--frames", type=int, help="1 + 4n (default 81)")
+    parser.add_argument("--frames", type=count(1, MOST_FRAMES), help="1 + 4n (default 81)")
     parser.add_argument(
         "--mode", default="bidirectional", choices=MODES, help="how Stage II runs (default bidirectional)"
     )
@@ -128,9 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _preset(args: argparse.Namespace) -> Preset:
     """Returns the preset for defaults, and sets ``--preset`` for the models if there are no checkpoints."""
-    if args.weights is None:
-        args.preset = args.preset or DEFAULT_PRESET
-    return get_preset(args.preset or "1.3b")
+    if args.weights is None and args.preset is None:
+        args.preset = DEFAULT_PRESET
+    return get_preset("1.3b" if args.preset is None else args.preset)
 
 
 def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
@@ -141,17 +147,18 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
     """
     defaults = _preset(args)
     dtype = pick_dtype("bfloat16" if args.dtype == "auto" else args.dtype, torch.device("cpu"))
-    components = build_components(args, torch.device("cpu"), dtype, chosen_loras(args))
+    limits = memory_limits(args)
     size = (defaults.width, defaults.height) if args.size is None else parse_size(args.size)
+    if args.gpu is not None:
+        get_gpu(args.gpu)
+    components = build_components(args, torch.device("cpu"), dtype, chosen_loras(args))
     num_frames = defaults.num_frames if args.frames is None else args.frames
     blocks = check_frames(num_frames, components.vae_config.temporal_stride)
     text = args.text_encoder and (components.weights is None or (components.weights / "text_encoder").is_dir())
-    ram = parse_ram(args.ram)
     options = {
-        "mode": args.mode, "steps": args.steps, "stage_one_steps": args.stage1_steps, "dtype": dtype, "ram": ram,
+        "mode": args.mode, "steps": args.steps, "stage_one_steps": args.stage1_steps, "dtype": dtype, **limits,
         "quantize": args.quantize, "matmul": args.matmul, "text_encoder": text,
         "from_files": True if args.from_files else None,
-        "vae_limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
     }  # fmt: skip
 
     def request(vram: int) -> MemoryRequest:
@@ -176,16 +183,18 @@ def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
         allowed = ", ".join(options[name].option_strings[-1] for name in VAE_OPTIONS[1:])
         raise InputError(f"vae: the VAE alone takes {allowed}; got {named} too")
     preset = _preset(args)
-    config = build_components(args, torch.device("cpu"), torch.float32, {}).vae_config
+    limit = memory_limits(args)["vae_limit"]
+    capability = get_gpu(DEFAULT_GPU if args.gpu is None else args.gpu).capability
     width, height = (preset.width, preset.height) if args.size is None else parse_size(args.size)
+    config = build_components(args, torch.device("cpu"), torch.float32, {}).vae_config
     frames, stride = preset.num_frames if args.frames is None else args.frames, config.temporal_stride
     if frames < 1 or (frames - 1) % stride:
         raise InputError(f"frames: expected 1 + {stride}n, got {frames}")
-    chosen = {
-        "limit": None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory),
-        "capability": get_gpu(args.gpu or DEFAULT_GPU).capability,
-        "piece": args.piece or 1 + (frames - 1) // stride,
-    }
+    blocks = 1 + (frames - 1) // stride
+    piece = blocks if args.piece is None else args.piece
+    if piece > blocks:
+        raise InputError(f"piece: expected 1 to {blocks}, the clip's latent frames, got {piece}")
+    chosen = {"limit": limit, "capability": capability, "piece": piece}
     found = {}
     for part in PARTS if args.vae == "both" else (args.vae,):
         # Decoding in 16 bits loses nothing that shows; the reference is encoded in float32

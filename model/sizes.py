@@ -7,6 +7,10 @@ from model.errors import InputError
 
 # Stage I works at 360P: its shorter side has at most this many pixels, and at most half of the target's.
 STAGE_ONE_SHORT_SIDE = 352
+#: Pixels of a side and of a frame at most: x264's limit, and that of H.264's highest level (6.2).
+MOST_SIDE, MOST_PIXELS = 16384, 139_264 * 16 * 16
+#: Frames at most: 7 minutes at 24 a second. Stage I has all of them in one window.
+MOST_FRAMES = 10_001
 
 
 def nearest_multiple(size: int, multiple: int) -> int:
@@ -19,8 +23,18 @@ def size_multiple(vae: VAEConfig, dit: DiTConfig) -> int:
     return vae.spatial_stride * max(dit.patch_size[1:])
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Raises :class:`InputError` for more pixels than an H.264 video has."""
+    if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+        raise InputError(
+            f"size: expected at most {MOST_SIDE} pixels a side and {MOST_PIXELS:,} a frame (H.264 has no more), got"
+            f" {width}x{height}"
+        )
+
+
 def check_size(width: int, height: int, multiple: int) -> None:
-    """Raises :class:`InputError` unless both are positive multiples; offers the nearest size that is."""
+    """Raises :class:`InputError` unless both are positive multiples, not too large; offers the nearest size that is."""
+    check_pixels(width, height)
     if width < 1 or height < 1 or width % multiple or height % multiple:
         near = f"{nearest_multiple(width, multiple)}x{nearest_multiple(height, multiple)}"
         raise InputError(
@@ -30,6 +44,8 @@ def check_size(width: int, height: int, multiple: int) -> None:
 
 def check_frames(num_frames: int, stride: int = 4) -> int:
     """Returns the number of latent frames of ``num_frames`` frames, which must be ``1 + stride * n``, n at least 1."""
+    if num_frames > MOST_FRAMES:
+        raise InputError(f"frames: expected at most {MOST_FRAMES}, got {num_frames}")
     if num_frames < 1 + stride or (num_frames - 1) % stride:
         near = 1 + stride * max(round((num_frames - 1) / stride), 1)
         raise InputError(f"frames: expected 1 + {stride}n (5, 9, ... for 4), got {num_frames}; nearest: {near}")

@@ -103,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
-    name = parser.parse_args(argv).device
+    options, others = parser.parse_known_args(argv)
+    if others:
+        parser.exit(2, f"error: expected nothing besides --device, got {others[0][:80]!r}\n")
+    name = options.device
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = torch.cuda.device_count()
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu, since torch sees no GPU"
-        parser.exit(2, f"error: device: expected {allowed}, got {name!r}\n")
+        parser.exit(2, f"error: device: expected {allowed}, got {name[:80]!r}\n")
     try:
         print(report(device), flush=True)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The tests that need a process of their own: Triton decides at its first import what it is."""
+"""The tests that need a process of their own: Triton decides at its first import what it is; and interruptions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import model
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The cases, by a part of their names, that are launched on a GPU of a capability: every kernel in each form of its
@@ -129,3 +133,77 @@ def test_the_convolutions_go_through_the_real_launcher(launched: Any) -> None:
         assert int(x) >= 1
         assert (int(frames), int(batch)) == ((4, 1) if name.startswith("causal") else (2, 1))
         assert int(threads) == (128 if name.startswith("rms") else 256)
+
+
+#: Commands that end by themselves, with the options for it.
+COMMANDS = {
+    "model.generate": ["photo.jpg"], "model.plan": ["--preset", "tiny"], "model.inspect": ["nowhere"],
+    "bench": ["csg", "--modes", "none"], "swifti2v_kernels": ["--device", "cpu"],
+}  # fmt: skip
+needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process imports is read in /proc")
+
+
+def interrupted(name: str, delay: float, *, ignoring: bool = False) -> tuple[int, str]:
+    """Returns exit code and errors of a command that is interrupted so many seconds after it began to import torch.
+
+    Args:
+        name: one of :data:`COMMANDS`.
+        delay: seconds from the first of torch's libraries on.
+        ignoring: whether the command is started with interruptions ignored, as by nohup.
+    """
+    listening = signal.SIG_IGN if ignoring else signal.SIG_DFL
+    process = subprocess.Popen(
+        [sys.executable, "-m", name, *COMMANDS[name]],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, listening),
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+@needs_maps
+@pytest.mark.parametrize("name", ["model.plan", "bench", "swifti2v_kernels"])
+def test_an_interruption_while_torch_is_imported_is_one_line(name: str) -> None:
+    """A command that is interrupted before its work has begun prints one word and ends with 130."""
+    assert interrupted(name, 0.1) == (130, "interrupted\n")
+
+
+@needs_maps
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interruption_at_any_moment_is_one_line(name: str) -> None:
+    """Whenever it comes, an interruption gives one word and 130, unless the command has ended by itself before."""
+    for step in range(13):
+        code, errors = interrupted(name, step / 4)
+        # -SIGINT: Python has put away everything, its handlers too.
+        if code not in (130, -signal.SIGINT):
+            break
+        assert errors.endswith("interrupted\n") or code != 130, (step, code, errors)
+        assert "Traceback" not in errors, (step, code, errors)
+        assert errors.count("\n") <= 2, (step, code, errors)
+    assert step >= 1
+
+
+@needs_maps
+@pytest.mark.slow
+def test_an_interruption_that_the_parent_process_ignores_stays_ignored() -> None:
+    """A command that was started with interruptions ignored goes on, and its own exit code is 2 here."""
+    code, errors = interrupted("bench", 0.1, ignoring=True)
+    assert code == 2
+    assert errors.startswith("error: argument --modes")
+
+
+def test_a_program_that_imports_the_packages_handles_interruptions_itself() -> None:
+    """The packages' names are imported when they are asked for, and signals are a command's affair alone."""
+    program = "import signal, sys, bench, model; assert 'torch' not in sys.modules"
+    run(["-c", f"{program}; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"])
+    assert set(model.__all__) <= set(dir(model))
+    assert all(getattr(model, name).__name__ == name for name in model.__all__)

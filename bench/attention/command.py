@@ -7,11 +7,10 @@ import argparse
 from bench.attention.measure import COLUMNS, IDENTITY, METRICS, check_reduced, measure, table_entries
 from bench.attention.providers import QUICK_SHAPES, SHAPES, Provider, Shape, providers
 from bench.harness.interpreted import run_interpreted
-from bench.harness.registry import Benchmark, matches
+from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
 from bench.records.plot import plot_attention
-from model.cli.options import positive
 from model.errors import InputError, require
 from swifti2v_kernels.common.target import interpreting
 
@@ -33,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
     )
-    parser.add_argument("--milliseconds", type=positive, default=300, help="time for each timing (default %(default)s)")
+    parser.add_argument(
+        "--milliseconds", type=MILLISECONDS, default=300, help="time for each timing (default %(default)s)"
+    )
     parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
 
 
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if not shapes:
         names = ", ".join(s.name for s in SHAPES)
         raise InputError(f"shapes: no shape contains {args.shapes!r}; the shapes are {names}")
+    known = [p.name for p in providers(args.quick)]
+    if not any(matches(args.only, name) for name in known):
+        raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(known)}")
     if args.update_table and not session.cuda:
         raise InputError("update-table: expected a CUDA device, since the table holds measurements")
     if session.cuda:

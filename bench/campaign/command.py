@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
-from pathlib import Path
 
 from bench.campaign.parts import PARTS, QUICK, chosen
 from bench.campaign.run import run_parts, save_result
 from bench.harness.environment import capture
-from bench.harness.registry import Benchmark
+from bench.harness.registry import MINUTES, Benchmark
 from bench.harness.session import RESULT, default_folder
 from bench.records.markdown import format_section
 from bench.records.read import SHIPPED
 from bench.records.write import Record, dumps, make_folder
-from model.cli.options import pick_device
-from model.errors import InputError, require
+from model.cli.options import parse_path, pick_device
+from model.errors import InputError, printable, require
 from model.io.durable import write_text
 
 EXAMPLES = f"""\
@@ -37,9 +35,9 @@ parts, in order of value:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument("--parts", metavar="NAME,...", help="only these (default all)")
-    parser.add_argument("--minutes", type=float, help="for all parts together (default 9, with --quick 4)")
+    parser.add_argument("--minutes", type=MINUTES, help="for all parts together (default 9, with --quick 4)")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default out/campaign-DATE-TIME)")
+    parser.add_argument("--out", type=parse_path, metavar="DIR", help="results folder (default out/campaign-DATE-TIME)")
     parser.add_argument("--save", action="store_true", help="copy the result to bench/results")
 
 
@@ -51,8 +49,6 @@ def run(args: argparse.Namespace) -> None:
     """
     parts = chosen(",".join(QUICK) if args.quick and args.parts is None else args.parts)
     minutes = (4.0 if args.quick else 9.0) if args.minutes is None else args.minutes
-    if not minutes > 0:
-        raise InputError(f"minutes: expected more than 0, got {minutes}")
     device = pick_device("cpu" if args.dry_run else "auto")
     if device.type != "cuda" and not args.dry_run:
         raise InputError("campaign: expected a CUDA device; --dry-run runs every part at toy size on a CPU")
@@ -65,7 +61,10 @@ def run(args: argparse.Namespace) -> None:
     # A dry run is no measurement: it takes as long as it takes.
     deadline = start + 60 * (60 if args.dry_run else minutes)
     failed: list[str] = []
-    say = functools.partial(print, flush=True, file=sys.stderr if args.json else sys.stdout)
+
+    def say(text: str) -> None:
+        print(printable(text), flush=True, file=sys.stderr if args.json else sys.stdout)
+
     try:
         failed = run_parts(parts, record, folder, dry=args.dry_run, deadline=deadline, say=say)
     finally:

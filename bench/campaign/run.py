@@ -6,7 +6,6 @@ are complete in the folder already are not run again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,8 +18,9 @@ from typing import Any
 
 from bench.campaign.parts import PARTS, Part
 from bench.harness.session import RESULT
-from bench.records.read import ROOT
+from bench.records.read import ROOT, read_json
 from bench.records.write import Record, dumps, now
+from model.errors import InputError
 from model.io.durable import write_text
 
 #: Seconds that an interrupted part has to write what it has.
@@ -167,8 +167,13 @@ def _section(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    (section,) = json.loads(path.read_text())["sections"].values()
-    if section["status"] == "running":  # its process was killed
+    found = read_json(path)
+    try:
+        (section,) = found["sections"].values()
+        status, _ = section["status"], section["tables"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: expected the result of one part; remove {folder} or name another --out") from error
+    if status == "running":  # its process was killed
         section |= {"status": "interrupted", "reason": "it was cut short"}
     return section
 

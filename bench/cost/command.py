@@ -6,7 +6,7 @@ import argparse
 
 from bench.cost.paper import REPORTED, baseline, consistent, ratios
 from bench.cost.tables import calibration_rows, consistent_rows, headline
-from bench.harness.registry import Benchmark
+from bench.harness.registry import STEPS, Benchmark
 from bench.harness.session import Session
 from model.cli.options import not_negative, parse_size, positive
 from model.config import PRESETS
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}, or end-to-end (default: all for GPUs)")
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the preset's)")
     parser.add_argument("--frames", type=positive, help="frames of the clip (default: the preset's)")
-    parser.add_argument("--steps", type=positive, help="steps of Stage II, or end to end (default 4; end to end 50)")
-    parser.add_argument("--stage1-steps", type=positive, help="steps of Stage I (default 4)")
+    parser.add_argument("--steps", type=STEPS, help="steps of Stage II, or end to end (default 4; end to end 50)")
+    parser.add_argument("--stage1-steps", type=STEPS, help="steps of Stage I (default 4)")
     parser.add_argument("--guidance", action="store_true", help="two forwards a step")
     parser.add_argument("--blocks", type=positive, metavar="M", help="blocks (latent frames) of a segment (default 3)")
     parser.add_argument(

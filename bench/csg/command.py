@@ -9,10 +9,10 @@ from bench.assets import PHOTO
 from bench.csg.extrapolated import Measurement, short
 from bench.csg.setups import MODELS, SIZES, setups
 from bench.csg.whole import COLUMNS, IDENTITY, METRICS, WholePasses
-from bench.harness.registry import Benchmark
+from bench.harness.registry import MINUTES, REPEATS, Benchmark, names
 from bench.harness.session import Session
 from bench.records.plot import plot_plan, plot_rows
-from model.cli.options import add_model_options, pick_dtype, positive
+from model.cli.options import add_model_options, parse_path, pick_dtype
 from model.csg.sampler import MODES
 from model.errors import InputError, require
 
@@ -36,19 +36,25 @@ steps, by stage, and the paper's ablations.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that only this benchmark has."""
-    parser.add_argument("photo", nargs="?", metavar="PHOTO", default=str(PHOTO), help="default: the shipped photograph")
+    parser.add_argument(
+        "photo", nargs="?", type=parse_path, metavar="PHOTO", default=str(PHOTO), help="default: the shipped photograph"
+    )
     group = parser.add_argument_group("whole passes")
     group.add_argument("--whole", action="store_true", help="whole passes also on CUDA")
     group.add_argument("--frames", metavar="F,F,...", help="clip lengths, each 1 + 4n (default 5,21,41,81)")
     group.add_argument("--size", metavar="WxH", help="default: see below")
-    group.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}")
-    group.add_argument("--repeats", type=positive, help="timed passes of each mode (default 3; 1 on CUDA)")
+    group.add_argument("--modes", type=names(MODES), default=",".join(MODES), help=f"default {','.join(MODES)}")
+    group.add_argument("--repeats", type=REPEATS, help="timed passes of each mode (default 3; 1 on CUDA)")
     group = parser.add_argument_group("table of real sizes")
     group.add_argument("--extrapolate", action="store_true", help="also on a CPU, where it is reduced to toy sizes")
-    group.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)} (default all)")
-    group.add_argument("--sizes", default=",".join(SIZES), help=f"some of {','.join(SIZES)} (default all)")
+    group.add_argument(
+        "--models", type=names(MODELS), default=",".join(MODELS), help=f"some of {','.join(MODELS)} (default all)"
+    )
+    group.add_argument(
+        "--sizes", type=names(SIZES), default=",".join(SIZES), help=f"some of {','.join(SIZES)} (default all)"
+    )
     group.add_argument("--no-ablations", dest="ablations", action="store_false", help="without the paper's ablations")
-    group.add_argument("--minutes", type=float, help="begin nothing after so long (default: no limit)")
+    group.add_argument("--minutes", type=MINUTES, help="begin nothing after so long (default: no limit)")
     add_model_options(parser, device=False)
 
 
@@ -90,14 +96,11 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
 
 
 def _extrapolate(args: argparse.Namespace, session: Session) -> None:
-    if args.minutes is not None and not args.minutes > 0:
-        raise InputError(f"minutes: expected more than 0, got {args.minutes}")
-    start, names = time.monotonic(), [args.models.split(","), args.sizes.split(",")]
-    num_frames = _one_length(args.frames)
-    found = setups(*names, num_frames, args.steps)
+    start, num_frames = time.monotonic(), _one_length(args.frames)
+    found = setups(args.models, args.sizes, num_frames, args.steps)
     if args.quick:
         found = [short(setup) for setup in found if setup.size == found[0].size]
-    check = found[0] if len(found) == 1 else setups(found[0].model.split(","), ["720p"], num_frames, args.steps)[0]
+    check = found[0] if len(found) == 1 else setups([found[0].model], ["720p"], num_frames, args.steps)[0]
     if args.quick:
         check = short(check)
     if not session.cuda:

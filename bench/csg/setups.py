@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from bench.vae.shapes import SIZES as VAE_SIZES
 from model.config import PRESETS, DiTConfig, VAEConfig, stage_two_config
 from model.csg.sampler import SegmentPlan
-from model.errors import InputError
 
 SIZES = {name: VAE_SIZES[name] for name in ("720p", "1080p", "2K")}
 #: Steps of the paper's end-to-end baseline.
@@ -78,21 +77,9 @@ MODELS = tuple(_models())
 
 
 def setups(models: Sequence[str], sizes: Sequence[str], num_frames: int, steps: int) -> list[Setup]:
-    """Returns all models at all sizes, each once however often it is named.
-
-    Raises:
-        InputError: a name that there is not.
-    """
-    for given, known, what in ((models, MODELS, "models"), (sizes, SIZES, "sizes")):
-        wrong = [name for name in given if name not in known]
-        if wrong:
-            raise InputError(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    """Returns all models at all sizes."""
     found = _models()
-    return [
-        Setup(model, size, *SIZES[size], num_frames, *found[model], steps)
-        for size in dict.fromkeys(sizes)
-        for model in dict.fromkeys(models)
-    ]
+    return [Setup(model, size, *SIZES[size], num_frames, *found[model], steps) for size in sizes for model in models]
 
 
 @dataclass(frozen=True)

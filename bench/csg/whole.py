@@ -83,7 +83,7 @@ class WholePasses:
         self.lengths = parse_lengths(args.frames or ("5,21" if args.quick else "5,21,41,81"))
         for num_frames in self.lengths:
             self._num_blocks(num_frames)
-        self.modes = [mode.strip() for mode in args.modes.split(",")]
+        self.modes = args.modes
         self.repeats = args.repeats or (1 if cuda or args.quick else 3)
         for mode in self.modes:
             plan_for(mode, self.plan(self.lengths[0]))

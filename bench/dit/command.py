@@ -18,12 +18,11 @@ from bench.dit.ops import OPS, Op
 from bench.dit.providers import Provider, providers
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
 from bench.harness.interpreted import run_interpreted
-from bench.harness.registry import Benchmark, matches
+from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
 from bench.harness.timing import Timer
 from bench.records.plot import plot_layers, plot_operators
 from bench.records.write import Table
-from model.cli.options import positive
 from model.errors import InputError, require
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
 from swifti2v_kernels.common.target import interpreting
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--milliseconds",
-        type=positive,
+        type=MILLISECONDS,
         default=200,
         help="time for each timing, five times as much for a layer (default %(default)s)",
     )
@@ -81,6 +80,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if not ops:
         names = ", ".join(op.name for op in OPS)
         raise InputError(f"ops: no operator contains {args.ops!r}; the operators are {names}")
+    known = dict.fromkeys(p.name for found in (LAYER_PROVIDERS, *map(providers, ops)) for p in found)
+    if not any(matches(args.only, name) for name in known):
+        raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(known)}")
     if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
         raise InputError(f"{ENVIRONMENT_VARIABLE}: expected auto or triton, since it is the kernels that are measured")
     ops = ops if args.part != "layer" else []

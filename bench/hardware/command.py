@@ -6,9 +6,8 @@ import argparse
 import os
 
 from bench.hardware.tests import collect, run_tests
-from bench.harness.registry import Benchmark
+from bench.harness.registry import JOBS, Benchmark
 from bench.harness.session import Session
-from model.cli.options import positive
 from model.errors import InputError, require
 
 EXAMPLES = """\
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument("--tests", metavar="TEXT", default="", help="only tests whose name contains TEXT")
     jobs = max(min((os.cpu_count() or 1) // 2, 12), 1)
-    parser.add_argument("--jobs", type=positive, default=jobs, help="processes (default %(default)s)")
+    parser.add_argument("--jobs", type=JOBS, default=jobs, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:

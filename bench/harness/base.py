@@ -61,7 +61,9 @@ def resolve(revision: str) -> str:
     Raises:
         InputError: there is none, or this is no git checkout, or there is no git.
     """
-    command = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    command = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
+    if not revision.isprintable():
+        raise InputError(f"base: expected a revision of this git checkout, got {revision!r}")
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError as error:

@@ -19,12 +19,32 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bench
+from model.cli.options import count, number, parse_path
+from model.csg.schedule import MOST_STEPS
+
+#: Parsers of options that several benchmarks have (argparse types), with what is still a benchmark as their bounds.
+MILLISECONDS, REPEATS, JOBS, TOKENS = count(1, 60_000), count(1, 1000), count(1, 256), count(1, 10**7)
+STEPS, MINUTES = count(1, MOST_STEPS), number(0.01, 10_000)
+#: The capability of a card, two or three digits.
+CAPABILITY = count(10, 999)
+
+
+def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Returns a parser (an argparse type) of names that commas separate, each one of ``known`` and kept once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        if wrong := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {', '.join(map(repr, wrong))}")
+        return found
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,6 @@ def add_parser(commands: Any, benchmark: Benchmark) -> None:
     if benchmark.measure is not None:
         group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
         group.add_argument(
-            "--out", type=Path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
+            "--out", type=parse_path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
         )
         group.add_argument("--base", metavar="REV", help="also run the git revision REV, in turns, and compare with it")

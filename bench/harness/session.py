@@ -15,10 +15,10 @@ from bench.harness.base import compare_with_base
 from bench.harness.environment import capture, machine_state
 from bench.harness.registry import Benchmark
 from bench.harness.timing import Ceilings, Timer, make_timer, measure_ceilings
-from bench.records.markdown import format_section
+from bench.records.markdown import format_section, plain
 from bench.records.write import Record, Section, dumps, make_folder
 from model.cli.options import pick_device
-from model.errors import InputError, require
+from model.errors import InputError, printable, require
 from model.io.durable import write_text
 
 RESULT = "result.json"
@@ -42,7 +42,7 @@ class Session:
     def say(self, text: str) -> None:
         """Prints a line, unless JSON was asked for."""
         if not self.args.json:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def timer(self, milliseconds: float) -> Timer:
         """Returns a timer for the device."""
@@ -85,8 +85,9 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
     if device.type == "cuda":
         require("pynvml", "bench")
     folder = args.out or default_folder(benchmark.name)
-    existed = folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     make_folder(folder)
+    earlier = (folder / RESULT).read_bytes() if (folder / RESULT).is_file() else None
     record = Record(folder / RESULT, capture(device))
     try:
         with record.section(benchmark.name, benchmark.title or benchmark.summary, _settings(args)) as section:
@@ -94,11 +95,14 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
             benchmark.measure(args, Session(args, device, folder, section, record.data["environment"]))
             section.data["machine"]["after"] = machine_state(device)
     except InputError:
-        # Bad input is found before anything is measured: then the folder is removed, unless more is in it.
-        alone = [*folder.iterdir()] == [record.path]
-        if not existed and alone and not record.data["sections"][benchmark.name]["tables"]:
-            record.path.unlink()
-            folder.rmdir()
+        # Bad input is found before anything is measured: then all is as it was, unless more is in the folder.
+        if not record.data["sections"][benchmark.name]["tables"]:
+            if earlier is not None:
+                record.path.write_bytes(earlier)
+            elif [*folder.iterdir()] == [record.path]:
+                record.path.unlink()
+                for place in made:
+                    place.rmdir()
         raise
     text = format_section(record.data["sections"][benchmark.name])
     write_text(folder / "table.md", text + "\n")
@@ -114,8 +118,8 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
 
 def measured_on(environment: dict[str, Any]) -> str:
     """Returns the sentence under every table: the device, and torch's version."""
-    packages = environment["packages"]
-    return f"Measured on {environment['device']} ({environment['device_type']}), torch {packages['torch']}."
+    device, torch_version = plain(environment["device"]), plain(str(environment["packages"]["torch"]))
+    return f"Measured on {device} ({environment['device_type']}), torch {torch_version}."
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,6 +127,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     hidden = ("command", "argv", "json", "out", "base")
     found = {}
     for name, value in vars(args).items():
+        value = ",".join(value) if isinstance(value, tuple) else value
         text = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
         if name not in hidden:
             found[name] = Path(text).name if isinstance(text, str) and Path(text).is_absolute() else text

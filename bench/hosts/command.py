@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 
-from bench.harness.registry import Benchmark, matches
+from bench.harness.registry import MILLISECONDS, TOKENS, Benchmark, matches
 from bench.harness.session import Session
 from bench.hosts.measure import COLUMNS, FRAMES, IDENTITY, METRICS, MODELS, host_rows
-from model.cli.options import positive
 from model.errors import InputError, require
 
 #: Tokens by default: attention is then most of the work.
@@ -33,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", metavar="TEXT|TEXT", default="", help="only models whose name contains one of the texts"
     )
     parser.add_argument(
-        "--tokens", type=positive, metavar="N",
+        "--tokens", type=TOKENS, metavar="N",
         help=f"tokens of the video, about (default {CPU_TOKENS:,} on a CPU, {CUDA_TOKENS:,} on CUDA)",
     )  # fmt: skip
     parser.add_argument(
-        "--milliseconds", type=positive, default=3000, help="time for each timing (default %(default)s)"
+        "--milliseconds", type=MILLISECONDS, default=3000, help="time for each timing (default %(default)s)"
     )
 
 

@@ -18,6 +18,7 @@ from bench.harness.environment import energy_joules, process_memory
 from bench.harness.timing import limited
 from bench.memory.course import Course
 from bench.memory.meter import CountingMeter, Meter, make_meter
+from bench.records.metrics import byte_scale
 from bench.records.outcome import failure
 from model.cli.request import request_for
 from model.config import get_preset
@@ -69,6 +70,14 @@ class ClipSetup:
     def name(self) -> str:
         """The clip in words, for titles and messages."""
         return f"{self.preset}, {self.width}x{self.height}, {self.num_frames} frames"
+
+    @property
+    def limit_told(self) -> str:
+        """The limit in words: ``24 GB``, ``500 MB`` or ``none``."""
+        if self.limit is None:
+            return "none"
+        scale, unit = byte_scale([self.limit])
+        return f"{self.limit / scale:g} {unit}"
 
 
 @dataclass

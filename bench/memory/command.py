@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.registry import Benchmark
+from bench.harness.registry import CAPABILITY, STEPS, Benchmark
 from bench.harness.session import Session
 from bench.memory.clip import ClipRun, ClipSetup, run_clip, stage_rows
 from bench.memory.length import IDENTITY, LENGTHS, METRICS, measure_lengths, predicted_rows
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default 1.3b)")
     parser.add_argument("--size", metavar="WxH", help="pixels of the clip (default: the preset's)")
     parser.add_argument("--frames", type=positive, help="frames of the clip (default 25: seven blocks)")
-    parser.add_argument("--steps", type=positive, help="steps of both stages (default 1; 4 for 81 frames and more)")
+    parser.add_argument("--steps", type=STEPS, help="steps of both stages (default 1; 4 for 81 frames and more)")
     parser.add_argument(
         "--blocks", type=positive, default=3, metavar="M", help="blocks (latent frames) of a segment (default 3)"
     )
@@ -91,14 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     known = ", ".join(map(str, TARGETS))
     parser.add_argument(
-        "--capability", type=int, default=90, help=f"capability of the card to count for: {known} (default 90)"
-    )
+        "--capability", type=CAPABILITY, choices=tuple(TARGETS), default=90, metavar="CC",
+        help=f"capability of the card to count for: {known} (default 90)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Makes a clip under every limit, and compares Stage II's peak at several lengths of the clip."""
-    if args.capability not in TARGETS:
-        raise InputError(f"capability: expected one of {', '.join(map(str, TARGETS))}, got {args.capability}")
     counted = not session.cuda and not args.measure
     device = torch.device("meta") if counted else session.device
     name = args.preset or ("tiny" if args.measure and not session.cuda else "1.3b")
@@ -177,7 +176,7 @@ def _tables(session: Session, setup: ClipSetup) -> dict[str, Table]:
 def _key(setup: ClipSetup) -> dict[str, Any]:
     return {
         "preset": setup.preset, "size": f"{setup.width}x{setup.height}", "frames": setup.num_frames,
-        "limit": "none" if setup.limit is None else f"{setup.limit / 1e9:g} GB",
+        "limit": setup.limit_told,
     }  # fmt: skip
 
 

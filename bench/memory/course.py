@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from model.streaming import placed
-from model.weights import float8, load
+from model.weights import load, scaled
 
 
 class Event(NamedTuple):
@@ -109,7 +109,7 @@ def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
 
 
 #: The files whose functions allocate weights.
-LOADERS = tuple(f"/{module.__name__.replace('.', '/')}.py" for module in (load, float8, placed))
+LOADERS = tuple(f"/{module.__name__.replace('.', '/')}.py" for module in (load, scaled, placed))
 
 
 def label_of(frames: Iterable[Any]) -> str:

@@ -41,7 +41,7 @@ def plot_timelines(runs: Sequence[ClipRun], path: Path) -> Path:
         axes.set_ylabel(f"allocated, {unit}")
         counted = run.total_seconds is None
         axes.set_xlabel("allocations and frees (counted, not run)" if counted else "seconds")
-        limit = "" if run.setup.limit is None else f", within {run.setup.limit / 1e9:g} GB"
+        limit = "" if run.setup.limit is None else f", within {run.setup.limit_told}"
         failed = "" if run.status == "ok" else f": {run.status}"
         axes.set_title(f"{run.setup.name}{limit}{failed}", fontsize=9, pad=42, loc="left")
     return save(figure, path)

@@ -6,11 +6,10 @@ import argparse
 import os
 
 from bench.harness.interpreted import run_interpreted
-from bench.harness.registry import Benchmark
+from bench.harness.registry import JOBS, MILLISECONDS, Benchmark
 from bench.harness.session import Session
 from bench.operators.discover import all_cases, cases_of
 from bench.operators.measure import CHECK_IDENTITY, CHECK_METRICS, IDENTITY, METRICS, check_cases, measure_cases
-from model.cli.options import positive
 from model.errors import InputError, require
 from swifti2v_kernels.common.target import capability_of, interpreting
 
@@ -30,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--check", action="store_true", help="no timings, and exit with an error if a check fails")
-    parser.add_argument("--milliseconds", type=positive, default=50, help="time for each timing (default %(default)s)")
+    parser.add_argument(
+        "--milliseconds", type=MILLISECONDS, default=50, help="time for each timing (default %(default)s)"
+    )
     jobs = min(os.cpu_count() or 1, 8)
-    parser.add_argument("--jobs", type=positive, default=jobs, help="processes of the checks (default %(default)s)")
+    parser.add_argument("--jobs", type=JOBS, default=jobs, help="processes of the checks (default %(default)s)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:

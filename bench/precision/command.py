@@ -6,17 +6,16 @@ import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from bench.harness.registry import Benchmark
+from bench.harness.registry import TOKENS, Benchmark
 from bench.harness.session import Session
 from bench.precision import encoder, layers, window
 from bench.precision.forms import COMPUTE, FORMS, chosen_forms
 from bench.precision.weights import CheckpointWeights, SyntheticWeights, Weights
-from model.cli.options import not_negative, parse_size, positive
+from model.cli.options import MOST_SEED, count, parse_path, parse_size, positive
 from model.config import PRESETS, VAEConfig, get_preset
 from model.dit.model import WanDiT
 from model.errors import InputError
@@ -63,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="the stage whose DiT is examined (default 2)"
     )
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="directory of checkpoints, as for the pipeline")
+    parser.add_argument(
+        "--weights", type=parse_path, metavar="DIR", help="directory of checkpoints, as for the pipeline"
+    )
     parser.add_argument(
         "--kinds", metavar="KIND,KIND", help=f"kinds of weights without --weights: {', '.join(KINDS)} (default both)"
     )
@@ -75,13 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers of the window's DiT (default {CPU_LAYERS} on a CPU, all on CUDA and with --weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=positive, help=f"tokens of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
+        "--tokens", type=TOKENS, help=f"tokens of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
     )
     sizes = ("x".join(map(str, size)) for size in (CPU_SIZE, CUDA_SIZE))
     parser.add_argument(
         "--size", metavar="WxH", help="frames of the window (default {} on a CPU, {} on CUDA)".format(*sizes)
     )
-    parser.add_argument("--seed", type=not_negative, default=0, help="seed of weights and inputs (default 0)")
+    parser.add_argument("--seed", type=count(0, MOST_SEED), default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from bench.harness.registry import Benchmark
 from bench.records.comparison import compare_documents, labels_of, only_changes
 from bench.records.comparison_text import format_comparison
 from bench.records.read import read_result
-from bench.records.write import dumps, make_folder
+from bench.records.write import dumps, make_room
+from model.cli.options import parse_path
 from model.errors import InputError
 from model.io.durable import write_text
 
@@ -29,9 +29,9 @@ measurements.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, at least two")
+    parser.add_argument("files", nargs="+", type=parse_path, metavar="FILE", help="result files, at least two")
     parser.add_argument("--section", metavar="NAME", help="only this section")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--out", type=parse_path, metavar="FILE", help="write it there instead of printing it")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,11 +51,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
         return
-    make_folder(args.out.parent)
-    try:
-        write_text(args.out, text)
-    except OSError as error:
-        raise InputError(f"out: cannot write {args.out}: {error.strerror}") from error
+    make_room(args.out)
+    write_text(args.out, text)
     print(args.out.resolve())
 
 

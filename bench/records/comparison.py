@@ -224,7 +224,7 @@ def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str, uni
 
 def _half_spread(row: Mapping[str, Any], name: str) -> float | None:
     source = "seconds" if name in RATES and f"{name}_low" not in row else name
-    low, high, middle = row.get(f"{source}_low"), row.get(f"{source}_high"), row.get(source)
+    low, high, middle = (_number(row.get(field)) for field in (f"{source}_low", f"{source}_high", source))
     runs = row.get("runs")
     if not middle or low is None or high is None or (runs is not None and runs < LEAST_RUNS):
         return None

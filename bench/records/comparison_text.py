@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.records.comparison import count_verdicts, letter, only_changes
-from bench.records.markdown import markdown_table
+from bench.records.markdown import markdown_table, plain
 from bench.records.metrics import column_scale, format_value
 
 WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
@@ -15,15 +15,15 @@ WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
 def format_comparison(comparison: Mapping[str, Any], *, changes: bool = False) -> str:
     """Returns a comparison in Markdown; with ``changes`` only the tables of what is better, worse or failed."""
     labels = comparison["labels"]
-    pieces = ["\n".join(f"- {letter(i)}: {label}" for i, label in enumerate(labels))]
-    pieces += [f"warning: {warning}" for warning in comparison["warnings"]]
+    pieces = ["\n".join(f"- {letter(i)}: {plain(label)}" for i, label in enumerate(labels))]
+    pieces += [f"warning: {plain(warning)}" for warning in comparison["warnings"]]
     for table in (only_changes(comparison) if changes else comparison)["tables"]:
         text = _format_table(table, len(labels))
-        pieces.append(f"**{table['section']}: {table['title']}**\n\n{text}")
+        pieces.append(f"**{plain(table['section'])}: {plain(table['title'])}**\n\n{text}")
     pieces.append("\n".join(summary(comparison, i) for i in range(1, len(labels))))
     if lines := unmatched_lines(comparison):
         shown = lines[:12] + ([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        pieces.append("not compared:\n" + "\n".join(f"- {line}" for line in shown))
+        pieces.append("not compared:\n" + "\n".join(f"- {plain(line)}" for line in shown))
     return "\n\n".join(pieces)
 
 
@@ -58,7 +58,7 @@ def _which(files: Sequence[bool]) -> str:
 def comparison_note(row: Mapping[str, Any]) -> str:
     """Returns what must be said beside a compared row: failures with reasons, and bases other than measured."""
     failed = [
-        f"{letter(i)}: {status}{f' ({reason[:60]})' if reason else ''}"
+        f"{letter(i)}: {status}{f' ({reason})' if reason else ''}"
         for i, (status, reason) in enumerate(zip(row["statuses"], row["reasons"], strict=True))
         if status not in (None, "ok")
     ]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.records.metrics import column_label, column_scale, format_value
+from model.errors import printable
+
+
+def plain(text: str) -> str:
+    """Returns text of a result file as both Markdown and a terminal show it: no HTML and no control characters.
+
+    A result may come from anywhere, and its device's name from a driver; line ends stay.
+    """
+    return re.sub(r"<|&(?=#?\w+;)", lambda found: {"<": "&lt;", "&": "&amp;"}[found[0]], printable(text))
 
 
 def markdown_table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Returns a GitHub table, padded so that it is one in a terminal too; empty without rows."""
     if not cells:
         return ""
-    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (headers, *cells)]
+    lines = [
+        [re.sub(r"[|\\]", r"\\\g<0>", plain(str(cell))).replace("\n", " ") for cell in line]
+        for line in (headers, *cells)
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
             for line in lines]  # fmt: skip
@@ -29,7 +42,7 @@ def note_of(row: Mapping[str, Any]) -> str:
     """Returns what must be said beside a row's numbers."""
     parts = []
     if row["status"] != "ok":
-        parts.append(f"{row['status']}: {row.get('reason', '')[:90]}")
+        parts.append(f"{row['status']}: {row.get('reason', '')}")
     if row["basis"] != "measured":
         detail = row.get("basis_note")
         parts.append(f"{row['basis']}{f' {detail}' if detail else ''}")
@@ -57,7 +70,7 @@ def format_table(table: Mapping[str, Any]) -> str:
         headers.append("note")
         cells = [[*line, note] for line, note in zip(cells, notes, strict=True)]
     text = markdown_table(headers, cells)
-    return f"{text}\n\n{table['note']}" if table.get("note") and text else text
+    return f"{text}\n\n{plain(table['note'])}" if table.get("note") and text else text
 
 
 def cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float | None = None) -> str:
@@ -91,8 +104,8 @@ def format_section(section: Mapping[str, Any]) -> str:
     for table in section["tables"]:
         text = format_table(table)
         if text:
-            pieces.append(f"**{table['title']}**\n\n{text}")
+            pieces.append(f"**{plain(table['title'])}**\n\n{text}")
     if section["verdicts"]:
         pieces.append(format_verdicts(section["verdicts"]))
-    pieces += section["notes"]
+    pieces += map(plain, section["notes"])
     return "\n\n".join(pieces)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.records.metrics import byte_scale
 from model.csg.sampler import SegmentPlan
-from model.errors import require
+from model.errors import printable, require
 from model.io.durable import replacing
 
 COLOURS = {"end_to_end": "#c0392b", "bidirectional": "#1f6fb2", "causal": "#2e8b57"}
@@ -21,7 +21,8 @@ def plot_rows(rows: Sequence[dict[str, Any]], settings: dict[str, Any], device: 
     """Draws time and peak memory of Stage II against clip length; returns the files ``time.png`` and ``memory.png``."""
     rows = [row for row in rows if row["status"] == "ok"]
     scale, unit = byte_scale(row["peak_bytes"] for row in rows)
-    title = f"{device}\n{settings['model']}, {settings['width']}x{settings['height']}, {settings['steps']} steps,"
+    title = f"{shown(device)}\n{shown(settings['model'])}, {settings['width']}x{settings['height']},"
+    title += f" {settings['steps']} steps,"
     title += f" {settings['dtype']}"
     figures = (("time", "Stage II, seconds", "stage_two_seconds", 1), ("memory", f"Stage II, peak memory, {unit}",
                "peak_bytes", scale))  # fmt: skip
@@ -56,7 +57,7 @@ def plot_attention(rows: Sequence[dict[str, Any]], matmul: float, device: str, p
     axes.axvline(matmul, color="#c0392b", linewidth=1, label="bf16 matmul, same run")
     axes.set_xlim(0, 1.25 * max([matmul, *(row["tflops"] for row in rows)]))
     axes.set_xlabel("TFLOP/s")
-    axes.set_title(f"{device}, attention in bfloat16", fontsize=9)
+    axes.set_title(f"{shown(device)}, attention in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
     return save(figure, path)
 
@@ -69,7 +70,7 @@ def plot_operators(rows: Sequence[dict[str, Any]], device: str, path: Path) -> P
     axes.axvline(1.0, color="#c0392b", linewidth=1, label="copy, same run")
     axes.set_xlim(0, 1.25 * max([1.0, *(row["fraction_of_copy"] for row in rows)]))
     axes.set_xlabel("least traffic over time, as a fraction of a copy's bandwidth")
-    axes.set_title(f"{device}, operators of the DiT in bfloat16", fontsize=9)
+    axes.set_title(f"{shown(device)}, operators of the DiT in bfloat16", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
     return save(figure, path)
 
@@ -86,7 +87,7 @@ def plot_layers(rows: Sequence[dict[str, Any]], device: str, path: Path) -> Path
         for row in rows
         if row["status"] == "ok"
     ]
-    title = f"{device}, one layer of the DiT in bfloat16"
+    title = f"{shown(device)}, one layer of the DiT in bfloat16"
     return _side_by_side(rows, {"milliseconds": "milliseconds", "gigabytes": "activations, peak, GB"}, title, path)
 
 
@@ -102,7 +103,7 @@ def plot_vae(rows: list[dict[str, Any]], device: str, path: Path) -> Path:
         }
         for row in rows
     ]
-    title = f"{device}, Wan VAE, {rows[0]['part']}"
+    title = f"{shown(device)}, Wan VAE, {rows[0]['part']}"
     return _side_by_side(drawn, {"seconds": "seconds", "memory": f"peak memory, {unit}"}, title, path)
 
 
@@ -165,10 +166,10 @@ def _bars(axes: Any, rows: list[dict[str, Any]], group: str, value: str) -> None
         for row in mine:
             colour = "#1f6fb2" if row["ours"] else "#b0b0b0" if row.get("exact", True) else "#e0a020"
             axes.barh(line, row[value], 0.85, color=colour, alpha=1.0 if row["provider"] == first else 0.75)
-            axes.text(row[value], line, f" {row['provider']}", va="center", fontsize=7)
+            axes.text(row[value], line, f" {shown(row['provider'])}", va="center", fontsize=7)
             line += 1
         line += 0.8
-    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=7)
+    axes.set_yticks(list(ticks.values()), [shown(name) for name in ticks], fontsize=7)
     axes.invert_yaxis()
 
 
@@ -206,6 +207,11 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 def _square(x: float, y: float, colour: str) -> Any:
     patches = require("matplotlib.patches", "bench")
     return patches.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=colour, linewidth=0)
+
+
+def shown(text: str) -> str:
+    """Returns text that a plot shows as it is: matplotlib would take what stands between dollars for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def save(figure: Any, path: Path) -> Path:

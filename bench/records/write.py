@@ -214,3 +214,14 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
+
+
+def make_room(path: Path) -> None:
+    """Makes the folder of a file that is to be written.
+
+    Raises:
+        InputError: that is not possible, or a folder is in the file's place.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"out: cannot write {path}: Is a directory")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bench.records.comparison import letter
 from bench.records.metrics import format_value, significant
 from bench.report import charts
-from bench.report.figures import clip_rows, is_ours, whole_clips, whole_rows
+from bench.report.figures import clip_rows, is_ours, speedup_of, whole_clips, whole_rows
 from bench.report.markup import Markup, tag
 from bench.report.tables import Cell, badge, sortable
 
@@ -46,11 +46,9 @@ def _two_stages(at: int, document: Document) -> Answer | None:
             continue
         # Times faster are over end-to-end as the paper samples: what is faster than that is no baseline.
         others = [row for row in own if not is_ours(row, row["method"]) and row["size"] == ours["size"]]
-        others = [row for row in others if (row.get("speedup") or 0) <= 1]
+        others = [row for row in others if (speedup_of(row) or 0) <= 1]
         slowest = max(others, key=lambda row: row["total_seconds"], default=None)
-        same = [
-            r for r in others if r.get("speedup") == 1 and r["model"] in (ours["model"], (slowest or {}).get("model"))
-        ]
+        same = [r for r in others if speedup_of(r) == 1 and r["model"] in (ours["model"], (slowest or {}).get("model"))]
         baselines = [] if slowest is None else [slowest, *(row for row in same if row is not slowest)]
         ratios = [
             (r["total_seconds"] / ours["total_seconds"],
@@ -74,10 +72,10 @@ def _whole_pass(at: int, document: Document) -> Answer | None:
             if not is_ours(row, row["mode"]):
                 ratio = row["total_seconds"] / ours["total_seconds"]
                 ratios.append((ratio, f"faster than {row['mode']}: {significant(row['total_seconds'])} s"))
-        if ours.get("speedup"):
-            ratios.append((ours["speedup"], "faster than end-to-end in Stage II alone"))
+        if speedup_of(ours):
+            ratios.append((speedup_of(ours), "faster than end-to-end in Stage II alone"))
         settings = document["sections"][section]["settings"]
-        of = ", ".join([settings.get("model", section), f"{settings.get('width')}x{settings.get('height')}"])
+        of = f"{settings.get('model', section)}, {settings.get('width')}x{settings.get('height')}"
         return Answer(at, section, f"one clip of {ours['frames']} frames: {of}, {ours['mode']}", ours, ratios)
     return None
 
@@ -165,7 +163,7 @@ def _paper(documents: Sequence[Document], letters: Sequence[str]) -> list[Markup
             Cell(badge(row["basis"]), row["basis"]), Cell(row["model"], row["model"]), Cell(row["size"], row["size"]),
             Cell(row["method"], row["method"]),
             Cell(tag("span", significant(row["total_seconds"]), class_="figure-value"), row["total_seconds"]),
-            Cell(format_value(row.get("speedup"), "ratio"), row.get("speedup")),
+            Cell(format_value(speedup_of(row), "ratio"), speedup_of(row)),
             Cell("" if over is None or reported else format_value(over, "ratio"), over),
             Cell("" if reported else at, at), Cell(row.get("basis_note", ""), row.get("basis_note"), "notes"),
         ]  # fmt: skip

@@ -203,7 +203,7 @@ def timeline(
     counted = basis == "counted"
     unit, unit_name = (1.0, "") if counted else time_scale([max(seconds)])
     over = "tensors made and freed, in order" if counted else f"time, {unit_name}"
-    x = Axis(min(seconds), max(max(seconds), min(seconds) + 1e-9), 58, WIDTH - 24)
+    x = Axis(min(seconds), max(max(seconds), 1.001 * min(seconds) + 1e-9), 58, WIDTH - 24)
     y = Axis(0, 1.08 * max([*sizes, limit or 0, 1.0]), height - 40, top)
     size, size_name = byte_scale([y.high])
     shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from bench.harness.registry import Benchmark
 from bench.records.comparison import labels_of
-from bench.records.read import SHIPPED, read_result, shipped_results
-from bench.records.write import dumps, make_folder
+from bench.records.read import SHIPPED, read_result, read_text, shipped_results
+from bench.records.write import dumps, make_room
 from bench.report.fill import FORM, START, filled, marks_of
 from bench.report.page import build_page
+from model.cli.options import parse_path
 from model.errors import InputError
 from model.io.durable import write_text
 
@@ -38,11 +39,13 @@ two clip lengths; csg/verdicts are the figures to be reached, and names with spa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="result files (default: all in bench/results)"
+        "files", nargs="*", type=parse_path, metavar="FILE", help="result files (default: all in bench/results)"
     )
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help=f"where the page is written (default {PAGE})")
     parser.add_argument(
-        "--fill", type=Path, nargs="+", metavar="FILE.md", help="fill the tables of Markdown files; makes no page"
+        "--out", type=parse_path, metavar="PAGE.html", help=f"where the page is written (default {PAGE})"
+    )
+    parser.add_argument(
+        "--fill", type=parse_path, nargs="+", metavar="FILE.md", help="fill the tables of Markdown files; makes no page"
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where the tables would change")
 
@@ -70,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
         newest = {document["environment"]["device"]: path for path, document in in_time}
         results = {path: document for path, document in results.items() if path in newest.values()}
     paths, documents = list(results), list(results.values())
-    make_folder(out.parent)
-    _write(out, build_page(paths, documents))
+    make_room(out)
+    write_text(out, build_page(paths, documents))
     if not args.json:
         print(out.resolve())
         return
@@ -84,12 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _fill(paths: Sequence[Path], check: bool, as_json: bool) -> None:
     """Fills all files or, where one asks for what is not there, none; with ``check`` fails where one would change."""
-    before = {}
-    for path in paths:
-        try:
-            before[path] = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"fill: {path} cannot be read: {getattr(error, 'strerror', 'not a text')}") from error
+    before = {path: read_text(path) for path in paths}
     counts = {path: sum(mark["what"] is not None for mark in marks_of(text)) for path, text in before.items()}
     if not any(counts.values()):
         names = ", ".join(map(str, before))
@@ -106,7 +104,7 @@ def _fill(paths: Sequence[Path], check: bool, as_json: bool) -> None:
             "fill: " + "\n".join(lines) + f"; run python -m bench report --fill {' '.join(map(str, stale))}"
         )
     for path in stale:
-        _write(path, after[path])
+        write_text(path, after[path])
     if as_json:
         found = [{"file": str(path), "tables": counts[path], "changed": path in stale} for path in before]
         print(dumps({"filled": found}), end="")
@@ -121,13 +119,6 @@ def _first_difference(before: str, after: str) -> int:
     """Returns the number of the first line in which two texts differ."""
     pairs = zip_longest(before.split("\n"), after.split("\n"))
     return next(i for i, (a, b) in enumerate(pairs, 1) if a != b)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise InputError(f"out: cannot write {path}: {error.strerror}") from error
 
 
 BENCHMARK = Benchmark(

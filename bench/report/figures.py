@@ -73,7 +73,7 @@ def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str) -> str
 
 def is_ours(row: Mapping[str, Any], label: str) -> bool:
     """Returns whether a row is this project's own way: it says so, or else it is all but end-to-end."""
-    return bool(row["ours"]) if "ours" in row else "end-to-end" not in label.replace("_", "-")
+    return bool(row["ours"]) if "ours" in row else "end-to-end" not in str(label).replace("_", "-")
 
 
 def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
@@ -85,7 +85,7 @@ def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
     for table in section["tables"]:
         for row in table["rows"]:
             flops, moved, seconds = (row.get(name) for name in ("flops", "bytes", "seconds"))
-            if row["status"] == "ok" and flops and moved and seconds:
+            if row["status"] == "ok" and all(_is_number(n) and n > 0 for n in (flops, moved, seconds)):
                 names = [str(row[name]) for name in table["identity"]]
                 label = str(row.get("op") or row.get("layer") or names[0])
                 rate = flops / seconds / 1e12
@@ -127,14 +127,18 @@ def whole_clips(documents: Sequence[Mapping[str, Any]], letters: Sequence[str]) 
         Clip(
             name,
             [(r["method"], r["total_seconds"], is_ours(r, r["method"]), r["basis"]) for r in rows],
-            _times_faster(rows) if last == 2 else max((r["speedup"] for r in rows if _is_own_speedup(r)), default=None),
+            _times_faster(rows)
+            if last == 2
+            else max((n for r in rows if is_ours(r, r["method"]) and (n := speedup_of(r))), default=None),
         )
         for (last, name), rows in sorted(found.items(), key=lambda item: item[0][0])
     ]
 
 
-def _is_own_speedup(row: Mapping[str, Any]) -> bool:
-    return _is_number(row.get("speedup")) and is_ours(row, row["method"])
+def speedup_of(row: Mapping[str, Any]) -> float | None:
+    """Returns how many times faster a row's clip is; None where that is not known."""
+    value = row.get("speedup")
+    return value if _is_number(value) and value > 0 else None
 
 
 def _times_faster(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -162,7 +166,7 @@ def _timed_rows(document: Mapping[str, Any], identity: Sequence[str]) -> dict[st
     for name, section in document["sections"].items():
         for table in section["tables"]:
             if table["identity"] == identity and "total_seconds" in table["metrics"]:
-                rows = [r for r in table["rows"] if r["status"] == "ok" and _is_number(r.get("total_seconds"))]
+                rows = [r for r in table["rows"] if r["status"] == "ok" and (r.get("total_seconds") or 0) > 0]
                 if rows:
                     found.setdefault(name, []).extend(rows)
     return found

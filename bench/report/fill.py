@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.session import measured_on
-from bench.records.markdown import format_table, format_verdicts
+from bench.records.markdown import format_table, format_verdicts, plain
 from model.errors import InputError
 
 START, END = "<!-- results:", "<!-- end of results -->"
@@ -116,7 +116,7 @@ def made_table(selection: Selection, documents: Documents, page: Path) -> str:
         table = _selected(selection, table)
         rows, text = table["rows"], format_table(table)
     link = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
-    commit = f"commit {git['commit'][:9]}" if git.get("commit") else "no commit"
+    commit = f"commit {plain(git['commit'][:9])}" if git.get("commit") else "no commit"
     changed = ", with uncommitted changes" if git.get("dirty") else ""
     cut = "" if section["status"] == "complete" else f" The run is incomplete ({section['status']})."
     source = f"From [{path.name}]({link}), {environment['date'][:10]}, {commit}{changed}."

@@ -1,10 +1,12 @@
-"""HTML and SVG whose text is always escaped: only what :func:`tag` has built passes as it is."""
+"""HTML and SVG whose text is escaped, control characters too: only what :func:`tag` has built passes as it is."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable
 from typing import Any
+
+from model.errors import printable
 
 #: Elements that have no end tag.
 _VOID = ("br", "input", "link", "meta")
@@ -30,7 +32,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        written.append(f" {key}" if value is True else f' {key}="{html.escape(str(value))}"')
+        written.append(f" {key}" if value is True else f' {key}="{html.escape(printable(str(value)))}"')
     start = f"<{name}{''.join(written)}>"
     return Markup(start if name in _VOID else f"{start}{join(children)}</{name}>")
 
@@ -47,4 +49,4 @@ def _child(child: Any) -> str:
         return child
     if isinstance(child, (list, tuple)):
         return join(child)
-    return html.escape(str(child))
+    return html.escape(printable(str(child)))

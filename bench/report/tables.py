@@ -48,7 +48,7 @@ def sortable(
     """
     numeric = [any(isinstance(cells[i].value, (int, float)) for _, cells in rows) for i in range(len(headers))]
     heads = [
-        tag("th", tag("button", text or "\N{NO-BREAK SPACE}", type="button") if tools else text, scope="col",
+        tag("th", tag("button", text or Markup("&nbsp;"), type="button") if tools else text, scope="col",
             aria_sort="none" if tools else None, class_="number" if number else None)
         for text, number in zip(headers, numeric, strict=True)
     ]  # fmt: skip

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 
-from bench.harness.registry import Benchmark
+from bench.harness.registry import JOBS, Benchmark, names
 from bench.harness.session import Session
 from bench.operators.discover import all_cases, cases_of
 from bench.sanitize.run import find_planted, watch_cases
 from bench.sanitize.tool import NAME, TOOLS, find_tool
-from model.cli.options import positive
 from model.errors import InputError, require
 from swifti2v_kernels.common.target import capability_of
 
@@ -29,21 +28,21 @@ the same place, differently rounded: that is Triton's (triton-lang/triton issue 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument(
-        "--checks", metavar="NAME,...", default=",".join(TOOLS), help="checks to run, of %(default)s (default both)"
+        "--checks",
+        type=names(TOOLS),
+        metavar="NAME,...",
+        default=",".join(TOOLS),
+        help="checks to run, of %(default)s (default both)",
     )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--tool", metavar="PROGRAM", help=f"default {NAME} in PATH or of a CUDA toolkit")
     parser.add_argument("--check", action="store_true", help="exit with an error unless all is clean")
     jobs = min(os.cpu_count() or 1, 8)
-    parser.add_argument("--jobs", type=positive, default=jobs, help="processes at once (default %(default)s)")
+    parser.add_argument("--jobs", type=JOBS, default=jobs, help="processes at once (default %(default)s)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Runs both checks; without CUDA says what they would watch."""
-    checks = [name.strip() for name in args.checks.split(",")]
-    wrong = [name for name in checks if name not in TOOLS]
-    if wrong:
-        raise InputError(f"checks: expected some of {', '.join(TOOLS)}, got {', '.join(wrong)}")
     cases = cases_of(args.cases)
     if not cases:
         names = ", ".join(case.name for case in all_cases())
@@ -65,10 +64,10 @@ def run(args: argparse.Namespace, session: Session) -> None:
     table = session.section.table(
         "watched", f"every case under {NAME}", identity=("tool", "case"), metrics=("errors",),
         columns=("tool", "operator", "case", "errors", "kernels"),
-        note="; ".join(f"{name}: {TOOLS[name]}" for name in checks) + ".",
+        note="; ".join(f"{name}: {TOOLS[name]}" for name in args.checks) + ".",
     )  # fmt: skip
-    with require("tqdm", "bench").tqdm(total=len(numbers) * len(checks), unit="case", disable=None) as bar:
-        for check in checks:
+    with require("tqdm", "bench").tqdm(total=len(numbers) * len(args.checks), unit="case", disable=None) as bar:
+        for check in args.checks:
             bar.set_description(check)
             useless = find_planted(tool, check, session.folder)
             if useless is None:

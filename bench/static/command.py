@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from bench.harness.registry import Benchmark
+from bench.harness.registry import JOBS, Benchmark
 from bench.harness.session import Session
 from bench.operators.discover import all_cases
 from bench.static import report
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check", action="store_true", help="exit with an error if any kernel has a fault")
     jobs = min(os.cpu_count() or 1, 8)
-    parser.add_argument("--jobs", type=positive, default=jobs, help="processes (default %(default)s)")
+    parser.add_argument("--jobs", type=JOBS, default=jobs, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.registry import Benchmark
+from bench.harness.registry import CAPABILITY, JOBS, MINUTES, Benchmark
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
 from bench.records.read import read_result
@@ -17,7 +17,7 @@ from bench.records.write import Table
 from bench.static.compile_only import quiet_exit
 from bench.tuning.search import Journal, Outcome, Search, compile_all, entry
 from bench.tuning.space import Target, shown, targets
-from model.cli.options import positive
+from model.cli.options import parse_path, positive
 from model.errors import InputError, require
 from swifti2v_kernels.common.target import TARGETS
 
@@ -34,14 +34,19 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that only this benchmark has."""
     parser.add_argument("--kernels", metavar="TEXT", default="", help="only kernels and shapes with TEXT in their name")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time for the search (default %(default)s)")
+    parser.add_argument("--minutes", type=MINUTES, default=10.0, help="time for the search (default %(default)s)")
     parser.add_argument("--no-write", dest="write", action="store_false", help="leave the package's table as it is")
-    parser.add_argument("--from", dest="source", metavar="FILE", type=Path, help="write the choices of a result file")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE", type=parse_path, help="write the choices of a result file"
+    )
     parser.add_argument("--most", type=positive, metavar="N", help="candidates of a kernel and shape at most")
     jobs = min(os.cpu_count() or 1, 16)
-    parser.add_argument("--jobs", type=positive, default=jobs, help="compiling processes (default %(default)s)")
+    parser.add_argument("--jobs", type=JOBS, default=jobs, help="compiling processes (default %(default)s)")
     known = ", ".join(map(str, TARGETS))
-    parser.add_argument("--capability", type=int, default=90, help=f"without CUDA: one of {known} (default 90)")
+    parser.add_argument(
+        "--capability", type=CAPABILITY, choices=tuple(TARGETS), default=90, metavar="CC",
+        help=f"without CUDA: one of {known} (default 90)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
@@ -49,8 +54,6 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if args.source is not None:
         _take_over(args.source, session)
         return
-    if args.minutes <= 0:
-        raise InputError(f"minutes: expected more than 0, got {args.minutes}")
     if session.cuda:
         major, minor = torch.cuda.get_device_capability(session.device)
         capability = 10 * major + minor

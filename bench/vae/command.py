@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.harness.interpreted import run_interpreted
-from bench.harness.registry import Benchmark, matches
+from bench.harness.registry import MILLISECONDS, REPEATS, Benchmark, matches
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
 from bench.records.plot import plot_vae
@@ -20,7 +20,6 @@ from bench.vae.layers import Layer, measure_layer, table_entries, unique_layers
 from bench.vae.measure import measure, release, targets
 from bench.vae.providers import PROVIDERS, Provider
 from bench.vae.shapes import PARTS, QUICK_SHAPES, SHAPES, Shape
-from model.cli.options import positive
 from model.errors import InputError, require
 from model.machine.measure import format_bytes, parse_bytes
 from swifti2v_kernels.common.target import interpreting
@@ -57,8 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directions", choices=(*PARTS, "all"), default="all", help="direction of the layers: decode, encode or all"
     )
-    parser.add_argument("--milliseconds", type=positive, default=100, help="time for each layer (default %(default)s)")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed runs of each (default %(default)s)")
+    parser.add_argument(
+        "--milliseconds", type=MILLISECONDS, default=100, help="time for each layer (default %(default)s)"
+    )
+    parser.add_argument("--repeats", type=REPEATS, default=3, help="timed runs of each (default %(default)s)")
     parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
 
 

@@ -1,1 +1,3 @@
-"""Shared parts of the commands: ``options`` (their parsing, errors as one line) and ``request`` (resolved options)."""
+"""Shared parts of the commands: ``options`` (their parsing, errors as one line), ``request`` (resolved options) and
+``interruption`` (what comes while torch is imported).
+"""

@@ -9,23 +9,33 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from model.cli.interruption import work_interruptible
 from model.config import PRESETS
 from model.csg.sampler import SegmentPlan, plan_segments
+from model.csg.schedule import MOST_STEPS, SHIFTS
 from model.errors import InputError, NoMemoryError, printable
 from model.machine.host import machine_memory
 from model.machine.measure import is_out_of_memory, parse_bytes
 from model.pipeline.components import Components
+from model.sizes import check_pixels
 from model.streaming.placement import MATMUL, QUANTIZE
 from model.weights.lora import LoRA
 from swifti2v_kernels import default_backend
 
+#: Bytes of a file's name and of a path at most, some less than systems take (4096): names are appended to folders.
+_NAME_MAX, _PATH_MAX = 255, 3800
+#: Random weights of three models take this seed and the next two, and torch one below 2**64.
+MOST_SEED = 2**64 - 3
+#: Strength of a LoRA at most, either way: float32 holds no more.
+MOST_STRENGTH = 3.4e38
 LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
 
 
@@ -34,7 +44,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message without the usage and exits with 2."""
-        self.exit(2, printable(f"error: {message} (see {self.prog} --help)\n"))
+        self.exit(2, f"{_told(f'error: {message}')} (see {self.prog} --help)\n")
+
+
+def _told(message: str) -> str:
+    """Returns a message as it is printed, without the middle of one that is very long: it may cite what was given."""
+    text = printable(message)
+    return text if len(text) <= _MOST_TOLD else f"{text[: _MOST_TOLD // 2]} ... {text[-_MOST_TOLD // 2 :]}"
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -49,10 +65,10 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with no_interruption_lost():
+        with work_interruptible(), no_interruption_lost(), warnings_in_lines():
             command()
     except InputError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print(_told(f"error: {error}"), file=sys.stderr)
         return 2
     except NoMemoryError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +91,22 @@ def run_command(command: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Prints each warning of the body on standard error as one line, and another with the same text not again."""
+    shown = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = printable(" ".join(str(message).split()))
+        if text not in shown:
+            shown.add(text)
+            print(f"warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager
@@ -104,6 +136,8 @@ def no_interruption_lost() -> Iterator[None]:
             timer.cancel()
 
 
+#: Characters of a message at most.
+_MOST_TOLD = 4000
 #: Error numbers of a disk that is full, or that must not be written to.
 _DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
@@ -112,12 +146,14 @@ def parse_size(text: str) -> tuple[int, int]:
     """Parses ``"2560x1408"`` as ``(2560, 1408)``.
 
     Raises:
-        InputError: another form.
+        InputError: another form, or more pixels than a video can have.
     """
-    match = re.fullmatch(r"(\d+)[xX*](\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9})[xX*]([0-9]{1,9})", text.strip())
     if match is None:
         raise InputError(f"size: expected WIDTHxHEIGHT such as 2560x1408, got {text!r}")
-    return int(match[1]), int(match[2])
+    size = int(match[1]), int(match[2])
+    check_pixels(*size)
+    return size
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,37 +178,85 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def positive(text: str) -> int:
-    """Parses an integer of at least 1 (an argparse type)."""
-    return _integer(text, 1)
+def count(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Returns a parser (an argparse type) of integers from ``least`` to ``most``, in the digits 0 to 9."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]+", text.strip()) is None:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        # Python reads no more than 4300 digits; the first 40 say on which side of the bounds a longer number is.
+        return _between(least, most, int(text.strip()[:40]), text)
+
+    return parse
 
 
-def not_negative(text: str) -> int:
-    """Parses an integer of at least 0 (an argparse type)."""
-    return _integer(text, 0)
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Returns a parser (an argparse type) of decimal numbers from ``least`` to ``most``."""
+
+    def parse(text: str) -> float:
+        if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text.strip().lower()) is None:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text!r}")
+        return _between(least, most, float(text), text)
+
+    return parse
 
 
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}") from None
+def _between(least: float, most: float, value: Any, text: str) -> Any:
     if value < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        raise argparse.ArgumentTypeError(f"expected at least {least:g}, got {text.strip()}")
+    if value > most:
+        told = most if isinstance(most, int) else f"{most:g}"
+        raise argparse.ArgumentTypeError(f"expected at most {told}, got {text.strip()}")
     return value
+
+
+positive, not_negative = count(1), count(0)
+
+
+def parse_path(text: str) -> Path:
+    """Parses the name of a file or folder (an argparse type), which need not be there."""
+    problem = None
+    if not text.strip():
+        problem = "expected a name"
+    elif re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        problem = "expected a name in UTF-8 without control characters"
+    elif max(len(part.encode()) for part in text.split(os.sep)) > _NAME_MAX:
+        problem = f"expected names of at most {_NAME_MAX} bytes"
+    elif len(os.path.abspath(text).encode()) > _PATH_MAX:
+        problem = f"expected a path of at most {_PATH_MAX} bytes"
+    else:
+        try:
+            os.stat(text)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            problem = f"expected a name that can be looked up ({error.strerror})"
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{problem}, got {text!r}")
+    return Path(text)
+
+
+def parse_file(text: str) -> Path:
+    """Parses the name of a file (an argparse type), which need not be there, and is not that of a folder."""
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"expected the name of a file, got {text!r}")
+    return parse_path(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Adds the options that ``model.generate`` and the benchmarks share, ``--device`` among them if ``device`` is."""
+    steps = count(1, MOST_STEPS)
     group = parser.add_argument_group("model")
     group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
-    group.add_argument("--weights", type=Path, metavar="DIR", help="checkpoints; without them the weights are random")
     group.add_argument(
-        "--seed", type=not_negative, default=0, help="seed of the noise and of random weights (default 0)"
+        "--weights", type=parse_path, metavar="DIR", help="checkpoints; without them the weights are random"
     )
-    group.add_argument("--steps", type=positive, default=4, help="denoising steps of Stage II (default 4)")
-    group.add_argument("--stage1-steps", type=positive, default=4, help="denoising steps of Stage I (default 4)")
-    group.add_argument("--shift", type=float, default=5.0, help="timestep shift of both stages (default 5)")
+    group.add_argument(
+        "--seed", type=count(0, MOST_SEED), default=0, help="seed of the noise and of random weights (default 0)"
+    )
+    group.add_argument("--steps", type=steps, default=4, help="denoising steps of Stage II (default 4)")
+    group.add_argument("--stage1-steps", type=steps, default=4, help="denoising steps of Stage I (default 4)")
+    group.add_argument("--shift", type=number(*SHIFTS), default=5.0, help="timestep shift of both stages (default 5)")
     group = parser.add_argument_group("segments")
     group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
     group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
@@ -243,6 +327,16 @@ def parse_ram(text: str) -> int | None:
     return machine_memory() if text == "auto" else parse_bytes("ram", text)
 
 
+def memory_limits(args: argparse.Namespace) -> dict[str, int | None]:
+    """Returns the bytes of ``--ram`` and ``--vae-memory`` as :class:`~model.memory.request.MemoryRequest` takes them.
+
+    Raises:
+        InputError: one is no size.
+    """
+    vae = None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory)
+    return {"ram": parse_ram(args.ram), "vae_limit": vae}
+
+
 def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
     """Returns the plan that the segment options ask for.
 
@@ -266,20 +360,36 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
             metavar="FILE[:STRENGTH]",
             help=f"for {part} of --weights",
         )
+    add_strict_option(group)
 
 
-def parse_lora(text: str, expert: int = 1) -> LoRA:
+def add_strict_option(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--strict-loras``, with which a LoRA is merged whole or refused."""
+    parser.add_argument(
+        "--strict-loras",
+        action="store_true",
+        help="refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out"
+        " with a warning, as long as half of the file fits",
+    )
+
+
+def parse_lora(text: str, expert: int = 1, strict: bool = False) -> LoRA:
     """Parses ``"few_step.safetensors:0.8"`` as ``LoRA("few_step.safetensors", 0.8)``; the default strength is 1.
 
     Raises:
         InputError: the text after the colon is no finite number.
     """
     path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return LoRA(Path(text), expert=expert)
+    whole = not colon or os.path.exists(text)
     try:
-        return LoRA(Path(path), float(strength), expert)
-    except ValueError as error:
+        file = parse_path(text if whole else path)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"lora: {error}") from error
+    if whole:
+        return LoRA(file, expert=expert, strict=strict)
+    try:
+        return LoRA(file, number(-MOST_STRENGTH, MOST_STRENGTH)(strength), expert, strict)
+    except (argparse.ArgumentTypeError, ValueError) as error:
         raise InputError(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}") from error
 
 
@@ -290,7 +400,10 @@ def chosen_loras(args: argparse.Namespace) -> dict[str, list[LoRA]]:
         InputError: one is not understood, or there are no ``--weights`` that it could go to.
     """
     chosen = {
-        part: [parse_lora(text, 2 if part == "stage1_low_noise" else 1) for text in getattr(args, f"{part}_loras")]
+        part: [
+            parse_lora(text, 2 if part == "stage1_low_noise" else 1, args.strict_loras)
+            for text in getattr(args, f"{part}_loras")
+        ]
         for part in LORA_OPTIONS.values()
     }
     if args.weights is None and any(chosen.values()):

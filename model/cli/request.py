@@ -15,7 +15,7 @@ from model.cli.options import (
     LORA_OPTIONS,
     build_components,
     chosen_loras,
-    parse_ram,
+    memory_limits,
     parse_size,
     pick_device,
     pick_dtype,
@@ -38,6 +38,7 @@ from model.streaming.placement import NO_TENSORS
 from model.weights.files import open_weights
 from model.weights.load import DIT_PARTS, VAE_PARTS, part_of_pipeline
 from model.weights.lora import LoRA
+from model.weights.lora_files import open_lora
 
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
 TEXT_ENCODER_BYTES = 11_360_000_000
@@ -68,10 +69,12 @@ class ClipRequest:
     plan: SegmentPlan
     sigmas_one: list[float]
     sigmas_two: list[float]
+    #: Bytes by ``vram`` (None: as the card has), ``ram`` and ``vae_limit``.
+    limits: Mapping[str, int | None]
 
     @classmethod
     def resolve(cls, args: argparse.Namespace, photo_size: tuple[int, int] | None) -> ClipRequest:
-        """Checks all that can be checked before anything runs.
+        """Checks all that can be checked before anything runs: first the options, then the headers of weights.
 
         Args:
             args: the options of ``model.generate``.
@@ -80,18 +83,19 @@ class ClipRequest:
         Raises:
             InputError: something does not fit.
         """
-        defaults = get_preset(args.preset or ("tiny" if args.weights is None else "1.3b"))
+        defaults = get_preset(args.preset if args.preset is not None else "tiny" if args.weights is None else "1.3b")
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
+        limits = memory_limits(args)
+        limits["vram"] = None if args.vram == "auto" else parse_bytes("vram", args.vram)
+        size = None if args.size is None else parse_size(args.size)
         loras = chosen_loras(args)
         components = build_components(args, device, dtype, loras)
         multiple = size_multiple(components.vae_config, components.stage_two_config)
-        if args.size is not None:
-            size = parse_size(args.size)
-        elif photo_size is not None:
+        if size is None:
+            if photo_size is None:
+                raise InputError("size: expected WIDTHxHEIGHT where there is no photograph")
             size = area_size(photo_size, defaults.width * defaults.height, multiple)
-        else:
-            raise InputError("size: expected WIDTHxHEIGHT where there is no photograph")
         check_size(*size, multiple)
         num_frames = defaults.num_frames if args.frames is None else args.frames
         num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
@@ -111,6 +115,7 @@ class ClipRequest:
             plan=plan_for(args.mode, segment_plan(args, num_blocks)),
             sigmas_one=flow_sigmas(args.stage1_steps, args.shift),
             sigmas_two=flow_sigmas(args.steps, args.shift),
+            limits=limits,
         )
 
     @property
@@ -124,16 +129,15 @@ class ClipRequest:
         given = self.arguments
         card = Card.of(self.device)
         # What others hold of the card is not there to be planned with.
-        vram = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
-        if given["vram"] != "auto":
-            vram = parse_bytes("vram", given["vram"])
+        free = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
+        limits = self.limits | {"vram": self.limits["vram"] or free}
         weights = self.components.weights
         return request_for(
             self.components,
             size=self.size,
             num_frames=self.num_frames,
             plan=self.plan,
-            gpu=chosen_gpu(None, vram or 0),
+            gpu=chosen_gpu(None, limits["vram"] or 0),
             text_encoder=given["text_embeddings"] is None
             and weights is not None
             and (weights / "text_encoder").is_dir(),
@@ -141,12 +145,10 @@ class ClipRequest:
             steps=given["steps"],
             stage_one_steps=given["stage1_steps"],
             dtype=self.dtype,
-            vram=vram,
-            ram=parse_ram(given["ram"]),
+            **limits,
             capability=None if card is None else card.capability,
             quantize=given["quantize"],
             matmul=given["matmul"],
-            vae_limit=None if given["vae_memory"] == "auto" else parse_bytes("vae-memory", given["vae_memory"]),
         )
 
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class ClipRequest:
                 "text_embeddings": None if text is None else fingerprint_file(text, "text-embeddings"),
                 "weights": weights,
                 "loras": {
-                    part: [[fingerprint_file(lora.path, "lora"), lora.strength, lora.expert] for lora in chosen]
+                    part: [[_fingerprint_lora(lora), lora.strength, lora.expert] for lora in chosen]
                     for part, chosen in self.loras.items()
                 },
             },
@@ -202,6 +204,13 @@ class ClipRequest:
             },
             "arguments": given,
         }
+
+
+def _fingerprint_lora(lora: LoRA) -> str:
+    """Returns the fingerprint of a LoRA, whose numbers are found to be finite."""
+    file = open_lora(Path(lora.path), lora.expert)
+    file.check_finite()
+    return fingerprint_file(file.path, "lora")
 
 
 def request_for(
@@ -265,28 +274,65 @@ def _encoder_bytes(components: Components, capability: int | None) -> int:
     return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
 
 
-def resumed_arguments(args: argparse.Namespace, stored: Mapping[str, Any], defaults: argparse.Namespace) -> None:
-    """Gives ``args`` what the stored run was asked for; of its own options it keeps those about machine and places.
+def resumed_arguments(args: argparse.Namespace, job: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Gives ``args`` what a stored job was asked for; of its own options it keeps those about machine and places.
+
+    Args:
+        args: the options that were given with ``--resume``.
+        job: as :meth:`ClipRequest.description` returns it, but read from a file that anybody may have written.
+        parser: has made ``args``, and says which options there are and what each may be.
 
     Raises:
-        InputError: another option was given, which would be another run.
+        InputError: another option was given, which would be another run, or the job is none of this program.
     """
     own = (*MACHINE_OPTIONS, *PLACES)
-    given = [
-        name
-        for name, value in vars(args).items()
-        if name not in (*own, *RUN_OPTIONS) and value != getattr(defaults, name)
-    ]
+    actions = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
+    given = [name for name in actions if name not in (*own, *RUN_OPTIONS) and _was_given(args, actions[name])]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
             f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
             " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
         )
-    for name, value in stored.items():
-        asked = name in own and getattr(args, name) != getattr(defaults, name)
-        if name not in RUN_OPTIONS and not asked:
-            setattr(args, name, Path(value) if name in _PATHS and value is not None else value)
+    stored = job.get("arguments", {})
+    different = stored.keys() ^ (actions.keys() - set(RUN_OPTIONS))
+    if different:
+        raise InputError(f"resume: the stored run and this program differ in options: {', '.join(sorted(different))}")
+    if not isinstance(job.get("inputs", {}).get("photo"), str):
+        raise InputError("resume: the stored run has no fingerprint of its photograph")
+    found = {name: _stored_option(actions[name], value) for name, value in stored.items()}
+    for name, value in found.items():
+        if name not in own or not _was_given(args, actions[name]):
+            setattr(args, name, value)
+
+
+def _was_given(args: argparse.Namespace, action: argparse.Action) -> bool:
+    return getattr(args, action.dest) != action.default
+
+
+def _stored_option(action: argparse.Action, stored: Any) -> Any:
+    """Returns an option of a stored run as the parser gives it.
+
+    Raises:
+        InputError: the parser would give no such value.
+    """
+    if isinstance(action.default, bool):
+        fits, value = isinstance(stored, bool), stored
+    elif isinstance(action.default, list):
+        fits, value = isinstance(stored, list) and all(isinstance(text, str) for text in stored), stored
+    elif stored is None:
+        fits, value = action.default is None and action.dest not in ("photo", "out"), None
+    else:
+        try:
+            value = (action.type or str)(str(stored))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise InputError(f"resume: {action.dest} of the stored run: {error}") from error
+        # In JSON a path is text, and every other value is what it is: 7 is neither 7.0 nor true.
+        written = str(value) if isinstance(value, Path) else value
+        fits = written == stored and type(written) is type(stored) and stored in (action.choices or [stored])
+    if not fits:
+        raise InputError(f"resume: {action.dest} of the stored run: expected what the option gives, got {stored!r}")
+    return value
 
 
 def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +348,6 @@ def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute_lora(text: str) -> str:
     path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         return str(Path(text).absolute())
     return f"{Path(path).absolute()}:{strength}"

@@ -31,6 +31,7 @@ from model.config import MASK_CHANNELS, DiTConfig
 from model.csg.denoiser import Denoiser
 from model.dit.model import WanDiT
 from model.errors import InputError
+from model.machine.finite import Finite
 from swifti2v_kernels import SegmentPlan, Window, block_noise
 
 __all__ = [
@@ -141,6 +142,7 @@ def sample_latents(
     Raises:
         InputError: the mode is unknown, the reference does not have the plan's number of blocks, the DiT does not take
             latents of its number of channels, or the plan has fewer than ``done`` segments.
+        NotFiniteError: a segment is NaN or infinite; the message names it and the step. It is not in ``reference``.
 
     Examples:
         >>> import torch
@@ -200,9 +202,12 @@ def _segments(
             denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
         else:
             denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
+        finite = Finite(f"Stage II, segment {segment} of {len(windows)}")
         for step in range(len(sigmas) - 1):
             denoiser.step(step)
+            finite.note(x, f"at step {step + 1} of {len(sigmas) - 1}")
             if on_step is not None:
                 on_step(segment, len(windows), step + 1, len(sigmas) - 1)
+        finite.check()
         reference[:, :, list(window.noisy)] = x
         yield x.clone()

@@ -9,14 +9,14 @@ checkpoints are trained for (lightx2v). The 1000 is Wan's number of training tim
 
 from __future__ import annotations
 
-import math
-
 from model.errors import InputError
 from swifti2v_kernels import block_noise
 
 __all__ = ["NUM_TRAIN_TIMESTEPS", "block_noise", "flow_sigmas"]
 
 NUM_TRAIN_TIMESTEPS = 1000
+#: Most steps, and least and most shift. Within them noise levels, as float32, fall from each step to the next.
+MOST_STEPS, SHIFTS = NUM_TRAIN_TIMESTEPS, (0.001, 1000.0)
 
 
 def flow_sigmas(num_steps: int, shift: float) -> list[float]:
@@ -27,11 +27,11 @@ def flow_sigmas(num_steps: int, shift: float) -> list[float]:
         shift: more than 1 moves the steps towards the noise, 1 leaves them evenly spaced.
 
     Raises:
-        InputError: ``num_steps`` is not positive or ``shift`` is not positive and finite.
+        InputError: ``num_steps`` is not in 1..1000 or ``shift`` not in 0.001..1000.
     """
-    if num_steps < 1:
-        raise InputError(f"steps: expected at least 1, got {num_steps}")
-    if not (math.isfinite(shift) and shift > 0):
-        raise InputError(f"shift: expected a positive finite number, got {shift}")
+    if not 1 <= num_steps <= MOST_STEPS:
+        raise InputError(f"steps: expected 1 to {MOST_STEPS}, got {num_steps}")
+    if not SHIFTS[0] <= shift <= SHIFTS[1]:
+        raise InputError(f"shift: expected {SHIFTS[0]:g} to {SHIFTS[1]:g}, got {shift}")
     levels = [1 - i / num_steps for i in range(num_steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in levels] + [0.0]

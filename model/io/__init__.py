@@ -1,1 +1,2 @@
-"""Reading and writing files: ``media`` (photographs, video) and ``durable`` (files that are whole or not there)."""
+"""Reading and writing files: ``media`` (video), ``photo``, ``durable`` (files that are whole or not there) and
+``lock`` (between processes)."""

@@ -4,18 +4,66 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from model.errors import InputError
+
 #: The form of the names that :func:`temporary_name` gives.
-TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)\.tmp(?P<suffix>(\.[^.]*)?)", re.DOTALL)
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<pid>[0-9]+)\.tmp(?P<suffix>(\.[^.]*)?)", re.DOTALL)
 
 
 def temporary_name(path: Path) -> Path:
     """Returns a hidden name next to ``path``, with its suffix, for this process alone: ``.clip.4711.tmp.mp4``."""
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Returns a descriptor of a regular file, which is opened neither through a link nor by waiting for a pipe.
+
+    Raises:
+        InputError: something else has this name; it is not touched.
+        OSError: the file cannot be opened.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"{path} is a link, a folder or a device, expected a file")
+    # Windows has neither flag, and is the only one to have the third.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o666)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns a folder that is gone, and a place that must not be written to, into one line that begins with ``what``.
+
+    Raises:
+        InputError: the body failed for such a reason. A disk that is full is an ``OSError`` as before.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{what} cannot be written: {error}") from error
+
+
+def check_place(path: Path, what: str) -> None:
+    """Checks that a file can be written to ``path``, whose folder need not exist yet.
+
+    Raises:
+        InputError: it cannot; the message begins with ``what``.
+    """
+    try:
+        os.lstat(temporary_name(path))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long a name; a zero byte in it
+        raise InputError(f"{what}: cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"{what}: cannot write {path}: {place} is not a directory that can be written to")
 
 
 @contextmanager
@@ -26,6 +74,9 @@ def replacing(path: Path) -> Iterator[Path]:
     process was killed stays under its temporary name (:func:`remove_strays`).
     """
     temporary = temporary_name(path)
+    # A process of the same number may have left it; a link of this name would be written through.
+    if os.path.lexists(temporary):
+        temporary.unlink()
     try:
         yield temporary
         # "r+": Windows flushes only what may be written.
@@ -60,15 +111,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_strays(folder: Path, *names: str) -> None:
-    """Removes temporary files and folders of ``names`` from ``folder`` if the processes that made them have ended."""
+    """Removes temporary files of ``names`` from ``folder`` if the processes that made them have ended."""
     wanted = {(Path(name).stem, Path(name).suffix) for name in names}
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
-        if match and (match["stem"], match["suffix"]) in wanted and not _is_at_work(int(match["pid"])):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        ended = match and (match["stem"], match["suffix"]) in wanted and not _is_at_work(int(match["pid"]))
+        if ended and not path.is_symlink() and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _is_at_work(pid: int) -> bool:

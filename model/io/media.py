@@ -6,10 +6,11 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from model.errors import InputError, require
-from model.io.durable import remove_strays, rename, replacing, temporary_name
+from model.io.durable import check_place, open_plain, remove_strays, rename, replacing, sync_folder, writing
+from model.io.lock import FileLock
 
 #: FFmpeg's AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709, and AVCOL_RANGE_MPEG, for which PyAV before 17 has no
 #: names.
@@ -29,7 +31,18 @@ BT709, LIMITED_RANGE = 1, 1
 X264 = {"preset": "medium", "x264-params": "mbtree=0:stitchable=1:aud=1"}
 #: Frames by which packets are decoded before they are shown: x264's B-frames refer to other B-frames, but not these.
 REORDERED = 2
-_SEAL = b"sha256 of the bytes before this box: "
+_SEAL = b"sha256 of name, run and the bytes before this box: "
+#: The form of the names that :func:`piece_name` gives.
+_PIECE = re.compile(r"piece-([0-9]{4}|[1-9][0-9]{4,})\.mp4")
+
+
+def _box(content: bytes) -> bytes:
+    """Returns a box that every reader of MP4 skips, to be appended to a file."""
+    return struct.pack(">I4s", 8 + len(content), b"free") + content
+
+
+#: The end of a partial film, by which it is told from a user's file of its name.
+_UNFINISHED = _box(b"unfinished video of swifti2v")
 
 
 class VideoWriter:
@@ -41,7 +54,7 @@ class VideoWriter:
 
     After each piece ``NAME.partial.mp4`` is a film of all pieces so far, whatever happens then, SIGKILL included. If
     the work fails or is interrupted, it also gets the frames of the piece that was begun; if the work is done, the film
-    takes its own name and the partial one is gone. With no frame nothing is left.
+    is there under its own name and the partial one is gone. With no frame nothing is left.
 
     Args:
         path: the file to write; must end in ``.mp4``.
@@ -49,7 +62,8 @@ class VideoWriter:
         fps: frames a second.
         crf: quality of x264; 0 is lossless, 18 is visually lossless.
         pieces: a folder in which the pieces stay, ``piece-0000.mp4`` and so on, so that another writer can go on after
-            them. By default they are in a hidden folder next to ``path`` until the film is made.
+            them. By default they are in memory until the film is made.
+        run: the digest of the run that the pieces are of. A piece of another run, or of another number, is damaged.
 
     Attributes:
         film_frames: frames of the film that this writer has made so far, at :attr:`partial_path` or ``path``.
@@ -59,34 +73,47 @@ class VideoWriter:
             ``piece-0002.mp4.damaged`` and deletes the pieces after it.
 
     Raises:
-        InputError: ``path`` has another suffix, or is a place that cannot be written to.
+        InputError: as for :func:`check_video_path`.
     """
 
     def __init__(
-        self, path: str | Path, width: int, height: int, fps: int, crf: int = 16, pieces: str | Path | None = None
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        fps: int,
+        crf: int = 16,
+        pieces: str | Path | None = None,
+        run: str = "",
     ):
         self.path = check_video_path(path)
         self._av = require("av", "generate")
         self._settings = width, height, fps, crf
-        self._own = pieces is None
-        self.pieces = temporary_name(self.path.with_suffix(".pieces")) if pieces is None else Path(pieces)
+        self.pieces, self._run = None if pieces is None else Path(pieces), run
         self._encoder: _Encoder | None = None
         self._entered = self._joined = False
         self.film_frames = 0
         self.damaged: list[str] = []
         self._bad: int | None = None
-        self._lengths = [] if self._own else self._found()
-        self.num_frames = sum(self._lengths)
+        #: Of each finished piece the number of frames, and its file or its bytes.
+        self._finished: list[tuple[int, Path | bytes]] = []
+        if self.pieces is not None:
+            self._find(self.pieces)
+        self.num_frames = self._num_finished
 
     @property
     def num_pieces(self) -> int:
         """The number of finished pieces."""
-        return len(self._lengths)
+        return len(self._finished)
+
+    @property
+    def _num_finished(self) -> int:
+        return sum(frames for frames, _ in self._finished)
 
     @property
     def partial_path(self) -> Path:
         """The file that has the frames until the work is finished."""
-        return self.path.with_suffix(".partial.mp4")
+        return _partial(self.path)
 
     def keep(self, pieces: int) -> None:
         """Keeps the first ``pieces`` finished pieces, to go on after them, and drops the others.
@@ -100,17 +127,18 @@ class VideoWriter:
             raise ValueError("pieces: a further one is begun")
         if pieces < self.num_pieces:
             self._joined = False
-        del self._lengths[pieces:]
-        self.num_frames = sum(self._lengths)
+        del self._finished[pieces:]
+        self.num_frames = self._num_finished
         if self._entered:
             self._drop_others()
 
     def __enter__(self) -> VideoWriter:
         self._entered = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = self.path.name, self.partial_path.name, self.path.with_suffix(".pieces").name
-        remove_strays(self.path.parent, *names)
-        self.pieces.mkdir(parents=True, exist_ok=True)
+        with writing(f"out: {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.pieces is not None:
+                self.pieces.mkdir(parents=True, exist_ok=True)
+        remove_strays(self.path.parent, self.path.name, self.partial_path.name)
         self._drop_others()
         return self
 
@@ -126,19 +154,22 @@ class VideoWriter:
         """Makes the frames since the last piece a piece of the film, on disk; does nothing if there are none."""
         if self._encoder is None:
             return
-        piece = self._encoder.close()
+        piece: Path | bytes = self._encoder.close()
         # The film first: it has every finished piece at any moment.
-        self._join([piece])
-        with replacing(self.pieces / piece_name(self.num_pieces)) as temporary:
-            temporary.write_bytes(_sealed(piece))
-        self._lengths.append(self._encoder.num_frames)
+        self._join(self.partial_path, [piece], _UNFINISHED)
+        if self.pieces is not None:
+            place = self.pieces / piece_name(self.num_pieces)
+            with writing(f"run: {place}"), replacing(place) as temporary:
+                temporary.write_bytes(_sealed(piece, place.name, self._run))
+            piece = place
+        self._finished.append((self._encoder.num_frames, piece))
         self._encoder = None
 
     def drop_begun(self) -> None:
         """Forgets the frames since the last piece, which are to be made again."""
         if self._encoder is not None:
             self._encoder.close()
-            self.num_frames = sum(self._lengths)
+            self.num_frames = self._num_finished
             self._encoder = None
 
     def __exit__(
@@ -147,15 +178,18 @@ class VideoWriter:
         if kind is None:
             self.end_piece()
         begun = [] if self._encoder is None else [self._encoder.close()]
-        if begun or (self.num_pieces and not (self._joined and self.partial_path.exists())):
-            self._join(begun)
         if kind is None and self.num_pieces:
-            rename(self.partial_path, self.path)
-        if self._own:
-            shutil.rmtree(self.pieces)
+            self._join(self.path)
+            with writing(f"out: {self.path}"):
+                self.partial_path.unlink(missing_ok=True)
+                sync_folder(self.path.parent)
+        elif begun or (self.num_pieces and not (self._joined and self.partial_path.exists())):
+            self._join(self.partial_path, begun, _UNFINISHED)
 
     def _drop_others(self) -> None:
         """Makes the counted pieces the only ones in the folder."""
+        if self.pieces is None:
+            return
         later = [(number, path) for number, path in _pieces(self.pieces) if number >= self.num_pieces]
         remove_strays(self.pieces, piece_name(self.num_pieces), *(path.name for _, path in later))
         # The last one first, so that no gap is left whenever this ends.
@@ -165,19 +199,27 @@ class VideoWriter:
             else:
                 path.unlink()
 
-    def _join(self, further: list[bytes]) -> None:
-        """Makes the partial film of the finished pieces and further ones."""
-        finished = [self.pieces / piece_name(number) for number in range(self.num_pieces)]
-        with replacing(self.partial_path) as temporary:
-            _join(self._av, [*map(str, finished), *map(io.BytesIO, further)], temporary, self._settings[2])
+    def _join(self, film: Path, further: Iterable[bytes] = (), mark: bytes = b"") -> None:
+        """Makes the film of the finished pieces and further ones, and of a mark after them."""
+        with writing(f"out: {film}"), replacing(film) as temporary:
+            _join(self._av, chain(self._read(), further), temporary, self._settings[2])
+            with temporary.open("ab") as file:
+                file.write(mark)
         self._joined = True
         self.film_frames = self.num_frames
 
-    def _found(self) -> list[int]:
-        """Returns the numbers of frames of the good pieces, and records what is wrong with the next one, if any."""
-        lengths: list[int] = []
+    def _read(self) -> Iterator[bytes]:
+        """Yields the finished pieces."""
+        for _, piece in self._finished:
+            try:
+                yield piece if isinstance(piece, bytes) else _unsealed(piece, self._run)
+            except (OSError, ValueError) as error:
+                raise InputError(f"out: {piece} was changed while the video is made: {error}") from error
+
+    def _find(self, folder: Path) -> None:
+        """Counts the good pieces in the folder, and records what is wrong with the next one, if any."""
         expected = None
-        while (path := self.pieces / piece_name(len(lengths))).exists():
+        while os.path.lexists(path := folder / piece_name(self.num_pieces)):
             if expected is None:
                 # The parameter sets that this encoder writes: those of all pieces, which the film has once.
                 width, height, *_ = self._settings
@@ -185,15 +227,14 @@ class VideoWriter:
                 encoder.write(np.zeros((height, width, 3), np.uint8))
                 expected = _described(self._av, encoder.close())[1:]
             try:
-                frames, *described = _described(self._av, _unsealed(path))
+                frames, *described = _described(self._av, _unsealed(path, self._run))
                 if tuple(described) != expected:
                     raise ValueError("its encoding is not this video's")
-            except (OSError, ValueError) as error:
-                self._bad = len(lengths)
+            except (OSError, ValueError, IndexError, self._av.error.FFmpegError) as error:
+                self._bad = self.num_pieces
                 self.damaged.append(f"{path.name} is damaged ({error}); starting from piece {self._bad}")
                 break
-            lengths.append(frames)
-        return lengths
+            self._finished.append((frames, path))
 
 
 def piece_name(number: int) -> str:
@@ -203,7 +244,7 @@ def piece_name(number: int) -> str:
 
 def _pieces(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.iterdir():
-        match = re.fullmatch(r"piece-(\d{4,})\.mp4", path.name)
+        match = _PIECE.fullmatch(path.name)
         if match:
             yield int(match[1]), path
 
@@ -257,7 +298,7 @@ def _place(packet: Any, shown: int, number: int, tick: Fraction) -> None:
     packet.pts, packet.dts, packet.duration = shown, number - REORDERED, 1
 
 
-def _join(av: ModuleType, pieces: Iterable[str | io.BytesIO], target: Path, fps: int) -> None:
+def _join(av: ModuleType, pieces: Iterable[bytes], target: Path, fps: int) -> None:
     """Writes the packets of one piece after the other to a file that can be played while it is still loading."""
     tick = Fraction(1, fps)
     stream, num_packets = None, 0
@@ -266,7 +307,7 @@ def _join(av: ModuleType, pieces: Iterable[str | io.BytesIO], target: Path, fps:
     with av.open(str(target), "w", format="mp4", options=options) as film:
         for source in pieces:
             before = num_packets
-            with av.open(source) as piece:
+            with av.open(io.BytesIO(source)) as piece:
                 given = piece.streams.video[0]
                 if stream is None:
                     # PyAV before 14 has the one, PyAV from 14 on the other.
@@ -289,36 +330,84 @@ def _described(av: ModuleType, piece: bytes) -> tuple[Any, ...]:
         return stream.frames, context.width, context.height, stream.average_rate, context.extradata
 
 
-def _sealed(piece: bytes) -> bytes:
-    """Returns the bytes of a file with their sha256 appended in a box that every reader of MP4 skips."""
-    return piece + struct.pack(">I4s", 8 + len(_SEAL) + 32, b"free") + _SEAL + hashlib.sha256(piece).digest()
+def _sealed(piece: bytes, name: str, run: str) -> bytes:
+    """Returns the bytes of a file with a seal: a box with the sha256 of its name, its run and these bytes."""
+    return piece + _box(_SEAL + hashlib.sha256(f"{name} of {run}: ".encode() + piece).digest())
 
 
-def _unsealed(path: Path) -> bytes:
+def _unsealed(path: Path, run: str) -> bytes:
     """Returns the bytes of a sealed file without the box that :func:`_sealed` has appended.
 
     Raises:
-        ValueError: the file is not as it was written.
+        ValueError: the file is not as it was written, or was written under another name or for another run.
     """
-    sealed = path.read_bytes()
-    piece = sealed[: -40 - len(_SEAL)]
-    if _sealed(piece) != sealed:
+    with os.fdopen(open_plain(path), "rb") as file:
+        sealed = file.read()
+    piece = sealed[: -len(_box(_SEAL)) - 32]
+    if _sealed(piece, path.name, run) != sealed:
         raise ValueError("sha256 differs")
     return piece
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial.mp4")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Returns whether a file is a partial film of this program."""
+    try:
+        with os.fdopen(open_plain(path), "rb") as file:
+            file.seek(-len(_UNFINISHED), os.SEEK_END)
+            return file.read() == _UNFINISHED
+    except (OSError, InputError):
+        return False
 
 
 def check_video_path(path: str | Path) -> Path:
     """Returns ``path`` if an MP4 can be written there; its directory need not exist, since the writer makes it.
 
     Raises:
-        InputError: another suffix, a directory, or a place that cannot be written.
+        InputError: another suffix, a directory, a place that cannot be written, or a file that is no partial film of
+            this program where the partial film would be.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"out: expected a name that ends in .mp4, got {path}")
+    if path.stem.lower().endswith(".partial"):
+        raise InputError(f"out: {path} is the name of an unfinished video; expected one without .partial")
+    partial = _partial(path)
+    check_place(partial, "out")
     if path.is_dir():
         raise InputError(f"out: {path} is a directory")
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"out: cannot write {path}: {place} is not a directory that can be written to")
+    if path.exists() and not path.is_file():
+        raise InputError(f"out: {path} is a device, expected a file or none")
+    if os.path.lexists(partial) and not _is_unfinished(partial):
+        raise InputError(
+            f"out: {partial} is no unfinished video of this program, which would be there: move it away, or choose"
+            " another name"
+        )
     return path
+
+
+@contextmanager
+def reserved(path: str | Path) -> Iterator[Path]:
+    """Keeps other processes from making the video at ``path`` while the body runs, and yields its path.
+
+    The lock is a hidden file beside the video, for which missing folders are made; all of them are gone at the end
+    unless something was put there.
+
+    Raises:
+        InputError: another process makes this video, or as for :func:`check_video_path`.
+    """
+    path = check_video_path(path)
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    with writing(f"out: {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Videos whose names differ in their suffix alone (.mp4, .MP4) have the same partial film.
+        with closing(FileLock(path.with_name(f".{path.stem}.lock"), "out", path)):
+            yield path
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # something is there
+                folder.rmdir()

@@ -16,6 +16,8 @@ import torch
 from model.errors import InputError
 
 Item = TypeVar("Item")
+#: The sizes of memory that :func:`parse_bytes` takes.
+MB, MOST_BYTES = 10**6, 10**15
 
 
 class StageTimer:
@@ -123,12 +125,17 @@ def format_enough(count: float) -> str:
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """Returns the bytes that a text names: ``"4GB"`` is 4 * 10**9, ``"4GiB"`` 4 * 2**30, ``"77"`` 77.
+    """Returns the bytes that a text names: ``"4GB"`` is 4 * 10**9, ``"4GiB"`` 4 * 2**30, ``"2000000"`` as many.
 
     Raises:
-        InputError: the text is no size; the message begins with ``name``, the option that it was given to.
+        InputError: the text is no size from 1 MB to 1000 TB; the message begins with ``name``, the option that it was
+            given to.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    if match is None or not text.isascii():
         raise InputError(f"{name}: expected a size such as 12GB, 12GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")
+    if not MB <= size <= MOST_BYTES:
+        meant = f", which is bytes; did you mean {match[1]}GB?" if match[2] is None and 1 <= size < MB else ""
+        raise InputError(f"{name}: expected a size from 1MB to 1000TB, such as 12GB, got {text!r}{meant}")
+    return int(size)

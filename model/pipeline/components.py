@@ -31,7 +31,7 @@ DIR/stage1_low_noise   Wan2.2 A14B's second expert
 DIR/stage1_vae         Stage I's VAE, where it is another one
 DIR/text_encoder, DIR/tokenizer                UMT5, for --prompt
 DIR/image_encoder, DIR/image_processor         CLIP, for DiTs with an image embedding
-Each of the first five is a diffusers directory, or a .safetensors or .pth file (stage1.safetensors, ...)
+Each of the first five is a diffusers directory, or a .safetensors, .gguf or .pth file (stage1.safetensors, ...)
 with the key names of diffusers or of the Wan repositories, also in float8 as ComfyUI ships them;
 python -m model.inspect says what a file is and whether it loads."""
 
@@ -79,6 +79,14 @@ class Components:
             stage_two=functools.partial(self.stage_two, stage_two),
         )
 
+    def check_image_encoder(self) -> None:
+        """Raises :class:`InputError` if a DiT reads CLIP tokens and there is no image encoder."""
+        if self.weights is not None and (self.weights / "image_encoder").is_dir():
+            return
+        for stage, config in (("stage1", self.stage_one_config), ("stage2", self.stage_two_config)):
+            if config.image_dim is not None:
+                raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {self.weights}")
+
     def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
         """Returns CLIP tokens ``[1, 257, image_dim]`` of a PIL image, or None if the stage's DiT reads none.
 
@@ -93,8 +101,7 @@ class Components:
         wanted = (self.stage_one_config if stage == "stage1" else self.stage_two_config).image_dim
         if wanted is None:
             return None
-        if self.weights is None or not (self.weights / "image_encoder").is_dir():
-            raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {self.weights}")
+        self.check_image_encoder()
         tokens = encode_image(photo, self.weights, device=device)
         if tokens.shape[2] != wanted:
             raise InputError(f"weights: the image encoder gives {tokens.shape[2]} channels, {stage} reads {wanted}")
@@ -174,7 +181,7 @@ class Components:
 
 
 def _find(path: Path, name: str) -> Path | None:
-    candidates = [path / name, *(path / f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".pt"))]
+    candidates = [path / name, *(path / f"{name}{suffix}" for suffix in (".safetensors", ".gguf", ".pth", ".pt"))]
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

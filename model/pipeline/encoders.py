@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, require
+from model.machine.finite import check_finite
 
 TEXT_LENGTH = 512
 
@@ -43,7 +44,7 @@ def encode_prompt(
         dtype, device: dtype and device of the encoder, which is loaded for this call and released: 11 GB in bfloat16.
 
     Raises:
-        InputError: transformers is missing or the directory does not hold an encoder.
+        InputError: transformers is missing, the directory does not hold an encoder, or what it gives is not finite.
     """
     transformers = require("transformers", "text")
     try:
@@ -58,6 +59,7 @@ def encode_prompt(
     with torch.inference_mode():
         # Without padding: the masked run of the padded sequence gives the same embedding.
         states = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
+    check_finite(f"weights: {weights / 'text_encoder'} in {_name(dtype)}, whose weights may be damaged", states)
     return _pad(states.float())
 
 
@@ -65,27 +67,35 @@ def load_text_embedding(path: Path, text_dim: int) -> Tensor:
     """Returns a precomputed embedding ``[1, 512, text_dim]``, zero after the rows that the file has.
 
     Args:
-        path: a safetensors file with one tensor ``[L, text_dim]`` or ``[1, L, text_dim]``, L at most 512.
+        path: a safetensors file with one tensor ``[L, text_dim]`` or ``[1, L, text_dim]`` of any float dtype, L in
+            1..512.
         text_dim: the width that the DiTs read.
 
     Raises:
-        InputError: the file is unreadable or its tensor has another shape.
+        InputError: the file is unreadable, or its tensor has another shape or dtype, or holds NaN or infinity.
     """
     safetensors = require("safetensors", "generate")
-    load_file = require("safetensors.torch", "generate").load_file
     if not path.is_file():
-        raise InputError(f"text-embeddings: {path} does not exist")
+        raise InputError(f"text-embeddings: {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        tensors = load_file(path)
+        # The header is judged first: somebody may name a whole model.
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            told = ", ".join(name if name.isprintable() else ascii(name) for name in names[:9]) or "none"
+            if len(names) != 1:
+                raise InputError(f"text-embeddings: expected one tensor in {path}, got {told}")
+            shape = tuple(file.get_slice(names[0]).get_shape())
+            length, *width = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape or (0,)
+            if width != [text_dim] or not 1 <= length <= TEXT_LENGTH:
+                expected = f"[1 <= L <= {TEXT_LENGTH}, {text_dim}]"
+                raise InputError(f"text-embeddings: expected {expected} in {path}, got {shape}")
+            states = file.get_tensor(names[0])
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"text-embeddings: {path} is not a readable safetensors file: {error}") from error
-    if len(tensors) != 1:
-        raise InputError(f"text-embeddings: expected one tensor in {path}, got {', '.join(sorted(tensors)) or 'none'}")
-    (states,) = tensors.values()
-    states = states.float() if states.ndim == 3 else states.float().unsqueeze(0)
-    if states.ndim != 3 or states.shape[0] != 1 or states.shape[1] > TEXT_LENGTH or states.shape[2] != text_dim:
-        given = tuple(next(iter(tensors.values())).shape)
-        raise InputError(f"text-embeddings: expected [L <= {TEXT_LENGTH}, {text_dim}] in {path}, got {given}")
+    if not states.is_floating_point():
+        raise InputError(f"text-embeddings: expected floating numbers in {path}, got {told} in {_name(states.dtype)}")
+    states = states.float().view(1, length, text_dim)
+    check_finite(f"text-embeddings: {told} in {path}", states)
     return _pad(states)
 
 
@@ -105,7 +115,7 @@ def encode_image(
         dtype, device: dtype and device of the encoder, which is loaded for this call and released.
 
     Raises:
-        InputError: transformers is missing or the directory does not hold an encoder.
+        InputError: transformers is missing, the directory does not hold an encoder, or what it gives is not finite.
     """
     transformers = require("transformers", "text")
     try:
@@ -117,7 +127,13 @@ def encode_image(
         raise InputError(f"weights: Stage I needs a CLIP encoder in {weights}: {str(error).splitlines()[0]}") from error
     pixels = processor(images=image, return_tensors="pt").pixel_values.to(device, dtype)
     with torch.inference_mode():
-        return encoder.to(device).eval()(pixels, output_hidden_states=True).hidden_states[-2].float()
+        tokens = encoder.to(device).eval()(pixels, output_hidden_states=True).hidden_states[-2]
+    check_finite(f"weights: {weights / 'image_encoder'} in {_name(dtype)}, whose weights may be damaged", tokens)
+    return tokens.float()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _pad(states: Tensor) -> Tensor:

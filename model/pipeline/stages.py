@@ -23,6 +23,7 @@ from model.csg.sampler import check_channels
 from model.csg.schedule import block_noise
 from model.dit.model import WanDiT
 from model.errors import InputError
+from model.machine.finite import Finite
 from model.machine.host import Host, release
 from model.vae.model import WHOLE, WanVAE
 from model.vae.tiles import VAEPlan
@@ -92,6 +93,7 @@ def make_motion(
 
     Raises:
         InputError: a model does not take latents of that many channels, or the two take different ones.
+        NotFiniteError: the result is NaN or infinite; the message names the step.
     """
     z, num_blocks = condition.shape[1:3]
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
@@ -101,6 +103,7 @@ def make_motion(
         high = [i for i in steps if sigmas[i] >= boundary]
         experts = [(dit, steps[: len(high)]), (low_noise_dit, steps[len(high) :])]
     in_channels: int | None = None
+    finite = Finite("Stage I")
     for load, own_steps in experts:
         if not own_steps:
             continue
@@ -126,8 +129,10 @@ def make_motion(
             denoiser.open(slots, slots, [1.0] + [0.0] * (num_blocks - 1))
         for step in own_steps:
             denoiser.step(step)
+            finite.note(x, f"at step {step + 1} of {len(steps)}")
             if on_step is not None:
                 on_step(step + 1, len(steps))
+        finite.check()
         model.settle()
         del model, denoiser
         release(x.device)

@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from model.config import VAEConfig
 from model.csg.sampler import SegmentPlan
 from model.errors import NoMemoryError
 from model.io.media import VideoWriter
@@ -30,6 +32,8 @@ from model.memory.report import MemoryPlan, Phase
 from model.memory.request import HOST_USABLE, MemoryRequest
 from model.pipeline.clip import ClipJob, Condition, Item, Watcher, make_condition, make_frames, resumed_condition
 from model.pipeline.components import Components
+from model.pipeline.encoders import TEXT_LENGTH
+from model.resume.files import Shapes
 from model.resume.state import RunState
 
 #: The most plans that a run tries when it runs out of memory, and the share of a peak that the next plan may take.
@@ -43,6 +47,19 @@ def piece_ends(plan: SegmentPlan, stride: int) -> list[int]:
     for window in plan:
         ends.append(ends[-1] + stride * len(window.noisy))
     return ends
+
+
+def input_shapes(components: Components, size: tuple[int, int], motion_size: tuple[int, int]) -> Shapes:
+    """Returns the shapes of a clip's inputs, as they are kept, of its (width, height) and that of Stage I."""
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "picture": (1, 3, 1, *reversed(size)),
+        "low_picture": (1, 3, 1, *reversed(motion_size)),
+        "text": (1, TEXT_LENGTH, components.stage_two_config.text_dim),
+    }
+    for name, config in (("image_one", components.stage_one_config), ("image_two", components.stage_two_config)):
+        if config.image_dim is not None:
+            shapes[name] = (1, None, config.image_dim)
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,10 @@ def _continue(work: ClipWork) -> None:
     job, state, writer = work.job, work.state, work.writer
     ends = piece_ends(job.plan, work.components.vae_config.temporal_stride)
     condition = _condition(work)
-    done, _ = state.finished_segments()
+    size = condition.reference.shape[3:]
+    done, _ = state.finished_segments(
+        (1, work.components.vae_config.z_dim, len(window.noisy), *size) for window in job.plan
+    )
     # Pieces after the first segment that is missing are made again.
     writer.keep(min(writer.num_pieces, len(done) + 1))
     while state.damaged:
@@ -158,10 +178,13 @@ def _continue(work: ClipWork) -> None:
 
 def _condition(work: ClipWork) -> Condition:
     state, watcher = work.state, work.watcher
-    found = state.load("condition")
+    blocks, vae = work.job.plan.num_blocks, work.components.vae_config
+    found = state.load("condition", {"reference": _latents(vae, blocks, work.job.picture)})
     if found is not None:
         return resumed_condition(work.components, found["reference"].to(work.job.text.device), watcher)
-    motion = state.load("motion")
+    motion = state.load(
+        "motion", {"motion": _latents(work.components.stage_one_vae_config, blocks, work.job.low_picture)}
+    )
     condition = make_condition(
         work.components,
         work.job,
@@ -171,6 +194,11 @@ def _condition(work: ClipWork) -> Condition:
     )
     state.save("condition", {"reference": condition.reference})
     return condition
+
+
+def _latents(vae: VAEConfig, num_blocks: int, picture: Tensor) -> tuple[int, ...]:
+    """Returns the shape of the latents of a clip that is as large as a picture ``[1, 3, 1, H, W]``."""
+    return (1, vae.z_dim, num_blocks, *(n // vae.spatial_stride for n in picture.shape[3:]))
 
 
 class _Stages(Watcher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from model.errors import require
-from model.io.durable import replacing
+from model.io.durable import open_plain, replacing, writing
 from model.resume.fingerprint import add_tensors
+
+#: The shapes of tensors by name; None stands for any size.
+Shapes = Mapping[str, tuple[int | None, ...]]
 
 
 class DamagedError(Exception):
-    """A file is not as it was written, and the message says in which way."""
+    """A file is not as it was written, or not what is needed, and the message says in which way."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
@@ -33,7 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
     }
     data = require("safetensors.torch", "generate").save(host, metadata={"sha256": _digest(host, path.stem, run)})
     # safetensors' own save_file writes to another temporary name, which nobody would clean up.
-    with replacing(path) as temporary:
+    with writing(f"run: {path}"), replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -45,6 +49,7 @@ def read_tensors(path: Path, run: str) -> dict[str, Tensor]:
     """
     safe_open = require("safetensors", "generate").safe_open
     try:
+        os.close(open_plain(path))  # safe_open would follow a link and wait for a pipe
         with safe_open(path, framework="pt") as file:
             recorded = (file.metadata() or {}).get("sha256")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -57,6 +62,22 @@ def read_tensors(path: Path, run: str) -> dict[str, Tensor]:
     if recorded != _digest(tensors, path.stem, run):
         raise DamagedError("sha256 differs")
     return tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Shapes) -> None:
+    """Checks that the tensors are those of ``wanted``, in float32, as all that a run keeps is.
+
+    Raises:
+        DamagedError: one is missing, is there in addition, or has another shape or dtype.
+    """
+    if tensors.keys() != wanted.keys():
+        raise DamagedError(f"expected {', '.join(sorted(wanted))} in it, got {', '.join(sorted(tensors)) or 'nothing'}")
+    for key, shape in wanted.items():
+        tensor = tensors[key]
+        fits = tensor.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+        if not fits or tensor.dtype != torch.float32:
+            size = ", ".join("any" if n is None else str(n) for n in shape)
+            raise DamagedError(f"expected {key} [{size}] float32, got {list(tensor.shape)} {tensor.dtype}")
 
 
 def _digest(tensors: Mapping[str, Tensor], name: str, run: str) -> str:

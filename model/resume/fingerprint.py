@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.weights.files import StoredTensor, open_weights
+from model.weights.files import open_weights
+from model.weights.scaled import largest
+from model.weights.stored import StoredTensor
 
 #: Tensors up to this many bytes are read whole: norms, biases, modulations.
 _WHOLE = 1 << 16
@@ -32,17 +34,21 @@ def fingerprint(path: str | Path) -> str:
         64 hexadecimal digits.
 
     Raises:
-        InputError: there is nothing readable at ``path``.
+        InputError: there is nothing readable at ``path``, or one of the numbers that are read is not finite.
     """
     path = Path(path)
     checkpoint = open_weights(path)
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for key, stored in sorted(checkpoint.tensors.items()):
         try:
-            add_tensors(digest, key, stored.dtype, stored.shape, _sample(stored))
+            sample = _sample(stored)
+            add_tensors(digest, key, stored.dtype, stored.shape, sample)
         except Exception as error:
             # safetensors and torch say in many ways that they have no such dtype. Nothing but the reading happens here.
             raise InputError(f"weights: {path}: {key} ({stored.dtype}) cannot be read: {error}") from error
+        # The loaders check all numbers; a model that is nothing but NaN is told of before the first stage.
+        for part in sample if stored.is_float else []:
+            largest(part, f"weights: {stored.file}: {key}")
     return digest.hexdigest()
 
 

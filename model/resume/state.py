@@ -6,47 +6,51 @@
     condition.safetensors     the reference that Stage II starts from
     segment-0001.safetensors  the blocks of a segment, and so on
     piece-0000.mp4            the pieces of the film (:class:`model.io.media.VideoWriter`), if they are kept here
-    lock                      held by the process that works here
+    lock                      there while a process works here (:class:`model.io.lock.FileLock`)
 
-Every file is written under another name, flushed to disk and renamed, and carries the sha256 of what it holds. Each of
-the tensor files is made from those before it in this order, so saving one drops those after it: the files that are
-there always belong together.
+Every file is written under another name, flushed to disk and renamed, and carries the sha256 of what it holds, of its
+name and of the run's job: a file of another run, or under another name, is damaged. Each of the tensor files is made
+from those before it in this order, so saving one drops those after it: the files that are there always belong together.
+
+A folder is judged before anything is written: whatever has the name of a run's file and is none stays as it is, and
+the folder is refused. Nothing is read, written or deleted through a link.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import swifti2v_kernels
-from model.errors import InputError
-from model.io.durable import TEMPORARY, rename, replacing, sync_folder
+from model.errors import InputError, printable
+from model.io.durable import TEMPORARY, open_plain, rename, replacing, sync_folder, writing
+from model.io.lock import FileLock
 from model.resume.changes import Changes, changes_between
-from model.resume.files import DamagedError, read_tensors, write_tensors
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
+from model.resume.files import DamagedError, Shapes, check_tensors, read_tensors, write_tensors
 
 #: Version of the layout of the folder and its files.
-SCHEMA = 1
+SCHEMA = 2
 _BEFORE = ("inputs", "motion", "condition")
 _JOB, _LOCK, _FINISHED = "job.json", "lock", "finished"
-_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-(\d{{4,}})")
-_KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-\d{{4,}}\.mp4)(\.damaged)?")
+#: How these files begin, by which they are told from a user's of the same name.
+_JOB_BEGINS, _FINISHED_TEXT = b'{\n  "schema": ', b"what is left here can be deleted\n"
+_NUMBER = "([0-9]{4}|[1-9][0-9]{4,})"
+_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-{_NUMBER}")
+_KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-{_NUMBER}\.mp4)(\.damaged)?")
+#: A job has fewer levels of lists and sections than this.
+_LEVELS = 20
 
 
 class RunState:
@@ -58,15 +62,16 @@ class RunState:
     Attributes:
         folder: the folder that holds everything.
         job: the job that was given to :meth:`create`, with the section ``software``.
+        digest: the sha256 of the job, which binds every other file to this run.
         damaged: a sentence for each file that was to be read and is damaged. Such files are renamed to
             ``NAME.damaged``.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], lock: TextIO):
-        """Keeps the open lock file; use :meth:`create` or :meth:`open` instead of this."""
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: dict[str, Any], lock: FileLock):
+        """Keeps the lock; use :meth:`create` or :meth:`open` instead of this."""
+        self.folder, self.job, self.digest = folder, job, _job_digest(job)
         self.damaged: list[str] = []
-        self._file = lock
+        self._lock = lock
 
     @classmethod
     def create(cls, folder: str | Path, job: Mapping[str, Any]) -> RunState:
@@ -78,29 +83,30 @@ class RunState:
                 ``model/resume/changes.py`` says which of them may differ when the run goes on. ``software`` is added.
 
         Raises:
-            InputError: there is a run already, another process works there, or the folder cannot be written.
+            InputError: there is a run already, something else has the name of a run's file, another process works
+                there, or the folder cannot be written.
         """
         folder = Path(folder)
-        try:
+        _files(folder)
+        with writing(f"run: {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _locked(folder)
-        except OSError as error:
-            raise InputError(f"run: {folder} cannot be written: {error}") from error
+        lock = _locked(folder)
         try:
-            if (folder / _FINISHED).exists():
+            if _is_finished(folder):
                 # A run was being removed here, and its removal was broken off.
                 _discard(folder)
-            found = sorted(path.name for path in folder.iterdir() if _is_known(path.name))
+            found = [path.name for path in _files(folder)]
             if found:
                 raise InputError(
                     f"run: {folder} already holds {', '.join(found[:3])}: resume that run or name another folder"
                 )
             _remove_temporaries(folder)
             complete = _as_json({**job, "software": software()})
-            with replacing(folder / _JOB) as temporary:
-                text = json.dumps({"schema": SCHEMA, "sha256": _job_digest(complete), "job": complete}, indent=2)
-                temporary.write_text(text + "\n", encoding="utf-8")
-            sync_folder(folder.absolute().parent)
+            text = json.dumps({"schema": SCHEMA, "sha256": _job_digest(complete), "job": complete}, indent=2)
+            with writing(f"run: {folder}"):
+                with replacing(folder / _JOB) as temporary:
+                    temporary.write_text(text + "\n", encoding="utf-8")
+                sync_folder(folder.absolute().parent)
         except BaseException:
             lock.close()
             raise
@@ -111,19 +117,18 @@ class RunState:
         """Goes on with the run in a folder.
 
         Raises:
-            InputError: there is no run, it cannot be read, or another process works on it.
+            InputError: there is no run, it cannot be read, something else has the name of a run's file, or another
+                process works there.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise InputError(f"run: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-        if (folder / _FINISHED).exists():
+        if not os.path.lexists(folder):
+            raise InputError(f"run: {folder} does not exist")
+        files = _files(folder)
+        if _is_finished(folder):
             raise InputError(f"run: {folder} is finished, and its video complete; what is left there can be deleted")
-        if not (folder / _JOB).is_file():
+        if folder / _JOB not in files:
             raise InputError(f"run: {folder} has no {_JOB}: no run was begun there")
-        try:
-            lock = _locked(folder)
-        except OSError as error:
-            raise InputError(f"run: {folder} cannot be written: {error}") from error
+        lock = _locked(folder)
         try:
             job = _read_job(folder / _JOB)
             _remove_temporaries(folder)
@@ -134,7 +139,7 @@ class RunState:
 
     def close(self) -> None:
         """Releases the folder, so that others can open it."""
-        self._file.close()
+        self._lock.close()
 
     def __enter__(self) -> RunState:
         return self
@@ -160,11 +165,12 @@ class RunState:
         place = self._place(name)
         later = [(rank, path) for rank, path in self._saved() if rank > _rank(name)]
         # The last one first, so that no gap is left whenever this ends.
-        for _, path in sorted(later, reverse=True):
-            path.unlink()
-        if later:
-            sync_folder(self.folder)
-        write_tensors(place, tensors, _job_digest(self.job))
+        with writing(f"run: {self.folder}"):
+            for _, path in sorted(later, reverse=True):
+                path.unlink()
+            if later:
+                sync_folder(self.folder)
+        write_tensors(place, tensors, self.digest)
 
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors that are the same as those saved before, made again, so that nothing is dropped.
@@ -172,39 +178,48 @@ class RunState:
         Raises:
             ValueError: ``name`` is none that :meth:`save` takes.
         """
-        write_tensors(self._place(name), tensors, _job_digest(self.job))
+        write_tensors(self._place(name), tensors, self.digest)
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
         """Saves the blocks of segment ``number``, from 1, as :meth:`finished_segments` reads them."""
         self.save(segment_name(number), {"blocks": blocks})
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
+    def load(self, name: str, wanted: Shapes | None = None) -> dict[str, Tensor] | None:
         """Returns the tensors that :meth:`save` wrote under ``name``, on the CPU; None if they are missing or damaged.
 
-        A damaged file is renamed to ``NAME.safetensors.damaged`` and told of in :attr:`damaged`.
+        A damaged file is renamed to ``NAME.safetensors.damaged`` and told of in :attr:`damaged`. One that has other
+        tensors than float32 ones of the shapes ``wanted`` counts as damaged; by default they may be any.
 
         Raises:
             ValueError: ``name`` is none that :meth:`save` takes.
         """
         place = self._place(name)
-        if not place.exists():
+        if not os.path.lexists(place):
             return None
         try:
-            return read_tensors(place, _job_digest(self.job))
+            tensors = read_tensors(place, self.digest)
+            if wanted is not None:
+                check_tensors(tensors, wanted)
         except DamagedError as error:
             rename(place, place.with_name(f"{place.name}.damaged"))
-            self.damaged.append(f"{place.name} is damaged ({error}){_consequence(name)}")
+            # The names of tensors in it are whoever's who wrote the file.
+            self.damaged.append(printable(f"{place.name} is damaged ({error}){_consequence(name)}"))
             return None
+        return tensors
 
-    def finished_segments(self) -> tuple[list[Tensor], list[str]]:
+    def finished_segments(self, shapes: Iterable[tuple[int, ...]]) -> tuple[list[Tensor], list[str]]:
         """Returns the blocks of the segments before the first one missing or damaged, and what is wrong with that one.
 
-        This is to be asked for after ``condition`` was loaded: if that has to be made again, so have the segments, and
-        saving it drops them. Files after a damaged one stay until it is saved again.
+        ``shapes`` are those of the blocks of each segment that the run has, in order. This is to be asked for after
+        ``condition`` was loaded: if that has to be made again, so have the segments, and saving it drops them. Files
+        after a damaged one stay until it is saved again.
         """
         told = len(self.damaged)
         segments: list[Tensor] = []
-        while (tensors := self.load(segment_name(len(segments) + 1))) is not None:
+        for number, shape in enumerate(shapes, start=1):
+            tensors = self.load(segment_name(number), {"blocks": shape})
+            if tensors is None:
+                break
             segments.append(tensors["blocks"])
         return segments, self.damaged[told:]
 
@@ -213,34 +228,44 @@ class RunState:
 
         First of all the run is marked as finished, so that one whose removal is broken off is not taken for another.
         """
-        with replacing(self.folder / _FINISHED) as temporary:
-            temporary.write_text("what is left here can be deleted\n", encoding="utf-8")
+        with writing(f"run: {self.folder}"), replacing(self.folder / _FINISHED) as temporary:
+            temporary.write_bytes(_FINISHED_TEXT)
         _discard(self.folder)
         self.close()
-        if not any(self.folder.iterdir()):
+        with suppress(OSError):  # it holds something else
             self.folder.rmdir()
 
     @staticmethod
     def holds(folder: str | Path) -> bool:
-        """Returns whether a folder has files of a run that is not finished."""
+        """Returns whether a folder, which may be missing, has a run that is not finished, in whatever state.
+
+        Raises:
+            InputError: no run can be begun there, since something else has the name of a run's file.
+        """
         folder = Path(folder)
-        if not folder.is_dir() or (folder / _FINISHED).exists():
+        files = _files(folder)
+        if _is_finished(folder):
             return False
-        return any(_is_known(path.name) for path in folder.iterdir())
+        job = folder / _JOB
+        # An empty job is what a disk that failed may leave.
+        if files and not (job in files and (_begins(job, _JOB_BEGINS) or job.stat().st_size == 0)):
+            raise InputError(
+                f"run: {folder} holds {files[0].name}, which is of no run: move it away or name another folder"
+            )
+        return bool(files)
 
     @classmethod
     def discard(cls, folder: str | Path) -> None:
-        """Deletes a run's files, whatever state they are in, so that another run can begin in the folder.
+        """Deletes a run's files, if there are any, so that another run can begin in the folder.
 
         Raises:
-            InputError: another process works on the run, or it cannot be deleted.
+            InputError: another process works on the run, it cannot be deleted, or the files are no run's.
         """
         folder = Path(folder)
-        try:
-            with _locked(folder):
+        if cls.holds(folder):
+            with closing(_locked(folder)):
+                cls.holds(folder)  # once more: another process may have worked there
                 _discard(folder)
-        except OSError as error:
-            raise InputError(f"run: {folder} cannot be written: {error}") from error
 
     def _place(self, name: str) -> Path:
         _rank(name)
@@ -278,14 +303,48 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
+def _files(folder: Path) -> list[Path]:
+    """Returns the files in a folder that have names of a run's files, in order; none if there is no folder.
+
+    Raises:
+        InputError: the folder is a link or none, or what has such a name is no file of a run.
+    """
+    if folder.is_symlink():
+        raise InputError(f"run: {folder} is a link: name the folder that it leads to")
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise InputError(f"run: {folder} is not a folder")
+    with writing(f"run: {folder}"):
+        files = sorted(path for path in folder.iterdir() if _is_known(path.name))
+    for path in files:
+        if path.is_symlink() or not path.is_file():
+            raise InputError(f"run: {path} is a link, a folder or a device, where a run has a file: move it away")
+    finished = folder / _FINISHED
+    if finished in files and not _begins(finished, _FINISHED_TEXT):
+        raise InputError(f"run: {finished} is of no run: move it away or name another folder")
+    return files
+
+
+def _is_finished(folder: Path) -> bool:
+    return _begins(folder / _FINISHED, _FINISHED_TEXT)
+
+
+def _begins(path: Path, beginning: bytes) -> bool:
+    """Returns whether there is a file that begins so."""
+    try:
+        with os.fdopen(open_plain(path), "rb") as file:
+            return file.read(len(beginning)) == beginning
+    except (OSError, InputError):
+        return False
+
+
 def _discard(folder: Path) -> None:
-    _remove_temporaries(folder)
-    for path in sorted(folder.iterdir()):
-        if _is_known(path.name) and path.name != _FINISHED:
+    with writing(f"run: {folder}"):
+        _remove_temporaries(folder)
+        # Last of all go the job, and then the mark that the run is finished: until then they say what the rest is.
+        for path in sorted(_files(folder), key=lambda path: (path.name == _FINISHED, path.name == _JOB)):
             path.unlink()
-    # The mark that the run is finished goes last: until then it says what the rest is.
-    for name in (_LOCK, _FINISHED):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _rank(name: str) -> int:
@@ -316,42 +375,44 @@ def _job_digest(job: dict[str, Any]) -> str:
 
 def _read_job(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        with os.fdopen(open_plain(path), encoding="utf-8") as file:
+            stored = json.load(file, parse_constant=_no_number)
+        if not isinstance(stored, dict) or not {"schema", "sha256", "job"} <= stored.keys():
+            raise ValueError("expected an object with schema, sha256 and job")
+        digest = _job_digest(stored["job"])
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"run: {path} is not readable: {error}") from error
-    if not isinstance(stored, dict) or not {"schema", "sha256", "job"} <= stored.keys():
-        raise InputError(f"run: {path} is not readable: expected an object with schema, sha256 and job")
     if stored["schema"] != SCHEMA:
-        raise InputError(f"run: {path} has schema version {stored['schema']!r}, this program reads {SCHEMA}")
-    if not isinstance(stored["job"], dict) or stored["sha256"] != _job_digest(stored["job"]):
+        raise InputError(
+            f"run: {path} has schema version {stored['schema']!r}, this program reads {SCHEMA}: go on with the program"
+            " that began the run, or begin anew"
+        )
+    if stored["sha256"] != digest:
         raise InputError(f"run: {path} is damaged or was edited (sha256 differs)")
-    return stored["job"]
+    job = stored["job"]
+    sections = isinstance(job, dict) and all(isinstance(section, dict) for section in job.values())
+    if not sections or not _is_shallow(job, _LEVELS):
+        raise InputError(f"run: {path} is not readable: expected a job of sections, each an object")
+    return job
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Returns whether lists and objects are in each other by at most so many levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(item, levels - 1) for item in inner)
 
 
 def _remove_temporaries(folder: Path) -> None:
     """Removes temporary files of a run, which nobody is writing, since its lock is held here."""
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
-        if match and _is_known(f"{match['stem']}{match['suffix']}"):
+        if match and _is_known(f"{match['stem']}{match['suffix']}") and not path.is_symlink() and path.is_file():
             path.unlink()
 
 
-def _locked(folder: Path) -> TextIO:
-    """Returns the lock file, locked until it is closed, unless the file system has no locks."""
-    file = (folder / _LOCK).open("a+")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise InputError(f"run: {folder} is in use by another process ({holder or 'of unknown number'})") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            file.close()
-            raise
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+def _locked(folder: Path) -> FileLock:
+    return FileLock(folder / _LOCK, "run", folder)

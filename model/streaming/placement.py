@@ -187,7 +187,7 @@ def _eight_bits(quantize: str, matmul: str, rank: int, given: str | None) -> tor
     """Returns the 8-bit dtype that a tensor is kept in, or None. Only matrices are ever in 8 bits."""
     if rank != 2 or quantize == "none" or (quantize == "file" and given is None):
         return None
-    if quantize == "int8":
+    if quantize == "int8" or (quantize == "file" and given == "int8"):
         return torch.int8
     # 8-bit matmuls take e4m3 only.
     if given == "float8_e5m2" and matmul == "plain":

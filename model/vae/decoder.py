@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.config import VAEConfig
+from model.machine.finite import Finite
 from model.vae.layers import (
     CausalConv3d,
     Features,
@@ -98,13 +99,15 @@ class Level:
 class DecoderTile:
     """A tile on its way through a clip.
 
-    ``core`` is its part of the latents, and ``frames`` the number of frames that layers handle at once.
+    ``core`` is its part of the latents, and ``frames`` the number of frames that layers handle at once. ``finite``
+    judges the last features, since pixels of 8 bits have no NaN.
     """
 
     core: Region
     levels: list[Level]
     frames: int
     state: State
+    finite: Finite
 
     @property
     def regions(self) -> list[Region]:
@@ -159,7 +162,7 @@ class Decoder(nn.Module):
             enlarged = resnets_need(stage.resnets, want)
             levels.append(Level(before.up.needs(enlarged), enlarged, want))
             want = levels[-1].read
-        return DecoderTile(core, levels[::-1], frames, state)
+        return DecoderTile(core, levels[::-1], frames, state, Finite("the VAE's decoder"))
 
     @staticmethod
     def cut(features: list[Tensor], tile: DecoderTile) -> list[Tensor]:
@@ -218,6 +221,7 @@ class Decoder(nn.Module):
 
     def _store(self, features: Features, tile: DecoderTile, out: Tensor) -> int:
         x = features.take("normed")
+        tile.finite.note(x)
         padding = conv_padding(features.region, self._features(tile.core))
         frames_out(
             x, channels_last(self.conv_out, tile.state), self.conv_out.bias, out[:, : x.shape[1]],

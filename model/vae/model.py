@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import VAEConfig
+from model.machine.finite import Finite
 from model.machine.host import Host
 from model.vae.decoder import Decoder
 from model.vae.encoder import Encoder
@@ -135,7 +136,8 @@ class WanVAE(nn.Module):
             ``[B, z, 1 + n, h, w]`` in the encoder's dtype.
 
         Raises:
-            ValueError: the shape of ``video`` does not fit, or it holds NaN.
+            ValueError: the shape of ``video`` does not fit.
+            NotFiniteError: it holds NaN or infinity, or the latents do.
         """
         num_frames, stride = video.shape[2], self.config.temporal_stride
         if (num_frames - 1) % stride:
@@ -154,7 +156,8 @@ class WanVAE(nn.Module):
             in host memory with a plan that parks.
 
         Raises:
-            ValueError: the shape of ``latents`` does not fit, or they hold NaN.
+            ValueError: the shape of ``latents`` does not fit.
+            NotFiniteError: they hold NaN or infinity, or the features before the pixels do.
         """
         return next(self.decode_stream([latents], plan))
 
@@ -173,7 +176,8 @@ class WanVAE(nn.Module):
             ``[B, z, t, h, w]`` for each piece, in the encoder's dtype.
 
         Raises:
-            ValueError: the shape of a piece does not fit, or it holds NaN.
+            ValueError: the shape of a piece does not fit.
+            NotFiniteError: a piece holds NaN or infinity, or what is made of it does.
         """
         stride = self.config.temporal_stride
         host = Host(self.device, plan.park) if host is None else host
@@ -207,7 +211,8 @@ class WanVAE(nn.Module):
             memory.
 
         Raises:
-            ValueError: the shape of a piece does not fit, or it holds NaN.
+            ValueError: the shape of a piece does not fit.
+            NotFiniteError: a piece holds NaN or infinity, or what is made of it does.
         """
         for frames in self._decode(pieces, plan, host, self.decode_dtype):
             yield frames.permute(0, 4, 1, 2, 3)
@@ -296,12 +301,14 @@ class _Decoding:
             frames: ``[B, F, H, W, 3]``, uint8 or floating, to be filled.
             is_last: whether the clip ends here, so that nothing is kept.
         """
-        check_finite("latents", latents, self.done)
+        check_latents("latents", latents, self.done)
         count = latents.shape[2]
         chunk, written = self.plan.chunk or count, 0
         for start in range(0, count, chunk):
             part = latents[:, :, start : start + chunk]
             written += self._chunk(part, frames[:, written:], is_last and start + chunk >= count)
+        for tile in self.tiles:
+            tile.finite.check()
         return written
 
     def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
@@ -399,7 +406,7 @@ class _Encoding:
             else:
                 tile.state.move(host.park)
         result = torch.cat([self._latents(host.fetch(part)) for part in features.split(plan.frames, dim=1)], dim=2)
-        check_finite("video", result, self.done)
+        check_latents("the VAE's encoder", result, self.done)
         self.done += count
         return result
 
@@ -421,15 +428,15 @@ def _folded(x: Tensor, patch: int) -> Tensor:
     return cells.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
 
 
-def check_finite(name: str, latents: Tensor, before: int) -> None:
-    """Checks that latents ``[B, z, t, h, w]`` have no NaN and no infinity, which a picture would not show.
+def check_latents(name: str, latents: Tensor, before: int) -> None:
+    """Checks that latents ``[B, z, t, h, w]``, of which ``before`` came in earlier pieces, are finite.
 
-    One number is read from the device, so this waits for the work before it.
+    Numbers are read from the device, so this waits for the work before it.
 
     Raises:
-        ValueError: they have; the message names the latent frames, of which ``before`` came in earlier pieces.
+        NotFiniteError: they are not; the message names the latent frame.
     """
-    if latents.is_meta or bool(torch.isfinite(latents).all()):
-        return
-    bad = (~torch.isfinite(latents)).transpose(0, 2).flatten(1).any(dim=1).nonzero().flatten() + before
-    raise ValueError(f"{name}: NaN or infinity in latent frames {', '.join(map(str, bad.tolist()))}")
+    finite = Finite(name)
+    for number, frame in enumerate(latents.unbind(2), start=before):
+        finite.note(frame, f"in latent frame {number}")
+    finite.check()

@@ -1,14 +1,15 @@
 """Files of tensors: they are found, and opened without reading more than their headers.
 
-Safetensors and, with ``weights_only=True``, pickles; nothing is ever unpickled into code.
+Safetensors, GGUF (:mod:`model.weights.gguf_files`) and, with ``weights_only=True``, pickles; nothing is ever unpickled
+into code. Only regular files are opened, so that a pipe is refused rather than waited for.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.errors import InputError, require
+from model.errors import InputError, printable, require
+from model.weights.gguf_files import open_gguf
+from model.weights.stored import StoredTensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: The dtypes, by torch's names, that weights and factors may have.
-FLOATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 _INDEX = ".index.json"
+#: The names, without suffix, of files that are parts of one checkpoint: shards, LightX2V's blocks and chunks.
+_PART = re.compile(r"(?P<stem>.*)-(?P<part>\d+)-of-(?P<count>\d+)|block_\d+|non_block|.*_part\d+")
 _DTYPES = {
     "BF16": "bfloat16",
     "BOOL": "bool",
@@ -35,32 +38,8 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: its shape, the name of its dtype as torch has it, and functions that read it.
-
-    ``read_rows`` reads from one index of the first dimension up to another, and nothing else of the file.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Tensor]
-    read_rows: Callable[[int, int], Tensor]
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes in the file."""
-        kind = getattr(torch, self.dtype, None)
-        return self.numel * (kind.itemsize if isinstance(kind, torch.dtype) else 1)
-
-
-@dataclass(frozen=True)
 class WeightFiles:
-    """All tensors of one checkpoint under the keys that the files give them.
+    """All tensors of one checkpoint under the keys that the files give them, all of printable characters.
 
     ``metadata`` is that of the safetensors headers, ``config`` the ``config.json`` beside the files (or empty).
     """
@@ -85,7 +64,8 @@ def open_weights(path: Path) -> WeightFiles:
     """Opens a file, a sharded index or a directory.
 
     Raises:
-        InputError: nothing readable is there, shards are missing, or a key is in two of them.
+        InputError: nothing readable is there, shards are missing, a key is in two of them, or a key has characters that
+            no terminal should be sent.
     """
     files = tuple(weight_files(path))
     config = read_json(path if path.is_dir() else path.parent, "config.json")
@@ -96,6 +76,9 @@ def open_weights(path: Path) -> WeightFiles:
     metadata: dict[str, str] = {}
     for file in files:
         found, header = _open(file)
+        odd = [key for key in found if not key.isprintable()]
+        if odd:
+            raise InputError(f"weights: {file} has a tensor called {odd[0]!r}; expected printable characters")
         twice = tensors.keys() & found.keys()
         if twice:
             raise InputError(f"weights: {path} holds {', '.join(sorted(twice))} in more than one file")
@@ -108,18 +91,42 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Returns the object in ``folder/name``; empty without such a file.
 
     Raises:
-        InputError: the file is not JSON, or holds no object.
+        InputError: the file is not JSON, holds no object, or gives one key twice.
     """
     file = folder / name
-    try:
-        if not file.exists():
+    with looking_at(file):
+        # A link that leads nowhere is not the same as no file.
+        if not file.exists() and not file.is_symlink():
             return {}
-        config = json.loads(file.read_text())
+    return _json_object(file, "readable JSON")
+
+
+def _json_object(file: Path, what: str) -> dict[str, Any]:
+    """Returns the object in a file; it is ``what`` in errors."""
+    _check_regular(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"weights: {file} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"weights: {file} holds {type(config).__name__}, expected an object")
-    return config
+        raise InputError(f"weights: {file} is not {what}: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"weights: {file} is not {what}: it holds {type(found).__name__}, expected an object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it gives {key!r} twice")
+        found[key] = value
+    return found
+
+
+def _check_regular(file: Path) -> None:
+    with looking_at(file):
+        if not file.is_file():
+            kind = "a directory" if file.is_dir() else "no regular file"
+            raise InputError(f"weights: {file} is {kind}; expected a file")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -135,7 +142,10 @@ def weight_files(path: Path) -> list[Path]:
             return _shards(path) if path.name.endswith(_INDEX) else [path]
         if not path.is_dir():
             raise InputError(f"weights: {path} is neither a file nor a directory")
-        return _files_of_directory(path)
+        files = _files_of_directory(path)
+    for file in files:
+        _check_regular(file)
+    return files
 
 
 def _files_of_directory(path: Path) -> list[Path]:
@@ -147,19 +157,28 @@ def _files_of_directory(path: Path) -> list[Path]:
     indices = sorted(path.glob(f"*{_INDEX}"), key=lambda file: (file.name.count("."), file.name))
     if indices:
         return _shards(indices[0])
-    found = sorted(path.glob("*.safetensors")) or sorted(f for f in path.iterdir() if f.suffix in PICKLES)
+    suffixes = (".safetensors", *PICKLES, ".gguf")
+    names = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    # A safetensors file comes before a pickle of the same, and either before a GGUF file.
+    groups = [[f for f in names if f.suffix in group] for group in ((".safetensors",), PICKLES, (".gguf",))]
+    found = next((group for group in groups if group), [])
     if not found:
-        raise InputError(f"weights: no safetensors or {', '.join(PICKLES)} file in {path}")
-    if len(found) > 1 and not all("-of-" in file.name for file in found):
+        raise InputError(f"weights: no safetensors or {', '.join(suffixes[1:])} file in {path}")
+    parts = [_PART.fullmatch(file.stem) for file in found]
+    if len(found) > 1 and not all(parts):
         raise InputError(f"weights: {path} holds several candidates, name one: {', '.join(f.name for f in found)}")
+    counts = {int(part["count"]) for part in parts if part and part["count"]}
+    if counts and counts != {len(found)}:
+        listed = " or ".join(map(str, sorted(counts)))
+        raise InputError(f"weights: {path} holds {len(found)} shards of {listed}: {', '.join(f.name for f in found)}")
     return found
 
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"weights: {index} is not a readable index of shards: {error}") from error
+        names = sorted(set(_json_object(index, "a readable index of shards")["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"weights: {index} is not a readable index of shards: {error!r}") from error
     if not names:
         raise InputError(f"weights: {index} names no shards")
     outside = [name for name in names if not _is_inside(name)]
@@ -186,12 +205,9 @@ def _open(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
     if file.suffix == ".gguf":
-        raise InputError(
-            f"weights: {file} is GGUF, whose quantised blocks are not read here; expected safetensors, in 16 or 32 bits"
-            " or float8"
-        )
+        return open_gguf(file), {}
     if file.suffix not in PICKLES:
-        raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join(PICKLES)}")
+        raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join((*PICKLES, '.gguf'))}")
     return _open_pickle(file), {}
 
 
@@ -205,6 +221,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
     for key in handle.keys():  # noqa: SIM118 (not a mapping)
         header = handle.get_slice(key)
         tensors[key] = StoredTensor(
+            file,
             tuple(header.get_shape()),
             _dtype_name(header.get_dtype()),
             lambda key=key: handle.get_tensor(key),
@@ -227,8 +244,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     except Exception as error:
         # What a file that is no pickle does to the unpickler depends on its bytes: KeyError, IndexError, struct.error,
         # UnicodeDecodeError and others were seen. Nothing but the reading of this file happens in here.
-        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise InputError(f"weights: {file} cannot be loaded with weights_only=True: {reason}") from error
+        raise InputError(f"weights: {file} is no pickle of tensors alone: {_unpickling_reason(error)}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
@@ -239,6 +255,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         raise InputError(f"weights: {file} does not hold a plain dictionary of names and dense tensors")
     return {
         key: StoredTensor(
+            file,
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
             lambda tensor=tensor: tensor,
@@ -246,3 +263,12 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         )
         for key, tensor in tensors.items()
     }
+
+
+def _unpickling_reason(error: Exception) -> str:
+    """Returns in one line why a file was not unpickled, without torch's advice to trust it and run what it says."""
+    held = re.search(r"GLOBAL (\S+)|(?:but )?got <class '([^']+)'>", str(error))
+    if held:
+        name = printable(held[1] or held[2])
+        return f"it holds {name}, and code is never run here; expected tensors, best as safetensors"
+    return f"it is damaged, or no such file at all ({type(error).__name__})"

@@ -3,8 +3,8 @@
 The modules here carry diffusers' names, so a diffusers checkpoint needs no map. Original checkpoints (also as
 repackaged for ComfyUI, with a prefix) are renamed by the tables below. Mind that the original's ``norm3`` is the norm
 before cross-attention, which is ``norm2`` in diffusers. What a shape cannot tell (heads, epsilon, latent statistics)
-comes from the original's ``config.json`` or from the published models. LoRA files use the same names, and a third
-spelling of them, with underscores for dots.
+comes from the original's ``config.json`` or from the published models. LoRA files use the same names, also with
+underscores for dots.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ _MODULES = {dit_name(f"{name}.weight").removesuffix(".weight") for name in _ORIG
 _PARAMETERS = {f"{name}.{kind}" for name in _MODULES for kind in ("weight", "bias")} | {
     dit_name(name) for name in _BARE_PARAMETERS
 }
-_WITHOUT_DOTS = {name.replace(".", "_"): name for name in (*_MODULES, *_ORIGINAL_MODULES)}
+_WITHOUT_DOTS = {
+    name.replace(".", "_"): name
+    for name in (*_MODULES, *_ORIGINAL_MODULES, *_BARE_PARAMETERS, *map(dit_name, _BARE_PARAMETERS), "blocks.0", "head")
+}
 
 
 def is_dit_parameter(name: str) -> bool:
@@ -115,12 +118,16 @@ def is_dit_parameter(name: str) -> bool:
 
 
 def dotted(module: str) -> str:
-    """Returns a DiT module's name with dots, which kohya's LoRA files write as underscores; other names as they are."""
-    layer = re.match(r"blocks_(\d+)_", module)
+    """Returns a DiT module's name with dots, some or all of which LoRA files may write as underscores.
+
+    Other names are returned as they are.
+    """
+    flat = module.replace(".", "_")
+    layer = re.match(r"blocks_(\d+)(?=_|$)", flat)
     if layer is None:
-        return _WITHOUT_DOTS.get(module, module)
-    name = _WITHOUT_DOTS.get(f"blocks_0_{module[layer.end() :]}")
-    return module if name is None else name.replace("blocks.0.", f"blocks.{layer[1]}.")
+        return _WITHOUT_DOTS.get(flat, module)
+    name = _WITHOUT_DOTS.get(f"blocks_0{flat[layer.end() :]}")
+    return module if name is None else name.replace("blocks.0", f"blocks.{layer[1]}", 1)
 
 
 def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
@@ -224,11 +231,17 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
         )
     if dim % check_count("num_heads", heads):
         raise InputError(f"num_heads: expected a divisor of the width {dim}, got {heads}")
+    num_layers = _count(shapes, r"blocks\.(\d+)\.")
+    # Files that end early may lack whole layers, which nothing but config.json can tell.
+    if original_config.get("num_layers", num_layers) != num_layers:
+        raise InputError(
+            f"num_layers: config.json says {original_config['num_layers']!r}, the tensors are {num_layers}"
+        )
     position, image_norm = (f"condition_embedder.image_embedder.{name}" for name in ("pos_embed", "norm1.weight"))
     return DiTConfig(
         num_heads=heads,
         head_dim=dim // heads,
-        num_layers=_count(shapes, r"blocks\.(\d+)\."),
+        num_layers=num_layers,
         ffn_dim=ffn_dim,
         in_channels=in_channels,
         out_channels=head_out // (patch[0] * patch[1] * patch[2]),

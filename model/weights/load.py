@@ -1,8 +1,9 @@
 """Loading checkpoints: diffusers directories and files of the Wan repositories, and seeded random weights.
 
-Tensors are read one by one into a model that holds no memory yet, so the peak is the model itself; float8 weights are
+Tensors are read one by one into a model that holds no memory yet, so the peak is the model itself; 8-bit weights are
 multiplied by their scales and LoRAs are merged in the same pass, each in float32 and rounded once. What a file may be
-is in ``model/weights/files.py``, scales in ``model/weights/float8.py``, names in ``model/weights/keys.py``.
+is in ``model/weights/files.py``, scales in ``model/weights/scaled.py``, names in ``model/weights/keys.py``. The first
+time that a tensor is read it is checked to be finite, and to stay so in the dtype that it gets.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from model.machine.counted import elsewhere
 from model.streaming.placed import place
 from model.streaming.placement import Placement
 from model.vae.model import WanVAE
-from model.weights.files import FLOATS, looking_at, open_weights
-from model.weights.float8 import EIGHT_BIT_FLOATS, plain_weights
-from model.weights.keys import dit_key_map, infer_dit_config, infer_vae_config, strip_prefix, vae_key_map
+from model.weights.files import looking_at, open_weights
+from model.weights.keys import (
+    dit_key_map,
+    infer_dit_config,
+    infer_vae_config,
+    is_original,
+    strip_prefix,
+    vae_key_map,
+)
 from model.weights.lora import LoRA, LoRASet
+from model.weights.recognise import recognise
+from model.weights.scaled import EIGHT_BITS, ScaledTensor, check_holds, largest, plain_weights
 from swifti2v_kernels import quantize_rows
 
 # Tensors of published checkpoints that no forward pass uses (diffusers ignores them too).
@@ -53,7 +62,7 @@ def load_dit(
     Args:
         path: a diffusers directory (``config.json`` and one or several safetensors shards, or a pipeline directory
             with a ``transformer`` folder), or a file, directory or index of shards with the key names of the Wan
-            repositories; float8 with or without scales, as ComfyUI ships it, and its files of a whole pipeline too.
+            repositories; in 8 bits, as ComfyUI and LightX2V ship it, GGUF, and files of a whole pipeline too.
         config: overrides what is read from ``config.json`` or inferred from the tensors.
         dtype: the dtype of the large matmuls; the parameters in ``FLOAT32_PARAMETERS`` stay in float32.
         device: where the weights go.
@@ -66,14 +75,18 @@ def load_dit(
 
     Raises:
         InputError: nothing loadable is there; tensors are missing, surplus or misshapen (all of them named); it has a
-            quantisation that is not read here; or a LoRA does not fit (:class:`~model.weights.lora.LoRAMismatch`).
+            quantisation that is not read here; a tensor holds NaN or infinity, or numbers that ``dtype`` cannot hold
+            (of a layer that ``placement`` leaves in its file: when it is first read); or a LoRA does not fit
+            (:class:`~model.weights.lora.LoRAMismatch`).
     """
     checkpoint, config = _open_dit(Path(path), config)
     if placement is None:
         return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
     model, chosen = checkpoint.check(WanDiT, config, loras)
     stored = checkpoint.in_eight_bits(chosen)
-    return place(model, placement, _CheckpointTensors(checkpoint, chosen), dtype=dtype, device=device, stored=stored)
+    return place(
+        model, placement, _CheckpointTensors(checkpoint, chosen, dtype), dtype=dtype, device=device, stored=stored
+    )
 
 
 def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
@@ -138,7 +151,7 @@ def inspect_vae(path: str | Path) -> VAEConfig:
 
 
 def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
-    checkpoint = _Checkpoint(part_of_pipeline(path, DIT_PARTS), "DiT", "WanTransformer3DModel", dit_key_map)
+    checkpoint = _Checkpoint(part_of_pipeline(path, DIT_PARTS), "DiT", dit_key_map)
     if config is not None:
         return checkpoint, config
     with _named(checkpoint.path):
@@ -149,7 +162,7 @@ def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTCon
 
 def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
     path = part_of_pipeline(path, VAE_PARTS)
-    checkpoint = _Checkpoint(path, "VAE", "AutoencoderKLWan", vae_key_map)
+    checkpoint = _Checkpoint(path, "VAE", vae_key_map)
     if config is not None:
         return checkpoint, config
     with _named(checkpoint.path):
@@ -231,16 +244,19 @@ def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
 class _Checkpoint:
     """The tensors of a directory or file under this project's names, read when they are asked for."""
 
-    def __init__(self, path: Path, part: str, class_name: str, key_map: Callable[[Any], Callable[[str], str]]):
+    def __init__(self, path: Path, part: str, key_map: Callable[[Any], Callable[[str], str]]):
         files = open_weights(path)
         self.path, self.config = path, files.config
-        given = self.config.get("_class_name")
-        self.is_diffusers = given == class_name
-        if given in {"WanTransformer3DModel", "AutoencoderKLWan"} - {class_name}:
-            raise InputError(f"weights: {path} holds a {given}, not a {class_name}")
         plain = plain_weights(files)
-        self._problem = plain.problem
         stripped = strip_prefix(plain.tensors, part)
+        kind = recognise(stripped, files.config)
+        if kind is not None and (kind.part != part or kind.lacks):
+            raise InputError(f"weights: {path} is a {kind.name}; {kind.lacks or f'expected a Wan {part}'}")
+        # VideoX-Fun has diffusers' class, and the names and the configuration of the Wan repositories.
+        classes = ("WanTransformer3DModel", "AutoencoderKLWan")
+        self.is_diffusers = self.config.get("_class_name") in classes and not is_original(stripped)
+        self._problem = plain.problem(stripped.values())
+        self._checked: set[str] = set()
         rename = key_map(stripped)
         self._keys: dict[str, str] = {}
         for short, key in stripped.items():
@@ -250,7 +266,7 @@ class _Checkpoint:
             if name in self._keys:
                 raise InputError(f"weights: {path} holds {name} twice, as {self._keys[name]} and as {key}")
             self._keys[name] = key
-        self._tensors = {name: plain.tensors[key] for name, key in self._keys.items()}
+        self._tensors: dict[str, ScaledTensor] = {name: plain.tensors[key] for name, key in self._keys.items()}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def load(
@@ -271,24 +287,52 @@ class _Checkpoint:
         return {
             name: tensor.stored.dtype
             for name, tensor in self._tensors.items()
-            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BIT_FLOATS and name not in chosen
+            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BITS and name not in chosen
         }
 
     def plain(self, name: str, chosen: LoRASet, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Reads a tensor and adds its LoRAs, rounded once."""
+        tensor = self._tensors[name]
         if name in chosen:
-            return chosen.add_to(name, self._tensors[name].wide(device)).to(dtype)
-        return self._tensors[name].load(dtype, device)
+            return chosen.add_to(name, self._wide(name, torch.float64, device), dtype)
+        if tensor.scale is not None:
+            return self._wide(name, dtype, device).to(dtype)
+        # As it is stored it is smallest, and on the host no check waits for a GPU.
+        stored = tensor.stored.read()
+        self._check(name, stored, dtype)
+        return stored.to(device, dtype)
 
     def eight_bits(
-        self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str
+        self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Reads a matrix in 8 bits: as it is stored if that is the same kind, else quantised."""
+        """Reads a matrix in 8 bits: as it is stored if that is the same kind, else quantised.
+
+        ``dtype`` is that in which it is unpacked, whose range it must not leave.
+        """
         tensor = self._tensors[name]
-        if name not in chosen and str(kind).removeprefix("torch.") == tensor.stored.dtype:
-            return tensor.eight_bits(device)
-        wide = tensor.wide(device)
-        return quantize_rows(chosen.add_to(name, wide) if name in chosen else wide, kind)
+        if name in chosen or str(kind).removeprefix("torch.") != tensor.stored.dtype:
+            wide = self._wide(name, dtype, device)
+            return quantize_rows(chosen.add_to(name, wide, wide.dtype) if name in chosen else wide, kind)
+        values, scales = tensor.stored.read(), tensor.scales()
+        if name not in self._checked:
+            # The dtype's largest number times the largest scale is seldom too much; if it is, all are multiplied out.
+            if largest(values, tensor.name) * largest(scales, tensor.name) > torch.finfo(dtype).max:
+                self._wide(name, dtype, "cpu")
+            self._checked.add(name)
+        return values.to(device), scales.to(device)
+
+    def _wide(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """Reads a tensor in float32; ``dtype`` is that which it will get and whose range it must not leave."""
+        wide = self._tensors[name].wide(device)
+        self._check(name, wide, dtype)
+        return wide
+
+    def _check(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        """Checks once, and not in every pass over layers that stay in files, that numbers are finite in ``dtype``."""
+        if name not in self._checked:
+            called = self._tensors[name].name
+            check_holds(dtype, largest(value, called), called)
+            self._checked.add(name)
 
     def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
         """Returns the model without memory, and its LoRAs, if exactly its tensors are there in the right shapes."""
@@ -306,7 +350,7 @@ class _Checkpoint:
         problems += [
             f"{self._keys[name]} is {self._tensors[name].stored.dtype}, expected floats"
             for name in expected
-            if name in self.shapes and self._tensors[name].stored.dtype not in FLOATS
+            if name in self.shapes and not self._tensors[name].is_float
         ]
         if problems:
             listed = "; ".join(problems)
@@ -333,11 +377,11 @@ class _Checkpoint:
 class _CheckpointTensors:
     """The tensors of a checkpoint with LoRAs, as :func:`model.streaming.placed.place` asks for them."""
 
-    def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet) -> None:
-        self._checkpoint, self._chosen = checkpoint, chosen
+    def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet, dtype: torch.dtype) -> None:
+        self._checkpoint, self._chosen, self._dtype = checkpoint, chosen, dtype
 
     def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         return self._checkpoint.plain(name, self._chosen, dtype, device)
 
     def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        return self._checkpoint.eight_bits(name, self._chosen, kind, device)
+        return self._checkpoint.eight_bits(name, self._chosen, kind, device, self._dtype)

@@ -8,6 +8,7 @@ once, so that neither their order nor the number of LoRAs costs accuracy.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -21,8 +22,10 @@ from torch import Tensor
 from model.dit.model import WanDiT
 from model.errors import InputError
 from model.weights.lora_files import LARGEST_SCALE, Delta, LoRAFile, open_lora
+from model.weights.scaled import check_holds, largest
 
 _LISTED = 20
+_LISTED_IN_WARNING = 3
 #: Models with LoRAs that can still be taken off.
 _APPLIED: WeakKeyDictionary[WanDiT, ref[AppliedLoRAs]] = WeakKeyDictionary()
 
@@ -35,6 +38,8 @@ class LoRA:
         path: a file, or a directory that holds one (PEFT's ``adapter_model.safetensors`` with its configuration).
         strength: factor of everything that it adds; 0 adds nothing, and it may be negative.
         expert: 1 or 2: the expert of Wan2.2 A14B whose tensors are taken, where the file holds tensors for both.
+        strict: a key that the model has no place for is an error. Else such keys are left out with a
+            :class:`LoRAWarning`, as long as at least half of the file fits (see :class:`LoRAFit`).
 
     Raises:
         InputError: the strength is no finite number that float32 can hold, or there is no such expert.
@@ -43,6 +48,7 @@ class LoRA:
     path: str | Path
     strength: float = 1.0
     expert: int = 1
+    strict: bool = False
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
@@ -51,36 +57,83 @@ class LoRA:
 
 
 class LoRAMismatch(InputError):
-    """An error for LoRAs that do not fit a model. ``problems`` has all faults; the message lists the first 20."""
+    """An error for a LoRA that does not fit a model. ``problems`` has all its keys that do not, with the reasons."""
 
-    def __init__(self, problems: Sequence[str]):
+    def __init__(self, message: str, problems: Sequence[str]):
         self.problems = tuple(problems)
-        listed = "; ".join(self.problems[:_LISTED])
-        more = len(self.problems) - _LISTED
-        super().__init__(
-            f"lora: {len(self.problems)} keys do not fit the model: {listed}{f'; and {more} more' if more > 0 else ''}"
-        )
+        super().__init__(message)
+
+
+class LoRAWarning(UserWarning):
+    """A warning of keys of a LoRA file that are left out, since the model has no place for them."""
+
+
+class LoRAFit:
+    """The part of a LoRA file that fits a model with the parameters ``shapes``, ``{name: shape}``; None: any Wan DiT.
+
+    A pair of factors and a whole difference is one addition; a tensor that is part of none (a factor or an alpha
+    alone, an unknown key) counts as one too. Those that the model has no place for are left out if there are at most
+    as many of them as of those that fit. A file is refused if there are more; if some are to be left out and ``strict``
+    is given; and always if one has another shape than its parameter, or cannot be read. A patch embedding's addition
+    may be for the latents' channels alone, which come first: a T2V LoRA then fits an I2V model.
+
+    Attributes:
+        additions: those that fit, by parameter.
+        problem: why the file is refused, one line; None if it is not.
+        problems: the keys that do not fit, with the reasons.
+        warning: what is left out, one line; None if nothing is.
+    """
+
+    def __init__(self, file: LoRAFile, shapes: Mapping[str, tuple[int, ...]] | None, *, strict: bool, model: str):
+        self.additions: dict[str, list[Delta]] = {}
+        self.problem = self.warning = None
+        faults, left = list(file.faults), list(file.unmatched)
+        for name, deltas in file.deltas.items():
+            for delta in deltas:
+                if shapes is not None and name not in shapes:
+                    left.append(tuple(f"{key} (the model has no {name})" for key in delta.keys))
+                    continue
+                misfits = [] if shapes is None else _misfits(name, delta, shapes)
+                faults += misfits
+                if not misfits:
+                    self.additions.setdefault(name, []).append(delta)
+        fitting = sum(map(len, self.additions.values()))
+        keys = [key for addition in left for key in addition]
+        self.problems = (*faults, *keys)
+        if faults or len(left) > fitting or (strict and left):
+            asked = "all must, as it is strict" if strict else "at least half must"
+            share = "" if faults else f" ({fitting} of {fitting + len(left)} pairs and differences do; {asked})"
+            self.problem = f"{len(self.problems)} keys do not fit {model}{share}: {_listed(self.problems, _LISTED)}"
+        elif left:
+            self.warning = (
+                f"{len(left)} of {fitting + len(left)} pairs and differences are left out:"
+                f" {_listed(keys, _LISTED_IN_WARNING)}"
+            )
 
 
 class LoRASet:
     """Several LoRAs, found to fit a model with these parameters: ``{name: shape}``.
 
+    Warns with a :class:`LoRAWarning` for each file of which keys are left out.
+
     Raises:
-        LoRAMismatch: some key of some file matches no parameter, or has another shape.
+        LoRAMismatch: a file does not fit (:class:`LoRAFit`).
         InputError: a file cannot be read, is another kind of adapter, or has a scale that float32 cannot hold.
     """
 
     def __init__(self, loras: Sequence[LoRA], shapes: Mapping[str, tuple[int, ...]]):
         self.loras = tuple(loras)
         self._deltas: dict[str, list[tuple[int, Delta]]] = {}
-        problems = []
+        self._finite: dict[str, tuple[torch.dtype, tuple[float, ...]]] = {}
         for i, lora in enumerate(self.loras):
             file = open_lora(Path(lora.path), lora.expert)
-            problems += misfits(file, shapes)
-            for name, deltas in file.deltas.items():
+            fit = LoRAFit(file, shapes, strict=lora.strict, model="the model")
+            if fit.problem is not None:
+                raise LoRAMismatch(f"lora: {file.path}: {fit.problem}", fit.problems)
+            if fit.warning is not None:
+                warnings.warn(f"lora: {file.path}: {fit.warning}", LoRAWarning, stacklevel=3)
+            for name, deltas in fit.additions.items():
                 self._deltas.setdefault(name, []).extend((i, delta) for delta in deltas)
-        if problems:
-            raise LoRAMismatch(problems)
         self.check_strengths([lora.strength for lora in self.loras])
 
     def check_strengths(self, strengths: Sequence[float]) -> None:
@@ -95,7 +148,7 @@ class LoRASet:
             for i, delta in deltas:
                 if abs(strengths[i] * delta.scale) > LARGEST_SCALE:
                     raise InputError(
-                        f"lora: {self.loras[i].path}: strength {strengths[i]} times the scale {delta.scale:g} of"
+                        f"lora: {delta.path}: strength {strengths[i]} times the scale {delta.scale:g} of"
                         f" {delta.keys[0]} is more than float32 can hold"
                     )
 
@@ -107,43 +160,64 @@ class LoRASet:
     def __contains__(self, name: str) -> bool:
         return name in self._deltas
 
-    def add_to(self, name: str, total: Tensor, strengths: Sequence[float] | None = None) -> Tensor:
-        """Adds everything for the parameter ``name`` to ``total`` (contiguous, float32 or wider), in place."""
-        strengths = strengths or [lora.strength for lora in self.loras]
-        for i, delta in self._deltas.get(name, ()):
+    def add_to(self, name: str, total: Tensor, dtype: torch.dtype, strengths: Sequence[float] | None = None) -> Tensor:
+        """Adds everything for the parameter ``name`` to ``total`` (contiguous, float32 or wider), in place.
+
+        Returns:
+            The sum, rounded to ``dtype``.
+
+        Raises:
+            InputError: a factor or a difference is not finite, or the sum is more than ``dtype`` can hold.
+        """
+        strengths = tuple(strengths or [lora.strength for lora in self.loras])
+        for i, delta in self._deltas[name]:
             delta.add_to(total, strengths[i])
-        return total
+        # Layers of files are read again in every pass; what was finite once is finite again.
+        if self._finite.get(name) != (dtype, strengths):
+            added = (f"{delta.path}: {delta.keys[0]} at strength {strengths[i]}" for i, delta in self._deltas[name])
+            called = f"lora: {', '.join(added)}: {name} then"
+            check_holds(dtype, largest(total, called), called)
+            self._finite[name] = dtype, strengths
+        return total.to(dtype)
 
 
-def misfits(file: LoRAFile, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Returns every key of a LoRA file that does not fit a model with these parameters, with the reason."""
-    where = file.path.name
-    problems = [f"{where}: {key}" for key in file.unmatched]
-    for name, deltas in file.deltas.items():
-        for delta in deltas:
-            if name not in shapes:
-                problems += [f"{where}: {key} (the model has no {name})" for key in delta.keys]
-            else:
-                problems += [f"{where}: {misfit}" for misfit in delta.misfits(shapes[name])]
-    return problems
+def _misfits(name: str, delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Returns the keys of an addition that does not fit the parameter ``name``, with the reason; none if it fits."""
+    misfits = delta.misfits(shapes[name])
+    if misfits and name == "patch_embedding.weight":
+        out, channels, *patch = shapes[name]
+        latents = shapes["proj_out.weight"][0] // math.prod(patch)
+        if latents < channels and not delta.misfits((out, latents, *patch)):
+            return []
+    return misfits
+
+
+def _listed(keys: Sequence[str], count: int) -> str:
+    more = len(keys) - count
+    return "; ".join(keys[:count]) + (f"; and {more} more" if more > 0 else "")
 
 
 def merge_loras(dit: WanDiT, loras: Sequence[LoRA]) -> None:
     """Merges LoRAs into a model's weights, in place and for good.
 
-    Nothing is changed unless everything fits. Each parameter is summed in float32 and rounded once; the peak is one
-    parameter in float32. A :class:`~model.csg.denoiser.Denoiser` made before keeps text keys and modulations of the
-    former weights: make a new one.
+    Every sum is computed twice: first to see that all of them fit and are finite, before the first weight changes, and
+    then to be written. Each is summed in float32 and rounded once; the peak is one parameter in float32. Only a file
+    that can be read the first time and not the second leaves some weights merged and others not. A
+    :class:`~model.csg.denoiser.Denoiser` made before keeps text keys and modulations of the former weights: make a new
+    one.
 
     Raises:
-        LoRAMismatch, InputError: as for :class:`LoRASet`; or LoRAs are applied to this model already.
+        LoRAMismatch, InputError: as for :class:`LoRASet`; a number is not finite or beyond what the weight's dtype can
+            hold; or LoRAs are applied to this model already.
     """
     _check_free(dit)
     chosen = LoRASet(loras, _shapes(dit))
     with torch.no_grad():
-        parameters = dict(dit.named_parameters())
-        for name in chosen.names:
-            parameters[name].copy_(chosen.add_to(name, _wide(parameters[name])))
+        parameters = {name: parameter for name, parameter in dit.named_parameters() if name in chosen}
+        for name, parameter in parameters.items():
+            chosen.add_to(name, _wide(parameter), parameter.dtype)
+        for name, parameter in parameters.items():
+            parameter.copy_(chosen.add_to(name, _wide(parameter), parameter.dtype))
 
 
 def apply_loras(dit: WanDiT, loras: Sequence[LoRA]) -> AppliedLoRAs:
@@ -194,7 +268,8 @@ class AppliedLoRAs:
         the LoRAs are taken off. Either way the weights are those of one state.
 
         Raises:
-            InputError: not as many numbers, one is not finite or beyond float32, or the LoRAs have been removed.
+            InputError: not as many numbers, one is not finite or beyond float32, a weight would be beyond its dtype, or
+                the LoRAs have been removed.
         """
         self._check_on()
         if len(strengths) != len(self._strengths):
@@ -250,7 +325,7 @@ class AppliedLoRAs:
             for name, parameter in self.dit.named_parameters():
                 if name in self._kept:
                     total = _wide(self._kept[name].to(parameter.device))
-                    parameter.copy_(self._loras.add_to(name, total, strengths))
+                    parameter.copy_(self._loras.add_to(name, total, parameter.dtype, strengths))
 
 
 def _shapes(dit: WanDiT) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """LoRA files: what they add to which parameter of a DiT, under this project's names.
 
 Three spellings of a module are read: the Wan repositories' (LightX2V, ComfyUI, DiffSynth), diffusers' (PEFT), and
-either of them with underscores for dots (kohya, musubi). A file may hold for a module, and adds by that:
+either of them with underscores for some or all dots (kohya, musubi, VideoX-Fun, LyCORIS). Before it may stand the names
+of whatever held the model as it was trained. A file may hold for a module, and adds by that:
 
 =============================================  ================================================================
 ``lora_down`` / ``lora_A`` [r, in],            ``scale * up @ down`` to the weight; of a convolution also in its own
@@ -9,6 +10,7 @@ either of them with underscores for dots (kohya, musubi). A file may hold for a 
 ``lora_B.bias`` [out]                          ``scale * it`` to the bias
 ``alpha``                                      no addition: ``scale = alpha / r``, else 1
 ``diff``, ``diff_b``, ``diff_m``               itself to the weight, the bias, the modulation table
+``w_norm``, ``b_norm``                         itself to the weight, the bias (LyCORIS)
 =============================================  ================================================================
 
 PEFT writes alpha into a configuration instead (``lora_adapter_metadata`` in the header, or ``adapter_config.json``
@@ -22,8 +24,9 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +34,25 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.weights.files import FLOATS, StoredTensor, looking_at, open_weights, read_json
+from model.weights.files import looking_at, open_weights, read_json
 from model.weights.keys import dit_name, dotted, is_dit_parameter
+from model.weights.scaled import check_holds, largest
+from model.weights.stored import FLOATS, StoredTensor
 
-_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer_2.",
-    "transformer.",
-    "pipe.dit.",
-    "lora_unet_",
-    "model.",
+_PREFIXES = re.compile(
+    r"(?:(?:base_model\.model|model|diffusion_model|transformer(?:_2)?|pipe\.dit|dit|module)\."
+    r"|lora_(?:unet|transformer)_+|lycoris_+)*"
 )
+#: Modules that torch puts around others, also inside a model: by compiling, sharding, checkpointing.
+_WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _ADAPTER = r"(?:\.[^.]+)?"
 _PARTS = (
     ("down", re.compile(rf"\.(?:lora_A|lora_down|lora\.down){_ADAPTER}\.weight$")),
     ("up", re.compile(rf"\.(?:lora_B|lora_up|lora\.up){_ADAPTER}\.weight$")),
     ("up_bias", re.compile(rf"\.(?:lora_B|lora_up){_ADAPTER}\.bias$")),
     ("alpha", re.compile(r"\.alpha$")),
-    ("diff", re.compile(r"\.diff$")),
-    ("diff_b", re.compile(r"\.diff_b$")),
+    ("diff", re.compile(r"\.(?:diff|w_norm)$")),
+    ("diff_b", re.compile(r"\.(?:diff_b|b_norm)$")),
     ("diff_m", re.compile(r"\.diff_m$")),
 )
 #: Adapters that are no low-rank sums: what they would add depends on more than two factors.
@@ -65,8 +66,6 @@ _REFUSED = {
     ".boft_": "BOFT",
     ".vera_lambda": "VeRA",
 }
-_SECOND_EXPERT = re.compile(r"(base_model\.model\.)?transformer_2\.")
-_FIRST_EXPERT = re.compile(r"(base_model\.model\.)?transformer\.")
 _METADATA = "lora_adapter_metadata"
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 #: Scales are factors in float32, which must be able to hold them.
@@ -78,9 +77,10 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weight
 class Delta:
     """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or times a tensor (one).
 
-    ``keys`` are the keys of the factors, in their order, and that of the alpha.
+    ``path`` is the file, ``keys`` are the keys of the factors, in their order, and that of the alpha.
     """
 
+    path: Path
     keys: tuple[str, ...]
     factors: tuple[StoredTensor, ...]
     scale: float
@@ -118,28 +118,53 @@ class Delta:
         ]
 
     def add_to(self, total: Tensor, strength: float) -> None:
-        """Adds ``strength`` times the addition to ``total``, contiguous and at least float32, in place."""
-        factors = [factor.read().to(total.device, total.dtype) for factor in self.factors]
+        """Adds ``strength`` times the addition to ``total``, contiguous and at least float32, in place.
+
+        An addition for fewer columns than ``total`` has is one to the first of them (see
+        :class:`~model.weights.lora.LoRAFit`).
+
+        Raises:
+            InputError: a factor has NaN, infinity or numbers that ``total`` cannot hold, which is then as it was.
+        """
+        factors = []
+        for key, factor in zip(self.keys, self.factors, strict=False):
+            stored, called = factor.read(), f"lora: {self.path}: {key}"
+            check_holds(total.dtype, largest(stored, called), called)
+            factors.append(stored.to(total.device, total.dtype))
+        rows = total.view(total.shape[0], -1)
         if len(factors) == 1:
-            total.add_(factors[0].view_as(total), alpha=strength * self.scale)
+            addition = factors[0].reshape(len(rows), -1)
+            rows[:, : addition.shape[1]].add_(addition, alpha=strength * self.scale)
         else:
             up, down = (factor.flatten(1) for factor in factors)
-            total.view(total.shape[0], -1).addmm_(up, down, alpha=strength * self.scale)
+            rows[:, : down.shape[1]].addmm_(up, down, alpha=strength * self.scale)
 
 
 @dataclass(frozen=True)
 class LoRAFile:
     """The additions of a LoRA file, by parameter name.
 
-    ``unmatched`` are its keys that mean nothing here, each with the reason; ``left_out`` counts the tensors of the
-    expert that was not asked for.
+    ``faults`` are keys that no LoRA can have as they are. ``unmatched`` are those that no Wan DiT has a place for, one
+    tuple for an addition or a tensor that is part of none; both are given with the reason. ``left_out`` counts the
+    tensors of the expert that was not asked for.
     """
 
     path: Path
     naming: str
     deltas: dict[str, list[Delta]]
-    unmatched: tuple[str, ...]
+    faults: tuple[str, ...]
+    unmatched: tuple[tuple[str, ...], ...]
     left_out: int
+
+    def check_finite(self) -> None:
+        """Reads all factors and differences.
+
+        Raises:
+            InputError: one has NaN or infinity.
+        """
+        for delta in chain.from_iterable(self.deltas.values()):
+            for key, factor in zip(delta.keys, delta.factors, strict=False):
+                largest(factor.read(), f"lora: {self.path}: {key}")
 
     @property
     def ranks(self) -> Counter[int]:
@@ -175,25 +200,33 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
         raise InputError(
             f"lora: {path} holds no LoRA; its tensors are named like {next(iter(files.tensors), 'nothing')}"
         )
-    second = {key for key in files.tensors if _SECOND_EXPERT.match(key)}
-    if expert == 1 and second and not any(_FIRST_EXPERT.match(key) for key in files.tensors):
+    prefixes = {key: _split(key)[0] for key in files.tensors}
+    second = {key for key, prefix in prefixes.items() if "transformer_2." in prefix}
+    first = {key for key, prefix in prefixes.items() if "transformer." in prefix}
+    if expert == 1 and second and not first:
         raise InputError(f"lora: {path} is for the second expert (transformer_2.), and was given for the first")
-    other = _FIRST_EXPERT if expert == 2 else _SECOND_EXPERT
-    left_out = {key for key in files.tensors if second and other.match(key)}
+    left_out = (first if expert == 2 else second) if second else set()
     taken = {key: tensor for key, tensor in files.tensors.items() if key not in left_out}
     config = _AdapterConfig.find(path, files.metadata, "transformer_2" if second and expert == 2 else "transformer")
-    modules, unmatched = _group(path, taken)
+    modules, strays = _group(path, taken)
+    unmatched, faults = [(stray,) for stray in strays], []
     deltas: dict[str, list[Delta]] = defaultdict(list)
     for module, parts in modules.items():
-        for name, delta in _module_deltas(path, module, parts, config, unmatched):
+        faults += _take_unsound(parts)
+        for name, delta in _take_deltas(path, module, parts, config):
             if not is_dit_parameter(name):
-                unmatched += [f"{key} (no parameter of a Wan DiT)" for key in delta.keys]
+                unmatched.append(tuple(f"{key} (no parameter of a Wan DiT)" for key in delta.keys))
             elif not delta.has_product:
                 shapes = " and ".join(str(list(factor.shape)) for factor in delta.factors)
-                unmatched += [f"{key} (factors of {shapes} have no product)" for key in delta.keys[:2]]
+                faults += [f"{key} (factors of {shapes} have no product)" for key in delta.keys[:2]]
             else:
+                # A pair and a difference of one weight may stand beside each other; two of a kind are two adapters.
+                for other in deltas[name]:
+                    if len(other.factors) == len(delta.factors):
+                        raise _several(path, other.keys[0], delta.keys[0])
                 deltas[name].append(delta)
-    return LoRAFile(path, _naming(taken), dict(deltas), tuple(unmatched), len(left_out))
+        unmatched += [(f"{part.key} (its counterpart is missing)",) for part in parts.values()]
+    return LoRAFile(path, _naming(taken), dict(deltas), tuple(faults), tuple(unmatched), len(left_out))
 
 
 @dataclass(frozen=True)
@@ -276,15 +309,13 @@ def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, d
     modules: dict[str, dict[str, _Part]] = defaultdict(dict)
     unmatched = []
     for key, tensor in tensors.items():
-        name = _without_prefixes(key)
+        name = _split(key)[1]
         for part, pattern in _PARTS:
             match = pattern.search(name)
             if match is not None:
                 parts = modules[dotted(name[: match.start()])]
                 if part in parts:
-                    raise InputError(
-                        f"lora: {path} holds several adapters ({parts[part].key}, {key}); expected one a file"
-                    )
+                    raise _several(path, parts[part].key, key)
                 parts[part] = _Part(key, tensor)
                 break
         else:
@@ -292,17 +323,21 @@ def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, d
     return modules, unmatched
 
 
-def _without_prefixes(key: str) -> str:
-    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
-    return key if prefix is None else _without_prefixes(key[len(prefix) :])
+def _several(path: Path, *keys: str) -> InputError:
+    return InputError(f"lora: {path} holds several adapters ({', '.join(keys)}); expected one a file")
 
 
-def _module_deltas(
-    path: Path, module: str, parts: dict[str, _Part], config: _AdapterConfig, unmatched: list[str]
-) -> list[tuple[str, Delta]]:
-    """Returns the additions to the parameters of one module; keys that can add nothing go to ``unmatched``."""
-    found = []
-    parts = _sound(parts, unmatched)
+def _split(key: str) -> tuple[str, str]:
+    """Returns what stands before a module's name in a key, and the rest."""
+    key = _WRAPPERS.sub("", key)
+    end = _PREFIXES.match(key).end()
+    return key[:end], key[end:]
+
+
+def _take_deltas(
+    path: Path, module: str, parts: dict[str, _Part], config: _AdapterConfig
+) -> Iterator[tuple[str, Delta]]:
+    """Takes the parts of a module that add something, and yields their additions; the others stay in ``parts``."""
     weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
     if {"up", "down"} <= parts.keys():
         up, down = parts.pop("up"), parts.pop("down")
@@ -312,32 +347,30 @@ def _module_deltas(
         if abs(scale) > LARGEST_SCALE:
             raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
         keys = (up.key, down.key) if alpha is None else (up.key, down.key, alpha.key)
-        found.append((weight, Delta(keys, (up.tensor, down.tensor), scale)))
+        yield weight, Delta(path, keys, (up.tensor, down.tensor), scale)
         if "up_bias" in parts:
             part = parts.pop("up_bias")
-            found.append((bias, Delta((part.key,), (part.tensor,), scale)))
+            yield bias, Delta(path, (part.key,), (part.tensor,), scale)
     for kind in ("diff", "diff_b", "diff_m"):
         if kind in parts:
             part = parts.pop(kind)
             # A parameter of its own may be named in full, as in ``head.modulation.diff``.
             whole = dit_name(module) if kind == "diff" and is_dit_parameter(dit_name(module)) else weight
             name = {"diff": whole, "diff_b": bias, "diff_m": dit_name(f"{module}.modulation")}[kind]
-            found.append((name, Delta((part.key,), (part.tensor,), 1.0)))
-    unmatched += [f"{part.key} (its counterpart is missing)" for part in parts.values()]
-    return found
+            yield name, Delta(path, (part.key,), (part.tensor,), 1.0)
 
 
-def _sound(parts: dict[str, _Part], unmatched: list[str]) -> dict[str, _Part]:
-    """Returns the parts without factors and differences that can fit no parameter; these go to ``unmatched``.
+def _take_unsound(parts: dict[str, _Part]) -> list[str]:
+    """Takes the factors and differences that can fit no parameter, and returns their keys with the reasons.
 
     The counterpart of such a factor goes with it, and so do their alpha and bias.
     """
     bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part.tensor)) is not None}
-    unmatched += [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
-    lost = set(bad)
-    if lost & {"up", "down"} and {"up", "down"} <= parts.keys():
-        lost |= {"up", "down", "up_bias", "alpha"}
-    return {name: part for name, part in parts.items() if name not in lost}
+    faults = [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
+    with_it = ("up", "down", "up_bias", "alpha") if bad.keys() & {"up", "down"} else ()
+    for name in {*bad, *with_it}:
+        parts.pop(name, None)
+    return faults
 
 
 def _unsound(name: str, tensor: StoredTensor) -> str | None:
@@ -377,8 +410,8 @@ def _number(path: Path, part: _Part) -> float:
 
 def _naming(keys: Iterable[str]) -> str:
     keys = list(keys)
-    if any(key.startswith("lora_unet_") for key in keys):
-        return "kohya or musubi (lora_unet_, underscores)"
+    if any(key.startswith(("lora_unet_", "lora_transformer_", "lycoris_")) for key in keys):
+        return "kohya, musubi, VideoX-Fun or LyCORIS (underscores)"
     original = re.compile(r"diffusion_model\.|(self|cross)_attn\.|\.ffn\.[02]\.|time_projection\.|head\.")
     if any(original.search(key) for key in keys):
         return "names of the Wan repositories, as LightX2V and ComfyUI write them"

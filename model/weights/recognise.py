@@ -52,12 +52,22 @@ _CLASSES = {
     "CogVideoXTransformer3DModel": "CogVideoX",
     "MochiTransformer3DModel": "Mochi",
 }
-_OUR_CLASSES = ("WanTransformer3DModel", "AutoencoderKLWan")
+#: The parts that classes in config.json stand for. The Wan repositories have one config.json for all that lies beside
+#: it, the VAE and the encoders too, so that their class stands for none. The last one is VideoX-Fun's.
+_OUR_CLASSES = {
+    "WanTransformer3DModel": "DiT",
+    "AutoencoderKLWan": "VAE",
+    "WanModel": None,
+    "Wan2_2Transformer3DModel": "DiT",
+}
 _SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}
 
 
 def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
-    """Returns the kind of a checkpoint with these keys (without a repackager's prefix), or None if it is not known."""
+    """Returns the kind of a checkpoint with these keys (without a repackager's prefix), or None if it is not known.
+
+    The loaders and ``model.inspect`` both ask this, so that one cannot load what the other says does not.
+    """
     if is_lora(keys):
         return Kind("LoRA", "LoRA")
 
@@ -69,13 +79,15 @@ def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
         if any_key(pattern):
             return Kind(name, None, f"{_OUR_DIT} {lacks}")
     given = config.get("_class_name")
-    if given in _CLASSES or (given is not None and given not in _OUR_CLASSES):
+    if given is not None and given not in _OUR_CLASSES:
         name = _CLASSES.get(given, f"{given} of diffusers")
-        return Kind(name, None, f"expected one of {', '.join(_OUR_CLASSES)}, got {given}")
-    if is_wan:
-        return Kind("Wan DiT", "DiT")
-    if any_key(r"^encoder\.(conv_in|conv1)\.weight$") and any_key(r"^(post_quant_conv|conv2)\.weight$"):
-        return Kind("Wan VAE", "VAE")
+        return Kind(name, None, f"_class_name in config.json: expected one of {', '.join(_OUR_CLASSES)}, got {given!r}")
+    is_vae = any_key(r"^encoder\.(conv_in|conv1)\.weight$") and any_key(r"^(post_quant_conv|conv2)\.weight$")
+    if is_wan or is_vae:
+        part = "DiT" if is_wan else "VAE"
+        says = _OUR_CLASSES.get(given or "")
+        other = says is not None and says != part
+        return Kind(f"Wan {part}", part, f"config.json beside it is that of a {says} ({given})" if other else None)
     for pattern, name, lacks in _FAMILIES:
         if any_key(pattern):
             return Kind(name, None, f"{_OUR_DIT} {lacks}")

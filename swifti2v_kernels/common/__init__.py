@@ -8,4 +8,5 @@ configs       which configuration a kernel is launched with; ``tables`` reads th
 frames        strides and addresses of video frames, for kernels
 cost          the least cost of a call
 case          named calls for reports and benchmarks
+interruption  of ``python -m swifti2v_kernels``
 """

@@ -83,7 +83,7 @@ def float8_with_scales(
     dtype: torch.dtype = torch.float8_e4m3fn,
     by_row: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the tensors of a file whose matrices are float8, and what they stand for, in float32.
+    """Returns the tensors of a file whose matrices are float8 (or int8), and what they stand for, in float32.
 
     The largest number of each matrix (or of each row) is at the end of the range.
     """
@@ -92,8 +92,9 @@ def float8_with_scales(
         stored[name] = meant[name] = tensor
         if tensor.ndim == 2 and "blocks." in name:
             largest = tensor.abs().amax(dim=1, keepdim=True) if by_row else tensor.abs().amax()
-            scale = largest / torch.finfo(dtype).max
-            stored[name] = (tensor / scale).to(dtype)
+            whole = dtype == torch.int8
+            scale = largest / (127 if whole else torch.finfo(dtype).max)
+            stored[name] = ((tensor / scale).round() if whole else tensor / scale).to(dtype)
             stored[name.removesuffix("weight") + scale_name] = scale
             meant[name] = stored[name].float() * scale
     return stored, meant

@@ -96,7 +96,7 @@ def test_table_and_plot(tmp_path) -> None:
     text = format_section(found.section.data)
     assert "out of memory: no memory left" in text
     assert "wrong: error" in text
-    assert plot_attention(rows, 2.0, "card", tmp_path / "a.png").stat().st_size > 1000
+    assert plot_attention(rows, 2.0, "card $\\frac$", tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_providers_compute_the_same() -> None:

@@ -97,7 +97,7 @@ def test_what_parts_choose_by_name_is_there() -> None:
     assert any(args["tune", 1].kernels in case.name for case in all_cases() if case.real is not None)
     for number in range(2):
         found = args["csg", number]
-        assert setups(found.models.split(","), found.sizes.split(","), 81, 4)
+        assert setups(found.models, found.sizes, 81, 4)
         for name in ("clip", "memory"):
             found = args[name, number]
             get_preset(found.preset or "1.3b")

@@ -22,7 +22,6 @@ from model.csg.denoiser import Denoiser
 from model.csg.sampler import SegmentPlan, Window
 from model.csg.schedule import flow_sigmas
 from model.dit.model import WanDiT
-from model.errors import InputError
 from model.machine.counted import TensorMemory
 from model.memory.vae_places import Card, PipelinePlans
 from model.pipeline.encoders import empty_text
@@ -270,19 +269,6 @@ def test_toy_sizes_keep_the_structure_and_fit_the_models(setup: Setup) -> None:
         assert getattr(small.dit, kept) == getattr(setup.dit, kept)
         assert getattr(small.stage_one, kept) == getattr(setup.stage_one, kept)
     assert (small.vae.z_dim, small.vae.residual, small.steps) == (setup.vae.z_dim, setup.vae.residual, setup.steps)
-
-
-@pytest.mark.parametrize(
-    ("models", "sizes", "message"),
-    [
-        (["1.3b", "7b", ""], ["2K"], "models: expected some of 1.3b, 5b, 14b, got 7b, "),
-        (["1.3b"], ["2k"], "sizes: expected some of 720p, 1080p, 2K, got 2k"),
-    ],
-)
-def test_names_that_there_are_not_are_named(models: list[str], sizes: list[str], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        setups(models, sizes, 81, 4)
-    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("num_blocks", [9, 21])

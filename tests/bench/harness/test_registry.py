@@ -18,6 +18,7 @@ from bench.harness.session import RESULT, _settings
 from bench.records.read import read_result
 from tests.support.added_module import added_module
 from tests.support.bench_session import read_section
+from tests.support.result_samples import sample
 
 WARMTH = """
 from bench.harness.registry import Benchmark
@@ -196,11 +197,18 @@ def test_json_is_the_file_and_nothing_else_is_printed(warmth: Path, capsys: pyte
     ("fail", "prepare", "left"),
     [
         ("early", lambda folder: None, None),
-        ("early", lambda folder: folder.mkdir(), [RESULT]),
+        ("early", lambda folder: folder.mkdir(), []),
+        ("early", lambda folder: sample(folder / RESULT), [RESULT]),
         ("early, with a file", lambda folder: None, ["journal", RESULT]),
         ("late", lambda folder: None, [RESULT]),
     ],
-    ids=["nothing measured", "a folder that was there", "something was kept", "something measured"],
+    ids=[
+        "nothing measured",
+        "a folder that was there",
+        "an earlier result",
+        "something was kept",
+        "something measured",
+    ],
 )
 def test_bad_input_is_one_line_and_takes_nothing_away(
     fail: str,
@@ -209,12 +217,14 @@ def test_bad_input_is_one_line_and_takes_nothing_away(
     warmth: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No folder is left where nothing was there and nothing was found; else the file says how it ended."""
+    """All is as it was where nothing was found, an earlier result too; else the file says how it ended."""
     prepare(warmth)
     assert main(["warmth", "--fail", fail, "--out", str(warmth)]) == 2
     assert capsys.readouterr().err == f"error: fail: expected never, got {fail.split(',')[0]}\n"
     assert (sorted(path.name for path in warmth.iterdir()) if warmth.exists() else None) == left
-    if left is not None:
+    if fail == "early":
+        assert not left or read_result(warmth / RESULT)["sections"].keys() == {"attention", "dit", "csg", "compile"}
+    else:
         section = read_result(warmth / RESULT)["sections"]["warmth"]
         assert section["status"] == "failed"
         assert section["reason"].startswith("fail: expected never")

@@ -144,7 +144,6 @@ def test_where_the_card_has_too_little_all_modes_stream_the_same_layers(tmp_path
         (["nowhere.jpg"], "image: nowhere.jpg does not exist"),
         (["--frames", "5,x"], "frames: expected numbers separated by commas, got '5,x'"),
         (["--frames", "6"], "frames: expected 1 + 4n (5, 9, ... for 4), got 6; nearest: 5"),
-        (["--modes", "both"], "mode: expected one of end_to_end, bidirectional, causal, got 'both'"),
         (["--size", "100x100"], "size: width and height must be multiples of 16, got 100x100; nearest: 96x96"),
     ],
 )

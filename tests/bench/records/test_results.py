@@ -246,7 +246,7 @@ def test_a_fault_is_named_with_its_place(good):
     assert message(good).startswith("at sections/attention/tables/0/rows/1/status: 'superb' is not one of ['ok', ")
     rows[1]["status"] = "failed"
     good.write_text(dumps(data))
-    assert message(good) == "at sections/attention/tables/0/rows/1: 'reason' is a required property (1 fault(s) in all)"
+    assert message(good) == "at sections/attention/tables/0/rows/1: 'reason' is a required property"
 
 
 def test_shipped_results_are_valid_and_lie_where_they_belong():

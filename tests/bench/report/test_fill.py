@@ -162,7 +162,7 @@ def test_arguments_that_do_not_go_together(shipped, capsys):
         (["report", "--check"], "check: expected --fill FILE.md beside it"),
         (["report", "x.json", "--fill", str(shipped)], "fill: takes all results in the repository"),
         (["report", "--fill", str(shipped), "x.json"], "fill: takes all results in the repository"),
-        (["report", "--fill", str(shipped.parent)], f"fill: {shipped.parent} cannot be read: Is a directory"),
+        (["report", "--fill", str(shipped.parent)], f"{shipped.parent}: cannot be read: Is a directory"),
     ]
     for arguments, expected in cases:
         assert main(arguments) == 2

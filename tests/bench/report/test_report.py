@@ -286,7 +286,7 @@ def hostile(value: Any, key: str = "") -> Any:
         return {k: hostile(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [hostile(v, key) for v in value]
-    return HOSTILE if isinstance(value, str) else value
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
 
 def test_text_of_a_file_never_becomes_markup(one):
@@ -304,6 +304,7 @@ def test_text_of_a_file_never_becomes_markup(one):
     assert Reader(page).count("script") == 1
     assert "<script>alert" not in page
     assert page.count("</style>") == 1
+    assert "\x1b" not in page
 
 
 def test_markup_escapes_all_but_itself():

@@ -79,7 +79,8 @@ def test_choices_of_a_result_file_are_taken_over(table: Path, tmp_path: Path) ->
     """The choices of all sections are taken, and replace other choices for the same."""
 
     def choice(width: int, block: int) -> dict[str, Any]:
-        return {"capability": 90, "kernel": "scaled", "key": {"width": width}, "config": {"block": block}}
+        key = {"width": width}
+        return {"capability": 90, "card": "a card", "kernel": "scaled", "key": key, "config": {"block": block}}
 
     table.write_text(json.dumps({"entries": [choice(8, 1), choice(32, 1)]}))
     record = Record(tmp_path / "result.json", environment())

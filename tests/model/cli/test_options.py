@@ -1,17 +1,22 @@
-"""Every command ends at an interruption, also at one that Python itself would lose, and at an unknown backend."""
+"""Every command ends at an interruption, also at one that Python itself would lose, and at bad options before work."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
+from model import generate, inspect, plan
 from model.cli.options import run_command
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -108,3 +113,123 @@ def test_a_backend_of_another_word_is_one_line_before_any_work(
     assert printed.err == "error: SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'cuda'\n"
     assert printed.out == ""
     assert not list(tmp_path.iterdir())
+
+
+#: More digits than Python reads as a number.
+DIGITS = "9" * 5000
+#: Options of model.generate, as text with spaces between or as a list, and words of the line that refuses them.
+REFUSED = [
+    ("--frames 4000000001", "--frames: expected at most 10001, got 4000000001"),
+    ("--frames \u0668\u0661", "--frames: expected an integer of at least 1"),
+    ("--fps 5000000", "--fps: expected at most 1000, got 5000000"),
+    ("--fps 1_0", "--fps: expected an integer"),
+    ("--fps 0", "--fps: expected at least 1, got 0"),
+    (["--seed", DIGITS], "--seed: expected at most 18446744073709551613"),
+    ("--seed 99999999999999999999999", "--seed: expected at most"),
+    ("--steps 1000000000", "--steps: expected at most 1000, got"),
+    ("--stage1-steps -1", "--stage1-steps: expected at least 1, got -1"),
+    (["--blocks", DIGITS], "--blocks: expected at most 1000000000"),
+    (["--left", f"-{DIGITS}"], "--left: expected at least 0"),
+    ("--right 1e3", "--right: expected an integer"),
+    ("--shift 0", "--shift: expected at least 0.001, got 0"),
+    ("--shift 1e-308", "--shift: expected at least 0.001, got 1e-308"),
+    (["--shift", f"1e{DIGITS}"], "--shift: expected at most 1000"),
+    ("--shift nan", "--shift: expected a number from 0.001 to 1000, got 'nan'"),
+    ("--shift \uff15", "--shift: expected a number"),
+    ("--vram 8", "vram: expected a size from 1MB to 1000TB, such as 12GB, got '8', which is bytes; did you mean 8GB?"),
+    (["--vram", DIGITS], "vram: expected a size from 1MB"),
+    ("--ram 16", "did you mean 16GB?"),
+    ("--vae-memory 0.0000001GB", "vae-memory: expected a size from 1MB"),
+    (["--size", f"{DIGITS}x16"], "size: expected WIDTHxHEIGHT"),
+    ("--size \uff12\uff15\uff16\uff10x1408", "size: expected WIDTHxHEIGHT"),
+    ("--size 16400x16", "size: expected at most 16384 pixels a side and 35,651,584 a frame"),
+    ("--size 16384x16384", "got 16384x16384"),
+    (["--preset", ""], "preset: unknown ''"),
+    (["--device", ""], "device: expected auto, cpu or cuda, got ''"),
+    (["--prompt", "x" * 100_001], "--prompt: expected at most 100000 characters, got 100001"),
+    (["--prompt", "a\0"], "--prompt: expected text in UTF-8, got '\\x00' as character 2"),
+    (["--prompt", "\ud800"], "--prompt: expected text in UTF-8"),
+    (["--out", ""], "--out: expected a name, got ''"),
+    (["--out", "a\0.mp4"], "--out: expected a name in UTF-8 without control characters"),
+    (["--out", "a\nb.mp4"], "--out: expected a name in UTF-8 without control characters"),
+    (["--out", "\udcff.mp4"], "--out: expected a name in UTF-8"),
+    ("--out clip.mp4/", "--out: expected the name of a file, got 'clip.mp4/'"),
+    ("--out clip.mp4.", "out: expected a name that ends in .mp4"),
+    ("--out new/" + "x" * 300 + "/clip.mp4", "--out: expected names of at most 255 bytes"),
+    ("--out " + "/".join(["x" * 200] * 20) + ".mp4", "--out: expected a path of at most 3800 bytes"),
+    ("--out loop", "--out: expected a name that can be looked up (Too many levels of symbolic links)"),
+    ("--out photo.mp4", "out: photo.mp4 is PHOTO, which the video would replace"),
+    ("--out pipe.mp4", "out: pipe.mp4"),
+    ("--state photo.mp4", "photo.mp4 is not a folder"),
+    ("--state photo.mp4 --restart", "photo.mp4 is not a folder"),
+    ("--state photo.mp4/run", "state: cannot write"),
+    ("--state clip.mp4", "state: expected a folder of the run alone, got clip.mp4"),
+    ("--state .", "state: expected a folder of the run alone, got ."),
+    (["--state", ""], "--state: expected a name"),
+    (["--weights", ""], "--weights: expected a name"),
+    (["--text-embeddings", "x" * 300], "--text-embeddings: expected names of at most 255 bytes"),
+    (["--stage1-lora", "\0", "--weights", "new"], "lora: expected a name in UTF-8"),
+    (["--stage1-lora", "x:\uff11", "--weights", "new"], "lora: expected FILE or FILE:STRENGTH"),
+    (["--stage1-lora", "x" * 300, "--weights", "new"], "lora: expected names of at most 255 bytes"),
+    (["--resume", ""], "--resume: expected a name"),
+    (["--quantize", DIGITS], "--quantize: invalid choice"),
+]
+REFUSED_BY_PLAN = [
+    ("--vram 8", "did you mean 8GB?"),
+    (["--vram", ""], "vram: expected a size such as 12GB"),
+    (["--vram", ",".join(["8GB"] * 33)], "vram: expected at most 32 sizes, got 33"),
+    (["--vram", "8GB", "--gpu", ""], "gpu: unknown ''"),
+    (["--vae", "--gpu", ""], "gpu: unknown ''"),
+    (["--vram", "8GB", "--preset", ""], "preset: unknown ''"),
+    ("--vae --size 16384x16384", "size: expected at most 16384"),
+    ("--vae --vae-memory 4", "did you mean 4GB?"),
+    ("--vram 8GB --frames 4000000001", "--frames: expected at most 10001"),
+    (["--vram", "8GB", "--weights", "x" * 300], "--weights: expected names of at most 255 bytes"),
+]
+
+
+COMMANDS = (
+    (generate, ["photo.mp4", "--out", "clip.mp4"], REFUSED),
+    (plan, [], REFUSED_BY_PLAN),
+    (inspect, ["photo.mp4"], [(["--for", ""], "--for: expected a name"), ("--expert 3", "--expert: invalid choice")]),
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        pytest.param(
+            command, [*first, *(given.split(" ") if isinstance(given, str) else given)], words, id=ascii(words)
+        )
+        for command, first, cases in COMMANDS
+        for given, words in cases
+    ],
+)
+def test_bad_options_are_one_line_before_weights_are_opened_or_anything_is_written(
+    command: ModuleType,
+    options: list[str],
+    words: str,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def opened(*given: object) -> NoReturn:
+        raise AssertionError("weights were opened")
+
+    monkeypatch.setattr("model.cli.request.build_components", opened)
+    monkeypatch.setattr("model.plan.build_components", opened)
+    monkeypatch.chdir(photo.parent)
+    shutil.move(photo, "photo.mp4")
+    os.symlink("loop", "loop")
+    os.mkfifo("pipe.mp4")
+    try:
+        code = command.main(options)
+    except SystemExit as stop:  # argparse's own refusals
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert len(err) < 4200
+    assert sorted(os.listdir()) == ["loop", "photo.mp4", "pipe.mp4"]

@@ -47,11 +47,18 @@ def test_noise_is_standard_normal_and_differs_by_seed_stage_and_block():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
-        flow_sigmas(0, 5.0)
-    for shift in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="shift: expected a positive finite number"):
+    for steps in (0, -1, 1001, 10**18):
+        with pytest.raises(InputError, match=f"steps: expected 1 to 1000, got {steps}"):
+            flow_sigmas(steps, 5.0)
+    for shift in (0.0, -1.0, float("nan"), float("inf"), 1e-308, 1e308):
+        with pytest.raises(InputError, match=r"shift: expected 0\.001 to 1000, got"):
             flow_sigmas(4, shift)
+
+
+@pytest.mark.parametrize("shift", [0.001, 1.0, 5.0, 1000.0])
+def test_noise_levels_within_the_bounds_fall_from_step_to_step_as_float32(shift: float) -> None:
+    for steps in (1, 4, 50, 1000):
+        assert (np.diff(np.array(flow_sigmas(steps, shift), np.float32)) < 0).all()
 
 
 def test_seeds_of_any_size_are_taken():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from model import InputError
-from model.io.media import VideoWriter, check_video_path
+from model.io.media import VideoWriter, check_video_path, reserved
 from tests.support.tolerances import VIDEO_PIXELS
 
 
@@ -94,6 +94,17 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is not a directory that can be written to"):
         check_video_path(tmp_path / "file" / "clip.mp4")
+    for name, told in ((f"{'a' * 240}.mp4", "File name too long"), ("a\0.mp4", "embedded null byte")):
+        with pytest.raises(InputError, match=rf"out: cannot write .*: {told}"):
+            check_video_path(tmp_path / name)
+    with pytest.raises(InputError, match=r"expected one without \.partial"):
+        check_video_path(tmp_path / "clip.partial.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(InputError, match="is a device"):
+        check_video_path(tmp_path / "pipe.mp4")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(InputError, match="dangling is not a directory"):
+        check_video_path(tmp_path / "dangling" / "clip.mp4")
     assert check_video_path(tmp_path / "new" / "clip.mp4") == tmp_path / "new" / "clip.mp4"
     assert not (tmp_path / "new").exists()  # made by the writer, when there is something to write
 
@@ -178,7 +189,7 @@ def test_frames_of_a_piece_that_was_begun_are_kept_too(tmp_path):
     assert names(tmp_path) == ["clip.mp4", "pieces", "whole.mp4"]
 
 
-@pytest.mark.parametrize("call", range(12))
+@pytest.mark.parametrize("call", range(16))
 def test_an_interruption_while_files_change_loses_and_doubles_no_frame(tmp_path, monkeypatch, call):
     """A writer of two pieces may be interrupted whenever it flushes or renames a file: no frame is lost or doubled."""
     count = 0
@@ -195,12 +206,15 @@ def test_an_interruption_while_files_change_loses_and_doubles_no_frame(tmp_path,
 
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
-    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:  # noqa: PT012
+    pieces = tmp_path / "pieces"
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces) as writer:  # noqa: PT012
         for _ in range(2):
             writer.write(frames(3))
             writer.end_piece()
-    assert len(decode(writer.partial_path)[0]) == 3 * (1 + call // 6)
-    assert names(tmp_path) == ["clip.partial.mp4"]
+    films = ["clip.mp4"] * (call >= 14) + ["clip.partial.mp4"] * (call < 15)
+    assert names(tmp_path) == [*films, "pieces"]
+    for film in films:
+        assert len(decode(tmp_path / film)[0]) == (3 if call < 6 else 6)
 
 
 def test_end_of_no_piece_and_a_film_that_was_whole_already(tmp_path):
@@ -219,13 +233,51 @@ def test_a_damaged_piece_is_named_and_dropped_with_those_behind_it(tmp_path, har
     data = bytearray((pieces / "piece-0002.mp4").read_bytes())
     if harm == "flipped":
         data[len(data) // 2] ^= 4
-    (pieces / "piece-0002.mp4").write_bytes(data[: {"cut": 400, "empty": 0, "unsealed": -78}.get(harm)])
+    unsealed = data.rindex(b"free") - 4
+    (pieces / "piece-0002.mp4").write_bytes(data[: {"cut": 400, "empty": 0, "unsealed": unsealed}.get(harm)])
     writer = VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces)
     assert writer.damaged == ["piece-0002.mp4 is damaged (sha256 differs); starting from piece 2"]
     assert (writer.num_pieces, writer.num_frames) == (2, 13)
     assert len(names(pieces)) == 4  # nothing is moved before it is known that the run goes on
     assert write_pieces(tmp_path / "clip.mp4", first=2, pieces=pieces) == film
     assert names(pieces) == sorted(["piece-0002.mp4.damaged", *(f"piece-000{n}.mp4" for n in range(4))])
+
+
+def test_a_piece_of_another_run_or_number_is_not_taken_over(tmp_path):
+    """A piece is good as the number and in the run that it was made for, though its bytes are whole in any."""
+    path, pieces, others = tmp_path / "clip.mp4", tmp_path / "pieces", tmp_path / "others"
+    write_pieces(path, pieces=pieces, run="a" * 64)
+    write_pieces(path, pieces=others, run="b" * 64)
+
+    def taken(*replaced):
+        kept = {place: place.read_bytes() for place, _ in replaced}
+        for (place, _), data in zip(replaced, [source.read_bytes() for _, source in replaced], strict=True):
+            place.write_bytes(data)
+        writer = VideoWriter(path, 48, 32, 16, pieces=pieces, run="a" * 64)
+        for place, data in kept.items():
+            place.write_bytes(data)
+        assert len(writer.damaged) == (writer.num_pieces < 4)
+        return writer.num_pieces
+
+    first, second, third, fourth = (pieces / f"piece-000{number}.mp4" for number in range(4))
+    assert taken() == 4
+    assert taken((second, third), (third, second)) == 1
+    assert taken((fourth, first)) == 3
+    foreign = others / "piece-0002.mp4"
+    assert foreign.stat().st_size == third.stat().st_size
+    assert taken((third, foreign)) == 2
+    assert VideoWriter(path, 48, 32, 16, pieces=pieces).num_pieces == 0  # of no run
+
+
+def test_a_piece_that_changes_while_the_film_is_made_does_not_get_into_it(tmp_path):
+    writer = VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=tmp_path / "pieces")
+    told = r"piece-0000\.mp4 was changed while the video is made: sha256 differs"
+    with pytest.raises(InputError, match=told), writer:  # noqa: PT012
+        for _ in range(2):
+            writer.write(frames(2))
+            writer.end_piece()
+            (tmp_path / "pieces" / "piece-0000.mp4").write_bytes(b"other")
+    assert len(decode(writer.partial_path)[0]) == 2
 
 
 @pytest.mark.parametrize("other", [(64, 32, 16), (48, 32, 25)])
@@ -256,14 +308,70 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for pid in (ended.pid, os.getppid()):
-        for name in (f".clip.{pid}.tmp.mp4", f".clip.partial.{pid}.tmp.mp4", f".other.{pid}.tmp.mp4"):
+        for name in (f".clip.{pid}.tmp.mp4", f".other.{pid}.tmp.mp4"):
             (tmp_path / name).touch()
-        (tmp_path / f".clip.{pid}.tmp.pieces").mkdir()
-        (tmp_path / f".clip.{pid}.tmp.pieces" / "piece-0000.mp4").touch()
+    (tmp_path / f".clip.partial.{ended.pid}.tmp.mp4").touch()
     (tmp_path / f".clip.{ended.pid}.mp4").touch()
+    (tmp_path / f".clip.partial.{os.getpid()}.tmp.mp4").symlink_to(tmp_path / f".other.{ended.pid}.tmp.mp4")
+    (tmp_path / f".clip.0{ended.pid}.tmp.mp4").mkdir()
     with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:
         writer.write(frames(2))
-    others = [f".clip.{os.getppid()}.tmp.mp4", f".clip.{os.getppid()}.tmp.pieces"]
-    others += [f".clip.partial.{os.getppid()}.tmp.mp4", f".clip.{ended.pid}.mp4"]
+    others = [f".clip.{os.getppid()}.tmp.mp4", f".clip.{ended.pid}.mp4", f".clip.0{ended.pid}.tmp.mp4"]
     others += [f".other.{pid}.tmp.mp4" for pid in (ended.pid, os.getppid())]
     assert names(tmp_path) == sorted([*others, "clip.mp4"])
+    assert (tmp_path / f".other.{ended.pid}.tmp.mp4").read_bytes() == b""  # not written to through the link
+
+
+# Files of others
+
+
+def test_a_file_of_the_users_is_never_replaced_by_a_partial_film(tmp_path):
+    """Only what this program has left unfinished is replaced, neither a finished film of its own nor a link to one."""
+    path, partial = tmp_path / "clip.mp4", tmp_path / "clip.partial.mp4"
+    with pytest.raises(ZeroDivisionError), VideoWriter(path, 48, 32, 16) as writer:  # noqa: PT012
+        writer.write(frames(2))
+        _ = 1 / 0
+    partial.rename(tmp_path / "unfinished.mp4")
+    with VideoWriter(path, 48, 32, 16) as writer:
+        writer.write(frames(2))
+    makes = [
+        lambda: path.rename(partial),
+        partial.touch,
+        partial.mkdir,
+        lambda: os.mkfifo(partial),
+        lambda: partial.symlink_to(tmp_path / "unfinished.mp4"),
+        lambda: partial.symlink_to(tmp_path / "nowhere"),
+    ]
+    for make in makes:
+        make()
+        with pytest.raises(InputError, match=r"clip\.partial\.mp4 is no unfinished video of this program"):
+            VideoWriter(path, 48, 32, 16)
+        if partial.is_dir():
+            partial.rmdir()
+        else:
+            partial.unlink()  # it is still there
+    (tmp_path / "unfinished.mp4").rename(partial)
+    with VideoWriter(path, 48, 32, 16) as writer:
+        writer.write(frames(3))
+    assert not partial.exists()
+
+
+def test_one_video_is_made_by_one_process(tmp_path, monkeypatch):
+    """A second writer is refused whatever it calls the folder, and neither lock nor folder is left."""
+    (tmp_path / "link").symlink_to("new")
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with reserved(tmp_path / "new" / "clip.mp4"):
+        for same in ("new/../link/clip.mp4", "link/clip.MP4"):
+            with (
+                pytest.raises(InputError, match=rf"is in use by another process \({os.getpid()}\)"),
+                reserved(same),
+            ):
+                pass
+        with reserved("new/other.mp4"):
+            pass
+        assert names(tmp_path / "new") == [".clip.lock"]
+    with reserved("link/clip.mp4"), reserved("far/away/clip.mp4"), reserved("far/clip.mp4"):
+        assert (tmp_path / "far" / "away").is_dir()
+    assert names(tmp_path) == ["link", "new"]
+    assert names(tmp_path / "new") == []

@@ -1,48 +1,460 @@
-"""Photographs: every kind of image becomes the pixels that a viewer shows."""
+"""Photographs: every kind of image becomes the pixels that a colour-managed viewer shows, or one line of error."""
+
+import os
+import struct
+import sys
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 from model.errors import InputError
 from model.io.photo import fit_image, open_image
+from tests.support import icc_profile as icc
+
+needs_avif = pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow has no AVIF")
+
+BROWN = (200, 100, 50)
+# BROWN of Display P3 as sRGB, by expected_srgb; other readings of the file are more than 3 levels away.
+BROWN_OF_P3 = (215, 93, 31)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "LA", "I;16"])
-def test_any_image_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    grey = Image.linear_gradient("L").resize((30, 20))
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    (deep if mode == "I;16" else grey.convert(mode)).save(path)
+def read(path, data=None):
+    """Returns the pixels ``[H, W, 3]`` that a file is opened as, first written from bytes if there are any."""
+    if data is not None:
+        path.write_bytes(data)
     opened = open_image(path)
-    assert (opened.mode, opened.size) == ("RGB", (30, 20))
-    assert np.asarray(opened)[-1].mean() > np.asarray(opened)[0].mean() + 100  # dark above, bright below
+    assert opened.mode == "RGB"
+    return np.asarray(opened).astype(int)
 
 
-def test_transparent_pixels_are_white_and_orientation_is_applied(tmp_path):
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+def tiff(width, bits, data, photometric=1, sample_format=1, order="<", **more):
+    """Returns a TIFF of one row and one strip. Pillow itself writes neither 12 bits nor white as zero."""
+    samples = {2: 3, 8: 3}.get(photometric, 1)
+    tags = {256: [width], 257: [1], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [8], 277: [samples]}
+    tags |= {279: [len(data)], 339: [sample_format] * samples, **{int(tag[1:]): [value] for tag, value in more.items()}}
+    data += bytes(len(data) % 2)
+    entries, tail = b"", b""
+    for tag in sorted(tags):
+        values = struct.pack(f"{order}{len(tags[tag])}H", *tags[tag]).ljust(4, b"\0")
+        if len(values) > 4:
+            place = 8 + len(data) + 2 + 12 * len(tags) + 4 + len(tail)
+            values, tail = struct.pack(order + "I", place), tail + values
+        entries += struct.pack(order + "HHI", tag, 3, len(tags[tag])) + values
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(data))
+    return head + data + struct.pack(order + "H", len(tags)) + entries + bytes(4) + tail
+
+
+def png(width, depth, colour_type, row, *chunks):
+    """Returns a PNG of one row, with these chunks (name, content) before its pixels."""
+    named = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)), *chunks]
+    named += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    written = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in named)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def floats(*values):
+    return tiff(len(values), 32, np.array(values, "<f4").tobytes(), sample_format=3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "P transparent", "1", "CMYK", "L transparent"])
+def test_pictures_of_8_bits_without_a_profile_keep_their_bytes(tmp_path, mode):
+    """A plain picture is bit for bit Pillow's own conversion to RGBA, laid on white."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)).convert(
+        "RGBA" if mode == "RGBA" else "RGB"
+    )
+    if mode not in ("RGB", "RGBA"):
+        picture = picture.convert(mode.split()[0])
+    if mode == "LA":
+        picture.putalpha(Image.fromarray(rng.integers(0, 256, (20, 30), dtype=np.uint8)))
+    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    picture.save(path, **({"transparency": 5} if "transparent" in mode else {}))
+    rgba = Image.open(path).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    assert (read(path) == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("12 bits of 16", tiff(2, 12, bytes([0x3E, 0x8F, 0xFF])), (62, 255)),
+        ("16 bits", tiff(2, 16, struct.pack("<2H", 1000, 32896)), (4, 128)),
+        ("16 bits, big-endian", tiff(2, 16, struct.pack(">2H", 1000, 32896), order=">"), (4, 128)),
+        ("16 bits, white is zero", tiff(2, 16, struct.pack("<2H", 1000, 0), photometric=0), (251, 255)),
+        ("8 bits, white is zero", tiff(2, 8, bytes([1, 255]), photometric=0), (254, 0)),
+        ("32 bits", tiff(2, 32, struct.pack("<2I", 2**31, 2**32 - 1)), (128, 255)),
+        ("floats", floats(0.25, 1), (64, 255)),
+        ("floats, white is zero", tiff(2, 32, struct.pack("<2f", 0.25, 1), 0, 3), (191, 0)),
+        ("PNG of 16 bits", png(2, 16, 0, struct.pack(">2H", 1000, 32896)), (4, 128)),
+        ("PNG of 16 bits and alpha", png(2, 16, 4, struct.pack(">4H", 1000, 65535, 1000, 0)), (3, 255)),
+        ("PNG, a level transparent", png(2, 16, 0, struct.pack(">2H", 1000, 2000), (b"tRNS", b"\3\xe8")), (255, 8)),
+        ("PNG of 4 bits, a level transparent", png(2, 4, 0, b"\x12", (b"tRNS", b"\0\1")), (255, 34)),
+        ("PNG that says 5 bits matter", png(2, 8, 0, b"\1\xff", (b"sBIT", b"\5")), (1, 255)),
+        ("PGM up to 1000", b"P5 2 1 1000\n" + struct.pack(">2H", 500, 1000), (128, 255)),
+        ("PPM up to 1023", b"P6 1 1 1023\n" + struct.pack(">3H", 512, 512, 512), (128,)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_value_is_white_if_it_is_the_greatest_of_its_bits(tmp_path, name, data, expected):
+    """Grey is its value over the range of the file's bits, of whatever value the brightest pixel is."""
+    assert read(tmp_path / "grey", data)[0].tolist() == [[level] * 3 for level in expected]
+
+
+@pytest.mark.skipif("jpg_2000" not in features.get_supported(), reason="this Pillow has no JPEG 2000")
+def test_jpeg_2000_has_its_range_and_its_profile(tmp_path):
+    """Grey of 16 bits is scaled by 65535; the ICC profile, which Pillow does not look for, is applied."""
+    path = tmp_path / "picture.jp2"
+    Image.fromarray(np.full((64, 64), 32896, np.uint16)).save(path)
+    assert read(path)[0, 0].tolist() == [128] * 3
+    Image.new("RGB", (16, 16), BROWN).save(path)
+    plain, box = path.read_bytes(), b"colr\2\0\0" + icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve())
+    at, header = plain.index(b"colr") - 4, plain.index(b"jp2h") - 4
+    old, whole = (int.from_bytes(plain[start : start + 4], "big") for start in (at, header))
+    grown = struct.pack(">I", whole - old + len(box) + 4) + plain[header + 4 : at] + struct.pack(">I", len(box) + 4)
+    assert read(path, plain[:header] + grown + box + plain[at + old :])[0, 0] == pytest.approx(BROWN_OF_P3, abs=1)
+
+
+HDR = {"PQ": b"\x09\x10\0\1", "HLG": b"\x09\x12\0\1"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (floats(-5, 1), "float samples from -5 to 1; allowed: 0 to 1"),
+        (floats(0, 255), "float samples from 0 to 255; allowed: 0 to 1"),
+        (floats(0, np.nan), "NaN"),
+        (floats(0, np.inf), "infinite"),
+        (tiff(2, 16, bytes(4), sample_format=2), "signed samples"),
+        (tiff(2, 8, bytes(2), sample_format=2), "signed samples"),
+        (tiff(1, 8, bytes(3), 2, _254=1), "a camera's raw file"),
+        (tiff(1, 8, bytes(3), 2, _50706=0x104), "a camera's raw file"),
+        (tiff(2, 10, bytes(3)), "unusual TIFF"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), "a camera's raw file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        *((png(1, 8, 2, bytes(3), (b"cICP", numbers)), f"an HDR image [(]{name}") for name, numbers in HDR.items()),
+    ],
+)
+def test_samples_without_a_meaning_are_refused(tmp_path, data, message):
+    """Samples that are no brightness from black to white are refused in one line, which says what is allowed."""
+    with pytest.raises(InputError, match=message) as raised:
+        read(tmp_path / "picture", data)
+    assert "\n" not in str(raised.value)
+
+
+def gamma(value):
+    return value ** (563 / 256)
+
+
+@pytest.mark.parametrize("name", ["png", "tif", "webp"])
+@pytest.mark.parametrize(
+    ("space", "curve", "to_linear"),
+    [
+        (icc.DISPLAY_P3, icc.srgb_curve(), icc.srgb_to_linear),
+        (icc.ADOBE_RGB, icc.gamma_curve(563 / 256), gamma),
+        (icc.SRGB, icc.gamma_curve(1), lambda value: value),
+    ],
+    ids=["Display P3", "Adobe RGB", "linear"],
+)
+def test_colours_of_a_profile_become_srgb(tmp_path, space, curve, to_linear, name):
+    """Every pixel is what the standards' matrices and curves say, within a level; so are transparent ones, on white."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    path, profile = tmp_path / f"picture.{name}", icc.matrix_profile(space, curve)
+    lossless = {"lossless": True, "exact": True} if name == "webp" else {}
+    Image.fromarray(pixels).save(path, icc_profile=profile, **lossless)
+    expected = icc.expected_srgb(pixels, space, to_linear)
+    assert np.abs(expected - pixels).max() > 40
+    assert np.abs(read(path) - expected).max() <= 1
+    alpha = np.arange(1024).reshape(32, 32, 1) % 256
+    rgba = np.concatenate([pixels, alpha.astype(np.uint8)], -1)
+    Image.fromarray(rgba).save(path, icc_profile=profile, **lossless)
+    assert np.abs(read(path) - (expected * alpha + 255 * (255 - alpha)) / 255).max() <= 2
+
+
+def test_the_shipped_photograph_is_adobe_rgb_and_is_converted():
+    """Adobe's own profile, in a JPEG as a camera's owner saves it, gives what the standard's numbers give."""
+    path = Path(__file__).parents[3] / "bench" / "assets" / "rocket.jpg"
+    stored = np.asarray(Image.open(path))[::8, ::8]
+    expected = icc.expected_srgb(stored, icc.ADOBE_RGB, gamma)
+    assert (np.abs(expected - stored).max(-1) > 1).mean() > 0.5
+    assert np.abs(read(path)[::8, ::8] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["HP", "littleCMS"])
+def test_a_profile_that_is_srgb_changes_no_bit(tmp_path, name):
+    """A profile that differs from sRGB by rounding alone, as HP's does, leaves every bit as it is."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    profile = icc.hp_srgb_profile()
+    if name == "littleCMS":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(tmp_path / "picture.png", icc_profile=profile)
+    assert (read(tmp_path / "picture.png") == pixels).all()
+
+
+def test_black_and_white_of_a_profile_are_black_and_white(tmp_path):
+    """The darkest that a device shows is black: its black point is compensated for."""
+    ramp = np.array([[0, 128, 255]], np.uint8)[..., None].repeat(3, -1)
+    profile = icc.matrix_profile(icc.SRGB, icc.srgb_curve(black=0.05))
+    Image.fromarray(ramp).save(tmp_path / "picture.png", icc_profile=profile)
+    assert read(tmp_path / "picture.png")[0] == pytest.approx(ramp[0], abs=1)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.8, 2.2])
+def test_grey_of_a_profile_becomes_srgb(tmp_path, power):
+    """Grey, grey with alpha and grey of 16 bits with alpha are what the profile's curve says, in the shadows too."""
+    levels, profile = np.arange(256), icc.grey_profile(icc.gamma_curve(power))
+    expected = np.round(icc.linear_to_srgb((levels / 255) ** (round(power * 256) / 256)) * 255)
+    grey = Image.fromarray(levels.astype(np.uint8)[None])
+    path = tmp_path / "grey.png"
+    for picture in (grey, grey.convert("LA")):
+        picture.save(path, icc_profile=profile)
+        assert np.abs(read(path)[0] - expected[:, None]).max() <= 1
+    deep = np.stack([levels * 257, np.full(256, 65535)], -1).astype(">u2").tobytes()
+    assert (
+        np.abs(read(path, png(256, 16, 4, deep, (b"iCCP", b"x\0\0" + zlib.compress(profile)))) - expected[:, None])[
+            0
+        ].max()
+        <= 1
+    )
+
+
+def test_grey_and_palettes_take_a_profile_of_rgb(tmp_path):
+    profile = icc.matrix_profile(icc.DISPLAY_P3, icc.gamma_curve(563 / 256))
+    levels = np.arange(256, dtype=np.uint8)[None]
+    Image.fromarray(levels).save(tmp_path / "grey.png", icc_profile=profile)
+    expected = icc.expected_srgb(levels[..., None].repeat(3, -1), icc.DISPLAY_P3, gamma)
+    assert np.abs(read(tmp_path / "grey.png") - expected).max() <= 1
+    palette = Image.new("RGB", (8, 8), BROWN).quantize(4)
+    palette.save(tmp_path / "palette.png", icc_profile=icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()))
+    assert read(tmp_path / "palette.png")[0, 0] == pytest.approx(BROWN_OF_P3, abs=1)
+
+
+def inks_to_lab(inks):
+    """Returns L, a, b of corners of CMYK: no printer's, but ones that no formula without a profile gives."""
+    cyan, magenta, yellow, black = inks.T
+    return np.stack([(100 - 40 * cyan - 50 * magenta - 10 * yellow) * (1 - black), 60 * magenta, 70 * yellow], -1)
+
+
+@pytest.mark.parametrize("name", ["tif", "jpg"])
+def test_inks_are_the_colours_of_their_profile(tmp_path, name):
+    """CMYK goes through its profile's table, in a TIFF and in a JPEG, where Adobe writes the inks inverted."""
+    inks = np.concatenate([np.zeros((1, 4)), np.eye(4)])
+    pixels = np.kron(255 * inks, np.ones((8, 1))).astype(np.uint8)[None].repeat(8, 0)
+    path, options = tmp_path / f"inks.{name}", {"quality": 100, "subsampling": 0} if name == "jpg" else {}
+    picture = Image.fromarray(pixels, "CMYK")
+    picture.save(path, icc_profile=icc.lut_profile(b"CMYK", inks_to_lab, 4), **options)
+    expected = np.array([icc.lab_to_srgb(*lab) for lab in inks_to_lab(inks)])
+    assert read(path)[4, 4::8] == pytest.approx(expected, abs=2)
+    picture.save(path, **options)
+    assert read(path)[4, 4::8] == pytest.approx(255 * (1 - inks[:, :3]) * (1 - inks[:, 3:]), abs=2)
+
+
+def test_lab_becomes_srgb(tmp_path):
+    """L, a, b of a TIFF, a and b signed, relative to D50."""
+    pixels = [(255, 0, 0), (128, 40, -20), (51, -10, 15)]
+    data = bytes(value % 256 for pixel in pixels for value in pixel)
+    expected = [icc.lab_to_srgb(light / 2.55, a, b) for light, a, b in pixels]
+    assert read(tmp_path / "lab.tif", tiff(3, 8, data, photometric=8))[0] == pytest.approx(np.array(expected), abs=2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [
+        ("RGB", b"no profile at all"),
+        ("RGB", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve())[:400]),
+        ("RGB", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()).replace(b"RGB ", b"\xe9\xe9\xe9\xe9")),
+        ("RGB", icc.grey_profile(icc.gamma_curve(1))),
+        ("RGB", icc.lut_profile(b"CMYK", inks_to_lab, 4)),
+        ("L", icc.lut_profile(b"CMYK", inks_to_lab, 4)),
+        ("CMYK", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve())),
+    ],
+)
+def test_a_profile_that_is_damaged_or_of_another_kind_is_ignored_with_a_warning(tmp_path, mode, profile):
+    """The picture is then the one that it would be without the profile, and the warning is one printable line."""
+    path = tmp_path / "bell\a.tif"
+    Image.new("RGB", (4, 4), BROWN).convert(mode).save(path, icc_profile=profile)
+    with pytest.warns(RuntimeWarning, match="its ICC profile is ignored") as warned:
+        pixels = read(path)
+    assert [str(warning.message).isprintable() for warning in warned] == [True]
+    Image.new("RGB", (4, 4), BROWN).convert(mode).save(path)
+    assert (pixels == read(path)).all()
+
+
+# Colours of sRGB in a PNG, as it writes them: white, red, green, blue.
+CORNERS = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "declared"),
+    [
+        ([(b"gAMA", struct.pack(">I", 100000))], "gAMA and cHRM"),
+        ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "gAMA and cHRM"),
+        ([(b"cICP", b"\x0c\x0d\0\1")], "primaries 12, transfer 13"),
+        ([(b"gAMA", struct.pack(">I", 45455)), (b"cHRM", CORNERS)], None),
+        ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100000))], None),
+        ([(b"cICP", b"\x01\x0d\0\1"), (b"gAMA", struct.pack(">I", 100000))], None),
+    ],
+)
+def test_colours_declared_without_a_profile_are_warned_of(tmp_path, chunks, declared):
+    """The pixels are read as sRGB; if the file's numbers say that they are not, a warning says so."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert read(tmp_path / "picture.png", png(1, 8, 2, bytes(BROWN), *chunks)).tolist() == [[list(BROWN)]]
+    assert len(warned) == (declared is not None)
+    assert declared is None or declared in str(warned[0].message)
+    assert all(warning.filename == __file__ for warning in warned)
+
+
+def test_a_transparent_colour_of_16_bits_is_warned_of(tmp_path):
+    """Pillow reads 8 of the 16 bits, by which no pixel can be told to be the transparent one."""
+    row = struct.pack(">6H", 7, 7, 7, 51400, 25700, 12850)
+    with pytest.warns(RuntimeWarning, match="its transparent colour is ignored"):
+        pixels = read(tmp_path / "picture.png", png(2, 16, 2, row, (b"tRNS", bytes(6))))
+    assert pixels.tolist() == [[[0, 0, 0], list(BROWN)]]
+
+
+@needs_avif
+def test_avif_with_declared_colours(tmp_path):
+    """Display P3 by numbers is warned of and HDR refused, unless the HDR image is made of a gain map."""
+    path = tmp_path / "picture.avif"
+    Image.new("RGB", (16, 16), BROWN).save(path)
+    plain = path.read_bytes()
+    at = plain.index(b"colrnclx") + 8
+    with pytest.warns(RuntimeWarning, match="primaries 12"):
+        read(path, plain[:at] + struct.pack(">HH", 12, 13) + plain[at + 4 :])
+    hdr = plain[:at] + struct.pack(">HH", 9, 16) + plain[at + 4 :]
+    with pytest.raises(InputError, match="an HDR image"):
+        read(path, hdr)
+    assert read(path, hdr.replace(b"Color", b"tmap "))[0, 0] == pytest.approx(BROWN, abs=3)
+
+
+def test_exif_that_says_another_space_is_warned_of(tmp_path):
+    # One entry, the pointer to the second directory; there the colour space, as cameras mark Adobe RGB.
+    tags = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0) + struct.pack("<HHHIHHI", 1, 0xA001, 3, 1, 0xFFFF, 0, 0)
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
+    with pytest.warns(RuntimeWarning, match="its EXIF says that it is not sRGB"):
+        read(tmp_path / "picture.jpg")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(tmp_path, orientation):
+    """Each of EXIF's eight orientations is turned upright, of 8 bits and of 16."""
+    upright = np.arange(6, dtype=np.uint16).reshape(2, 3) * 5140
+    # Row 0 and column 0 of the file are these sides of the upright picture (EXIF 2.3, tag 274).
+    lying = upright if orientation < 5 else upright.T
+    rows, columns = (-1 if orientation in turned else 1 for turned in ((3, 4, 6, 7), (2, 3, 7, 8)))
+    stored = lying[::rows, ::columns]
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (20, 30)
+    exif[0x0112] = orientation
+    for depth in (257, 1):
+        picture = Image.fromarray((stored // depth).astype(np.uint8 if depth > 1 else np.uint16))
+        picture.save(tmp_path / "picture.png", exif=exif.tobytes())
+        assert (read(tmp_path / "picture.png")[..., 0] == upright // 257).all()
 
 
-def test_unreadable_images_are_explained(tmp_path):
+@pytest.fixture(params=["jpg", "png", "webp", "tif", "mpo", pytest.param("avif", marks=needs_avif), "heic"])
+def turned(request, tmp_path):
+    """A picture with a profile in each format that has EXIF: white above on the right, once it is turned."""
+    if request.param == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    picture, path = Image.new("RGB", (64, 48)), tmp_path / f"picture.{request.param}"
+    picture.paste("white", (0, 0, 32, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif.tobytes(), icc_profile=icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()))
+    if request.param == "heic":  # reading it must not need what writing it did
+        Image.ID.remove("HEIF")
+        del Image.OPEN["HEIF"]
+    return path
+
+
+def test_every_format_is_turned_once_and_converted(turned):
+    """EXIF is applied once, whoever decodes it, and so is the profile: white stays white, and brown changes."""
+    pixels = read(turned)
+    assert pixels.shape == (64, 48, 3)
+    assert (pixels[2:30, 26:46] > 250).all()
+    assert (pixels[34:, :] < 5).all()
+    Image.new("RGB", (16, 16), BROWN).save(turned, icc_profile=icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()))
+    assert read(turned)[8, 8] == pytest.approx(BROWN_OF_P3, abs=3)
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+def test_a_truncated_file_of_any_format_is_refused_in_one_line(turned):
+    whole = turned.read_bytes()
+    for share in (0.02, 0.3, 0.6, 0.9):
+        turned.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InputError, match="not a readable image") as raised:
+            open_image(turned)
+        assert "\n" not in str(raised.value)
+
+
+def test_damaged_exif_leaves_the_picture_as_it_lies(tmp_path):
+    """A picture whose EXIF cannot be read is read all the same; one odd tag does not keep it from being turned."""
+    picture = Image.new("RGB", (64, 48))
+    picture.save(tmp_path / "picture.png", exif=b"Exif\0\0XX*\0\x08\0\0\0")
+    with pytest.warns(RuntimeWarning, match="its EXIF data are damaged"):
+        assert read(tmp_path / "picture.png").shape == (48, 64, 3)
+    odd = struct.pack("<HHIfHHIHH", 0x010F, 11, 1, 0.5, 0x0112, 3, 1, 6, 0)  # the maker's name as a number
+    picture.save(tmp_path / "picture.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + odd + bytes(4))
+    assert read(tmp_path / "picture.jpg").shape == (64, 48, 3)
+
+
+@needs_avif
+def test_a_damaged_avif_is_one_line(tmp_path):
+    """An error of the decoder in the middle of the pixels is no traceback."""
+    Image.effect_noise((64, 64), 100).convert("RGB").save(tmp_path / "picture.avif")
+    data = bytearray((tmp_path / "picture.avif").read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start:] = bytes(len(data) - start)
+    with pytest.raises(InputError, match=r"picture\.avif is not a readable image"):
+        read(tmp_path / "picture.avif", bytes(data))
+
+
+def test_what_pillow_lacks_is_named(tmp_path, monkeypatch):
+    """HEIC, AVIF and colour profiles say what is missing, and the command that installs it."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    supported = [name for name in features.get_supported() if name not in ("avif", "littlecms2")]
+    monkeypatch.setattr(features, "get_supported", lambda: supported)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    with pytest.raises(InputError, match=r"a HEIC: pillow_heif is not installed; run: pip install -e '.\[heif\]'"):
+        read(tmp_path / "IMG_0001.HEIC", heic)
+    with pytest.raises(InputError, match=r"an AVIF, .* run: pip install -U pillow"):
+        read(tmp_path / "picture.avif", heic.replace(b"heic", b"avif"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "p3.png", icc_profile=icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()))
+    with pytest.raises(InputError, match="lacks littleCMS; run: pip install"):
+        read(tmp_path / "p3.png")
+
+
+def test_unreadable_paths_are_explained(tmp_path):
+    """Whatever a path is, the answer is one line, and at once: a pipe is not waited for."""
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image")
-    Image.new("RGB", (300, 300), "red").save(tmp_path / "cut.jpg", quality=95)
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     for name, message in (
         ("nowhere.jpg", "does not exist"),
         (".", "is not a file"),
+        ("pipe.jpg", "is not a file"),
+        ("/dev/zero", "is not a file"),
+        ("loop.jpg", "symbolic links"),
+        ("x" * 300, "name too long"),
+        ("text.jpg/inside.jpg", "Not a directory"),
         ("empty.jpg", r"empty \(0 bytes\)"),
         ("text.jpg", "not a readable image"),
-        ("cut.jpg", "not a readable image"),
     ):
         with pytest.raises(InputError, match=message):
             open_image(tmp_path / name)
+
+
+def test_a_picture_of_absurd_size_is_refused(tmp_path):
+    header = png(1, 8, 2, bytes(3)).replace(struct.pack(">II", 1, 1), struct.pack(">II", 2**17, 2**17), 1)
+    crc = struct.pack(">I", zlib.crc32(header[12:29]))
+    with pytest.raises(InputError, match="exceeds limit"):
+        read(tmp_path / "bomb.png", header[:29] + crc + header[33:])
 
 
 def test_fit_covers_and_crops_the_centre():

@@ -11,15 +11,26 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * GB), ("4 GiB", 2**32), ("500mb", 5 * 10**8), ("1.5k", 1500), ("77", 77)]
+    ("text", "size"), [("4GB", 4 * GB), ("4 GiB", 2**32), ("500mb", 5 * 10**8), ("1500k", 1500000), ("1000000", 10**6)]
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes("limit", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "four", "4GG", "0", "-1GB", "4ib"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="limit: expected a size such as 12GB"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (text, "such as 12GB, 12GiB or 500MB, got")
+        for text in ("", "four", "4GG", "-1GB", "4ib", "٤GB", "12\u212a", "nan")
+    ]
+    + [
+        ("8", r".*, got '8', which is bytes; did you mean 8GB\?$"),
+        ("0.5", "from 1MB to 1000TB, such as 12GB, got '0.5'$"),
+    ]
+    + [(text, "from 1MB to 1000TB") for text in ("0", "0.0000001GB", "1001TB", "9" * 400, "9" * 5000 + "GB")],
+)
+def test_other_sizes_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^limit: expected a size {message}"):
         parse_bytes("limit", text)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -63,13 +65,15 @@ def test_a_directory_without_an_encoder_is_named(tmp_path):
         encode_prompt("a", tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])
-def test_precomputed_embeddings_are_padded(tmp_path, shape):
-    states = torch.randn(shape)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 16), torch.float32), ((1, 5, 16), torch.bfloat16), ((5, 16), torch.float16)]
+)
+def test_precomputed_embeddings_are_padded(tmp_path, shape, dtype):
+    states = torch.randn(shape).to(dtype)
     save_file({"prompt_embeds": states}, tmp_path / "text.safetensors")
     text = load_text_embedding(tmp_path / "text.safetensors", 16)
     assert text.shape == empty_text(16).shape == (1, 512, 16)
-    assert torch.equal(text[0, :5], states.view(5, 16))
+    assert torch.equal(text[0, :5], states.view(5, 16).float())
     assert not text[:, 5:].any()
 
 
@@ -83,9 +87,28 @@ def test_unfit_embeddings_are_explained(tmp_path):
     save_file({"a": torch.zeros(5, 16), "b": torch.zeros(1)}, file)
     with pytest.raises(InputError, match=r"expected one tensor in .*, got a, b"):
         load_text_embedding(file, 16)
-    save_file({"a": torch.zeros(600, 16)}, file)
-    with pytest.raises(InputError, match=r"expected \[L <= 512, 16\] in .*, got \(600, 16\)"):
+    for shape in ((600, 16), (0, 16), (5, 15), (2, 5, 16), (16,), (), (1, 1, 5, 16), (0, 5, 16)):
+        save_file({"a": torch.zeros(shape)}, file)
+        with pytest.raises(InputError, match=rf"expected \[1 <= L <= 512, 16\] in .*, got {re.escape(str(shape))}"):
+            load_text_embedding(file, 16)
+    save_file({"a": torch.zeros(5, 16, dtype=torch.int64)}, file)
+    with pytest.raises(InputError, match=r"expected floating numbers in .*text.safetensors, got a in int64"):
         load_text_embedding(file, 16)
+    for number, dtype, told in ((torch.nan, torch.float32, "NaN"), (-torch.inf, torch.float16, "infinity")):
+        states = torch.zeros(5, 16, dtype=dtype)
+        states[3, 2] = number
+        save_file({"a": states}, file)
+        with pytest.raises(InputError, match=rf"text-embeddings: a in .*text.safetensors: {told}$"):
+            load_text_embedding(file, 16)
+
+
+def test_encoders_with_damaged_weights_are_named(tmp_path):
+    _, model = save_text_encoder(tmp_path)
+    with torch.no_grad():
+        model.shared.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "text_encoder")
+    with pytest.raises(InputError, match="text_encoder in float32, whose weights may be damaged: NaN"):
+        encode_prompt("a wave", tmp_path)
 
 
 def test_image_tokens_are_clips_last_but_one_hidden_state(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -21,7 +23,7 @@ import pytest
 import torch
 
 from model.generate import main
-from model.io.media import VideoWriter
+from model.io.media import VideoWriter, reserved
 from model.resume.clip import MOST_PLANS
 from model.resume.state import RunState
 from tests.support.memory_requests import predict_nothing
@@ -289,36 +291,117 @@ def test_a_removal_that_is_broken_off_leaves_no_run(
     assert not state.exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", pytest.param("gone", marks=pytest.mark.slow)])
 def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
-    damage: str,
-    whole: str,
-    photo_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    ended_after_segment: Callable[[int], Path],
+    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
     folder = ended_after_segment(1)
     out, state = folder / "clip.mp4", folder / "clip.run"
     command = [str(photo_file), "--out", str(out), *OPTIONS]
-    (state / "job.json").unlink()
-    if damage == "empty":
-        (state / "job.json").write_text("")
+    (state / "job.json").write_text("")
     assert main(command) == 2
     assert "--restart begins anew" in capsys.readouterr().err
     assert main([*command, "--restart"]) == 0
     assert digest(out) == whole
 
 
+def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
+) -> None:
+    """A job of the right sha256 with other types, values or sections than options give changes nothing."""
+    state = ended_after_segment(1) / "clip.run"
+    file = state / "job.json"
+    stored = json.loads(file.read_text())
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
+
+    def refused(section: str, key: str | None = None, value: Any = None) -> str:
+        job = copy.deepcopy(stored["job"])
+        if key is None:
+            del job[section]
+        else:
+            job[section][key] = value
+        sha256 = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        text = json.dumps({**stored, "job": job, "sha256": sha256})
+        file.write_text(text)
+        capsys.readouterr()
+        assert main(["--resume", str(state)]) == 2
+        error = capsys.readouterr().err
+        assert error[-1] == "\n"
+        assert error[:-1].isprintable()
+        assert {path.name: path.read_bytes() for path in state.iterdir()} == {**before, "job.json": text.encode()}
+        return error
+
+    odd = [None, 5, 7.5, True, "odd", "\0", [], {"a": 1}, [5], "a" * 5000, -1, 10**4000, "\ud800.mp4"]
+    for number, key in enumerate(stored["job"]["arguments"]):
+        for value in odd[number % 3 :: 3]:  # a third for each: all of it takes a minute
+            if type(value) is not type(stored["job"]["arguments"][key]) and (
+                value is not None or key in ("photo", "out")
+            ):
+                told = refused("arguments", key, value)
+                assert key in told.replace("-", "_"), told
+    assert "mode of the stored run" in refused("arguments", "mode", "other")
+    assert "steps of the stored run" in refused("arguments", "steps", 1.0)
+    assert "steps of the stored run" in refused("arguments", "steps", 10**9)
+    assert "differ in options: more" in refused("arguments", "more", 1)
+    assert "differ in options: anchor, blocks, cuda_graph" in refused("arguments")
+    for told in (refused("inputs"), refused("inputs", "photo", 5)):
+        assert "no fingerprint of its photograph" in told
+    assert r"request.\x1b[2J" in refused("request", "\x1b[2J", "\x1b[2J")
+    assert "resume: not what" in refused("request")
+
+
 def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
     whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
 ) -> None:
+    """Inputs, a reference and a segment of other shapes, with the right sha256, are damaged as empty files are."""
     folder = ended_after_segment(2)
     out, state = folder / "clip.mp4", folder / "clip.run"
-    (state / "inputs.safetensors").write_bytes(b"")
+    with RunState.open(state) as run:
+        inputs = run.load("inputs")
+        del inputs["picture"]
+        run.restore("inputs", inputs)
+        run.restore("segment-0002", {"blocks": torch.ones(1, 16, 2, 4, 6)})
     assert main(["--resume", str(state), "--keep-state"]) == 0
-    assert "2 of 3 segments are there already" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 of 3 segments are there already" in told
+    assert "segment-0002.safetensors is damaged (expected blocks [1, 16, 1, 4, 6] float32, got" in told
     assert (state / "inputs.safetensors").stat().st_size > 1000
     assert digest(out) == whole
+
+
+def test_a_piece_of_another_run_is_made_again(
+    whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
+) -> None:
+    """A piece that is whole, but of another run or another number, does not get into the film."""
+    folder = ended_after_segment(3)
+    out, state = folder / "clip.mp4", folder / "clip.run"
+    with VideoWriter(folder / "other.mp4", 48, 32, 16, pieces=folder / "other") as writer:
+        for length in (1, 4):
+            writer.write(torch.zeros(length, 32, 48, 3, dtype=torch.uint8))
+            writer.end_piece()
+    (folder / "other" / "piece-0001.mp4").replace(state / "piece-0001.mp4")
+    assert main(["--resume", str(state)]) == 0
+    assert "piece-0001.mp4 is damaged (sha256 differs)" in capsys.readouterr().out
+    assert digest(out) == whole
+
+
+def test_two_runs_do_not_make_one_video(
+    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
+) -> None:
+    """Whoever comes second is refused before it makes anything, whether it is new or goes on with another state."""
+    folder = ended_after_segment(1)
+    state = (folder / "clip.run").rename(folder / "elsewhere")
+    before = sorted(folder.rglob("*"))
+    with reserved(folder / "clip.mp4"):
+        for options in (
+            ["--resume", str(state)],
+            [str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS],
+            [str(photo_file), "--out", str(folder / "clip.mp4"), "--state", str(state), "--restart", *OPTIONS],
+        ):
+            assert main(options) == 2
+            assert "clip.mp4 is in use by another process" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+    assert main(["--resume", str(state)]) == 0
+    assert digest(folder / "clip.mp4") == whole
 
 
 @pytest.mark.slow

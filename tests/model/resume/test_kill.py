@@ -69,8 +69,8 @@ def work(room: Path) -> None:
                 tensors = {"first": made(number), "second": made(number).bfloat16()}
                 state.save(name, tensors)
             before.append(tensors["first"])
-        segments, problems = state.finished_segments()
-        writer = VideoWriter(room / "film.mp4", SIZE, SIZE, FPS, pieces=room / "run")
+        segments, problems = state.finished_segments([(1, 4, BLOCKS, 4, 4)] * SEGMENTS)
+        writer = VideoWriter(room / "film.mp4", SIZE, SIZE, FPS, pieces=room / "run", run=state.digest)
         if problems or writer.damaged:
             raise RuntimeError(f"{problems}, {writer.damaged}")
         writer.keep(min(writer.num_pieces, len(segments) + 1))
@@ -197,11 +197,11 @@ def finished(room: Path) -> tuple[int, int]:
         assert state.job["request"] == JOB["request"]
         there = [state.load(name) is not None for name in ("inputs", "motion", "condition")]
         assert there == sorted(there, reverse=True)
-        segments, problems = state.finished_segments()
+        segments, problems = state.finished_segments([(1, 4, BLOCKS, 4, 4)] * SEGMENTS)
         assert state.damaged == problems == []
         assert all(torch.equal(blocks, made(number)) for number, blocks in enumerate(segments, start=1))
         assert len(segments) == len(list(room.glob("run/segment-*.safetensors")))
-    writer = VideoWriter(room / "film.mp4", SIZE, SIZE, FPS, pieces=room / "run")
+    writer = VideoWriter(room / "film.mp4", SIZE, SIZE, FPS, pieces=room / "run", run=state.digest)
     assert writer.damaged == []
     assert writer.num_pieces == len(list(room.glob("run/piece-*.mp4")))
     assert writer.num_pieces <= len(segments) + 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def looked_at(folder):
+    found = {path.name: path.lstat() for path in folder.iterdir()}
+    return {name: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
 @pytest.fixture
 def state(tmp_path):
     with RunState.create(tmp_path / "run", JOB) as created:
@@ -69,7 +76,7 @@ def test_a_job_comes_back_with_the_software_that_runs_it(tmp_path, state):
         assert opened.job == {**json.loads(json.dumps(JOB)), "software": software()}
         assert opened.changes(JOB) == job_changes.Changes((), ())
     assert software()["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert names(tmp_path / "run") == ["job.json", "lock"]
+    assert names(tmp_path / "run") == ["job.json"]
 
 
 def test_what_is_different_is_named_and_sorted_by_what_it_means(state):
@@ -124,13 +131,23 @@ def test_a_folder_without_a_readable_job_is_explained(tmp_path):
     assert "is not readable" in opened("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
     assert "expected an object with schema" in opened("[]")
     (tmp_path / "run" / "job.json").unlink()
-    (tmp_path / "run" / "lock").unlink()
     RunState.create(tmp_path / "run", JOB).close()
     stored = json.loads((tmp_path / "run" / "job.json").read_text())
-    assert "schema version 2, this program reads 1" in opened(json.dumps({**stored, "schema": 2}))
+    assert "schema version 1, this program reads 2" in opened(json.dumps({**stored, "schema": 1}))
+    for job in ([1], None, {"request": 5}, {"request": {"deep": json.loads("[" * 30 + "]" * 30)}}):
+        digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        assert "expected a job of sections" in opened(json.dumps({**stored, "job": job, "sha256": digest}))
+    assert "NaN is no number" in opened('{"schema": NaN}')
+    for text in (
+        "[" * 10**5,
+        f'{{"schema": {"[" * 980}{"]" * 980}, "sha256": 1, "job": {{}}}}',
+        "1" * 5000,
+        "\ufeff{}",
+    ):
+        assert re.search("is not readable|schema version", opened(text))
+    assert names(tmp_path / "run") == ["job.json"]
     edited = {**stored, "job": {**stored["job"], "seed": 9}}
     assert "damaged or was edited (sha256 differs)" in opened(json.dumps(edited))
-    assert "damaged or was edited" in opened(json.dumps({**stored, "job": [1]}))
     (tmp_path / "run" / "job.json").write_text(json.dumps(stored))
     RunState.open(tmp_path / "run").close()
 
@@ -144,8 +161,10 @@ def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
     with pytest.raises(InputError, match=r"already holds segment-0001\.safetensors"):
         RunState.create(tmp_path / "run", JOB)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="is not a folder"):
         RunState.create(tmp_path / "file", JOB)
+    with pytest.raises(InputError, match="cannot be written"):
+        RunState.create(tmp_path / "file" / "run", JOB)
     # The lock of the failed attempts is free again.
     (tmp_path / "run" / "segment-0001.safetensors").unlink()
     RunState.create(tmp_path / "run", JOB).close()
@@ -166,16 +185,88 @@ def test_two_processes_do_not_work_on_one_run(tmp_path, state):
     RunState.open(tmp_path / "run").close()
 
 
-def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch):
-    def unsupported(file, operation):
-        raise OSError(errno.ENOLCK, "no locks available")
+# What is not of a run
 
-    monkeypatch.setattr(run_state.fcntl, "flock", unsupported)
-    with RunState.create(tmp_path / "run", JOB) as state:
+
+def test_whatever_has_the_name_of_a_runs_file_and_is_none_is_refused_and_stays(tmp_path):
+    """Nothing is written, read or deleted through a link, and no folder, pipe or file of the user's is touched.
+
+    It does not matter whether there is a run in the folder, nor what is to be done with it.
+    """
+    mine = tmp_path / "mine"
+    mine.write_text("of the user")
+    (tmp_path / "folder").mkdir()
+    makes = [
+        lambda path: path.symlink_to(mine),
+        lambda path: path.symlink_to(tmp_path / "nowhere"),
+        lambda path: path.symlink_to(tmp_path / "folder"),
+        lambda path: path.mkdir(),
+        lambda path: os.mkfifo(path),
+    ]
+    uses = [
+        RunState.open,
+        RunState.discard,
+        lambda folder: RunState.create(folder, JOB),
+    ]
+    files = ["job.json", "lock", "finished", "inputs.safetensors", "segment-0002.safetensors.damaged", "piece-0001.mp4"]
+    for number, file in enumerate(files):
+        for make in makes:
+            folder = tmp_path / f"run {number}"
+            RunState.create(folder, JOB).close()
+            (folder / file).unlink(missing_ok=True)
+            make(folder / file)
+            before = looked_at(folder)
+            for use in uses:
+                with pytest.raises(InputError, match=re.escape(file)):
+                    use(folder)
+                assert looked_at(folder) == before
+            assert mine.read_text() == "of the user"
+            shutil.rmtree(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for use in uses:
+        with pytest.raises(InputError, match="link is a link: name the folder"):
+            use(tmp_path / "link")
+    assert names(tmp_path) == ["folder", "link", "mine"]
+    assert names(tmp_path / "folder") == []
+
+
+def test_files_of_no_run_are_not_deleted_to_begin_anew(tmp_path):
+    """A folder's files are a run's if it has a run's job, or an empty one, as a disk that fails may leave."""
+    for job, other in (("", True), ("{}", False), ('{"schema": 2}', False), (None, False)):
+        folder = tmp_path / "run"
+        RunState.create(folder, JOB).close()
+        (folder / "piece-0001.mp4").write_text("mine")
+        (folder / "job.json").unlink()
+        if job is not None:
+            (folder / "job.json").write_text(job)
+        if other:
+            assert RunState.holds(folder)
+            RunState.discard(folder)
+            assert names(folder) == []
+        else:
+            before = names(folder)
+            for use in (RunState.holds, RunState.discard):
+                with pytest.raises(InputError, match="which is of no run"):
+                    use(folder)
+            assert names(folder) == before
+            assert (folder / "piece-0001.mp4").read_text() == "mine"
+        shutil.rmtree(folder)
+    assert not RunState.holds(tmp_path / "nowhere")
+    RunState.discard(tmp_path / "nowhere")
+    RunState.create(tmp_path / "run", JOB).close()
+    (tmp_path / "run" / "finished").write_text("with my exams")
+    for use in (RunState.holds, RunState.discard, RunState.open, lambda folder: RunState.create(folder, JOB)):
+        with pytest.raises(InputError, match="finished is of no run"):
+            use(tmp_path / "run")
+    assert (tmp_path / "run" / "finished").read_text() == "with my exams"
+
+
+def test_a_folder_that_is_gone_while_a_run_is_at_work_is_named(state):
+    shutil.rmtree(state.folder)
+    with pytest.raises(InputError, match=r"motion\.safetensors cannot be written: .*No such file"):
         state.save("motion", TENSORS)
-    monkeypatch.setattr(run_state, "fcntl", None)  # as on Windows
-    with RunState.open(tmp_path / "run") as state:
-        same(state.load("motion"), TENSORS)
+    state.close()
+    assert not state.folder.exists()
 
 
 # Tensors
@@ -187,7 +278,7 @@ def test_tensors_come_back_bit_for_bit(state):
     state.save("condition", given)
     same(state.load("condition"), given)
     assert state.load("motion") is None
-    assert state.finished_segments() == ([], [])
+    assert state.finished_segments([(1,)]) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["other", "segment-1", "segment-0000", "../motion", "motion.safetensors", ""])
@@ -221,28 +312,78 @@ def test_a_change_of_any_byte_is_noticed(state):
     same(state.load("motion"), given)
 
 
-def test_a_file_of_another_origin_is_not_taken(state):
+def test_a_file_of_another_origin_is_not_taken(state, tmp_path):
+    """A file without the sha256, one of another run and one under another name are damaged."""
     save_file({"motion": torch.ones(2)}, state.folder / "motion.safetensors")
     assert state.load("motion") is None
-    assert state.damaged == ["motion.safetensors is damaged (it has no sha256); it has to be made again"]
+    with RunState.create(tmp_path / "other", changed(request={"seed": 8})) as other:
+        other.save("motion", TENSORS)
+        shutil.copy(other.folder / "motion.safetensors", state.folder)
+    assert state.load("motion") is None
+    state.save_segment(2, torch.ones(3))
+    (state.folder / "segment-0002.safetensors").rename(state.folder / "segment-0001.safetensors")
+    assert state.load(segment_name(1)) is None
+    assert [line.split(";")[0] for line in state.damaged] == [
+        "motion.safetensors is damaged (it has no sha256)",
+        "motion.safetensors is damaged (sha256 differs)",
+        "segment-0001.safetensors is damaged (sha256 differs)",
+    ]
+
+
+def test_other_tensors_than_are_needed_are_damage(state):
+    """A file whose tensors have other names, shapes or dtypes is set aside, whoever gave it the right sha256."""
+    wanted = {"a": (1, None, 3), "b": (2,)}
+    good = {"a": torch.ones(1, 9, 3), "b": torch.ones(2)}
+    state.save("inputs", good)
+    same(state.load("inputs", wanted), good)
+    for other, told in (
+        ({"a": good["a"]}, "expected a, b in it, got a"),
+        ({**good, "\x1b[2J": good["b"]}, r"expected a, b in it, got \x1b[2J, a, b"),
+        ({**good, "b": torch.ones(3)}, "expected b [2] float32, got [3] torch.float32"),
+        ({**good, "b": torch.ones(2).half()}, "expected b [2] float32, got [2] torch.float16"),
+        ({**good, "a": torch.ones(9, 3)}, "expected a [1, any, 3] float32, got [9, 3] torch.float32"),
+    ):
+        state.save("inputs", other)
+        assert state.load("inputs", wanted) is None
+        assert state.damaged.pop() == f"inputs.safetensors is damaged ({told}); it has to be made again"
+        assert names(state.folder) == ["inputs.safetensors.damaged", "job.json", "lock"]
+
+
+def test_what_becomes_a_link_while_a_run_is_at_work_is_damage(state, tmp_path):
+    """A link to a good file is set aside like a damaged one, and what it leads to is not touched."""
+    state.save("motion", TENSORS)
+    place = state.folder / "motion.safetensors"
+    moved = place.rename(tmp_path / "motion.safetensors")
+    for target in (moved, tmp_path / "nowhere"):
+        place.symlink_to(target)
+        assert state.load("motion") is None
+        assert "motion.safetensors is a link" in state.damaged.pop()
+        assert not os.path.lexists(place)
+    temporary = state.folder / f".motion.{os.getpid()}.tmp.safetensors"
+    temporary.symlink_to(moved)
+    before = moved.read_bytes()
+    state.save("motion", {"other": torch.ones(1)})
+    assert moved.read_bytes() == before
 
 
 def test_segments_are_there_up_to_the_first_that_is_damaged(state):
     blocks = [torch.full((1, 2, 3), float(number)) for number in range(1, 6)]
     for number, given in enumerate(blocks, start=1):
         state.save_segment(number, given)
-    segments, problems = state.finished_segments()
+    shapes = [(1, 2, 3)] * 5
+    assert len(state.finished_segments(shapes[:4])[0]) == 4  # the run has no more
+    segments, problems = state.finished_segments(shapes)
     assert torch.equal(torch.stack(segments), torch.stack(blocks))
     assert problems == []
     path = state.folder / "segment-0003.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    segments, problems = state.finished_segments()
+    segments, problems = state.finished_segments(shapes)
     assert len(segments) == 2
     assert problems == ["segment-0003.safetensors is damaged (sha256 differs); starting from segment 3"]
     assert (state.folder / "segment-0003.safetensors.damaged").read_bytes() == data
-    segments, problems = state.finished_segments()
+    segments, problems = state.finished_segments(shapes)
     assert (len(segments), problems) == (2, [])
 
 
@@ -308,8 +449,11 @@ def test_files_that_a_killed_run_had_begun_are_gone_when_it_goes_on(state):
     state.close()
     (state.folder / ".motion.12.tmp.safetensors").touch()
     (state.folder / ".clip.12.tmp.mp4").touch()
+    (state.folder / ".job.12.tmp.json").mkdir()
+    (state.folder / ".inputs.12.tmp.safetensors").symlink_to(state.folder / ".clip.12.tmp.mp4")
     RunState.open(state.folder).close()
-    assert names(state.folder) == [".clip.12.tmp.mp4", "job.json", "lock"]
+    foreign = [".clip.12.tmp.mp4", ".inputs.12.tmp.safetensors", ".job.12.tmp.json"]
+    assert names(state.folder) == [*foreign, "job.json"]
 
 
 def test_devices_have_names():
@@ -389,8 +533,8 @@ def test_only_the_outer_rows_of_large_tensors_are_read(tmp_path, monkeypatch):
         return wrapped
 
     class Counted(weight_files.StoredTensor):
-        def __init__(self, shape, dtype, read, read_rows):
-            super().__init__(shape, dtype, counted(read), counted(read_rows))
+        def __init__(self, *described):
+            super().__init__(*(counted(part) if callable(part) else part for part in described))
 
     monkeypatch.setattr(weight_files, "StoredTensor", Counted)
     weights_at(tmp_path / "w.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from model import VAEPlan, WanVAE, load_vae
 from model.machine.counted import TensorMemory
+from model.machine.finite import NotFiniteError
 from model.machine.host import Host
 from model.vae.model import FrameSource
 from model.vae.tiles import Region, Span
@@ -172,11 +174,21 @@ def test_nan_is_named_and_not_painted_black(tiny_vae: WanVAE, blocks: int) -> No
     latents, video = torch.randn(1, 4, 5, 2, 3), torch.rand(1, 3, 17, 16, 24)
     latents[0, 1, 3, 1, 1] = float("nan")
     latents[0, 1, 4, 1, 1] = float("inf")
-    with pytest.raises(ValueError, match="latents: NaN or infinity in latent frames 3"):
+    with pytest.raises(ValueError, match="latents: NaN in latent frame 3"):
         list(tiny_vae.decode_frames(latents.split(blocks, dim=2)))
     video[0, 1, 9] = float("nan")
-    with pytest.raises(ValueError, match="video: NaN or infinity in latent frames 3"):
+    with pytest.raises(ValueError, match="the VAE's encoder: NaN in latent frame 3"):
         tiny_vae.encode(video)
+
+
+def test_features_that_overflow_are_no_frame(tiny_vae: WanVAE) -> None:
+    """Features beyond the range of the dtype end the decoding; pixels of 8 bits would hide them."""
+    vae = copy.deepcopy(tiny_vae)
+    with torch.no_grad():
+        vae.decoder.up_blocks[-1].resnets[-1].conv2.bias.fill_(torch.inf)
+    frames = vae.decode_frames(torch.randn(1, 4, 5, 2, 3).split(1, dim=2))
+    with pytest.raises(NotFiniteError, match="the VAE's decoder: NaN"):
+        next(frames)
 
 
 def test_pieces_of_another_size_are_refused(tiny_vae: WanVAE) -> None:

@@ -17,14 +17,18 @@ import torch
 from model import DiTConfig, InputError, LoRA, VAEConfig, WanDiT, WanVAE, load_dit, load_vae, merge_loras
 from model.config import PRESETS
 from model.inspect import main
+from model.streaming.placement import Placement
+from model.weights import load as loading
 from model.weights.files import open_weights
 from model.weights.load import inspect_dit, random_weights
+from model.weights.scaled import largest
 from tests.conftest import TINY_DIT
 from tests.model.dit.test_model import saved_diffusers_dit
 from tests.model.vae.test_model import saved_diffusers_vae
 from tests.support.lora_spellings import MODULE, pair, saved
 from tests.support.original_names import float8_with_scales, original_dit
 from tests.support.products import half
+from tests.support.tolerances import PARITY, relative_error
 
 DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=8, in_channels=36, text_dim=8, freq_dim=8)
 CLIP_DIT = replace(DIT, image_dim=4, added_kv=True, pos_embed_seq_len=6)
@@ -55,10 +59,13 @@ def refused(inspected):
 
 
 PICKLES = {
-    "empty": (b"", "EOFError"),
-    "text": (b"hello\n", "cannot be loaded with weights_only=True: "),
-    "zeros": (b"\x00" * 50, "cannot be loaded with weights_only=True: "),
-    "half an archive": (b"PK\x03\x04" + b"\x00" * 50, "cannot be loaded with weights_only=True: "),
+    "empty": (b"", "is no pickle of tensors alone: it is damaged, or no such file at all (EOFError)"),
+    "text": (b"hello\n", "is no pickle of tensors alone: it is damaged, or no such file at all ("),
+    "zeros": (b"\x00" * 50, "is no pickle of tensors alone: it is damaged, or no such file at all ("),
+    "half an archive": (
+        b"PK\x03\x04" + b"\x00" * 50,
+        "is no pickle of tensors alone: it is damaged, or no such file at all (",
+    ),
     "numbered": ({1: torch.zeros(2)}, "does not hold a plain dictionary of names and dense tensors"),
     "numbered inside": ({"state_dict": {1: 2}}, "does not hold a plain dictionary of names and dense tensors"),
     "sparse": ({"a": torch.eye(2).to_sparse()}, "does not hold a plain dictionary of names and dense tensors"),
@@ -138,7 +145,9 @@ def test_paths_that_are_neither_files_nor_directories(tmp_path, inspected, refus
     with pytest.raises(InputError, match="/dev/null is neither a file nor a directory"):
         open_weights(type(tmp_path)("/dev/null"))
     refused(tmp_path / "pipe.safetensors", 2, "is neither a file nor a directory")
-    assert inspected(tmp_path / ("x" * 5000))[0] == 2
+    with pytest.raises(SystemExit) as exited:
+        inspected(tmp_path / ("x" * 5000))
+    assert exited.value.code == 2
     code, printed = inspected(tmp_path)
     assert (code, len(printed["checkpoints"])) == (2, 2)
     with pytest.raises(InputError, match="cannot be read"):
@@ -272,7 +281,7 @@ def test_a_message_names_the_key_of_the_config_and_its_value(tmp_path, refused):
     for key, value, message in (
         ("num_attention_heads", "x", "num_attention_heads: expected an integer of at least 1, got 'x'"),
         ("patch_size", 2, "patch_size: expected a list, got 2"),
-        ("eps", math.nan, "eps: expected a finite number, got nan"),
+        ("eps", math.nan, "eps: expected a finite number (of float32), got nan"),
         ("num_layers", 10_000, "its configuration has 10000 layers, and it holds "),
         ("ffn_dim", 10**30, "sizes beyond what torch can count"),
     ):
@@ -309,8 +318,155 @@ def test_scales_of_float8_are_finite_when_they_are_read(value, tmp_path):
     stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
     key = "blocks.0.self_attn.q.scale_weight"
     file = saved(tmp_path / "wan.safetensors", stored | {key: torch.full_like(stored[key], value)})
-    with pytest.raises(InputError, match=rf"wan\.safetensors: {key}: expected finite numbers"):
+    with pytest.raises(InputError, match=rf"wan\.safetensors: {key} holds NaN or infinity; expected finite numbers"):
         load_dit(file)
+
+
+def test_what_is_not_finite_is_found_in_every_dtype():
+    """The largest number of a tensor is found, and NaN and infinity of either sign at any place, by the bytes of 8."""
+    for kind in ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"):
+        dtype = getattr(torch, kind)
+        whole = torch.linspace(-3, 2, 35).to(dtype).view(5, 7)
+        assert largest(whole, "w") == (3 if dtype.itemsize > 1 else torch.finfo(dtype).max)
+        for value in (math.nan, -math.nan, math.inf, -math.inf):
+            if kind == "float8_e4m3fn" and math.isinf(value):  # which has none
+                continue
+            for place in (0, 17, 34):
+                bad = whole.float()
+                bad.view(-1)[place] = value
+                with pytest.raises(InputError, match=r"^w holds NaN or infinity; expected finite numbers$"):
+                    largest(bad.to(dtype), "w")
+        ends = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=torch.float64).to(dtype)
+        assert largest(ends, "w") == torch.finfo(dtype).max
+    assert largest(torch.tensor([-128, 127], dtype=torch.int8), "w") == 128
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("float32", 1e6), ("bfloat16", math.nan), ("float8_e4m3fn", 1e6), ("float8_e5m2", math.inf)]
+)
+def test_weights_that_are_not_finite_as_they_are_loaded_are_named(kind, value, tmp_path):
+    """NaN, infinity and what the dtype to load in cannot hold are refused with file and tensor, wherever layers are."""
+    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
+    scaled = kind.startswith("float8")
+    stored = float8_with_scales(state, dtype=getattr(torch, kind))[0] if scaled else state
+    key = "blocks.1.cross_attn.o.weight"
+    tensor = stored[key].clone() if scaled else stored[key].to(getattr(torch, kind))
+    if scaled and value == 1e6:
+        stored |= {f"{key.removesuffix('weight')}scale_weight": torch.tensor(1e6)}
+    else:
+        tensor.view(-1)[77] = value
+    file = saved(tmp_path / "wan.safetensors", stored | {key: tensor})
+    words = rf"wan\.safetensors: {key} holds NaN or infinity"
+    if value == 1e6:
+        load_dit(file)
+        words = (
+            rf"wan\.safetensors: {key} holds [\d.e+]+; expected at most 65504 in float16 \(dtype bfloat16 holds it\)"
+        )
+    for placement in (None, Placement(resident=0, quantize="file"), Placement(quantize="int8")):
+        with pytest.raises(InputError, match=words):
+            load_dit(file, dtype=torch.float16, placement=placement)
+    streamed = load_dit(file, dtype=torch.float16, placement=Placement(resident=0, pinned=0))
+    with pytest.raises(InputError, match=words), torch.no_grad():
+        streamed(torch.zeros(1, 36, 2, 4, 4), torch.tensor([5.0]), torch.zeros(1, 5, 8))
+
+
+def test_a_layer_of_a_file_is_checked_in_its_first_pass_alone(tmp_path, monkeypatch):
+    """A layer that stays in its file is checked when it is first read, and not in every pass."""
+    config = replace(DIT, num_layers=3)  # more than there are slots, in which two would stay
+    file = saved(tmp_path / "wan.safetensors", original_dit(random_weights(WanDiT, config, 0).state_dict()))
+    model = load_dit(file, placement=Placement(resident=0, pinned=0))
+    checks, whole = [], loading.largest
+    monkeypatch.setattr(loading, "largest", lambda *given: checks.append(given) or whole(*given))
+    counts = []
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.zeros(1, 36, 2, 4, 4), torch.tensor([5.0]), torch.zeros(1, 5, 8))
+        counts.append(len(checks))
+    assert counts[0] == counts[1] > 3 * 20
+
+
+def test_a_vae_that_is_not_finite_is_named(tmp_path):
+    state = {name: tensor.clone() for name, tensor in random_weights(WanVAE, VAES["2.1"], 0).state_dict().items()}
+    state["decoder.conv_out.weight"][0, 1, 2, 0, 1] = -math.inf
+    with pytest.raises(InputError, match=r"vae\.safetensors: decoder\.conv_out\.weight holds NaN or infinity"):
+        load_vae(saved(tmp_path / "vae.safetensors", state))
+
+
+STAGES = {"dim_mult": [4, 2, 1], "temperal_downsample": [False, True]}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (STAGES, "dim_mult: the decoder's stage 1 goes from 4 to 8 channels"),
+        (
+            {"dim_mult": [1, 3, 3], "temperal_downsample": [True, True]},
+            "dim_mult: the encoder's stage 1 goes from 4 to 12",
+        ),
+        ({"dim_mult": [2], "temperal_downsample": []}, "dim_mult: expected at least two stages, got 1"),
+        (STAGES | {"is_residual": False, "base_dim": 1}, "expected stages of 2 channels or more, got [1, 2]"),
+        ({"latents_std": [1e-300] * 4}, "latents_std: expected a number above 0"),
+        ({"latents_mean": [1e300] * 4}, "latents_mean: expected a finite number"),
+    ],
+)
+def test_vaes_that_cannot_run_are_refused_as_they_are_loaded(config, words, tmp_path, refused):
+    """A VAE of Wan2.2 whose stages no shortcut can follow is refused, and others that would fail in the first clip."""
+    base = {"_class_name": "AutoencoderKLWan", "base_dim": 4, "z_dim": 4, "is_residual": True}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**base, "latents_mean": [0] * 4, "latents_std": [1] * 4, **config})
+    )
+    saved(tmp_path / "x.safetensors", random_weights(WanVAE, VAES["2.2"], 0).state_dict())
+    refused(tmp_path, 1, words, load=load_vae)
+
+
+def test_a_vae_of_wan21_whose_decoder_widens_equals_diffusers(tmp_path):
+    theirs = saved_diffusers_vae(tmp_path, base_dim=4, z_dim=4, num_res_blocks=1, **STAGES)
+    latents = torch.randn(1, 4, 2, 2, 3)
+    mean, std = (torch.tensor(theirs.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = theirs.decode(latents * std + mean).sample
+        assert relative_error(load_vae(tmp_path).decode(latents), expected) < PARITY
+
+
+def test_only_files_are_opened(tmp_path, refused):
+    """A folder, a pipe or a link that leads nowhere in a file's place is refused at once, and so is a doubled key."""
+    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
+    makers = {"a folder": os.mkdir, "a pipe": os.mkfifo, "a loop": lambda path: path.symlink_to(path.name)}
+    for name, make in makers.items():
+        for place in ("diffusion_pytorch_model.safetensors", "m.safetensors.index.json", "config.json"):
+            folder = tmp_path / name / place.replace(".", "_")
+            folder.mkdir(parents=True)
+            if place == "config.json":
+                saved(folder / "wan.safetensors", state)
+            make(folder / place)
+            with pytest.raises(InputError, match=r"expected a file|no safetensors") as error:
+                load_dit(folder)
+            assert str(folder) in str(error.value)
+    saved(tmp_path / "wan.safetensors", state)
+    (tmp_path / "config.json").write_text('{"num_heads": 1, "num_heads": 2}')
+    refused(tmp_path / "wan.safetensors", 2, "it gives 'num_heads' twice", named=tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_names_of_tensors_that_a_terminal_would_obey_are_refused(suffix, tmp_path, refused):
+    file = tmp_path / f"wan{suffix}"
+    (saved if suffix == ".safetensors" else lambda path, state: torch.save(state, path))(
+        file, {"a\x1b[2J": torch.ones(1)}
+    )
+    refused(file, 2, r"has a tensor called 'a\x1b[2J'; expected printable characters")
+
+
+def test_a_set_of_shards_is_whole(tmp_path):
+    """Shards without an index are all there: those that are missing may hold whole layers, which nobody would miss."""
+    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
+    last = {name: tensor for name, tensor in state.items() if name.startswith("blocks.1.")}
+    rest = {name: tensor for name, tensor in state.items() if name not in last}
+    for i, part in enumerate((rest, last, {"patch_embedding.bias": rest.pop("patch_embedding.bias")})):
+        saved(tmp_path / f"wan-0000{i + 1}-of-00003.safetensors", part)
+    load_dit(tmp_path)
+    (tmp_path / "wan-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds 2 shards of 3: wan-00001-of-00003\.safetensors, wan-00003"):
+        load_dit(tmp_path)
 
 
 def test_a_scale_may_have_more_dimensions_than_its_weight(tmp_path):

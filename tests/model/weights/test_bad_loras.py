@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model import DiTConfig, InputError, LoRA, WanDiT, apply_loras, load_dit, merge_loras
 from model.weights.load import random_weights
@@ -122,6 +123,68 @@ def test_a_strength_is_one_that_float32_can_hold(strength):
     assert LoRA("lora.safetensors", LARGEST).strength == LARGEST
 
 
+NOT_FINITE = {
+    "NaN in a factor": ({"lora_up.weight": math.nan}, "lora_up.weight holds NaN or infinity; expected finite"),
+    "infinity in a factor": ({"lora_down.weight": -math.inf}, "lora_down.weight holds NaN or infinity; expected"),
+    "more than float32": ({"lora_down.weight": 1e300}, r"lora_down.weight holds 1e\+300; expected at most .* float32"),
+    "NaN in a difference": ({"diff": math.nan}, "diff holds NaN or infinity; expected finite numbers"),
+    "infinity in a bias": ({"diff_b": math.inf}, "diff_b holds NaN or infinity; expected finite numbers"),
+    "a product beyond float32": (
+        {"lora_up.weight": 1e30, "lora_down.weight": 1e30},
+        "lora_up.weight at strength 0.5: blocks.0.attn2.to_out.0.weight then holds NaN or infinity; expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_numbers_that_are_not_finite_are_named_before_any_weight_changes(case, tmp_path):
+    """NaN, infinity and sums beyond float32 end each way of merging with the file and the tensor, which is its last;
+    the weights stay as they were."""
+    values, message = NOT_FINITE[case]
+    dit, good = applicable(tmp_path)
+    before = copied(dit)
+    module = "diffusion_model.blocks.0.cross_attn.o"
+    shapes = {"lora_down.weight": (4, 128), "lora_up.weight": (128, 4), "diff": (128, 128), "diff_b": (128,)}
+    state = load_file(good)
+    for part, value in values.items():
+        tensor = torch.ones(shapes[part], dtype=torch.float64)
+        tensor.view(-1)[-1] = value
+        state[f"{module}.{part}"] = tensor
+    bad = saved(tmp_path / "bad.safetensors", state)
+    checkpoint = saved(tmp_path / "dit.safetensors", original_dit(before))
+    for change in (merge_loras, apply_loras, lambda _, loras: load_dit(checkpoint, loras=loras)):
+        with pytest.raises(InputError, match=rf"^lora: .*bad\.safetensors: {module}\.{message}"):
+            change(dit, [LoRA(bad, 0.5)])
+        assert same(before, dit)
+
+
+def test_sums_that_float16_cannot_hold_are_refused_and_bfloat16_is_named(tmp_path):
+    """A sum beyond 65504 is refused in a float16 model, at any strength that makes it; in bfloat16 it is merged."""
+    message = (
+        r"^lora: \S*lora\.safetensors: \S*\.lora_up\.weight at strength \d+:"
+        r" blocks\.0\.attn1\.to_q\.weight then holds \d+(\.\d)?; expected at most 65504 in float16"
+        r" \(dtype bfloat16 holds it\)$"
+    )
+    state = pair() | {f"{MODULE}.lora_up.weight": torch.full((128, 4), 200.0)}
+    file = saved(tmp_path / "lora.safetensors", state)
+    checkpoint = saved(tmp_path / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    dit = load_dit(checkpoint, dtype=torch.float16)
+    before = copied(dit)
+    for change in (merge_loras, apply_loras):
+        with pytest.raises(InputError, match=message):
+            change(dit, [LoRA(file, 100)])
+        assert same(before, dit)
+    with pytest.raises(InputError, match=message):
+        load_dit(checkpoint, dtype=torch.float16, loras=[LoRA(file, 200)])
+    with apply_loras(dit, [LoRA(file, 80)]) as applied:
+        merged = copied(dit)
+        with pytest.raises(InputError, match=message):
+            applied.set_strengths([100])
+        assert same(merged, dit)
+    wide = load_dit(checkpoint, dtype=torch.bfloat16, loras=[LoRA(file, 100)])
+    assert wide.get_parameter("blocks.0.attn1.to_q.weight").max() > 65504
+
+
 def applicable(tmp_path, alpha=4.0):
     """Returns a model and a LoRA on three of its parameters."""
     dit = random_weights(WanDiT, DIT, 0)
@@ -166,11 +229,11 @@ def test_strengths_that_cannot_be_set_leave_the_former_ones(tmp_path, monkeypatc
     merged = copied(dit)
     add_to, calls = LoRASet.add_to, []
 
-    def failing(self, name, total, strengths=None):
+    def failing(self, name, total, dtype, strengths=None):
         calls.append(name)
         if len(calls) in fails:
             raise MemoryError(f"call {len(calls)}")
-        return add_to(self, name, total, strengths)
+        return add_to(self, name, total, dtype, strengths)
 
     fails = {3}
     monkeypatch.setattr(LoRASet, "add_to", failing)

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from model import DiTConfig, InputError, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
 from model.config import PRESETS
-from model.weights.load import inspect_dit, inspect_vae, random_weights
+from model.streaming.placement import Placement, placed_bytes
+from model.weights.load import eight_bit_tensors, inspect_dit, inspect_vae, random_weights
 from tests.conftest import TINY_DIT
 from tests.model.dit.test_model import saved_diffusers_dit
 from tests.model.vae.test_model import saved_diffusers_vae
@@ -57,8 +58,16 @@ def test_original_dit_directory_with_shards_and_config(tmp_path):
     with pytest.raises(InputError, match="number of heads cannot be read"):
         load_dit(tmp_path)
     assert same_state(load_dit(tmp_path, config=TINY_DIT), model)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "num_heads": 2, "eps": 1e-6}))
-    assert load_dit(tmp_path).config == TINY_DIT
+    config = {"_class_name": "WanModel", "model_type": "i2v", "num_heads": 2, "eps": 1e-6, "num_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(InputError, match=r"num_layers: config\.json says 3, the tensors are 2"):
+        load_dit(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "CausalWanModel"}))
+    with pytest.raises(InputError, match=r"_class_name in config\.json: expected one of .*, got 'CausalWanModel'"):
+        load_dit(tmp_path)
+    for name in ("WanModel", "WanTransformer3DModel", "Wan2_2Transformer3DModel"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+        assert load_dit(tmp_path).config == TINY_DIT
     assert same_state(load_dit(tmp_path), model)
     index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     assert same_state(load_dit(index_file), model)
@@ -131,6 +140,104 @@ def test_float8_shards_have_their_scales_in_any_file(tmp_path):
     assert all(torch.equal(tensor, meant[name]) for name, tensor in loaded.items())
 
 
+@pytest.mark.parametrize(("index", "dtype"), [(True, torch.int8), (False, torch.float8_e4m3fn)])
+def test_folders_of_lightx2v_load_and_stay_in_8_bits(index, dtype, tmp_path):
+    """LightX2V's folders, a file a layer and one for the rest, load: a product rounded once, or kept as it is stored.
+
+    Matrices of layers are in 8 bits with a scale a row; the rest is in float32, and config.json that of the release.
+    """
+    model = random_weights(WanDiT, CLIP_DIT, 0)
+    options = {"scale_name": "weight_scale", "dtype": dtype, "by_row": True}
+    stored, meant = float8_with_scales(original_dit(model.state_dict()), **options)
+    weight_map = {name: f"block_{name.split('.')[1]}" if "blocks." in name else "non_block" for name in stored}
+    for file in set(weight_map.values()):
+        part = {name: tensor for name, tensor in stored.items() if weight_map[name] == file}
+        save_file(part, tmp_path / f"{file}.safetensors")
+    if index:
+        entries = {"metadata": {}, "weight_map": {name: f"{file}.safetensors" for name, file in weight_map.items()}}
+        (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(entries))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 1, "num_layers": 2}))
+    loaded, narrow = load_dit(tmp_path), load_dit(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in original_dit(loaded.state_dict()).items():
+        assert torch.equal(tensor, meant[name]), name
+    for name, tensor in original_dit(narrow.state_dict()).items():
+        assert torch.equal(tensor, meant[name].to(tensor.dtype)), name
+    kept = eight_bit_tensors(tmp_path)
+    assert len(kept) == 24
+    assert set(kept.values()) == {str(dtype).removeprefix("torch.")}
+    placed = load_dit(tmp_path, placement=Placement(resident=0, quantize="file"))
+    sizes = [placed_bytes(CLIP_DIT, torch.float32, Placement(quantize="file"), x).resident for x in (kept, {})]
+    assert sizes[0] < sizes[1] / 3.5
+    given = torch.randn(1, 36, 2, 4, 4), torch.tensor([5.0]), torch.randn(1, 5, 32), torch.randn(1, 257, 20)
+    with torch.no_grad():
+        assert torch.equal(placed(*given), loaded(*given))
+
+
+def test_int8_of_comfyui_loads_unless_it_is_rotated(tmp_path):
+    options = {"scale_name": "weight_scale", "dtype": torch.int8}
+    stored, meant = float8_with_scales(original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict()), **options)
+    layers = [name.removesuffix(".weight_scale") for name in stored if name.endswith("weight_scale")]
+    stored |= {f"{layer}.comfy_quant": json_tensor({"format": "int8_tensorwise"}) for layer in layers}
+    save_file(stored, tmp_path / "wan.safetensors")
+    loaded = original_dit(load_dit(tmp_path / "wan.safetensors").state_dict())
+    assert all(torch.equal(tensor, meant[name]) for name, tensor in loaded.items())
+    stored[f"{layers[0]}.comfy_quant"] = json_tensor({"format": "int8_tensorwise", "convrot": True})
+    save_file(stored, tmp_path / "wan.safetensors")
+    with pytest.raises(InputError, match=rf"quantised as int8_tensorwise with convrot in {layers[0]};"):
+        load_dit(tmp_path / "wan.safetensors")
+
+
+HALF = "8 bits with a scale for 12 matrices and without one for 12"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "more", "named"),
+    [
+        (".1.", {}, rf"{HALF} \(blocks\.1\.\w+\.\w+\.weight and 11 more\)"),
+        (".ffn.0.", {}, r"a scale for 22 matrices and without one for 2 \(blocks\.0\.ffn\.0\.weight and 1 more\)"),
+        (
+            ".1.",
+            {"scaled_fp8": torch.zeros(2)},
+            "float8_e4m3fn without the scale that scaled_fp8 announces in .* and 11",
+        ),
+        ("", {"scaled_fp8": torch.zeros(2)}, "float8_e4m3fn without the scale that scaled_fp8 announces in .* and 23"),
+        ("", "formats", "float8_e4m3fn without the scale that float8_e4m3fn announces in .* and 23 more"),
+        ("", {}, None),
+        (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": torch.float16}, None),
+        (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": None}, "surplus blocks.0.self_attn.q.scale_weight"),
+        ("none", {"blocks.0.norm3.weight": torch.float8_e5m2, "patch_embedding.weight": torch.float8_e5m2}, None),
+        ("none", {"text_encoders.x.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, None),
+    ],
+)
+def test_scales_are_there_for_all_matrices_in_float8_or_for_none(lacking, more, named, tmp_path):
+    """A file whose matrices have scales in part, or that announces scales which it lacks, is refused.
+
+    Its weights would be hundreds of times too large. Not all of a file is quantised, though: matrices in 16 bits
+    without scales, kernels and norms in float8, and other parts of a pipeline are no reason.
+    """
+    stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict()))
+    scales = [name for name in stored if name.endswith(".scale_weight")]
+    metadata = {}
+    if more == "formats":
+        entries = {name.removesuffix(".scale_weight"): {"format": "float8_e4m3fn"} for name in scales}
+        more, metadata = {}, {"_quantization_metadata": json.dumps({"layers": entries})}
+    orphans = [name for name, value in more.items() if value is None]
+    stored = {
+        k: v for k, v in stored.items() if not (k in scales and lacking in k and not orphans) and k not in orphans
+    }
+    for name, value in more.items():
+        if value is not None:
+            stored[name] = stored[name].to(value) if isinstance(value, torch.dtype) else value
+    file = {name if "encoders" in name else f"model.diffusion_model.{name}": value for name, value in stored.items()}
+    metadata = {name: text.replace("blocks", "model.diffusion_model.blocks") for name, text in metadata.items()}
+    save_file(file, tmp_path / "wan.safetensors", metadata=metadata)
+    if named is None:
+        load_dit(tmp_path / "wan.safetensors")
+        return
+    with pytest.raises(InputError, match=named.replace("blocks", "model.diffusion_model.blocks")):
+        load_dit(tmp_path / "wan.safetensors")
+
+
 NVFP4 = {"blocks.0.ffn.0.comfy_quant": json_tensor({"format": "nvfp4"})}
 BITSANDBYTES = {"blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}
 FLOAT8 = {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn)}
@@ -142,7 +249,11 @@ FLOAT8 = {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn
         (NVFP4, {}, "nvfp4 in blocks.0.ffn.0;"),
         ({"blocks.0.ffn.0.weight_scale_2": torch.ones(())}, {}, "nvfp4 in blocks.0.ffn.0;"),
         ({}, {"layers": {"blocks.1.ffn.2": {"format": "mxfp8"}}}, "mxfp8 in blocks.1.ffn.2;"),
-        ({"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.int8)}, {}, "int8 in blocks.0.ffn.0;"),
+        (
+            {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.int8)},
+            {},
+            "int8 without a scale in blocks.0.ffn.0;",
+        ),
         (BITSANDBYTES, {}, "bitsandbytes nf4 in blocks.0.ffn.0;"),
         (
             {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(2, 2)},
@@ -169,11 +280,8 @@ def test_quantisations_of_other_programs_are_named(tmp_path):
     file = tmp_path / "dit" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
-    with pytest.raises(InputError, match=r"torchao \(quantization_config of config.json\)"):
+    with pytest.raises(InputError, match=r"'torchao' \(quantization_config of config.json\)"):
         load_dit(tmp_path / "dit")
-    (tmp_path / "wan.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"wan.gguf is GGUF, whose quantised blocks are not read here"):
-        load_dit(tmp_path / "wan.gguf")
     state = random_weights(WanDiT, TINY_DIT, 0).state_dict()
     save_file(state, tmp_path / "wan.safetensors", metadata={"_quantization_metadata": "{"})
     with pytest.raises(InputError, match=r"how its layers are quantised is not readable"):
@@ -272,7 +380,7 @@ def test_wrong_files_are_explained(tmp_path):
     with pytest.raises(InputError, match=r"neither \.safetensors nor one of"):
         load_dit(tmp_path / "model.ckpt.txt")
     saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4)
-    with pytest.raises(InputError, match="holds a AutoencoderKLWan, not a WanTransformer3DModel"):
+    with pytest.raises(InputError, match="is a Wan VAE; expected a Wan DiT"):
         load_dit(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not readable JSON"):
@@ -292,9 +400,17 @@ class _Exploit:
 
 def test_pickles_never_run_code(tmp_path):
     torch.save({"weight": _Exploit(tmp_path / "owned")}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match="weights_only=True"):
+    with pytest.raises(
+        InputError, match=r"evil\.pth is no pickle of tensors alone: it holds posix\.mkdir, and"
+    ) as error:
         load_vae(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
+    assert "weights_only" not in str(error.value)
+    torch.save({"dtype": VAEConfig(), "model": {}}, tmp_path / "training.pt")
+    with pytest.raises(
+        InputError, match=r"it holds model\.config\.VAEConfig, and code is never run here; expected tensors"
+    ):
+        load_vae(tmp_path / "training.pt")
 
 
 def test_unsupported_configurations_are_named(tmp_path):
@@ -302,8 +418,12 @@ def test_unsupported_configurations_are_named(tmp_path):
         VAEConfig.from_diffusers({"attn_scales": [0.5]})
     with pytest.raises(InputError, match=r"latents_mean: expected 4 numbers \(z_dim\), got 16"):
         VAEConfig.from_diffusers({"z_dim": 4})
-    with pytest.raises(InputError, match="patch_size"):
-        DiTConfig.from_diffusers({"patch_size": [2, 2, 2]})
+    for patch in ([2, 2, 2], [1, 2, 4]):
+        with pytest.raises(InputError, match="patch_size"):
+            DiTConfig.from_diffusers({"patch_size": patch})
+    for given in ({"head_dim": 7}, {"head_dim": 4}, {"freq_dim": 3}, {"eps": 1e-50}, {"eps": 1e300}):
+        with pytest.raises(InputError, match=f"{next(iter(given))}: expected "):
+            DiTConfig(**given)
     with pytest.raises(InputError, match="added_kv_proj_dim"):
         DiTConfig.from_diffusers({"added_kv_proj_dim": 7})
 

@@ -7,6 +7,8 @@ merged, or the keys that cannot be are named.
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,8 +45,9 @@ CONFIGS = {
         r=4,
         lora_alpha=3,
         target_modules=[*ATTENTION, "net.0.proj", "proj_out", "patch_embedding", "add_k_proj", "linear_1"],
-        rank_pattern={"blocks.1.attn1.to_q": 6, "proj_out": 2},
-        alpha_pattern={"attn2.to_k": 7, r"blocks\.\d\.attn1\.to_v": 1},
+        # PEFT takes a pattern for the end of a name, from a dot on: "q" and "n2.to_v" are no layers of their own.
+        rank_pattern={"q": 5, "blocks.1.attn1.to_q": 6, "proj_out": 2},
+        alpha_pattern={"v": 40, "n2.to_v": 50, "attn2.to_k": 7, "to_k": 60, r"blocks\.\d\.attn1\.to_v": 1},
         init_lora_weights=False,
     ),
     "rslora": LoraConfig(
@@ -167,43 +170,68 @@ def test_musubi_files_equal_diffusers(tmp_path):
     assert agrees(ours, theirs)
 
 
+def flat(module):
+    return module.replace(".", "_")
+
+
+DOWN_UP = {"down": "lora_down", "up": "lora_up"}
 SPELLINGS = {
     "PEFT": {},
     "diffusers": {"prefix": "transformer."},
     "PEFT of a pipeline": {"prefix": "base_model.model.transformer."},
     "PEFT, adapter named": {"prefix": "base_model.model.", "down": "lora_A.default", "up": "lora_B.default"},
-    "LightX2V": {"prefix": "diffusion_model.", "down": "lora_down", "up": "lora_up", "name": original_module},
+    "LightX2V": {"prefix": "diffusion_model.", **DOWN_UP, "name": original_module},
     "ComfyUI": {"prefix": "model.diffusion_model.", "name": original_module},
+    "ComfyUI's wrapper": {"prefix": "diffusion_model.model.", **DOWN_UP, "name": original_module},
     "DiffSynth": {"down": "lora_A.default", "up": "lora_B.default", "name": original_module},
-    "musubi": {"prefix": "lora_unet_", "down": "lora_down", "up": "lora_up", "name": kohya},
-    "kohya, diffusers' names": {
-        "prefix": "lora_unet_",
-        "down": "lora_down",
-        "up": "lora_up",
-        "name": lambda module: module.replace(".", "_"),
+    "UniAnimate": {
+        "prefix": "pipe.dit.",
+        "down": "lora_down.default",
+        "up": "lora_up.default",
+        "name": original_module,
     },
+    "dit": {"prefix": "dit.", "name": original_module},
+    "several GPUs": {"prefix": "module.", "name": original_module},
+    "compiled": {"prefix": "_orig_mod.", "name": original_module},
+    "PEFT, compiled": {"prefix": "base_model.model._orig_mod."},
+    "compiled layers": {
+        "prefix": "module.",
+        "name": lambda module: re.sub(r"^(blocks\.\d)", r"\1._orig_mod", original_module(module)),
+    },
+    "musubi": {"prefix": "lora_unet_", **DOWN_UP, "name": kohya},
+    "VideoX-Fun": {"prefix": "lora_unet__", **DOWN_UP, "name": kohya},
+    "half-dotted": {
+        "prefix": "lora_unet_",
+        **DOWN_UP,
+        "name": lambda module: original_module(module).replace("blocks.", "blocks_"),
+    },
+    "kohya, diffusers' names": {"prefix": "lora_unet_", **DOWN_UP, "name": flat},
+    "kohya, of a transformer": {"prefix": "lora_transformer_", **DOWN_UP, "name": flat},
+    "LyCORIS": {"prefix": "lycoris_", **DOWN_UP, "name": flat},
 }
+EVERY_MODULE = replace(TINY_DIT, in_channels=36, image_dim=20, added_kv=True, pos_embed_seq_len=514)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_every_module_is_the_same_merge(spelling, tmp_path):
-    config = {**I2V, "pos_embed_seq_len": 514}
-    saved_diffusers_dit(tmp_path / "dit", **config)
-    ours, plain = load_dit(tmp_path / "dit"), load_dit(tmp_path / "dit")
-    modules = [name.removesuffix(".weight") for name, tensor in ours.named_parameters() if tensor.ndim > 1]
+    """A pair under every spelling adds ``strength * alpha / rank * up @ down`` to its weight, and nothing else."""
+    dit = random_weights(WanDiT, EVERY_MODULE, 1)
+    before = state_of(dit)
+    modules = [name.removesuffix(".weight") for name, tensor in dit.named_parameters() if tensor.ndim > 1]
     modules = [module for module in modules if not module.endswith(("scale_shift_table", "pos_embed"))]
     assert len(modules) == len(MODULES) + len(OUTER) + 4 + 2
-    pairs = factors(ours, modules)
-    file = saved(tmp_path / "lora.safetensors", spelled(pairs, **SPELLINGS[spelling]))
-    merge_loras(ours, [LoRA(file)])
-    with torch.no_grad():
-        for module, pair in pairs.items():
-            plain.get_parameter(f"{module}.weight").add_(product(*pair))
-    for name, tensor in ours.state_dict().items():
+    pairs, given = factors(dit, modules, rank=3), SPELLINGS[spelling]
+    state = spelled(pairs, **given)
+    named = given.get("name", lambda module: module)
+    state |= {f"{given.get('prefix', '')}{named(module)}.alpha": torch.tensor(2.0) for module in modules}
+    merge_loras(dit, [LoRA(saved(tmp_path / "lora.safetensors", state), 0.5)])
+    for name, tensor in dit.state_dict().items():
         if name.removesuffix(".weight") in pairs:
-            assert relative_error(tensor, plain.get_parameter(name)) < OPERATOR["float32"], name
+            down, up = pairs[name.removesuffix(".weight")]
+            expected = before[name] + 0.5 * 2.0 / 3 * (up @ down.flatten(1)).view_as(tensor)
+            assert relative_error(tensor, expected) < OPERATOR["float32"], name
         else:
-            assert torch.equal(tensor, plain.get_parameter(name)), name
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_factors_of_a_convolution_come_in_its_shape_or_flat(tmp_path, tiny_dit):
@@ -218,12 +246,15 @@ def test_factors_of_a_convolution_come_in_its_shape_or_flat(tmp_path, tiny_dit):
 
 
 def test_less_usual_forms(tmp_path):
-    """Less usual forms merge: tables without their leading 1, a parameter named in full, an alpha that counts before a
-    configuration, and a pickled checkpoint whose matrices lie transposed."""
+    """Less usual forms merge: tables without their leading 1, parameters named in full, with underscores too, LyCORIS'
+    norms, an alpha that counts before a configuration, and a pickled checkpoint whose matrices lie transposed."""
     dit = random_weights(WanDiT, TINY_DIT, 1)
     table, head = torch.randn(6, 48), torch.randn(1, 2, 48)
     (pair,) = factors(dit, MODULES[:1]).values()
+    norm = torch.randn(2, 48)
     state = {"diffusion_model.blocks.0.diff_m": table, "diffusion_model.head.modulation.diff": head}
+    state |= {"lora_unet_blocks_1.diff_m": table, "lycoris_blocks_0_norm2.w_norm": norm[0]}
+    state |= {"lycoris_blocks_0_norm2.b_norm": norm[1]}
     state |= spelled({MODULES[0]: pair}) | {f"{MODULES[0]}.alpha": torch.tensor(6.0)}
     file = saved(tmp_path / "lora.safetensors", state)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 30}))
@@ -232,7 +263,11 @@ def test_less_usual_forms(tmp_path):
     assert not lying[f"{MODULES[0]}.weight"].is_contiguous()
     torch.save(lying, tmp_path / "dit.pt")
     merge_loras(dit, [LoRA(file)])
-    assert torch.equal(dit.state_dict()["blocks.0.scale_shift_table"], before["blocks.0.scale_shift_table"] + table)
+    for i in range(2):
+        name = f"blocks.{i}.scale_shift_table"
+        assert torch.equal(dit.state_dict()[name], before[name] + table)
+        name = f"blocks.0.norm2.{('weight', 'bias')[i]}"
+        assert torch.equal(dit.state_dict()[name], before[name] + norm[i])
     assert torch.equal(dit.scale_shift_table, before["scale_shift_table"] + head)
     expected = before[f"{MODULES[0]}.weight"] + 2 * product(*pair)
     assert relative_error(dit.get_parameter(f"{MODULES[0]}.weight"), expected) < OPERATOR["float32"]

@@ -1,0 +1,297 @@
+"""Checkpoints in 8 bits: ``weight = stored * scale``, float8 or int8, with one scale a tensor or one a row.
+
+ComfyUI has used two generations of names. The older files have ``<layer>.scale_weight`` and a marker tensor
+``scaled_fp8``; the newer ones, and LightX2V's, have ``<layer>.weight_scale``, and ComfyUI's name the format of every
+layer, in a uint8 tensor ``<layer>.comfy_quant`` holding JSON or in the header's ``_quantization_metadata``. Scales of
+activations (``scale_input``, ``input_scale``) serve static 8-bit matmuls, which are not computed here, and are left
+aside. Plain float8 files have no scales at all; a file in which some matrices in 8 bits have scales and others lack
+them, or which says that there are scales and has none, is refused: without their scales weights are hundreds of times
+too large. Everything else (4-bit floats, block-wise scales, rotations) is named as what it is and not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.weights.files import WeightFiles
+from model.weights.stored import StoredTensor
+
+#: The dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+_WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+_INPUT_SCALES = (".scale_input", ".input_scale")
+_FORMAT = ".comfy_quant"
+_LONGEST_FORMAT = 1 << 16
+_MARKER = "scaled_fp8"
+_METADATA = "_quantization_metadata"
+#: Formats whose weight is ``stored * scale``, by the names that files give them.
+_READ_FORMATS = (
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e5m2_rowwise"),
+    "int8_tensorwise",
+)
+#: Companions of a weight that give away how it was quantised, where no format is written down.
+_COMPANIONS = {
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
+    ".SCB": "bitsandbytes int8",
+    ".weight_scale_2": "nvfp4",
+}
+
+
+def largest(tensor: Tensor, name: str) -> float:
+    """Returns the largest magnitude in a tensor, or for one in 8 bits, whose bytes alone are read, its dtype's.
+
+    Raises:
+        InputError: it holds NaN or infinity; the message begins with ``name``.
+    """
+    if tensor.is_meta or not tensor.numel():
+        return 0.0
+    if tensor.dtype == torch.int8:
+        return 128.0
+    if tensor.itemsize == 1:
+        # As integers with and without sign, bytes put what is not finite above all other numbers of its own sign.
+        end = 0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C
+        finite = tensor.view(torch.int8).max() < end and tensor.view(torch.uint8).max() < 0x80 + end
+        found = torch.finfo(tensor.dtype).max if finite else math.nan
+    else:
+        low, high = torch.aminmax(tensor)
+        found = max(-low.item(), high.item()) if low <= high else math.nan
+    if not math.isfinite(found):
+        raise InputError(f"{name} holds NaN or infinity; expected finite numbers")
+    return found
+
+
+def check_holds(dtype: torch.dtype, found: float, name: str) -> None:
+    """Raises InputError if numbers of magnitude ``found`` would become infinite in ``dtype``."""
+    if math.isfinite(torch.tensor(found, dtype=torch.float64, device="cpu").to(dtype).item()):
+        return
+    wider = next((kind for kind in ("bfloat16", "float32") if found <= torch.finfo(getattr(torch, kind)).max), None)
+    allowed = f"expected at most {torch.finfo(dtype).max:g} in {str(dtype).removeprefix('torch.')}"
+    raise InputError(f"{name} holds {found:g}; {allowed}" + (f" (dtype {wider} holds it)" if wider else ""))
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A tensor of a checkpoint, its key, and the scale that it is to be multiplied by and that scale's key, if any."""
+
+    key: str
+    stored: StoredTensor
+    scale: StoredTensor | None = None
+    scale_key: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self.stored.shape
+
+    @property
+    def is_float(self) -> bool:
+        """Tells whether what is read is floats, or becomes floats by its scale."""
+        return self.stored.is_float or self.scale is not None
+
+    @property
+    def name(self) -> str:
+        """The beginning of an error about the tensor: its file and key."""
+        return f"weights: {self.stored.file}: {self.key}"
+
+    def wide(self, device: torch.device | str) -> Tensor:
+        """Returns a contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.
+
+        Raises:
+            InputError: the scale is not finite.
+        """
+        raw = self.stored.read().to(device)
+        kind = torch.promote_types(raw.dtype, torch.float32) if raw.itemsize > 1 else torch.float32
+        wide = raw.to(kind, copy=True, memory_format=torch.contiguous_format)
+        if self.scale is None:
+            return wide
+        scale = self._finite_scale().to(device, wide.dtype)
+        return wide.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (wide.ndim - 1)))
+
+    def scales(self) -> Tensor:
+        """Returns one float32 scale a row, in host memory: of ones where there is none.
+
+        Raises:
+            InputError: the scale is not finite.
+        """
+        rows = self.shape[0]
+        if self.scale is None:
+            return torch.ones(rows, dtype=torch.float32, device="cpu")
+        return self._finite_scale().flatten().expand(rows).contiguous()
+
+    def _finite_scale(self) -> Tensor:
+        assert self.scale is not None
+        scale = self.scale.read().float()
+        largest(scale, f"weights: {self.scale.file}: {self.scale_key}")
+        return scale
+
+
+@dataclass(frozen=True)
+class PlainWeights:
+    """The weights of a checkpoint, without the tensors that only describe them.
+
+    ``formats`` names the quantisation of the layers that have one, by the weight's key, and ``problems`` why some
+    cannot be read.
+    """
+
+    tensors: dict[str, ScaledTensor]
+    formats: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
+    def problem(self, keys: Collection[str] | None = None) -> str | None:
+        """Returns why these weights (None: all) cannot be read as they are quantised, or None.
+
+        Of these weights, since one file may hold the parts of a whole pipeline, each quantised in its own way.
+        """
+        chosen = [self.tensors[key] for key in (self.tensors if keys is None else keys)]
+        faults: dict[str, list[str]] = {}
+        for tensor in chosen:
+            if tensor.key in self.problems:
+                faults.setdefault(self.problems[tensor.key], []).append(tensor.key.removesuffix(".weight"))
+        if faults:
+            return _sentence(faults)
+        matrices = [t for t in chosen if _is_eight_bit_matrix(t.key, t.stored)]
+        bare = [t.key for t in matrices if t.scale is None]
+        if not bare or len(bare) == len(matrices):
+            return None
+        return (
+            f"quantised in 8 bits with a scale for {len(matrices) - len(bare)} matrices and without one for {len(bare)}"
+            f" ({_some(bare)}); expected a scale for each of them or for none"
+        )
+
+
+def plain_weights(files: WeightFiles) -> PlainWeights:
+    """Pairs weights with their scales.
+
+    Raises:
+        InputError: the description of how a layer is quantised cannot be read.
+    """
+    tensors = files.tensors
+    named = _named_formats(files)
+    scales = {
+        f"{key.removesuffix(suffix)}.weight": key
+        for suffix in _WEIGHT_SCALES
+        for key in tensors
+        if key.endswith(suffix) and f"{key.removesuffix(suffix)}.weight" in tensors
+    }
+    described = set(scales.values()) | {key for key in tensors if _describes(key)}
+    marked = tuple(key.removesuffix(_MARKER) for key in tensors if key.split(".")[-1] == _MARKER)
+    by_config = files.config.get("quantization_config")
+    method = by_config.get("quant_method", "unnamed") if isinstance(by_config, dict) else by_config
+    formats, problems, plain = {}, {}, {}
+    for key, stored in tensors.items():
+        if key in described:
+            continue
+        scale = tensors[scales[key]] if key in scales else None
+        given = named.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        problem = _problem(key, stored, scale, given, tensors)
+        announced = given if given is not None else _MARKER if key.startswith(marked) else None
+        if problem is None and scale is None and announced and _is_eight_bit_matrix(key, stored):
+            problem = f"{stored.dtype} without the scale that {announced} announces"
+        if problem is None and by_config:
+            problem = f"{method!r} (quantization_config of config.json)"
+        if problem is not None:
+            problems[key] = problem
+        if problem is not None or scale is not None or given is not None:
+            formats[key] = problem or f"{stored.dtype}, {_kind(scale)}"
+        plain[key] = ScaledTensor(key, stored, scale if problem is None else None, scales.get(key, ""))
+    return PlainWeights(plain, formats, problems)
+
+
+def _is_eight_bit_matrix(key: str, stored: StoredTensor) -> bool:
+    return key.endswith(".weight") and len(stored.shape) == 2 and stored.dtype in EIGHT_BITS
+
+
+def _describes(key: str) -> bool:
+    """Returns whether a tensor describes others and is no weight itself."""
+    return key.split(".")[-1] == _MARKER or key.endswith((_FORMAT, *_INPUT_SCALES))
+
+
+def _named_formats(files: WeightFiles) -> dict[str, str]:
+    """Returns ``{layer: format}`` for the layers whose format the file names."""
+    layers: dict[str, Any] = {}
+    try:
+        if _METADATA in files.metadata:
+            layers.update(json.loads(files.metadata[_METADATA])["layers"])
+        for key, stored in files.tensors.items():
+            if key.endswith(_FORMAT):
+                if stored.dtype != "uint8":
+                    raise ValueError(f"{key} is {stored.dtype}, expected uint8")
+                if stored.numel > _LONGEST_FORMAT:
+                    raise ValueError(f"{key} has {stored.numel} bytes, expected at most {_LONGEST_FORMAT}")
+                text = bytes(stored.read().to(torch.uint8).flatten().tolist())
+                layers[key.removesuffix(_FORMAT)] = json.loads(text)
+        return {layer: _format(entry) for layer, entry in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"weights: {files.path}: how its layers are quantised is not readable: {error!r}") from error
+
+
+def _format(entry: Mapping[str, Any]) -> str:
+    """Returns the name of a layer's format, which says so if the weight was rotated before it was quantised."""
+    name = str(entry["format"])
+    if not name.isprintable():
+        raise ValueError(f"the format {name!r}")
+    return f"{name} with convrot" if entry.get("convrot") else name
+
+
+def _problem(
+    key: str,
+    stored: StoredTensor,
+    scale: StoredTensor | None,
+    given: str | None,
+    tensors: Mapping[str, StoredTensor],
+) -> str | None:
+    """Returns the name of a quantisation that cannot be read, or None."""
+    if given is not None and given not in _READ_FORMATS:
+        return given
+    if not key.endswith(".weight"):
+        return None
+    layer = key.removesuffix(".weight")
+    for suffix, name in _COMPANIONS.items():
+        if key + suffix in tensors or layer + suffix in tensors:
+            return name
+    if stored.dtype == "int8" and scale is None:
+        return "int8 without a scale"
+    if not stored.is_float and stored.dtype != "int8":
+        return stored.dtype
+    if scale is not None and (not scale.is_float or not _is_by_row(stored.shape, scale.shape)):
+        return f"{stored.dtype} with {scale.dtype} scales of shape {list(scale.shape)}"
+    return None
+
+
+def _is_by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """Returns whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
+    return all(size == 1 for size in scale) or (scale[:1] == weight[:1] and all(size == 1 for size in scale[1:]))
+
+
+def _kind(scale: StoredTensor | None) -> str:
+    if scale is None:
+        return "no scale"
+    return "one scale a tensor" if scale.numel == 1 else "one scale a row"
+
+
+def _sentence(problems: Mapping[str, list[str]]) -> str:
+    parts = (f"{name} in {_some(layers)}" for name, layers in problems.items())
+    return (
+        f"quantised as {'; '.join(parts)};"
+        " expected floats, or float8_e4m3fn, float8_e5m2 or int8 with one scale a tensor or a row"
+    )
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return keys[0] + more

@@ -1,0 +1,214 @@
+"""Options of all commands, drawn at random: whatever is given, a command answers at once and in few words."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+import bench.__main__
+import bench.campaign.command
+import bench.csg.whole
+import bench.hardware.command
+import bench.harness.base
+import bench.harness.interpreted
+import bench.static.report
+import bench.vae.command
+import model.generate
+import model.inspect
+import model.plan
+import swifti2v_kernels.__main__
+from bench.harness.registry import benchmarks
+from bench.harness.session import Session
+from bench.records.write import Section
+from model.errors import printable
+from tests.support.result_samples import sample
+
+#: Draws of one run, their seeds, and the seconds that an answer may take.
+DRAWS, SECONDS = 1000, 10
+#: Where real work begins in one of the commands: what stands there ends a draw, whose options are good, with 0.
+WORK = (
+    (model.generate, "plan_memory"), (model.plan, "plan_memory"), (model.plan, "plan_vae"),
+    (bench.csg.whole, "plan_memory"), (Section, "table"), (Session, "ceilings"), (bench.static.report, "compile_all"),
+    (bench.harness.interpreted.subprocess, "run"), (bench.vae.command, "count"), (bench.campaign.command, "run_parts"),
+    (bench.harness.base, "_git"), (swifti2v_kernels.__main__, "report"),
+)  # fmt: skip
+NASTY = (
+    "", " ", "0", "-1", "1", "2", "5", "7.5", "1e9", "1000000000", "99999999999999999999", 5000 * "9", "nan", "-inf",
+    "1e308", "1e-308", "0.5", "\u0663", "\uff12\uff15\uff16x\uff11\uff16", "a\0b", "\udcff", 300 * "x", 100_000 * "x",
+    "/", ".", "..", "nowhere", "nowhere/at/all", "folder", "notes.txt", "notes.txt/clip.mp4", "photo.png", "clip.mp4",
+    "result.json", "pipe", "2560x1408", "64x48", "1x1", "0x0", f"{5000 * '9'}x64", "4GB", "8", "0.0000001GB",
+    f"{400 * '9'}GB", "auto", "none", "tiny", "1.3b", "14b", "cpu", "cuda", "cuda:7", "-", "|", ",", "a,,b", "H200",
+    "\x1b[2J", "%s {0} $(x)", "HEAD", "HEAD~1", "--base=-x", "7,25", "5,21", "90", "meta", "*",
+)  # fmt: skip
+
+
+class Command(NamedTuple):
+    """A command: its words, its function, its parser and its own examples."""
+
+    name: tuple[str, ...]
+    main: Callable[[list[str]], int]
+    parser: argparse.ArgumentParser
+
+    def examples(self) -> list[list[str]]:
+        """Returns the options of the command lines in the parser's examples, and none at all."""
+        words = " ".join(("python -m", *self.name))
+        text = re.sub(r"\\\n\s*", "", self.parser.epilog or "")
+        # Files that there are: else no example would get further than their names.
+        text = re.sub(r"\S+\.json\b", "result.json", re.sub(r"\S+\.jpe?g\b", "photo.png", text))
+        lines = [line.strip().partition("    ")[0] for line in text.splitlines()]
+        return [[], *(shlex.split(line.removeprefix(words)) for line in lines if line.startswith(words))]
+
+
+class Begun(SystemExit):
+    """The end of a draw whose options were all taken."""
+
+
+def commands() -> list[Command]:
+    """Returns every command with its parser."""
+    found = [
+        Command(("model.generate",), model.generate.main, model.generate.build_parser()),
+        Command(("model.plan",), model.plan.main, model.plan.build_parser()),
+        Command(("model.inspect",), model.inspect.main, model.inspect.build_parser()),
+        Command(("swifti2v_kernels",), swifti2v_kernels.__main__.main, parser_of(swifti2v_kernels.__main__.main)),
+    ]
+    (subcommands,) = (a for a in bench.__main__.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(subcommands.choices) == set(benchmarks())
+    for name, parser in subcommands.choices.items():
+        found.append(Command(("bench", name), lambda argv, name=name: bench.__main__.main([name, *argv]), parser))
+    return found
+
+
+def parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+    """Returns the parser that a command builds for itself."""
+    found: list[argparse.ArgumentParser] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", lambda self, *_: found.append(self) or sys.exit(0))
+        with contextlib.suppress(SystemExit):
+            main([])
+    return found[0]
+
+
+def drawn(command: Command, dice: random.Random) -> list[str]:
+    """Returns a command line: an example's, or none, with some options that are good and some that are not."""
+    argv = list(dice.choice(command.examples()))
+    actions = [action for action in command.parser._actions if not isinstance(action, argparse._HelpAction)]
+    for action in dice.sample(actions, k=min(len(actions), dice.choice((1, 1, 2, 3)))):
+        values = [v for v in (*(action.choices or ()), action.default) if v not in (None, [], argparse.SUPPRESS)]
+        count = 0 if action.nargs == 0 else 1 if action.nargs in (None, "?") else dice.randint(1, 3)
+        for _ in range(max(count, 1)):
+            value = str(dice.choice(values)) if values and dice.random() < 0.3 else dice.choice(NASTY)
+            if not action.option_strings:
+                argv.insert(0, value)
+            elif not count:
+                argv += action.option_strings[-1:]
+            elif dice.random() < 0.5:
+                argv.append(f"{action.option_strings[-1]}={value}")
+            else:
+                argv += [action.option_strings[-1], value]
+    # Now and then with something that there is not.
+    return [*argv, dice.choice(NASTY)] if dice.random() < 0.1 else argv
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Ends the body with ``TimeoutError`` after so long."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answer(command: Command, argv: list[str]) -> tuple[Any, str, str]:
+    """Returns exit code, output and errors of a command line; a traceback is among the errors."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(SECONDS):
+        try:
+            code = command.main(argv)
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            code = traceback.format_exc()
+    return code, *(text.buffer.getvalue().decode(errors="backslashreplace") for text in (out, err))
+
+
+def furnish(room: Path, result: bytes) -> dict[str, bytes]:
+    """Makes the files that values may name, ``result`` among them; returns what is in them."""
+    for path in list(room.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Image.new("RGB", (96, 64)).save(room / "photo.png")
+    (room / "result.json").write_bytes(result)
+    os.mkfifo(room / "pipe")
+    (room / "notes.txt").write_text("not what you seek\n")
+    (room / "clip.mp4").write_bytes(b"mine")
+    (room / "folder").mkdir()
+    return contents(room)
+
+
+def contents(room: Path) -> dict[str, bytes]:
+    """Returns every file in the room and what is in it; folders have nothing."""
+    return {str(p.relative_to(room)): p.read_bytes() if p.is_file() else b"" for p in sorted(room.rglob("*"))}
+
+
+@pytest.mark.slow
+def test_whatever_options_are_given_a_command_answers_at_once_and_in_few_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any options end with 0, 1 or 2 within 10 s, without a traceback, and what is refused leaves everything as it was.
+
+    Options are read from the commands' parsers, so a new one is drawn without being listed. Nothing real is made:
+    where planning a clip's memory, a table of a benchmark or another process would begin (:data:`WORK`), a draw ends.
+    """
+
+    def begun(*_: Any, **__: Any) -> None:
+        raise Begun(0)
+
+    result = sample(tmp_path / "result.json").read_bytes()
+    for place, name in WORK:
+        monkeypatch.setattr(place, name, begun)
+    monkeypatch.setattr(bench.hardware.command, "collect", lambda: ["tests/gpu/test_device.py::test_a"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    found, faults, codes, before = commands(), [], set(), furnish(tmp_path, result)
+    for seed in range(DRAWS):
+        dice = random.Random(seed)
+        (command,) = dice.choices(found, [len(one.parser._actions) for one in found])
+        argv = drawn(command, dice)
+        code, out, err = answer(command, argv)
+        codes.add(code)
+        wrong = []
+        if code not in (0, 1, 2) or "Traceback" in out + err:
+            wrong.append(f"{code}")
+        if err.count("\n") > 10 or len(err) > 6000 or err != printable(err).replace("\\r", "\r"):
+            wrong.append("many words or control characters")
+        if code == 2 and contents(tmp_path) != before:
+            wrong.append(f"left {sorted(contents(tmp_path).items() ^ before.items())}")
+        if wrong:
+            shown = [text if len(text) < 80 else f"{text[:20]}... ({len(text)})" for text in argv]
+            faults.append(f"seed {seed}: {' '.join(command.name)} {shown}: {'; '.join(wrong)}\n{err[-600:]}")
+        if code != 2 or wrong:
+            before = furnish(tmp_path, result)
+    assert not faults, f"{len(faults)} of {DRAWS}:\n" + "\n".join(faults)
+    assert codes >= {0, 2}
