@@ -43,7 +43,7 @@ def test_the_encoder_s_errors_are_those_of_another_computation() -> None:
 def test_activations_beyond_float16_are_seen_and_their_size_is_told() -> None:
     single, half, brain = encoder_rows(lambda: vae(1e6), "tiny", "random", (64, 48))
     assert half["status"] == "wrong"
-    assert "NaN or infinity in latent frames" in half["reason"]
+    assert "the VAE's encoder: NaN in latent frame 0" in half["reason"]
     assert "error" in single
     assert "error" in brain
     assert all(row["largest_activation"] > 65504 for row in (single, half, brain))
