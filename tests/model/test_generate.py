@@ -179,7 +179,14 @@ def test_loras_that_do_not_fit_end_the_command_before_anything_runs(photo, tmp_p
         text = f"{good}:{strength}"
         refused(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}", "--stage1-lora", text)
     refused("lora: expected --weights too", "--stage1-lora", good, given=())
-    assert not out.exists()
+    # Of Stage II too: all of Stage I would be made before its weights are read.
+    factors = {name: torch.full_like(factor, torch.nan) for name, factor in load_file(good).items()}
+    save_file(factors, bad)
+    options = ("--stage2-lora", bad, "--size", "48x80", "--frames", "5")
+    refused(f"lora: {bad}: blocks.0.attn1.to_q.lora_B.weight holds NaN or infinity", *options)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != photo) == [
+        "bad.safetensors", "good.safetensors", "weights"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

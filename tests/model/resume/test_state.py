@@ -548,6 +548,8 @@ def test_float8_weights_have_fingerprints_and_unknown_dtypes_are_explained(tmp_p
     eight = WEIGHTS["blocks.0.weight"].repeat(2, 1).to(torch.float8_e4m3fn)
     found = {weights_at(tmp_path / "w.safetensors", eight=given) for given in (eight, eight[1:], eight.float())}
     assert len(found) == 3
+    with pytest.raises(InputError, match=r"w\.safetensors: eight holds NaN or infinity"):
+        weights_at(tmp_path / "w.safetensors", eight=torch.full((2, 2), torch.nan))
     header = json.dumps({"odd": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     header += b" " * (-len(header) % 8)
     (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
