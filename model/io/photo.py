@@ -7,6 +7,8 @@ import re
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError, printable, require
+
+#: Pixels of a photograph at most: 1.5 GB in RGB. Phones make 200 million.
+MOST_PIXELS = 500_000_000
 
 # The formats of which it is known what a grey value beyond 8 bits means: the bits of a TIFF, else Pillow scales to 16.
 _DEEP_FORMATS = ("TIFF", "PNG", "PPM", "JPEG2000", "HEIF")
@@ -86,7 +91,10 @@ def _decode(path: Path) -> tuple[Any, bytes]:
         with path.open("rb") as stream:
             head = stream.read(1 << 22)
         _require_decoder(path, head)
-        with pil.open(path) as file:
+        with _left_alone(pil), pil.open(path) as file:
+            if file.width * file.height > MOST_PIXELS:
+                size = f"{file.width}x{file.height}"
+                raise InputError(f"image: {path} has {size} pixels; allowed are {MOST_PIXELS:,} in all")
             if file.format == "TIFF":
                 _check_tiff(path, head, file.tag_v2)
             file.load()
@@ -101,6 +109,18 @@ def _decode(path: Path) -> tuple[Any, bytes]:
     except Exception as error:  # a decoder raises whatever a damaged file makes it run into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"image: {path} is not a readable image: {reason}") from error
+
+
+@contextmanager
+def _left_alone(pil: Any) -> Iterator[None]:
+    """Keeps Pillow from warnings, which name no file, and from its limit of pixels, which phones exceed."""
+    limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        pil.MAX_IMAGE_PIXELS = limit
 
 
 def _require_decoder(path: Path, head: bytes) -> None:

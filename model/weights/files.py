@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,7 +241,9 @@ def _dtype_name(name: str) -> str:
 
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's requests to report what it does not read
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         # What a file that is no pickle does to the unpickler depends on its bytes: KeyError, IndexError, struct.error,
         # UnicodeDecodeError and others were seen. Nothing but the reading of this file happens in here.
@@ -271,4 +274,6 @@ def _unpickling_reason(error: Exception) -> str:
     if held:
         name = printable(held[1] or held[2])
         return f"it holds {name}, and code is never run here; expected tensors, best as safetensors"
+    if "Unsupported operand" in str(error):
+        return "it is damaged, or holds code, which is never run here; expected tensors, best as safetensors"
     return f"it is damaged, or no such file at all ({type(error).__name__})"

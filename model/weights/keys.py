@@ -21,7 +21,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 #: The number of a stage in a key; longer ones number nothing, and Python refuses to make integers of the longest.
 _INDEX = r"\d{1,4}"
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "model.", "vae.")
+_PREFIXES = (
+    *("model.diffusion_model.", "diffusion_model.", "first_stage_model."),
+    *("module.", "_orig_mod.", "model.", "dit.", "vae."),
+)
 #: Prefixes of the parts in files that hold a whole pipeline, as ComfyUI saves its checkpoints.
 PARTS = {
     "DiT": ("model.diffusion_model.",),

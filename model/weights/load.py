@@ -315,6 +315,7 @@ class _Checkpoint:
             return quantize_rows(chosen.add_to(name, wide, wide.dtype) if name in chosen else wide, kind)
         values, scales = tensor.stored.read(), tensor.scales()
         if name not in self._checked:
+            self._check_scaled(name, values)
             # The dtype's largest number times the largest scale is seldom too much; if it is, all are multiplied out.
             if largest(values, tensor.name) * largest(scales, tensor.name) > torch.finfo(dtype).max:
                 self._wide(name, dtype, "cpu")
@@ -332,7 +333,15 @@ class _Checkpoint:
         if name not in self._checked:
             called = self._tensors[name].name
             check_holds(dtype, largest(value, called), called)
+            self._check_scaled(name, value)
             self._checked.add(name)
+
+    def _check_scaled(self, name: str, value: Tensor) -> None:
+        if self._tensors[name].lacks_scale(value):
+            raise InputError(
+                f"{self._tensors[name].name} holds the largest number of {self._tensors[name].stored.dtype}, as weights"
+                " do that have a scale; expected its scale in the file"
+            )
 
     def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
         """Returns the model without memory, and its LoRAs, if exactly its tensors are there in the right shapes."""

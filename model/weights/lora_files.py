@@ -44,7 +44,7 @@ _PREFIXES = re.compile(
     r"|lora_(?:unet|transformer)_+|lycoris_+)*"
 )
 #: Modules that torch puts around others, also inside a model: by compiling, sharding, checkpointing.
-_WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?:\b|(?<=_))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
 _ADAPTER = r"(?:\.[^.]+)?"
 _PARTS = (
     ("down", re.compile(rf"\.(?:lora_A|lora_down|lora\.down){_ADAPTER}\.weight$")),
@@ -67,6 +67,9 @@ _REFUSED = {
     ".vera_lambda": "VeRA",
 }
 _METADATA = "lora_adapter_metadata"
+#: Repetitions (``*``, ``+``, ``?``, ``{}``) in a pattern of PEFT, and characters of a module's name that it is held
+#: against, at most: Python's time for a pattern grows as the one to the power of the other.
+_MOST_REPEATED, _LONGEST_MODULE = 2, 120
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 #: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -249,7 +252,7 @@ class _AdapterConfig:
             self._numbers = {name: _number_or_none(values.get(name)) for name in ("r", "lora_alpha")}
             self._patterns = {
                 name: [
-                    (re.compile(rf"(.*\.)?({pattern})$"), _finite(value))
+                    (re.compile(rf"(.*\.)?({_bounded(pattern)})$"), _finite(value))
                     for pattern, value in (values.get(name) or {}).items()
                 ]
                 for name in ("rank_pattern", "alpha_pattern")
@@ -287,8 +290,16 @@ class _AdapterConfig:
         return alpha / (math.sqrt(rank) if self._values.get("use_rslora") else rank)
 
     def _of(self, module: str, patterns: str, default: str) -> float | None:
-        matching = (value for pattern, value in self._patterns[patterns] if pattern.match(module))
+        matching = (value for pattern, value in self._patterns[patterns] if pattern.match(module[:_LONGEST_MODULE]))
         return next(matching, self._numbers[default])
+
+
+def _bounded(pattern: str) -> str:
+    """Returns a pattern of PEFT if it is matched in little time, as what names modules is and not every regex."""
+    repeated = len(re.findall(r"(?<!\()[*+?{]", pattern))
+    if repeated > _MOST_REPEATED or re.search(r"\)[*+?{]|\\[1-9]", pattern):
+        raise ValueError(f"the pattern {pattern[:80]!r}: allowed are {_MOST_REPEATED} repetitions, and none of a group")
+    return pattern
 
 
 def _file(path: Path) -> Path:

@@ -79,7 +79,7 @@ def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
         if any_key(pattern):
             return Kind(name, None, f"{_OUR_DIT} {lacks}")
     given = config.get("_class_name")
-    if given is not None and given not in _OUR_CLASSES:
+    if given and given not in _OUR_CLASSES:
         name = _CLASSES.get(given, f"{given} of diffusers")
         return Kind(name, None, f"_class_name in config.json: expected one of {', '.join(_OUR_CLASSES)}, got {given!r}")
     is_vae = any_key(r"^encoder\.(conv_in|conv1)\.weight$") and any_key(r"^(post_quant_conv|conv2)\.weight$")

@@ -27,6 +27,8 @@ from model.weights.stored import StoredTensor
 #: The dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 
+#: The bytes of the largest number of each kind of float8; above them are infinity and NaN.
+_LARGEST_BYTES = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 _FORMAT = ".comfy_quant"
@@ -59,8 +61,8 @@ def largest(tensor: Tensor, name: str) -> float:
         return 128.0
     if tensor.itemsize == 1:
         # As integers with and without sign, bytes put what is not finite above all other numbers of its own sign.
-        end = 0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C
-        finite = tensor.view(torch.int8).max() < end and tensor.view(torch.uint8).max() < 0x80 + end
+        end = _LARGEST_BYTES[tensor.dtype]
+        finite = tensor.view(torch.int8).max() <= end and tensor.view(torch.uint8).max() <= 0x80 + end
         found = torch.finfo(tensor.dtype).max if finite else math.nan
     else:
         low, high = torch.aminmax(tensor)
@@ -100,8 +102,20 @@ class ScaledTensor:
 
     @property
     def name(self) -> str:
-        """The beginning of an error about the tensor: its file and key."""
-        return f"weights: {self.stored.file}: {self.key}"
+        """The beginning of an error about the tensor: its file, its key and that of its scale."""
+        return f"weights: {self.stored.file}: {self.key}{self.scale_key and f' times {self.scale_key}'}"
+
+    def lacks_scale(self, value: Tensor) -> bool:
+        """Returns whether ``value``, which was read from a float8 tensor without a scale, was made for one.
+
+        It then has the largest number of its dtype, which no weight has.
+        """
+        kind = getattr(torch, self.stored.dtype, torch.float32)
+        if self.scale is not None or kind not in _LARGEST_BYTES or value.is_meta or not value.numel():
+            return False
+        if value.itemsize > 1:
+            return value.abs().max().item() == torch.finfo(kind).max
+        return int((value.view(torch.uint8) & 0x7F).max()) == _LARGEST_BYTES[kind]
 
     def wide(self, device: torch.device | str) -> Tensor:
         """Returns a contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.

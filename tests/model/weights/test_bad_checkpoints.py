@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from dataclasses import replace
 
@@ -58,10 +59,18 @@ def refused(inspected):
     return check
 
 
+class Code:
+    """An object that would run a command as it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("echo",)
+
+
 PICKLES = {
     "empty": (b"", "is no pickle of tensors alone: it is damaged, or no such file at all (EOFError)"),
     "text": (b"hello\n", "is no pickle of tensors alone: it is damaged, or no such file at all ("),
-    "zeros": (b"\x00" * 50, "is no pickle of tensors alone: it is damaged, or no such file at all ("),
+    "zeros": (b"\x00" * 50, "is no pickle of tensors alone: it is damaged, or holds code, which is never run here"),
+    "code of protocol 4": (pickle.dumps({"a": Code()}, 4), "damaged, or holds code, which is never run here"),
     "half an archive": (
         b"PK\x03\x04" + b"\x00" * 50,
         "is no pickle of tensors alone: it is damaged, or no such file at all (",
@@ -356,11 +365,12 @@ def test_weights_that_are_not_finite_as_they_are_loaded_are_named(kind, value, t
     else:
         tensor.view(-1)[77] = value
     file = saved(tmp_path / "wan.safetensors", stored | {key: tensor})
-    words = rf"wan\.safetensors: {key} holds NaN or infinity"
+    called = f"{key} times {key.removesuffix('weight')}scale_weight" if scaled else key
+    words = rf"wan\.safetensors: {called} holds NaN or infinity"
     if value == 1e6:
         load_dit(file)
         words = (
-            rf"wan\.safetensors: {key} holds [\d.e+]+; expected at most 65504 in float16 \(dtype bfloat16 holds it\)"
+            rf"wan\.safetensors: {called} holds [\d.e+]+; expected at most 65504 in float16 \(dtype bfloat16 holds it\)"
         )
     for placement in (None, Placement(resident=0, quantize="file"), Placement(quantize="int8")):
         with pytest.raises(InputError, match=words):

@@ -202,7 +202,7 @@ HALF = "8 bits with a scale for 12 matrices and without one for 12"
         ),
         ("", {"scaled_fp8": torch.zeros(2)}, "float8_e4m3fn without the scale that scaled_fp8 announces in .* and 23"),
         ("", "formats", "float8_e4m3fn without the scale that float8_e4m3fn announces in .* and 23 more"),
-        ("", {}, None),
+        ("", {}, r"q\.weight holds the largest number of float8_e4m3fn, as weights do that have a scale; expected"),
         (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": torch.float16}, None),
         (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": None}, "surplus blocks.0.self_attn.q.scale_weight"),
         ("none", {"blocks.0.norm3.weight": torch.float8_e5m2, "patch_embedding.weight": torch.float8_e5m2}, None),
@@ -213,7 +213,8 @@ def test_scales_are_there_for_all_matrices_in_float8_or_for_none(lacking, more, 
     """A file whose matrices have scales in part, or that announces scales which it lacks, is refused.
 
     Its weights would be hundreds of times too large. Not all of a file is quantised, though: matrices in 16 bits
-    without scales, kernels and norms in float8, and other parts of a pipeline are no reason.
+    without scales, kernels and norms in float8, and other parts of a pipeline are no reason. A file that has lost all
+    scales without a trace is known by numbers that fill the range of float8.
     """
     stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict()))
     scales = [name for name in stored if name.endswith(".scale_weight")]
