@@ -39,3 +39,8 @@ def printable(text: str) -> str:
     Names of tensors, of devices and of files come from whoever wrote them: ``ESC [ 2 J`` in one would clear the screen.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(name: str) -> str:
+    """Returns a name that someone else chose as a part of a line: :func:`printable`, line ends too."""
+    return printable(name).replace("\n", "\\n")

@@ -274,8 +274,8 @@ def check_places(args: argparse.Namespace) -> Path:
             raise InputError(f"out: {out} is {name}, which the video would replace")
     folder = args.resume or state_folder(args)
     check_place(folder / "job.json", "state")
-    film = Path(os.path.realpath(out))
-    if Path(os.path.realpath(folder)) in (film, *film.parents):
+    film, partial = (Path(os.path.realpath(path)) for path in (out, out.with_suffix(".partial.mp4")))
+    if Path(os.path.realpath(folder)) in (film, partial, *film.parents):
         raise InputError(f"state: expected a folder of the run alone, got {folder}, where --out {out} is")
     return out
 
@@ -423,8 +423,9 @@ def likely_cause(request: ClipRequest) -> str:
         return f"the LoRAs or their strengths: {', '.join(loras)}"
     if request.arguments["quantize"] in ("float8", "int8") or request.arguments["matmul"] == "8bit":
         return "--quantize or --matmul, which change numbers"
-    weights = request.components.weights
-    return "the random weights of this seed" if weights is None else f"damaged or unsuitable weights in {weights}"
+    weights, text = request.components.weights, request.arguments["text_embeddings"]
+    given = "" if text is None else f", or embeddings in {text} that are too large"
+    return f"{'the random weights of this seed' if weights is None else f'unsuitable weights in {weights}'}{given}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records.write import SCHEMA, VERSION
-from model.errors import InputError, require
+from model.errors import InputError, one_line, require
 from model.machine.measure import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -153,7 +153,7 @@ def _check_tables(path: str | Path, where: tuple[str | int, ...], tables: list[A
 
 
 def _fault(path: str | Path, where: Iterable[str | int], message: str) -> InputError:
-    return InputError(f"{path}: at {'/'.join(map(str, where)) or 'the top'}: {message}")
+    return InputError(f"{path}: at {'/'.join(one_line(str(part)) for part in where) or 'the top'}: {message}")
 
 
 def _check_version(path: Path, data: Any) -> None:

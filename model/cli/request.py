@@ -24,7 +24,7 @@ from model.cli.options import (
 from model.config import get_preset
 from model.csg.sampler import SegmentPlan, plan_for
 from model.csg.schedule import flow_sigmas
-from model.errors import InputError
+from model.errors import InputError, one_line
 from model.machine.measure import parse_bytes
 from model.memory.cost.gpus import GPU, chosen_gpu
 from model.memory.report import MemoryPlan, describe_placement
@@ -297,7 +297,9 @@ def resumed_arguments(args: argparse.Namespace, job: Mapping[str, Any], parser: 
     stored = job.get("arguments", {})
     different = stored.keys() ^ (actions.keys() - set(RUN_OPTIONS))
     if different:
-        raise InputError(f"resume: the stored run and this program differ in options: {', '.join(sorted(different))}")
+        raise InputError(
+            f"resume: the stored run and this program differ in options: {', '.join(map(one_line, sorted(different)))}"
+        )
     if not isinstance(job.get("inputs", {}).get("photo"), str):
         raise InputError("resume: the stored run has no fingerprint of its photograph")
     found = {name: _stored_option(actions[name], value) for name, value in stored.items()}

@@ -104,7 +104,7 @@ class VAEPlace:
 
     def first(self, room: float, host_room: float, park: bool) -> VAEUse | None:
         """Returns the fastest of a kind within ``room`` bytes on the device and ``host_room`` on the host, or None."""
-        if park and self.pieces > 1 and host_room < self.whole.state:
+        if not self._may_fit(room, host_room) or (park and self.pieces > 1 and host_room < self.whole.state):
             return None
         for order, plan in enumerate(self._candidates(park, room)):
             if self.planned(plan).peak.total <= room:
@@ -116,7 +116,7 @@ class VAEPlace:
     def smallest(self, host_room: float, kinds: tuple[bool, ...], below: float = math.inf) -> VAEUse | None:
         """Returns the plan of these kinds with the lowest peak, if that is below a number of bytes, or None."""
         best: VAEUse | None = None
-        for park in kinds:
+        for park in kinds if self._may_fit(below, host_room) else ():
             # The fewest frames at once have the least activations.
             lean = (c for c in enumerate(self._candidates(park, below)) if c[1].frames == FRAMES[-1])
             ranked = sorted(lean, key=lambda c: self.planned(c[1]).peak.total)
@@ -125,6 +125,10 @@ class VAEPlace:
             if found is not None:
                 best, below = found, found.peak
         return best
+
+    def _may_fit(self, room: float, host_room: float) -> bool:
+        """Returns False where no tiles help; to look for some takes a minute, since each has to be run."""
+        return host_room >= 0 and room >= self.weights
 
     def whole_frames(self) -> list[VAEUse]:
         """Returns the plans without tiles and with nothing in host memory."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.errors import printable
+from model.errors import one_line
 
 #: Sections of a job in which a difference means that the rest of the run has other bits, not that it is another run.
 INEXACT = ("software", "machine")
@@ -32,7 +32,7 @@ def changes_between(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Change
     found: dict[bool, list[str]] = {True: [], False: []}
     for section in sorted(stored.keys() | now.keys()):
         if section not in UNCOMPARED:
-            found[section in INEXACT] += _differences(printable(section), stored.get(section, {}), now.get(section, {}))
+            found[section in INEXACT] += _differences(one_line(section), stored.get(section, {}), now.get(section, {}))
     return Changes(tuple(found[False]), tuple(found[True]))
 
 
@@ -40,7 +40,7 @@ def _differences(where: str, stored: Any, now: Any) -> list[str]:
     if isinstance(stored, dict) and isinstance(now, dict):
         lines = []
         for key in sorted(stored.keys() | now.keys()):
-            name = f"{where}.{printable(key)}"
+            name = f"{where}.{one_line(key)}"
             if key not in now:
                 lines.append(f"{name}: {_shown(stored[key])} in the stored run, not given now")
             elif key not in stored:
@@ -58,5 +58,5 @@ def _differences(where: str, stored: Any, now: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False))
+    text = one_line(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -65,10 +65,10 @@ def read_tensors(path: Path, run: str) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Shapes) -> None:
-    """Checks that the tensors are those of ``wanted``, in float32, as all that a run keeps is.
+    """Checks that the tensors are those of ``wanted``, in float32 and finite, as all that a run keeps is.
 
     Raises:
-        DamagedError: one is missing, is there in addition, or has another shape or dtype.
+        DamagedError: one is missing, is there in addition, has another shape or dtype, or is not finite.
     """
     if tensors.keys() != wanted.keys():
         raise DamagedError(f"expected {', '.join(sorted(wanted))} in it, got {', '.join(sorted(tensors)) or 'nothing'}")
@@ -78,6 +78,8 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Shapes) -> None:
         if not fits or tensor.dtype != torch.float32:
             size = ", ".join("any" if n is None else str(n) for n in shape)
             raise DamagedError(f"expected {key} [{size}] float32, got {list(tensor.shape)} {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise DamagedError(f"{key} holds NaN or infinity")
 
 
 def _digest(tensors: Mapping[str, Tensor], name: str, run: str) -> str:

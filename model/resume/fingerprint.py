@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def fingerprint_file(path: str | Path, what: str = "file") -> str:
     Raises:
         InputError: it cannot be read; the message begins with ``what``.
     """
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise InputError(f"{what}: {path} {'is not a file' if os.path.lexists(path) else 'does not exist'}")
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

@@ -47,7 +47,7 @@ _JOB, _LOCK, _FINISHED = "job.json", "lock", "finished"
 #: How these files begin, by which they are told from a user's of the same name.
 _JOB_BEGINS, _FINISHED_TEXT = b'{\n  "schema": ', b"what is left here can be deleted\n"
 _NUMBER = "([0-9]{4}|[1-9][0-9]{4,})"
-_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-{_NUMBER}")
+_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-(?!0000){_NUMBER}")
 _KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-{_NUMBER}\.mp4)(\.damaged)?")
 #: A job has fewer levels of lists and sections than this.
 _LEVELS = 20
@@ -350,7 +350,7 @@ def _discard(folder: Path) -> None:
 def _rank(name: str) -> int:
     """Returns the place of a tensor file in the order in which these are made."""
     match = _TENSORS.fullmatch(name)
-    if match is None or match[2] == "0000":
+    if match is None:
         raise ValueError(f"name: expected inputs, motion, condition or segment-0001 and so on, got {name!r}")
     return _BEFORE.index(name) - len(_BEFORE) if match[1] else int(match[2])
 

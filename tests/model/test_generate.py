@@ -350,16 +350,17 @@ def test_results_that_are_not_finite_end_the_run_in_one_line_and_it_goes_on_from
 
 
 def test_the_likely_cause_of_bad_results_is_what_is_known_of_the_run():
-    def cause(dtype=torch.bfloat16, weights=Path("DIR"), quantize="auto", **loras):
+    def cause(dtype=torch.bfloat16, weights=Path("DIR"), quantize="auto", text=None, **loras):
         components = SimpleNamespace(weights=weights)
-        arguments = {"quantize": quantize, "matmul": "plain"}
+        arguments = {"quantize": quantize, "matmul": "plain", "text_embeddings": text}
         return likely_cause(SimpleNamespace(dtype=dtype, components=components, loras=loras, arguments=arguments))
 
     lora = LoRA(Path("few.safetensors"), 8.0)
     assert "--dtype bfloat16" in cause(torch.float16, stage1=[lora])
     assert cause(stage1=[lora], stage2=[]) == "the LoRAs or their strengths: few.safetensors at strength 8"
     assert "--quantize" in cause(quantize="int8", stage1=[])
-    assert cause() == "damaged or unsuitable weights in DIR"
+    assert cause() == "unsuitable weights in DIR"
+    assert cause(text="t") == "unsuitable weights in DIR, or embeddings in t that are too large"
     assert cause(weights=None) == "the random weights of this seed"
 
 

@@ -164,6 +164,7 @@ REFUSED = [
     ("--state photo.mp4 --restart", "photo.mp4 is not a folder"),
     ("--state photo.mp4/run", "state: cannot write"),
     ("--state clip.mp4", "state: expected a folder of the run alone, got clip.mp4"),
+    ("--state clip.partial.mp4", "state: expected a folder of the run alone, got clip.partial.mp4"),
     ("--state .", "state: expected a folder of the run alone, got ."),
     (["--state", ""], "--state: expected a name"),
     (["--weights", ""], "--weights: expected a name"),

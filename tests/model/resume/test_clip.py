@@ -341,7 +341,7 @@ def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(
     assert "mode of the stored run" in refused("arguments", "mode", "other")
     assert "steps of the stored run" in refused("arguments", "steps", 1.0)
     assert "steps of the stored run" in refused("arguments", "steps", 10**9)
-    assert "differ in options: more" in refused("arguments", "more", 1)
+    assert "differ in options: m\\nore" in refused("arguments", "m\nore", 1)
     assert "differ in options: anchor, blocks, cuda_graph" in refused("arguments")
     for told in (refused("inputs"), refused("inputs", "photo", 5)):
         assert "no fingerprint of its photograph" in told

@@ -341,6 +341,7 @@ def test_other_tensors_than_are_needed_are_damage(state):
         ({**good, "\x1b[2J": good["b"]}, r"expected a, b in it, got \x1b[2J, a, b"),
         ({**good, "b": torch.ones(3)}, "expected b [2] float32, got [3] torch.float32"),
         ({**good, "b": torch.ones(2).half()}, "expected b [2] float32, got [2] torch.float16"),
+        ({**good, "b": torch.tensor([1, torch.inf])}, "b holds NaN or infinity"),
         ({**good, "a": torch.ones(9, 3)}, "expected a [1, any, 3] float32, got [9, 3] torch.float32"),
     ):
         state.save("inputs", other)
@@ -434,7 +435,8 @@ def test_removing_a_run_removes_its_files_and_nothing_else(tmp_path, state):
     for name in ("inputs", "motion", segment_name(1)):
         state.save(name, TENSORS)
     own = ["piece-0000.mp4", "piece-0001.mp4.damaged", "condition.safetensors.damaged", ".piece-0002.12.tmp.mp4"]
-    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4"]
+    # Segments are counted from 1.
+    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4", "segment-0000.safetensors"]
     for name in own + others:
         (state.folder / name).touch()
     state.remove()
@@ -563,6 +565,8 @@ def test_other_files_are_read_whole_and_random_weights_are_their_preset_and_seed
     (tmp_path / "photo").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
     assert fingerprint_file(tmp_path / "photo") == expected
-    with pytest.raises(InputError, match=r"lora: .*nowhere cannot be read"):
-        fingerprint_file(tmp_path / "nowhere", "lora")
+    os.mkfifo(tmp_path / "pipe")
+    for name, told in (("nowhere", "does not exist"), ("pipe", "is not a file"), (".", "is not a file")):
+        with pytest.raises(InputError, match=rf"lora: .* {told}"):
+            fingerprint_file(tmp_path / name, "lora")
     assert len({fingerprint_random(*given) for given in (("tiny", 1), ("tiny", 2), ("1.3b", 1))}) == 3
