@@ -25,7 +25,7 @@ STAGES = {"load", "Stage I", "reference", "Stage II", "decode"}
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results within a limit that is enough, a lower one with another plan, and one for which there is no plan."""
     folder = tmp_path_factory.mktemp("memory")
-    assert main([*SMALL, "--limit", "4MB,3MB,4000kB,100kB", "--quick", "--out", str(folder)]) == 0
+    assert main([*SMALL, "--limit", "4MB,3MB,4000kB,1MB", "--quick", "--out", str(folder)]) == 0
     return folder
 
 
@@ -46,19 +46,19 @@ def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
 def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: Path) -> None:
     enough, tight, without = rows_of(counted, "clips")
     for row, limit in ((enough, 4_000_000), (tight, 3_000_000)):
-        assert (row["limit"], row["status"], row["basis"]) == (f"{limit / 1e9:g} GB", "ok", "counted")
+        assert (row["limit"], row["status"], row["basis"]) == (f"{limit / 1e6:g} MB", "ok", "counted")
         assert row["peak_bytes"] <= row["limit_bytes"] == limit
         assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.05)
         assert row["frames_made"] == 9
         assert (row["card"], row["stage1"]) == ("RTX 4060", "2 in 16 bits")
         assert row["reference_tiles"] == "1x1 float32"
     assert tight["peak_bytes"] < enough["peak_bytes"]
-    assert (without["limit"], without["status"], without["basis"]) == ("0.0001 GB", "failed", "counted")
+    assert (without["limit"], without["status"], without["basis"]) == ("1 MB", "failed", "counted")
     assert without["reason"].startswith("vram: ")
     assert "peak_bytes" not in without
     found = read_section(counted)["verdicts"]
     assert [(v["shape"], v["met"], v["basis"]) for v in found] == [
-        (limit, True, "counted") for limit in ("0.004 GB", "0.004 GB", "0.003 GB", "0.003 GB")
+        (limit, True, "counted") for limit in ("4 MB", "4 MB", "3 MB", "3 MB")
     ]
     assert [v["value"] for v in found[::2]] == [row["peak_bytes"] / row["limit_bytes"] for row in (enough, tight)]
 
@@ -89,7 +89,7 @@ def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -
         assert sum(row["held_bytes"] for row in held) == peak
         assert sum(row["share"] for row in held) == pytest.approx(1)
         assert max(live for _, live in timeline["points"]) == peak
-        assert (timeline["basis"], timeline["limit"]) == ("counted", 1e9 * float(limit.split()[0]))
+        assert (timeline["basis"], timeline["limit"]) == ("counted", 1e6 * float(limit.split()[0]))
         assert {label for _, label in timeline["marks"]} == STAGES - {"Stage II"} | {"Stage II 1"}
 
 
