@@ -229,7 +229,7 @@ def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], ki
         naming.append("names of the Wan repositories" if is_original(keys) else "names of diffusers")
     if files.config.get("_class_name"):
         naming.append(f"config.json of {files.config['_class_name']}")
-    prefix = {full.removesuffix(short) for short, full in keys.items()} - {""}
+    prefix = {full.removesuffix(short) for short, full in keys.items() if full.endswith(short)} - {""}
     others = [name for name, known in PARTS.items() if any(key.startswith(known) for key in plain.tensors)]
     if len(keys) < len(plain.tensors):
         naming.append(f"a whole pipeline in one file: {', '.join(others)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,10 +209,12 @@ class ClipRequest:
 
 
 def _fingerprint_lora(lora: LoRA) -> str:
-    """Returns the fingerprint of a LoRA, whose numbers are found to be finite."""
+    """Returns the fingerprint of a LoRA and its scales, whose numbers are found to be finite."""
     file = open_lora(Path(lora.path), lora.expert)
     file.check_finite()
-    return fingerprint_file(file.path, "lora")
+    # PEFT's scales are in a file beside it.
+    scales = sorted((delta.keys[0], delta.scale) for deltas in file.deltas.values() for delta in deltas)
+    return hashlib.sha256(json.dumps([fingerprint_file(file.path, "lora"), scales]).encode()).hexdigest()
 
 
 def request_for(

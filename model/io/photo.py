@@ -92,15 +92,14 @@ def _decode(path: Path) -> tuple[Any, bytes]:
             head = stream.read(1 << 22)
         _require_decoder(path, head)
         with _left_alone(pil), pil.open(path) as file:
-            if file.width * file.height > MOST_PIXELS:
-                size = f"{file.width}x{file.height}"
-                raise InputError(f"image: {path} has {size} pixels; allowed are {MOST_PIXELS:,} in all")
             if file.format == "TIFF":
                 _check_tiff(path, head, file.tag_v2)
             file.load()
             return file, head
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(f"image: {path} does not fit the memory of this machine; make it smaller") from error
     except pil.UnidentifiedImageError as error:
         raise InputError(
             f"image: {path} is not a readable image: it is damaged, or of a format that Pillow does not read; "
@@ -113,8 +112,9 @@ def _decode(path: Path) -> tuple[Any, bytes]:
 
 @contextmanager
 def _left_alone(pil: Any) -> Iterator[None]:
-    """Keeps Pillow from warnings, which name no file, and from its limit of pixels, which phones exceed."""
-    limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+    """Keeps Pillow from warnings, which name no file, and from its own limit of pixels, which phones exceed."""
+    # It refuses from twice this number on.
+    limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, MOST_PIXELS // 2
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -23,7 +23,7 @@ _INDEX = r"\d{1,4}"
 
 _PREFIXES = (
     *("model.diffusion_model.", "diffusion_model.", "first_stage_model."),
-    *("module.", "_orig_mod.", "model.", "dit.", "vae."),
+    *("module.", "model.", "pipe.dit.", "dit.", "vae."),
 )
 #: Prefixes of the parts in files that hold a whole pipeline, as ComfyUI saves its checkpoints.
 PARTS = {
@@ -117,7 +117,7 @@ _WITHOUT_DOTS = {
 
 def is_dit_parameter(name: str) -> bool:
     """Returns whether some Wan DiT has a parameter of this name (of this project)."""
-    return re.sub(r"^blocks\.\d+\.", "blocks.0.", name) in _PARAMETERS
+    return re.sub(rf"^blocks\.{_INDEX}\.", "blocks.0.", name) in _PARAMETERS
 
 
 def dotted(module: str) -> str:
@@ -144,10 +144,13 @@ def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
     if part in parts.values() and len(set(parts.values())) > 1:
         prefix = next(prefix for prefix in PARTS[part] if any(key.startswith(prefix) for key in keys))
         return {key.removeprefix(prefix): key for key in keys if parts.get(key, part) == part}
-    for prefix in _PREFIXES:
-        if keys and all(key.startswith(prefix) for key in keys):
-            return {key[len(prefix) :]: key for key in keys}
-    return {key: key for key in keys}
+    # torch.compile's, around the model or around its layers.
+    names = {re.sub(r"\b_orig_mod\.", "", key): key for key in keys}
+    if len(names) < len(keys):
+        names = {key: key for key in keys}
+    while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(prefix): key for name, key in names.items()}
+    return names
 
 
 def is_original(keys: Iterable[str]) -> bool:

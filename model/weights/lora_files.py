@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,9 +68,8 @@ _REFUSED = {
     ".vera_lambda": "VeRA",
 }
 _METADATA = "lora_adapter_metadata"
-#: Repetitions (``*``, ``+``, ``?``, ``{}``) in a pattern of PEFT, and characters of a module's name that it is held
-#: against, at most: Python's time for a pattern grows as the one to the power of the other.
-_MOST_REPEATED, _LONGEST_MODULE = 2, 120
+#: Seconds that all patterns of a PEFT configuration may take.
+_PATTERN_SECONDS = 5.0
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 #: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -243,6 +243,7 @@ class _AdapterConfig:
 
     def __init__(self, path: Path, source: str, values: Mapping[str, Any]):
         self._path, self._source, self._values = path, source, values
+        self._spent = 0.0
         kind = values.get("peft_type")
         if kind not in (None, "LORA"):
             raise InputError(f"lora: {path} is {kind} ({source}), which cannot be merged as a LoRA; expected LORA")
@@ -290,15 +291,31 @@ class _AdapterConfig:
         return alpha / (math.sqrt(rank) if self._values.get("use_rslora") else rank)
 
     def _of(self, module: str, patterns: str, default: str) -> float | None:
-        matching = (value for pattern, value in self._patterns[patterns] if pattern.match(module[:_LONGEST_MODULE]))
-        return next(matching, self._numbers[default])
+        start = time.perf_counter()
+        found = next((value for pattern, value in self._patterns[patterns] if pattern.match(module)), None)
+        self._spent += time.perf_counter() - start
+        if self._spent > _PATTERN_SECONDS:
+            raise InputError(f"lora: {self._path}: {self._source}: its patterns take too long to match")
+        return self._numbers[default] if found is None else found
 
 
 def _bounded(pattern: str) -> str:
-    """Returns a pattern of PEFT if it is matched in little time, as what names modules is and not every regex."""
-    repeated = len(re.findall(r"(?<!\()[*+?{]", pattern))
-    if repeated > _MOST_REPEATED or re.search(r"\)[*+?{]|\\[1-9]", pattern):
-        raise ValueError(f"the pattern {pattern[:80]!r}: allowed are {_MOST_REPEATED} repetitions, and none of a group")
+    """Returns a pattern of PEFT if it is matched against a module's name in a moment.
+
+    Python tries every way to divide the name, so that the time doubles with each choice, and with a repetition grows by
+    the length of the name. Numbers do not count, since those in names have few digits.
+
+    Raises:
+        ValueError: the pattern allows too many ways.
+    """
+    plain = re.sub(r"\\[^\w\s]|(?:\\d|\[0-9\])(?:[*+]\??|\{[\d,]*\})?", "", pattern)
+    repeated = len(re.findall(r"[*+{]\??", plain))
+    choices = plain.count("|") + len(re.findall(r"(?<![*+(])\?", plain))
+    if 5 * repeated + choices > 20 or re.search(r"\)[*+{]|\\\d", plain):
+        raise ValueError(
+            f"the pattern {pattern[:80]!r}: allowed are 4 repetitions, or 20 choices, 5 fewer for each repetition, and"
+            " none of a group"
+        )
     return pattern
 
 
@@ -354,7 +371,11 @@ def _take_deltas(
         up, down = parts.pop("up"), parts.pop("down")
         alpha = parts.pop("alpha", None)
         rank = down.tensor.shape[0]
-        scale = config.scale(module, rank) if alpha is None else _number(path, alpha) / rank
+        if alpha is not None:
+            scale = _number(path, alpha) / rank
+        else:
+            # Names that are no parameter's are left out, and would be held against patterns at any length.
+            scale = config.scale(module, rank) if is_dit_parameter(weight) else 1.0
         if abs(scale) > LARGEST_SCALE:
             raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
         keys = (up.key, down.key) if alpha is None else (up.key, down.key, alpha.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,13 @@ from types import ModuleType
 from typing import NoReturn
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from model import generate, inspect, plan
 from model.cli.options import run_command
+from model.cli.request import _fingerprint_lora
+from model.weights.lora import LoRA
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -234,3 +239,17 @@ def test_bad_options_are_one_line_before_weights_are_opened_or_anything_is_writt
     assert err.count("\n") == 1
     assert len(err) < 4200
     assert sorted(os.listdir()) == ["loop", "photo.mp4", "pipe.mp4"]
+
+
+def test_the_fingerprint_of_a_lora_is_that_of_its_scales_too(tmp_path: Path) -> None:
+    """PEFT's alpha is in a file beside the LoRA: a run does not go on with another."""
+    factors = {
+        "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 8),
+        "blocks.0.attn1.to_q.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    found = set()
+    for alpha in (4, 64):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": alpha}))
+        found |= {_fingerprint_lora(LoRA(path)) for path in (tmp_path, tmp_path / "adapter_model.safetensors")}
+    assert len(found) == 2

@@ -453,7 +453,7 @@ def test_unreadable_paths_are_explained(tmp_path):
 def test_a_picture_of_absurd_size_is_refused(tmp_path):
     header = png(1, 8, 2, bytes(3)).replace(struct.pack(">II", 1, 1), struct.pack(">II", 2**17, 2**17), 1)
     crc = struct.pack(">I", zlib.crc32(header[12:29]))
-    with pytest.raises(InputError, match=r"bomb\.png has 131072x131072 pixels; allowed are 500,000,000 in all"):
+    with pytest.raises(InputError, match="exceeds limit of 500000000 pixels"):
         read(tmp_path / "bomb.png", header[:29] + crc + header[33:])
 
 

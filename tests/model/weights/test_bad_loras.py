@@ -81,9 +81,10 @@ def test_alphas_are_finite_numbers(kind, tmp_path, inspected):
         *('{"r": NaN, "lora_alpha": 1}', '{"r": 4, "alpha_pattern": {"q": NaN}}', '{"r": 4, "lora_alpha": 1e300}'),
         *(f'{{"r": 4, "lora_alpha": {10**400}}}', "[" * 100_000),
         # Python would match these for longer than anybody waits.
-        *('{"r": 4, "alpha_pattern": {"(a+)+x": 1}}', '{"r": 4, "rank_pattern": {".*.*.*x": 1}}'),
+        *('{"r": 4, "alpha_pattern": {"(a+)+x": 1}}', '{"r": 4, "rank_pattern": {".*.*.*.*.*x": 1}}'),
+        f'{{"r": 4, "alpha_pattern": {{"{"(.|..)" * 40}x": 1}}}}',
     ],
-    ids=["nan", "1e400", "inf", "rank", "pattern", "1e300", "integer", "deep", "nested", "many"],
+    ids=["nan", "1e400", "inf", "rank", "pattern", "1e300", "integer", "deep", "nested", "many", "choices"],
 )
 def test_scales_of_a_configuration_are_finite_numbers(values, place, tmp_path, inspected):
     header = {"lora_adapter_metadata": values} if place == "header" else None

@@ -33,7 +33,7 @@ def same_state(loaded, model):
     return all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module._orig_mod.dit."])
 @pytest.mark.parametrize("config", [CLIP_DIT, DiTConfig(num_heads=2, num_layers=1, ffn_dim=8, cross_attn_norm=False)])
 def test_original_dit_file_loads_and_its_config_is_inferred(config, prefix, tmp_path):
     model = random_weights(WanDiT, config, 0)

@@ -47,7 +47,15 @@ CONFIGS = {
         target_modules=[*ATTENTION, "net.0.proj", "proj_out", "patch_embedding", "add_k_proj", "linear_1"],
         # PEFT takes a pattern for the end of a name, from a dot on: "q" and "n2.to_v" are no layers of their own.
         rank_pattern={"q": 5, "blocks.1.attn1.to_q": 6, "proj_out": 2},
-        alpha_pattern={"v": 40, "n2.to_v": 50, "attn2.to_k": 7, "to_k": 60, r"blocks\.\d\.attn1\.to_v": 1},
+        alpha_pattern={
+            "v": 40,
+            "n2.to_v": 50,
+            "attn2.to_k": 7,
+            "to_k": 60,
+            r"blocks\.\d\.attn1\.to_v": 1,
+            r"(?:blocks\.)?1\.attn2\.to_out\.[0-9]+": 9,
+            r".*?ffn.*0\.proj": 8,
+        },
         init_lora_weights=False,
     ),
     "rslora": LoraConfig(
