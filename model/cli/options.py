@@ -182,10 +182,11 @@ def count(least: int, most: int = 10**9) -> Callable[[str], int]:
     """Returns a parser (an argparse type) of integers from ``least`` to ``most``, in the digits 0 to 9."""
 
     def parse(text: str) -> int:
-        if re.fullmatch(r"[+-]?[0-9]+", text.strip()) is None:
+        match = re.fullmatch(r"([+-]?)0*([0-9]+)", text.strip())
+        if match is None:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
         # Python reads no more than 4300 digits; the first 40 say on which side of the bounds a longer number is.
-        return _between(least, most, int(text.strip()[:40]), text)
+        return _between(least, most, int(match[1] + match[2][:40]), text)
 
     return parse
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from model import generate, inspect, plan
-from model.cli.options import run_command
+from model.cli.options import count, run_command
 from model.cli.request import _fingerprint_lora
 from model.weights.lora import LoRA
 
@@ -253,3 +253,8 @@ def test_the_fingerprint_of_a_lora_is_that_of_its_scales_too(tmp_path: Path) -> 
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": alpha}))
         found |= {_fingerprint_lora(LoRA(path)) for path in (tmp_path, tmp_path / "adapter_model.safetensors")}
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("text", ["12", "+12", " 12 ", "0" * 60 + "12"])
+def test_integers_of_any_form_are_read_whole(text: str) -> None:
+    assert count(0)(text) == 12
