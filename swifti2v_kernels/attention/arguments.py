@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_targets, check_views
+from ..common.checks import Spec, check_targets, check_tensor
 
 #: Views of one call, queries or sources: their pointers are kernel arguments, and these have a limit in bytes.
 MAX_VIEWS = 24
+
+_QUERIES = Spec(("B*", "Lq*", "H*", "D*"), None, last="head_dim")
 
 Source = tuple[Tensor, Tensor]
 
@@ -40,51 +42,56 @@ class BlockWindow:
     right: int = 0
 
 
-class Call(NamedTuple):
-    """A checked call of segment attention: lists throughout, without the sources that are empty or seen by no query."""
+class SegmentCall(NamedTuple):
+    """A checked call, in the order of the registered operators: without sources that are empty or seen by no query."""
 
     q: list[Tensor]
-    sources: list[Source]
+    k: list[Tensor]
+    v: list[Tensor]
+    valid_lengths: list[Tensor | None]
     scale: float
-    valid: list[Tensor | None]
-    attends: list[list[int]]
-    window: BlockWindow | None
-    out: list[Tensor] | None
+    #: Per query view, bit j says whether it sees source j.
+    attends: list[int]
+    #: (block_len, left, right) in source 0, for one query view; empty without a window.
+    window: list[int]
+    out: list[Tensor] | None = None
+    #: Empty where it is not wanted.
+    lse: Sequence[Tensor] = ()
 
 
 def check_call(
     q: Tensor | Sequence[Tensor],
     sources: Sequence[Source],
-    scale: float | None,
-    valid_lengths: Sequence[Tensor | None] | None,
-    attends: Sequence[Sequence[int]] | None,
-    window: BlockWindow | None,
-    out: Tensor | Sequence[Tensor] | None,
-) -> Call:
+    scale: float | None = None,
+    valid_lengths: Sequence[Tensor | None] | None = None,
+    attends: Sequence[Sequence[int]] | None = None,
+    window: BlockWindow | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> SegmentCall:
     """Returns the call as lists, or raises an error that says which argument is wrong."""
     queries = [q] if isinstance(q, Tensor) else list(q)
     if not 1 <= len(queries) <= MAX_VIEWS:
         raise ValueError(f"q: expected a tensor or 1 to {MAX_VIEWS} of them, got {len(queries)}")
-    if not isinstance(queries[0], Tensor):
-        raise TypeError(f"q: expected a tensor or a sequence of them, got {type(queries[0]).__name__}")
-    if queries[0].ndim != 4:
-        raise ValueError(f"q: expected [B, Lq, H, D], got shape {tuple(queries[0].shape)}")
-    check_views("q", queries, queries[0])
+    first, single = queries[0], len(queries) == 1
+    check_tensor("q" if single else "q[0]", first, _QUERIES)
+    view, device = Spec((first.shape[0], "L*", *first.shape[2:]), first.dtype, last="head_dim"), first.device
+    for i in range(1, len(queries)):
+        check_tensor(f"q[{i}]", queries[i], view, device)
     if not 1 <= len(sources) <= MAX_VIEWS:
         raise ValueError(f"sources: expected 1 to {MAX_VIEWS} (k, v) pairs, got {len(sources)}")
     for i, pair in enumerate(sources):
         if isinstance(pair, Tensor) or len(pair) != 2:
             given = type(pair).__name__ if isinstance(pair, Tensor) else f"{len(pair)} items"
             raise TypeError(f"sources[{i}]: expected a pair (k, v), got {given}")
-        check_views(f"sources[{i}].k", pair[:1], queries[0])
-        check_views(f"sources[{i}].v", pair[1:], queries[0])
+        check_tensor(f"sources[{i}].k", pair[0], view, device)
+        check_tensor(f"sources[{i}].v", pair[1], view, device)
         if pair[0].shape[1] != pair[1].shape[1]:
             raise ValueError(f"sources[{i}]: k has {pair[0].shape[1]} tokens and v has {pair[1].shape[1]}")
     if all(k.shape[1] == 0 for k, _ in sources):
         raise ValueError("sources: every source is empty (0 keys), so the softmax is undefined")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive number, got {scale}")
-    valid = _check_valid_lengths(valid_lengths, sources, queries[0])
+    valid = _check_valid_lengths(valid_lengths, sources, first)
     visible = _check_attends(attends, queries, sources)
     if window is not None:
         _check_window(window, queries, sources, visible[0])
@@ -93,22 +100,20 @@ def check_call(
         targets = [out] if isinstance(out, Tensor) else list(out)
         if len(targets) != len(queries) or isinstance(out, Tensor) != isinstance(q, Tensor):
             raise ValueError(f"out: expected {len(queries)} view(s), as many as q, got {len(targets)}")
-        check_views("out", targets, queries[0])
         for i, (x, y) in enumerate(zip(targets, queries, strict=True)):
-            if x.shape != y.shape:
-                raise ValueError(f"out[{i}]: expected {tuple(y.shape)} as q, got {tuple(x.shape)}")
+            check_tensor(f"out[{i}]", x, Spec(y.shape, y.dtype, last="head_dim"), y.device)
     # What no query sees is left out, so that a single query view sees all that is kept. A window speaks of the first
     # source, which stays.
     wanted = {j for seen in visible for j in seen}
     kept = [j for j, (k, _) in enumerate(sources) if (k.shape[1] and j in wanted) or (j == 0 and window is not None)]
-    position = {j: i for i, j in enumerate(kept)}
-    return Call(
+    return SegmentCall(
         queries,
-        [(sources[j][0], sources[j][1]) for j in kept],
-        queries[0].shape[3] ** -0.5 if scale is None else float(scale),
+        [sources[j][0] for j in kept],
+        [sources[j][1] for j in kept],
         [valid[j] for j in kept],
-        [[position[j] for j in seen if j in position] for seen in visible],
-        window,
+        first.shape[3] ** -0.5 if scale is None else float(scale),
+        [sum([1 << i for i, j in enumerate(kept) if j in seen]) for seen in visible],
+        [] if window is None else [window.block_len, window.left, window.right],
         targets,
     )
 
@@ -121,16 +126,10 @@ def _check_valid_lengths(
     if isinstance(valid_lengths, Tensor) or len(valid_lengths) != len(sources):
         given = "a tensor" if isinstance(valid_lengths, Tensor) else f"{len(valid_lengths)} entries"
         raise ValueError(f"valid_lengths: expected a list of {len(sources)} entries, one a source, got {given}")
+    spec = Spec(q.shape[:1], (torch.int32, torch.int64), last="")
     for j, x in enumerate(valid_lengths):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"valid_lengths[{j}]: expected None or a tensor, got {type(x).__name__}")
-        if x.shape != q.shape[:1] or x.dtype not in (torch.int32, torch.int64) or x.device != q.device:
-            raise ValueError(
-                f"valid_lengths[{j}]: expected [{q.shape[0]}] int32 or int64 on {q.device},"
-                f" got {list(x.shape)} {x.dtype} on {x.device}"
-            )
+        if x is not None:
+            check_tensor(f"valid_lengths[{j}]", x, spec, q.device)
     return [None if x is None else x.contiguous() for x in valid_lengths]
 
 
@@ -164,13 +163,13 @@ def _check_window(
         raise ValueError(f"attends: expected the first source among those seen, since window masks it, got {visible}")
 
 
-def check_overlaps(out: Sequence[Tensor], q: Sequence[Tensor], sources: Sequence[Source]) -> None:
+def check_overlaps(call: SegmentCall) -> None:
     """Checks that outputs overlap neither themselves, nor each other, nor an input.
 
     Raises:
         ValueError: they do, or may.
     """
-    inputs = {f"q[{i}]": x for i, x in enumerate(q)}
-    for j, (k, v) in enumerate(sources):
+    inputs = {f"q[{i}]": x for i, x in enumerate(call.q)}
+    for j, (k, v) in enumerate(zip(call.k, call.v, strict=True)):
         inputs |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
-    check_targets({f"out[{i}]": x for i, x in enumerate(out)}, inputs, ())
+    check_targets({f"out[{i}]": x for i, x in enumerate(call.out or ())}, inputs, ())

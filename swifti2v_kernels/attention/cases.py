@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Work
+from ..common.shapes import WINDOWS
 from .arguments import BlockWindow
 from .merge_attention import cost as merge_cost
 from .merge_attention import merge_attention
@@ -17,7 +18,7 @@ from .segment_attention import KERNEL_HEAD_DIMS, segment_attention
 from .segment_attention import cost as attention_cost
 
 
-class _AttentionInputs(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The tensors of one case, all of them slices of fused qkv buffers ``[B, L, 3, H, D]``, as the model has them."""
 
     head_dim: int
@@ -60,28 +61,31 @@ def _attention_work(constants: Mapping[str, Any]) -> Work:
 
 
 def _attention_cases() -> list[Case]:
-    calls: dict[str, _AttentionInputs] = {"fp16": _AttentionInputs(128, torch.float16)}
+    calls: dict[str, AttentionInputs] = {"fp16": AttentionInputs(128, torch.float16)}
     for d in KERNEL_HEAD_DIMS:
         calls |= {
-            f"d{d}": _AttentionInputs(d),
-            f"d{d} lse": _AttentionInputs(d, lse=True),
-            f"d{d} 2 sources": _AttentionInputs(d, key_lens=(333, 77)),
-            f"d{d} 2 sources, padded, lse": _AttentionInputs(d, key_lens=(333, 77), valid=True, lse=True),
-            f"d{d} 4 sources, padded": _AttentionInputs(d, key_lens=(333, 77, 77, 20), valid=True),
-            f"d{d} joint, 2 sources": _AttentionInputs(d, query_lens=(333, 77), key_lens=(333, 77), attend_all=True),
-            f"d{d} causal, 3 sources": _AttentionInputs(d, query_lens=(77, 150), key_lens=(77, 150, 40), lse=True),
-            f"d{d} 5 sources": _AttentionInputs(d, key_lens=(333, 77, 77, 128, 1)),
-            f"d{d} block window": _AttentionInputs(
-                d, query_lens=(333,), key_lens=(333, 77), window=BlockWindow(100, 1)
-            ),
-            f"d{d} unaligned": _AttentionInputs(d, gap=1),
+            f"d{d}": AttentionInputs(d),
+            f"d{d} lse": AttentionInputs(d, lse=True),
+            f"d{d} 2 sources": AttentionInputs(d, key_lens=(333, 77)),
+            f"d{d} 2 sources, padded, lse": AttentionInputs(d, key_lens=(333, 77), valid=True, lse=True),
+            f"d{d} 4 sources, padded": AttentionInputs(d, key_lens=(333, 77, 77, 20), valid=True),
+            f"d{d} joint, 2 sources": AttentionInputs(d, query_lens=(333, 77), key_lens=(333, 77), attend_all=True),
+            f"d{d} causal, 3 sources": AttentionInputs(d, query_lens=(77, 150), key_lens=(77, 150, 40), lse=True),
+            f"d{d} 5 sources": AttentionInputs(d, key_lens=(333, 77, 77, 128, 1)),
+            f"d{d} block window": AttentionInputs(d, query_lens=(333,), key_lens=(333, 77), window=BlockWindow(100, 1)),
+            f"d{d} unaligned": AttentionInputs(d, gap=1),
         }
+    ltx, clip = WINDOWS["LTX-Video 1216x704, 121 frames"], WINDOWS["Stage I 640x352, 1.3B"]
+    large, small = WINDOWS["CSG window 2560x1408, 5B"], WINDOWS["CSG window 1280x704, 1.3B"]
+    heads, block = small.model.heads, small.block_len
     real = {
-        "d64 lse": _attention_real("1216x704, 121 frames, LTX-Video", calls["d64 lse"], 32, 13_376),
-        "d128 lse": _attention_real("CSG window 2560x1408, 5B", calls["d128 lse"], 24, 17_600),
-        "d128 2 sources": _attention_real("CSG window 1280x704, 1.3B", calls["d128 2 sources"], 12, 14_080, 3520),
-        "d128 5 sources": _attention_real("CSG window 1280x704, 1.3B", calls["d128 5 sources"], 12, *[3520] * 5),
-        "d128 block window": _attention_real("640x352, 81 frames", calls["d128 block window"], 12, 18_480, 512),
+        "d64 lse": _attention_real("1216x704, 121 frames, LTX-Video", calls["d64 lse"], ltx.model.heads, ltx.tokens),
+        "d128 lse": _attention_real(large.name, calls["d128 lse"], large.model.heads, large.tokens),
+        "d128 2 sources": _attention_real(small.name, calls["d128 2 sources"], heads, 4 * block, block),
+        "d128 5 sources": _attention_real(small.name, calls["d128 5 sources"], heads, *[block] * 5),
+        "d128 block window": _attention_real(
+            "640x352, 81 frames", calls["d128 block window"], clip.model.heads, clip.tokens, 512
+        ),
     }
     return [
         Case(f"segment_attention {name}", segment_attention, inputs, _attention_work, real.get(name))
@@ -89,7 +93,7 @@ def _attention_cases() -> list[Case]:
     ]
 
 
-def _attention_real(shape: str, inputs: _AttentionInputs, heads: int, *key_lens: int) -> RealSize:
+def _attention_real(shape: str, inputs: AttentionInputs, heads: int, *key_lens: int) -> RealSize:
     """Returns a case's call at real size.
 
     There are as many queries as keys, or under a window of 3 of 21 blocks as many as the first source has.
@@ -114,10 +118,11 @@ def _merge_inputs(
     return make
 
 
+_2K = WINDOWS["CSG window 2560x1408, 1.3B"]
 _MERGE_REAL = RealSize(
-    "CSG window 2560x1408, 1.3B",
-    _merge_inputs(128, torch.bfloat16, 2, 1, 70_400, 12),
-    merge_cost(1, 12, 128, 70_400, 2),
+    _2K.name,
+    _merge_inputs(128, torch.bfloat16, 2, 1, _2K.tokens, _2K.model.heads),
+    merge_cost(1, _2K.model.heads, 128, _2K.tokens, 2),
 )
 
 

@@ -19,26 +19,27 @@ from ..common.checks import check_range
 from ..common.configs import configured
 from ..common.tables import fastest
 from ..common.target import capability_of, on_device
-from .arguments import Source
+from .arguments import SegmentCall
 
 
-def choose_kernel(
-    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
-) -> tuple[str, str]:
-    """Returns which implementation serves a call that the Triton backend takes, and why; no view is empty."""
-    capability = capability_of(q[0].device)
-    head_dim, dtype = q[0].shape[3], q[0].dtype
-    dense = len(q) == len(sources) == 1 and valid[0] is None and not windowed and not wants_lse
+def choose_kernel(call: SegmentCall, wants_lse: bool) -> tuple[str, str]:
+    """Returns which implementation serves a call that the Triton backend takes, and why; ``none`` without queries."""
+    filled = [x for x in call.q if x.numel()]
+    if not filled:
+        return "none", "no queries"
+    q, k, v = filled[0], call.k[0], call.v[0]
+    capability, head_dim = capability_of(q.device), q.shape[3]
+    dense = len(filled) == len(call.k) == 1 and call.valid_lengths[0] is None and not call.window and not wants_lse
     # cuDNN's attention takes views that are not aligned and computes something else (torch 2.11, cuDNN 9.19, H200).
-    if dense and q[0].device.type == "cuda" and torch_takes(q[0], *sources[0]):
-        match = {"capability": capability, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
-        best, reason = fastest("attention", match, "tokens", sources[0][0].shape[1])
+    if dense and q.device.type == "cuda" and torch_takes(q, k, v):
+        match = {"capability": capability, "dtype": str(q.dtype).removeprefix("torch."), "head_dim": head_dim}
+        best, reason = fastest("attention", match, "tokens", k.shape[1])
         if best is None:
             # Published: cuDNN leads on Hopper and Blackwell (NVIDIA/cudnn-frontend), flash is at a RTX 4090's peak.
             best = "sdpa-cudnn" if capability is not None and capability >= 90 else "sdpa-flash"
         if best != "swifti2v":
             return best, f"one dense source: {reason}"
-    return own_kernel(q, sources, valid, windowed)
+    return own_kernel(call)
 
 
 def torch_takes(*views: Tensor) -> bool:
@@ -53,14 +54,12 @@ def torch_takes(*views: Tensor) -> bool:
     )
 
 
-def own_kernel(
-    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool
-) -> tuple[str, str]:
+def own_kernel(call: SegmentCall) -> tuple[str, str]:
     """Returns which of our kernels takes the call, and why."""
-    capability = capability_of(q[0].device)
+    capability = capability_of(call.q[0].device)
     if capability == 90:
         hopper = _hopper_module()
-        obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(q, sources, valid, windowed)
+        obstacle = "no Gluon in this Triton" if hopper is None else hopper.obstacle(call)
         if obstacle is None:
             return "hopper", "warp-specialised for capability 9.0"
         return "portable", f"the Hopper kernel does not take it: {obstacle}"
@@ -75,54 +74,48 @@ def _hopper_module() -> ModuleType | None:
         return None
 
 
-def launch(
-    kernel: str,
-    q: Sequence[Tensor],
-    sources: Sequence[Source],
-    out: Sequence[Tensor],
-    lse: Sequence[Tensor],
-    valid: Sequence[Tensor | None],
-    scale: float,
-    attends: Sequence[int],
-    window: tuple[int, int, int] | None,
-) -> None:
+def launch(kernel: str, call: SegmentCall, out: Sequence[Tensor], lse: Sequence[Tensor]) -> None:
     """Writes ``out`` and ``lse`` (empty if not wanted) by the kernel of this name."""
-    filled = [i for i, x in enumerate(q) if x.numel()]
-    q, out, attends = ([views[i] for i in filled] for views in (q, out, attends))
-    lses = [lse[i] for i in filled] if lse else None
-    head_dim = q[0].shape[3]
+    filled = [i for i, x in enumerate(call.q) if x.numel()]
+    q, out, attends = ([views[i] for i in filled] for views in (call.q, out, call.attends))
+    call = SegmentCall(q, *call[1:5], attends, call.window, out, [lse[i] for i in filled] if lse else ())
+    head_dim, capability = q[0].shape[3], capability_of(q[0].device)
     with on_device(q[0].device):
         if kernel.startswith("sdpa"):
-            out[0].copy_(sdpa(kernel, q[0], *sources[0], scale))
+            out[0].copy_(sdpa(kernel, q[0], call.k[0], call.v[0], call.scale))
         elif kernel == "hopper":
             from .hopper import HopperConfig, launch_hopper
 
             config = configured("attention_hopper", 90, HopperConfig.heuristic(head_dim), head_dim=head_dim)
-            launch_hopper(q, sources, out, lses, scale=scale, attends=attends, config=config)
+            launch_hopper(call, config)
         else:
             from .portable import PortableConfig, descriptors_possible, launch_portable
 
-            aligned, capability = descriptors_possible(sources), capability_of(q[0].device)
-            heuristic = PortableConfig.heuristic(capability, head_dim, len(sources), aligned)
+            aligned = descriptors_possible(call)
+            heuristic = PortableConfig.heuristic(capability, head_dim, len(call.k), aligned)
             # Descriptors are unrolled for every source; without them a loop walks any number.
-            unrolled = len(sources) if heuristic.descriptors else 0
+            unrolled = len(call.k) if heuristic.descriptors else 0
             key = {"head_dim": head_dim, "sources": unrolled, "aligned": int(aligned)}
-            config = configured("attention_portable", capability, heuristic, **key)
-            options = {"scale": scale, "attends": attends, "window": window, "config": config}
-            launch_portable(q, sources, out, lses, valid_lengths=valid, **options)
+            launch_portable(call, configured("attention_portable", capability, heuristic, **key))
 
 
-def prepare(
-    q: Sequence[Tensor], sources: Sequence[Source], valid: Sequence[Tensor | None], windowed: bool, wants_lse: bool
-) -> str:
+def prepare(call: SegmentCall, wants_lse: bool) -> str:
     """Checks what only real tensors can tell, and returns the kernel's name; ``none`` where there are no queries."""
-    queries = [x for x in q if x.numel()]
-    if not queries:
-        return "none"
-    for j, x in enumerate(valid):
+    kernel = choose_kernel(call, wants_lse)[0]
+    if kernel != "none":
+        check_lengths(call)
+    return kernel
+
+
+def check_lengths(call: SegmentCall) -> None:
+    """Checks that no source has fewer keys than are said to count.
+
+    Raises:
+        ValueError: one has, on the CPU.
+    """
+    for j, (x, k) in enumerate(zip(call.valid_lengths, call.k, strict=True)):
         if x is not None:
-            check_range(f"valid_lengths[{j}]", x, 0, sources[j][0].shape[1])
-    return choose_kernel(queries, sources, valid, windowed, wants_lse)[0]
+            check_range(f"valid_lengths[{j}]", x, 0, k.shape[1])
 
 
 def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -24,12 +24,10 @@ Timed on an NVIDIA H200 only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -41,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .arguments import SegmentCall
 from .portable import LOG2E, describe, descriptors_possible, unspecialised
 
 #: ``async_load`` in newer Triton (where the old name only raises), ``async_copy_global_to_shared`` in 3.6.
@@ -305,50 +304,38 @@ def segment_attention_hopper_kernel(
     )
 
 
-def obstacle(
-    q: Sequence[Tensor],
-    sources: Sequence[tuple[Tensor, Tensor]],
-    valid_lengths: Sequence[Tensor | None],
-    windowed: bool,
-) -> str | None:
-    """Returns why this kernel cannot take a call on capability 9.0, or None if it can. No view is empty."""
-    if q[0].dtype.itemsize != 2 or q[0].shape[3] not in HEAD_DIMS:
-        return f"head_dim {q[0].shape[3]} in {q[0].dtype}"
-    if len(sources) > MAX_SOURCES:
-        return f"{len(sources)} sources, more than {MAX_SOURCES}"
-    if any(x is not None for x in valid_lengths):
+def obstacle(call: SegmentCall) -> str | None:
+    """Returns why this kernel cannot take a call on capability 9.0, or None if it can. No source is empty."""
+    q = call.q[0]
+    if q.dtype.itemsize != 2 or q.shape[3] not in HEAD_DIMS:
+        return f"head_dim {q.shape[3]} in {q.dtype}"
+    if len(call.k) > MAX_SOURCES:
+        return f"{len(call.k)} sources, more than {MAX_SOURCES}"
+    if any(x is not None for x in call.valid_lengths):
         return "valid lengths"
-    if windowed:
+    if call.window:
         return "a block window"
-    if not descriptors_possible(sources):
+    if not descriptors_possible(call):
         return "a source is not aligned to 16 bytes"
     return None
 
 
-def launch_hopper(
-    q: Sequence[Tensor],
-    sources: Sequence[tuple[Tensor, Tensor]],
-    out: Sequence[Tensor],
-    lse: Sequence[Tensor] | None,
-    *,
-    scale: float,
-    attends: Sequence[int],
-    config: HopperConfig,
-) -> None:
-    """Writes ``out`` (and ``lse``); arguments as in ``launch_portable``, within the contract at the top of the file."""
+def launch_hopper(call: SegmentCall, config: HopperConfig) -> None:
+    """Writes ``out`` (and ``lse``) of a call as in ``launch_portable``, within the contract at the top of the file."""
+    q, out = call.q, call.out
     batch, _, heads, head_dim = q[0].shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     block = [1, 1, config.block_n, head_dim]
     descriptors: list[TensorDescriptor | None] = [None] * (2 * MAX_SOURCES)
-    for j, (k, v) in enumerate(sources):
+    for j, (k, v) in enumerate(zip(call.k, call.v, strict=True)):
         descriptors[j] = describe(k, block, TensorDescriptor, layout=layout)
         descriptors[MAX_SOURCES + j] = describe(v, block, TensorDescriptor, layout=layout)
     tiles = sum(triton.cdiv(x.shape[1], config.block_m) for x in q)
     segment_attention_hopper_kernel[(tiles, heads, batch)](
-        tuple(q), tuple(out), tuple(lse) if lse is not None else (None,) * len(q), *descriptors,
+        tuple(q), tuple(out), tuple(call.lse) or (None,) * len(q), *descriptors,
         tuple(x.stride()[:3] for x in q), tuple(x.stride()[:3] for x in out),
-        unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k, _ in sources), unspecialised(attends),
-        heads, scale * LOG2E,
-        NUM_K=len(sources), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k in call.k), unspecialised(call.attends),
+        heads, call.scale * LOG2E,
+        NUM_K=len(call.k), NUM_STAGES=config.num_stages, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=head_dim, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

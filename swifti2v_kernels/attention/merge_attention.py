@@ -23,17 +23,19 @@ inputs need gradients. Timed on an NVIDIA H200 only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.checks import check_views
+from ..common.checks import Spec, check_tensor
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
+from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
 MAX_PARTS = 24
+_OUTPUT = Spec(("B*", "L*", "H*", "D*"), None, last="head_dim")
 
 
 def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -69,13 +71,45 @@ def _(outputs, lses):  # type: ignore[no-untyped-def]
     return outputs[0].new_empty(outputs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-def _choose(*, outputs: Sequence[Tensor], lses: Sequence[Tensor], backend: str) -> Choice:
-    _check(outputs, lses)
-    chosen, reason = pick_backend(backend, kernel_obstacle((*outputs, *lses)))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
+class MergeCall(NamedTuple):
+    """The arguments of the registered operator."""
+
+    outputs: Sequence[Tensor]
+    lses: Sequence[Tensor]
+
+    def check(self) -> None:
+        """Checks the whole call."""
+        outputs, lses = self
+        if isinstance(outputs, Tensor) or isinstance(lses, Tensor):
+            raise TypeError("outputs, lses: expected sequences of tensors, got a tensor")
+        if not 1 <= len(outputs) <= MAX_PARTS or len(outputs) != len(lses):
+            raise ValueError(
+                f"outputs, lses: expected 1 to {MAX_PARTS} of both, equally many, got {len(outputs)} and {len(lses)}"
+            )
+        first = outputs[0]
+        check_tensor("outputs[0]", first, _OUTPUT)
+        batch, length, heads, _ = first.shape
+        spec, device = Spec(first.shape, first.dtype, last="head_dim"), first.device
+        lse_spec = Spec((batch, heads, length), torch.promote_types(first.dtype, torch.float32), last="")
+        for i, (o, s) in enumerate(zip(outputs, lses, strict=True)):
+            if i:
+                check_tensor(f"outputs[{i}]", o, spec, device)
+            check_tensor(f"lses[{i}]", s, lse_spec, device)
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        return kernel_obstacle((*self.outputs, *self.lses))
+
+    def by_torch(self) -> tuple[Tensor, Tensor]:
+        """Computes the call in PyTorch, differentiable."""
+        return merge_attention_reference(*self)
+
+    def by_kernel(self) -> tuple[Tensor, Tensor]:
+        """Computes the call by the fused kernel."""
+        return _merge_attention_op(*map(list, self))
 
 
-@public_operator(_choose)
+@public_operator()
 def merge_attention(
     outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -106,33 +140,7 @@ def merge_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691) 3.1; Ring Attention (arXiv 2310.01889).
     """
-    _check(outputs, lses)
-    chosen, _ = pick_backend(backend, kernel_obstacle((*outputs, *lses)))
-    if chosen == "torch":
-        return merge_attention_reference(outputs, lses)
-    return _merge_attention_op(list(outputs), list(lses))
-
-
-def _check(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    if isinstance(outputs, Tensor) or isinstance(lses, Tensor):
-        raise TypeError("outputs, lses: expected sequences of tensors, got a tensor")
-    if not 1 <= len(outputs) <= MAX_PARTS or len(outputs) != len(lses):
-        raise ValueError(
-            f"outputs, lses: expected 1 to {MAX_PARTS} of both, equally many, got {len(outputs)} and {len(lses)}"
-        )
-    if outputs[0].ndim != 4:
-        raise ValueError(f"outputs[0]: expected [B, L, H, D], got {tuple(outputs[0].shape)}")
-    check_views("outputs", outputs, outputs[0])
-    batch, length, heads, _ = outputs[0].shape
-    wide = torch.promote_types(outputs[0].dtype, torch.float32)
-    for i, (o, s) in enumerate(zip(outputs, lses, strict=True)):
-        if o.shape != outputs[0].shape:
-            raise ValueError(f"outputs[{i}]: expected {tuple(outputs[0].shape)} as outputs[0], got {tuple(o.shape)}")
-        if s.shape != (batch, heads, length) or s.dtype != wide or s.device != o.device:
-            raise ValueError(
-                f"lses[{i}]: expected [{batch}, {heads}, {length}] {wide} on {o.device},"
-                f" got {list(s.shape)} {s.dtype} on {s.device}"
-            )
+    return compute(MergeCall(outputs, lses), backend)
 
 
 def cost(batch: int, heads: int, head_dim: int, length: int, parts: int, itemsize: int = 2) -> Cost:

@@ -30,6 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arguments import SegmentCall
+
 LOG2E = 1.4426950408889634
 #: Descriptors are single kernel arguments: Triton 3.6 cannot launch with a tuple of them.
 MAX_DESCRIPTOR_SOURCES = 4
@@ -269,14 +271,13 @@ def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(16 * n + 1 for n in values)
 
 
-def descriptors_possible(sources: Sequence[tuple[Tensor, Tensor]]) -> bool:
+def descriptors_possible(call: SegmentCall) -> bool:
     """Returns whether TMA can address every source: 16-byte aligned, strides multiples of 16 bytes."""
     return all(
         x.dtype.itemsize == 2
         and x.data_ptr() % 16 == 0
         and all(s % 8 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
-        for pair in sources
-        for x in pair
+        for x in (*call.k, *call.v)
     )
 
 
@@ -288,57 +289,33 @@ def describe(x: Tensor, block: list[int], make: Any = TensorDescriptor, **kwargs
     return make(x, list(x.shape), strides, block, **kwargs)
 
 
-def launch_portable(
-    q: Sequence[Tensor],
-    sources: Sequence[tuple[Tensor, Tensor]],
-    out: Sequence[Tensor],
-    lse: Sequence[Tensor] | None,
-    *,
-    valid_lengths: Sequence[Tensor | None],
-    scale: float,
-    attends: Sequence[int],
-    window: tuple[int, int, int] | None,
-    config: PortableConfig,
-) -> None:
-    """Writes ``out`` (and ``lse``); arguments are checked by the caller.
-
-    Args:
-        q: views ``[B, L, H, D]``, none of them empty.
-        sources: pairs ``(k, v)`` of views ``[B, L, H, D]``, none of them empty.
-        out: views ``[B, L, H, D]``, one for each of ``q``.
-        lse: views ``[B, H, L]``, contiguous float32; None if not wanted.
-        valid_lengths: per source ``[B]`` integers or None.
-        scale: factor on the logits.
-        attends: per query view, bit j says whether it sees source j.
-        window: ``(block_len, left, right)`` in source 0, for one query view.
-        config: tile sizes and launch options.
-    """
+def launch_portable(call: SegmentCall, config: PortableConfig) -> None:
+    """Writes ``out`` (and ``lse``, contiguous) of a checked call of which no view is empty."""
+    q, k, v = call.q, call.k, call.v
     batch, _, heads, head_dim = q[0].shape
     block_d = triton.next_power_of_2(head_dim)
-    if window is None:
+    if not call.window:
         tiles = sum(triton.cdiv(x.shape[1], config.block_m) for x in q)
     else:
-        tiles = triton.cdiv(q[0].shape[1], window[0]) * triton.cdiv(window[0], config.block_m)
-    keys, values = [k for k, _ in sources], [v for _, v in sources]
+        tiles = triton.cdiv(q[0].shape[1], call.window[0]) * triton.cdiv(call.window[0], config.block_m)
     descriptors: list[Any] = [None] * (2 * MAX_DESCRIPTOR_SOURCES)
     if config.descriptors:
-        block = [1, 1, config.block_n, block_d]
-        for j, (k, v) in enumerate(sources):
-            descriptors[j], descriptors[MAX_DESCRIPTOR_SOURCES + j] = describe(k, block), describe(v, block)
+        for i, views in enumerate((k, v)):
+            first = i * MAX_DESCRIPTOR_SOURCES
+            descriptors[first : first + len(k)] = [describe(x, [1, 1, config.block_n, block_d]) for x in views]
+    # With descriptors the kernel has no other way to the sources.
+    pointers = ((), ()) if config.descriptors else (k, v)
 
     def strides(views: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         return tuple(x.stride()[:3] for x in views)
 
     segment_attention_fwd_kernel[(tiles, heads, batch)](
-        tuple(q), tuple(out), tuple(lse) if lse is not None else (None,) * len(q),
-        () if config.descriptors else tuple(keys), () if config.descriptors else tuple(values),
-        *descriptors, tuple(valid_lengths),
-        strides(q), strides(out),
-        () if config.descriptors else strides(keys), () if config.descriptors else strides(values),
-        unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k in keys), unspecialised(attends), heads,
-        scale * LOG2E, unspecialised(window or (0, 0, 0)),
+        tuple(q), tuple(call.out), tuple(call.lse) or (None,) * len(q), *map(tuple, pointers), *descriptors,
+        tuple(call.valid_lengths), strides(q), strides(call.out), *map(strides, pointers),
+        unspecialised(x.shape[1] for x in q), unspecialised(x.shape[1] for x in k), unspecialised(call.attends), heads,
+        call.scale * LOG2E, unspecialised(call.window or (0, 0, 0)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        DESCRIPTORS=config.descriptors, WINDOWED=window is not None,
-        SUBSETS=any(seen != (1 << len(sources)) - 1 for seen in attends),
+        DESCRIPTORS=config.descriptors, WINDOWED=bool(call.window),
+        SUBSETS=any(seen != (1 << len(k)) - 1 for seen in call.attends),
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

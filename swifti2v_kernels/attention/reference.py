@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..common.dispatch import transform
-from .arguments import BlockWindow, Source
+from .arguments import SegmentCall
 
 #: Logits of a piece: what stays in the caches of a CPU, and enough for a GPU to be busy.
 PIECE = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -27,15 +27,7 @@ LEAST_ROWS = 16
 Range = tuple[int, int, int]
 
 
-def segment_attention_reference(
-    q: Sequence[Tensor],
-    sources: Sequence[Source],
-    scale: float,
-    valid_lengths: Sequence[Tensor | None],
-    attends: Sequence[Sequence[int]],
-    window: BlockWindow | None,
-    return_lse: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+def segment_attention_reference(call: SegmentCall, return_lse: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Computes the formula of ``segment_attention.py``, differentiable.
 
     Queries of one block of a window see the same keys, so that masks are slices.
@@ -43,24 +35,25 @@ def segment_attention_reference(
 
     out, lse = [], []
     last: list[Range] = []
-    for view, visible in zip(q, attends, strict=True):
+    for view, mask in zip(call.q, call.attends, strict=True):
         results = []
-        for start, stop, seen in _blocks(view.shape[1], sources, visible, window):
+        for start, stop, seen in _blocks(call, view.shape[1], mask):
             if seen != last:  # views that see the same keys share one copy of them
-                last, keys = seen, _keys(sources, valid_lengths, seen)
-            results.append(_attend(view[:, start:stop], *keys, scale, return_lse))
+                last, keys = seen, _keys(call, seen)
+            results.append(_attend(view[:, start:stop], *keys, call.scale, return_lse))
         out.append(_joined([o for o, _ in results]))
         if return_lse:
             lse.append(torch.cat([s for _, s in results if s is not None], dim=2))
     return out, lse
 
 
-def _keys(
-    sources: Sequence[Source], valid_lengths: Sequence[Tensor | None], seen: Sequence[Range]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _keys(call: SegmentCall, seen: Sequence[Range]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the keys and values of these ranges, each [B, L, H, D], and which of them count, [B, L] (None: all)."""
-    rows = [_valid_rows(valid_lengths[j], a, b) for j, a, b in seen]
-    k, v = (_joined([_kept(sources[j][i][:, a:b], m) for (j, a, b), m in zip(seen, rows, strict=True)]) for i in (0, 1))
+    rows = [_valid_rows(call.valid_lengths[j], a, b) for j, a, b in seen]
+    k, v = (
+        _joined([_kept(views[j][:, a:b], m) for (j, a, b), m in zip(seen, rows, strict=True)])
+        for views in (call.k, call.v)
+    )
     if all(mask is None for mask in rows):
         return k, v, None
     everything = torch.ones((k.shape[0], 1), dtype=torch.bool, device=k.device)
@@ -83,19 +76,18 @@ def _kept(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.masked_fill(~rows[:, :, None, None], 0.0)
 
 
-def _blocks(
-    num_queries: int, sources: Sequence[Source], visible: Sequence[int], window: BlockWindow | None
-) -> Iterator[tuple[int, int, list[Range]]]:
+def _blocks(call: SegmentCall, num_queries: int, mask: int) -> Iterator[tuple[int, int, list[Range]]]:
     """Yields ranges of queries that see the same keys: (start, stop, [(source, first row, last row + 1)])."""
-    everything = [(j, 0, sources[j][0].shape[1]) for j in visible]
-    if window is None or num_queries == 0:
+    everything = [(j, 0, k.shape[1]) for j, k in enumerate(call.k) if mask >> j & 1]
+    if not call.window or num_queries == 0:
         yield 0, num_queries, everything
         return
-    length = sources[0][0].shape[1]
-    for i, start in enumerate(range(0, num_queries, window.block_len)):
-        low = min(max(i - window.left, 0) * window.block_len, length)
-        high = min((i + window.right + 1) * window.block_len, length)
-        yield start, min(start + window.block_len, num_queries), [(0, low, high), *everything[1:]]
+    block_len, left, right = call.window
+    length = call.k[0].shape[1]
+    for i, start in enumerate(range(0, num_queries, block_len)):
+        low = min(max(i - left, 0) * block_len, length)
+        high = min((i + right + 1) * block_len, length)
+        yield start, min(start + block_len, num_queries), [(0, low, high), *everything[1:]]
 
 
 def _attend(

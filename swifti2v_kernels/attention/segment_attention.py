@@ -42,13 +42,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_range
 from ..common.cost import Cost
-from ..common.dispatch import Choice, derivative_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
+from ..common.dispatch import Choice, Question, derivative_obstacle, pick_backend, public_operator
+from ..common.registration import add_op_namespace_prefix, registered_operator
 from ..common.target import device_obstacle, interpreting, on_device
-from .arguments import BlockWindow, Call, Source, check_call, check_overlaps
-from .choice import choose_kernel, launch, prepare, sdpa
+from .arguments import BlockWindow, SegmentCall, Source, check_call, check_overlaps
+from .choice import check_lengths, choose_kernel, launch, prepare, sdpa
 from .reference import segment_attention_reference
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
@@ -76,72 +75,32 @@ _ARGUMENTS = (
 @torch.library.custom_op(
     add_op_namespace_prefix("segment_attention"), mutates_args=(), schema=f"({_ARGUMENTS}, bool return_lse) -> Tensor[]"
 )
-def _segment_attention_op(
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    valid_lengths: list[Tensor | None],
-    scale: float,
-    attends: list[int],
-    window: list[int],
-    return_lse: bool,
-) -> list[Tensor]:
-    sources = list(zip(k, v, strict=True))
-    kernel = prepare(q, sources, valid_lengths, bool(window), return_lse)
-    if kernel.startswith("sdpa") and len(q) == 1:
-        with on_device(q[0].device):
-            return [sdpa(kernel, q[0], *sources[0], scale).contiguous()]
-    out, lse = _new_outputs(q), _new_lses(q, return_lse)
+def _segment_attention_op(*args: Any) -> list[Tensor]:
+    call, return_lse = SegmentCall(*args[:-1]), args[-1]
+    kernel = prepare(call, return_lse)
+    if kernel.startswith("sdpa") and len(call.q) == 1:
+        with on_device(call.q[0].device):
+            return [sdpa(kernel, call.q[0], call.k[0], call.v[0], call.scale).contiguous()]
+    out, lse = _new_outputs(call.q), _new_lses(call.q, return_lse)
     if kernel != "none":
-        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+        launch(kernel, call, out, lse)
     return out + lse
 
 
 @_segment_attention_op.register_fake
-def _(q, k, v, valid_lengths, scale, attends, window, return_lse):  # type: ignore[no-untyped-def]
-    return _new_outputs(q) + _new_lses(q, return_lse)
+def _(q: list[Tensor], *args: Any) -> list[Tensor]:
+    return _new_outputs(q) + _new_lses(q, args[-1])
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("segment_attention_out"),
-    mutates_args=("out", "lse"),
-    schema=f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse) -> ()",
-)
-def _segment_attention_out_op(
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    valid_lengths: list[Tensor | None],
-    scale: float,
-    attends: list[int],
-    window: list[int],
-    out: list[Tensor],
-    lse: list[Tensor],
-) -> None:
-    sources = list(zip(k, v, strict=True))
-    check_overlaps(out, q, sources)
-    kernel = prepare(q, sources, valid_lengths, bool(window), bool(lse))
+@registered_operator("segment_attention_out", f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse)", SegmentCall)
+def _segment_attention_out_op(call: SegmentCall) -> None:
+    check_overlaps(call)
+    kernel = prepare(call, bool(call.lse))
     if kernel != "none":
-        launch(kernel, q, sources, out, lse, valid_lengths, scale, attends, tuple(window) if window else None)
+        launch(kernel, call, call.out or (), call.lse)
 
 
-@_segment_attention_out_op.register_fake
-def _(q, k, v, valid_lengths, scale, attends, window, out, lse):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(*, return_lse: bool, backend: str, **arguments: Any) -> Choice:
-    call = check_call(**arguments)
-    chosen, reason = pick_backend(backend, _obstacle(call))
-    if chosen == "torch":
-        return Choice(chosen, "reference", reason)
-    queries = [x for x in call.q if x.numel()]
-    if not queries:
-        return Choice(chosen, "none", "no queries")
-    return Choice(chosen, *choose_kernel(queries, call.sources, call.valid, call.window is not None, return_lse))
-
-
-@public_operator(_choose)
+@public_operator()
 def segment_attention(
     q: Tensor | Sequence[Tensor],
     sources: Sequence[Source],
@@ -191,48 +150,42 @@ def segment_attention(
     (arXiv 2307.08691) for the online softmax.
     """
     call = check_call(q, sources, scale, valid_lengths, attends, window, out)
-    chosen, _ = pick_backend(backend, _obstacle(call))
+    requested = backend.backend if isinstance(backend, Question) else backend
+    chosen, reason = pick_backend(requested, _obstacle(call))
+    if isinstance(backend, Question):
+        told = ("reference", reason) if chosen == "torch" else choose_kernel(call, return_lse)
+        return Choice(chosen, *told)  # type: ignore[return-value]
     if chosen == "torch":
-        for j, x in enumerate(call.valid):
-            if x is not None:
-                check_range(f"valid_lengths[{j}]", x, 0, call.sources[j][0].shape[1])
-        results, lses = segment_attention_reference(*call[:6], return_lse)
+        check_lengths(call)
+        results, lses = segment_attention_reference(call, return_lse)
         if call.out is not None:
-            check_overlaps(call.out, call.q, call.sources)
+            check_overlaps(call)
             results = [target.copy_(result) for target, result in zip(call.out, results, strict=True)]
+    elif call.out is None:
+        both = _segment_attention_op(*call[:7], return_lse)
+        results, lses = both[: len(call.q)], both[len(call.q) :]
     else:
-        k, v = [k for k, _ in call.sources], [v for _, v in call.sources]
-        masks = [sum(1 << j for j in visible) for visible in call.attends]
-        w = [] if window is None else [window.block_len, window.left, window.right]
-        if call.out is None:
-            both = _segment_attention_op(call.q, k, v, call.valid, call.scale, masks, w, return_lse)
-            results, lses = both[: len(call.q)], both[len(call.q) :]
-        else:
-            results, lses = call.out, _new_lses(call.q, return_lse)
-            _segment_attention_out_op(call.q, k, v, call.valid, call.scale, masks, w, results, lses)
+        results, lses = call.out, _new_lses(call.q, return_lse)
+        _segment_attention_out_op(*call[:7], results, lses)
     if isinstance(q, Tensor):
         return (results[0], lses[0]) if return_lse else results[0]
     return (results, lses) if return_lse else results
 
 
-def _obstacle(call: Call) -> str | None:
+def _obstacle(call: SegmentCall) -> str | None:
     """Returns why the kernels cannot take this call, or None if they can."""
-    q = call.q[0]
-    tensors = (*call.q, *(x for pair in call.sources for x in pair), *(call.out or ()))
-    reason = derivative_obstacle(tensors) or device_obstacle(q.device)
+    q, views = call.q[0], (*call.q, *call.k, *call.v, *(call.out or ()))
+    reason = derivative_obstacle(views) or device_obstacle(q.device)
     if reason is not None:
         return reason
     if q.shape[3] not in KERNEL_HEAD_DIMS:
         return f"kernels exist for head_dim {', '.join(map(str, KERNEL_HEAD_DIMS))}, got {q.shape[3]}"
-    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreting() else ()))
-    if q.dtype not in dtypes:
+    if q.dtype not in (torch.float16, torch.bfloat16) and not (q.dtype == torch.float32 and interpreting()):
         return f"kernels exist for float16 and bfloat16, got {q.dtype}"
     # Within one tile offsets are 32-bit.
-    if any(x.stride(1) >= 2**23 for x in (*call.q, *(call.out or ()), *(x for pair in call.sources for x in pair))):
+    if any(x.stride(1) >= 2**23 for x in views):
         return "a token stride of 2**23 elements or more"
-    if any(x.shape[1] >= 2**26 for x in (*call.q, *(k for k, _ in call.sources))):
-        return "a view of 2**26 tokens or more"
-    return None
+    return "a view of 2**26 tokens or more" if any(x.shape[1] >= 2**26 for x in (*call.q, *call.k)) else None
 
 
 def cost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,27 +20,83 @@ def concrete(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(x is not None and (x.device.type == "meta" or is_fake(x)) for x in tensors)
+    for x in tensors:
+        # A plain tensor is spared the question, which takes longer than all others about it.
+        if x is not None and (x.is_meta or ((type(x) is not Tensor or torch._is_functional_tensor(x)) and is_fake(x))):
+            return False
+    return True
 
 
-def check_views(name: str, views: Sequence[Tensor], like: Tensor) -> None:
-    """Checks that views are ``[B, L, H, D]`` with contiguous D and fit ``like`` in all but L.
+class Spec(NamedTuple):
+    """The contract of one tensor, a row of the table that :func:`check_tensors` goes through.
+
+    Attributes:
+        shape: its axes: a number, or a letter for any size but 0, or a letter and ``*`` for any size.
+        dtypes: one dtype or several; None for any.
+        whole: True where it must be contiguous; else its last axis must be.
+        last: what its last axis is, in words, for the message; empty where that may have any stride.
+    """
+
+    shape: Sequence[int | str]
+    dtypes: torch.dtype | tuple[torch.dtype, ...] | None = FLOATS
+    whole: bool = False
+    last: str = "the channels"
+
+
+def check_tensors(call: Any, device: torch.device, **specs: Spec) -> None:
+    """Checks the fields of a call that are not None against their specs, in this order; see :func:`check_tensor`."""
+    for name, spec in specs.items():
+        x = getattr(call, name)
+        if x is not None:
+            check_tensor(name, x, spec, device)
+
+
+def check_tensor(name: str, x: Tensor, spec: Spec, device: torch.device | None = None) -> None:
+    """Checks that ``x`` is a tensor as ``spec`` says, on ``device`` (None: on any).
 
     Raises:
         TypeError: not a tensor.
         ValueError: shape, dtype, device or layout do not fit.
     """
-    batch, _, heads, head_dim = like.shape
-    for i, x in enumerate(views):
-        label = name if len(views) == 1 else f"{name}[{i}]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{label}: expected a tensor, got {type(x).__name__}")
-        if x.ndim != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
-            raise ValueError(f"{label}: expected [{batch}, L, {heads}, {head_dim}], got {tuple(x.shape)}")
-        if x.dtype != like.dtype or x.device != like.device:
-            raise ValueError(f"{label}: expected {like.dtype} on {like.device}, got {x.dtype} on {x.device}")
-        if x.shape[3] > 1 and x.stride(3) != 1:
-            raise ValueError(f"{label}: expected head_dim to be contiguous (stride 1), got stride {x.stride(3)}")
+    shape, dtypes, whole, last = spec
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    scattered, sizes = whole and not x.is_contiguous(), x.shape
+    known = dtypes is None or (x.dtype in dtypes if isinstance(dtypes, tuple) else x.dtype == dtypes)
+    if not known or scattered or (device is not None and x.device != device) or not _fits(sizes, shape):
+        kinds = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+        axes = ", ".join(str(n).removesuffix("*") for n in shape)
+        wanted, given = [f"contiguous [{axes}]" if whole else f"[{axes}]"], [str(list(sizes))]
+        if kinds:
+            wanted.append("float32, float16 or bfloat16" if kinds == FLOATS else " or ".join(map(str, kinds)))
+            given.append(str(x.dtype))
+        if device is not None:
+            wanted.append(f"on {device}")
+            given.append(f"on {x.device}")
+        layout = ", not contiguous" if scattered else ""
+        raise ValueError(f"{name}: expected {' '.join(wanted)}, got {' '.join(given)}{layout}")
+    if last and not whole and x.stride(-1) != 1 and sizes[-1] > 1:
+        raise ValueError(f"{name}: expected {last} to be contiguous (stride 1), got stride {x.stride(-1)}")
+
+
+def given(name: str, x: Tensor | None) -> Tensor:
+    """Returns ``x``, which a public function may not leave out although its call may.
+
+    Raises:
+        TypeError: None.
+    """
+    if x is None:
+        raise TypeError(f"{name}: expected a tensor, got NoneType")
+    return x
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    if isinstance(wanted, torch.Size) or len(shape) != len(wanted):
+        return shape == wanted
+    for n, m in zip(shape, wanted, strict=True):
+        if (n == 0 and m[-1] != "*") if isinstance(m, str) else n != m:
+            return False
+    return True
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:
@@ -57,8 +114,14 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
             _check_range_there(name, values, low, high)
     elif values.device.type != "cpu":
         _check_range_there(name, values, low, high)
-    elif any(not low <= value <= high for value in values.tolist()):
-        raise ValueError(f"{name}: expected values in {low}..{high}, got {values.tolist()}")
+    else:
+        _check_values(name, values, low, high)
+
+
+def _check_values(name: str, values: Tensor, low: int, high: int) -> None:
+    given = values.tolist()
+    if given and (min(given) < low or max(given) > high):
+        raise ValueError(f"{name}: expected values in {low}..{high}, got {given}")
 
 
 def _check_range_there(name: str, values: Tensor, low: int, high: int) -> None:
@@ -78,112 +141,9 @@ def check_index(name: str, index: Tensor, length: int | None, low: int, high: in
         TypeError: not a tensor.
         ValueError: shape, dtype, device or, on the CPU, a value does not fit.
     """
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{name}: expected an int32 tensor, got {type(index).__name__}")
-    fits = index.ndim == 1 and index.shape[0] > 0 and length in (None, index.shape[0])
-    if not fits or index.dtype != torch.int32 or index.device != device or not index.is_contiguous():
-        layout = "" if index.is_contiguous() else ", not contiguous"
-        raise ValueError(
-            f"{name}: expected [{'T' if length is None else length}] int32 on {device},"
-            f" got {list(index.shape)} {index.dtype} on {index.device}{layout}"
-        )
+    check_tensor(name, index, Spec(("T" if length is None else length,), torch.int32, whole=True), device)
     if index.device.type == "cpu" and concrete(index):
-        check_range(name, index, low, high)
-
-
-def check_store(name: str, store: Tensor, like: Tensor | None = None) -> None:
-    """Checks that a store is ``[B, z, S, h, w]`` with contiguous w and a block, and fits ``like`` in B, h, w, device.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if not isinstance(store, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(store).__name__}")
-    if store.ndim != 5 or 0 in store.shape[1:]:
-        raise ValueError(f"{name}: expected [B, z, S, h, w], no axis but B empty, got {tuple(store.shape)}")
-    if store.dtype not in FLOATS:
-        raise ValueError(f"{name}: expected float32, float16 or bfloat16 (float64: torch), got {store.dtype}")
-    if like is not None:
-        batch, _, _, height, width = like.shape
-        if (store.shape[0], *store.shape[3:]) != (batch, height, width) or store.device != like.device:
-            raise ValueError(
-                f"{name}: expected [{batch}, z, S, {height}, {width}] on {like.device}, got {list(store.shape)}"
-                f" on {store.device}"
-            )
-    if store.shape[4] > 1 and store.stride(4) != 1:
-        raise ValueError(f"{name}: expected w to be contiguous (stride 1), got stride {store.stride(4)}")
-
-
-def check_parameter(
-    name: str, x: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None, device: torch.device
-) -> None:
-    """Checks that ``x`` is contiguous, on ``device``, and of this shape and dtype.
-
-    Letters in the shape stand for any size but 0, and None for any floating dtype.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.ndim == len(shape) and all(
-        n > 0 if isinstance(m, str) else n == m for n, m in zip(x.shape, shape, strict=False)
-    )
-    dtypes = FLOATS if dtype is None else (dtype,)
-    if not fits or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
-        layout = "" if x.is_contiguous() else ", not contiguous"
-        kind = "float32, float16 or bfloat16" if dtype is None else str(dtype)
-        raise ValueError(
-            f"{name}: expected contiguous [{', '.join(map(str, shape))}] {kind} on {device},"
-            f" got {list(x.shape)} {x.dtype} on {x.device}{layout}"
-        )
-
-
-def check_frames(
-    name: str,
-    x: Tensor,
-    shape: tuple[int | str, ...] = ("B", "T", "h", "w", "C"),
-    dtypes: Sequence[torch.dtype] = FLOATS,
-    device: torch.device | None = None,
-) -> None:
-    """Checks that frames are ``[B, T, h, w, C]`` of this shape (letters: any size but 0) and dtype, C contiguous.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.ndim == 5 and all(n > 0 if isinstance(m, str) else n == m for n, m in zip(x.shape, shape, strict=False))
-    if not fits or x.dtype not in dtypes or device not in (None, x.device):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        where = "" if device is None else f" on {device}"
-        raise ValueError(
-            f"{name}: expected [{', '.join(map(str, shape))}] {kinds}{where}, got {list(x.shape)} {x.dtype}"
-            f" on {x.device}"
-        )
-    if x.shape[4] > 1 and x.stride(4) != 1:
-        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(4)}")
-
-
-def check_vector(name: str, x: Tensor | None, length: int, like: Tensor) -> None:
-    """Checks that ``x`` is None, or contiguous ``[length]`` in the dtype and on the device of ``like``.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
-    if x is None:
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
-    if x.shape != (length,) or x.dtype != like.dtype or x.device != like.device or not x.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous [{length}] {like.dtype} on {like.device}, got {list(x.shape)} {x.dtype}"
-            f" on {x.device}"
-        )
+        _check_values(name, index, low, high)
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
@@ -194,6 +154,21 @@ def same_view(a: Tensor, b: Tensor) -> bool:
         return False
     # The stride of an axis of one is never used.
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def check_written(
+    call: Any, outputs: Sequence[str], targets: Mapping[str, Tensor | None] | None = None, rows: Sequence[str] = ()
+) -> None:
+    """Checks what a call writes against what it reads, by :func:`check_targets`.
+
+    Args:
+        call: its fields that are tensors are what is read.
+        outputs: fields that are not read.
+        targets: what is written, by argument; default ``outputs``.
+        rows: as there.
+    """
+    inputs = {n: x for n, x in zip(call._fields, call, strict=True) if isinstance(x, Tensor) and n not in outputs}
+    check_targets({n: getattr(call, n) for n in outputs} if targets is None else targets, inputs, rows)
 
 
 def check_targets(
@@ -283,4 +258,7 @@ def self_overlapping(x: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> int:
-    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    last = 0
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        last += (n - 1) * stride
+    return last

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,17 +48,24 @@ class Choice:
         return f"{self.backend}: {self.implementation} ({self.reason})"
 
 
-_CHOOSERS: dict[Callable[..., Any], Callable[..., Choice]] = {}
+class Question(NamedTuple):
+    """The ``backend`` of a call that is only asked what would compute it; its field is the one that was requested."""
+
+    backend: str
+
+
+_OPERATORS: dict[Callable[..., Any], Callable[..., Choice] | None] = {}
 #: Devices whose autocast changes the dtypes of torch's functions.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _asked: str | None = None
 
 
-def public_operator(chooser: Callable[..., Choice]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def public_operator(chooser: Callable[..., Choice] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns a decorator for operators: without autocast, and known to :func:`explain`.
 
     Args:
-        chooser: takes all arguments of a call by name and gives its choice.
+        chooser: takes all arguments of a call by name and gives its choice, for an operator that has no ``backend``.
+            The others end in :func:`compute`, which tells it.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,10 +78,38 @@ def public_operator(chooser: Callable[..., Choice]) -> Callable[[Callable[..., A
                         return operator(*args, **kwargs)
             return function(*args, **kwargs)
 
-        _CHOOSERS[operator] = chooser
+        _OPERATORS[operator] = chooser
         return operator
 
     return mark
+
+
+def compute(
+    call: Any,
+    backend: str,
+    *,
+    preference: Callable[[Any], str | None] | None = None,
+    told: Callable[[Any, str, str], Choice] | None = None,
+) -> Any:
+    """Returns what an operator's call gives: it is checked, a backend is chosen, and that one computes it.
+
+    Args:
+        call: a NamedTuple of the arguments, in the order of the registered operator, with the methods ``check()``,
+            which raises the error of an argument that breaks the contract, ``obstacle()``, which returns why the
+            kernels cannot take the call (None if they can), and ``by_torch()`` and ``by_kernel()``, which return the
+            result.
+        backend: the operator's argument. Of a :class:`Question` the answer is returned, a :class:`Choice`.
+        preference: why ``auto`` takes PyTorch for a call that the kernels can take, or None if it does not.
+        told: the choice of a call by backend and reason, where the two are not ``reference`` and ``fused kernel``.
+    """
+    call.check()
+    obstacle, requested = call.obstacle(), backend.backend if isinstance(backend, Question) else backend
+    preferred = preference(call) if preference is not None and obstacle is None and requested == "auto" else None
+    chosen, reason = ("torch", preferred) if preferred else pick_backend(requested, obstacle)
+    if isinstance(backend, Question):
+        name = "reference" if chosen == "torch" else "fused kernel"
+        return Choice(chosen, name, reason) if told is None else told(call, chosen, reason)
+    return call.by_torch() if chosen == "torch" else call.by_kernel()
 
 
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -96,12 +131,14 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         >>> print(explain(segment_attention, q, [(q, q)]))
         torch: reference (kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)
     """
-    if operator not in _CHOOSERS:
-        known = ", ".join(sorted(o.__name__ for o in _CHOOSERS))
+    if operator not in _OPERATORS:
+        known = ", ".join(sorted(o.__name__ for o in _OPERATORS))
         raise ValueError(f"operator: expected one of {known}, got {getattr(operator, '__name__', operator)}")
+    if (chooser := _OPERATORS[operator]) is None:
+        return operator(*args, **{**kwargs, "backend": Question(kwargs.get("backend", "auto"))})
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
-    return _CHOOSERS[operator](**bound.arguments)
+    return chooser(**bound.arguments)
 
 
 def derivative_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
@@ -130,7 +167,7 @@ def kernel_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
     reason = derivative_obstacle(present) or device_obstacle(present[0].device)
     if reason is not None:
         return reason
-    odd = {str(t.dtype) for t in present if t.is_floating_point() and t.dtype not in KERNEL_DTYPES}
+    odd = {str(t.dtype) for t in present if t.dtype not in KERNEL_DTYPES and t.is_floating_point()}
     return f"kernels exist for float16, bfloat16 and float32, got {', '.join(sorted(odd))}" if odd else None
 
 

@@ -7,9 +7,12 @@ registers a namespace of its own, so that none takes another's place: ``swifti2v
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .target import on_device
 
 PACKAGE = __name__.removesuffix(".common.registration")
 NAMESPACE = "swifti2v" if PACKAGE == "swifti2v_kernels" else re.sub(r"\W", "_", PACKAGE)
@@ -26,3 +29,31 @@ def add_op_namespace_prefix(operator: str) -> str:
 def registered(operator: str) -> Any:
     """Returns ``torch.ops.swifti2v.norm_rope`` for ``norm_rope``, which is registered already."""
     return getattr(getattr(torch.ops, NAMESPACE), operator)
+
+
+def registered_operator(name: str, schema: str, call: type[Any]) -> Callable[[Callable[[Any], None]], Any]:
+    """Returns a decorator that registers a function of a call as an operator which returns nothing.
+
+    The function runs with the device of the first argument (of a list: of its first tensor) as the current one.
+
+    Args:
+        name: of the operator, without the namespace.
+        schema: of its arguments. What is written has no default: torch up to 2.11 leaves out arguments that equal
+            theirs, and then misses it. It is spelled out since torch 2.6 cannot read it from a signature.
+        call: a NamedTuple, whose first fields are these arguments in their order.
+    """
+
+    def mark(function: Callable[[Any], None]) -> Any:
+        def run(*args: Any) -> None:
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            with on_device(first.device):
+                function(call(*args))
+
+        written = re.findall(r"!\)\S* (\w+)", schema)
+        operator = torch.library.custom_op(
+            add_op_namespace_prefix(name), run, mutates_args=written, schema=f"{schema} -> ()"
+        )
+        operator.register_fake(lambda *args: None)
+        return operator
+
+    return mark

@@ -1,4 +1,4 @@
-"""The GPU that a launch is for: its compute capability, and what each capability that the library ships for offers."""
+"""The GPU that a launch is for: its compute capability, and the card that each capability is judged by."""
 
 from __future__ import annotations
 
@@ -6,52 +6,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
+from .cards import by_capability
 from .tracing import constant_when_traced
 
-
-@dataclass(frozen=True)
-class Target:
-    """The GPUs of one compute capability; the card named is the one that the rates and the peak belong to.
-
-    Rates are per streaming multiprocessor (SM) and clock. Shared memory is what one program may ask for, in bytes.
-    Sources: CUDA programming guide (limits and throughput tables), vendor data sheets (clocks, bandwidth).
-    """
-
-    capability: int
-    card: str
-    sms: int
-    clock_ghz: float
-    bandwidth_tb_s: float
-    shared_per_block: int
-    shared_per_sm: int
-    max_warps_per_sm: int
-    #: Fused multiply-adds of dense bf16 matmuls with float32 sums; GeForce cards run these at half rate.
-    bf16_fma: int
-    #: Opcodes of the tensor-core instructions that a bf16 matmul must show in the compiled code.
-    mma_opcodes: tuple[str, ...]
-
-    @property
-    def bf16_tflops(self) -> float:
-        """The dense bf16 peak in TFLOP/s, two operations a multiply-add."""
-        return 2 * self.bf16_fma * self.sms * self.clock_ghz / 1000
-
-
-_KIB = 1024
-TARGETS = {
-    target.capability: target
-    for target in (
-        Target(80, "A100 SXM", 108, 1.41, 2.04, 163 * _KIB, 164 * _KIB, 64, 1024, ("HMMA",)),
-        Target(86, "RTX 3090", 82, 1.695, 0.936, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
-        Target(89, "RTX 4090", 128, 2.52, 1.008, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
-        Target(90, "H200 SXM", 132, 1.83, 4.8, 227 * _KIB, 228 * _KIB, 64, 2048, ("HGMMA",)),
-        Target(100, "B200", 148, 1.85, 8.0, 227 * _KIB, 228 * _KIB, 64, 4096, ("UTCHMMA", "UTCMMA")),
-        Target(120, "RTX 5090", 170, 2.407, 1.792, 99 * _KIB, 100 * _KIB, 48, 256, ("HMMA",)),
-    )
-}
+#: The card that compiled code of each compute capability is judged by.
+TARGETS = by_capability()
 
 _pretended: int | None = None
 

@@ -13,6 +13,7 @@ import functools
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,40 +30,36 @@ HALVES = (torch.float16, torch.bfloat16)
 SMALL_WEIGHT = 1 << 15
 
 
-def conv_sums(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def conv_sums(call: Any, stride: Sequence[int] = (1, 1, 1)) -> Tensor:
     """Returns the convolution ``[B, T', h', w', C']`` in float32 at least, but by cuDNN in the dtype of ``x``.
 
-    Arguments are as in :func:`swifti2v_kernels.causal_conv3d`.
+    ``call`` has ``x``, ``past``, ``weight``, ``bias`` and ``padding``, as :func:`swifti2v_kernels.causal_conv3d` has.
     """
-    if for_gpu(x.device) and _conv3d_works(x.dtype):
-        return _by_cudnn(x, past, weight, bias, stride, padding)
+    on_gpu = for_gpu(call.x.device)
+    if on_gpu and _conv3d_works(call.x.dtype):
+        return _by_cudnn(call, stride)
     # Taps are summed in place, which ``torch.func.linearize`` gets wrong and ``vmap`` may refuse.
-    if transform() is not None or (not for_gpu(x.device) and weight.numel() <= SMALL_WEIGHT):
-        return _by_channels(x, past, weight, bias, stride, padding)
-    return _by_taps(x, past, weight, bias, stride, padding)
+    if transform() is not None or (not on_gpu and call.weight.numel() <= SMALL_WEIGHT):
+        return _by_channels(call, stride)
+    return _by_taps(call, stride)
 
 
-def _by_channels(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    taps, wide = weight.shape[2], torch.promote_types(x.dtype, torch.float32)
-    frames, last = _with_past(x, past, taps, stride[0]).to(wide), stride[0] * (x.shape[1] // stride[0])
+def _by_channels(call: Any, stride: Sequence[int]) -> Tensor:
+    taps, wide = call.weight.shape[2], torch.promote_types(call.x.dtype, torch.float32)
+    frames, last = _with_past(call, stride[0]).to(wide), stride[0] * (call.x.shape[1] // stride[0])
     frames = torch.cat([frames[:, tap : last + tap : stride[0]] for tap in range(taps)], dim=-1)
-    sums = _conv2d(frames, weight.transpose(1, 2).flatten(1, 2).to(wide), stride, padding)
-    return sums if bias is None else sums + bias.to(wide)
+    sums = _conv2d(frames, call.weight.transpose(1, 2).flatten(1, 2).to(wide), stride, call.padding)
+    return sums if call.bias is None else sums + call.bias.to(wide)
 
 
-def _by_taps(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def _by_taps(call: Any, stride: Sequence[int]) -> Tensor:
+    x, past, padding = call.x, call.past, call.padding
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = x.dtype if for_gpu(x.device) else wide
-    taps, frames = weight.shape[2], x.shape[1] // stride[0]
+    taps, frames = call.weight.shape[2], x.shape[1] // stride[0]
     sums: Tensor | None = None
     for tap in reversed(range(taps)):
-        kernel = weight[:, :, tap].to(dtype)
+        kernel = call.weight[:, :, tap].to(dtype)
         # Frame ``stride * (t + 1) - 1 - lag`` is under this tap for result t.
         lag = taps - 1 - tap
         start = min(max(-(-(lag + 1) // stride[0]) - 1, 0), frames)
@@ -71,8 +68,8 @@ def _by_taps(
             part = _conv2d(x[:, source :: stride[0]][:, : frames - start].to(dtype), kernel, stride, padding).to(wide)
             if sums is None:  # the last tap: every frame has it
                 sums = part
-                if bias is not None:
-                    sums = sums + bias.to(wide)
+                if call.bias is not None:
+                    sums = sums + call.bias.to(wide)
             else:
                 sums[:, start:] += part
         for t in range(start) if past is not None else ():
@@ -91,21 +88,19 @@ def _conv2d(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[
     return _without(y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]), padding, surplus)
 
 
-def _by_cudnn(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    x = _with_past(x, past, weight.shape[2], stride[0])
-    x, surplus = _symmetric(x, stride, padding)
+def _by_cudnn(call: Any, stride: Sequence[int]) -> Tensor:
+    x, surplus = _symmetric(_with_past(call, stride[0]), stride, call.padding)
     # Channels last: the same memory, seen with the channels first.
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, tuple(stride), (0, *surplus[::2]))
-    return _without(y.permute(0, 2, 3, 4, 1), padding, surplus)
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), call.weight, call.bias, tuple(stride), (0, *surplus[::2]))
+    return _without(y.permute(0, 2, 3, 4, 1), call.padding, surplus)
 
 
-def _with_past(x: Tensor, past: Tensor | None, taps: int, stride: int) -> Tensor:
+def _with_past(call: Any, stride: int) -> Tensor:
     """Returns the frames under the taps of all results: those of the past, or zeros, and those of the input."""
+    x, past = call.x, call.past
     frames = x.shape[1] // stride
     last = stride * frames
-    missing = taps + stride * (frames - 1) - last
+    missing = call.weight.shape[2] + stride * (frames - 1) - last
     if missing <= 0:
         return x[:, -missing:last]
     parts = [] if past is None else [past[:, max(past.shape[1] - missing, 0) :]]

@@ -36,100 +36,106 @@ groups nor dilation. Timed on an NVIDIA H200 only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import check_frames, check_targets, check_vector
+from ..common.checks import Spec, check_tensor, check_tensors
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix, registered
-from ..common.target import for_gpu, on_device
-from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered, registered_operator
+from . import checks, sums
 from .by_torch import conv_sums, cudnn_preference
-from .checks import (
-    MAX_OWNED_CHANNELS,
-    check_kernel,
-    check_padding,
-    check_past,
-    check_stride,
-    output_size,
-    same_padding,
-    stride_obstacle,
-)
 
 #: Frames under the taps in time that the kernel can address.
 MAX_TAPS = 3
 
 
-def causal_conv3d_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns ``out`` and ``normed`` of the formula above, differentiable; arguments as in :func:`causal_conv3d`."""
-    y = conv_sums(x, past, weight, bias, stride, padding)
-    if residual is not None:
-        y = y + residual.to(y.dtype)
-    y = y.to(x.dtype).contiguous()
-    return y, None if norm_weight is None else rms_norm_silu_reference(y, norm_weight)
+class ConvCall(NamedTuple):
+    """The arguments of a call: those of the registered operator, then what decides about the results."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    past: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    out: Tensor | None
+    normed: Tensor | None
+    keep_sum: bool = True
+    backend: str = "auto"
+
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the results."""
+        size = checks.output_size(self.x, self.weight, self.stride, self.padding)
+        return (self.x.shape[0], *size, self.weight.shape[0])
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        x, weight = self.x, self.weight
+        check_tensor("x", x, checks.FRAMES)
+        checks.check_kernel(weight, x)
+        vector = Spec(weight.shape[:1], x.dtype, whole=True)
+        check_tensors(self, x.device, bias=vector, norm_weight=vector)
+        checks.check_past(self.past, x, weight.shape[2])
+        expected = "three positive numbers (time, rows, columns)"
+        checks.check_integers("stride", self.stride, expected, 3)
+        if min(self.stride) < 1:
+            raise ValueError(f"stride: expected {expected}, got {tuple(self.stride)}")
+        checks.check_integers("padding", self.padding, checks.PADDING, 4)
+        sums.check_results(self)
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        reason = kernel_obstacle((*self[:4], *self[6:10])) or checks.stride_obstacle(self.x, self.past)
+        if reason is None and self.weight.shape[2] > MAX_TAPS:
+            reason = f"kernels exist for up to {MAX_TAPS} taps in time, got {self.weight.shape[2]}"
+        return reason
+
+    def preference(self) -> str | None:
+        """Returns why cuDNN is preferred to the kernel, or None."""
+        return cudnn_preference(self.x, self.weight.shape[0], self.weight.shape[2:])
+
+    def summed(self) -> Tensor:
+        """Returns the sum with bias and residual by torch, differentiable."""
+        y = conv_sums(self, self.stride)
+        if self.residual is not None:
+            y = y + self.residual.to(y.dtype)
+        return y.to(self.x.dtype).contiguous()
+
+    def by_kernel(self) -> Any:
+        """Computes the call by the kernel, and a norm of many channels by its own."""
+        return sums.by_kernel(self, lambda *results: _causal_conv3d_op(*self[:7], *results))
+
+    by_torch = sums.by_torch
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("causal_conv3d"),
-    mutates_args=("out", "normed"),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] stride, SymInt[] padding, Tensor? residual,"
-    " Tensor? norm_weight, Tensor(a!)? out, Tensor(b!)? normed) -> ()",
+@registered_operator(
+    "causal_conv3d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] stride, SymInt[] padding, Tensor? residual,"
+    " Tensor? norm_weight, Tensor(a!)? out, Tensor(b!)? normed)",
+    ConvCall,
 )
-def _causal_conv3d_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    _check_outputs(x, weight, bias, past, residual, norm_weight, out, normed)
+def _causal_conv3d_op(call: ConvCall) -> None:
+    sums.check_outputs(call)
     from .causal_conv3d_kernel import launch_causal_conv3d
 
-    with on_device(x.device):
-        launch_causal_conv3d(x, past, weight, bias, residual, norm_weight, out, normed, stride, padding)
-
-
-@_causal_conv3d_op.register_fake
-def _(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed):  # type: ignore[no-untyped-def]
-    return None
+    launch_causal_conv3d(call)
 
 
 @register_flop_formula(registered("causal_conv3d"))
-def _flops(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed, *args, **kwargs):  # type: ignore[no-untyped-def]
-    batch, frames, height, width, columns = out if out is not None else normed
-    return cost(batch * frames * height * width, weight[1], columns, weight[2] * weight[3] * weight[4]).flops
+def _flops(*shapes: Any, **kwargs: Any) -> int:
+    of = ConvCall(*shapes[:10])
+    batch, frames, height, width, columns = of.out if of.out is not None else of.normed
+    return cost(batch * frames * height * width, of.weight[1], columns, math.prod(of.weight[2:])).flops
 
 
-def _choose(*, backend: str, **arguments: Any) -> Choice:
-    _check(**arguments)
-    chosen, reason = _backend(backend, arguments)
-    x = arguments["x"]
-    kind = "implicit GEMM" if chosen == "triton" else "cudnn" if for_gpu(x.device) else "reference"
-    fused = chosen == "triton" and arguments["weight"].shape[0] <= MAX_OWNED_CHANNELS
-    apart = arguments["norm_weight"] is not None and not fused
-    return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -185,105 +191,9 @@ def causal_conv3d(
 
     Source: causal convolutions, residual blocks and RMSNorm of the Wan VAE (diffusers ``AutoencoderKLWan``).
     """
-    padding = same_padding(weight) if padding is None and isinstance(weight, Tensor) and weight.ndim == 5 else padding
-    arguments: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "past": past, "stride": stride}
-    arguments |= {"padding": padding, "residual": residual, "norm_weight": norm_weight}
-    _check(**arguments, keep_sum=keep_sum, out=out, normed=normed)
-    chosen, _ = _backend(backend, arguments | {"out": out, "normed": normed})
-    if chosen == "torch":
-        _check_outputs(x, weight, bias, past, residual, norm_weight, out, normed)
-        y, _ = causal_conv3d_reference(**{**arguments, "norm_weight": None})
-        y = y if out is None else out.copy_(y)
-        # Whoever computes the sum, the norm has its own kernel.
-        z = None if norm_weight is None else rms_norm_silu(y, norm_weight, out=normed, backend=backend)
-    else:
-        y, z = _by_kernel(arguments, keep_sum, out, normed)
-    if norm_weight is None:
-        return y
-    return (y, z) if keep_sum else z
-
-
-def _by_kernel(arguments: Mapping[str, Any], keep_sum: bool, out: Tensor | None, normed: Tensor | None) -> Any:
-    x, weight, norm_weight = (arguments[name] for name in ("x", "weight", "norm_weight"))
-    size = output_size(x, weight, arguments["stride"], arguments["padding"])
-    shape = (x.shape[0], *size, weight.shape[0])
-    fused = norm_weight is not None and weight.shape[0] <= MAX_OWNED_CHANNELS
-    if norm_weight is not None and normed is None:
-        normed = x.new_empty(shape)
-    if not fused and not keep_sum:
-        out = normed  # the norm then overwrites the sum
-    elif keep_sum and out is None:
-        out = x.new_empty(shape)
-    values = [arguments[name] for name in ("x", "weight", "bias", "past", "stride", "padding", "residual")]
-    _causal_conv3d_op(*values, norm_weight if fused else None, out if keep_sum or not fused else None,
-                      normed if fused else None)  # fmt: skip
-    if norm_weight is not None and not fused:
-        assert out is not None
-        rms_norm_silu(out, norm_weight, out=normed, backend="triton")
-    return out, normed
-
-
-def _backend(requested: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
-    weight, x = arguments["weight"], arguments["x"]
-    obstacle = kernel_obstacle(tensors) or stride_obstacle(x, arguments["past"])
-    if obstacle is None and weight.shape[2] > MAX_TAPS:
-        obstacle = f"kernels exist for up to {MAX_TAPS} taps in time, got {weight.shape[2]}"
-    if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, weight.shape[0], weight.shape[2:])):
-        return "torch", reason
-    return pick_backend(requested, obstacle)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int] | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    keep_sum: bool,
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    """Checks what can be known of a call without addresses."""
-    check_frames("x", x)
-    check_kernel("weight", weight, x)
-    columns = weight.shape[0]
-    check_vector("bias", bias, columns, x)
-    check_past(past, x, weight.shape[2])
-    check_stride(stride)
-    padding = same_padding(weight) if padding is None else padding
-    check_padding(padding)
-    shape = (x.shape[0], *output_size(x, weight, stride, padding), columns)
-    check_vector("norm_weight", norm_weight, columns, x)
-    if norm_weight is None and (normed is not None or not keep_sum):
-        raise ValueError("norm_weight: expected a tensor, since the normed sum is asked for")
-    if not keep_sum and out is not None:
-        raise ValueError("out: expected None without keep_sum, since the sum is not stored")
-    for name, y in (("residual", residual), ("out", out), ("normed", normed)):
-        if y is not None:
-            check_frames(name, y, shape, (x.dtype,), x.device)
-
-
-def _check_outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    """Checks that outputs overlap nothing that is still to be read.
-
-    A program reads its residual before it writes its sum; others read x and the parameters meanwhile.
-    """
-    inputs = {"x": x, "weight": weight, "bias": bias, "past": past, "norm_weight": norm_weight}
-    check_targets({"out": out}, {**inputs, "residual": residual}, ("residual",))
-    check_targets({"normed": normed}, {**inputs, "residual": residual, "out": out}, ())
+    padding = checks.same_padding(weight) if padding is None else padding
+    call = ConvCall(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed, keep_sum, backend)
+    return compute(call, backend, preference=ConvCall.preference, told=sums.implementation)
 
 
 def cost(

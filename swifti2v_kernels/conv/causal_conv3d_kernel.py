@@ -12,22 +12,20 @@ Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..common.configs import configured
 from ..common.frames import frame_strides
-from ..common.target import capability_of
-from .loop import ConvConfig, aligned, conv_product, conv_store, locate
+from .loop import conv_product, conv_store, locate, mixed, tiles
 
 
 @triton.jit(do_not_specialize=["num_past", "height", "width", "out_height", "out_width", "top", "left"])
 def causal_conv3d_fwd_kernel(
-    X, PAST,  # [B, T, h, w, C], [B, num_past, h, w, C] or None
+    X,  # [B, T, h, w, C]
     WEIGHT, BIAS,  # [CO, KT, KH, KW, C], [CO] or None
+    PAST,  # [B, num_past, h, w, C] or None
     RESIDUAL, NORM,  # [B, T', h', w', CO] or None, [CO] or None
     OUT, NORMED,  # [B, T', h', w', CO], one of them may be None
     x_strides, past_strides, residual_strides, out_strides, normed_strides,  # (batch, frame, row, column)
@@ -57,41 +55,17 @@ def causal_conv3d_fwd_kernel(
     )  # fmt: skip
 
 
-def launch_causal_conv3d(
-    x: Tensor,
-    past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    config: ConvConfig | None = None,
-) -> None:
-    """Writes ``out`` and ``normed``, of which at least one is given; arguments are checked by the caller."""
+def launch_causal_conv3d(call: Any) -> None:
+    """Writes ``out`` and ``normed`` of a checked ``ConvCall``, of which at least one is given."""
+    x, weight, past, out, normed = call.x, call.weight, call.past, call.out, call.normed
     batch, _, height, width, channels = x.shape
     columns, _, *kernel = weight.shape
-    target = out if out is not None else normed
-    assert target is not None
-    _, frames, out_height, out_width, _ = target.shape
-    if config is None:
-        owned, capability, itemsize = normed is not None, capability_of(x.device), x.element_size()
-        config = configured(
-            "causal_conv3d", capability, ConvConfig.heuristic(capability, channels, columns, itemsize, owned),
-            channels=channels, columns=columns, taps=math.prod(kernel), itemsize=itemsize, owned=int(owned),
-        )  # fmt: skip
-    num_past = 0 if past is None else past.shape[1]
-    mixed = past is not None and past.stride()[2:4] != x.stride()[2:4]
+    _, frames, out_height, out_width, _ = out.shape if out is not None else normed.shape
+    config = tiles("causal_conv3d", x, columns, normed is not None, taps=math.prod(kernel))
     programs = triton.cdiv(out_height * out_width, config.block_m) * triton.cdiv(columns, config.columns)
     causal_conv3d_fwd_kernel[(programs, frames, batch)](
-        x, past, weight, bias, residual, norm_weight, out, normed,
-        *frame_strides(x, past, residual, out, normed),
-        num_past, height, width, out_height, out_width, padding[0], padding[2],
-        C=channels, CO=columns, KT=kernel[0], KH=kernel[1], KW=kernel[2], ST=stride[0], SH=stride[1], SW=stride[2],
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL_N=config.tail_n, BLOCK_K=config.block_k,
-        ALIGNED=aligned(x, past), MIXED=mixed,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
-        enable_fp_fusion=True,
+        *call[:4], *call[6:10], *frame_strides(x, past, call.residual, out, normed),
+        0 if past is None else past.shape[1], height, width, out_height, out_width, call.padding[0], call.padding[2],
+        C=channels, CO=columns, KT=kernel[0], KH=kernel[1], KW=kernel[2],
+        ST=call.stride[0], SH=call.stride[1], SW=call.stride[2], MIXED=mixed(x, past), **config.options(x, past),
     )  # fmt: skip

@@ -7,32 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_frames
+from ..common.checks import Spec, check_tensor
 
 #: A norm after a convolution, in its kernel, needs one program to own all channels of its pixels.
 MAX_OWNED_CHANNELS = 192
+#: The input of a convolution, and what its padding is.
+FRAMES, PADDING = Spec(("B", "T", "h", "w", "C")), "(top, bottom, left, right)"
 
 
-def check_kernel(name: str, weight: Tensor, x: Tensor, columns: int | str = "C'") -> None:
-    """Checks that a kernel is ``[C', C, kt, kh, kw]`` in the dtype and on the device of ``x``, channels last in memory.
+def check_kernel(weight: Tensor, x: Tensor, columns: int | str = "C'") -> None:
+    """Checks that ``weight`` is ``[C', C, kt, kh, kw]``, channels last in memory, in the dtype and on the device of x.
 
     Raises:
         TypeError: not a tensor.
         ValueError: shape, dtype, device or layout do not fit.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(weight).__name__}")
-    channels = x.shape[4]
-    fits = weight.ndim == 5 and weight.numel() > 0 and weight.shape[1] == channels
-    fits = fits and (isinstance(columns, str) or weight.shape[0] == columns)
-    if not fits or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(
-            f"{name}: expected [{columns}, {channels}, kt, kh, kw] {x.dtype} on {x.device},"
-            f" got {list(weight.shape)} {weight.dtype} on {weight.device}"
-        )
+    check_tensor("weight", weight, Spec((columns, x.shape[4], "kt", "kh", "kw"), x.dtype, last=""), x.device)
     if not weight.permute(0, 2, 3, 4, 1).is_contiguous():
         raise ValueError(
-            f"{name}: expected channels last in memory: weight.to(memory_format=torch.channels_last_3d);"
+            "weight: expected channels last in memory: weight.to(memory_format=torch.channels_last_3d);"
             f" got strides {weight.stride()}"
         )
 
@@ -46,42 +39,29 @@ def check_past(past: Tensor | None, x: Tensor, taps: int) -> None:
     """
     if past is None:
         return
-    batch, _, height, width, channels = x.shape
-    check_frames("past", past, (batch, "P", height, width, channels), (x.dtype,), x.device)
+    check_tensor("past", past, Spec((x.shape[0], "P", *x.shape[2:]), x.dtype), x.device)
     if past.shape[1] > taps - 1:
         raise ValueError(f"past: expected at most {taps - 1} frames (taps in time - 1), got {past.shape[1]}")
 
 
-def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
-    """Returns the zeros (top, bottom, left, right) that leave the size of a frame as it is, for odd kernels."""
+def same_padding(weight: Tensor) -> tuple[int, ...]:
+    """Returns the zeros (top, bottom, left, right) that leave the size of a frame as it is, for odd kernels.
+
+    They are empty where the weight is no kernel, which its own check says.
+    """
+    if not isinstance(weight, Tensor) or weight.ndim != 5:
+        return ()
     top, left = weight.shape[3] // 2, weight.shape[4] // 2
     return top, top, left, left
 
 
-def check_padding(padding: Sequence[int]) -> None:
-    """Checks that the padding is four integers: top, bottom, left, right.
+def check_integers(name: str, values: Sequence[int], expected: str, count: int) -> None:
+    """Checks that an argument is so many integers; ``expected`` says so in the message.
 
     Raises:
         TypeError: not a sequence.
         ValueError: anything else.
     """
-    _check_integers("padding", padding, "(top, bottom, left, right)", 4)
-
-
-def check_stride(stride: Sequence[int]) -> None:
-    """Checks that the stride is three positive integers: time, rows, columns.
-
-    Raises:
-        TypeError: not a sequence.
-        ValueError: anything else.
-    """
-    expected = "three positive numbers (time, rows, columns)"
-    _check_integers("stride", stride, expected, 3)
-    if min(stride) < 1:
-        raise ValueError(f"stride: expected {expected}, got {tuple(stride)}")
-
-
-def _check_integers(name: str, values: Sequence[int], expected: str, count: int) -> None:
     if not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected {expected}, got {values!r}")
     if len(values) != count or not all(isinstance(v, (int, torch.SymInt)) for v in values):

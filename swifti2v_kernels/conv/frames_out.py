@@ -24,90 +24,107 @@ H200 only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import FLOATS, check_frames, check_targets, check_vector
+from ..common.checks import FLOATS, Spec, check_tensor, check_tensors, check_written
 from ..common.cost import Cost
-from ..common.dispatch import Choice, derivative_obstacle, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix, registered
-from ..common.target import for_gpu, on_device
+from ..common.dispatch import Choice, compute, derivative_obstacle, kernel_obstacle, public_operator
+from ..common.registration import registered, registered_operator
+from ..common.target import for_gpu
+from . import checks
 from .by_torch import conv_sums, cudnn_preference
-from .checks import (
-    check_kernel,
-    check_padding,
-    check_past,
-    output_size,
-    same_padding,
-    stride_obstacle,
-)
 
 #: Frames under the taps in time, and features, that the kernel can address.
 MAX_TAPS, MAX_FEATURES = 3, 128
 
 
-def frames_out_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    past: Tensor | None,
-    padding: Sequence[int],
-    patch_size: int,
-) -> Tensor:
-    """Computes the formula above into ``out`` and returns it; arguments as in :func:`frames_out`."""
-    v = conv_sums(x, past, weight, bias, (1, 1, 1), padding)
-    if patch_size > 1:
-        v = v.unflatten(4, (3, patch_size, patch_size)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
-    v = (v.float() * 127.5 + 128).floor_().clamp_(0, 255) if out.dtype == torch.uint8 else v.clamp(-1, 1)
-    return out.copy_(v)
+class FramesCall(NamedTuple):
+    """The arguments of a call, as the registered operator takes them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    past: Tensor | None
+    padding: Sequence[int]
+    patch_size: int
+    out: Tensor
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        x, p = self.x, self.patch_size
+        check_tensor("x", x, checks.FRAMES)
+        if not isinstance(p, int) or p < 1:
+            raise ValueError(f"patch_size: expected a positive integer, got {p!r}")
+        checks.check_kernel(self.weight, x, 3 * p * p)
+        check_tensors(self, x.device, bias=Spec((3 * p * p,), x.dtype, whole=True))
+        checks.check_past(self.past, x, self.weight.shape[2])
+        checks.check_integers("padding", self.padding, checks.PADDING, 4)
+        frames, rows, columns = checks.output_size(x, self.weight, (1, 1, 1), self.padding)
+        result = Spec((x.shape[0], frames, p * rows, p * columns, 3), (torch.uint8, *FLOATS))
+        check_tensor("out", self.out, result, x.device)
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        reason = (
+            kernel_obstacle(self[:4]) or derivative_obstacle((self.out,)) or checks.stride_obstacle(self.x, self.past)
+        )
+        features, _, taps, _, _ = self.weight.shape
+        if reason is None and taps > MAX_TAPS:
+            reason = f"kernels exist for up to {MAX_TAPS} taps in time, got {taps}"
+        if reason is None and features > MAX_FEATURES:
+            reason = f"kernels exist for up to {MAX_FEATURES} features, got {features}"
+        return reason
+
+    def preference(self) -> str | None:
+        """Returns why cuDNN is preferred to the kernel, or None."""
+        return cudnn_preference(self.x, self.weight.shape[0], "frames")
+
+    def by_torch(self) -> Tensor:
+        """Computes the formula above in PyTorch, on a GPU by cuDNN."""
+        check_written(self, ("out",))
+        v, p = conv_sums(self), self.patch_size
+        if p > 1:
+            v = v.unflatten(4, (3, p, p)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
+        whole = self.out.dtype == torch.uint8
+        return self.out.copy_((v.float() * 127.5 + 128).floor_().clamp_(0, 255) if whole else v.clamp(-1, 1))
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the kernel."""
+        _frames_out_op(*self)
+        return self.out
+
+    def implementation(self, backend: str, reason: str) -> Choice:
+        """Returns what computes the call."""
+        in_torch = "cudnn" if for_gpu(self.x.device) else "reference"
+        return Choice(backend, in_torch if backend == "torch" else "implicit GEMM", reason)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("frames_out"),
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] padding, int patch_size,"
-    " Tensor(a!) out) -> ()",
+@registered_operator(
+    "frames_out",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] padding, int patch_size, Tensor(a!) out)",
+    FramesCall,
 )
-def _frames_out_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor | None,
-    padding: Sequence[int],
-    patch_size: int,
-    out: Tensor,
-) -> None:
-    _check_output(x, weight, bias, past, out)
+def _frames_out_op(call: FramesCall) -> None:
+    check_written(call, ("out",))
     from .frames_out_kernel import launch_frames_out
 
-    with on_device(x.device):
-        launch_frames_out(x, past, weight, bias, out, padding, patch_size)
-
-
-@_frames_out_op.register_fake
-def _(x, weight, bias, past, padding, patch_size, out):  # type: ignore[no-untyped-def]
-    return None
+    launch_frames_out(call)
 
 
 @register_flop_formula(registered("frames_out"))
-def _flops(x, weight, bias, past, padding, patch_size, out, *args, **kwargs):  # type: ignore[no-untyped-def]
-    pixels = out[0] * out[1] * out[2] * out[3] // patch_size**2
-    return cost(pixels, weight[1], weight[2] * weight[3] * weight[4], patch_size).flops
+def _flops(*shapes: Any, **kwargs: Any) -> int:
+    of = FramesCall(*shapes[:7])
+    pixels = math.prod(of.out[:4]) // of.patch_size**2
+    return cost(pixels, of.weight[1], math.prod(of.weight[2:]), of.patch_size).flops
 
 
-def _choose(*, backend: str, **arguments: Any) -> Choice:
-    _check(**arguments)
-    chosen, reason = _backend(backend, arguments)
-    in_torch = "cudnn" if for_gpu(arguments["x"].device) else "reference"
-    return Choice(chosen, in_torch if chosen == "torch" else "implicit GEMM", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def frames_out(
     x: Tensor,
     weight: Tensor,
@@ -151,59 +168,9 @@ def frames_out(
 
     Source: head of the Wan VAE's decoder (diffusers ``AutoencoderKLWan``), whose video processor maps -1..1 to 0..255.
     """
-    padding = same_padding(weight) if padding is None and isinstance(weight, Tensor) and weight.ndim == 5 else padding
-    arguments: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, "out": out, "past": past}
-    arguments |= {"padding": padding, "patch_size": patch_size}
-    _check(**arguments)
-    chosen, _ = _backend(backend, arguments)
-    if chosen == "torch":
-        _check_output(x, weight, bias, past, out)
-        return frames_out_reference(**arguments)
-    assert padding is not None
-    _frames_out_op(x, weight, bias, past, padding, patch_size, out)
-    return out
-
-
-def _backend(requested: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    x, weight = arguments["x"], arguments["weight"]
-    tensors = [t for name, t in arguments.items() if isinstance(t, Tensor) and name != "out"]
-    obstacle = kernel_obstacle(tensors) or derivative_obstacle((arguments["out"],))
-    obstacle = obstacle or stride_obstacle(x, arguments["past"])
-    if obstacle is None and weight.shape[2] > MAX_TAPS:
-        obstacle = f"kernels exist for up to {MAX_TAPS} taps in time, got {weight.shape[2]}"
-    if obstacle is None and weight.shape[0] > MAX_FEATURES:
-        obstacle = f"kernels exist for up to {MAX_FEATURES} features, got {weight.shape[0]}"
-    if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, weight.shape[0], "frames")):
-        return "torch", reason
-    return pick_backend(requested, obstacle)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    past: Tensor | None,
-    padding: Sequence[int] | None,
-    patch_size: int,
-) -> None:
-    """Checks what can be known of a call without addresses."""
-    check_frames("x", x)
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size: expected a positive integer, got {patch_size!r}")
-    features = 3 * patch_size**2
-    check_kernel("weight", weight, x, features)
-    check_vector("bias", bias, features, x)
-    check_past(past, x, weight.shape[2])
-    padding = same_padding(weight) if padding is None else padding
-    check_padding(padding)
-    frames, rows, columns = output_size(x, weight, (1, 1, 1), padding)
-    shape = (x.shape[0], frames, patch_size * rows, patch_size * columns, 3)
-    check_frames("out", out, shape, (torch.uint8, *FLOATS), x.device)
-
-
-def _check_output(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, out: Tensor) -> None:
-    check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias, "past": past}, ())
+    padding = checks.same_padding(weight) if padding is None else padding
+    call = FramesCall(x, weight, bias, past, padding, patch_size, out)
+    return compute(call, backend, preference=FramesCall.preference, told=FramesCall.implementation)
 
 
 def cost(pixels: int, channels: int, taps: int, patch_size: int = 1, itemsize: int = 2, out_itemsize: int = 1) -> Cost:

@@ -5,30 +5,29 @@ Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..common.configs import configured
 from ..common.frames import frame_strides
-from ..common.target import capability_of
-from .loop import ConvConfig, aligned, conv_product, locate
+from .loop import conv_product, locate, mixed, tiles
 
 
 @triton.jit(do_not_specialize=["num_past", "height", "width", "out_height", "out_width", "top", "left"])
 def frames_out_fwd_kernel(
-    X, PAST,  # [B, T, h, w, C], [B, num_past, h, w, C] or None
+    X,  # [B, T, h, w, C]
     WEIGHT, BIAS,  # [3 * P * P, KT, KH, KW, C], [3 * P * P] or None
+    PAST,  # [B, num_past, h, w, C] or None
     OUT,  # [B, T, P * h', P * w', 3]
     x_strides, past_strides, out_strides,  # (batch, frame, row, column)
     num_past, height, width, out_height, out_width, top, left,
     C: tl.constexpr, P: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile of the formula of ``frames_out.py``."""
+    """Computes one tile of the formula of ``frames_out.py``, of which BLOCK_N are all columns and TAIL_N none."""
     CO: tl.constexpr = 3 * P * P
     t, b = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,7 +38,7 @@ def frames_out_fwd_kernel(
     place = locate(X, PAST, x_strides, past_strides, b, first, row, column, num_past, MIXED)
     acc, _ = conv_product(
         place, first, tl.maximum(-num_past - first, 0), row, column, m_m, height, width, WEIGHT, 0,
-        C, CO, KT, KH, KW, BLOCK_M, BLOCK_N, 0, BLOCK_K, ALIGNED, MIXED,
+        C, CO, KT, KH, KW, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_K, ALIGNED, MIXED,
     )  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < CO
@@ -60,31 +59,17 @@ def frames_out_fwd_kernel(
     tl.store(p_out, acc.to(OUT.dtype.element_ty), mask=m)
 
 
-def launch_frames_out(
-    x: Tensor,
-    past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    padding: Sequence[int],
-    patch_size: int,
-    config: ConvConfig | None = None,
-) -> None:
-    """Writes ``out``; arguments are checked by the caller."""
+def launch_frames_out(call: Any) -> None:
+    """Writes ``out`` of a checked ``FramesCall``."""
+    x, past, out, p = call.x, call.past, call.out, call.patch_size
     batch, frames, height, width, channels = x.shape
-    columns, _, *kernel = weight.shape
-    out_height, out_width = out.shape[2] // patch_size, out.shape[3] // patch_size
-    if config is None:
-        capability, itemsize = capability_of(x.device), x.element_size()
-        heuristic = ConvConfig.heuristic(capability, channels, columns, itemsize, False)
-        config = configured("frames_out", capability, heuristic, channels=channels, columns=columns, itemsize=itemsize)
-    mixed = past is not None and past.stride()[2:4] != x.stride()[2:4]
+    columns, _, *kernel = call.weight.shape
+    out_height, out_width = out.shape[2] // p, out.shape[3] // p
+    config = tiles("frames_out", x, columns)
+    # One tile has all columns.
+    config = replace(config, block_n=triton.next_power_of_2(max(columns, 16)), tail_n=0)
     frames_out_fwd_kernel[(triton.cdiv(out_height * out_width, config.block_m), frames, batch)](
-        x, past, weight, bias, out, *frame_strides(x, past, out), 0 if past is None else past.shape[1],
-        height, width, out_height, out_width, padding[0], padding[2],
-        C=channels, P=patch_size, KT=kernel[0], KH=kernel[1], KW=kernel[2],
-        BLOCK_M=config.block_m, BLOCK_N=triton.next_power_of_2(max(columns, 16)), BLOCK_K=config.block_k,
-        ALIGNED=aligned(x, past), MIXED=mixed,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
-        enable_fp_fusion=True,
+        *call[:4], out, *frame_strides(x, past, out), 0 if past is None else past.shape[1],
+        height, width, out_height, out_width, call.padding[0], call.padding[2],
+        C=channels, P=p, KT=kernel[0], KH=kernel[1], KW=kernel[2], MIXED=mixed(x, past), **config.options(x, past),
     )  # fmt: skip

@@ -11,13 +11,15 @@ each. Padding is a mask, and a frame before the first is another base address: n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.configs import configured
 from ..common.frames import pixels
+from ..common.target import capability_of
 from .checks import MAX_OWNED_CHANNELS
 
 
@@ -46,6 +48,14 @@ class ConvConfig:
     def columns(self) -> int:
         """The output channels of one program."""
         return self.block_n + self.tail_n
+
+    def options(self, *views: Tensor | None) -> dict[str, Any]:
+        """Returns the arguments of a launch that reads these views and has both tiles of columns."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TAIL_N": self.tail_n, "BLOCK_K": self.block_k,
+            "ALIGNED": aligned(*views), "num_warps": self.num_warps, "num_stages": self.num_stages,
+            "maxnreg": self.registers, "enable_fp_fusion": True,
+        }  # fmt: skip
 
     @classmethod
     def heuristic(cls, capability: int | None, channels: int, columns: int, itemsize: int, owned: bool) -> ConvConfig:
@@ -91,6 +101,19 @@ def _columns(columns: int, limit: int) -> tuple[int, int]:
         return block, 0
     tail = max(triton.next_power_of_2(share - block), 16)
     return (2 * block, 0) if tail >= block else (block, tail)
+
+
+def tiles(kernel: str, x: Tensor, columns: int, owned: bool | None = None, **key: int) -> ConvConfig:
+    """Returns the configuration of a launch, of whose class ``key`` says more, and ``owned`` where there is a norm."""
+    capability, channels, itemsize = capability_of(x.device), x.shape[4], x.element_size()
+    heuristic = ConvConfig.heuristic(capability, channels, columns, itemsize, bool(owned))
+    key |= {} if owned is None else {"owned": int(owned)}
+    return configured(kernel, capability, heuristic, channels=channels, columns=columns, itemsize=itemsize, **key)
+
+
+def mixed(x: Tensor, past: Tensor | None) -> bool:
+    """Returns whether the history has other strides of rows and columns."""
+    return past is not None and past.stride()[2:4] != x.stride()[2:4]
 
 
 def aligned(*views: Tensor | None) -> bool:

@@ -32,7 +32,7 @@ whose inputs need gradients, and those that were measured as faster there. Timed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import check_frames, check_parameter, check_targets, check_vector
+from ..common.checks import Spec, check_tensor, check_tensors
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator, transform
-from ..common.registration import add_op_namespace_prefix, registered
-from ..common.target import for_gpu, on_device
-from ..norm.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
+from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
+from ..common.registration import registered, registered_operator
+from ..common.target import for_gpu
+from . import checks, sums
 from .by_torch import cudnn_preference
-from .checks import MAX_OWNED_CHANNELS, check_padding, stride_obstacle
 
 
 def fold_upsample_weight(weight: Tensor) -> Tensor:
@@ -83,87 +82,102 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     return torch.stack(phases).to(weight.dtype)
 
 
-def upsample_conv2d_reference(
-    x: Tensor,
-    phases: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    padding: Sequence[int],
-) -> tuple[Tensor, Tensor | None]:
-    """Returns ``out`` and ``normed`` of the formula above, differentiable; arguments as in :func:`upsample_conv2d`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
-    batch, frames, height, width, _ = x.shape
-    flat = x.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
+class UpsampleCall(NamedTuple):
+    """The arguments of a call: those of the registered operator, then what decides about the results."""
 
-    def part(i: int) -> Tensor:
-        down, right = divmod(i, 2)
-        # Padded on both sides: of the row too many the last (even) or the first (odd) is left out.
-        sums = F.conv2d(flat, phases[i].to(dtype).permute(0, 3, 1, 2), padding=1)
-        return sums[:, :, down : down + height, right : right + width].permute(0, 2, 3, 1)
+    x: Tensor
+    phases: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    padding: Sequence[int]
+    out: Tensor | None
+    normed: Tensor | None
+    keep_sum: bool = True
+    backend: str = "auto"
 
-    if transform() is None:
-        y = flat.new_empty(batch * frames, 2 * height, 2 * width, phases.shape[1], dtype=wide)
-        for i in range(4):
-            y[:, i // 2 :: 2, i % 2 :: 2] = part(i)
-    else:  # ``torch.func.linearize`` gets what is written in place wrong, and ``vmap`` may refuse it
-        y = rearrange([part(i).to(wide) for i in range(4)], "(p q) n h w c -> n (h p) (w q) c", p=2)
-    top, bottom, left, right = padding
-    y = y.unflatten(0, (batch, frames))
-    y = y[:, :, 1 - top : y.shape[2] - 1 + bottom, 1 - left : y.shape[3] - 1 + right]
-    if bias is not None:
-        y = y + bias.to(wide)
-    if residual is not None:
-        y = y + residual.to(wide)
-    y = y.to(x.dtype).contiguous()
-    return y, None if norm_weight is None else rms_norm_silu_reference(y, norm_weight)
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the results."""
+        (batch, frames, height, width, _), (top, bottom, left, right) = self.x.shape, self.padding
+        return batch, frames, 2 * height + top + bottom - 2, 2 * width + left + right - 2, self.phases.shape[1]
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        x, padding = self.x, self.padding
+        check_tensor("x", x, checks.FRAMES)
+        check_tensor("phases", self.phases, Spec((4, "C'", 2, 2, x.shape[4]), x.dtype, whole=True), x.device)
+        vector = Spec(self.phases.shape[1:2], x.dtype, whole=True)
+        check_tensors(self, x.device, bias=vector, norm_weight=vector)
+        checks.check_integers("padding", padding, checks.PADDING, 4)
+        if max(padding) > 1:
+            raise ValueError(f"padding: expected at most 1 on each side, got {tuple(padding)}")
+        if min(self.shape()[2:4]) < 1:
+            raise ValueError(f"padding: {tuple(padding)} leaves nothing of {2 * x.shape[2]} x {2 * x.shape[3]} pixels")
+        sums.check_results(self)
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        return kernel_obstacle((*self[:5], *self[6:8])) or checks.stride_obstacle(self.x)
+
+    def preference(self) -> str | None:
+        """Returns why cuDNN is preferred to the kernel, or None."""
+        return cudnn_preference(self.x, self.phases.shape[1], "upsample")
+
+    def summed(self) -> Tensor:
+        """Returns the sum with bias and residual by torch, differentiable."""
+        x, phases = self.x, self.phases
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
+        batch, frames, height, width, _ = x.shape
+        flat = x.to(dtype).flatten(0, 1).permute(0, 3, 1, 2)
+
+        def part(i: int) -> Tensor:
+            down, right = divmod(i, 2)
+            # Padded on both sides: of the row too many the last (even) or the first (odd) is left out.
+            y = F.conv2d(flat, phases[i].to(dtype).permute(0, 3, 1, 2), padding=1)
+            return y[:, :, down : down + height, right : right + width].permute(0, 2, 3, 1)
+
+        if transform() is None:
+            y = flat.new_empty(batch * frames, 2 * height, 2 * width, phases.shape[1], dtype=wide)
+            for i in range(4):
+                y[:, i // 2 :: 2, i % 2 :: 2] = part(i)
+        else:  # ``torch.func.linearize`` gets what is written in place wrong, and ``vmap`` may refuse it
+            y = rearrange([part(i).to(wide) for i in range(4)], "(p q) n h w c -> n (h p) (w q) c", p=2)
+        top, bottom, left, right = self.padding
+        y = y.unflatten(0, (batch, frames))
+        y = y[:, :, 1 - top : y.shape[2] - 1 + bottom, 1 - left : y.shape[3] - 1 + right]
+        for more in (self.bias, self.residual):
+            y = y if more is None else y + more.to(wide)
+        return y.to(x.dtype).contiguous()
+
+    def by_kernel(self) -> Any:
+        """Computes the call by the kernel, and a norm of many channels by its own."""
+        return sums.by_kernel(self, lambda norm, *out: _upsample_conv2d_op(*self[:4], norm, self.padding, *out))
+
+    by_torch = sums.by_torch
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("upsample_conv2d"),
-    mutates_args=("out", "normed"),
-    schema="(Tensor x, Tensor phases, Tensor? bias, Tensor? residual, Tensor? norm_weight, SymInt[] padding,"
-    " Tensor(a!)? out, Tensor(b!)? normed) -> ()",
+@registered_operator(
+    "upsample_conv2d",
+    "(Tensor x, Tensor phases, Tensor? bias, Tensor? residual, Tensor? norm_weight, SymInt[] padding,"
+    " Tensor(a!)? out, Tensor(b!)? normed)",
+    UpsampleCall,
 )
-def _upsample_conv2d_op(
-    x: Tensor,
-    phases: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    padding: Sequence[int],
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    _check_outputs(x, phases, bias, residual, norm_weight, out, normed)
+def _upsample_conv2d_op(call: UpsampleCall) -> None:
+    sums.check_outputs(call)
     from .upsample_conv2d_kernel import launch_upsample_conv2d
 
-    with on_device(x.device):
-        launch_upsample_conv2d(x, phases, bias, residual, norm_weight, out, normed, padding)
-
-
-@_upsample_conv2d_op.register_fake
-def _(x, phases, bias, residual, norm_weight, padding, out, normed):  # type: ignore[no-untyped-def]
-    return None
+    launch_upsample_conv2d(call)
 
 
 @register_flop_formula(registered("upsample_conv2d"))
-def _flops(x, phases, bias, residual, norm_weight, padding, out, normed, *args, **kwargs):  # type: ignore[no-untyped-def]
-    batch, frames, height, width, columns = out if out is not None else normed
-    return cost(batch * frames * height * width, phases[4], columns).flops
+def _flops(*shapes: Any, **kwargs: Any) -> int:
+    of = UpsampleCall(*shapes[:8])
+    batch, frames, height, width, columns = of.out if of.out is not None else of.normed
+    return cost(batch * frames * height * width, of.phases[4], columns).flops
 
 
-def _choose(*, backend: str, **arguments: Any) -> Choice:
-    _check(**arguments)
-    chosen, reason = _backend(backend, list(arguments.values()))
-    kind = "implicit GEMM" if chosen == "triton" else "cudnn" if for_gpu(arguments["x"].device) else "reference"
-    fused = chosen == "triton" and arguments["phases"].shape[1] <= MAX_OWNED_CHANNELS
-    apart = arguments["norm_weight"] is not None and not fused
-    return Choice(chosen, f"{kind}, then rms_norm_silu" if apart else kind, reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def upsample_conv2d(
     x: Tensor,
     phases: Tensor,
@@ -208,87 +222,8 @@ def upsample_conv2d(
     Source: upsampling of the Wan VAE (diffusers ``WanResample``); the phases are the sub-pixel identity of
     nearest-neighbour upsampling.
     """
-    tensors = {"x": x, "phases": phases, "bias": bias, "residual": residual, "norm_weight": norm_weight}
-    _check(**tensors, padding=padding, out=out, normed=normed)
-    chosen, _ = _backend(backend, [*tensors.values(), out, normed])
-    if chosen == "torch":
-        _check_outputs(**tensors, out=out, normed=normed)
-        y, _ = upsample_conv2d_reference(**{**tensors, "norm_weight": None}, padding=padding)
-        y = y if out is None else out.copy_(y)
-        # Whoever computes the sum, the norm has its own kernel.
-        return y if norm_weight is None else (y, rms_norm_silu(y, norm_weight, out=normed, backend=backend))
-    shape = (*x.shape[:2], *_output_size(x, padding), phases.shape[1])
-    out = x.new_empty(shape) if out is None else out
-    if norm_weight is None:
-        _upsample_conv2d_op(x, phases, bias, residual, None, padding, out, None)
-        return out
-    normed = x.new_empty(shape) if normed is None else normed
-    fused = phases.shape[1] <= MAX_OWNED_CHANNELS
-    norms = (norm_weight, normed) if fused else (None, None)
-    _upsample_conv2d_op(x, phases, bias, residual, norms[0], padding, out, norms[1])
-    if not fused:
-        rms_norm_silu(out, norm_weight, out=normed, backend="triton")
-    return out, normed
-
-
-def _output_size(x: Tensor, padding: Sequence[int]) -> tuple[int, int]:
-    top, bottom, left, right = padding
-    return 2 * x.shape[2] + top + bottom - 2, 2 * x.shape[3] + left + right - 2
-
-
-def _backend(requested: str, arguments: Sequence[Any]) -> tuple[str, str]:
-    x, phases = arguments[0], arguments[1]
-    obstacle = kernel_obstacle([t for t in arguments if isinstance(t, Tensor)]) or stride_obstacle(x)
-    if obstacle is None and requested == "auto" and (reason := cudnn_preference(x, phases.shape[1], "upsample")):
-        return "torch", reason
-    return pick_backend(requested, obstacle)
-
-
-def _check(
-    x: Tensor,
-    phases: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    """Checks what can be known of a call without addresses."""
-    check_frames("x", x)
-    check_parameter("phases", phases, (4, "C'", 2, 2, x.shape[4]), x.dtype, x.device)
-    columns = phases.shape[1]
-    check_vector("bias", bias, columns, x)
-    check_vector("norm_weight", norm_weight, columns, x)
-    check_padding(padding)
-    if max(padding) > 1:
-        raise ValueError(f"padding: expected at most 1 on each side, got {tuple(padding)}")
-    size = _output_size(x, padding)
-    if min(size) < 1:
-        raise ValueError(f"padding: {tuple(padding)} leaves nothing of {2 * x.shape[2]} x {2 * x.shape[3]} pixels")
-    if norm_weight is None and normed is not None:
-        raise ValueError("norm_weight: expected a tensor, since the normed sum is asked for")
-    for name, y in (("residual", residual), ("out", out), ("normed", normed)):
-        if y is not None:
-            check_frames(name, y, (*x.shape[:2], *size, columns), (x.dtype,), x.device)
-
-
-def _check_outputs(
-    x: Tensor,
-    phases: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-) -> None:
-    """Checks that outputs overlap nothing that is still to be read.
-
-    A program reads its residual before it writes its sum; others read x and the parameters meanwhile.
-    """
-    inputs = {"x": x, "phases": phases, "bias": bias, "norm_weight": norm_weight}
-    check_targets({"out": out}, {**inputs, "residual": residual}, ("residual",))
-    check_targets({"normed": normed}, {**inputs, "residual": residual, "out": out}, ())
+    call = UpsampleCall(x, phases, bias, residual, norm_weight, padding, out, normed, backend=backend)
+    return compute(call, backend, preference=UpsampleCall.preference, told=sums.implementation)
 
 
 def cost(

@@ -6,16 +6,13 @@ L2. Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m benc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..common.configs import configured
 from ..common.frames import frame_strides
-from ..common.target import capability_of
-from .loop import ConvConfig, aligned, conv_product, conv_store, locate
+from .loop import conv_product, conv_store, locate, tiles
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "top", "left"])
@@ -59,36 +56,16 @@ def upsample_conv2d_fwd_kernel(
     )  # fmt: skip
 
 
-def launch_upsample_conv2d(
-    x: Tensor,
-    phases: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    out: Tensor | None,
-    normed: Tensor | None,
-    padding: Sequence[int],
-    config: ConvConfig | None = None,
-) -> None:
-    """Writes ``out`` and ``normed``, of which at least one is given; arguments are checked by the caller."""
+def launch_upsample_conv2d(call: Any) -> None:
+    """Writes ``out`` and ``normed`` of a checked ``UpsampleCall``, of which at least one is given."""
+    x, out, normed = call.x, call.out, call.normed
     batch, frames, height, width, channels = x.shape
-    columns = phases.shape[1]
-    target = out if out is not None else normed
-    assert target is not None
-    _, _, out_height, out_width, _ = target.shape
-    if config is None:
-        owned, capability, itemsize = normed is not None, capability_of(x.device), x.element_size()
-        config = configured(
-            "upsample_conv2d", capability, ConvConfig.heuristic(capability, channels, columns, itemsize, owned),
-            channels=channels, columns=columns, itemsize=itemsize, owned=int(owned),
-        )  # fmt: skip
-    tiles = triton.cdiv(((out_height + 1) // 2) * ((out_width + 1) // 2), config.block_m)
-    upsample_conv2d_fwd_kernel[(tiles * 4 * triton.cdiv(columns, config.columns), frames, batch)](
-        x, phases, bias, residual, norm_weight, out, normed, *frame_strides(x, residual, out, normed),
-        height, width, out_height, out_width, padding[0], padding[2],
-        C=channels, CO=columns,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL_N=config.tail_n, BLOCK_K=config.block_k,
-        ALIGNED=aligned(x),
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
-        enable_fp_fusion=True,
+    columns = call.phases.shape[1]
+    _, _, out_height, out_width, _ = out.shape if out is not None else normed.shape
+    config = tiles("upsample_conv2d", x, columns, normed is not None)
+    programs = triton.cdiv(((out_height + 1) // 2) * ((out_width + 1) // 2), config.block_m)
+    upsample_conv2d_fwd_kernel[(programs * 4 * triton.cdiv(columns, config.columns), frames, batch)](
+        *call[:5], *call[6:8], *frame_strides(x, call.residual, out, normed),
+        height, width, out_height, out_width, call.padding[0], call.padding[2],
+        C=channels, CO=columns, **config.options(x),
     )  # fmt: skip

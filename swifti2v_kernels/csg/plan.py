@@ -70,12 +70,8 @@ class SegmentPlan:
     anchor: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("num_blocks", 2),
-            ("blocks_per_segment", 1),
-            ("neighbours_left", 0),
-            ("neighbours_right", 0),
-        ):
+        allowed = {"num_blocks": 2, "blocks_per_segment": 1, "neighbours_left": 0, "neighbours_right": 0}
+        for name, least in allowed.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
@@ -130,6 +126,12 @@ def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, 
     return torch.stack(drawn, dim=1).unsqueeze(0)
 
 
+def check_mask_channels(mask_channels: int | None) -> None:
+    """Checks that ``mask_channels`` is None or not negative, else raises a ValueError."""
+    if mask_channels is not None and mask_channels < 0:
+        raise ValueError(f"mask_channels: expected None or at least 0, got {mask_channels}")
+
+
 def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_channels: int | None = None) -> Tensor:
     """Returns the blocks of a window as one tensor, as most DiTs take them.
 
@@ -166,8 +168,7 @@ def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_
         raise ValueError(f"latents: expected the reference's device {reference.device}, got {latents.device}")
     if not all(0 <= block < num_blocks for block in window.blocks):
         raise ValueError(f"window: expected blocks in 0..{num_blocks - 1}, got {window.blocks}")
-    if mask_channels is not None and mask_channels < 0:
-        raise ValueError(f"mask_channels: expected None or at least 0, got {mask_channels}")
+    check_mask_channels(mask_channels)
     num_given = len(window.conditioning)
     channels = z if mask_channels is None else 2 * z + mask_channels
     out = latents.new_empty(batch, channels, len(window.blocks), *size)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .plan import SegmentPlan, Window, assemble_window, block_noise
+from .plan import SegmentPlan, Window, assemble_window, block_noise, check_mask_channels
 
 #: The stage of :func:`swifti2v_kernels.block_noise` that segments are made in: SwiftI2V's second.
 _STAGE = 2
@@ -135,39 +135,32 @@ def sample_segments(
     levels = [float(sigma) for sigma in sigmas]
     if len(levels) < 2 or not all(0 <= sigma <= 1 for sigma in levels):
         raise ValueError(f"sigmas: expected two or more noise levels in 0..1 (not timesteps), got {levels}")
-    if mask_channels is not None and mask_channels < 0:
-        raise ValueError(f"mask_channels: expected None or at least 0, got {mask_channels}")
+    check_mask_channels(mask_channels)
     draw = _noise_source(reference, seed, noise)
-    return _segments(model, reference, plan, levels, draw, mask_channels, step or _euler(levels), on_step)
+    dtype, num_steps = torch.promote_types(reference.dtype, torch.float32), len(levels) - 1
 
+    @torch.no_grad()
+    def segments() -> Iterator[Tensor]:
+        for segment, window in enumerate(plan, start=1):
+            x = draw(window).to(reference.device, dtype)
+            # The velocity of the noisy blocks, or of all blocks, of which these are the last.
+            shapes = [(*x.shape[:2], blocks, *x.shape[3:]) for blocks in (len(window.noisy), len(window.blocks))]
+            for i in range(num_steps):
+                latents = assemble_window(reference, x, window, mask_channels=mask_channels)
+                velocity = _checked("model", model(latents, levels[i], window), shapes)[:, :, -len(window.noisy) :].to(
+                    x
+                )
+                if step is None:
+                    x = x + (levels[i + 1] - levels[i]) * velocity
+                else:
+                    x = _checked("step", step(x, velocity, i), shapes[:1]).to(x)
+                if on_step is not None:
+                    on_step(segment, len(plan), i + 1, num_steps)
+            done = x.to(reference.dtype)
+            reference[:, :, window.noisy[0] : window.noisy[-1] + 1] = done
+            yield done
 
-@torch.no_grad()
-def _segments(
-    model: WindowModel,
-    reference: Tensor,
-    plan: SegmentPlan,
-    sigmas: list[float],
-    draw: Callable[[Window], Tensor],
-    mask_channels: int | None,
-    step: Step,
-    on_step: Callable[[int, int, int, int], None] | None,
-) -> Iterator[Tensor]:
-    dtype, num_steps = torch.promote_types(reference.dtype, torch.float32), len(sigmas) - 1
-    for segment, window in enumerate(plan, start=1):
-        x = draw(window).to(reference.device, dtype)
-        for i in range(num_steps):
-            latents = assemble_window(reference, x, window, mask_channels=mask_channels)
-            velocity = _of_noisy_blocks(model(latents, sigmas[i], window), x, len(window.blocks))
-            x = _checked("step", step(x, velocity, i), x)
-            if on_step is not None:
-                on_step(segment, len(plan), i + 1, num_steps)
-        done = x.to(reference.dtype)
-        reference[:, :, window.noisy[0] : window.noisy[-1] + 1] = done
-        yield done
-
-
-def _euler(sigmas: list[float]) -> Step:
-    return lambda x, velocity, i: x + (sigmas[i + 1] - sigmas[i]) * velocity
+    return segments()
 
 
 def _noise_source(
@@ -187,23 +180,11 @@ def _noise_source(
     return lambda window: torch.cat([block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds])
 
 
-def _of_noisy_blocks(velocity: Tensor, x: Tensor, window_blocks: int) -> Tensor:
-    """Returns the last blocks of what the model returned, the noisy ones, in the dtype of ``x``."""
-    if not isinstance(velocity, Tensor):
-        raise TypeError(f"model: expected it to return a tensor, got {type(velocity).__name__}")
-    batch, z, num_noisy, *size = x.shape
-    for num_blocks in (num_noisy, window_blocks):
-        if velocity.shape == (batch, z, num_blocks, *size):
-            return velocity[:, :, num_blocks - num_noisy :].to(x)
-    raise ValueError(
-        f"model: expected it to return a velocity {tuple(x.shape)} of the noisy blocks"
-        f" or {(batch, z, window_blocks, *size)} of the window, got {tuple(velocity.shape)}"
-    )
-
-
-def _checked(name: str, result: Tensor, like: Tensor) -> Tensor:
+def _checked(name: str, result: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
     if not isinstance(result, Tensor):
         raise TypeError(f"{name}: expected it to return a tensor, got {type(result).__name__}")
-    if result.shape != like.shape:
-        raise ValueError(f"{name}: expected it to return {tuple(like.shape)}, got {tuple(result.shape)}")
-    return result.to(like)
+    if result.shape not in shapes:
+        kinds = ("a velocity {} of the noisy blocks", "{} of the window") if name == "model" else ("{}",)
+        allowed = " or ".join(kind.format(shape) for kind, shape in zip(kinds, shapes, strict=True))
+        raise ValueError(f"{name}: expected it to return {allowed}, got {tuple(result.shape)}")
+    return result

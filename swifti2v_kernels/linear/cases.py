@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Work
+from ..common.shapes import MODELS, WINDOWS
 from .dequantize_rows import cost as dequantize_cost
 from .dequantize_rows import dequantize_rows
 from .quantize_rows import cost as quantize_cost
@@ -18,109 +20,98 @@ from .rows import FLOAT8_CAPABILITY, QuantizedRows
 from .scaled_linear import cost as scaled_cost
 from .scaled_linear import scaled_linear
 
+_BF16 = torch.bfloat16
 
-class _ScaledInputs(NamedTuple):
-    """The tensors of one case. Real calls have more columns, by which only the number of programs grows."""
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one case. Real calls have more rows and columns, by which only the number of programs grows."""
 
     kind: torch.dtype
-    depth: int
-    activation: str | None = None
+    channels: int
+    rows: int = 64
     columns: int = 256
-    rows: int = 24
+    activation: str | None = None
     new: Callable[..., Tensor] = torch.ones
 
-    def __call__(self, device: torch.device) -> Arguments:
+    @property
+    def name(self) -> str:
+        return str(self.kind).removeprefix("torch.")
+
+    @property
+    def least_capability(self) -> int:
+        return FLOAT8_CAPABILITY if self.kind == torch.float8_e4m3fn else 80
+
+    def at(self, rows: int, columns: int = 0) -> _Rows:
+        """Returns the rows at real size."""
+        return replace(self, rows=rows, columns=columns, new=torch.empty)
+
+    def product(self, device: torch.device) -> Arguments:
+        """Returns a call of ``scaled_linear``."""
+
         def quantized(rows: int) -> QuantizedRows:
             # Not every fill is known for float8, and as bytes a 1 is no NaN.
-            values = self.new(rows, self.depth, dtype=torch.int8, device=device).view(self.kind)
+            values = self.new(rows, self.channels, dtype=torch.int8, device=device).view(self.kind)
             return QuantizedRows(values, self.new(rows, device=device))
 
-        bias = self.new(self.columns, dtype=torch.bfloat16, device=device)
-        options = {"activation": self.activation, "dtype": torch.bfloat16, "backend": "triton"}
+        bias = self.new(self.columns, dtype=_BF16, device=device)
+        options = {"activation": self.activation, "dtype": _BF16, "backend": "triton"}
         return (quantized(self.rows), quantized(self.columns), bias), options
 
+    def wide(self, device: torch.device) -> Arguments:
+        """Returns a call of ``quantize_rows``."""
+        x = self.new(1, self.rows, self.channels, dtype=_BF16, device=device)
+        return (x, self.kind), {"backend": "triton"}
 
-def _scaled_work(constants: Mapping[str, Any]) -> Work:
+    def stored(self, device: torch.device) -> Arguments:
+        """Returns a call of ``dequantize_rows``."""
+        values = self.new(self.rows, self.channels, dtype=self.kind, device=device)
+        return (values, self.new(self.rows, device=device)), {"dtype": _BF16, "backend": "triton"}
+
+
+def _product_work(constants: Mapping[str, Any]) -> Work:
     """Returns the work of one step: one tile of rows times two of columns."""
     rows, columns, depth = constants["BLOCK_M"], 2 * constants["BLOCK_N"], constants["BLOCK_K"]
     return Work(rows * columns * depth, (rows + columns) * depth)
 
 
-def _scaled_real(inputs: _ScaledInputs, columns: int) -> RealSize:
-    """Returns a call for a fifth of a block's tokens at 2560x1408, the part that the DiT computes at a time."""
-    whole = inputs._replace(columns=columns, rows=2816, new=torch.empty)
-    least = scaled_cost(2816, inputs.depth, columns, gelu=inputs.activation is not None)
-    return RealSize(f"2816 x {inputs.depth} to {columns}", whole, least)
+def _scaled(kind: torch.dtype, depth: int, columns: int, activation: str | None = None) -> Case:
+    """Returns a call whose real size is a fifth of a block's tokens at 2560x1408, which the DiT computes at a time."""
+    rows = _Rows(kind, depth, 24, activation=activation)
+    part = WINDOWS["CSG window 2560x1408, 1.3B"].block_len // 5
+    least = scaled_cost(part, depth, columns, gelu=activation is not None)
+    real = RealSize(f"{part} x {depth} to {columns}", rows.at(part, columns).product, least)
+    name = f"scaled_linear K{depth}{' gelu' if activation else ''} {rows.name}"
+    return Case(name, scaled_linear, rows.product, _product_work, real, rows.least_capability)
 
 
-_SCALED_CASES = [
-    Case(
-        f"scaled_linear K{inputs.depth}{' gelu' if inputs.activation else ''} {str(kind).removeprefix('torch.')}",
-        scaled_linear,
-        inputs,
-        _scaled_work,
-        _scaled_real(inputs, columns),
-        FLOAT8_CAPABILITY if kind == torch.float8_e4m3fn else 80,
-    )
-    for kind in (torch.float8_e4m3fn, torch.int8)
-    for inputs, columns in (
-        (_ScaledInputs(kind, 13824), 5120),
-        (_ScaledInputs(kind, 5120), 5120),
-        (_ScaledInputs(kind, 1536, "gelu_tanh"), 8960),
-    )
+def _quantize(rows: _Rows, name: str, number: int, shape: str) -> Case:
+    """Returns a call whose programs read 16 bits and write 8."""
+    real = RealSize(shape, rows.at(number).wide, quantize_cost(number, rows.channels))
+    name = f"quantize_rows C{rows.channels} {name}"
+    return Case(name, quantize_rows, rows.wide, lambda c: Work(0, 3 * c["C"] * c["BLOCK_M"]), real,
+                rows.least_capability)  # fmt: skip
+
+
+def _dequantize(rows: _Rows, number: int, layer: str) -> Case:
+    """Returns a call whose programs read a tile of 8 bits and write 16."""
+    least = dequantize_cost(number, rows.channels)
+    real = RealSize(f"{number} x {rows.channels}, {layer}", rows.at(number).stored, least)
+    name = f"dequantize_rows C{rows.channels} {rows.name}"
+    return Case(name, dequantize_rows, rows.stored, lambda c: Work(0, 3 * c["BLOCK_C"] * c["BLOCK_M"]), real)
+
+
+_1B, _5B, _14B = (MODELS[name] for name in ("1.3B", "5B", "14B"))
+_SMALL, _CLIP = WINDOWS["CSG window 1280x704, 1.3B"].tokens, WINDOWS["Stage I 640x352, 14B"].tokens
+CASES = [
+    *(
+        _scaled(kind, *call)
+        for kind in (torch.float8_e4m3fn, torch.int8)
+        for call in ((_14B.hidden, _14B.width), (_14B.width, _14B.width), (_1B.width, _1B.hidden, "gelu_tanh"))
+    ),
+    _quantize(_Rows(torch.int8, _1B.hidden), "int8", _SMALL, f"feed-forward of 1.3B, {_SMALL:,} tokens"),
+    _quantize(_Rows(torch.float8_e4m3fn, _14B.hidden), "float8", _CLIP, f"feed-forward of 14B, {_CLIP:,} tokens"),
+    _dequantize(_Rows(torch.int8, _1B.width), _1B.hidden, "feed-forward of 1.3B"),
+    _dequantize(_Rows(torch.float8_e5m2, _5B.width), _5B.hidden, "feed-forward of 5B"),
+    _dequantize(_Rows(torch.float8_e4m3fn, _14B.width), _14B.hidden, "feed-forward of 14B"),
 ]
-
-
-def _quantize_inputs(channels: int, dtype: torch.dtype, rows: int = 64, new=torch.ones):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> Arguments:
-        return (new(1, rows, channels, dtype=torch.bfloat16, device=device), dtype), {"backend": "triton"}
-
-    return make
-
-
-def _quantize_work(constants: Mapping[str, Any]) -> Work:
-    """Returns the work of one program: its rows, 16 bits in and 8 out."""
-    return Work(0, 3 * constants["C"] * constants["BLOCK_M"])
-
-
-def _quantize_case(name: str, channels: int, dtype: torch.dtype, shape: str, rows: int) -> Case:
-    real = RealSize(shape, _quantize_inputs(channels, dtype, rows, torch.empty), quantize_cost(rows, channels))
-    least = 80 if dtype == torch.int8 else FLOAT8_CAPABILITY
-    return Case(f"quantize_rows {name}", quantize_rows, _quantize_inputs(channels, dtype), _quantize_work, real, least)
-
-
-_QUANTIZE_CASES = [
-    _quantize_case("C8960 int8", 8960, torch.int8, "feed-forward of 1.3B, 17,600 tokens", 17_600),
-    _quantize_case("C13824 float8", 13824, torch.float8_e4m3fn, "feed-forward of 14B, 18,480 tokens", 18_480),
-]
-
-
-def _dequantize_inputs(channels: int, kind: torch.dtype, rows: int = 64, new=torch.ones):  # type: ignore[no-untyped-def]
-    def make(device: torch.device) -> Arguments:
-        values, scales = new(rows, channels, dtype=kind, device=device), new(rows, device=device)
-        return (values, scales), {"dtype": torch.bfloat16, "backend": "triton"}
-
-    return make
-
-
-def _dequantize_work(constants: Mapping[str, Any]) -> Work:
-    """Returns the work of one program: its tile, 8 bits in and 16 out."""
-    return Work(0, 3 * constants["BLOCK_C"] * constants["BLOCK_M"])
-
-
-_DEQUANTIZE_CASES = [
-    Case(
-        f"dequantize_rows C{c} {str(kind).removeprefix('torch.')}",
-        dequantize_rows,
-        _dequantize_inputs(c, kind),
-        _dequantize_work,
-        RealSize(f"{rows} x {c}, {layer}", _dequantize_inputs(c, kind, rows, torch.empty), dequantize_cost(rows, c)),
-    )
-    for c, kind, rows, layer in (
-        (1536, torch.int8, 8960, "feed-forward of 1.3B"),
-        (3072, torch.float8_e5m2, 14336, "feed-forward of 5B"),
-        (5120, torch.float8_e4m3fn, 13824, "feed-forward of 14B"),
-    )
-]
-
-CASES = [*_SCALED_CASES, *_QUANTIZE_CASES, *_DEQUANTIZE_CASES]

@@ -20,48 +20,66 @@ other calls, and its path is differentiable by the scales. Not yet timed on hard
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..common.checks import check_targets
+from ..common.checks import Spec, check_tensors, check_written
 from ..common.cost import Cost
-from ..common.dispatch import KERNEL_DTYPES, Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
-from .rows import EIGHT_BITS, check_rows
+from ..common.dispatch import KERNEL_DTYPES, compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
+from .rows import EIGHT_BITS, check_rows, check_scales
 
 
-def dequantize_rows_reference(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Computes the formula above in PyTorch, differentiable by the scales."""
-    return (values.float() * scales.unsqueeze(-1)).to(dtype)
+class DequantizeCall(NamedTuple):
+    """The arguments of the registered operator, of which ``out`` may be made, and the dtype of that."""
+
+    values: Tensor
+    scales: Tensor
+    out: Tensor | None
+    dtype: torch.dtype = torch.bfloat16
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        check_rows("values", self.values)
+        if self.values.dtype not in EIGHT_BITS:
+            raise ValueError(f"values: expected one of {', '.join(map(str, EIGHT_BITS))}, got {self.values.dtype}")
+        check_scales("scales", self.scales, "values", self.values, (torch.float32,))
+        if self.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, KERNEL_DTYPES))}, got {self.dtype}")
+        if self.out is not None:
+            check_rows("out", self.out)
+            check_tensors(self, self.values.device, out=Spec(self.values.shape, self.dtype))
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        return kernel_obstacle((self.scales, self.out))
+
+    def by_torch(self) -> Tensor:
+        """Computes the formula above in PyTorch, differentiable by the scales."""
+        if self.out is not None:
+            check_written(self, ("out",))
+        y = (self.values.float() * self.scales.unsqueeze(-1)).to(self.dtype)
+        return y if self.out is None else self.out.copy_(y)
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the kernel."""
+        out = self.values.new_empty(self.values.shape, dtype=self.dtype) if self.out is None else self.out
+        _dequantize_rows_op(self.values, self.scales, out)
+        return out
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("dequantize_rows"),
-    mutates_args=("out",),
-    schema="(Tensor values, Tensor scales, Tensor(a!) out) -> ()",
-)
-def _dequantize_rows_op(values: Tensor, scales: Tensor, out: Tensor) -> None:
-    check_targets({"out": out}, {"values": values, "scales": scales}, ())
-    if out.numel():
+@registered_operator("dequantize_rows", "(Tensor values, Tensor scales, Tensor(a!) out)", DequantizeCall)
+def _dequantize_rows_op(call: DequantizeCall) -> None:
+    check_written(call, ("out",))
+    if call.out.numel():
         from .dequantize_rows_kernel import launch_dequantize_rows
 
-        with on_device(out.device):
-            launch_dequantize_rows(values, scales, out)
+        launch_dequantize_rows(call)
 
 
-@_dequantize_rows_op.register_fake
-def _(values, scales, out):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(values: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None, backend: str) -> Choice:
-    _check(values, scales, dtype, out)
-    chosen, reason = pick_backend(backend, kernel_obstacle((scales, out)))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def dequantize_rows(
     values: Tensor,
     scales: Tensor,
@@ -93,37 +111,7 @@ def dequantize_rows(
 
     Source: 8-bit checkpoints of Wan, ``weight = float8 * scale``.
     """
-    _check(values, scales, dtype, out)
-    chosen, _ = pick_backend(backend, kernel_obstacle((scales, out)))
-    if chosen == "torch":
-        if out is not None:
-            check_targets({"out": out}, {"values": values, "scales": scales}, ())
-        y = dequantize_rows_reference(values, scales, dtype)
-        return y if out is None else out.copy_(y)
-    out = values.new_empty(values.shape, dtype=dtype) if out is None else out
-    _dequantize_rows_op(values, scales, out)
-    return out
-
-
-def _check(values: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None) -> None:
-    check_rows("values", values)
-    if values.dtype not in EIGHT_BITS:
-        raise ValueError(f"values: expected one of {', '.join(map(str, EIGHT_BITS))}, got {values.dtype}")
-    check_rows("scales", scales, trailing=0)
-    if scales.shape != values.shape[:-1] or scales.dtype != torch.float32 or scales.device != values.device:
-        raise ValueError(
-            f"scales: expected {list(values.shape[:-1])} torch.float32 on {values.device}, one a row of values,"
-            f" got {list(scales.shape)} {scales.dtype} on {scales.device}"
-        )
-    if dtype not in KERNEL_DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, KERNEL_DTYPES))}, got {dtype}")
-    if out is not None:
-        check_rows("out", out)
-        if out.shape != values.shape or out.dtype != dtype or out.device != values.device:
-            raise ValueError(
-                f"out: expected {list(values.shape)} {dtype} on {values.device}, got {list(out.shape)} {out.dtype}"
-                f" on {out.device}"
-            )
+    return compute(DequantizeCall(values, scales, out, dtype), backend)
 
 
 def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:

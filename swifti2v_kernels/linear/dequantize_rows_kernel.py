@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
@@ -73,10 +72,10 @@ def dequantize_rows_fwd_kernel(
     tl.store(OUT + o_m[:, None] * out_stride + o_c[None, :], y.to(OUT.dtype.element_ty), mask=m)
 
 
-def launch_dequantize_rows(values: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Writes ``out``; arguments are checked by the caller."""
-    channels, kind = values.shape[-1], FORMATS[values.dtype]
-    values, scales, out = values.view(-1, channels), scales.view(-1), out.view(-1, channels)
+def launch_dequantize_rows(call: Any) -> None:
+    """Writes ``out`` of a checked ``DequantizeCall``, which is not empty."""
+    channels, kind = call.values.shape[-1], FORMATS[call.values.dtype]
+    values, scales, out = call.values.view(-1, channels), call.scales.view(-1), call.out.view(-1, channels)
     if kind:
         values = values.view(torch.uint8)
     key = {"itemsize": out.element_size(), "format": kind}

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_targets
+from ..common.checks import Spec, check_targets, check_tensor
 from ..common.cost import Cost
 from ..common.dispatch import Choice, derivative_obstacle, public_operator
+from .rows import check_rows
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -39,7 +40,11 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Choice:
-    _check(x, weight, bias, out)
+    check_rows("x", x)
+    check_tensor("weight", weight, Spec(("N*", x.shape[-1]), x.dtype, whole=True), x.device)
+    check_tensor("bias", bias, Spec(weight.shape[:1], x.dtype, whole=True), x.device)
+    if out is not None:
+        check_tensor("out", out, Spec((*x.shape[:-1], len(weight)), x.dtype, whole=True), x.device)
     if (reason := derivative_obstacle((x, weight, bias))) is not None:
         return Choice("torch", "reference", reason)
     if torch.compiler.is_compiling():
@@ -88,42 +93,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     return out
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected [..., {weight.shape[-1]}] for weight {list(weight.shape)}, got {list(x.shape)}")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.dtype != x.dtype or parameter.device != x.device or not parameter.is_contiguous():
-            layout = "" if parameter.is_contiguous() else ", not contiguous"
-            raise ValueError(
-                f"{name}: expected {x.dtype} on {x.device}, contiguous,"
-                f" got {parameter.dtype} on {parameter.device}{layout}"
-            )
-    try:
-        x.view(-1, x.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"x: expected rows that flatten to [M, {x.shape[-1]}] without a copy, got shape {list(x.shape)} with"
-            f" strides {x.stride()}"
-        ) from None
-    if out is not None:
-        wanted = (*x.shape[:-1], weight.shape[0])
-        if out.shape != wanted or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
-            raise ValueError(
-                f"out: expected {list(wanted)} {x.dtype} on {x.device}, contiguous,"
-                f" got {list(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-            )
-
-
-def cost(tokens: int, channels: int, hidden: int, itemsize: int = 2, *, fused: bool = True) -> Cost:
-    """Returns the least cost of one call; ``fused=False`` adds the pass that the epilogue saves, for comparison."""
-    extra = 0 if fused else tokens * hidden * itemsize
-    return Cost(
-        2 * tokens * channels * hidden + 8 * tokens * hidden,
-        (tokens * channels + channels * hidden + hidden) * itemsize + extra,
-        tokens * hidden * itemsize + extra,
-    )
+def cost(tokens: int, channels: int, hidden: int, itemsize: int = 2) -> Cost:
+    """Returns the least cost of one call."""
+    read = (tokens * channels + channels * hidden + hidden) * itemsize
+    return Cost(2 * tokens * channels * hidden + 8 * tokens * hidden, read, tokens * hidden * itemsize)

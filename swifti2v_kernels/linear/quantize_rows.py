@@ -24,61 +24,73 @@ or newer; PyTorch computes all other calls. There is no derivative. Not yet time
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..common.checks import FLOATS, check_targets
+from ..common.checks import FLOATS, check_written
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
-from .rows import (
-    QuantizedRows,
-    check_dtype,
-    check_out,
-    check_rows,
-    float8_obstacle,
-    new_rows,
-    quantized_reference,
-    written,
-)
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
+from . import rows
+from .rows import QuantizedRows
 
 #: A row is held in registers.
 MAX_CHANNELS = 16384
 
 
-def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """Computes the formula above in PyTorch, without gradients."""
-    return quantized_reference(x.to(torch.promote_types(x.dtype, torch.float32)), dtype)
+class QuantizeCall(NamedTuple):
+    """The arguments of the registered operator, then those of the public function that become its outputs."""
+
+    x: Tensor
+    values: Tensor | None = None
+    scales: Tensor | None = None
+    dtype: torch.dtype = torch.float8_e4m3fn
+    out: QuantizedRows | None = None
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        rows.check_rows("x", self.x)
+        if self.x.dtype not in FLOATS:
+            raise ValueError(f"x: expected float32, float16 or bfloat16 (float64: torch), got {self.x.dtype}")
+        rows.check_dtype("dtype", self.dtype)
+        if self.out is not None:
+            rows.check_out("out", self.out, self.x, self.dtype)
+            rows.check_rows("out.values", self.out.values)
+            rows.check_rows("out.scales", self.out.scales, trailing=0)
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        if (reason := kernel_obstacle((self.x,))) is not None:
+            return reason
+        if self.x.shape[-1] > MAX_CHANNELS:
+            return f"kernels exist for up to {MAX_CHANNELS} channels, got {self.x.shape[-1]}"
+        return rows.float8_obstacle("round to", self.dtype, self.x.device)
+
+    def by_torch(self) -> QuantizedRows:
+        """Computes the formula above in PyTorch, without gradients."""
+        if self.out is not None:
+            check_written(self, (), self.out.parts("out"))
+        return rows.written(self.out, rows.quantized_reference(self.x, self.dtype))
+
+    def by_kernel(self) -> QuantizedRows:
+        """Computes the call by the kernel."""
+        out = rows.new_rows(self.x, self.dtype) if self.out is None else self.out
+        _quantize_rows_op(self.x, *out)
+        return out
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("quantize_rows"),
-    mutates_args=("values", "scales"),
-    schema="(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()",
-)
-def _quantize_rows_op(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    out = QuantizedRows(values, scales)
-    check_targets(out.parts("out"), {"x": x}, ())
-    if x.numel():
+@registered_operator("quantize_rows", "(Tensor x, Tensor(a!) values, Tensor(b!) scales)", QuantizeCall)
+def _quantize_rows_op(call: QuantizeCall) -> None:
+    check_written(call, ("values", "scales"), {"out.values": call.values, "out.scales": call.scales})
+    if call.x.numel():
         from .quantize_rows_kernel import launch_quantize_rows
 
-        with on_device(x.device):
-            launch_quantize_rows(x, out)
+        launch_quantize_rows(call)
 
 
-@_quantize_rows_op.register_fake
-def _(x, values, scales):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(x: Tensor, dtype: torch.dtype, out: QuantizedRows | None, backend: str) -> Choice:
-    _check(x, dtype, out)
-    chosen, reason = pick_backend(backend, _obstacle(x, dtype))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -112,34 +124,7 @@ def quantize_rows(
 
     Source: symmetric quantisation of activations by token, as for 8-bit matmuls of transformers (arXiv 2208.07339).
     """
-    _check(x, dtype, out)
-    chosen, _ = pick_backend(backend, _obstacle(x, dtype))
-    if chosen == "torch":
-        if out is not None:
-            check_targets(out.parts("out"), {"x": x}, ())
-        return written(out, quantize_rows_reference(x, dtype))
-    out = new_rows(x, dtype) if out is None else out
-    _quantize_rows_op(x, *out)
-    return out
-
-
-def _check(x: Tensor, dtype: torch.dtype, out: QuantizedRows | None) -> None:
-    check_rows("x", x)
-    if x.dtype not in FLOATS:
-        raise ValueError(f"x: expected float32, float16 or bfloat16 (float64: torch), got {x.dtype}")
-    check_dtype("dtype", dtype)
-    if out is not None:
-        check_out("out", out, x, dtype)
-        check_rows("out.values", out.values)
-        check_rows("out.scales", out.scales, trailing=0)
-
-
-def _obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
-    if (reason := kernel_obstacle((x,))) is not None:
-        return reason
-    if x.shape[-1] > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    return float8_obstacle("round to", dtype, x.device)
+    return compute(QuantizeCall(x, dtype=dtype, out=out), backend)
 
 
 def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:

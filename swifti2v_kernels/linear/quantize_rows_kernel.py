@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
 from .rounding import channels_of_8_bits, magnitude, rounded, row_scale
-from .rows import LARGEST, QuantizedRows
+from .rows import LARGEST
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ def quantize_rows_fwd_kernel(
     tl.store(SCALES + o_m * scales_stride, scale, mask=m_m)
 
 
-def launch_quantize_rows(x: Tensor, out: QuantizedRows) -> None:
-    """Writes ``out``; arguments are checked by the caller."""
-    channels = x.shape[-1]
-    x, values, scales = x.view(-1, channels), out.values.view(-1, channels), out.scales.view(-1)
+def launch_quantize_rows(call: Any) -> None:
+    """Writes ``values`` and ``scales`` of a checked ``QuantizeCall``, which are not empty."""
+    channels = call.x.shape[-1]
+    x, values, scales = call.x.view(-1, channels), call.values.view(-1, channels), call.scales.view(-1)
     block_c = triton.next_power_of_2(channels)
     key = {"block_c": block_c, "itemsize": x.element_size()}
     config = configured("quantize_rows", capability_of(x.device), QuantizeConfig.heuristic(block_c), **key)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.checks import Spec, check_tensor
 from ..common.target import capability_of
 from ..common.tracing import constant_when_traced
 
@@ -57,8 +58,8 @@ class QuantizedRows(NamedTuple):
 
 
 def quantized_reference(rows: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """Rounds float32 or float64 ``rows`` [..., C] to 8 bits by the formula above, without gradients."""
-    rows = rows.detach()
+    """Rounds ``rows`` [..., C] to 8 bits by the formula above, without gradients."""
+    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
     scales = rows.abs().amax(dim=-1).float() / LARGEST[dtype]
     finite = scales.isfinite()
     scales = scales.masked_fill(scales < LEAST_SCALE, 1.0).masked_fill(~finite, float("nan"))
@@ -101,19 +102,8 @@ def check_out(name: str, out: QuantizedRows, like: Tensor, dtype: torch.dtype) -
     """
     if not isinstance(out, QuantizedRows):
         raise TypeError(f"{name}: expected QuantizedRows, got {type(out).__name__}")
-    wanted = {"values": (like.shape, dtype), "scales": (like.shape[:-1], torch.float32)}
-    for part, (shape, kind) in wanted.items():
-        x = getattr(out, part)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}.{part}: expected a tensor, got {type(x).__name__}")
-        if x.shape != shape or x.dtype != kind or x.device != like.device:
-            raise ValueError(
-                f"{name}.{part}: expected {list(shape)} {kind} on {like.device}, got {list(x.shape)} {x.dtype}"
-                f" on {x.device}"
-            )
-    if like.shape[-1] > 1 and out.values.stride(-1) != 1:
-        stride = out.values.stride(-1)
-        raise ValueError(f"{name}.values: expected the channels to be contiguous (stride 1), got stride {stride}")
+    check_tensor(f"{name}.values", out.values, Spec(like.shape, dtype), like.device)
+    check_tensor(f"{name}.scales", out.scales, Spec(like.shape[:-1], torch.float32, last=""), like.device)
 
 
 def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
@@ -127,6 +117,8 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.numel() and x.ndim >= trailing and x.is_contiguous():
+        return
     if trailing and (x.ndim < 1 or x.shape[-1] == 0):
         raise ValueError(f"{name}: expected [..., C] with at least one channel, got {list(x.shape)}")
     if trailing and x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -136,6 +128,23 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
     if x.numel() and any(a[1] != b[0] * b[1] for a, b in itertools.pairwise(leading)):
         kind = "rows that flatten to [M, C]" if trailing else "numbers that flatten to [M]"
         raise ValueError(f"{name}: expected {kind} without a copy, got shape {list(x.shape)} with strides {x.stride()}")
+
+
+def check_scales(name: str, scales: Tensor, of: str, values: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Checks that ``scales`` are numbers of a row of ``values`` each, which the argument ``of`` is, and flatten to [M].
+
+    The first of the dtypes is the one that the message names: float64 is for references alone.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: shape, dtype or device do not fit.
+    """
+    check_rows(name, scales, trailing=0)
+    if scales.shape != values.shape[:-1] or scales.dtype not in dtypes or scales.device != values.device:
+        raise ValueError(
+            f"{name}: expected {list(values.shape[:-1])} {dtypes[0]} on {values.device}, one a row of {of},"
+            f" got {list(scales.shape)} {scales.dtype} on {scales.device}"
+        )
 
 
 # Constant for a device: under torch.compile it is read once, at trace time.

@@ -30,23 +30,23 @@ timed on hardware.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import check_parameter, check_targets
+from ..common.checks import Spec, check_targets, check_tensor, check_tensors
 from ..common.cost import Cost
-from ..common.dispatch import KERNEL_DTYPES, Choice, derivative_obstacle, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix, registered
-from ..common.target import capability_of, on_device
+from ..common.dispatch import KERNEL_DTYPES, Choice, compute, derivative_obstacle, kernel_obstacle, public_operator
+from ..common.registration import registered, registered_operator
+from ..common.target import capability_of
 from ..common.tracing import constant_when_traced
-from .rows import LARGEST, QuantizedRows, check_rows, float8_obstacle
+from .rows import LARGEST, QuantizedRows, check_rows, check_scales, float8_obstacle
 
 ACTIVATIONS = (None, "gelu_tanh")
-_SCALES = (torch.float32, torch.float64)
 #: Channels and columns are multiples of this, and so are the strides of rows: loads of 16 bytes.
 ALIGNMENT = 16
 #: Up to here offsets within a tile fit into 32 bits.
@@ -55,68 +55,161 @@ MAX_STRIDE = 2**23
 MAX_INT8_CHANNELS = 2**17 - 1
 
 
-def scaled_linear_reference(
-    x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, activation: str | None, dtype: torch.dtype
-) -> Tensor:
+class ScaledCall(NamedTuple):
+    """The arguments of the registered operator, of which ``out`` may be made, and the dtype of that."""
+
+    values: Tensor
+    scales: Tensor
+    weight: Tensor
+    weight_scales: Tensor
+    bias: Tensor | None
+    gelu: bool
+    out: Tensor | None
+    dtype: torch.dtype = torch.bfloat16
+
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the result."""
+        return (*self.values.shape[:-1], self.weight.shape[0])
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses; scales of float64 are for references alone."""
+        values = self.values
+        check_rows("x.values", values)
+        if values.ndim < 2 or values.dtype not in LARGEST:
+            allowed = " or ".join(map(str, LARGEST))
+            raise ValueError(f"x.values: expected [..., K] {allowed}, got {list(values.shape)} {values.dtype}")
+        device = values.device
+        check_tensor("weight.values", self.weight, Spec(("N", values.shape[-1]), values.dtype, whole=True), device)
+        check_scales("x.scales", self.scales, "x.values", values, (torch.float32, torch.float64))
+        columns = self.weight.shape[:1]
+        check_tensor("weight.scales", self.weight_scales, Spec(columns, self.scales.dtype, whole=True), device)
+        check_tensors(self, device, bias=Spec(columns, whole=True))
+        if self.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, KERNEL_DTYPES))}, got {self.dtype}")
+        check_tensors(self, device, out=Spec(self.shape(), self.dtype, whole=True))
+
+    def check_out(self) -> None:
+        """Checks what only addresses tell: programs read their rows and columns while others write."""
+        x, weight = QuantizedRows(*self[:2]), QuantizedRows(*self[2:4])
+        check_targets({"out": self.out}, {**x.parts("x"), **weight.parts("weight"), "bias": self.bias}, ())
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        (columns, depth), stride = self.weight.shape, _row_stride(self.values)
+        if (reason := kernel_obstacle((self.scales, self.weight_scales, self.bias, self.out))) is not None:
+            return reason
+        if (reason := float8_obstacle("multiply", self.values.dtype, self.values.device)) is not None:
+            return reason
+        if columns % ALIGNMENT or depth % ALIGNMENT or stride % ALIGNMENT:
+            return (
+                f"the kernel takes multiples of {ALIGNMENT} channels, columns and elements from row to row,"
+                f" got {depth}, {columns} and {stride}"
+            )
+        if max(columns, depth, stride) > MAX_STRIDE:
+            return f"the kernel takes up to {MAX_STRIDE} columns and elements from row to row, got {columns}, {stride}"
+        if self.values.dtype == torch.int8 and depth > MAX_INT8_CHANNELS:
+            return f"sums of int32 hold up to {MAX_INT8_CHANNELS} channels of int8, got {depth}"
+        return None
+
+    def implementation(self, backend: str, reason: str) -> Choice:
+        """Returns what computes the call."""
+        return Choice(backend, torchs_product(self) if backend == "torch" else "fused matmul", reason)
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the kernel."""
+        out = self.values.new_empty(self.shape(), dtype=self.dtype) if self.out is None else self.out
+        _scaled_linear_op(*self[:6], out)
+        return out
+
+    def by_torch(self) -> Tensor:
+        """Computes the call by one of torch's matmuls in 8 bits, or by the reference."""
+        if self.out is not None:
+            self.check_out()
+        implementation = torchs_product(self)
+        if implementation == "reference":
+            y = scaled_linear_reference(self)
+            return y if self.out is None else self.out.copy_(y)
+        out = self.values.new_empty(self.shape(), dtype=self.dtype) if self.out is None else self.out
+        values, scales = self.values.view(-1, self.values.shape[-1]), self.scales.view(-1)
+        rows, weight = out.view(-1, out.shape[-1]), self.weight.t()
+        if implementation == "torch._int_mm":
+            rows.copy_(_end(self, torch._int_mm(values, weight), scales))
+            return out
+        fused = self.bias is not None and self.bias.dtype == self.dtype
+        torch.ops.aten._scaled_mm.out(
+            values, weight, scales.unsqueeze(1), self.weight_scales.unsqueeze(0), self.bias if fused else None,
+            out_dtype=self.dtype, use_fast_accum=False, out=rows,
+        )  # fmt: skip
+        if self.bias is not None and not fused:
+            rows += self.bias
+        if self.gelu:
+            torch.ops.aten.gelu_(rows, approximate="tanh")
+        return out
+
+
+def scaled_linear_reference(call: ScaledCall) -> Tensor:
     """Computes the formula above in float32, or float64 where scales are; int8 is multiplied in float64 on the CPU."""
-    wide = torch.promote_types(x.scales.dtype, torch.float32)
-    exact = torch.float64 if x.values.dtype == torch.int8 and x.values.device.type == "cpu" else wide
-    sums = F.linear(x.values.to(exact), weight.values.to(exact)).to(wide)
-    return _end(sums, x.scales, weight.scales, bias, activation).to(dtype)
+    wide = torch.promote_types(call.scales.dtype, torch.float32)
+    exact = torch.float64 if call.values.dtype == torch.int8 and call.values.device.type == "cpu" else wide
+    sums = F.linear(call.values.to(exact), call.weight.to(exact)).to(wide)
+    return _end(call, sums, call.scales).to(call.dtype)
 
 
-def _end(sums: Tensor, scales: Tensor, weight_scales: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = sums * scales.unsqueeze(-1) * weight_scales
-    y = y if bias is None else y + bias
-    return y if activation is None else F.gelu(y, approximate="tanh")
+def _end(call: ScaledCall, sums: Tensor, scales: Tensor) -> Tensor:
+    y = sums * scales.unsqueeze(-1) * call.weight_scales
+    y = y if call.bias is None else y + call.bias
+    return F.gelu(y, approximate="tanh") if call.gelu else y
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("scaled_linear"),
-    mutates_args=("out",),
-    schema="(Tensor values, Tensor scales, Tensor weight, Tensor weight_scales, Tensor? bias, bool gelu,"
-    " Tensor(a!) out) -> ()",
+def _row_stride(values: Tensor) -> int:
+    """Returns the number of elements from one row to the next."""
+    strides = [s for n, s in zip(values.shape[:-1], values.stride()[:-1], strict=True) if n != 1]
+    return strides[-1] if strides else values.shape[-1]
+
+
+# Constant for a device: under torch.compile it is read once, at trace time.
+@constant_when_traced
+def _scales_by_rows(device: torch.device) -> bool:
+    """Returns whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
+    return device.type == "cuda" and torch.version.hip is None and capability_of(device) == 90
+
+
+def torchs_product(call: ScaledCall) -> str:
+    """Returns which of torch's matmuls computes the call, or ``reference``."""
+    values, scales, (columns, depth) = call.values, call.scales, call.weight.shape
+    if derivative_obstacle((scales, call.weight_scales, call.bias)) is not None:
+        return "reference"
+    # Both want rows of 16 bytes without gaps, and torch._int_mm more than 16 of them.
+    dense = values.is_contiguous() and scales.is_contiguous() and columns % 16 == 0 and depth % 16 == 0
+    if values.device.type != "cuda" or torch.version.hip is not None or not dense or scales.dtype == torch.float64:
+        return "reference"
+    if values.dtype == torch.int8:
+        return "torch._int_mm" if scales.numel() > 16 else "reference"
+    if call.dtype == torch.bfloat16 and scales.numel() and _scales_by_rows(values.device):
+        return "torch._scaled_mm"
+    return "reference"
+
+
+@registered_operator(
+    "scaled_linear",
+    "(Tensor values, Tensor scales, Tensor weight, Tensor weight_scales, Tensor? bias, bool gelu, Tensor(a!) out)",
+    ScaledCall,
 )
-def _scaled_linear_op(
-    values: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    gelu: bool,
-    out: Tensor,
-) -> None:
-    x, rows = QuantizedRows(values, scales), QuantizedRows(weight, weight_scales)
-    _check_out(x, rows, bias, out)
-    if out.numel():
+def _scaled_linear_op(call: ScaledCall) -> None:
+    call.check_out()
+    if call.out.numel():
         from .scaled_linear_kernel import launch_scaled_linear
 
-        with on_device(out.device):
-            launch_scaled_linear(*_flat(x), *rows, bias, gelu, out.view(-1, out.shape[-1]))
-
-
-@_scaled_linear_op.register_fake
-def _(values, scales, weight, weight_scales, bias, gelu, out):  # type: ignore[no-untyped-def]
-    return None
+        launch_scaled_linear(call)
 
 
 @register_flop_formula(registered("scaled_linear"))
-def _flops(values, scales, weight, weight_scales, bias, gelu, out, *args, **kwargs):  # type: ignore[no-untyped-def]
-    *leading, depth = values
-    rows = 1
-    for n in leading:
-        rows *= n
-    return 2 * rows * weight[0] * depth
+def _flops(*shapes: Any, **kwargs: Any) -> int:
+    of = ScaledCall(*shapes[:7])
+    return 2 * math.prod(of.values) * of.weight[0]
 
 
-def _choose(*, backend: str, **arguments: Any) -> Choice:
-    _check(**arguments)
-    x, weight, bias, dtype = (arguments[name] for name in ("x", "weight", "bias", "dtype"))
-    chosen, reason = pick_backend(backend, _obstacle(x, weight, bias, arguments["out"]))
-    return Choice(chosen, _by_torch(x, weight, bias, dtype) if chosen == "torch" else "fused matmul", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def scaled_linear(
     x: QuantizedRows,
     weight: QuantizedRows,
@@ -156,135 +249,13 @@ def scaled_linear(
 
     Source: dynamic quantisation by token of activations and by output of weights (arXiv 2208.07339, 2209.05433).
     """
-    _check(x, weight, bias, activation, dtype, out)
-    chosen, _ = pick_backend(backend, _obstacle(x, weight, bias, out))
-    if chosen == "triton":
-        out = x.values.new_empty((*x.values.shape[:-1], weight.values.shape[0]), dtype=dtype) if out is None else out
-        _scaled_linear_op(*x, *weight, bias, activation is not None, out)
-        return out
-    if out is not None:
-        _check_out(x, weight, bias, out)
-    implementation = _by_torch(x, weight, bias, dtype)
-    if implementation == "reference":
-        y = scaled_linear_reference(x, weight, bias, activation, dtype)
-        return y if out is None else out.copy_(y)
-    out = x.values.new_empty((*x.values.shape[:-1], weight.values.shape[0]), dtype=dtype) if out is None else out
-    (values, scales), rows = _flat(x), out.view(-1, out.shape[-1])
-    if implementation == "torch._int_mm":
-        rows.copy_(_end(torch._int_mm(values, weight.values.t()), scales, weight.scales, bias, activation))
-        return out
-    fused = bias is not None and bias.dtype == dtype
-    torch.ops.aten._scaled_mm.out(
-        values, weight.values.t(), scales.unsqueeze(1), weight.scales.unsqueeze(0), bias if fused else None,
-        out_dtype=dtype, use_fast_accum=False, out=rows,
-    )  # fmt: skip
-    if bias is not None and not fused:
-        rows += bias
-    if activation is not None:
-        torch.ops.aten.gelu_(rows, approximate="tanh")
-    return out
-
-
-def _flat(x: QuantizedRows) -> QuantizedRows:
-    """Returns the rows as views of shape [M, K] and [M]."""
-    return QuantizedRows(x.values.view(-1, x.values.shape[-1]), x.scales.view(-1))
-
-
-def _obstacle(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, out: Tensor | None) -> str | None:
-    columns, depth = weight.values.shape
-    stride = _row_stride(x.values)
-    if (reason := kernel_obstacle((x.scales, weight.scales, bias, out))) is not None:
-        return reason
-    if (reason := float8_obstacle("multiply", x.values.dtype, x.values.device)) is not None:
-        return reason
-    if columns % ALIGNMENT or depth % ALIGNMENT or stride % ALIGNMENT:
-        return (
-            f"the kernel takes multiples of {ALIGNMENT} channels, columns and elements from row to row,"
-            f" got {depth}, {columns} and {stride}"
-        )
-    if max(columns, depth, stride) > MAX_STRIDE:
-        return f"the kernel takes up to {MAX_STRIDE} columns and elements from row to row, got {columns}, {stride}"
-    if x.values.dtype == torch.int8 and depth > MAX_INT8_CHANNELS:
-        return f"sums of int32 hold up to {MAX_INT8_CHANNELS} channels of int8, got {depth}"
-    return None
-
-
-def _row_stride(values: Tensor) -> int:
-    """Returns the number of elements from one row to the next."""
-    strides = [s for n, s in zip(values.shape[:-1], values.stride()[:-1], strict=True) if n != 1]
-    return strides[-1] if strides else values.shape[-1]
-
-
-# Constant for a device: under torch.compile it is read once, at trace time.
-@constant_when_traced
-def _scales_by_rows(device: torch.device) -> bool:
-    """Returns whether ``torch._scaled_mm`` takes a scale a row here, in all versions of torch from 2.6 on."""
-    return device.type == "cuda" and torch.version.hip is None and capability_of(device) == 90
-
-
-def _by_torch(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, dtype: torch.dtype) -> str:
-    """Returns which of torch's matmuls computes the call, or ``reference``."""
-    columns, depth = weight.values.shape
-    if derivative_obstacle((x.scales, weight.scales, bias)) is not None:
-        return "reference"
-    # Both want rows of 16 bytes without gaps, and torch._int_mm more than 16 of them.
-    dense = x.values.is_contiguous() and x.scales.is_contiguous() and columns % 16 == 0 and depth % 16 == 0
-    if x.values.device.type != "cuda" or torch.version.hip is not None or not dense or x.scales.dtype == torch.float64:
-        return "reference"
-    if x.values.dtype == torch.int8:
-        return "torch._int_mm" if x.scales.numel() > 16 else "reference"
-    if dtype == torch.bfloat16 and x.scales.numel() and _scales_by_rows(x.values.device):
-        return "torch._scaled_mm"
-    return "reference"
-
-
-def _check(
-    x: QuantizedRows,
-    weight: QuantizedRows,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> None:
-    """Checks what can be known of a call without addresses; scales of float64 are for references alone."""
     for name, rows in (("x", x), ("weight", weight)):
         if not isinstance(rows, QuantizedRows):
             raise TypeError(f"{name}: expected QuantizedRows, got {type(rows).__name__}")
-    check_rows("x.values", x.values)
-    device = x.values.device
-    if x.values.ndim < 2 or x.values.dtype not in LARGEST:
-        allowed = " or ".join(map(str, LARGEST))
-        raise ValueError(f"x.values: expected [..., K] {allowed}, got {list(x.values.shape)} {x.values.dtype}")
-    check_parameter("weight.values", weight.values, ("N", x.values.shape[-1]), x.values.dtype, device)
-    columns = weight.values.shape[0]
-    check_rows("x.scales", x.scales, trailing=0)
-    check_rows("weight.scales", weight.scales, trailing=0)
-    if x.scales.shape != x.values.shape[:-1] or x.scales.dtype not in _SCALES or x.scales.device != device:
-        raise ValueError(
-            f"x.scales: expected {list(x.values.shape[:-1])} torch.float32 on {device}, one a row of x.values,"
-            f" got {list(x.scales.shape)} {x.scales.dtype} on {x.scales.device}"
-        )
-    check_parameter("weight.scales", weight.scales, (columns,), x.scales.dtype, device)
-    if bias is not None:
-        check_parameter("bias", bias, (columns,), None, device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or 'gelu_tanh', got {activation!r}")
-    if dtype not in KERNEL_DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, KERNEL_DTYPES))}, got {dtype}")
-    if out is not None:
-        wanted = (*x.values.shape[:-1], columns)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
-        if out.shape != wanted or out.dtype != dtype or out.device != device or not out.is_contiguous():
-            raise ValueError(
-                f"out: expected {list(wanted)} {dtype} on {device}, contiguous,"
-                f" got {list(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-            )
-
-
-def _check_out(x: QuantizedRows, weight: QuantizedRows, bias: Tensor | None, out: Tensor) -> None:
-    """Checks what only addresses tell: programs read their rows and columns while others write."""
-    check_targets({"out": out}, {**x.parts("x"), **weight.parts("weight"), "bias": bias}, ())
+    call = ScaledCall(*x, *weight, bias, activation is not None, out, dtype)
+    return compute(call, backend, told=ScaledCall.implementation)
 
 
 def cost(rows: int, depth: int, columns: int, itemsize: int = 2, *, gelu: bool = False) -> Cost:

@@ -19,12 +19,11 @@ Not yet timed on hardware. What the compiler made of it: ``python -m bench compi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
@@ -160,30 +159,17 @@ def scaled_linear_fwd_kernel(
     _write(second, x_scale, p_out, o_m, m_m, start_n + BLOCK_N + o_n, WEIGHT_SCALES, BIAS, N, GELU)
 
 
-def launch_scaled_linear(
-    values: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    gelu: bool,
-    out: Tensor,
-) -> None:
-    """Writes ``out`` [M, N], not empty, from ``values`` [M, K], ``scales`` [M] and ``weight`` [N, K].
-
-    Arguments are checked by the caller.
-    """
-    rows, depth = values.shape
-    columns = weight.shape[0]
-    capability, float8 = capability_of(out.device), values.dtype == torch.float8_e4m3fn
+def launch_scaled_linear(call: Any) -> None:
+    """Writes ``out`` of a checked ``ScaledCall``, which is not empty."""
+    columns, depth = call.weight.shape
+    x, scales = call.values.view(-1, depth), call.scales.view(-1)
+    capability, float8 = capability_of(x.device), x.dtype == torch.float8_e4m3fn
     heuristic = ScaledConfig.heuristic(capability, float8)
-    kind = str(values.dtype).removeprefix("torch.")
-    config = configured("scaled_linear", capability, heuristic, depth=depth, dtype=kind)
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, 2 * config.block_n)
+    config = configured("scaled_linear", capability, heuristic, depth=depth, dtype=str(x.dtype).removeprefix("torch."))
+    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(columns, 2 * config.block_n)
     scaled_linear_fwd_kernel[(programs,)](
-        values, scales, weight, weight_scales, bias, out,
-        rows, values.stride(0), scales.stride(0),
-        N=columns, K=depth, GELU=gelu, ADD_UP=float8 and (capability is None or capability // 10 != 10),
+        x, scales, *call[2:5], call.out, x.shape[0], x.stride(0), scales.stride(0),
+        N=columns, K=depth, GELU=call.gelu, ADD_UP=float8 and (capability is None or capability // 10 != 10),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=GROUP_M,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,

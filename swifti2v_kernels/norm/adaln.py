@@ -37,52 +37,143 @@ Timed on an NVIDIA H200 only; quantised not yet timed on hardware.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, given, same_view
 from ..common.cost import Cost
-from ..common.dispatch import Choice, public_operator, transform
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
-from ..linear.rows import QuantizedRows, new_rows, quantized_reference, written
-from .adaln_arguments import check_outputs, prepare
+from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
+from ..common.registration import registered_operator
+from ..linear.rows import QuantizedRows, check_dtype, check_out, float8_obstacle, new_rows, quantized_reference, written
+
+NORMS = ("layer", "rms")
+#: A row is held in registers.
+MAX_CHANNELS = 8192
 
 
-def gated_residual_reference(x: Tensor, update: Tensor, gate: Tensor | None, block_map: Tensor | None) -> Tensor:
-    """Returns ``x'`` of the formula above, differentiable."""
-    if gate is None:
-        return (_wide(x) + _wide(update)).to(x.dtype)
-    gate = _rows(gate, block_map)
-    blocks, updates = (_wide(t).unflatten(1, (gate.shape[1], -1)) for t in (x, update))
-    return (blocks + updates * gate).flatten(1, 2).to(x.dtype)
+class AdalnCall(NamedTuple):
+    """The arguments of the registered operator, then what of a public function's becomes its outputs."""
+
+    x: Tensor
+    update: Tensor | None
+    gate: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    block_map: Tensor | None
+    #: Empty where only an update is added.
+    norm: str = ""
+    eps: float = 0.0
+    x_out: Tensor | None = None
+    y_out: Tensor | None = None
+    y_scales: Tensor | None = None
+    normed: bool = True
+    quantize: torch.dtype | None = None
+    out: Tensor | QuantizedRows | None = None
+    inplace: bool = False
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        x, like = self.x, Spec(self.x.shape, self.x.dtype) if isinstance(self.x, Tensor) else None
+        check_tensor("x", x, Spec(("B*", "L*", "C*"), None))
+        check_tensors(self, x.device, update=like)
+        if self.quantize is not None:
+            check_dtype("quantize", self.quantize)
+            if x.shape[2] == 0:
+                raise ValueError(f"x: expected at least one channel to quantize, got {list(x.shape)}")
+            if self.out is not None:
+                check_out("out", self.out, x, self.quantize)
+        else:
+            check_tensors(self, x.device, out=like)
+        if self.normed and self.norm not in NORMS:
+            raise ValueError(f"norm: expected {' or '.join(NORMS)}, got {self.norm!r}")
+        if (self.shift is None) != (self.scale is None):
+            raise ValueError("shift, scale: expected both or neither")
+        affine = Spec(x.shape[2:], None, whole=True)
+        check_tensors(self, x.device, weight=affine, bias=affine)
+        self._check_modulations()
+
+    def _check_modulations(self) -> None:
+        batch, length, width = self.x.shape
+        name, rows = "", "R"
+        for each in ("gate", "shift", "scale"):
+            if (m := getattr(self, each)) is not None:
+                check_tensor(each, m, Spec((batch, rows, width), None), self.x.device)
+                name, rows = name or each, m.shape[1]
+        if self.block_map is not None:
+            if not name:
+                raise ValueError("block_map: expected None, since there is no gate, shift or scale to choose from")
+            check_index("block_map", self.block_map, None, 0, rows - 1, self.x.device)
+            name, rows = "block_map", self.block_map.shape[0]
+        if name and length % rows:
+            raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        out = self.out if isinstance(self.out, Tensor) else None
+        if (reason := kernel_obstacle((*self[:8], out))) is not None:
+            return reason
+        if self.x.shape[2] > MAX_CHANNELS:
+            return f"kernels exist for up to {MAX_CHANNELS} channels, got {self.x.shape[2]}"
+        return None if self.quantize is None else float8_obstacle("round to", self.quantize, self.x.device)
+
+    def by_torch(self) -> Any:
+        """Computes the call in PyTorch, differentiable unless quantised; what is to be overwritten is last."""
+        x_out = self.x if self.inplace else None
+        _check_written(self, x_out, self.out)
+        x = self.x if self.update is None else _gated(self)
+        y = _normed(self, x) if self.normed else None
+        if x_out is not None:
+            x = x_out.copy_(x)
+        if isinstance(y, QuantizedRows):
+            y = written(self.out, y)
+        elif self.out is not None:
+            y = self.out.copy_(y)
+        return self._results(x, y)
+
+    def by_kernel(self) -> Any:
+        """Computes the call by the fused kernel."""
+        x, y, outputs = None, self.out, [None, None, None]
+        if self.update is not None:
+            x = outputs[0] = self.x if self.inplace else self.x.new_empty(self.x.shape)
+        if self.normed:
+            if y is None:
+                y = self.x.new_empty(self.x.shape) if self.quantize is None else new_rows(self.x, self.quantize)
+            outputs[1:] = y if isinstance(y, QuantizedRows) else (y, None)
+        _adaln_op(*self[:10], *outputs)
+        return self._results(x, y)
+
+    def _results(self, x: Tensor | None, y: Tensor | QuantizedRows | None) -> Any:
+        return y if self.update is None else (x, y) if self.normed else x
 
 
-def norm_modulate_reference(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    block_map: Tensor | None,
-    norm: str,
-    eps: float,
-    quantize: torch.dtype | None = None,
-) -> Tensor | QuantizedRows:
-    """Returns ``y`` of the formula above, differentiable unless quantised."""
-    y, width = _wide(x), x.shape[2:]
-    weight, bias = (None if p is None else p.to(y.dtype) for p in (weight, bias))
-    if norm == "layer":
-        y = layer_norm_reference(y, weight, bias, eps)
+def _gated(call: AdalnCall) -> Tensor:
+    """Returns ``x'`` of the formula above."""
+    x, update = _wide(call.x), _wide(call.update)
+    if call.gate is None:
+        return (x + update).to(call.x.dtype)
+    gate = _rows(call.gate, call.block_map)
+    blocks, updates = (t.unflatten(1, (gate.shape[1], -1)) for t in (x, update))
+    return (blocks + updates * gate).flatten(1, 2).to(call.x.dtype)
+
+
+def _normed(call: AdalnCall, x: Tensor) -> Tensor | QuantizedRows:
+    """Returns ``y`` of the formula above."""
+    y = _wide(x)
+    weight, bias = (None if p is None else p.to(y.dtype) for p in (call.weight, call.bias))
+    if call.norm == "layer":
+        y = layer_norm_reference(y, weight, bias, call.eps)
     else:
-        y = F.rms_norm(y, width, weight, eps)
+        y = F.rms_norm(y, x.shape[2:], weight, call.eps)
         y = y if bias is None else y + bias
-    if shift is not None and scale is not None:
-        shift, scale = _rows(shift, block_map), _rows(scale, block_map)
+    if call.shift is not None and call.scale is not None:
+        shift, scale = _rows(call.shift, call.block_map), _rows(call.scale, call.block_map)
         y = (y.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
-    return y.to(x.dtype) if quantize is None else quantized_reference(y, quantize)
+    return y.to(x.dtype) if call.quantize is None else quantized_reference(y, call.quantize)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -109,53 +200,36 @@ def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
     return _wide(modulation[:, rows]).masked_fill(missing, float("nan")).unsqueeze(2)
 
 
-# What is written has no default: torch up to 2.11 leaves out arguments that equal theirs, and then misses it.
-@torch.library.custom_op(
-    add_op_namespace_prefix("adaln"),
-    mutates_args=("x_out", "y_out", "y_scales"),
-    schema=(
-        "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
-        " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out,"
-        " Tensor(c!)? y_scales) -> ()"
-    ),
+def _check_written(call: AdalnCall, x_out: Tensor | None, y_out: Tensor | QuantizedRows | None) -> None:
+    """Checks that outputs overlap nothing that is still to be read.
+
+    A program reads all of its row of x and update before it writes, but others read the parameters meanwhile.
+    """
+    outputs = ("x_out", "y_out", "y_scales", "out")
+    if isinstance(y_out, QuantizedRows):
+        # Of another dtype than x and update, so they are never the whole of one.
+        check_written(call, outputs, y_out.parts("out"))
+        y_out = None
+    over_x = x_out is None and y_out is not None and same_view(y_out, call.x)
+    check_written(call, outputs, {"x": y_out} if over_x else {"x": x_out, "out": y_out}, ("x", "update"))
+
+
+@registered_operator(
+    "adaln",
+    "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
+    " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out, Tensor(c!)? y_scales)",
+    AdalnCall,
 )
-def _adaln_op(
-    x: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    block_map: Tensor | None,
-    norm: str,
-    eps: float,
-    x_out: Tensor | None,
-    y_out: Tensor | None,
-    y_scales: Tensor | None,
-) -> None:
-    parameters = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map}
-    y = y_out if y_out is None or y_scales is None else QuantizedRows(y_out, y_scales)
-    check_outputs(x_out, y, x, update, parameters)
-    if x.numel():
-        from .adaln_kernel import LAYER, RMS, launch_adaln
+def _adaln_op(call: AdalnCall) -> None:
+    rows = call.y_out is not None and call.y_scales is not None
+    _check_written(call, call.x_out, QuantizedRows(call.y_out, call.y_scales) if rows else call.y_out)
+    if call.x.numel():
+        from .adaln_kernel import launch_adaln
 
-        kind = {"": 0, "layer": LAYER, "rms": RMS}[norm]
-        with on_device(x.device):
-            launch_adaln(x, update, gate, shift, scale, weight, bias, block_map, kind, eps, x_out, y_out, y_scales)
+        launch_adaln(call)
 
 
-@_adaln_op.register_fake
-def _(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, y_out, y_scales):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(*, backend: str, inplace: bool, **arguments: Any) -> Choice:
-    chosen, reason = prepare(backend=backend, **arguments)
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def norm_modulate(
     x: Tensor,
     shift: Tensor | None = None,
@@ -212,18 +286,13 @@ def norm_modulate(
         raise ValueError("out: expected None with inplace, which writes to x")
     if inplace and quantize is not None:
         raise ValueError("inplace: expected False with quantize, whose result is not of x's dtype")
-    arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = prepare(x=x, out=out, quantize=quantize, backend=backend, **arguments)
-    target = x if inplace else out
-    if chosen == "torch":
-        check_outputs(None, target, x, None, arguments)
-        return _into(target, norm_modulate_reference(x, eps=eps, quantize=quantize, **arguments))
-    target = _new(x, quantize) if target is None else target
-    _adaln_op(x, None, None, shift, scale, weight, bias, block_map, norm, eps, None, *_tensors(target))
-    return target
+    call = AdalnCall(
+        x, None, None, shift, scale, weight, bias, block_map, norm, eps, quantize=quantize, out=x if inplace else out
+    )
+    return compute(call, backend)
 
 
-@public_operator(_choose)
+@public_operator()
 def gated_residual(
     x: Tensor,
     update: Tensor,
@@ -256,17 +325,12 @@ def gated_residual(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    chosen, _ = prepare(x=x, update=update, gate=gate, block_map=block_map, backend=backend)
-    if chosen == "torch":
-        if inplace:
-            check_outputs(x, None, x, update, {"gate": gate, "block_map": block_map})
-        return _into(x if inplace else None, gated_residual_reference(x, update, gate, block_map))
-    target = x if inplace else _new(x)
-    _adaln_op(x, update, gate, None, None, None, None, block_map, "", 0.0, target, None, None)
-    return target
+    rest = (*[None] * 4, block_map)
+    call = AdalnCall(x, given("update", update), gate, *rest, normed=False, inplace=inplace)
+    return compute(call, backend)
 
 
-@public_operator(_choose)
+@public_operator()
 def gated_residual_norm_modulate(
     x: Tensor,
     update: Tensor,
@@ -321,30 +385,22 @@ def gated_residual_norm_modulate(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    arguments = {"shift": shift, "scale": scale, "weight": weight, "bias": bias, "block_map": block_map, "norm": norm}
-    chosen, _ = prepare(x=x, update=update, gate=gate, out=out, quantize=quantize, backend=backend, **arguments)
-    if chosen == "torch":
-        check_outputs(x if inplace else None, out, x, update, {"gate": gate, **arguments})
-        x_new = gated_residual_reference(x, update, gate, block_map)
-        y = norm_modulate_reference(x_new, eps=eps, quantize=quantize, **arguments)
-        return _into(x if inplace else None, x_new), _into(out, y)
-    x_out, y_out = x if inplace else _new(x), _new(x, quantize) if out is None else out
-    _adaln_op(x, update, gate, shift, scale, weight, bias, block_map, norm, eps, x_out, *_tensors(y_out))
-    return x_out, y_out
-
-
-def _new(x: Tensor, quantize: torch.dtype | None = None) -> Any:
-    return x.new_empty(x.shape) if quantize is None else new_rows(x, quantize)
-
-
-def _tensors(y: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None]:
-    return (y.values, y.scales) if isinstance(y, QuantizedRows) else (y, None)
-
-
-def _into(target: Any, result: Any) -> Any:
-    if isinstance(result, QuantizedRows):
-        return written(target, result)
-    return result if target is None else target.copy_(result)
+    call = AdalnCall(
+        x,
+        given("update", update),
+        gate,
+        shift,
+        scale,
+        weight,
+        bias,
+        block_map,
+        norm,
+        eps,
+        quantize=quantize,
+        out=out,
+        inplace=inplace,
+    )
+    return compute(call, backend)
 
 
 def cost(

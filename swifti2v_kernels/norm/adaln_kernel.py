@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
@@ -119,47 +119,34 @@ def register_limit(channels: int, num_warps: int) -> dict[str, int]:
     return {"maxnreg": 128} if triton.cdiv(channels, 8 * 32 * num_warps) <= 3 else {}
 
 
-def launch_adaln(
-    x: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    block_map: Tensor | None,
-    norm: int,
-    eps: float,
-    x_out: Tensor | None,
-    y_out: Tensor | None,
-    y_scales: Tensor | None = None,
-) -> None:
-    """Writes ``x_out`` (with an update) and ``y_out`` (with a norm); arguments are checked by the caller.
+def launch_adaln(call: Any) -> None:
+    """Writes ``x_out`` (with an update) and ``y_out`` (with a norm) of a checked ``AdalnCall``.
 
-    With ``y_scales`` [B, L], ``y_out`` is in 8 bits. ``norm`` is 0 for none, :data:`LAYER` or :data:`RMS`.
+    With ``y_scales`` [B, L], ``y_out`` is in 8 bits.
     """
-    batch, length, channels = x.shape
-    rows = next((m.shape[1] for m in (gate, shift) if m is not None), 1)
-    num_blocks = rows if block_map is None else block_map.shape[0]
+    batch, length, channels = call.x.shape
+    rows = next((m.shape[1] for m in (call.gate, call.shift) if m is not None), 1)
+    num_blocks = rows if call.block_map is None else call.block_map.shape[0]
     block_len = length // num_blocks
-    block_c = triton.next_power_of_2(channels)
-    key = {"block_c": block_c, "itemsize": x.element_size(), "update": int(update is not None), "norm": norm}
-    if y_scales is not None:
+    block_c, norm = triton.next_power_of_2(channels), {"": 0, "layer": LAYER, "rms": RMS}[call.norm]
+    key = {"block_c": block_c, "itemsize": call.x.element_size(), "update": int(call.update is not None), "norm": norm}
+    if call.y_scales is not None:
         # A class of its own: the entries of the others are of a kernel with a reduction less.
         key["quantize"] = 1
-    config = configured("adaln", capability_of(x.device), AdalnConfig.heuristic(block_c), **key)
+    config = configured("adaln", capability_of(call.x.device), AdalnConfig.heuristic(block_c), **key)
     largest, limit = None, {}
-    if y_out is not None and y_scales is not None:
-        largest, limit = LARGEST[y_out.dtype], register_limit(channels, config.num_warps)
+    if call.y_out is not None and call.y_scales is not None:
+        largest, limit = LARGEST[call.y_out.dtype], register_limit(channels, config.num_warps)
 
-    def strides(tensor: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
-
+    tensors = (*call[:8], *call[10:13])
+    strided = (*call[:5], *call[10:12])
     adaln_fwd_kernel[(num_blocks * triton.cdiv(block_len, config.block_m), batch)](
-        x, update, gate, shift, scale, weight, bias, block_map, x_out, y_out, y_scales,
-        *strides(x), *strides(update), *strides(gate), *strides(shift), *strides(scale), *strides(x_out),
-        *strides(y_out),
-        num_blocks, block_len, rows, eps, *strides(y_scales),
+        *tensors, *(s for x in strided for s in _strides(x)),
+        num_blocks, block_len, rows, call.eps, *_strides(call.y_scales),
         C=channels, BLOCK_C=block_c, BLOCK_M=config.block_m, NORM=norm, LARGEST=largest,
         num_warps=config.num_warps, enable_fp_fusion=True, **limit,
     )  # fmt: skip
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))

@@ -10,6 +10,7 @@ import torch
 
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Work
+from ..common.shapes import SIZES, WINDOWS, Window
 from ..linear.rows import FLOAT8_CAPABILITY
 from .adaln import cost as adaln_cost
 from .adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
@@ -56,21 +57,20 @@ def _adaln_work(rows: float) -> Callable[[Mapping[str, Any]], Work]:
     return lambda constants: Work(0, int(rows * 2 * constants["C"]))
 
 
-#: By width: the window or clip that it is timed at, its blocks, and its tokens.
-_ADALN_REAL = {
-    1536: ("CSG window 2560x1408, 1.3B", 5, 70_400),
-    3072: ("CSG window 2560x1408, 5B", 5, 17_600),
-    5120: ("Stage I 640x352, 14B", 21, 18_480),
+#: By width: the window or clip that norms and rotations are timed at.
+_REAL = {
+    WINDOWS[name].model.width: WINDOWS[name]
+    for name in ("CSG window 2560x1408, 1.3B", "CSG window 2560x1408, 5B", "Stage I 640x352, 14B")
 }
 
 
 def _adaln_real(channels: int, dtype: torch.dtype, form: str, quantize: torch.dtype | None = None) -> RealSize | None:
-    if channels not in _ADALN_REAL:
+    if channels not in _REAL:
         return None
-    shape, blocks, length = _ADALN_REAL[channels]
+    window = _REAL[channels]
     parts = {"update": form != "norm_modulate", "norm": form != "gated_residual", "quantize": quantize is not None}
-    inputs = _adaln_inputs(channels, dtype, form, blocks, length, torch.empty, quantize)
-    return RealSize(shape, inputs, adaln_cost(1, length, channels, **parts))
+    inputs = _adaln_inputs(channels, dtype, form, window.blocks, window.tokens, torch.empty, quantize)
+    return RealSize(window.name, inputs, adaln_cost(1, window.tokens, channels, **parts))
 
 
 def _quantized(operator: Callable[..., Any], channels: int, quantize: torch.dtype) -> Case:
@@ -136,21 +136,13 @@ def _rope_work(constants: Mapping[str, Any]) -> Work:
     return Work(0, 2 * 2 * constants["HEADS"] * constants["HEAD_DIM"])
 
 
-#: By heads of 128: the window or clip that it is timed at, and its blocks, rows and columns.
-_ROPE_REAL = {
-    12: ("CSG window 2560x1408, 1.3B", (5, 88, 160)),
-    24: ("CSG window 2560x1408, 5B", (5, 44, 80)),
-    40: ("Stage I 640x352, 14B", (21, 22, 40)),
-}
-
-
-def _rope_real(heads: int) -> RealSize:
-    shape, grid = _ROPE_REAL[heads]
+def _rope_real(window: Window) -> RealSize:
+    heads, grid = window.model.heads, (window.blocks, *window.grid)
     inputs = _rope_inputs(heads, 128, torch.bfloat16, new=torch.empty, batch=1, grid=grid)
-    return RealSize(shape, inputs, rope_cost(1, math.prod(grid), 128 * heads))
+    return RealSize(window.name, inputs, rope_cost(1, window.tokens, window.model.width))
 
 
-_ROPE_TIMED = {f"{heads}x128": _rope_real(heads) for heads in _ROPE_REAL}
+_ROPE_TIMED = {f"{window.model.heads}x128": _rope_real(window) for window in _REAL.values()}
 
 
 _ROPE_CASES = [
@@ -177,8 +169,9 @@ def _silu_inputs(channels: int, dtype: torch.dtype, frames: int = 2, rows: int =
     return make
 
 
-def _silu_real(channels: int, frames: int, rows: int, columns: int) -> RealSize:
-    """Returns a call as a decoder for 2560x1408 makes it, one latent frame."""
+def _silu_real(channels: int, frames: int, shrunk: int) -> RealSize:
+    """Returns a call as a decoder for 2560x1408 makes it, one latent frame of so much smaller sides."""
+    columns, rows = (n // shrunk for n in SIZES["2K"])
     inputs = _silu_inputs(channels, torch.bfloat16, frames, rows, columns, torch.empty)
     return RealSize(f"{frames} x {columns}x{rows}", inputs, silu_cost(frames * rows * columns, channels))
 
@@ -191,9 +184,9 @@ def _silu_work(constants: Mapping[str, Any]) -> Work:
 _SILU_CASES = [
     Case(f"rms_norm_silu C{c} {str(t).removeprefix('torch.')}", rms_norm_silu, _silu_inputs(c, t), _silu_work, real)
     for c, t, real in (
-        (96, torch.bfloat16, _silu_real(96, 4, 1408, 2560)),
-        (384, torch.bfloat16, _silu_real(384, 2, 352, 640)),
-        (1024, torch.bfloat16, _silu_real(1024, 2, 176, 320)),
+        (96, torch.bfloat16, _silu_real(96, 4, 1)),
+        (384, torch.bfloat16, _silu_real(384, 2, 4)),
+        (1024, torch.bfloat16, _silu_real(1024, 2, 8)),
         (320, torch.float16, None),
     )
 ]

@@ -30,16 +30,16 @@ same angles. Timed on an NVIDIA H200 only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_targets
+from ..common.checks import Spec, check_targets, check_tensor, given
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
 from .rope import Rope3D
 
 LAYOUTS = ("interleaved", "half")
@@ -87,78 +87,128 @@ def norm_rope_reference(
     return y.flatten(1, len(lead)).to(x.dtype)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("norm_rope"),
-    mutates_args=("q_out", "k_out"),
-    schema=(
-        "(Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor[] rope, SymInt num_heads, SymInt start,"
-        " float eps, bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out) -> ()"
-    ),
+class RopeCall(NamedTuple):
+    """The arguments of the registered operator, then whether q and k are overwritten."""
+
+    q: Tensor
+    k: Tensor | None
+    q_weight: Tensor
+    k_weight: Tensor | None
+    #: Empty without rotation.
+    rope: Sequence[Tensor]
+    num_heads: int
+    start: int
+    eps: float
+    interleaved: bool
+    q_out: Tensor | None = None
+    k_out: Tensor | None = None
+    inplace: bool = False
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        if self.k is None:
+            self._check("x", "weight", self.q, self.q_weight)
+            return
+        q, k, q_weight, k_weight = self[:4]
+        self._check("q", "q_weight", q, q_weight)
+        self._check("k", "k_weight", k, k_weight)
+        check_tensor("k", k, Spec((q.shape[0], "L*", q.shape[2]), q.dtype), q.device)
+        check_tensor("k_weight", k_weight, Spec(q_weight.shape, q_weight.dtype, whole=True), q.device)
+
+    def _check(self, name: str, label: str, x: Tensor, weight: Tensor) -> None:
+        check_tensor(name, x, Spec(("B*", "L*", f"{self.num_heads} * D*"), None))
+        if self.num_heads < 1 or x.shape[2] % self.num_heads:
+            raise ValueError(f"{name}: expected [B, L, {self.num_heads} * D], got {list(x.shape)}")
+        head_dim = x.shape[2] // self.num_heads
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{label}: expected a tensor, got {type(weight).__name__}")
+        if weight.shape not in (x.shape[2:], (head_dim,)) or not weight.is_contiguous() or weight.device != x.device:
+            raise ValueError(
+                f"{label}: expected [{x.shape[2]}] or [{head_dim}], contiguous, on {x.device},"
+                f" got {list(weight.shape)} on {weight.device}"
+            )
+        if self.start < 0:
+            raise ValueError(f"start: expected 0 or more, got {self.start}")
+        if not self.rope:
+            return
+        for axis, table in zip("thw", self.rope, strict=True):
+            check_tensor(f"rope.{axis}", table, Spec(("n", "pairs*", 2), torch.float32, whole=True), x.device)
+        grid, pairs = ([axis.shape[i] for axis in self.rope] for i in (0, 1))
+        tokens, last = grid[0] * grid[1] * grid[2], self.start + x.shape[1]
+        if (last > tokens) if self.k is None else (last != tokens):
+            given = f"{name} has {x.shape[1]}" + (f", from {self.start} on" if self.start else "")
+            raise ValueError(f"rope: tables for {grid[0]} x {grid[1]} x {grid[2]} tokens, but {given}")
+        if 2 * sum(pairs) != head_dim:
+            raise ValueError(f"rope: tables for head_dim {2 * sum(pairs)}, but {name} has {head_dim}")
+
+    def check_written(self) -> None:
+        """Checks that outputs overlap nothing that is still to be read.
+
+        A program reads its whole token before it writes it, so in place is safe; others read weights and tables.
+        """
+        one = self.k is None
+        q, q_weight = ("x", "weight") if one else ("q", "q_weight")
+        inputs = {q: self.q, "k": self.k, q_weight: self.q_weight, "k_weight": self.k_weight}
+        inputs |= {f"rope.{axis}": table for axis, table in zip("thw", self.rope, strict=False)}
+        check_targets({q: self.q if self.inplace else self.q_out}, inputs, (q,))
+        check_targets({"k": self.k if self.inplace else self.k_out}, inputs, ("k",))
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        if (reason := kernel_obstacle((*self[:4], *self.rope))) is not None:
+            return reason
+        channels = self.q.shape[2]
+        if channels > MAX_CHANNELS:
+            return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}"
+        if channels // self.num_heads % 2:
+            return f"kernels exist for an even head_dim, got {channels // self.num_heads}"
+        return None
+
+    def by_torch(self) -> Tensor | tuple[Tensor, ...]:
+        """Computes the call in PyTorch, differentiable."""
+        if self.inplace:
+            self.check_written()
+        rope = Rope3D(*self.rope) if self.rope else None
+        rest = (rope, self.num_heads, self.start, self.eps, LAYOUTS[not self.interleaved])
+        results = [norm_rope_reference(x, weight, *rest) for x, weight in self._pairs()]
+        if self.inplace:
+            pairs = zip(self._pairs(), results, strict=True)
+            results = [x.copy_(y.flatten(2)).unflatten(2, y.shape[2:]) for (x, _), y in pairs]
+        return results[0] if self.k is None else tuple(results)
+
+    def by_kernel(self) -> Tensor | tuple[Tensor, ...]:
+        """Computes the call by the fused kernel."""
+        outputs = [x if self.inplace else x.new_empty(x.shape) for x, _ in self._pairs()]
+        _norm_rope_op(*self[:9], outputs[0], None if self.k is None else outputs[1])
+        results = [out.unflatten(2, (self.num_heads, -1)) for out in outputs]
+        return results[0] if self.k is None else tuple(results)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        first = [(self.q, self.q_weight)]
+        return first if self.k is None or self.k_weight is None else [*first, (self.k, self.k_weight)]
+
+
+@registered_operator(
+    "norm_rope",
+    "(Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor[] rope, SymInt num_heads, SymInt start,"
+    " float eps, bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out)",
+    RopeCall,
 )
-def _norm_rope_op(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor | None,
-    rope: list[Tensor],
-    num_heads: int,
-    start: int,
-    eps: float,
-    interleaved: bool,
-    q_out: Tensor,
-    k_out: Tensor | None,
-) -> None:
-    _check_outputs(q, k, q_weight, k_weight, rope, q_out, k_out)
-    if q.numel() or (k is not None and k.numel()):
+def _norm_rope_op(call: RopeCall) -> None:
+    call.check_written()
+    if call.q.numel() or (call.k is not None and call.k.numel()):
         from .qk_norm_rope_kernel import launch_norm_rope
 
-        with on_device(q.device):
-            launch_norm_rope(
-                q, k, q_weight, k_weight, tuple(rope) if rope else None, q_out, k_out,
-                heads=num_heads, start=start, eps=eps, interleaved=interleaved,
-            )  # fmt: skip
+        launch_norm_rope(call)
 
 
-@_norm_rope_op.register_fake
-def _(q, k, q_weight, k_weight, rope, num_heads, start, eps, interleaved, q_out, k_out):  # type: ignore[no-untyped-def]
-    return None
+def _interleaved(layout: str) -> bool:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")
+    return layout == "interleaved"
 
 
-def _check_outputs(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor | None,
-    rope: Sequence[Tensor],
-    q_out: Tensor,
-    k_out: Tensor | None,
-) -> None:
-    """Checks that outputs overlap nothing that is still to be read.
-
-    A program reads its whole token before it writes it, so in place is safe; others read weights and tables.
-    """
-    tables = {f"rope.{axis}": table for axis, table in zip("thw", rope, strict=False)}
-    parameters = {"q_weight": q_weight, "k_weight": k_weight, **tables}
-    check_targets({"q": q_out}, {"q": q, "k": k, **parameters}, ("q",))
-    check_targets({"k": k_out}, {"k": k, "q": q, **parameters}, ("k",))
-
-
-def _choose(backend: str, tensors: Sequence[Tensor], num_heads: int) -> Choice:
-    chosen, reason = pick_backend(backend, _obstacle(tensors, num_heads))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-def _choose_pair(*, q, k, q_weight, k_weight, rope, num_heads, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
-    _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
-    return _choose(backend, (q, k, q_weight, k_weight, *(rope or ())), num_heads)
-
-
-def _choose_one(*, x, weight, rope, num_heads, start, eps, layout, inplace, backend) -> Choice:  # type: ignore[no-untyped-def]
-    _check("x", x, weight, rope, num_heads, start, layout, whole=False)
-    return _choose(backend, (x, weight, *(rope or ())), num_heads)
-
-
-@public_operator(_choose_pair)
+@public_operator()
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -206,21 +256,12 @@ def qk_norm_rope(
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    _check_pair(q, k, q_weight, k_weight, rope, num_heads, layout)
-    tables = [] if rope is None else list(rope)
-    if _choose(backend, (q, k, q_weight, k_weight, *tables), num_heads).backend == "torch":
-        if inplace:
-            _check_outputs(q, k, q_weight, k_weight, tables, q, k)
-        results = [
-            norm_rope_reference(x, w, rope, num_heads, 0, eps, layout) for x, w in ((q, q_weight), (k, k_weight))
-        ]
-        return tuple(_into(x if inplace else None, y) for x, y in zip((q, k), results, strict=True))  # type: ignore[return-value]
-    q_out, k_out = (x if inplace else x.new_empty(x.shape) for x in (q, k))
-    _norm_rope_op(q, k, q_weight, k_weight, tables, num_heads, 0, eps, layout == "interleaved", q_out, k_out)
-    return q_out.unflatten(2, (num_heads, -1)), k_out.unflatten(2, (num_heads, -1))
+    tables, rest = [] if rope is None else list(rope), (eps, _interleaved(layout))
+    call = RopeCall(q, given("k", k), q_weight, k_weight, tables, num_heads, 0, *rest, inplace=inplace)
+    return compute(call, backend)
 
 
-@public_operator(_choose_one)
+@public_operator()
 def norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -261,89 +302,8 @@ def norm_rope(
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    _check("x", x, weight, rope, num_heads, start, layout, whole=False)
-    tables = [] if rope is None else list(rope)
-    if _choose(backend, (x, weight, *tables), num_heads).backend == "torch":
-        if inplace:
-            _check_outputs(x, None, weight, None, tables, x, None)
-        return _into(x if inplace else None, norm_rope_reference(x, weight, rope, num_heads, start, eps, layout))
-    out = x if inplace else x.new_empty(x.shape)
-    _norm_rope_op(x, None, weight, None, tables, num_heads, start, eps, layout == "interleaved", out, None)
-    return out.unflatten(2, (num_heads, -1))
-
-
-def _into(target: Tensor | None, result: Tensor) -> Tensor:
-    return result if target is None else target.copy_(result.flatten(2)).unflatten(2, result.shape[2:])
-
-
-def _check_pair(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope3D | None, num_heads: int, layout: str
-) -> None:
-    _check("q", q, q_weight, rope, num_heads, 0, layout, whole=True)
-    _check("k", k, k_weight, rope, num_heads, 0, layout, whole=True)
-    if (q.shape[0], q.shape[2], q.dtype, q.device) != (k.shape[0], k.shape[2], k.dtype, k.device):
-        raise ValueError(
-            f"k: expected [{q.shape[0]}, L, {q.shape[2]}] {q.dtype} on {q.device} as q,"
-            f" got {list(k.shape)} {k.dtype} on {k.device}"
-        )
-    if q_weight.shape != k_weight.shape or q_weight.dtype != k_weight.dtype:
-        raise ValueError(
-            f"k_weight: expected {list(q_weight.shape)} {q_weight.dtype} as q_weight,"
-            f" got {list(k_weight.shape)} {k_weight.dtype}"
-        )
-
-
-def _check(
-    name: str, x: Tensor, weight: Tensor, rope: Rope3D | None, num_heads: int, start: int, layout: str, whole: bool
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if num_heads < 1 or x.ndim != 3 or x.shape[2] % num_heads:
-        raise ValueError(f"{name}: expected [B, L, {num_heads} * D], got {tuple(x.shape)}")
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        raise ValueError(f"{name}: expected the channels to be contiguous (stride 1), got stride {x.stride(2)}")
-    label = "weight" if name == "x" else f"{name}_weight"
-    head_dim = x.shape[2] // num_heads
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{label}: expected a tensor, got {type(weight).__name__}")
-    if weight.shape not in (x.shape[2:], (head_dim,)) or not weight.is_contiguous() or weight.device != x.device:
-        raise ValueError(
-            f"{label}: expected [{x.shape[2]}] or [{head_dim}], contiguous, on {x.device},"
-            f" got {list(weight.shape)} on {weight.device}"
-        )
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")
-    if start < 0:
-        raise ValueError(f"start: expected 0 or more, got {start}")
-    if rope is None:
-        return
-    grid = tuple(axis.shape[0] for axis in rope)
-    pairs = tuple(axis.shape[1] for axis in rope)
-    tokens, last = grid[0] * grid[1] * grid[2], start + x.shape[1]
-    if (last != tokens) if whole else (last > tokens):
-        given = f"{name} has {x.shape[1]}" + (f", from {start} on" if start else "")
-        raise ValueError(f"rope: tables for {grid[0]} x {grid[1]} x {grid[2]} tokens, but {given}")
-    if 2 * sum(pairs) != head_dim:
-        raise ValueError(f"rope: tables for head_dim {2 * sum(pairs)}, but {name} has {head_dim}")
-    for axis, table in zip("thw", rope, strict=True):
-        if table.shape[2:] != (2,) or table.dtype != torch.float32 or table.device != x.device:
-            raise ValueError(
-                f"rope.{axis}: expected [n, pairs, 2] float32 on {x.device},"
-                f" got {list(table.shape)} {table.dtype} on {table.device}"
-            )
-        if not table.is_contiguous():
-            raise ValueError(f"rope.{axis}: expected a contiguous table, got strides {table.stride()}")
-
-
-def _obstacle(tensors: Sequence[Tensor], num_heads: int) -> str | None:
-    if (reason := kernel_obstacle(tensors)) is not None:
-        return reason
-    channels = tensors[0].shape[2]
-    if channels > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}"
-    if channels // num_heads % 2:
-        return f"kernels exist for an even head_dim, got {channels // num_heads}"
-    return None
+    tables, rest = [] if rope is None else list(rope), (eps, _interleaved(layout))
+    return compute(RopeCall(x, None, weight, None, tables, num_heads, start, *rest, inplace=inplace), backend)
 
 
 def cost(batch: int, length: int, channels: int, *, tensors: int = 2, itemsize: int = 2) -> Cost:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
@@ -133,38 +132,24 @@ def norm_rope_fwd_kernel(
         _store_pairs(out_ptr + token * out_sl, first, second, o_h, o_p, m_h, m_p, HEADS, HEAD_DIM, INTERLEAVED)
 
 
-def launch_norm_rope(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor | None,
-    tables: tuple[Tensor, Tensor, Tensor] | None,
-    q_out: Tensor,
-    k_out: Tensor | None,
-    *,
-    heads: int,
-    start: int,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    """Writes ``q_out`` (and ``k_out``), views ``[B, L, H*D]``; arguments are checked by the caller."""
-    batch, _, channels = q.shape
+def launch_norm_rope(call: Any) -> None:
+    """Writes ``q_out`` (and ``k_out``), views ``[B, L, H*D]``, of a checked ``RopeCall``."""
+    q, heads, interleaved = call.q, call.num_heads, call.interleaved
+    batch, q_len, channels = q.shape
     head_dim = channels // heads
-    both = k is not None and k_weight is not None and k_out is not None
-    second = (k, k_weight, k_out) if both else (q, q_weight, q_out)
-    longest = max(q.shape[1], second[0].shape[1])
-    pairs = tuple(table.shape[1] for table in tables) if tables is not None else (0, 0, 0)
-    height, width = (tables[1].shape[0], tables[2].shape[0]) if tables is not None else (1, 1)
+    both = call.k is not None
+    k, k_weight, k_out = (call.k, call.k_weight, call.k_out) if both else (q, call.q_weight, call.q_out)
+    pairs = tuple(table.shape[1] for table in call.rope) or (0, 0, 0)
+    height, width = (call.rope[1].shape[0], call.rope[2].shape[0]) if call.rope else (1, 1)
     block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
     key = {"block_h": block_h, "block_d": 2 * block_p, "itemsize": q.element_size(), "interleaved": int(interleaved)}
     config = configured("norm_rope", capability_of(q.device), NormRopeConfig.heuristic(block_h, 2 * block_p), **key)
-    norm_rope_fwd_kernel[(triton.cdiv(longest, config.block_m), batch, 2 if both else 1)](
-        q, second[0], q_weight, second[1], q_out, second[2], *(tables if tables is not None else (None, None, None)),
-        q.stride(0), q.stride(1), second[0].stride(0), second[0].stride(1),
-        q_out.stride(0), q_out.stride(1), second[2].stride(0), second[2].stride(1),
-        q.shape[1], second[0].shape[1], start, height, width, eps,
+    norm_rope_fwd_kernel[(triton.cdiv(max(q_len, k.shape[1]), config.block_m), batch, 2 if both else 1)](
+        q, k, call.q_weight, k_weight, call.q_out, k_out, *(call.rope or (None, None, None)),
+        *(s for x in (q, k, call.q_out, k_out) for s in x.stride()[:2]),
+        q_len, k.shape[1], call.start, height, width, call.eps,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_P=block_p,
         PAIRS_T=pairs[0], PAIRS_H=pairs[1], PAIRS_W=pairs[2],
-        PER_HEAD=q_weight.shape[0] != channels, INTERLEAVED=interleaved, BLOCK_M=config.block_m,
+        PER_HEAD=call.q_weight.shape[0] != channels, INTERLEAVED=interleaved, BLOCK_M=config.block_m,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -20,15 +20,16 @@ the PyTorch reference, which has one, computes all other calls. Timed on an NVID
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_frames, check_targets, check_vector
+from ..common.checks import Spec, check_tensor, check_tensors, check_written
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
 
 #: A pixel is held in registers.
 MAX_CHANNELS = 4096
@@ -43,31 +44,55 @@ def rms_norm_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(y).to(x.dtype)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("rms_norm_silu"),
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor weight, Tensor(a!) out) -> ()",
-)
-def _rms_norm_silu_op(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
+class SiluCall(NamedTuple):
+    """The arguments of the registered operator."""
+
+    x: Tensor
+    weight: Tensor
+    out: Tensor | None
+
+    def check(self) -> None:
+        """Checks what can be known of the call without addresses."""
+        x = self.x
+        check_tensor("x", x, Spec(("B", "T", "h", "w", "C")))
+        check_tensor("weight", self.weight, Spec(x.shape[4:], x.dtype, whole=True), x.device)
+        check_tensors(self, x.device, out=Spec(x.shape, x.dtype))
+
+    def check_written(self) -> None:
+        """Checks that ``out`` overlaps nothing that is still to be read; a program reads its pixels first."""
+        check_written(self, ("out",), rows=("x",))
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        if (reason := kernel_obstacle(self)) is not None:
+            return reason
+        channels = self.x.shape[4]
+        return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}" if channels > MAX_CHANNELS else None
+
+    def by_torch(self) -> Tensor:
+        """Computes the call in PyTorch, differentiable."""
+        y = rms_norm_silu_reference(self.x, self.weight)
+        if self.out is None:
+            return y
+        self.check_written()
+        return self.out.copy_(y)
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the fused kernel."""
+        out = self.x.new_empty(self.x.shape) if self.out is None else self.out
+        _rms_norm_silu_op(self.x, self.weight, out)
+        return out
+
+
+@registered_operator("rms_norm_silu", "(Tensor x, Tensor weight, Tensor(a!) out)", SiluCall)
+def _rms_norm_silu_op(call: SiluCall) -> None:
+    call.check_written()
     from .rms_norm_silu_kernel import launch_rms_norm_silu
 
-    with on_device(x.device):
-        launch_rms_norm_silu(x, weight, out)
+    launch_rms_norm_silu(*call)
 
 
-@_rms_norm_silu_op.register_fake
-def _(x, weight, out):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(x: Tensor, weight: Tensor, out: Tensor | None, backend: str) -> Choice:
-    _check(x, weight, out)
-    chosen, reason = pick_backend(backend, _obstacle(x, weight, out))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Norms every pixel over its channels, scales it and applies SiLU.
 
@@ -93,34 +118,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
 
     Source: ``RMS_norm`` and SiLU of the Wan VAE (diffusers ``WanRMS_norm``).
     """
-    _check(x, weight, out)
-    chosen, _ = pick_backend(backend, _obstacle(x, weight, out))
-    if chosen == "torch":
-        y = rms_norm_silu_reference(x, weight)
-        if out is None:
-            return y
-        check_targets({"out": out}, {"x": x, "weight": weight}, ("x",))
-        return out.copy_(y)
-    out = x.new_empty(x.shape) if out is None else out
-    _rms_norm_silu_op(x, weight, out)
-    return out
-
-
-def _check(x: Tensor, weight: Tensor, out: Tensor | None) -> None:
-    check_frames("x", x)
-    check_vector("weight", weight, x.shape[4], x)
-    if weight is None:
-        raise TypeError("weight: expected a tensor, got None")
-    if out is not None:
-        check_frames("out", out, tuple(x.shape), (x.dtype,), x.device)
-
-
-def _obstacle(x: Tensor, weight: Tensor, out: Tensor | None) -> str | None:
-    if (reason := kernel_obstacle((x, weight, out))) is not None:
-        return reason
-    if x.shape[4] > MAX_CHANNELS:
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {x.shape[4]}"
-    return None
+    return compute(SiluCall(x, weight, out), backend)
 
 
 def cost(pixels: int, channels: int, itemsize: int = 2) -> Cost:

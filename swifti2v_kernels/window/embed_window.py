@@ -30,51 +30,142 @@ derivative: the PyTorch reference, which has one, computes all other calls. Time
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..common.checks import check_index, check_parameter, check_range, check_store, check_targets, concrete
+from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
+
+#: Where blocks are stored, any number of them for an entry of the batch.
+STORE = Spec(("B*", "z", "S", "h", "w"), last="w")
 
 
-def embed_window_reference(
-    latents: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    latent_index: Tensor | None,
-    reference_index: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """Computes the formula above in PyTorch, differentiable; arguments as in :func:`embed_window`."""
-    num_blocks = latents.shape[2] if latent_index is None else latent_index.shape[0]
-    x, inside = _gather(latents, latent_index, num_blocks, weight.dtype)
+class EmbedCall(NamedTuple):
+    """The arguments of a call, as the registered operator takes them; ``out`` is None where it is to be made."""
+
+    latents: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    reference: Tensor | None
+    latent_index: Tensor | None
+    reference_index: Tensor | None
+    mask: Tensor | None
+    out: Tensor | None
+
+    def num_blocks(self) -> int:
+        """Returns the number of blocks of the window."""
+        return self.latents.shape[2] if self.latent_index is None else self.latent_index.shape[0]
+
+    def result(self) -> tuple[int, int, int]:
+        """Returns the shape of the tokens."""
+        batch, _, _, height, width = self.latents.shape
+        channels, _, _, p, q = self.weight.shape
+        return batch, self.num_blocks() * (height // p) * (width // q), channels
+
+    def check(self) -> None:
+        """Checks what can be known of the call: values of indices on the CPU only."""
+        latents, weight, reference = self.latents, self.weight, self.reference
+        check_tensor("latents", latents, STORE)
+        device, (batch, z, num_latents, height, width) = latents.device, latents.shape
+        check_tensors(self, device, reference=Spec((batch, "z", "S", height, width), last="w"))
+        check_tensor("weight", weight, Spec(("C", "C_in", 1, "p", "q"), whole=True), device)
+        channels, in_channels, _, p, q = weight.shape
+        if height % p or width % q:
+            raise ValueError(f"latents: {height} x {width} is not a multiple of weight's patch {p} x {q}")
+        check_tensors(self, device, bias=Spec((channels,), weight.dtype, whole=True))
+        if self.latent_index is not None:
+            has_given = reference is not None and reference.shape[1] == z
+            check_index("latent_index", self.latent_index, None, -1 if has_given else 0, num_latents - 1, device)
+        num_blocks, mask_channels = self.num_blocks(), self._check_reference(z, in_channels)
+        if mask_channels and self.mask is None:
+            raise ValueError(
+                f"mask: expected float32 [{num_blocks}] for weight's {mask_channels} mask channels, got None"
+            )
+        if self.mask is not None and not mask_channels:
+            raise ValueError(f"mask: expected None, since weight ({in_channels} channels) has no mask channels")
+        check_tensors(self, device, mask=Spec((num_blocks,), torch.float32, whole=True))
+        if self.out is not None:
+            check_tensor("out", self.out, Spec(self.result(), weight.dtype, last="its last axis"), device)
+
+    def _check_reference(self, z: int, in_channels: int) -> int:
+        """Checks the reference and returns the number of mask channels."""
+        if self.reference is None:
+            if self.reference_index is not None:
+                raise ValueError("reference_index: expected None, since there is no reference")
+            if in_channels != z:
+                raise ValueError(
+                    f"weight: expected {z} channels, those of latents, got {in_channels}; more need a reference"
+                )
+            return 0
+        z_ref, num_references = self.reference.shape[1:3]
+        if self.reference_index is not None:
+            check_index(
+                "reference_index", self.reference_index, self.num_blocks(), 0, num_references - 1, self.latents.device
+            )
+        elif num_references < self.num_blocks():
+            raise ValueError(
+                f"reference: expected at least {self.num_blocks()} blocks without reference_index, got {num_references}"
+            )
+        if in_channels == z:
+            if z_ref != z:
+                raise ValueError(
+                    f"reference: expected {z} channels as latents, got {z_ref}; weight takes latents alone"
+                )
+            return 0
+        if in_channels < z + z_ref:
+            raise ValueError(
+                f"weight: expected {z} channels (latents), or at least {z} + {z_ref} (latents, mask, reference),"
+                f" got {in_channels}"
+            )
+        return in_channels - z - z_ref
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        return kernel_obstacle(self)
+
+    def by_torch(self) -> Tensor:
+        """Computes the formula above in PyTorch, differentiable."""
+        if self.out is not None:
+            check_written(self, ("out",))
+        tokens = embed_window_reference(self)
+        return tokens if self.out is None else self.out.copy_(tokens)
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the fused kernel."""
+        out = self.weight.new_empty(self.result()) if self.out is None else self.out
+        _embed_window_op(*self[:-1], out)
+        return out
+
+
+def embed_window_reference(call: EmbedCall) -> Tensor:
+    """Returns the tokens of a checked call by PyTorch, differentiable; NaN for an index that names no block."""
+    weight, reference, latent_index = call.weight, call.reference, call.latent_index
+    x, inside = _gather(call.latents, latent_index, call.num_blocks(), weight.dtype)
     if reference is not None:
-        given, known = _gather(reference, reference_index, num_blocks, weight.dtype)
+        given, known = _gather(reference, call.reference_index, call.num_blocks(), weight.dtype)
         if latent_index is not None and given.shape[1] == x.shape[1]:
             replaced = latent_index == -1
             x = torch.where(replaced[:, None, None], given, x)
             inside = inside | (replaced & known)
-        if weight.shape[1] != latents.shape[1]:
+        if weight.shape[1] != call.latents.shape[1]:
             parts = [x, given]
-            if mask is not None:
+            if call.mask is not None:
                 channels = weight.shape[1] - x.shape[1] - given.shape[1]
-                shown = mask.to(weight.dtype)[:, None, None].expand(len(x), channels, -1, *x.shape[3:])
+                shown = call.mask.to(weight.dtype)[:, None, None].expand(len(x), channels, -1, *x.shape[3:])
                 parts.insert(1, shown)
             x, inside = torch.cat(parts, dim=1), inside & known
     wide = torch.promote_types(weight.dtype, torch.float32)
     patches = rearrange(
         x.to(wide), "b c t (y p) (x q) -> b t (y x) (c p q)", p=weight.shape[3], q=weight.shape[4]
     )  # [B, T, tokens of a block, K]
-    tokens = F.linear(patches, weight.flatten(1).to(wide), None if bias is None else bias.to(wide))
-    if latent_index is not None or reference_index is not None:
+    tokens = F.linear(patches, weight.flatten(1).to(wide), None if call.bias is None else call.bias.to(wide))
+    if latent_index is not None or call.reference_index is not None:
         tokens = tokens.masked_fill(~inside[:, None, None], float("nan"))
     return tokens.flatten(1, 2).to(weight.dtype)
 
@@ -88,44 +179,22 @@ def _gather(store: Tensor, index: Tensor | None, num_blocks: int, dtype: torch.d
 
 
 # The operator writes into ``out`` and returns nothing, so that the public function's allocation is the only one and
-# torch.compile sees it. The schema is spelled out because torch 2.6 cannot read ``Tensor?`` from ``Tensor | None``.
-@torch.library.custom_op(
-    add_op_namespace_prefix("embed_window"),
-    mutates_args=("out",),
-    schema="(Tensor latents, Tensor weight, Tensor? bias, Tensor? reference, Tensor? latent_index,"
-    " Tensor? reference_index, Tensor? mask, Tensor(a!) out) -> ()",
+# torch.compile sees it.
+@registered_operator(
+    "embed_window",
+    "(Tensor latents, Tensor weight, Tensor? bias, Tensor? reference, Tensor? latent_index, Tensor? reference_index,"
+    " Tensor? mask, Tensor(a!) out)",
+    EmbedCall,
 )
-def _embed_window_op(
-    latents: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    latent_index: Tensor | None,
-    reference_index: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-) -> None:
-    arguments = (latents, weight, bias, reference, latent_index, reference_index, mask)
-    _check_contents(*arguments, out)
-    if out.numel():
+def _embed_window_op(call: EmbedCall) -> None:
+    check_written(call, ("out",))
+    if call.out.numel():
         from .embed_window_kernel import launch_embed_window
 
-        with on_device(out.device):
-            launch_embed_window(*arguments, out)
+        launch_embed_window(call)
 
 
-@_embed_window_op.register_fake
-def _(latents, weight, bias, reference, latent_index, reference_index, mask, out):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(*, backend: str, out: Tensor | None, **arguments: Any) -> Choice:
-    _check(**arguments, out=out)
-    chosen, reason = pick_backend(backend, kernel_obstacle((*arguments.values(), out)))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def embed_window(
     latents: Tensor,
     weight: Tensor,
@@ -174,120 +243,7 @@ def embed_window(
 
     Source: patch embedding of Wan's DiT (arXiv 2503.20314); windows of SwiftI2V's CSG (arXiv 2605.06356).
     """
-    arguments = (latents, weight, bias, reference, latent_index, reference_index, mask)
-    shape = _check(*arguments, out)
-    chosen, _ = pick_backend(backend, kernel_obstacle((*arguments, out)))
-    if chosen == "torch":
-        if out is not None:
-            _check_contents(*arguments, out)
-        tokens = embed_window_reference(*arguments)
-        return tokens if out is None else out.copy_(tokens)
-    if out is None:
-        out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    _embed_window_op(*arguments, out)
-    return out
-
-
-def _check(
-    latents: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    latent_index: Tensor | None,
-    reference_index: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor | None,
-) -> tuple[int, int, int]:
-    """Checks what can be known of a call without values and addresses; returns the shape of the tokens."""
-    check_store("latents", latents)
-    if reference is not None:
-        check_store("reference", reference, latents)
-    batch, z, num_latents, height, width = latents.shape
-    device = latents.device
-    check_parameter("weight", weight, ("C", "C_in", 1, "p", "q"), None, device)
-    channels, in_channels, _, *patch = weight.shape
-    if height % patch[0] or width % patch[1]:
-        raise ValueError(f"latents: {height} x {width} is not a multiple of weight's patch {patch[0]} x {patch[1]}")
-    if bias is not None:
-        check_parameter("bias", bias, (channels,), weight.dtype, device)
-    num_blocks = num_latents
-    if latent_index is not None:
-        num_blocks = latent_index.shape[0] if isinstance(latent_index, Tensor) and latent_index.ndim == 1 else None
-        has_given = reference is not None and reference.shape[1:2] == (z,)
-        check_index("latent_index", latent_index, None, -1 if has_given else 0, num_latents - 1, device)
-    mask_channels = _check_reference(reference, reference_index, latents, in_channels, num_blocks)
-    if mask_channels and mask is None:
-        raise ValueError(f"mask: expected float32 [{num_blocks}] for weight's {mask_channels} mask channels, got None")
-    if mask is not None:
-        if not mask_channels:
-            raise ValueError(f"mask: expected None, since weight ({in_channels} channels) has no mask channels")
-        check_parameter("mask", mask, (num_blocks,), torch.float32, device)
-    shape = (batch, num_blocks * (height // patch[0]) * (width // patch[1]), channels)
-    if out is not None:
-        if not isinstance(out, Tensor):
-            raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
-        if out.shape != shape or out.dtype != weight.dtype or out.device != device:
-            raise ValueError(
-                f"out: expected {list(shape)} {weight.dtype} on {device}, got {list(out.shape)} {out.dtype}"
-                f" on {out.device}"
-            )
-        if channels > 1 and out.stride(2) != 1:
-            raise ValueError(f"out: expected its last axis to be contiguous (stride 1), got stride {out.stride(2)}")
-    return shape
-
-
-def _check_reference(
-    reference: Tensor | None, reference_index: Tensor | None, latents: Tensor, in_channels: int, num_blocks: int
-) -> int:
-    """Checks the reference and returns the number of mask channels."""
-    z = latents.shape[1]
-    if reference is None:
-        if reference_index is not None:
-            raise ValueError("reference_index: expected None, since there is no reference")
-        if in_channels != z:
-            raise ValueError(
-                f"weight: expected {z} channels, those of latents, got {in_channels}; more need a reference"
-            )
-        return 0
-    z_ref, num_references = reference.shape[1:3]
-    if reference_index is not None:
-        check_index("reference_index", reference_index, num_blocks, 0, num_references - 1, latents.device)
-    elif num_references < num_blocks:
-        raise ValueError(
-            f"reference: expected at least {num_blocks} blocks without reference_index, got {num_references}"
-        )
-    if in_channels == z:
-        if z_ref != z:
-            raise ValueError(f"reference: expected {z} channels as latents, got {z_ref}; weight takes latents alone")
-        return 0
-    if in_channels < z + z_ref:
-        raise ValueError(
-            f"weight: expected {z} channels (latents), or at least {z} + {z_ref} (latents, mask, reference),"
-            f" got {in_channels}"
-        )
-    return in_channels - z - z_ref
-
-
-def _check_contents(
-    latents: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    latent_index: Tensor | None,
-    reference_index: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Checks what only real tensors can tell: values of indices, and addresses."""
-    if latents.device.type == "cpu" and concrete(latent_index, reference_index):
-        if latent_index is not None:
-            has_given = reference is not None and reference.shape[1] == latents.shape[1]
-            check_range("latent_index", latent_index, -1 if has_given else 0, latents.shape[2] - 1)
-        if reference is not None and reference_index is not None:
-            check_range("reference_index", reference_index, 0, reference.shape[2] - 1)
-    inputs = {"latents": latents, "weight": weight, "bias": bias, "reference": reference, "mask": mask}
-    inputs |= {"latent_index": latent_index, "reference_index": reference_index}
-    check_targets({"out": out}, inputs, ())
+    return compute(EmbedCall(latents, weight, bias, reference, latent_index, reference_index, mask, out), backend)
 
 
 def cost(

@@ -11,11 +11,10 @@ Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
@@ -61,8 +60,9 @@ class EmbedConfig:
 
 @triton.jit(do_not_specialize=["num_latents", "num_references", "length", "rows", "columns"])
 def embed_window_fwd_kernel(
-    LATENTS, REFERENCE,  # [B, Z, S, h, w], [B, z_ref, N, h, w] or None
+    LATENTS,  # [B, Z, S, h, w]
     WEIGHT, BIAS,  # [C, K], [C] or None
+    REFERENCE,  # [B, z_ref, N, h, w] or None
     LATENT_INDEX, REFERENCE_INDEX, MASK,  # [T] int32 or None, the same, [T] float32 or None
     OUT,  # [B, length, C]
     latent_strides, reference_strides,  # (batch, channel, block, row)
@@ -142,31 +142,22 @@ def embed_window_fwd_kernel(
     tl.store(p_out, acc.to(OUT.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def launch_embed_window(
-    latents: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    latent_index: Tensor | None,
-    reference_index: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Writes ``out``, which is not empty; arguments are checked by the caller."""
-    batch, length, width = out.shape
+def launch_embed_window(call: Any) -> None:
+    """Writes ``out`` of a checked ``EmbedCall``, which is not empty."""
+    latents, weight, reference = call.latents, call.weight, call.reference
+    batch, length, width = call.out.shape
     _, in_channels, _, patch_h, patch_w = weight.shape
     z, num_latents, height, row_width = latents.shape[1:]
     z_ref, num_references = reference.shape[1:3] if reference is not None else (0, 0)
-    capability, itemsize = capability_of(out.device), weight.element_size()
+    capability, itemsize = capability_of(latents.device), weight.element_size()
     heuristic = EmbedConfig.heuristic(capability, width, itemsize)
     config = configured("embed_window", capability, heuristic, width=width, channels=in_channels, itemsize=itemsize)
     tiles = triton.cdiv(length, config.block_m) * triton.cdiv(width, config.block_n)
     embed_window_fwd_kernel[(tiles, batch)](
-        latents, reference, weight, bias, latent_index, reference_index, mask, out,
-        latents.stride()[:4], reference.stride()[:4] if reference is not None else (0, 0, 0, 0),
-        out.stride(0), out.stride(1),
+        *call, latents.stride()[:4], reference.stride()[:4] if reference is not None else (0, 0, 0, 0),
+        *call.out.stride()[:2],
         num_latents, num_references, length, height // patch_h, row_width // patch_w,
-        Z=z, MASK_CHANNELS=0 if mask is None else in_channels - z - z_ref, IN_CHANNELS=in_channels, C=width,
+        Z=z, MASK_CHANNELS=0 if call.mask is None else in_channels - z - z_ref, IN_CHANNELS=in_channels, C=width,
         PATCH_H=patch_h, PATCH_W=patch_w, GIVEN=z_ref == z, CONDITIONED=in_channels != z,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,

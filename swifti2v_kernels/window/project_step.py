@@ -33,59 +33,129 @@ an NVIDIA H200 only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..common.checks import FLOATS, check_index, check_parameter, check_range, check_store, check_targets, concrete
+from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, concrete
 from ..common.cost import Cost
-from ..common.dispatch import Choice, kernel_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix
-from ..common.target import on_device
+from ..common.dispatch import compute, kernel_obstacle, public_operator
+from ..common.registration import registered_operator
 from ..norm.adaln import layer_norm_reference
+from .embed_window import STORE
 
 #: A program holds all features of its tokens: 256 float32 sums a token are what registers allow.
 MAX_FEATURES = 256
+#: float64 is for references alone.
+_STEPS = (torch.float32, torch.float64)
 
 
-def project_step_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    latent_index: Tensor | None,
-    block_map: Tensor | None,
-    step: float | Tensor | None,
-    patch_size: Sequence[int],
-    eps: float,
-) -> Tensor:
-    """Computes the formula above in PyTorch, differentiable; writes and returns ``out``.
+class ProjectCall(NamedTuple):
+    """The arguments of a call, as the registered operator takes them."""
 
-    Arguments are as in :func:`project_step`.
-    """
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor
+    scale: Tensor
+    out: Tensor
+    latent_index: Tensor | None
+    block_map: Tensor | None
+    #: The step where it is a tensor.
+    step: Tensor | None
+    #: The step where it is a number.
+    factor: float | None
+    patch_size: Sequence[int]
+    eps: float
+
+    def check(self) -> None:
+        """Checks what can be known of the call: values of indices on the CPU only."""
+        check_tensor("out", self.out, STORE)
+        device, (batch, z, num_slots, height, width) = self.out.device, self.out.shape
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size: expected (1, p, q), got {tuple(self.patch_size)}")
+        _, ph, pw = self.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"out: {height} x {width} is not a multiple of patch_size {ph} x {pw}")
+        check_tensor("x", self.x, Spec((batch, "L", "C"), last="its last axis"), device)
+        block_len, (num_tokens, channels) = (height // ph) * (width // pw), self.x.shape[1:]
+        num_blocks = num_tokens // block_len
+        if num_blocks * block_len != num_tokens:
+            raise ValueError(f"x: expected a multiple of {block_len} tokens, those of a block of out, got {num_tokens}")
+        check_tensor("weight", self.weight, Spec((ph * pw * z, channels), self.x.dtype, whole=True), device)
+        check_tensors(self, device, bias=Spec((ph * pw * z,), self.x.dtype, whole=True))
+        check_tensor("shift", self.shift, Spec((batch, "R", channels), last="its last axis"), device)
+        rows = self.shift.shape[1]
+        check_tensor("scale", self.scale, Spec((batch, rows, channels), last="its last axis"), device)
+        if self.block_map is not None:
+            check_index("block_map", self.block_map, num_blocks, 0, rows - 1, device)
+        elif rows not in (1, num_blocks):
+            raise ValueError(f"shift, scale: expected 1 or {num_blocks} rows without block_map, got {rows}")
+        if self.latent_index is not None:
+            check_index("latent_index", self.latent_index, num_blocks, -1, num_slots - 1, device)
+            if device.type == "cpu" and concrete(self.latent_index):
+                targets = [slot for slot in self.latent_index.tolist() if slot >= 0]
+                if len(set(targets)) != len(targets):
+                    raise ValueError(f"latent_index: expected distinct targets, got {self.latent_index.tolist()}")
+        elif num_blocks != num_slots:
+            raise ValueError(f"x: expected {num_slots} blocks as out without latent_index, got {num_blocks}")
+        self._check_step()
+
+    def _check_step(self) -> None:
+        step, device = self.step, self.out.device
+        if not isinstance(self.factor, (int, float, torch.SymFloat, type(None))):
+            raise TypeError(f"step: expected None, a number or a tensor, got {type(self.factor).__name__}")
+        if step is not None and (step.shape not in ((), (1,)) or step.dtype not in _STEPS or step.device != device):
+            raise ValueError(
+                f"step: expected a number or one float32 element on {device}, got {list(step.shape)} {step.dtype}"
+                f" on {step.device}"
+            )
+
+    def obstacle(self) -> str | None:
+        """Returns why the kernel cannot take the call, or None if it can."""
+        if (reason := kernel_obstacle(self[:9])) is not None:
+            return reason
+        if self.weight.shape[0] > MAX_FEATURES:
+            return f"kernels exist for at most {MAX_FEATURES} features, got {self.weight.shape[0]}"
+        return None
+
+    def by_torch(self) -> Tensor:
+        """Computes the call in PyTorch, differentiable."""
+        check_written(self, ("out",))
+        return project_step_reference(self)
+
+    def by_kernel(self) -> Tensor:
+        """Computes the call by the fused kernel."""
+        _project_step_op(*self)
+        return self.out
+
+
+def project_step_reference(call: ProjectCall) -> Tensor:
+    """Writes a checked call's ``out`` by PyTorch, differentiable, and returns it."""
+    x, shift, scale, out, block_map = call.x, call.shift, call.scale, call.out, call.block_map
     num_slots, height, width = out.shape[2:]
-    ph, pw = patch_size[1:]
+    ph, pw = call.patch_size[1:]
     wide = torch.promote_types(x.dtype, torch.float32)
     blocks = x.unflatten(1, (-1, (height // ph) * (width // pw)))  # [B, T, tokens of a block, C]
-    num_blocks = blocks.shape[1]
     if block_map is not None:
         rows = block_map.clamp(0, shift.shape[1] - 1)
         shift, scale = shift.index_select(1, rows), scale.index_select(1, rows)
-    y = layer_norm_reference(blocks.to(wide), None, None, eps)
+    y = layer_norm_reference(blocks.to(wide), None, None, call.eps)
     y = (y * (1 + scale.to(wide).unsqueeze(2)) + shift.to(wide).unsqueeze(2)).to(x.dtype)
-    velocity = F.linear(y.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    velocity = F.linear(y.to(wide), call.weight.to(wide), None if call.bias is None else call.bias.to(wide))
     if block_map is not None:
         velocity = velocity.masked_fill((block_map != rows)[:, None, None], float("nan"))
     pattern = "b t (y x) (p q c) -> b c t (y p) (x q)"
     velocity = rearrange(velocity, pattern, y=height // ph, p=ph, q=pw)
+    step = call.factor if call.step is None else call.step
+    num_blocks = blocks.shape[1]
+    slots = torch.arange(num_blocks, device=x.device) if call.latent_index is None else call.latent_index.long()
     # One block after the other, without asking the device which of them are targets: the others rewrite what they read.
     for i in range(num_blocks):
-        slot = torch.full((1,), i, device=x.device) if latent_index is None else latent_index[i : i + 1].long()
+        slot = slots[i : i + 1]
         inside = slot.clamp(0, num_slots - 1)
         before = out.index_select(2, inside)
         after = velocity[:, :, i : i + 1]
@@ -95,50 +165,21 @@ def project_step_reference(
     return out
 
 
-# The schema is spelled out because torch 2.6 cannot read ``Tensor?`` from ``Tensor | None``.
-@torch.library.custom_op(
-    add_op_namespace_prefix("project_step"),
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor shift, Tensor scale, Tensor(a!) out, Tensor? latent_index,"
-    " Tensor? block_map, Tensor? step, float? factor, SymInt[] patch_size, float eps) -> ()",
+@registered_operator(
+    "project_step",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor shift, Tensor scale, Tensor(a!) out, Tensor? latent_index,"
+    " Tensor? block_map, Tensor? step, float? factor, SymInt[] patch_size, float eps)",
+    ProjectCall,
 )
-def _project_step_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    latent_index: Tensor | None,
-    block_map: Tensor | None,
-    step: Tensor | None,
-    factor: float | None,
-    patch_size: Sequence[int],
-    eps: float,
-) -> None:
-    _check_contents(x, weight, bias, shift, scale, out, latent_index, block_map, step)
-    if out.numel():
+def _project_step_op(call: ProjectCall) -> None:
+    check_written(call, ("out",))
+    if call.out.numel():
         from .project_step_kernel import launch_project_step
 
-        with on_device(out.device):
-            launch_project_step(
-                x, weight, bias, shift, scale, out, latent_index, block_map, factor if step is None else step,
-                patch_size, eps,
-            )  # fmt: skip
+        launch_project_step(call)
 
 
-@_project_step_op.register_fake
-def _(x, weight, bias, shift, scale, out, latent_index, block_map, step, factor, patch_size, eps):  # type: ignore[no-untyped-def]
-    return None
-
-
-def _choose(*, patch_size: Sequence[int], eps: float, backend: str, **arguments: Any) -> Choice:
-    _check(**arguments, patch_size=patch_size)
-    chosen, reason = pick_backend(backend, _obstacle(*arguments.values()))
-    return Choice(chosen, "reference" if chosen == "torch" else "fused kernel", reason)
-
-
-@public_operator(_choose)
+@public_operator()
 def project_step(
     x: Tensor,
     weight: Tensor,
@@ -195,118 +236,9 @@ def project_step(
 
     Source: head of DiT and Wan (diffusers ``WanTransformer3DModel``); Euler step of flow matching (arXiv 2210.02747).
     """
-    arguments = (x, weight, bias, shift, scale, out, latent_index, block_map, step)
-    _check(*arguments, patch_size)
-    chosen, _ = pick_backend(backend, _obstacle(*arguments))
-    if chosen == "torch":
-        _check_contents(*arguments)
-        return project_step_reference(*arguments, patch_size, eps)
     tensor, factor = (step, None) if isinstance(step, Tensor) else (None, step)
-    _project_step_op(*arguments[:-1], tensor, factor, patch_size, eps)
-    return out
-
-
-def _obstacle(x: Tensor, weight: Tensor, *others: Any) -> str | None:
-    if (reason := kernel_obstacle(y for y in (x, weight, *others) if isinstance(y, Tensor))) is not None:
-        return reason
-    if weight.shape[0] > MAX_FEATURES:
-        return f"kernels exist for at most {MAX_FEATURES} features, got {weight.shape[0]}"
-    return None
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    latent_index: Tensor | None,
-    block_map: Tensor | None,
-    step: float | Tensor | None,
-    patch_size: Sequence[int],
-) -> None:
-    """Checks what can be known of a call without values and addresses."""
-    check_store("out", out)
-    batch, z, num_slots, height, width = out.shape
-    if len(patch_size) != 3 or patch_size[0] != 1 or min(patch_size) < 1:
-        raise ValueError(f"patch_size: expected (1, p, q), got {tuple(patch_size)}")
-    _, ph, pw = patch_size
-    if height % ph or width % pw:
-        raise ValueError(f"out: {height} x {width} is not a multiple of patch_size {ph} x {pw}")
-    device, block_len = out.device, (height // ph) * (width // pw)
-    _check_rows("x", x, batch, "L", None, device)
-    num_tokens, channels = x.shape[1:]
-    num_blocks = num_tokens // block_len
-    if num_blocks * block_len != num_tokens:
-        raise ValueError(f"x: expected a multiple of {block_len} tokens, those of a block of out, got {num_tokens}")
-    check_parameter("weight", weight, (ph * pw * z, channels), x.dtype, device)
-    if bias is not None:
-        check_parameter("bias", bias, (ph * pw * z,), x.dtype, device)
-    _check_rows("shift", shift, batch, "R", channels, device)
-    _check_rows("scale", scale, batch, shift.shape[1], channels, device)
-    rows = shift.shape[1]
-    if block_map is not None:
-        check_index("block_map", block_map, num_blocks, 0, rows - 1, device)
-    elif rows not in (1, num_blocks):
-        raise ValueError(f"shift, scale: expected 1 or {num_blocks} rows without block_map, got {rows}")
-    if latent_index is not None:
-        check_index("latent_index", latent_index, num_blocks, -1, num_slots - 1, device)
-    elif num_blocks != num_slots:
-        raise ValueError(f"x: expected {num_slots} blocks as out without latent_index, got {num_blocks}")
-    if not isinstance(step, (Tensor, int, float, torch.SymFloat, type(None))):
-        raise TypeError(f"step: expected None, a number or a tensor, got {type(step).__name__}")
-    if isinstance(step, Tensor) and (step.shape not in ((), (1,)) or step.dtype not in _STEPS or step.device != device):
-        raise ValueError(
-            f"step: expected a number or one float32 element on {device}, got {list(step.shape)} {step.dtype}"
-            f" on {step.device}"
-        )
-
-
-#: float64 is for references alone.
-_STEPS = (torch.float32, torch.float64)
-
-
-def _check_rows(
-    name: str, x: Tensor, batch: int, length: int | str, channels: int | None, device: torch.device
-) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.ndim == 3 and x.shape[0] == batch and x.shape[1] > 0 and x.shape[2] > 0
-    fits = fits and length in ("L", "R", x.shape[1]) and channels in (None, x.shape[2])
-    if not fits or x.dtype not in FLOATS or x.device != device:
-        wanted = f"[{batch}, {length}, {'C' if channels is None else channels}]"
-        raise ValueError(
-            f"{name}: expected {wanted} float32, float16 or bfloat16 on {device},"
-            f" got {list(x.shape)} {x.dtype} on {x.device}"
-        )
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        raise ValueError(f"{name}: expected its last axis to be contiguous (stride 1), got stride {x.stride(2)}")
-
-
-def _check_contents(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    latent_index: Tensor | None,
-    block_map: Tensor | None,
-    step: float | Tensor | None,
-) -> None:
-    """Checks what only real tensors can tell: values of indices, and addresses."""
-    if x.device.type == "cpu" and concrete(latent_index, block_map):
-        if block_map is not None:
-            check_range("block_map", block_map, 0, shift.shape[1] - 1)
-        if latent_index is not None:
-            check_range("latent_index", latent_index, -1, out.shape[2] - 1)
-            targets = [slot for slot in latent_index.tolist() if slot >= 0]
-            if len(set(targets)) != len(targets):
-                raise ValueError(f"latent_index: expected distinct targets, got {latent_index.tolist()}")
-    inputs = {"x": x, "weight": weight, "bias": bias, "shift": shift, "scale": scale}
-    inputs |= {"latent_index": latent_index, "block_map": block_map, "step": step if isinstance(step, Tensor) else None}
-    check_targets({"out": out}, inputs, ())
+    call = ProjectCall(x, weight, bias, shift, scale, out, latent_index, block_map, tensor, factor, patch_size, eps)
+    return compute(call, backend)
 
 
 def cost(

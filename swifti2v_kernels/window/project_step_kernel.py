@@ -10,13 +10,11 @@ Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
@@ -165,38 +163,23 @@ def project_step_fwd_kernel(
         _write(fourth, o_n + 3, p_m, m_m, BIAS, out_strides, factor, N, Z, PATCH_W, UPDATE)
 
 
-def launch_project_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    latent_index: Tensor | None,
-    block_map: Tensor | None,
-    step: float | Tensor | None,
-    patch_size: Sequence[int],
-    eps: float,
-) -> None:
-    """Writes the target blocks of ``out``, which is not empty; arguments are checked by the caller."""
+def launch_project_step(call: Any) -> None:
+    """Writes the target blocks of ``out`` of a checked ``ProjectCall``, which is not empty."""
+    x, shift, scale, out, (_, patch_h, patch_w) = call.x, call.shift, call.scale, call.out, call.patch_size
     batch, length, width = x.shape
     z, num_slots, height, row_width = out.shape[1:]
-    _, patch_h, patch_w = patch_size
     rows, columns = height // patch_h, row_width // patch_w
     num_blocks, num_rows = length // (rows * columns), shift.shape[1]
-    if block_map is None and num_rows == 1:
+    if call.block_map is None and num_rows == 1:
         shift, scale = (y.expand(-1, num_blocks, -1) for y in (shift, scale))
-    block_n = max(triton.next_power_of_2(weight.shape[0]), 16)
+    block_n = max(triton.next_power_of_2(call.weight.shape[0]), 16)
     capability, itemsize = capability_of(out.device), x.element_size()
     heuristic = ProjectConfig.heuristic(capability, block_n, itemsize)
     config = configured("project_step", capability, heuristic, block_n=block_n, width=width, itemsize=itemsize)
-    tensor = step if isinstance(step, Tensor) else None
     project_step_fwd_kernel[(num_blocks * triton.cdiv(rows * columns, config.block_m), batch)](
-        x, weight, bias, shift, scale, out, latent_index, block_map, tensor,
-        x.stride(0), x.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1),
-        out.stride()[:4],
-        num_slots, num_rows, rows, columns, 0.0 if step is None or tensor is not None else float(step), eps,
-        C=width, Z=z, PATCH_H=patch_h, PATCH_W=patch_w, UPDATE=step is not None,
+        *call[:9], *x.stride()[:2], *shift.stride()[:2], *scale.stride()[:2], out.stride()[:4],
+        num_slots, num_rows, rows, columns, float(call.factor or 0.0), call.eps,
+        C=width, Z=z, PATCH_H=patch_h, PATCH_W=patch_w, UPDATE=call.step is not None or call.factor is not None,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, NUM_STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

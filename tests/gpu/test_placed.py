@@ -64,7 +64,7 @@ def test_a_pass_allocates_what_one_with_resident_weights_does() -> None:
         with torch.no_grad():
             window, modulation = dit._plain(latents, timestep, None)
             assert isinstance(window, WindowTensors)
-            workspace, context = dit.workspace(window), dit.context(text)
+            workspace, context = dit.workspace(window.latents, len(window.latent_index)), dit.context(text)
             out = torch.empty(1, CONFIG.out_channels, *latents.shape[2:], dtype=torch.bfloat16, device=CUDA)
             dit.run(window, context, modulation, workspace, out=out)
             torch.cuda.synchronize()

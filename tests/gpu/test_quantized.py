@@ -17,7 +17,6 @@ from swifti2v_kernels import (
     norm_modulate,
     quantize_rows,
 )
-from swifti2v_kernels.norm.adaln import norm_modulate_reference
 from tests.support.quantized_oracle import excess, ties, true_scales
 from tests.support.tolerances import relative_error
 
@@ -131,8 +130,8 @@ def test_quantised_norms(channels: int, block_len: int, dtype: torch.dtype, kind
     gated_residual_norm_modulate(stream, update, gate, shift, scale, **options, inplace=True)
     torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(stream, gated_residual_norm_modulate(x, update, gate, block_map=block_map)[0])
-    modulation = (shift.double(), scale.double(), None, None, block_map)
-    expected = norm_modulate_reference(stream.double(), *modulation, "layer", 1e-6)
+    modulation = {"shift": shift.double(), "scale": scale.double(), "block_map": block_map}
+    expected = norm_modulate(stream.double(), **modulation, backend="torch")
     assert relative_error(out.scales, true_scales(expected, kind)) < 1e-5
     assert excess(*out, expected) < 5e-3
     again = without_waiting(lambda: norm_modulate(stream, shift, scale, **options))

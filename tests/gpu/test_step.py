@@ -15,6 +15,7 @@ from model.csg.schedule import flow_sigmas
 from model.weights.load import random_weights
 from swifti2v_kernels import (
     explain,
+    gated_residual,
     gated_residual_norm_modulate,
     linear_gelu,
     norm_modulate,
@@ -23,7 +24,6 @@ from swifti2v_kernels import (
     rope_3d,
 )
 from swifti2v_kernels.linear.linear_gelu import linear_gelu_reference
-from swifti2v_kernels.norm.adaln import gated_residual_reference, norm_modulate_reference
 from swifti2v_kernels.norm.qk_norm_rope import norm_rope_reference
 from tests.support.tolerances import KERNEL, OPERATOR, relative_error
 
@@ -68,11 +68,10 @@ def test_adaln(heads: int, head_dim: int, block_len: int, dtype: torch.dtype) ->
     out = poisoned(1, 5 * block_len, channels, dtype=dtype)
     keywords = {"block_map": block_map, "out": out}
     x_new, y = without_waiting(lambda: gated_residual_norm_modulate(x, update, gate, shift, scale, **keywords))
-    expected = gated_residual_reference(x.double(), update.double(), gate.double(), block_map)
+    rows = {"block_map": block_map, "backend": "torch"}
+    expected = gated_residual(x.double(), update.double(), gate.double(), **rows)
     assert relative_error(x_new, expected) < OPERATOR[name]
-    expected = norm_modulate_reference(
-        x_new.double(), shift.double(), scale.double(), None, None, block_map, "layer", 1e-6
-    )
+    expected = norm_modulate(x_new.double(), shift.double(), scale.double(), **rows)
     assert relative_error(y, expected) < OPERATOR[name]
     assert explain(norm_modulate, x).implementation == "fused kernel"
 
@@ -119,7 +118,7 @@ def test_beyond_131_thousand_tokens_and_32_bits() -> None:
     rows = rows_of(length)
     weight, rope = torch.rand(1536, device="cuda").bfloat16(), rope_3d(range(1), 1000, 1400, 128, device="cuda")
     y = norm_modulate(x)
-    assert relative_error(y[:, rows], norm_modulate_reference(x[:, rows].double(), *[None] * 5, "layer", 1e-6)) < 8e-3
+    assert relative_error(y[:, rows], norm_modulate(x[:, rows].double(), backend="torch")) < 8e-3
     del y
     sample = {start: x[:, start : start + 4].double() for start in (0, 700_000, length - 4)}
     norm_rope(x, weight, rope, 12, inplace=True)

@@ -51,14 +51,12 @@ def computed(case: Case, together: bool) -> Any:
         return case.operator(*args, **kwargs | {"backend": "torch"})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in LEAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.name,
+)
 def test_every_case_has_the_same_bits_in_every_state_at_once(case: Case) -> None:
-    same(computed(case, together=True), computed(case, together=False))
-
-
-@pytest.mark.parametrize("case", LEAST, ids=lambda case: case.name)
-def test_every_operator_has_the_same_bits_in_every_state_at_once(case: Case) -> None:
     same(computed(case, together=True), computed(case, together=False))
 
 

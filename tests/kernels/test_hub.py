@@ -97,15 +97,16 @@ def test_gathered_init_names_what_is_there(gathered: Path) -> None:
 
 
 def test_operators_are_named_as_kernel_builder_wants(gathered: Path) -> None:
-    """The first argument of torch.library's decorators is a call of the function that kernel-builder looks for."""
-    found = 0
+    """The first argument of torch.library's functions is a call of the function that kernel-builder looks for."""
+    found = registered = 0
     for file in gathered.glob("torch-ext/**/*.py"):
-        for node in ast.parse(file.read_text()).body:
-            for decorator in getattr(node, "decorator_list", []):
-                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("torch.library."):
-                    assert ast.unparse(decorator.args[0]).startswith("add_op_namespace_prefix("), file
-                    found += 1
-    assert found > 10
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.library."):
+                assert ast.unparse(node.args[0]).startswith("add_op_namespace_prefix("), file
+                found += 1
+            registered += isinstance(node, ast.Call) and ast.unparse(node.func) == "registered_operator"
+    assert found
+    assert found + registered > 10
 
 
 def test_card_names_every_function(gathered: Path) -> None:

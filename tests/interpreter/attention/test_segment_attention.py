@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels import BlockWindow, merge_attention, segment_attention
+from swifti2v_kernels.attention.arguments import check_call
 from swifti2v_kernels.attention.portable import LOG2E, PortableConfig, launch_portable
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import KERNEL, LSE, relative_error
@@ -44,12 +45,6 @@ def test_one_source(head_dim: int, dtype: torch.dtype) -> None:
     expected, expected_lse = cat_attention(q, [(k, v)])
     assert_close(out, expected, dtype)
     assert (lse - expected_lse).abs().max() < LSE[name(dtype)]
-
-
-def test_the_public_function_takes_the_kernel_here() -> None:
-    q, k, v = fused_qkv(5, 2, 64, torch.float16)
-    choice = explain(segment_attention, q, [(k, v)])
-    assert (choice.backend, choice.implementation) == ("triton", "portable")
 
 
 @pytest.mark.parametrize("lengths", [(1,), (32,), (31,), (33, 1), (0, 40), (64, 0, 7), (1, 1, 1, 1, 1)], ids=str)
@@ -191,10 +186,7 @@ def test_descriptors(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype
     q = fused_qkv(66, 2, head_dim, dtype)[0]
     sources = [tuple(fused_qkv(n, 2, head_dim, dtype)[1:]) for n in lengths]
     out, lse = torch.full_like(q, float("nan")), torch.full((2, 2, 66), float("nan"))
-    launch_portable(
-        [q], sources, [out], [lse], valid_lengths=[None] * len(sources), scale=0.1, attends=[15], window=None,
-        config=DESCRIPTORS,
-    )  # fmt: skip
+    launch_portable(check_call(q, sources, 0.1, out=out)._replace(lse=[lse]), DESCRIPTORS)
     expected, expected_lse = cat_attention(q, sources, scale=0.1)
     assert_close(out, expected, dtype)
     assert (lse - expected_lse).abs().max() < LSE[name(dtype)]
@@ -206,10 +198,7 @@ def test_descriptors_with_valid_lengths_and_a_window() -> None:
     _, text_k, text_v = fused_qkv(50, 1, 64, torch.float16, batch=1)
     text_k[:, 37:], text_v[:, 37:] = float("nan"), float("nan")
     out, sources, lengths = torch.empty_like(q), [(k, v), (text_k, text_v)], [None, torch.tensor([37])]
-    launch_portable(
-        [q], sources, [out], None, valid_lengths=lengths, scale=0.125, attends=[3], window=(40, 1, 0),
-        config=DESCRIPTORS,
-    )  # fmt: skip
+    launch_portable(check_call(q, sources, 0.125, lengths, window=BlockWindow(40, 1), out=out), DESCRIPTORS)
     block = torch.arange(100) // 40
     distance = block.unsqueeze(0) - block.unsqueeze(1)
     mask = torch.cat(((distance >= -1) & (distance <= 0), torch.ones(100, 50, dtype=torch.bool)), dim=1)

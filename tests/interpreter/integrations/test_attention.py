@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swifti2v_kernels.integrations.comfyui import NODE_CLASS_MAPPINGS
 from swifti2v_kernels.integrations.comfyui.attention import KEY
 from swifti2v_kernels.integrations.sdpa import replace_sdpa
 from swifti2v_kernels.integrations.wan import accelerate, restore
 from tests.support import comfyui_standin as comfy
+from tests.support.operators_called import Operators
 from tests.support.tolerances import KERNEL, KERNEL_PARITY, OPERATOR, relative_error
 from tests.support.wan_standin import attention, model
 
@@ -23,19 +22,6 @@ from tests.support.wan_standin import attention, model
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-class Operators(TorchDispatchMode):
-    """A mode that counts our operators that launch kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "swifti2v":
-            self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

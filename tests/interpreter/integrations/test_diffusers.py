@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.dit.count import count_layer
 from bench.dit.layer import ACCELERATED, LAYER_PROVIDERS
 from bench.dit.shapes import SHAPES
 from swifti2v_kernels.integrations.diffusers import accelerate
 from tests.support.diffusers_models import MODELS, build, run
+from tests.support.operators_called import Operators
 from tests.support.tolerances import KERNEL_PARITY, relative_error
 
 #: (model, concatenations of queries, keys and values, or of what they are projected from, inside diffusers' attention)
@@ -29,12 +29,11 @@ CONCATENATIONS = {
 }
 
 
-class Calls(TorchDispatchMode):
-    """A mode that counts operators: concatenations inside attention modules, ours everywhere."""
+class Calls(Operators):
+    """A mode that also counts concatenations inside attention modules."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.counts: Counter[str] = Counter()
         self.inside = 0
         for part in module.modules():
             if hasattr(part, "processor"):
@@ -47,9 +46,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.cat.default and self.inside:
             self.counts["cat"] += 1
-        if func.namespace == "swifti2v":
-            self.counts[func.name().removeprefix("swifti2v::")] += 1
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.mark.compatibility("no concatenation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swifti2v_kernels.conv.loop import ConvConfig
 from swifti2v_kernels.integrations.patching import apply_patches, plan_patches, restore_module
 from swifti2v_kernels.integrations.wan_vae.recipes import RECIPES
+from tests.support.operators_called import Operators
 from tests.support.tolerances import KERNEL_PARITY, relative_error
 
 
@@ -23,19 +22,6 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes tiles large: an interpreted program takes milliseconds whatever its size (small: interpreter/conv)."""
     small = ConvConfig.heuristic
     monkeypatch.setattr(ConvConfig, "heuristic", lambda *args: replace(small(*args), block_m=256))
-
-
-class Kernels(TorchDispatchMode):
-    """A mode that counts calls of our operators' kernels, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "swifti2v":
-            self.calls[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -68,11 +54,11 @@ def test_the_kernels_equal_the_host(module: Any, frames: tuple[int, ...], kernel
     expected = chunks(module, frames, 8)
     patches, _, left = plan_patches("layer", module, RECIPES, {"vae": True}, "diffusers")
     assert left == []
-    apply_patches(module, patches)
-    with Kernels() as used:
+    apply_patches((module, patches))
+    with Operators() as used:
         actual = chunks(module, frames, 8)
     restore_module(module)
-    assert used.calls == kernels
+    assert used.counts == kernels
     assert relative_error(actual, expected) < KERNEL_PARITY
 
 
@@ -88,8 +74,8 @@ def test_a_convolution_and_a_norm_by_themselves() -> None:
     expected = run()
     patches, _, left = plan_patches("layers", layers, RECIPES, {"vae": True}, "diffusers")
     assert left == []
-    apply_patches(layers, patches)
-    with Kernels() as used:
+    apply_patches((layers, patches))
+    with Operators() as used:
         actual = run()
-    assert used.calls == {"causal_conv3d": 1, "adaln": 1}
+    assert used.counts == {"causal_conv3d": 1, "adaln": 1}
     assert relative_error(actual, expected) < KERNEL_PARITY

@@ -1,4 +1,4 @@
-"""The kernels that make and read 8-bit rows, against float64 and against all codes."""
+"""Rows of 8 bits are made and read, by kernels and by torch, as float64 and all codes say."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from swifti2v_kernels import (
     quantize_rows,
 )
 from swifti2v_kernels.linear.dequantize_rows import _dequantize_rows_op
-from swifti2v_kernels.linear.quantize_rows import _quantize_rows_op, quantize_rows_reference
-from swifti2v_kernels.norm.adaln import _adaln_op, norm_modulate_reference
-from swifti2v_kernels.norm.adaln_kernel import RMS, launch_adaln
+from swifti2v_kernels.linear.quantize_rows import _quantize_rows_op
+from swifti2v_kernels.norm.adaln import AdalnCall, _adaln_op
+from swifti2v_kernels.norm.adaln_kernel import launch_adaln
 from tests.support.quantized_oracle import excess, ties, true_scales
 from tests.support.tolerances import relative_error
 
 KINDS = [torch.float8_e4m3fn, torch.int8]
 STORED = [*KINDS, torch.float8_e5m2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+both = pytest.mark.parametrize("backend", ["triton", "torch"])
 #: A quotient differs from the exact one by float32's rounding, so a value is no farther off than the nearest by more.
 LAST_BIT = 4e-7
 
@@ -38,83 +39,92 @@ def inside(values: Tensor) -> Tensor:
     return view
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 10), (9, 96), (5, 300), (2, 1536), (1, 5120)], ids=str)
-def test_rows_are_rounded_to_the_nearest_codes(shape: tuple[int, int], dtype: torch.dtype, kind: torch.dtype) -> None:
+def test_rows_are_rounded_to_the_nearest_codes(
+    shape: tuple[int, int], dtype: torch.dtype, kind: torch.dtype, backend: str
+) -> None:
     x = inside((3 * torch.randn(1, *shape) + 1).to(dtype))
     out = QuantizedRows(inside(torch.zeros(1, *shape).to(kind)), torch.full((1, 2 * shape[0]), -1.0)[:, ::2])
     around = out.values._base.view(torch.uint8).clone()
-    assert quantize_rows(x, kind, out=out) is out
+    assert quantize_rows(x, kind, out=out, backend=backend) is out
     assert relative_error(out.scales, true_scales(x, kind)) < 1e-7
     assert excess(out.values, out.scales, x) < LAST_BIT
     around[:, 1:-1, 8:] = out.values.view(torch.uint8)
     assert torch.equal(out.values._base.view(torch.uint8), around)  # nothing beside the rows was written
     assert (out.scales._base[:, 1::2] == -1).all()
-    assert all(map(torch.equal, quantize_rows(x, kind), out))
+    assert all(map(torch.equal, quantize_rows(x, kind, backend=backend), out))
     assert explain(quantize_rows, x, kind).implementation == "fused kernel"
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype) -> None:
+def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype, backend: str) -> None:
     """The middle between two codes is rounded to the even one, subnormal codes included."""
     x, expected = ties(kind)
-    values, scales = quantize_rows(x, kind)
+    values, scales = quantize_rows(x, kind, backend=backend)
     assert scales.tolist() == [1.0]
     assert torch.equal(values.double(), expected)
 
 
+@both
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_rows_that_are_not_ordinary(kind: torch.dtype) -> None:
+def test_rows_that_are_not_ordinary(kind: torch.dtype, backend: str) -> None:
     """Zeros, tiny rows, one huge element, the largest floats, NaN and infinities come out as by PyTorch."""
     x = torch.randn(9, 50)
     x[0], x[1] = 0.0, 1e-38
     x[2, 7], x[3] = 1e30, 3.4e38
     x[4, 3], x[5, 0], x[6, 49] = float("nan"), float("inf"), -float("inf")
     x[7] = 1e-45
-    values, scales = quantize_rows(x, kind)
+    values, scales = quantize_rows(x, kind, backend=backend)
     assert scales[[0, 1, 7]].tolist() == [1.0, 1.0, 1.0]
     assert (values[[0, 1, 7]].float() == 0).all()
     assert values[2].float().count_nonzero() == 1
     assert values[2, 7].float() == values[3, 0].float() == (448 if kind == torch.float8_e4m3fn else 127)
     assert scales[4:7].isnan().all()
-    assert dequantize_rows(values, scales)[4:7].isnan().all()
-    expected = quantize_rows_reference(x, kind)
+    assert dequantize_rows(values, scales, backend=backend)[4:7].isnan().all()
+    expected = quantize_rows(x, kind, backend="torch")
     known = ~scales.isnan()
     assert torch.equal(scales[known], expected.scales[known])
     assert torch.equal(values[known].float(), expected.values[known].float())
     assert torch.equal(scales.isnan(), expected.scales.isnan())
 
 
+@both
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", STORED, ids=str)
-def test_every_code_is_decoded_bit_for_bit(kind: torch.dtype, dtype: torch.dtype) -> None:
+def test_every_code_is_decoded_bit_for_bit(kind: torch.dtype, dtype: torch.dtype, backend: str) -> None:
     """Every code equals torch's own conversion under scales that make subnormals, overflow, and no number at all."""
     values = torch.arange(256, dtype=torch.uint8).view(kind).expand(8, 256).contiguous()
     scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
     expected = (values.float() * scales[:, None]).to(dtype)
-    actual = dequantize_rows(values, scales, dtype=dtype)
+    actual = dequantize_rows(values, scales, dtype=dtype, backend=backend)
     bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     assert torch.equal(actual.isnan(), expected.isnan())
     assert torch.equal(actual.view(bits)[~actual.isnan()], expected.view(bits)[~expected.isnan()])
 
 
+@both
 @pytest.mark.parametrize("kind", STORED, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 10), (9, 300), (17, 512), (2, 1537)], ids=str)
-def test_rows_of_any_width_are_decoded_where_they_stand(shape: tuple[int, int], kind: torch.dtype) -> None:
+def test_rows_of_any_width_are_decoded_where_they_stand(
+    shape: tuple[int, int], kind: torch.dtype, backend: str
+) -> None:
     values, scales = inside(torch.randn(1, *shape).to(kind)), torch.rand(1, 3 * shape[0])[:, ::3]
     if kind == torch.int8:
         values.random_(-128, 128)
     out = inside(torch.zeros(1, *shape, dtype=torch.bfloat16))
-    assert dequantize_rows(values, scales, out=out) is out
+    assert dequantize_rows(values, scales, out=out, backend=backend) is out
     assert torch.equal(out, (values.float() * scales[..., None]).bfloat16())
     assert out._base[:, 0].isnan().all()
     assert out._base[:, -1].isnan().all()
     assert out._base[..., :8].isnan().all()
     one = torch.tensor(0.25).expand(1, shape[0])
-    assert torch.equal(dequantize_rows(values, one, dtype=torch.float32), values.float() / 4)
+    assert torch.equal(dequantize_rows(values, one, dtype=torch.float32, backend=backend), values.float() / 4)
 
 
 def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -125,23 +135,24 @@ def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     return {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale, "block_map": rows}
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 96), (2, 3, 5, 10), (1, 2, 3, 1536)], ids=str)
 def test_norms_are_rounded_once_to_the_nearest_codes(
-    shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype
+    shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype, backend: str
 ) -> None:
     """Codes are the nearest to the float32 row, to float32's error: never to a row in x's dtype."""
     given = tokens(shape, dtype)
     x, update, gate, shift, scale, block_map = given.values()
-    rest = {"block_map": block_map, "quantize": kind}
-    wide = (shift.double(), scale.double(), None, None, block_map)
+    rest = {"block_map": block_map, "quantize": kind, "backend": backend}
+    wide = (shift.double(), scale.double())
     results = [(norm_modulate(x, shift, scale, norm="rms", **rest), x, "rms")]
     x_new, y = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
-    assert torch.equal(x_new, gated_residual_norm_modulate(x, update, gate, block_map=block_map)[0])
+    assert torch.equal(x_new, gated_residual_norm_modulate(x, update, gate, block_map=block_map, backend=backend)[0])
     results.append((y, x_new, "layer"))
     for (values, scales), of, norm in results:
-        expected = norm_modulate_reference(of.double(), *wide, norm, 1e-6)
+        expected = norm_modulate(of.double(), *wide, block_map=block_map, norm=norm, backend="torch")
         assert values.shape == x.shape
         assert scales.shape == x.shape[:2]
         assert relative_error(scales, true_scales(expected, kind)) < 1e-6
@@ -149,21 +160,23 @@ def test_norms_are_rounded_once_to_the_nearest_codes(
         assert excess(values, scales, expected) < 1e-6 * (448 if kind == torch.float8_e4m3fn else 127)
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_quantised_norm_is_that_of_the_float32_row(kind: torch.dtype) -> None:
+def test_a_quantised_norm_is_that_of_the_float32_row(kind: torch.dtype, backend: str) -> None:
     """The quantised norm is not that of the bfloat16 row, which other code would store in between."""
     x = torch.randn(1, 8, 300).bfloat16()
-    actual = norm_modulate(x, quantize=kind)
-    float32 = quantize_rows(norm_modulate(x.float()), kind)
-    twice = quantize_rows(norm_modulate(x), kind)
+    actual = norm_modulate(x, quantize=kind, backend=backend)
+    float32 = quantize_rows(norm_modulate(x.float(), backend=backend), kind, backend=backend)
+    twice = quantize_rows(norm_modulate(x, backend=backend), kind, backend=backend)
     assert (actual.values.float() != float32.values.float()).sum() <= 2
     assert (actual.values.float() != twice.values.float()).sum() > 20
 
 
-def test_norms_write_where_they_are_told_and_nothing_else() -> None:
+@both
+def test_norms_write_where_they_are_told_and_nothing_else(backend: str) -> None:
     given = tokens((2, 3, 5, 96), torch.bfloat16)
     x, update, gate, shift, scale, block_map = given.values()
-    rest = {"block_map": block_map, "quantize": torch.float8_e4m3fn}
+    rest = {"block_map": block_map, "quantize": torch.float8_e4m3fn, "backend": backend}
     expected = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
     values = torch.zeros(2, 17, 104, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = torch.full((2, 17), -1.0)
@@ -184,7 +197,7 @@ def test_a_token_of_no_row_has_no_scale() -> None:
     x, values, scales = torch.randn(1, 6, 96), torch.zeros(1, 6, 96, dtype=torch.int8), torch.empty(1, 6)
     shift, scale = torch.randn(1, 2, 2, 96).unbind(2)
     block_map = torch.tensor([1, 2, -1], dtype=torch.int32)
-    launch_adaln(x, None, None, shift, scale, None, None, block_map, RMS, 1e-6, None, values, scales)
+    launch_adaln(AdalnCall(x, None, None, shift, scale, None, None, block_map, "rms", 1e-6, None, values, scales))
     assert scales[:, 2:].isnan().all()
     assert not scales[:, :2].isnan().any()
 
@@ -215,16 +228,18 @@ def test_schemas_and_fakes_hold() -> None:
     torch.library.opcheck(_adaln_op, (x, None, *rest, None, values, scales))
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
+def test_they_compile_as_one_graph(kind: torch.dtype, backend: str) -> None:
     """A foreign module compiles as one graph with them, into new tensors and into slices of its own."""
 
     def module(x: Tensor, update: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
-        out = QuantizedRows(values[:, :6], scales[:, :6])
-        stream, y = gated_residual_norm_modulate(2 * x, update, quantize=kind, out=out, inplace=True)
-        z = norm_modulate(stream, quantize=kind)
-        rows = quantize_rows(stream, kind)
-        return [stream, scales + 1, z.scales, dequantize_rows(*y) + 1, dequantize_rows(*rows, dtype=torch.float32)]
+        out, by = QuantizedRows(values[:, :6], scales[:, :6]), {"backend": backend}
+        stream, y = gated_residual_norm_modulate(2 * x, update, quantize=kind, out=out, inplace=True, **by)
+        z = norm_modulate(stream, quantize=kind, **by)
+        rows = quantize_rows(stream, kind, **by)
+        read = dequantize_rows(*y, **by), dequantize_rows(*rows, dtype=torch.float32, **by)
+        return [stream, scales + 1, z.scales, *read]
 
     x, update = torch.randn(2, 1, 6, 96, dtype=torch.float16)
     memory = [(torch.zeros(1, 8, 96).to(kind), torch.zeros(1, 8)) for _ in range(2)]

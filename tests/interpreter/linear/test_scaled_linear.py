@@ -1,4 +1,4 @@
-"""The 8-bit matmul's kernel against float64, over ragged shapes, layouts, epilogues and scales."""
+"""The 8-bit matmul against float64, by kernel and by torch, over ragged shapes, layouts, epilogues and scales."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.support.tolerances import KERNEL, relative_error
 #: That of a large negative number in GELU, which is to be infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 KINDS = [torch.float8_e4m3fn, torch.int8]
+both = pytest.mark.parametrize("backend", ["triton", "torch"])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -41,6 +42,7 @@ def check(actual: Tensor, expected: Tensor) -> None:
     assert relative_error(actual, expected) < KERNEL[str(actual.dtype).removeprefix("torch.")]
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "channels", "columns"),
@@ -51,9 +53,10 @@ def check(actual: Tensor, expected: Tensor) -> None:
         (33, 80, 48),  # ragged in all
         (5, 192, 80),
         (150, 16, 64),  # ten tiles of rows: two groups
+        (14, 37, 11),  # which has no kernel
     ],
 )
-def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.dtype) -> None:
+def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.dtype, backend: str) -> None:
     """Rows amid NaN or -128 give the float64 result.
 
     Every dtype of the result is tried, with and without bias, also of another dtype, and activation.
@@ -68,7 +71,9 @@ def test_against_float64(tokens: int, channels: int, columns: int, kind: torch.d
     ]
     for dtype, of_bias, activation in calls:
         options: dict[str, Any] = {"activation": activation, "dtype": dtype}
-        assert explain(scaled_linear, x, weight, biases[of_bias], **options).implementation == "fused matmul"
+        options["backend"] = backend if channels != 37 else "auto"
+        taken = "fused matmul" if options["backend"] == "triton" else "reference"
+        assert explain(scaled_linear, x, weight, biases[of_bias], **options).implementation == taken
         actual = scaled_linear(x, weight, biases[of_bias], **options)
         assert actual.dtype == dtype
         check(actual, exact(x, weight, biases[of_bias], activation))
@@ -85,8 +90,9 @@ def test_other_tiles_give_the_same(
     check(scaled_linear(x, weight, bias, dtype=torch.float32), exact(x, weight, bias))
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_leading_axes_views_and_out(kind: torch.dtype) -> None:
+def test_leading_axes_views_and_out(kind: torch.dtype, backend: str) -> None:
     """Batches of tokens, a part of a buffer and every other scale work; nothing but ``out`` is written."""
     values, scales = rows(2 * 9, 96, kind, gap=32)
     table = torch.full((2, 9, 2), float("nan"))
@@ -95,34 +101,37 @@ def test_leading_axes_views_and_out(kind: torch.dtype) -> None:
     weight, bias = rows(48, 96, kind), torch.randn(48)
     buffer = torch.full((4, 9, 48), float("nan"), dtype=torch.float16)
     out = buffer[1:3]
-    assert scaled_linear(x, weight, bias, dtype=torch.float16, out=out) is out
+    options: dict[str, Any] = {"dtype": torch.float16, "backend": backend}
+    assert scaled_linear(x, weight, bias, out=out, **options) is out
     check(out, exact(x, weight, bias))
     assert buffer[::3].isnan().all()
     part = QuantizedRows(x.values[1, 2:7], x.scales[1, 2:7])
-    assert torch.equal(scaled_linear(part, weight, bias, dtype=torch.float16), out[1, 2:7])
-    none = scaled_linear(QuantizedRows(x.values[:0], x.scales[:0]), weight)
+    assert torch.equal(scaled_linear(part, weight, bias, **options), out[1, 2:7])
+    none = scaled_linear(QuantizedRows(x.values[:0], x.scales[:0]), weight, backend=backend)
     assert (none.shape, none.dtype) == ((0, 9, 48), torch.bfloat16)
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_extreme_scales(kind: torch.dtype) -> None:
+def test_extreme_scales(kind: torch.dtype, backend: str) -> None:
     """No row spoils another: zeros, tiny and huge ones lie beside each other and beside a row that is NaN."""
     x, weight = rows(20, 64, kind), rows(32, 64, kind)
     x.scales[:4] = torch.tensor([0.0, 1e-30, 1e30, float("nan")])
     weight.scales[:3] = torch.tensor([0.0, 1e-6, 1e3])
-    actual, expected = scaled_linear(x, weight, dtype=torch.float32), exact(x, weight)
+    actual, expected = scaled_linear(x, weight, dtype=torch.float32, backend=backend), exact(x, weight)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert actual[3].isnan().all()
     for i in (i for i in range(20) if i != 3):
         assert (actual[i] - expected[i]).abs().max() <= 2e-6 * expected[i].abs().max()
 
 
-def test_int8_sums_are_exact() -> None:
+@both
+def test_int8_sums_are_exact(backend: str) -> None:
     """The largest sum of int8 there is, less one, is exact, which float32 could not hold."""
     x = QuantizedRows(torch.full((2, 2064), -128, dtype=torch.int8), torch.ones(2))
     weight = QuantizedRows(torch.full((16, 2064), -128, dtype=torch.int8), torch.ones(16))
     weight.values[:, -1] = -127
-    y = scaled_linear(x, weight, torch.full((16,), -float(2**25)), dtype=torch.float32)
+    y = scaled_linear(x, weight, torch.full((16,), -float(2**25)), dtype=torch.float32, backend=backend)
     assert torch.equal(y, torch.full((2, 16), float(2064 * 2**14 - 128 - 2**25)))
 
 
@@ -143,15 +152,16 @@ def test_schema_and_fake_hold(kind: torch.dtype) -> None:
         torch.library.opcheck(_scaled_linear_op, arguments, test_utils=tests)
 
 
+@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_compiles_as_one_graph_within_a_foreign_function(kind: torch.dtype) -> None:
+def test_compiles_as_one_graph_within_a_foreign_function(kind: torch.dtype, backend: str) -> None:
     """It compiles as one graph, with a new tensor and into a given one, and for another number of tokens too."""
     weight, bias = rows(32, 48, kind), torch.randn(32)
 
     def foreign(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         x = QuantizedRows(values, 2 * scales)
-        scaled_linear(x, weight, out=out)
-        return scaled_linear(x, weight, bias, activation="gelu_tanh", dtype=torch.float32) + out
+        scaled_linear(x, weight, out=out, backend=backend)
+        return scaled_linear(x, weight, bias, activation="gelu_tanh", dtype=torch.float32, backend=backend) + out
 
     compiled = torch.compile(foreign, fullgraph=True, backend="aot_eager")
     for tokens in (7, 12, 20):

@@ -115,15 +115,6 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(norm_rope(x, weight, rope, 4, inplace=True), expected)
 
 
-def test_memory_that_is_shared_is_refused() -> None:
-    buffer, weight = torch.randn(1, 30, 96), torch.rand(96)
-    rope = rope_3d(BLOCKS, HEIGHT, WIDTH, 24)
-    with pytest.raises(ValueError, match="q: expected memory of its own, but it overlaps k"):
-        qk_norm_rope(buffer[:, :12], buffer[:, 8:20], weight, weight, rope, 4, inplace=True)
-    with pytest.raises(ValueError, match="q: expected distinct elements to write to"):
-        norm_rope(buffer[:, :1].expand(1, 12, 96), weight, rope, 4, inplace=True)
-
-
 def test_what_has_no_kernel_takes_the_reference() -> None:
     x, weight = torch.randn(1, 18, 96), torch.rand(96)
     assert explain(norm_rope, x, weight, None, 4).implementation == "fused kernel"

@@ -1,4 +1,4 @@
-"""The window's embedding kernel against float64, over awkward shapes, layouts and indices."""
+"""The window's embedding against float64, by kernel and by torch, over awkward shapes, layouts and indices."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.operators.check import poisoned
 from swifti2v_kernels import embed_window, explain
 from swifti2v_kernels.window.embed_window import _embed_window_op
-from tests.support.tolerances import KERNEL, relative_error
+from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error
 from tests.support.window_oracle import convolved, int32, store
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+both = pytest.mark.parametrize("backend", ["triton", "torch"])
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes memory that the kernel leaves unwritten show as NaN."""
-    stock = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        x = stock(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
-def check(actual: Tensor, latents: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> None:
+def check(backend: str, latents: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """Checks the tokens of a call against float64 and returns them; what it leaves unwritten would show as NaN."""
+    with poisoned():
+        actual = embed_window(latents, weight, bias, backend=backend, **options)
     assert actual.dtype == weight.dtype
+    options.pop("out", None)
+    limits = (KERNEL if backend == "triton" else OPERATOR) | {"float64": EXACT}
     error = relative_error(actual, convolved(latents, weight, bias, **options))
-    assert error < KERNEL[str(weight.dtype).removeprefix("torch.")]
+    assert error < limits[str(weight.dtype).removeprefix("torch.")]
+    return actual
 
 
 def parameters(width: int, channels: int, patch: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,7 +34,8 @@ def parameters(width: int, channels: int, patch: tuple[int, int], dtype: torch.d
     return weight.to(dtype), torch.randn(width).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("width", "z", "mask_channels", "z_ref", "size", "patch"),
     [
@@ -48,6 +44,7 @@ def parameters(width: int, channels: int, patch: tuple[int, int], dtype: torch.d
         (130, 48, 0, 0, (4, 2), (2, 2)),  # K = 192
         (64, 16, 0, 0, (6, 4), (2, 2)),  # K = 64
         (5, 1, 2, 3, (3, 8), (3, 4)),
+        (8, 2, 0, 2, (4, 6), (2, 2)),
         (3, 1, 0, 0, (1, 1), (1, 1)),
     ],
 )
@@ -59,6 +56,7 @@ def test_against_float64(
     size: tuple[int, int],
     patch: tuple[int, int],
     dtype: torch.dtype,
+    backend: str,
 ) -> None:
     """Strided stores of other dtypes give the float64 result.
 
@@ -73,12 +71,14 @@ def test_against_float64(
         options |= {"reference": reference, "reference_index": int32(6, 2, 2, 4)}
     if mask_channels:
         options["mask"] = torch.tensor([0.0, 1.0, 0.3, 0.0])
-    assert explain(embed_window, latents, *weight_bias, **options).implementation == "fused kernel"
-    check(embed_window(latents, *weight_bias, **options), latents, *weight_bias, **options)
+    wide = dtype == torch.float64  # of which there is no kernel
+    assert (explain(embed_window, latents, *weight_bias, **options).implementation == "reference") == wide
+    check("auto" if wide else backend, latents, *weight_bias, **options)
 
 
+@both
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_given_blocks_come_from_the_reference(conditioned: bool) -> None:
+def test_given_blocks_come_from_the_reference(conditioned: bool, backend: str) -> None:
     """Given blocks are read from the reference alone.
 
     Their place in the store of latents does not exist, and that of noisy ones in the reference may be NaN.
@@ -92,31 +92,29 @@ def test_given_blocks_come_from_the_reference(conditioned: bool) -> None:
         options["mask"] = torch.tensor([1.0, 0.0, 1.0, 1.0])
     else:
         reference[:, :, 3] = float("nan")
-    options["reference"] = reference
-    check(embed_window(latents, weight, bias, **options), latents, weight, bias, **options)
+    check(backend, latents, weight, bias, reference=reference, **options)
 
 
+@both
 @pytest.mark.parametrize(("blocks", "batch", "with_bias"), [(1, 1, True), (1, 2, False), (3, 2, True)])
-def test_defaults(blocks: int, batch: int, with_bias: bool) -> None:
+def test_defaults(blocks: int, batch: int, with_bias: bool, backend: str) -> None:
     """Every block of the store is embedded in order by default; one token, no bias and a longer reference work."""
     size = (2, 2) if batch == 1 else (2, 6)
     latents, reference = store(2, blocks, size, torch.float16, batch), store(3, blocks + 1, size, torch.float16, batch)
     weight, bias = parameters(7, 6, (2, 2), torch.float16)
-    options = {"reference": reference, "mask": torch.ones(blocks)}
-    bias = bias if with_bias else None
-    check(embed_window(latents, weight, bias, **options), latents, weight, bias, **options)
+    mask = torch.ones(blocks)
+    check(backend, latents, weight, bias if with_bias else None, reference=reference, mask=mask)
 
 
-def test_expanded_stores_and_an_output_within_a_buffer() -> None:
+@both
+def test_expanded_stores_and_an_output_within_a_buffer(backend: str) -> None:
     """One image may serve the whole batch, and what surrounds the output stays untouched."""
     latents, reference = store(4, 3, (4, 4), torch.float32), store(4, 1, (4, 4), torch.float32, 1)
     reference = reference.expand(2, -1, 3, -1, -1)
     weight, bias = parameters(40, 9, (2, 2), torch.bfloat16)
     buffer = torch.full((2, 20, 50), float("nan"), dtype=torch.bfloat16)
     out = buffer[:, 3:15, 4:44]
-    options: dict[str, Any] = {"reference": reference, "mask": torch.zeros(3)}
-    assert embed_window(latents, weight, bias, out=out, **options) is out
-    check(out, latents, weight, bias, **options)
+    assert check(backend, latents, weight, bias, out=out, reference=reference, mask=torch.zeros(3)) is out
     out.zero_()
     assert (~buffer.isnan()).sum() == out.numel()
 
@@ -130,12 +128,13 @@ def test_schema_and_fake_hold() -> None:
     torch.library.opcheck(_embed_window_op, (latents, weight[:, :4].contiguous(), None, None, None, None, None, out))
 
 
-def test_compiles_as_one_graph_within_a_foreign_function() -> None:
+@both
+def test_compiles_as_one_graph_within_a_foreign_function(backend: str) -> None:
     latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
     weight, bias = parameters(8, 10, (2, 2), torch.float32)
 
     def foreign(latents: Tensor, reference: Tensor, index: Tensor, out: Tensor) -> Tensor:
-        options = {"reference": 2 * reference, "latent_index": index, "mask": torch.zeros(3)}
+        options = {"reference": 2 * reference, "latent_index": index, "mask": torch.zeros(3), "backend": backend}
         embed_window(latents + 1, weight, bias, out=out, **options)
         return embed_window(latents, weight, bias, **options) + out
 

@@ -1,4 +1,4 @@
-"""The head's kernel against float64, over awkward shapes, layouts and indices."""
+"""The head against float64, by kernel and by torch, over awkward shapes, layouts and indices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from swifti2v_kernels import explain, project_step
 from swifti2v_kernels.window.project_step import _project_step_op
-from tests.support.tolerances import KERNEL, relative_error
+from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error
 from tests.support.window_oracle import int32, stepped, store
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+both = pytest.mark.parametrize("backend", ["triton", "torch"])
 
 
 def head(
@@ -27,16 +27,21 @@ def head(
     return [x, weight, bias, *torch.randn(batch, rows, 2, width).unbind(2)]
 
 
-def check(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Checks that blocks that were NaN before stay so, and that nothing else is."""
-    assert torch.equal(actual.isnan(), expected.isnan())
+def check(backend: str, x: Tensor, *arguments: Tensor | None, **options: Any) -> None:
+    """Checks that a call leaves the float64 result in ``out``; blocks that were NaN stay so, and nothing else is."""
+    out = arguments[4]
+    expected = stepped(x, *arguments, **options)
+    assert project_step(x, *arguments, backend=backend, **options) is out
+    assert torch.equal(out.isnan(), expected.isnan())
     written = ~expected.isnan()
-    coarse = max((dtype, actual.dtype), key=lambda x: torch.finfo(x).eps)
-    assert relative_error(actual[written], expected[written]) < KERNEL[str(coarse).removeprefix("torch.")]
+    coarse = max((x.dtype, out.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    limits = (KERNEL if backend == "triton" else OPERATOR) | {"float64": EXACT}
+    assert relative_error(out[written], expected[written]) < limits[str(coarse).removeprefix("torch.")]
 
 
+@both
 @pytest.mark.parametrize("step", [None, 0.9, torch.tensor([-1.1])], ids=["velocity", "number", "tensor"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("width", "z", "size", "patch"),
     [
@@ -54,6 +59,7 @@ def test_against_float64(
     patch: tuple[int, int],
     dtype: torch.dtype,
     step: float | Tensor | None,
+    backend: str,
 ) -> None:
     """Targets in any order give the float64 result.
 
@@ -66,31 +72,36 @@ def test_against_float64(
     out[:, :, [1, 2, 4]] = float("nan")
     options: dict[str, Any] = {"latent_index": int32(5, -1, 0, 3), "block_map": int32(2, 0, 1, 1), "step": step}
     options["patch_size"] = (1, *patch)
-    assert explain(project_step, x, *parameters, out, **options).implementation == "fused kernel"
-    expected = stepped(x, *parameters, out, **options)
-    assert project_step(x, *parameters, out, **options) is out
-    check(out, expected, dtype)
+    wide = dtype == torch.float64  # of which there is no kernel
+    assert (explain(project_step, x, *parameters, out, **options).implementation == "reference") == wide
+    check("auto" if wide else backend, x, *parameters, out, **options)
 
 
+def test_the_velocity_is_not_rounded_before_the_update() -> None:
+    """The velocity stays float32 up to the update of a 16-bit store."""
+    x, *parameters = head(8, 2, (2, 2), 18, 1, torch.float16, 1)
+    for backend in ("triton", "torch"):
+        out = torch.randn(1, 2, 3, 4, 6, dtype=torch.float16)
+        expected = stepped(x, *parameters, out, step=-0.3).half()
+        assert (project_step(x, *parameters, out, step=-0.3, backend=backend) != expected).float().mean() < 0.02
+
+
+@both
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 1), (3, 1), (3, 3)])
-def test_defaults(blocks: int, rows: int) -> None:
+def test_defaults(blocks: int, rows: int, backend: str) -> None:
     """Every block of the store is a target by default, with a row for each or one for all, no bias and one entry."""
     x, weight, _, shift, scale = head(24, 2, (2, 2), blocks * 6, rows, torch.float32, 1)
-    out = torch.full((1, 2, blocks, 4, 6), float("nan"))
-    expected = stepped(x, weight, None, shift, scale, out)
-    check(project_step(x, weight, None, shift, scale, out), expected, torch.float32)
+    check(backend, x, weight, None, shift, scale, torch.full((1, 2, blocks, 4, 6), float("nan")))
 
 
-def test_surroundings_stay_untouched_and_inputs_may_be_expanded() -> None:
+@both
+def test_surroundings_stay_untouched_and_inputs_may_be_expanded(backend: str) -> None:
     out = store(4, 3, (4, 4), torch.bfloat16)
     buffer = out.as_strided((out.untyped_storage().nbytes() // 2,), (1,), 0)
     x, weight, bias, shift, scale = head(48, 4, (2, 2), 3 * 4, 2, torch.bfloat16, 1)
     x, shift, scale = (y.expand(2, -1, -1) for y in (x, shift.half(), scale.bfloat16()))
     before = buffer.isnan()
-    options: dict[str, Any] = {"block_map": int32(1, 1, 0), "step": -0.7}
-    expected = stepped(x, weight, bias, shift, scale, out, **options)
-    project_step(x, weight, bias, shift, scale, out, **options)
-    check(out, expected, torch.bfloat16)
+    check(backend, x, weight, bias, shift, scale, out, block_map=int32(1, 1, 0), step=-0.7)
     assert torch.equal(buffer.isnan(), before)
 
 
@@ -113,15 +124,17 @@ def test_schema_and_fake_hold() -> None:
     torch.library.opcheck(_project_step_op, (x, weight, None, shift, scale, *rest, None, None, (1, 2, 2), 1e-6))
 
 
+@both
 @pytest.mark.parametrize("step", [None, -0.25, torch.tensor(-0.25)], ids=["velocity", "number", "tensor"])
-def test_compiles_as_one_graph_within_a_foreign_function(step: float | Tensor | None) -> None:
+def test_compiles_as_one_graph_within_a_foreign_function(step: float | Tensor | None, backend: str) -> None:
     x, *parameters = head(24, 2, (2, 2), 12, 3, torch.float32)
 
     def foreign(x: Tensor, out: Tensor, index: Tensor, step: float | Tensor | None) -> Tensor:
-        project_step(x + 1, *parameters, out, latent_index=index, step=step)
+        project_step(x + 1, *parameters, out, latent_index=index, step=step, backend=backend)
         return out + 1
 
     out, expected_out, index = torch.zeros(2, 2, 5, 4, 4), torch.zeros(2, 2, 5, 4, 4), int32(4, -1, 0)
+    torch.compiler.reset()
     compiled = torch.compile(foreign, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         actual = compiled(x, out, index, step)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swifti2v_kernels.attention import choice
+from swifti2v_kernels.attention.arguments import check_call
 from swifti2v_kernels.attention.choice import choose_kernel, torch_takes
 from swifti2v_kernels.common import tables
 from tests.support.bench_session import CPU
@@ -50,36 +51,6 @@ def test_views_are_taken_exactly_where_all_of_their_rows_are_aligned(
     assert torch_takes(x) == rows_aligned(x)
 
 
-@pytest.mark.parametrize(
-    ("x", "taken"),
-    [
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1)), True),
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 8), True),
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 1), False),  # 2 bytes off
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 4), False),  # 8 bytes off
-        (view(torch.float32, (2, 9, 3, 64), (9 * 192, 192, 64, 1), 4), True),  # 16 bytes off
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 196, 196, 64, 1)), False),  # tokens 8 bytes off
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 208, 208, 68, 1)), False),  # heads
-        (view(torch.bfloat16, (2, 9, 3, 64), (9 * 192 + 4, 192, 64, 1)), False),  # batch entries
-        (view(torch.bfloat16, (1, 9, 3, 64), (9 * 192 + 4, 192, 64, 1)), True),  # of which there is one
-        (view(torch.bfloat16, (2, 1, 3, 64), (192, 7, 64, 1)), True),  # one token
-        (view(torch.bfloat16, (2, 9, 1, 64), (9 * 64, 64, 1, 1)), True),  # one head
-        (view(torch.bfloat16, (1, 1, 1, 64), (1, 3, 5, 1), 8), True),
-        (view(torch.bfloat16, (1, 1, 1, 64), (1, 3, 5, 1), 3), False),
-    ],
-)
-def test_views_that_are_met(x: Tensor, taken: bool) -> None:
-    assert torch_takes(x) is rows_aligned(x) is taken
-
-
-def test_all_views_of_a_call_must_be_aligned() -> None:
-    good = view(torch.bfloat16, (1, 9, 3, 64), (0, 192, 64, 1))
-    bad = view(torch.bfloat16, (1, 9, 3, 64), (0, 192, 64, 1), 1)
-    assert torch_takes(good, good, good)
-    for i in range(3):
-        assert not torch_takes(*[bad if i == j else good for j in range(3)])
-
-
 @pytest.mark.parametrize("fastest", ["sdpa-cudnn", "sdpa-flash", "swifti2v", None])
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
@@ -99,7 +70,7 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
 
     def chosen(*views: Tensor) -> str:
         q, k, v = (x.as_subclass(OnGpu) for x in views)
-        return choose_kernel([q], [(k, v)], [None], False, False)[0]
+        return choose_kernel(check_call(q, [(k, v)]), False)[0]
 
     good = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
     untaken = {"hopper", "portable"}
@@ -118,4 +89,4 @@ def test_a_call_on_a_cpu_is_never_torch_s_by_this_choice(monkeypatch: pytest.Mon
     monkeypatch.setattr(choice, "capability_of", lambda device: 89)
     q = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
     assert q.device == CPU
-    assert choose_kernel([q], [(q, q)], [None], False, False)[0] == "portable"
+    assert choose_kernel(check_call(q, [(q, q)]), False)[0] == "portable"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swifti2v_kernels.attention import hopper
+from swifti2v_kernels.attention.arguments import check_call
 from swifti2v_kernels.attention.hopper import HopperConfig
 from tests.support.attention_oracle import cat_attention
 from tests.support.hopper_simulator import ProtocolError, SimulatedKernel
@@ -40,11 +41,9 @@ def run(
     kernel = getattr(module, KERNEL_NAME)
     setattr(module, KERNEL_NAME, SimulatedKernel(module, kernel, patience))
     try:
-        everything = (1 << len(key_lens)) - 1
-        module.launch_hopper(
-            q, sources, out, lse, scale=head_dim**-0.5, attends=attends or [everything] * len(q),
-            config=config or HopperConfig(64, 2),
-        )  # fmt: skip
+        call = check_call(q, sources)
+        call = call._replace(out=out, lse=lse, attends=attends or call.attends)
+        module.launch_hopper(call, config or HopperConfig(64, 2))
     finally:
         setattr(module, KERNEL_NAME, kernel)
     return q, out, lse, sources

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import nn
 
-import swifti2v_kernels.csg.plan
 from model.csg.schedule import flow_sigmas
 from swifti2v_kernels import SegmentPlan, Window, assemble_window, block_noise, sample_segments
 from tests.support.tolerances import EXACT, PARITY, relative_error
@@ -27,15 +25,9 @@ PLANS = [
 def run(model, reference, **options):
     """Returns the sampled clip; ``reference`` is left as it is."""
     clip = reference.clone()
-    mask_channels = getattr(model, "mask_channels", None)
-    options = {
-        "plan": PLANS[0],
-        "sigmas": SIGMAS,
-        "mask_channels": mask_channels,
-        **({} if "noise" in options else {"seed": 5}),
-        **options,
-    }
-    segments = list(sample_segments(model, clip, **options))
+    given = {"plan": PLANS[0], "sigmas": SIGMAS, "mask_channels": getattr(model, "mask_channels", None)}
+    given |= {} if "noise" in options else {"seed": 5}
+    segments = list(sample_segments(model, clip, **given | options))
     assert torch.equal(torch.cat(segments, dim=2), clip[:, :, 1:])
     return clip
 
@@ -76,12 +68,6 @@ def test_what_does_not_fit_a_window_is_named(arguments, message):
         assemble_window(torch.zeros(1, 3, 9, 4, 6), torch.zeros(1, 3, 2, 4, 6), Window((0,), (4, 5)), mask_channels=-1)
     with pytest.raises(ValueError, match="latents: expected the reference's device meta, got cpu"):
         assemble_window(torch.zeros(1, 3, 9, 4, 6, device="meta"), torch.zeros(1, 3, 2, 4, 6), Window((0,), (4, 5)))
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(swifti2v_kernels.csg.plan)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 # The sampler, on models that are not Wan
@@ -247,16 +233,9 @@ def test_segments_come_one_by_one_and_steps_are_reported():
     ],
 )
 def test_bad_arguments_are_named_at_the_call(change, error, message):
-    arguments = {
-        "model": wave,
-        "reference": torch.zeros(1, 3, 8, 4, 6),
-        "plan": PLANS[0],
-        "sigmas": SIGMAS,
-        "seed": 5,
-        **change,
-    }
+    arguments = {"model": wave, "reference": torch.zeros(1, 3, 8, 4, 6), "plan": PLANS[0], "sigmas": SIGMAS, "seed": 5}
     with pytest.raises(error, match=message):
-        sample_segments(**arguments)
+        sample_segments(**arguments | change)
 
 
 @pytest.mark.parametrize(

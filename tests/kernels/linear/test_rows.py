@@ -1,4 +1,7 @@
-"""8-bit rows by PyTorch: what is computed, what is refused, and what computes which call."""
+"""8-bit rows: what is refused, what computes which call, and what they cost.
+
+``tests/interpreter/linear`` compares the numbers of their PyTorch path and of their kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.__main__ import main
 from bench.operators.discover import all_cases
@@ -27,60 +29,7 @@ from swifti2v_kernels.linear.quantize_rows import cost as quantize_cost
 from swifti2v_kernels.linear.quantize_rows_kernel import QuantizeConfig
 from swifti2v_kernels.norm.adaln import cost as adaln_cost
 from swifti2v_kernels.norm.adaln_kernel import AdalnConfig, register_limit
-from tests.support.quantized_oracle import LARGEST, excess, ties, true_scales
-from tests.support.tolerances import relative_error
-
-KINDS = [torch.float8_e4m3fn, torch.int8]
-LAST_BIT = 4e-7
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_rows_are_rounded_to_the_nearest_codes(dtype: torch.dtype, kind: torch.dtype) -> None:
-    """Rows of two axes, and a single row without any, are rounded to the nearest codes."""
-    x = (3 * torch.randn(2, 5, 300) + 1).to(dtype)
-    values, scales = quantize_rows(x, kind)
-    assert (values.dtype, values.shape, scales.dtype, scales.shape) == (kind, x.shape, torch.float32, (2, 5))
-    assert relative_error(scales, true_scales(x, kind)) < 1e-7
-    assert excess(values, scales, x) < LAST_BIT
-    row = quantize_rows(x[0, 0], kind)
-    assert torch.equal(row.values.float(), values[0, 0].float())
-    assert row.scales.shape == ()
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype) -> None:
-    x, expected = ties(kind)
-    assert torch.equal(quantize_rows(x, kind).values.double(), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_what_is_not_a_number_is_not_hidden(kind: torch.dtype) -> None:
-    """A row of zeros stays one; a NaN or an infinity is in all that is made of its row, and of no other."""
-    x = torch.randn(5, 40)
-    x[1], x[2, 3], x[3, 4], x[4] = 0.0, float("nan"), -float("inf"), 1e-40
-    rows = quantize_rows(x, kind)
-    assert rows.scales[[1, 4]].tolist() == [1.0, 1.0]
-    y = dequantize_rows(*rows, dtype=torch.float32)
-    assert (y[[1, 4]] == 0).all()
-    assert y[2:4].isnan().all()
-    assert relative_error(y[0], x[0]) < 0.05
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_norms_are_quantised_from_float32(kind: torch.dtype) -> None:
-    """The norm is rounded once from float32; through bfloat16 other codes come out. x' is what it is without."""
-    x, update = torch.randn(2, 1, 12, 300).bfloat16()
-    shift, scale, gate = torch.randn(3, 1, 3, 300)
-    y = norm_modulate(x, shift, scale, quantize=kind)
-    expected = quantize_rows(norm_modulate(x.float(), shift, scale), kind)
-    assert torch.equal(y.values.float(), expected.values.float())
-    assert torch.equal(y.scales, expected.scales)
-    twice = quantize_rows(norm_modulate(x, shift, scale), kind)
-    assert (y.values.float() != twice.values.float()).any()
-    x_new, y = gated_residual_norm_modulate(x, update, gate, shift, scale, quantize=kind)
-    assert torch.equal(x_new, gated_residual_norm_modulate(x, update, gate)[0])
-    assert torch.equal(y.values.float(), norm_modulate(x_new, shift, scale, quantize=kind).values.float())
+from tests.support.quantized_oracle import LARGEST
 
 
 def test_results_go_where_they_are_told() -> None:
@@ -207,28 +156,6 @@ def test_quantised_results_have_no_gradients_and_the_stream_has() -> None:
     scales = torch.rand(4, requires_grad=True)
     dequantize_rows(torch.full((4, 3), 2, dtype=torch.int8), scales, dtype=torch.float32).sum().backward()
     assert torch.equal(scales.grad, torch.full((4,), 6.0))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
-    def module(x: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
-        y = norm_modulate(2 * x, quantize=kind, out=QuantizedRows(values, scales))
-        x_new, z = gated_residual_norm_modulate(x, 2 * x, quantize=kind)
-        return [dequantize_rows(*y), dequantize_rows(*quantize_rows(x_new, kind)), z.scales + 1]
-
-    x = torch.randn(2, 6, 96)
-    memory = [(torch.zeros(2, 6, 96).to(kind), torch.zeros(2, 6)) for _ in range(2)]
-    expected = module(x, *memory[0])
-    torch.compiler.reset()
-    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(x, *memory[1])
-    for a, e in zip([*actual, memory[1][1]], [*expected, memory[0][1]], strict=True):
-        assert torch.equal(a, e)
-
-
-def test_empty_rows_stay_empty() -> None:
-    rows = quantize_rows(torch.empty(0, 8))
-    assert (rows.values.shape, rows.scales.shape) == ((0, 8), (0,))
-    assert dequantize_rows(*rows).shape == (0, 8)
 
 
 def test_costs_are_what_the_docstrings_say() -> None:

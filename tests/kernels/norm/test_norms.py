@@ -93,17 +93,14 @@ def test_adaln_names_the_argument_that_does_not_fit():
         r"scale: expected \[1, 1, 10\] on cpu, got \[1, 1, 9\]": lambda: norm_modulate(x, row, row[..., :9]),
         r"gate: expected \[1, R, 10\] on cpu, got \[1, 10\]": lambda: gated_residual(x, x, row[0]),
         "update: expected": lambda: gated_residual(x, x[:, :3], row),
-        "update: expected torch.float32 on cpu as x, got torch.float64": lambda: gated_residual(x, x.double()),
+        r"update: expected \[1, 12, 10\] torch.float32 on cpu, got .*float64": lambda: gated_residual(x, x.double()),
         r"x: expected \[B, L, C\]": lambda: norm_modulate(x[0], row, row),
-        "x: expected a tensor, got list": lambda: norm_modulate([1.0]),
-        "gate: expected a tensor, got float": lambda: gated_residual(x, x, 0.5),
-        "weight: expected a tensor, got float": lambda: norm_modulate(x, weight=0.5),
         r"x: expected the channels to be contiguous \(stride 1\), got stride 2": lambda: norm_modulate(x[..., ::2]),
         "shift, scale: expected both or neither": lambda: norm_modulate(x, row),
         "norm: expected layer or rms, got 'group'": lambda: norm_modulate(x, norm="group"),
-        r"weight: expected \[10\], contiguous, got \[9\]": lambda: norm_modulate(x, weight=torch.zeros(9)),
-        r"out: expected \(1, 12, 10\) as x": lambda: norm_modulate(x, out=x[:, :3]),
-        r"block_map: expected \[T\] int32 on cpu, got \[3\] torch.int64": lambda: norm_modulate(
+        r"weight: expected contiguous \[10\] on cpu, got \[9\]": lambda: norm_modulate(x, weight=torch.zeros(9)),
+        r"out: expected \[1, 12, 10\] torch.float32": lambda: norm_modulate(x, out=x[:, :3]),
+        r"block_map: expected contiguous \[T\] torch.int32 on cpu, got \[3\] torch.int64": lambda: norm_modulate(
             x, row, row, block_map=block_map.long()
         ),
         r"block_map: expected values in 0..0, got \[1, 1, 1\]": lambda: norm_modulate(
@@ -114,32 +111,6 @@ def test_adaln_names_the_argument_that_does_not_fit():
         ),
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
-            call()
-
-
-def test_writing_over_what_is_read_is_refused_on_the_pytorch_path_too():
-    """Calls that are races on a GPU are refused here, where one result would be read after another was written."""
-    x, update = torch.randn(2, 1, 12, 96)
-    weight, rope = torch.rand(96), rope_3d([5, 0], 2, 3, 24)
-    floats = torch.zeros(1, 4, 96)
-    halves = floats.view(torch.bfloat16).view(1, 8, 96)  # the same bytes
-    for message, call in {
-        "q: expected memory of its own, but it overlaps k": lambda: qk_norm_rope(
-            x, x, weight, weight, rope, 4, inplace=True
-        ),
-        "x: expected memory of its own, but it overlaps out": lambda: gated_residual_norm_modulate(
-            x, update, out=x, inplace=True
-        ),
-        "out: expected memory of its own, but it overlaps shift": lambda: norm_modulate(
-            x[:, :6], x[:, 6:7], x[:, 7:8], out=x[:, 6:]
-        ),
-        "x: expected memory of its own, but it overlaps weight": lambda: norm_modulate(x, weight=x[0, 3], inplace=True),
-        "out: expected memory of its own, but it overlaps bias": lambda: norm_modulate(
-            halves[:, 2:4], bias=floats[0, 3], out=halves[:, 6:]
-        ),
-        "out: expected None with inplace": lambda: norm_modulate(x, out=update, inplace=True),
-    }.items():
-        with pytest.raises(ValueError, match=message):
             call()
 
 
@@ -205,18 +176,6 @@ def test_qk_norm_rope_normalises_over_all_heads_and_rotates_at_true_block_indice
         assert relative_error(actual, expected) < OPERATOR[_name(dtype)]
 
 
-def test_operators_are_differentiable():
-    x, update, qk = (torch.randn(1, 4, 12, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    shift, scale = (torch.randn(1, 2, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.rand(12, dtype=torch.float64, requires_grad=True)
-    rope = rope_3d(range(1), 2, 2, 6)
-    assert torch.autograd.gradcheck(norm_modulate, (x, shift, scale))
-    assert torch.autograd.gradcheck(gated_residual_norm_modulate, (x, update, shift, scale, shift))
-    assert torch.autograd.gradcheck(gated_residual, (x, update, shift))
-    assert torch.autograd.gradcheck(lambda q, w: qk_norm_rope(q, q, w, w, rope, 2), (qk, weight))
-    assert torch.autograd.gradcheck(lambda x, w: norm_rope(x, w, rope, 2, layout="half"), (qk, weight))
-
-
 def test_half_layout_and_norm_per_head_are_those_of_diffusers():
     """The half layout equals diffusers' Cosmos: RMSNorm of every head, pairs (p, p + D / 2)."""
     q, k = torch.randn(2, 2, 18, 3 * 24)
@@ -266,10 +225,10 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
         qk_norm_rope(q, q, weight, weight, None, 5)
     with pytest.raises(ValueError, match=r"k_weight: expected \[24\] or \[12\]"):
         qk_norm_rope(q, q, weight, weight[1:], None, 2)
-    with pytest.raises(ValueError, match=r"k_weight: expected \[24\] torch.float32 as q_weight, got \[12\]"):
+    with pytest.raises(ValueError, match=r"k_weight: expected contiguous \[24\] torch.float32 on cpu, got \[12\]"):
         qk_norm_rope(q, q, weight, weight[:12], None, 2)
     for call in (qk_norm_rope, lambda *args: explain(qk_norm_rope, *args)):
-        with pytest.raises(ValueError, match=r"k: expected \[1, L, 24\] torch.float32 on cpu as q"):
+        with pytest.raises(ValueError, match=r"k: expected \[1, L, 24\] torch.float32 on cpu, got .*float64"):
             call(q, q.double(), weight, weight, None, 2)
     with pytest.raises(ValueError, match=r"q: expected the channels to be contiguous \(stride 1\), got stride 2"):
         qk_norm_rope(torch.randn(1, 6, 48)[..., ::2], q, weight, weight, None, 2)
@@ -278,38 +237,9 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
     rope = rope_3d(range(1), 2, 3, 12)
     with pytest.raises(ValueError, match="rope: tables for 1 x 2 x 3 tokens, but x has 6, from 1 on"):
         norm_rope(q, weight, rope, 2, start=1)
-    with pytest.raises(ValueError, match=r"rope.h: expected \[n, pairs, 2\] float32 on cpu, got .* torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"rope.h: expected contiguous \[n, pairs, 2\] .*float32 on cpu, got .*float64"
+    ):
         norm_rope(q, weight, rope._replace(h=rope.h.double()), 2)
     with pytest.raises(ValueError, match="head_dim"):
         rope_3d(range(2), 2, 2, 7)
-
-
-ALONE = {
-    "norm_modulate": (norm_modulate, lambda: (torch.randn(1, 12, 96)[:, ::2], *torch.randn(2, 1, 3, 96))),
-    "norm_modulate, one token": (norm_modulate, lambda: (torch.randn(1, 1, 96),)),
-    "gated_residual": (gated_residual, lambda: (*torch.randn(2, 1, 6, 96), torch.randn(1, 2, 96))),
-    "gated_residual_norm_modulate": (gated_residual_norm_modulate, lambda: tuple(torch.randn(2, 1, 6, 96))),
-    "qk_norm_rope": (
-        qk_norm_rope,
-        lambda: (*torch.randn(1, 6, 288).chunk(3, 2)[:2], *torch.rand(2, 96), rope_3d([5, 2], 1, 3, 24), 4),
-    ),
-    "norm_rope": (norm_rope, lambda: (torch.randn(1, 6, 96), torch.rand(96), rope_3d([5, 2], 1, 3, 24), 4)),
-}
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_each_operator_compiles_alone_in_a_foreign_module(name):
-    """Each operator compiles on the PyTorch path; tests/interpreter does the same on the kernels."""
-    operator, make = ALONE[name]
-
-    class Foreign(torch.nn.Module):
-        def forward(self, x, *rest):
-            return operator(x * 2, *rest)
-
-    arguments = make()
-    expected = Foreign()(*arguments)
-    torch.compiler.reset()
-    actual = torch.compile(Foreign(), fullgraph=True, backend="aot_eager")(*arguments)
-    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
-    for a, e in pairs:
-        assert relative_error(a, e) < OPERATOR["float32"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swifti2v_kernels.attention.arguments import BlockWindow, check_call
 from swifti2v_kernels.attention.merge_attention_kernel import launch_merge
 from swifti2v_kernels.attention.portable import PortableConfig, launch_portable
 from tests.support.attention_oracle import cat_attention
@@ -27,10 +28,7 @@ def test_attention_stays_inside(lengths: tuple[int, ...], head_dim: int) -> None
     sources = [tuple(qkv(n, head_dim, torch.bfloat16)[1:]) for n in lengths]
     out = torch.empty_like(q)
     lse = torch.empty(1, 2, 67, device="cuda")
-    launch_portable(
-        [q], sources, [out], [lse], valid_lengths=[None] * len(sources), scale=0.125, attends=[3], window=None,
-        config=POINTERS,
-    )  # fmt: skip
+    launch_portable(check_call(q, sources, 0.125, out=out)._replace(lse=[lse]), POINTERS)
     expected, expected_lse = cat_attention(q, sources, scale=0.125)
     assert relative_error(out, expected) < KERNEL["bfloat16"]
     assert (lse - expected_lse).abs().max() < 1e-4
@@ -42,16 +40,11 @@ def test_masks_stay_inside() -> None:
     sources = [(k, v) for _, k, v in views]
     out = [torch.empty_like(q) for q, _, _ in views]
     valid = torch.tensor([39], device="cuda")
-    launch_portable(
-        [q for q, _, _ in views], sources, out, None, valid_lengths=[valid, None], scale=0.125, attends=[1, 3],
-        window=None, config=POINTERS,
-    )  # fmt: skip
+    queries = [q for q, _, _ in views]
+    launch_portable(check_call(queries, sources, 0.125, [valid, None], [[0], [0, 1]], out=out), POINTERS)
     q, k, v = views[1]
     local = torch.empty_like(q)
-    launch_portable(
-        [q], [(k, v)], [local], None, valid_lengths=[None], scale=0.125, attends=[1], window=(30, 1, 0),
-        config=POINTERS,
-    )  # fmt: skip
+    launch_portable(check_call(q, [(k, v)], 0.125, window=BlockWindow(30, 1), out=local), POINTERS)
     lengths = [valid, None]
     first = cat_attention(views[0][0], sources[:1], scale=0.125, valid_lengths=lengths[:1])[0]
     second = cat_attention(q, sources, scale=0.125, valid_lengths=lengths)[0]

@@ -7,15 +7,19 @@ so that there are several of them and the last is not full; the launcher's own a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from swifti2v_kernels import fold_upsample_weight
+from swifti2v_kernels.conv.causal_conv3d import ConvCall
 from swifti2v_kernels.conv.causal_conv3d_kernel import launch_causal_conv3d
+from swifti2v_kernels.conv.frames_out import FramesCall
 from swifti2v_kernels.conv.frames_out_kernel import launch_frames_out
 from swifti2v_kernels.conv.loop import ConvConfig
+from swifti2v_kernels.conv.upsample_conv2d import UpsampleCall
 from swifti2v_kernels.conv.upsample_conv2d_kernel import launch_upsample_conv2d
 from swifti2v_kernels.norm.rms_norm_silu_kernel import launch_rms_norm_silu
 from tests.support.conv_oracle import convolved, normed, upsampled, weights
@@ -24,9 +28,19 @@ from tests.support.tolerances import KERNEL, relative_error
 HALF = torch.float16
 
 
-def small(columns: int) -> ConvConfig:
-    """Returns tiles of 16 pixels, 16 channels and up to 96 columns, the last 32 of these in the second accumulator."""
-    return ConvConfig(16, 64, 32, 16, 4, 1) if columns > 64 else ConvConfig(16, 16, 0, 16, 4, 1)
+@pytest.fixture
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Takes tiles of 16 pixels, 16 channels and up to 96 columns, the last 32 of these in the second accumulator."""
+
+    def small(cls: type[ConvConfig], capability: int | None, channels: int, columns: int, *rest: Any) -> ConvConfig:
+        return cls(16, 64, 32, 16, 4, 1) if columns > 64 else cls(16, 16, 0, 16, 4, 1)
+
+    if request.param == "small":
+        monkeypatch.setattr(ConvConfig, "heuristic", classmethod(small))
+    return request.param
+
+
+each = pytest.mark.parametrize("tiles", ["small", "heuristic"], indirect=True)
 
 
 def randn(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -38,15 +52,16 @@ def parameters(columns: int, channels: int, kernel: Sequence[int]) -> list[Tenso
 
 
 @pytest.mark.parametrize(
-    ("columns", "kernel", "past", "stride", "padding", "heuristic"),
+    ("columns", "kernel", "past", "stride", "padding", "tiles"),
     [
-        (20, (3, 3, 3), 2, (1, 1, 1), (1, 1, 1, 1), False),  # two programs share a pixel, columns do not fill them
-        (16, (3, 3, 3), 1, (1, 1, 1), (0, 0, 0, 0), False),  # every pixel is inside
-        (16, (3, 3, 3), 0, (1, 1, 1), (-1, 1, 0, -2), False),
-        (16, (1, 3, 3), 0, (1, 2, 2), (0, 1, 0, 1), False),
-        (16, (3, 1, 1), 1, (2, 1, 1), (0, 0, 0, 0), False),
-        (20, (3, 3, 3), 1, (1, 1, 1), (1, 0, 0, 1), True),
+        (20, (3, 3, 3), 2, (1, 1, 1), (1, 1, 1, 1), "small"),  # two programs share a pixel, columns do not fill them
+        (16, (3, 3, 3), 1, (1, 1, 1), (0, 0, 0, 0), "small"),  # every pixel is inside
+        (16, (3, 3, 3), 0, (1, 1, 1), (-1, 1, 0, -2), "small"),
+        (16, (1, 3, 3), 0, (1, 2, 2), (0, 1, 0, 1), "small"),
+        (16, (3, 1, 1), 1, (2, 1, 1), (0, 0, 0, 0), "small"),
+        (20, (3, 3, 3), 1, (1, 1, 1), (1, 0, 0, 1), "heuristic"),
     ],
+    indirect=["tiles"],
 )
 def test_convolution_stays_inside(
     columns: int,
@@ -54,21 +69,20 @@ def test_convolution_stays_inside(
     past: int,
     stride: tuple[int, int, int],
     padding: tuple[int, int, int, int],
-    heuristic: bool,
+    tiles: str,
 ) -> None:
     """A convolution stays inside where neither its 12 channels nor its frames fill tiles, and nothing is aligned."""
     x, history = randn(1, 3, 5, 7, 12), randn(1, past, 5, 7, 12) if past else None
     weight, bias = parameters(columns, 12, kernel)
     expected = convolved(x, weight, bias, history, stride, padding)
     out = torch.empty(expected.shape, device="cuda", dtype=HALF)
-    config = None if heuristic else small(columns)
-    launch_causal_conv3d(x, history, weight, bias, None, None, out, None, stride, padding, config)
+    launch_causal_conv3d(ConvCall(x, weight, bias, history, stride, padding, None, None, out, None))
     assert relative_error(out, expected) < KERNEL["float16"]
 
 
-@pytest.mark.parametrize("heuristic", [False, True])
+@each
 @pytest.mark.parametrize("columns", [96, 82])
-def test_two_accumulators_and_a_residual_in_place_stay_inside(columns: int, heuristic: bool) -> None:
+def test_two_accumulators_and_a_residual_in_place_stay_inside(columns: int, tiles: str) -> None:
     """A tile within larger frames stays inside.
 
     Its history lies elsewhere; the sum is written over the residual, and the norm beside it.
@@ -81,15 +95,14 @@ def test_two_accumulators_and_a_residual_in_place_stay_inside(columns: int, heur
     )
     padding = (0, 1, 1, 0)
     expected = convolved(x, weight, bias, past, padding=padding, residual=residual)
-    config = None if heuristic else small(columns)
-    launch_causal_conv3d(x, past, weight, bias, residual, gamma, residual, z, (1, 1, 1), padding, config)
+    launch_causal_conv3d(ConvCall(x, weight, bias, past, (1, 1, 1), padding, residual, gamma, residual, z))
     assert relative_error(residual, expected) < KERNEL["float16"]
     assert relative_error(z, normed(residual, gamma)) < KERNEL["float16"]
 
 
 @pytest.mark.parametrize("padding", [(1, 1, 1, 1), (1, 0, 0, 0), (-2, -1, -3, 1)], ids=str)
-@pytest.mark.parametrize("heuristic", [False, True])
-def test_upsampling_stays_inside(padding: tuple[int, int, int, int], heuristic: bool) -> None:
+@each
+def test_upsampling_stays_inside(padding: tuple[int, int, int, int], tiles: str) -> None:
     """Odd sizes, of which the phases have unequal shares, stay inside.
 
     The residual is in place, and the norm is of both accumulators.
@@ -100,32 +113,31 @@ def test_upsampling_stays_inside(padding: tuple[int, int, int, int], heuristic: 
     expected = upsampled(x, weight, bias, padding)
     residual, z = (randn(*expected.shape) for _ in range(2))
     expected = expected + residual.double()
-    config = None if heuristic else small(96)
-    launch_upsample_conv2d(x, phases, bias, residual, gamma, residual, z, padding, config)
+    launch_upsample_conv2d(UpsampleCall(x, phases, bias, residual, gamma, padding, residual, z))
     assert relative_error(residual, expected) < KERNEL["float16"]
     assert relative_error(z, normed(residual, gamma)) < KERNEL["float16"]
 
 
-@pytest.mark.parametrize("heuristic", [False, True])
+@each
 @pytest.mark.parametrize("patch", [1, 2])
-def test_frames_stay_inside(patch: int, heuristic: bool) -> None:
+def test_frames_stay_inside(patch: int, tiles: str) -> None:
     """Bytes in the last corner of the frames, and clamped numbers in frames of exactly this size, stay inside."""
     x, past = randn(1, 2, 4, 5, 12), randn(1, 1, 4, 5, 12)
     weight, bias = parameters(3 * patch * patch, 12, (3, 3, 3))
-    padding, config = (1, 0, 0, 1), None if heuristic else small(16)
+    padding = (1, 0, 0, 1)
     v = convolved(x, weight, bias, past, padding=padding)
     v = v.unflatten(4, (3, patch, patch)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
     height, width = v.shape[2:4]
     frames = torch.full((1, 3, height + 2, width + 1, 3), 7, dtype=torch.uint8).to("cuda")
     out = frames[:, 1:, 2:, 1:]
-    launch_frames_out(x, past, weight, bias, out, padding, patch, config)
+    launch_frames_out(FramesCall(x, weight, bias, past, padding, patch, out))
     expected = (v * 127.5 + 128).floor().clamp(0, 255)
     assert ((out.double() - expected).abs() <= 1).all()
     assert (frames[:, :1] == 7).all()
     assert (frames[:, :, :2] == 7).all()
     assert (frames[:, :, :, :1] == 7).all()
     clamped = torch.empty(v.shape, dtype=HALF, device="cuda")
-    launch_frames_out(x, past, weight, bias, clamped, padding, patch, config)
+    launch_frames_out(FramesCall(x, weight, bias, past, padding, patch, clamped))
     assert relative_error(clamped, v.clamp(-1, 1)) < KERNEL["float16"]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swifti2v_kernels import QuantizedRows
+from swifti2v_kernels import QuantizedRows, gated_residual, norm_modulate
+from swifti2v_kernels.linear.dequantize_rows import DequantizeCall
 from swifti2v_kernels.linear.dequantize_rows_kernel import launch_dequantize_rows
-from swifti2v_kernels.linear.quantize_rows import quantize_rows_reference
+from swifti2v_kernels.linear.quantize_rows import QuantizeCall
 from swifti2v_kernels.linear.quantize_rows_kernel import launch_quantize_rows
-from swifti2v_kernels.norm.adaln import gated_residual_reference, norm_modulate_reference
-from swifti2v_kernels.norm.adaln_kernel import LAYER, launch_adaln
+from swifti2v_kernels.linear.rows import quantized_reference
+from swifti2v_kernels.norm.adaln import AdalnCall
+from swifti2v_kernels.norm.adaln_kernel import launch_adaln
 from tests.support.tolerances import relative_error
 
 KINDS = [torch.float8_e4m3fn, torch.int8]
@@ -29,8 +31,8 @@ def test_quantising_stays_inside(length: int, channels: int, kind: torch.dtype) 
     """Programs of many rows, of which the last has fewer, and of one row stay inside."""
     x = torch.randn(length, channels).to("cuda", torch.bfloat16)
     out = rows(length, channels, kind=kind)
-    launch_quantize_rows(x, out)
-    expected = quantize_rows_reference(x, kind)
+    launch_quantize_rows(QuantizeCall(x, *out))
+    expected = quantized_reference(x, kind)
     assert torch.equal(out.scales, expected.scales)
     assert torch.equal(out.values.float(), expected.values.float())
 
@@ -42,7 +44,7 @@ def test_dequantising_stays_inside(length: int, channels: int, kind: torch.dtype
     values = torch.randint(-100, 100, (length, channels)).to("cuda", torch.int8).view(kind)
     out = torch.empty(length, channels, dtype=torch.bfloat16, device="cuda")
     for scales in (torch.rand(length).to("cuda"), torch.rand(1).to("cuda").expand(length)):
-        launch_dequantize_rows(values, scales, out)
+        launch_dequantize_rows(DequantizeCall(values, scales, out))
         expected = (values.float() * scales[:, None]).bfloat16()
         assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
@@ -54,9 +56,10 @@ def test_quantised_norms_stay_inside(block_len: int, channels: int, kind: torch.
     gate, shift, scale = torch.randn(2, 2, 3, channels).to("cuda").unbind(2)
     block_map = torch.tensor([1, 0, 1], dtype=torch.int32).to("cuda")
     x_out, out = torch.empty_like(x), rows(*x.shape, kind=kind)
-    launch_adaln(x, update, gate, shift, scale, None, None, block_map, LAYER, 1e-6, x_out, *out)
-    x_new = gated_residual_reference(x, update, gate, block_map)
-    expected = norm_modulate_reference(x_new, shift, scale, None, None, block_map, "layer", 1e-6, kind)
+    launch_adaln(AdalnCall(x, update, gate, shift, scale, None, None, block_map, "layer", 1e-6, x_out, *out))
+    by_torch = {"block_map": block_map, "backend": "torch"}
+    x_new = gated_residual(x, update, gate, **by_torch)
+    expected = norm_modulate(x_new, shift, scale, quantize=kind, **by_torch)
     assert relative_error(out.scales, expected.scales) < 1e-6
     # A few numbers in the middle between two codes may go to the other, a step of at most 1/8 of the number away.
     assert relative_error(out.values, expected.values) < 1e-2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swifti2v_kernels.linear.rows import QuantizedRows, quantized_reference
-from swifti2v_kernels.linear.scaled_linear import scaled_linear_reference
+from swifti2v_kernels.linear.scaled_linear import ScaledCall, scaled_linear_reference
 from swifti2v_kernels.linear.scaled_linear_kernel import ScaledConfig, launch_scaled_linear
 from tests.support.tolerances import KERNEL, relative_error
 
@@ -27,10 +27,10 @@ def test_products_stay_inside(
     monkeypatch.setattr(ScaledConfig, "heuristic", classmethod(lambda cls, *args: TILES))
     x, weight = (quantized_reference(torch.randn(n, channels), kind) for n in (tokens, columns))
     bias = torch.randn(columns).to(torch.bfloat16)
-    expected = scaled_linear_reference(x, weight, bias, "gelu_tanh", torch.float32)
+    expected = scaled_linear_reference(ScaledCall(*x, *weight, bias, True, None, torch.float32))
     there = [QuantizedRows(*(part.to("cuda") for part in rows)) for rows in (x, weight)]
     out = torch.empty(tokens, columns, device="cuda", dtype=torch.bfloat16)
-    launch_scaled_linear(*there[0], *there[1], bias.to("cuda"), True, out)
+    launch_scaled_linear(ScaledCall(*there[0], *there[1], bias.to("cuda"), True, out))
     assert relative_error(out.cpu(), expected) < KERNEL["bfloat16"]
 
 
@@ -40,6 +40,7 @@ def test_parts_of_buffers_stay_inside() -> None:
     x = QuantizedRows(whole.values.to("cuda")[2:, 16:], torch.randn(5, 2).to("cuda")[:, 1])
     weight = QuantizedRows(*(part.to("cuda") for part in quantized_reference(torch.randn(16, 32), torch.int8)))
     out = torch.empty(5, 16, device="cuda")
-    launch_scaled_linear(*x, *weight, None, False, out)
+    launch_scaled_linear(ScaledCall(*x, *weight, None, False, out))
     there = [QuantizedRows(*(part.cpu() for part in rows)) for rows in (x, weight)]
-    assert relative_error(out.cpu(), scaled_linear_reference(*there, None, None, torch.float32)) < KERNEL["float32"]
+    expected = scaled_linear_reference(ScaledCall(*there[0], *there[1], None, False, None, torch.float32))
+    assert relative_error(out.cpu(), expected) < KERNEL["float32"]

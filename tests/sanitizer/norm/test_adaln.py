@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swifti2v_kernels.norm.adaln import gated_residual_reference, norm_modulate_reference
-from swifti2v_kernels.norm.adaln_kernel import LAYER, RMS, launch_adaln
+from swifti2v_kernels import gated_residual, norm_modulate
+from swifti2v_kernels.norm.adaln import AdalnCall
+from swifti2v_kernels.norm.adaln_kernel import launch_adaln
 from tests.support.tolerances import OPERATOR, relative_error
 
 
@@ -21,14 +22,15 @@ def test_adaln_stays_inside(block_len: int, channels: int) -> None:
     weight, bias = torch.randn(2, channels).to("cuda")
     block_map = torch.tensor([1, 0, 1], dtype=torch.int32).to("cuda")
     x_out, y_out = torch.empty_like(x), torch.empty_like(x)
-    launch_adaln(x, update, gate, shift, scale, weight, bias, block_map, LAYER, 1e-6, x_out, y_out)
-    expected = gated_residual_reference(x, update, gate, block_map)
+    launch_adaln(AdalnCall(x, update, gate, shift, scale, weight, bias, block_map, "layer", 1e-6, x_out, y_out))
+    rows = {"block_map": block_map, "backend": "torch"}
+    expected = gated_residual(x, update, gate, **rows)
     assert relative_error(x_out, expected) < OPERATOR["bfloat16"]
-    expected = norm_modulate_reference(expected, shift, scale, weight, bias, block_map, "layer", 1e-6)
+    expected = norm_modulate(expected, shift, scale, weight=weight, bias=bias, **rows)
     assert relative_error(y_out, expected) < OPERATOR["bfloat16"]
     in_place = x.clone()
-    launch_adaln(in_place, None, None, shift, scale, None, None, block_map, RMS, 1e-6, None, in_place)
-    expected = norm_modulate_reference(x, shift, scale, None, None, block_map, "rms", 1e-6)
+    launch_adaln(AdalnCall(in_place, None, None, shift, scale, None, None, block_map, "rms", 1e-6, None, in_place))
+    expected = norm_modulate(x, shift, scale, norm="rms", **rows)
     assert relative_error(in_place, expected) < OPERATOR["bfloat16"]
 
 
@@ -36,6 +38,6 @@ def test_rows_that_are_not_there_are_not_read() -> None:
     x, y = torch.randn(1, 6, 96).to("cuda"), torch.empty(1, 6, 96, device="cuda")
     shift, scale = torch.randn(2, 1, 2, 96).to("cuda")
     block_map = torch.tensor([1, 2**30, -1], dtype=torch.int32).to("cuda")
-    launch_adaln(x, None, None, shift, scale, None, None, block_map, LAYER, 1e-6, None, y)
+    launch_adaln(AdalnCall(x, None, None, shift, scale, None, None, block_map, "layer", 1e-6, None, y))
     assert y[:, 2:].isnan().all()
     assert not y[:, :2].isnan().any()
