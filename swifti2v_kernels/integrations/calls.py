@@ -66,6 +66,14 @@ class AttentionCalls:
         if counts():
             self.implementations[implementation] += 1
 
+    def refuses(self, *reasons: tuple[bool, str]) -> bool:
+        """Returns whether one of these reasons holds, whose call goes where it would have gone; counts the first."""
+        for holds, reason in reasons:
+            if holds:
+                self.decline(reason)
+                return True
+        return False
+
     def decline(self, reason: str) -> None:
         """Counts a call that goes where it would have gone anyway."""
         if counts():

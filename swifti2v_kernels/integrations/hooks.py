@@ -17,8 +17,6 @@ _MOVING_HOOKS = {
     *("GroupOffloadingHook", "LazyPrefetchGroupOffloadingHook", "LayerExecutionTrackerHook"),
     *("LayerwiseCastingHook", "PeftInputAutocastDisableHook", "AlignDevicesHook", "CpuOffload"),
 }
-#: What is said of a module whose class's own forward is nowhere in the chain.
-REPLACED = "its forward has been replaced already"
 
 
 def hooked(module: nn.Module) -> bool:
@@ -76,11 +74,4 @@ def own_forward(module: nn.Module) -> tuple[Any, str] | None:
         value = getattr(holder, attribute)
         if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward:
             return holder, attribute
-    return None
-
-
-def foreign_forward(module: nn.Module) -> str | None:
-    """Returns why the chain around ``forward`` cannot be entered, or None: something else is in the class's place."""
-    if own_forward(module) is None and next(forward_slots(module), None) is not None:
-        return REPLACED
     return None

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from .calls import COMPILED, AttentionCalls, any_traced
-from .hooks import REPLACED, foreign_forward
+from .hooks import forward_slots, own_forward
 from .obstacles import in_model
 from .probing import disproofs, one_line
 from .recipe import CALLS, HostChanged, Patch, Recipe
@@ -69,10 +69,7 @@ class Report:
         Returns:
             A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
         """
-        result = Report("restored")
-        for root in self.roots:
-            result.left += restore_module(root).left
-        return result
+        return restore_module(*self.roots)
 
     def obstacles(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say where no kernel runs, by where the models are now."""
@@ -85,7 +82,7 @@ class Report:
     def outcomes(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say what has become of the calls of each kind of module until now."""
         for component, _, patches in self.planned:
-            layers = {(patch.recipe.feature, patch.name) for patch in patches if None in patch.calls}
+            served = [patch for patch in patches if None in patch.calls]
             for recipe in {patch.recipe.host: patch.recipe for patch in patches}.values():
                 kind = [patch for patch in patches if patch.recipe.host == recipe.host]
                 for reason, n in sum((patch.calls for patch in kind), Counter()).most_common():
@@ -97,7 +94,7 @@ class Report:
                         yield "called" if recipe.served_apart else "served", _line(some, component, calls)
                 idle = [patch for patch in kind if not patch.calls]
                 # A layer of a VAE computes with the weights of its parts and calls none of them.
-                if parts := [patch for patch in idle if not layers.isdisjoint(patch.around())]:
+                if parts := [patch for patch in idle if any(map(patch.is_in, served))]:
                     yield "served", _line(parts, component, "as parts of layers that were")
                     idle = [patch for patch in idle if patch not in parts]
                 if idle:
@@ -137,18 +134,10 @@ def plan_patches(
     host_version: str,
     earlier: Mapping[nn.Module, str] | None = None,
 ) -> tuple[list[Patch], list[Line], list[Line]]:
-    """Plans the replacement of everything in ``root`` that recipes know.
+    """Plans the replacement of everything in ``root`` that recipes know; only looks, with arguments as elsewhere here.
 
-    Args:
-        component: name of ``root`` for the report.
-        root: the host's model; looked through, not changed.
-        recipes: the kinds of modules that are known.
-        wanted: whether each feature was asked for.
-        host_version: for the error, such as ``diffusers 0.42.1``.
-        earlier: modules that other models of this call have too, with the name of the model; they are left.
-
-    Returns:
-        The patches, the report's lines of what they replace, and those of what is left alone.
+    ``component`` names it in the report, and ``earlier`` has the modules that other models have too, which are left,
+    with the model's name. Returned are the patches, the lines of what they replace, and those of what is left.
 
     Raises:
         HostChanged: a module is of a known kind but lacks an attribute, or its ``forward`` takes other parameters.
@@ -158,57 +147,48 @@ def plan_patches(
     left: list[Line] = []
     for name, module in root.named_modules():
         path = f"{component}.{name}" if name else component
-        for kind in _kinds(module):
-            recipe = by_host.get(kind)
-            if recipe is None and kind == type(module).__name__:
-                if any(base.__name__ in by_host for base in type(module).__mro__):
-                    left.append(Line(path, kind, 1, "not known"))
-                continue
-            if (owner := (earlier or {}).get(module)) is not None:
-                left.append(Line(path, kind, 1, f"the same modules as in {owner}"))
-                continue
-            if recipe is None:
+        owner = (earlier or {}).get(module)
+        for kind in (type(x) for x in (module, getattr(module, "processor", None)) if x is not None):
+            recipe = by_host.get(kind.__name__)
+            if recipe is None and kind is type(module):
+                reason = "not known" if any(base.__name__ in by_host for base in kind.__mro__) else ""
+            elif owner is not None:
+                reason = f"the same modules as in {owner}"
+            elif recipe is None:
                 ours = CALLS in module.__dict__
-                text = "accelerated already" if ours else "no replacement for this attention processor"
-                left.append(Line(path, kind, 1, text))
-                continue
-            if not wanted[recipe.feature]:
-                left.append(Line(path, kind, 1, f"{recipe.feature}=False"))
-                continue
-            if (elsewhere := _defined_elsewhere(module, recipe)) is not None:
-                left.append(Line(path, kind, 1, elsewhere))
-                continue
-            _check_host(path, module, recipe, host_version)
-            reason = _unfit(module, recipe) or (None if recipe.processor else foreign_forward(module))
-            if reason == REPLACED and CALLS in module.__dict__:
-                reason = "accelerated already"
-            if reason is not None:
-                left.append(Line(path, kind, 1, reason))
+                reason = "accelerated already" if ours else "no replacement for this attention processor"
+            elif not wanted[recipe.feature]:
+                reason = f"{recipe.feature}=False"
             else:
+                reason = _unfit(path, module, recipe, host_version)
+            if reason is None:
                 fitting.append((path, module, recipe))
+            elif reason:
+                left.append(Line(path, kind.__name__, 1, reason))
     unproved = disproofs((m, r.counted_forward, r.probe) for _, m, r in fitting if r.forward and r.probe)
     left += [Line(path, recipe.host, 1, unproved[m]) for path, m, recipe in fitting if m in unproved]
     patches = [_make_patch(path, module, recipe) for path, module, recipe in fitting if module not in unproved]
     return (
         patches,
-        _grouped((Line(p.name, p.recipe.host, 1, p.recipe.by) for p in patches), component),
+        _grouped([Line(p.name, p.recipe.host, 1, p.recipe.by) for p in patches], component),
         _grouped(left, component),
     )
 
 
-def apply_patches(root: nn.Module, patches: Sequence[Patch]) -> None:
-    """Applies all patches, or none if one fails, and remembers them in ``root``."""
+def apply_patches(*plans: tuple[nn.Module, Sequence[Patch]]) -> None:
+    """Applies the patches of all roots, or none if one fails, and remembers them in their roots."""
     done: list[Patch] = []
     try:
-        for patch in patches:
+        for patch in (patch for _, patches in plans for patch in patches):
             patch.apply()
             done.append(patch)
     except BaseException:
         for patch in reversed(done):
             patch.undo()
         raise
-    if patches:
-        root.__dict__[_RECORD] = _Record(patches)
+    for root, patches in plans:
+        if patches:
+            root.__dict__[_RECORD] = _Record(patches)
 
 
 class _Record(list[Patch]):
@@ -219,6 +199,23 @@ class _Record(list[Patch]):
 
     def __reduce__(self) -> Any:
         raise TypeError("an accelerated module cannot be pickled: restore() it first, or save its state_dict()")
+
+
+def models_in(given: Any, parts: Mapping[str, Any], expected: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields ``given`` if it is a module, else those of its ``parts`` that are, by name.
+
+    What ``torch.compile`` returns wraps a model, which is yielded.
+
+    Raises:
+        TypeError: ``given`` is no module and has no parts; ``expected`` begins the message.
+    """
+    if isinstance(given, nn.Module):
+        parts = {type(getattr(given, "_orig_mod", given)).__name__: given}
+    if not parts:
+        raise TypeError(f"{expected}, got {type(given).__name__}")
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            yield name, getattr(part, "_orig_mod", part)
 
 
 def patch_models(
@@ -263,34 +260,24 @@ def patch_models(
         report.planned.append((name, root, patches))
         report.replaced += replaced
         report.left += left or ([] if replaced else [Line(name, type(root).__name__, 0, "not known")])
-    if report.dry_run:
-        return
-    done: list[nn.Module] = []
-    try:
-        for root, patches in plans:
-            apply_patches(root, patches)
-            done.append(root)
-    except BaseException:
-        for root in done:
-            restore_module(root)
-        raise
-    report.roots = done
+    if not report.dry_run:
+        apply_patches(*plans)
+        report.roots = [root for root, _ in plans]
 
 
-def restore_module(root: nn.Module) -> Report:
-    """Undoes :func:`apply_patches`, in ``root`` and in modules within it.
+def restore_module(*roots: nn.Module, title: str = "restored") -> Report:
+    """Undoes :func:`apply_patches`, in ``roots`` and in modules within them.
 
     The report returned names what is not where it was put: others have replaced it, or a chain of hooks hides it. That
     is remembered, so that it can be tried again.
     """
-    report = Report("restored")
-    for module in root.modules():
+    report = Report(title)
+    for module in (module for root in roots for module in root.modules()):
         kept = [patch for patch in reversed(module.__dict__.pop(_RECORD, [])) if not patch.undo()]
         if kept:
             module.__dict__[_RECORD] = _Record(reversed(kept))
-        report.left += [
-            Line(p.name, p.recipe.host, 1, "replaced or wrapped by others since; left as it is") for p in kept
-        ]
+        text = "replaced or wrapped by others since; left as it is"
+        report.left += [Line(p.name, p.recipe.host, 1, text) for p in kept]
     return report
 
 
@@ -299,19 +286,29 @@ def is_patched(root: nn.Module) -> bool:
     return any(_RECORD in module.__dict__ for module in root.modules())
 
 
-def _kinds(module: nn.Module) -> Iterator[str]:
-    yield type(module).__name__
-    processor = getattr(module, "processor", None)
-    if processor is not None:
-        yield type(processor).__name__
+def _unfit(path: str, module: nn.Module, recipe: Recipe, host_version: str) -> str | None:
+    """Returns why a module of a known kind is left, or None.
 
-
-def _unfit(module: nn.Module, recipe: Recipe) -> str | None:
+    Raises:
+        HostChanged: the module is the host's, and not what its replacement was written for.
+    """
+    if (elsewhere := _defined_elsewhere(module, recipe)) is not None:
+        return elsewhere
+    unlike = recipe.unlike(module)
+    if unlike is not None and not recipe.common:
+        raise HostChanged(
+            f"{host_version} is not what the replacement of {recipe.host} was written for: {path} has {unlike};"
+            " nothing was changed"
+        )
     try:
-        return recipe.fits(module)
+        reason = recipe.fits(module) or unlike
     # A module of the same name may be anything.
     except Exception as error:
         return f"it could not be looked at: {one_line(error)}"
+    # Something else is in the place of the class's own forward, which cannot be entered.
+    if reason is None and recipe.processor is None and own_forward(module) is None and any(forward_slots(module)):
+        return "accelerated already" if CALLS in module.__dict__ else "its forward has been replaced already"
+    return reason
 
 
 def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
@@ -334,44 +331,14 @@ def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
-def _check_host(path: str, module: nn.Module, recipe: Recipe, host_version: str) -> None:
-    def changed(what: str) -> HostChanged:
-        return HostChanged(
-            f"{host_version} is not what the replacement of {recipe.host} was written for: {path} has {what};"
-            " nothing was changed"
-        )
-
-    for need in recipe.needs(module) if callable(recipe.needs) else recipe.needs:
-        owner: Any = module
-        for part in need.split("."):
-            if not hasattr(owner, part):
-                raise changed(f"no attribute {need!r}")
-            owner = getattr(owner, part)
-    if recipe.parameters is None:
-        return
-    function = type(module.processor).__call__ if recipe.processor else type(module).forward
-    found = [name for name in inspect.signature(function).parameters if name not in ("self", "args", "kwargs")]
-    missing = [name for name in recipe.parameters if name not in found]
-    surplus = [name for name in found if name not in recipe.parameters]
-    where = "processor" if recipe.processor else "forward"
-    if missing:
-        raise changed(f"no parameter {missing[0]!r} in its {where}")
-    if surplus:
-        raise changed(f"a parameter {surplus[0]!r} in its {where} that is not known")
-
-
 def _line(patches: Sequence[Patch], component: str, text: str) -> Line:
     """Returns a line for patches of one kind; a single one has its full name."""
     name = patches[0].name if len(patches) == 1 else component
     return Line(name, patches[0].recipe.host, len(patches), text)
 
 
-def _grouped(lines: Iterable[Line], component: str) -> list[Line]:
+def _grouped(lines: Sequence[Line], component: str) -> list[Line]:
     """Returns one line for all modules of a kind that were treated alike; a single one keeps its full name."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.host, line.text), []).append(line)
-    return [
-        Line(group[0].component if len(group) == 1 else component, host, len(group), text)
-        for (host, text), group in groups.items()
-    ]
+    counts = Counter((line.host, line.text) for line in lines)
+    names = {(line.host, line.text): line.component for line in lines}
+    return [Line(names[key] if n == 1 else component, key[0], n, key[1]) for key, n in counts.items()]

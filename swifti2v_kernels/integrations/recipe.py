@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,15 @@ class HostChanged(RuntimeError):
     """
 
 
+def lacks(owner: Any, need: str) -> bool:
+    """Returns whether ``owner`` has no attribute ``need``, which is dotted."""
+    try:
+        operator.attrgetter(need)(owner)
+    except AttributeError:
+        return True
+    return False
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The replacement for one kind of host module, and what that module must look like.
@@ -36,38 +47,62 @@ class Recipe:
         feature: ``attention``, ``norms`` or ``vae``.
         by: what replaces it, for the report.
         needs: attributes of the module that the replacement reads, dotted; or a function of the module that gives them.
-        parameters: names of the parameters of the host's ``forward`` (or of the processor's ``__call__``), or None if
-            ``fits`` looks at them.
-        forward: ``forward(module, ...)`` that replaces the module's own. For a call that it does not take, it changes
-            nothing and returns the reason, a string; the host's own forward is called then.
-        processor: makes an attention processor from the present one.
+        forward: ``forward(module, ...)`` that replaces the module's own, with parameters of the same names. For a call
+            that it does not take, it changes nothing and returns the reason, a string; the host's own forward is called
+            then.
+        processor: class of attention processors, made from the present one; its ``__call__`` has the same parameters.
         fits: says why one particular module cannot be replaced, or None.
         package: the host's package; a class or a ``forward`` of the same name from elsewhere is left and named.
         own: gives the host's own forward by the class of a module.
         served_apart: whether :attr:`Report.calls` says which calls are served, and the replacement cannot.
         probe: gives the trials that prove that ``forward`` computes what the module's own does. A recipe without a
             package has one, unless ``forward`` is the host's code, since a class's name proves nothing.
+        common: whether the class name is a common one: a module with other parameters is left, and no host has changed.
     """
 
     host: str
     feature: str
     by: str
     needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
-    parameters: tuple[str, ...] | None
     forward: Callable[..., Any] | None = None
-    processor: Callable[[Any], Any] | None = None
+    processor: type | None = None
     fits: Callable[[Any], str | None] = lambda module: None
     package: str | None = None
     own: Callable[[type[nn.Module]], Callable[..., Any]] = lambda kind: kind.forward
     served_apart: bool = False
     probe: Probe | None = None
+    common: bool = False
+
+    @property
+    def parameters(self) -> Sequence[inspect.Parameter]:
+        """The parameters after the module of ``forward``, or of the processor's ``__call__``."""
+        function = self.forward if self.processor is None else self.processor.__call__
+        return tuple(inspect.signature(function).parameters.values())[1:]
+
+    def unlike(self, module: nn.Module) -> str | None:
+        """Returns in what ``module`` is not what this was written for, an attribute or a parameter, or None."""
+        for need in self.needs(module) if callable(self.needs) else self.needs:
+            if lacks(module, need):
+                return f"no attribute {need!r}"
+        ours = self.parameters
+        if any(p.kind is p.VAR_POSITIONAL for p in ours):
+            return None
+        function = type(module).forward if self.processor is None else type(module.processor).__call__
+        found = [name for name in inspect.signature(function).parameters if name not in ("self", "args", "kwargs")]
+        where = "forward" if self.processor is None else "processor"
+        surplus = [name for name in found if all(name != p.name for p in ours)]
+        # What a version does not have yet, it does not have at the end.
+        needed = [p.name for i, p in enumerate(ours) if p.default is p.empty or (i < len(found) and not surplus)]
+        missing = [] if self.common else [name for name in needed if name not in found]
+        if missing:
+            return f"no parameter {missing[0]!r} in its {where}"
+        return f"a parameter {surplus[0]!r} in its {where} that is not known" if surplus else None
 
     # One function for all modules: compiled code of one layer is then that of the others too.
     @functools.cached_property
     def counted_forward(self) -> Callable[..., Any]:
         """``forward``, with the host's own for the calls that it does not take; both are counted."""
         forward = self.forward
-        assert forward is not None
 
         @functools.wraps(forward)
         def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -103,11 +138,9 @@ class Patch:
     calls: Counter[str | None] = field(default_factory=Counter, compare=False)
     parts: tuple[type, ...] = ()
 
-    def around(self) -> Iterator[tuple[str, str]]:
-        """Yields the names of the modules around this one, each with the feature of this one."""
-        for i, character in enumerate(self.name):
-            if character == ".":
-                yield self.recipe.feature, self.name[:i]
+    def is_in(self, layer: Patch) -> bool:
+        """Returns whether the module is within that of ``layer``, and both are of one feature."""
+        return self.name.startswith(f"{layer.name}.") and self.recipe.feature == layer.recipe.feature
 
     def count(self) -> None:
         """Has the module's calls counted from now on, and changes of its parts noticed."""
@@ -131,9 +164,7 @@ class Patch:
         if self.recipe.processor is not None:
             if self.module.processor is not self.replacement:
                 return False
-            hand_back = getattr(self.replacement, "hand_back", None)
-            if hand_back is not None:
-                hand_back()
+            self.replacement.hand_back()
             _set_processor(self.module, self.original)
             return True
         for holder, attribute in forward_slots(self.module):

@@ -71,8 +71,8 @@ def replace_sdpa(module: nn.Module | None = None, *, backend: str = "auto") -> I
     hooks = []
     if module is not None:
         # First and always, so that every beginning is seen and every end, an exception's too.
-        hooks.append(module.register_forward_pre_hook(routing.begin, prepend=True))
-        hooks.append(module.register_forward_hook(routing.end, always_call=True))
+        hooks.append(module.register_forward_pre_hook(lambda *_: routing.step(1), prepend=True))
+        hooks.append(module.register_forward_hook(lambda *_: routing.step(-1), always_call=True))
     try:
         with routing:
             yield routing.calls
@@ -127,15 +127,10 @@ class _Routing(TorchFunctionMode):
         self.depth = 1 if everywhere else 0
         self.thread = _thread()
 
-    def begin(self, module: nn.Module, args: Any) -> None:
-        """Counts a forward of the module that begins, as its forward pre-hook."""
+    def step(self, by: int) -> None:
+        """Counts a forward of the module that begins or ends, from a hook, and changes nothing."""
         if _thread() == self.thread:
-            self.depth += 1
-
-    def end(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Counts a forward of the module that ends, as its forward hook."""
-        if _thread() == self.thread:
-            self.depth -= 1
+            self.depth += by
 
     def __torch_function__(
         self,
@@ -171,26 +166,21 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Returns the attention ``[B, H, L, D]`` of a call of torch's function, or None if our operator cannot serve it."""
-    for asked, reason in (
+    if calls.refuses(
         (attn_mask is not None, "attn_mask is given"),
         (is_causal, "is_causal"),
         (dropout_p > 0, "dropout_p is not 0"),
         (enable_gqa and query.shape[-3] != key.shape[-3], "enable_gqa: fewer heads of keys than of queries"),
+        (not query.ndim == key.ndim == value.ndim == 4, "not [B, H, L, D]"),
     ):
-        if asked:
-            calls.decline(reason)
-            return None
-    q, k, v = (_autocast(x) for x in (query, key, value))
-    if not q.ndim == k.ndim == v.ndim == 4:
-        calls.decline("not [B, H, L, D]")
         return None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
     out = attend(q, k, v, calls, scale=scale, backend=backend)
     return None if out is None else out.transpose(1, 2)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Returns ``x`` as torch's own attention is given it under autocast, for calls that come to us before."""
+def autocast(x: Tensor) -> Tensor:
+    """Returns ``x`` as torch's own operators are given it under autocast, for calls that come to us before."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x

@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 #: What each prints when it has worked.
 PRINTS = {
-    "csg_diffusers_wan": r"in 4 segments, at most 5 of 11 blocks at once",
+    "csg_diffusers_wan": r"\(4, 5, 6\) given \(0, 3\): latents \(1, 16, 3, 8, 12\)[\s\S]* at most 5 of 11",
     "diffusers_wan_i2v": r"4 x WanAttnProcessor .* segment_attention[\s\S]*video \(1, 9, 3, 32, 48\), finite: True",
     "dit_layer": r"tokens \(2, 72, 256\) -> \(2, 72, 256\), finite: True",
     "joint_attention": r"video \(2, 300, 4, 128\), text \(2, 32, 4, 128\), relative difference \d\.\de[+-]0[03-9]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from typing import Any
 
@@ -17,16 +18,11 @@ from torch import Tensor, nn
 from swifti2v_kernels.integrations.diffusers import accelerate, restore
 from swifti2v_kernels.integrations.diffusers.wan import WanProcessor
 from swifti2v_kernels.integrations.patching import is_patched
-from tests.support.diffusers_models import HEAD_DIM, MODELS, build, run
+from tests.support.diffusers_models import MODELS, make, run
 from tests.support.tolerances import PARITY, relative_error
 
 WAN = "Wan 2.1 text-to-video"
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    module = build(MODELS[name], HEAD_DIM[name])
-    return module, MODELS[name].inputs(module)
 
 
 def in_blocks(module: nn.Module, *parts: str) -> list[nn.Module]:
@@ -147,43 +143,64 @@ def test_other_peoples_code_is_left_and_named(way: str, monkeypatch: pytest.Monk
     assert relative_error(run(module, inputs), expected) < PARITY
 
 
-def test_an_attention_backend_that_is_active_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns the attention backends of the calls that diffusers' own processor computes."""
+    seen: list[Any] = []
+    inner = transformer_wan.WanAttnProcessor.__call__
+
+    @functools.wraps(inner)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(self._attention_backend)
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformer_wan.WanAttnProcessor, "__call__", call)
+    return seen
+
+
+def test_an_attention_backend_that_is_active_for_all(computed: list[Any]) -> None:
     """diffusers' processors compute within ``attention_backend(...)``, and a model is not accelerated there at all."""
     module, inputs = make(WAN)
     expected = run(module, inputs)
     accelerate(module)
-    seen = []
-    host = type(module.blocks[0].attn1.processor.original)
-    inner = host.__call__
-    monkeypatch.setattr(host, "__call__", lambda self, *a, **k: (seen.append(self), inner(self, *a, **k))[1])
+    computed.clear()
     with attention_backend("_native_math"):
         assert relative_error(run(module, inputs), expected) < PARITY
-        assert len(seen) == 4
+        assert computed == [None] * 4
         restore(module)
-        monkeypatch.undo()
         report = accelerate(module, norms=False)
         assert {x.text for x in report.left if x.host == "WanAttnProcessor"} == {
             "the attention backend _native_math is active"
         }
 
 
-def test_what_is_chosen_after_is_there_when_restored() -> None:
+def test_a_chosen_attention_backend_is_respected_and_handed_back(computed: list[Any]) -> None:
+    """A backend chosen before is left alone and said; one chosen after is used by diffusers' own, and stays there."""
     module, inputs = make(WAN)
-    accelerate(module)
-    for block in module.blocks:
-        block.attn1.set_attention_backend("native")
+    expected, attention = run(module, inputs), [block.attn1 for block in module.blocks]
+    for attn in attention:
+        attn.set_attention_backend("native")
+    (line,) = (line for line in accelerate(module, norms=False).left if "backend" in line.text)
+    assert (line.count, line.text) == (2, "the attention backend native was chosen for it")
     restore(module)
-    assert module.blocks[0].attn1.processor._attention_backend.value == "native"
-    for block in module.blocks:
-        block.attn1.processor._attention_backend = None
+    module.reset_attention_backend()
     accelerate(module)
-    for block in module.blocks:
-        block.attn1.set_attention_backend("native")
+    computed.clear()
+    module.set_attention_backend("native")
+    assert relative_error(run(module, inputs), expected) < PARITY
+    assert [backend.value for backend in computed] == ["native"] * 4
+    restore(module)
+    assert attention[0].processor._attention_backend.value == "native"
+    module.reset_attention_backend()
+    accelerate(module)
+    attention[0].set_attention_backend("native")
     run(module, inputs)
-    for block in module.blocks:
-        block.attn1.processor._attention_backend = None
+    module.reset_attention_backend()
+    computed.clear()
+    run(module, inputs)
+    assert not computed
     restore(module)
-    assert module.blocks[0].attn1.processor._attention_backend is None
+    assert attention[0].processor._attention_backend is None
 
 
 def test_projections_that_diffusers_fuses_in_between() -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from swifti2v_kernels.common.target import pretend_gpu
 from swifti2v_kernels.integrations import calls, diffusers, obstacles, wan
 from swifti2v_kernels.integrations.patching import Report
-from tests.support.diffusers_models import HEAD_DIM, MODELS, build, run
+from tests.support.diffusers_models import MODELS, build, make, run
 from tests.support.wan_standin import model as original
 
 WAN = "Wan 2.1 text-to-video"
@@ -30,11 +30,6 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_any_traced", False)
 
 
-def make(name: str = WAN) -> tuple[nn.Module, dict[str, Any]]:
-    module = build(MODELS[name], HEAD_DIM[name])
-    return module, MODELS[name].inputs(module)
-
-
 def rows(report: Report) -> set[tuple[str, int, str, str]]:
     """Returns what became of calls: verb, number of modules, their kind, and the text."""
     return {(verb, line.count, line.host, line.text) for verb, line in report.outcomes()}
@@ -42,7 +37,7 @@ def rows(report: Report) -> set[tuple[str, int, str, str]]:
 
 def test_calls_are_counted_until_the_report_is_printed() -> None:
     """The report claims nothing of calls before a run, and has counted each run after it."""
-    module, inputs = make()
+    module, inputs = make(WAN)
     report = diffusers.accelerate(module)
     first = str(report)
     assert "no call so far" in first
@@ -89,7 +84,7 @@ def test_a_model_whose_calls_are_all_handed_back_is_told_by_reason(case: Any, re
 
 
 def test_a_module_that_is_never_called_is_named() -> None:
-    module, inputs = make()
+    module, inputs = make(WAN)
     report = diffusers.accelerate(module)
     unused, module.blocks = module.blocks[1], module.blocks[:1]
     run(module, inputs)
@@ -117,7 +112,7 @@ def test_parts_of_a_layer_that_was_served_are_not_said_to_be_idle() -> None:
 
 
 def test_a_copy_is_not_counted_for_the_model() -> None:
-    module, inputs = make()
+    module, inputs = make(WAN)
     report = diffusers.accelerate(module)
     run(copy.deepcopy(module), inputs)
     assert "no call so far" in str(report)
@@ -130,7 +125,7 @@ def test_a_copy_is_not_counted_for_the_model() -> None:
 )
 def test_compiled_code_is_not_compiled_again_and_its_calls_are_said_not_to_be_counted(whole: bool) -> None:
     """Neither counts nor what the host may have chosen are guarded such that the next call is another graph."""
-    module, inputs = make()
+    module, inputs = make(WAN)
     report = diffusers.accelerate(module)
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("eager")
@@ -165,7 +160,7 @@ def test_a_compiled_layer_s_parts_are_not_said_to_be_never_called_and_others_kee
     assert count == len(idle)
     assert text == f"{', '.join(idle[:4])} and {len(idle) - 4} more: {UNCOUNTED}"
     assert found["served", "WanResidualBlock"][0] == len(blocks) - len(idle)
-    module, inputs = make()
+    module, inputs = make(WAN)
     report = diffusers.accelerate(module)
     module.blocks = module.blocks[:1]
     run(module, inputs)
@@ -201,11 +196,14 @@ def obstacle(report: Report) -> list[str]:
 
 
 def test_a_model_on_the_cpu_has_no_kernels_and_is_told_so() -> None:
-    for report in (diffusers.accelerate(make()[0]), wan.accelerate(original.WanModel(original.WanT2VCrossAttention))):
+    for report in (
+        diffusers.accelerate(make(WAN)[0]),
+        wan.accelerate(original.WanModel(original.WanT2VCrossAttention)),
+    ):
         (text,) = obstacle(report)
         assert text == f"weights are on cpu: {NO_GPU}; {INSTEAD}"
         assert f"{text}\n" in str(report)
-    assert obstacle(diffusers.accelerate(make()[0], dry_run=True))
+    assert obstacle(diffusers.accelerate(make(WAN)[0], dry_run=True))
     assert not obstacle(diffusers.accelerate(nn.Linear(2, 2)))
 
 
@@ -221,7 +219,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
 def test_where_hooks_bring_the_weights_decides(kind: str, device: str | int, gpu: None) -> None:
     """Weights that lie on the CPU and are computed with elsewhere are no reason to say that no kernel runs."""
-    module, _ = make()
+    module, _ = make(WAN)
     report = diffusers.accelerate(module)
     assert obstacle(report)
     if kind == "group":

@@ -82,8 +82,8 @@ def install(patch: pytest.MonkeyPatch) -> ModuleType:
 # comfy/ldm/wan/model.py
 
 
-class WanSelfAttention(nn.Module):
-    """A self-attention in which queries and keys are neither normed nor rotated."""
+class Attention(nn.Module):
+    """An attention in which queries and keys are neither normed nor rotated."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -96,22 +96,16 @@ class WanSelfAttention(nn.Module):
         return self.o(attention_pytorch(q, k, v, heads=self.num_heads, transformer_options=transformer_options))
 
 
-class WanT2VCrossAttention(WanSelfAttention):
-    pass
-
-
 class WanModel(nn.Module):
     """A model with two layers of self- and cross-attention."""
 
     def __init__(self, dim: int = 48, num_heads: int = 2) -> None:
         super().__init__()
-        kinds = (WanSelfAttention, WanT2VCrossAttention)
-        self.layers = nn.ModuleList(kind(dim, num_heads) for _ in range(2) for kind in kinds)
+        self.layers = nn.ModuleList(Attention(dim, num_heads) for _ in range(4))
 
     def forward(self, x: Tensor, context: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-        for layer in self.layers:
-            cross = isinstance(layer, WanT2VCrossAttention)
-            x = x + layer(x, context if cross else None, transformer_options)
+        for i, layer in enumerate(self.layers):
+            x = x + layer(x, context if i % 2 else None, transformer_options)
         return x
 
 

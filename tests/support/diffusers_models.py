@@ -52,22 +52,22 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _text_mask(*lengths: int, total: int) -> Tensor:
-    return (torch.arange(total) < torch.tensor(lengths).unsqueeze(1)).to(torch.int64)
+def _text() -> dict[str, Any]:
+    """Returns nine tokens of text, of which the second entry has four, and two timesteps."""
+    mask = (torch.arange(9) < torch.tensor([[9], [4]])).to(torch.int64)
+    tokens = {"encoder_hidden_states": _noise(2, 9, 16), "encoder_attention_mask": mask}
+    return tokens | {"timestep": torch.tensor([900, 300])}
 
 
-def _wan(head_dim: int, cls: str = "WanTransformer3DModel", **options: Any) -> nn.Module:
-    config = {"in_channels": 16, "out_channels": 16, "num_layers": 2, "cross_attn_norm": True} | options
-    return getattr(diffusers, cls)(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=48,
-        rope_max_seq_len=32,
-        **config,
-    )
+def _transformer(kind: str, head_dim: int, config: dict[str, Any]) -> nn.Module:
+    kind = f"{kind}Transformer3DModel"
+    return getattr(diffusers, kind)(num_attention_heads=2, attention_head_dim=head_dim, **config)
+
+
+def _wan(head_dim: int, kind: str = "Wan", **options: Any) -> nn.Module:
+    config = {"in_channels": 16, "out_channels": 16, "num_layers": 2, "cross_attn_norm": True, "patch_size": (1, 2, 2)}
+    config |= {"text_dim": 16, "freq_dim": 32, "ffn_dim": 48, "rope_max_seq_len": 32}
+    return _transformer(kind, head_dim, config | options)
 
 
 def _wan_inputs(module: nn.Module, text: int = 9, per_token: bool = False) -> dict[str, Any]:
@@ -89,94 +89,52 @@ def _vace_inputs(module: nn.Module) -> dict[str, Any]:
 
 
 def _animate(head_dim: int) -> nn.Module:
-    return _wan(
-        head_dim,
-        "WanAnimateTransformer3DModel",
-        in_channels=36,
-        latent_channels=16,
-        image_dim=16,
-        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
-        motion_encoder_size=16,
-        motion_style_dim=8,
-        motion_dim=4,
-        motion_encoder_dim=16,
-        face_encoder_hidden_dim=16,
-        face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,
-    )
+    config = {"in_channels": 36, "latent_channels": 16, "image_dim": 16, "motion_encoder_size": 16}
+    config |= {"motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_style_dim": 8, "motion_dim": 4}
+    config |= {"motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
+    return _wan(head_dim, "WanAnimate", inject_face_latents_blocks=2, **config)
 
 
 def _animate_inputs(module: nn.Module) -> dict[str, Any]:
-    inputs = _wan_inputs(module)
-    inputs = {name: value[:1] for name, value in inputs.items()}
-    return inputs | {
+    return {name: value[:1] for name, value in _wan_inputs(module).items()} | {
         "pose_hidden_states": _noise(1, 16, FRAMES - 1, HEIGHT, WIDTH),
         "face_pixel_values": _noise(1, 3, 4 * (FRAMES - 2) + 1, 16, 16),
     }
 
 
-def _hunyuan(head_dim: int, cls: str = "HunyuanVideoTransformer3DModel", **options: Any) -> nn.Module:
-    config = {"in_channels": 4, "num_layers": 1, "num_single_layers": 2} | options
-    return getattr(diffusers, cls)(
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim={12: (4, 4, 4), 64: (8, 28, 28)}[head_dim],
-        **config,
-    )
+def _hunyuan(head_dim: int, kind: str = "HunyuanVideo", **options: Any) -> nn.Module:
+    config = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1}
+    config |= {"patch_size": 2, "patch_size_t": 1, "text_embed_dim": 16, "pooled_projection_dim": 8}
+    axes = {12: (4, 4, 4), 64: (8, 28, 28)}[head_dim]
+    return _transformer(kind, head_dim, config | {"rope_axes_dim": axes} | options)
 
 
 def _hunyuan_inputs(module: nn.Module) -> dict[str, Any]:
     return {
         "hidden_states": _noise(2, module.config.in_channels, FRAMES, HEIGHT, WIDTH),
-        "timestep": torch.tensor([900, 300]),
-        "encoder_hidden_states": _noise(2, 9, 16),
-        "encoder_attention_mask": _text_mask(9, 4, total=9),
+        **_text(),
         "pooled_projections": _noise(2, 8),
         "guidance": torch.tensor([6000.0, 1000.0]),
     }
 
 
 def _framepack(head_dim: int) -> nn.Module:
-    return _hunyuan(
-        head_dim,
-        "HunyuanVideoFramepackTransformer3DModel",
-        has_image_proj=True,
-        image_proj_dim=16,
-        has_clean_x_embedder=True,
-    )
+    config = {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True}
+    return _hunyuan(head_dim, "HunyuanVideoFramepack", **config)
 
 
 def _framepack_inputs(module: nn.Module) -> dict[str, Any]:
     # Its coarsest history has patches of 4 x 8 x 8.
-    return _hunyuan_inputs(module) | {
-        "hidden_states": _noise(2, 4, FRAMES, 8, 8),
-        "image_embeds": _noise(2, 5, 16),
-        "indices_latents": torch.tensor([2, 3, 4]),
-        "latents_clean": _noise(2, 4, 2, 8, 8),
-        "indices_latents_clean": torch.tensor([0, 1]),
-        "latents_history_2x": _noise(2, 4, 2, 8, 8),
-        "indices_latents_history_2x": torch.tensor([0, 1]),
-        "latents_history_4x": _noise(2, 4, 4, 8, 8),
-        "indices_latents_history_4x": torch.tensor([0, 1, 2, 3]),
-    }
+    inputs = _hunyuan_inputs(module) | {"hidden_states": _noise(2, 4, FRAMES, 8, 8), "image_embeds": _noise(2, 5, 16)}
+    inputs["indices_latents"] = torch.tensor([2, 3, 4])
+    for name, count in (("clean", 2), ("history_2x", 2), ("history_4x", 4)):
+        inputs |= {f"latents_{name}": _noise(2, 4, count, 8, 8), f"indices_latents_{name}": torch.arange(count)}
+    return inputs
 
 
 def _ltx(head_dim: int) -> nn.Module:
-    return diffusers.LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        cross_attention_dim=2 * head_dim,
-        num_layers=2,
-        caption_channels=16,
-    )
+    config = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 16}
+    return _transformer("LTXVideo", head_dim, config | {"cross_attention_dim": 2 * head_dim})
 
 
 def _ltx_inputs(module: nn.Module, per_token: bool = False) -> dict[str, Any]:
@@ -184,9 +142,8 @@ def _ltx_inputs(module: nn.Module, per_token: bool = False) -> dict[str, Any]:
     time = torch.tensor([[900.0], [300.0]])
     return {
         "hidden_states": _noise(2, tokens, 4),
-        "encoder_hidden_states": _noise(2, 9, 16),
+        **_text(),
         "timestep": time * (torch.arange(tokens) >= tokens // FRAMES) if per_token else time[:, 0],
-        "encoder_attention_mask": _text_mask(9, 4, total=9),
         "num_frames": FRAMES,
         "height": HEIGHT,
         "width": WIDTH,
@@ -195,30 +152,15 @@ def _ltx_inputs(module: nn.Module, per_token: bool = False) -> dict[str, Any]:
 
 
 def _cogvideox(head_dim: int, rotary: bool = True) -> nn.Module:
-    return diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=WIDTH,
-        sample_height=HEIGHT,
-        sample_frames=4 * (FRAMES - 1) + 1,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=9,
-        use_rotary_positional_embeddings=rotary,
-    )
+    config = {"in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": 16, "num_layers": 2}
+    config |= {"sample_width": WIDTH, "sample_height": HEIGHT, "sample_frames": 4 * (FRAMES - 1) + 1, "patch_size": 2}
+    config |= {"temporal_compression_ratio": 4, "max_text_seq_length": 9}
+    return _transformer("CogVideoX", head_dim, config | {"use_rotary_positional_embeddings": rotary})
 
 
 def _cogvideox_inputs(module: nn.Module) -> dict[str, Any]:
-    inputs = {
-        "hidden_states": _noise(2, FRAMES, 4, HEIGHT, WIDTH),
-        "encoder_hidden_states": _noise(2, 9, 16),
-        "timestep": torch.tensor([900, 300]),
-    }
+    inputs = _text() | {"hidden_states": _noise(2, FRAMES, 4, HEIGHT, WIDTH)}
+    del inputs["encoder_attention_mask"]
     if module.config.use_rotary_positional_embeddings:
         angle = _noise(FRAMES * HEIGHT * WIDTH // 4, module.config.attention_head_dim // 2).repeat_interleave(2, dim=1)
         inputs["image_rotary_emb"] = (angle.cos(), angle.sin())
@@ -226,27 +168,15 @@ def _cogvideox_inputs(module: nn.Module) -> dict[str, Any]:
 
 
 def _mochi(head_dim: int) -> nn.Module:
-    return diffusers.MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        out_channels=None,
-        text_embed_dim=16,
-        time_embed_dim=8,
-        max_sequence_length=9,
+    config = {"patch_size": 2, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 4, "out_channels": None}
+    return _transformer(
+        "Mochi", head_dim, config | {"text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 9}
     )
 
 
 def _mochi_inputs(module: nn.Module) -> dict[str, Any]:
-    return {
-        "hidden_states": _noise(2, 4, FRAMES, HEIGHT, WIDTH),
-        "encoder_hidden_states": _noise(2, 9, 16),
-        "timestep": torch.tensor([900, 300]),
-        "encoder_attention_mask": _text_mask(9, 4, total=9).bool(),
-    }
+    inputs = _text() | {"hidden_states": _noise(2, 4, FRAMES, HEIGHT, WIDTH)}
+    return inputs | {"encoder_attention_mask": inputs["encoder_attention_mask"].bool()}
 
 
 MODELS = {
@@ -266,7 +196,7 @@ MODELS = {
         ),
         Model(
             "Wan VACE",
-            lambda d: _wan(d, "WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=8),
+            lambda d: _wan(d, "WanVACE", vace_layers=[0], vace_in_channels=8),
             _vace_inputs,
         ),
         Model("Wan Animate", _animate, _animate_inputs),
@@ -293,3 +223,9 @@ MODELS = {
 }
 #: Of diffusers' own tests where it fits every axis of the rotation.
 HEAD_DIM = {name: 12 if name.startswith("Hunyuan") else 24 for name in MODELS} | {"Wan Animate": 12}
+
+
+def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns a model in evaluation mode, and its inputs."""
+    module = build(MODELS[name], HEAD_DIM[name])
+    return module, MODELS[name].inputs(module)

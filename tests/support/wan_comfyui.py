@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from tests.support.wan_original import Decoder3d, Encoder3d, Resample, ResidualBlock, WanVAE_, cached, last_two
+from tests.support.wan_original import Resample, ResidualBlock, WanVAE_, cached, kit, last_two
 
 
 class _ComfyCausalConv3d(nn.Conv3d):
@@ -100,72 +100,60 @@ class _ComfyResample21(_ComfyResample22):
         return last_two(x)
 
 
-class _ComfyEncoder21(Encoder3d):
-    def forward(self, x, feat_cache=None, feat_idx=[0], final=False):  # noqa: B006
-        return super().forward(x, feat_cache, feat_idx, final=final)
-
-
-class _ComfyDecoder21(Decoder3d):
-    """A decoder that goes on with two frames at a time where there are more, and returns the pieces."""
-
-    def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
-        x = self.run_middle(cached(self.conv1, x, feat_cache, feat_idx), feat_cache, feat_idx)
-        pieces = []
-        self.run_up(0, x, feat_cache, feat_idx, pieces)
-        return pieces
-
-    def run_up(self, number, x, feat_cache, feat_idx, pieces):
-        if number == len(self.upsamples):
-            pieces.append(self.run_head(x, feat_cache, feat_idx))
-            return
-        layer = self.upsamples[number]
-        x = layer(x, feat_cache, feat_idx)
-        doubles = isinstance(layer, self.kit.Resample) and layer.mode == "upsample3d" and x.shape[2] > 2
-        for piece in x.split(2, dim=2) if doubles else [x]:
-            self.run_up(number + 1, piece, feat_cache, list(feat_idx) if doubles else feat_idx, pieces)
+for _class in (_ComfyCausalConv3d, _ComfyResample21, _ComfyResample22, _ComfyResidualBlock21, _ComfyResidualBlock22):
+    _class.__name__ = _class.__name__.removeprefix("_Comfy").rstrip("12")
 
 
 class WanVAE(WanVAE_):
     """The VAE of ComfyUI, in which version 2.1 takes two frames or latents a chunk, and a single image has no cache."""
 
-    def __init__(self, *layout, residual):
-        if residual:
-            super().__init__(*layout, residual, COMFYUI_22)
-        else:
-            super().__init__(*layout, residual, COMFYUI_21, _ComfyEncoder21, _ComfyDecoder21)
+    kits = (
+        kit(_ComfyCausalConv3d, _ComfyResample21, _ComfyResidualBlock21),
+        kit(_ComfyCausalConv3d, _ComfyResample22, _ComfyResidualBlock22),
+    )
 
-    def encode(self, x):
-        if self.patch_size == 2:
-            return super().encode(x)
-        chunks = [x[:, :, :1], *x[:, :, 1:].split(2, dim=2)] if x.shape[2] > 1 else [x]
-        kinds = (self.encoder.kit.CausalConv3d, self.encoder.kit.Resample)
-        layers = [m for m in self.encoder.modules() if isinstance(m, kinds)]
-        slots = [None for m in layers if getattr(m, "mode", "downsample3d") == "downsample3d"]
+    def _encode(self, x):
+        if self.config.is_residual:
+            return super()._encode(x)
+        chunks = _chunks(x)
+        slots = [None] * 64 if len(chunks) > 1 else None
+        out = [self._encode_chunk(chunk, slots, i == len(chunks) - 1) for i, chunk in enumerate(chunks)]
+        return self.quant_conv(torch.cat([y for y in out if y is not None], dim=2))
+
+    def _encode_chunk(self, x, slots, final):
+        part, index = self.encoder, [0]
+        x = cached(part.conv_in, x, slots, index)
+        for layer in part.down_blocks:
+            x = layer(x, slots, index, final=final)
+            if x is None:
+                return None
+        x = part.nonlinearity(part.norm_out(part.mid_block(x, slots, index)))
+        return cached(part.conv_out, x, slots, index)
+
+    def _decode(self, z, return_dict=True):
+        if self.config.is_residual:
+            return super()._decode(z)
+        chunks = _chunks(self.post_quant_conv(z))
+        slots = [None] * 64 if len(chunks) > 1 else None
+        layers = [m for block in self.decoder.up_blocks for m in (*block.resnets, *(block.upsamplers or ()))]
         out = []
-        for i, chunk in enumerate(chunks):
-            final = {} if i == 0 else {"final": i == len(chunks) - 1}
-            out.append(self.encoder(chunk, feat_cache=slots if len(chunks) > 1 else None, feat_idx=[0], **final))
-        return self.conv1(torch.cat([y for y in out if y is not None], dim=2)).chunk(2, dim=1)[0]
+        for x in chunks:
+            index = [0]
+            x = self.decoder.mid_block(cached(self.decoder.conv_in, x, slots, index), slots, index)
+            out += self._pieces(layers, x, slots, index)
+        return SimpleNamespace(sample=torch.cat(out, dim=2))
 
-    def decode(self, z):
-        if self.patch_size == 2:
-            return super().decode(z)
-        x = self.conv2(z)
-        chunks = [x[:, :, :1], *x[:, :, 1:].split(2, dim=2)] if x.shape[2] > 1 else [x]
-        slots = self.slots(self.decoder) if len(chunks) > 1 else None
-        return torch.cat([piece for chunk in chunks for piece in self.decoder(chunk, slots, [0])], dim=2)
+    def _pieces(self, layers, x, slots, index):
+        """Yields what is decoded: where there are more than two frames, it goes on with two at a time."""
+        part = self.decoder
+        if not layers:
+            yield cached(part.conv_out, part.nonlinearity(part.norm_out(x)), slots, index)
+            return
+        x = layers[0](x, slots, index)
+        splits = getattr(layers[0], "mode", None) == "upsample3d" and x.shape[2] > 2
+        for piece in x.split(2, dim=2) if splits else [x]:
+            yield from self._pieces(layers[1:], piece, slots, list(index) if splits else index)
 
 
-for _name, _classes in {
-    "CausalConv3d": [_ComfyCausalConv3d],
-    "Resample": [_ComfyResample21, _ComfyResample22],
-    "ResidualBlock": [_ComfyResidualBlock21, _ComfyResidualBlock22],
-}.items():
-    for _class in _classes:
-        _class.__name__ = _name
-COMFYUI_21 = SimpleNamespace(
-    CausalConv3d=_ComfyCausalConv3d, Resample=_ComfyResample21, ResidualBlock=_ComfyResidualBlock21
-)
-COMFYUI_22 = SimpleNamespace(
-    CausalConv3d=_ComfyCausalConv3d, Resample=_ComfyResample22, ResidualBlock=_ComfyResidualBlock22
-)
+def _chunks(x):
+    return [x[:, :, :1], *x[:, :, 1:].split(2, dim=2)] if x.shape[2] > 1 else [x]

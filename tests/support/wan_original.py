@@ -2,17 +2,17 @@
 
 What integrations look at is as published: names of classes and attributes, order of layers, signatures, and who caches
 what in which slot. Versions 2.1 and 2.2, two files there, are one here (``residual``). Written for these tests from the
-published behaviour; that it computes the Wan VAE is proved against diffusers
-(tests/integrations/wan_vae/test_layers.py).
+published behaviour; the code around the layers is diffusers'. That together they compute the Wan VAE is proved against
+diffusers (tests/integrations/wan_vae/test_original.py).
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from types import SimpleNamespace
-
+import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import nn
 
 
@@ -72,13 +72,14 @@ class Upsample(nn.Upsample):
 class Resample(nn.Module):
     convolution = CausalConv3d
 
-    def __init__(self, dim, mode, dim_out):
+    def __init__(self, dim, mode, upsample_out_dim=None):
         super().__init__()
         self.dim = dim
         self.mode = mode
         if mode.startswith("upsample"):
             self.resample = nn.Sequential(
-                Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(dim, dim_out, 3, padding=1)
+                Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
+                nn.Conv2d(dim, upsample_out_dim or dim // 2, 3, padding=1),
             )
         else:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=(2, 2)))
@@ -123,7 +124,7 @@ class Resample(nn.Module):
 class ResidualBlock(nn.Module):
     convolution = CausalConv3d
 
-    def __init__(self, in_dim, out_dim, dropout=0.0):
+    def __init__(self, in_dim, out_dim, dropout=0.0, non_linearity="silu"):
         super().__init__()
         self.in_dim = in_dim
         self.out_dim = out_dim
@@ -142,191 +143,60 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
+    forward = autoencoder_kl_wan.WanAttentionBlock.forward
+
     def __init__(self, dim):
         super().__init__()
-        self.dim = dim
-        self.norm = RMS_norm(dim)
-        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x):
-        y = x.transpose(1, 2).flatten(0, 1)
-        q, k, v = self.to_qkv(self.norm(y)).flatten(2).unsqueeze(1).transpose(2, 3).contiguous().chunk(3, dim=3)
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(y.shape)
-        return self.proj(out).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2) + x
+        self.norm, self.to_qkv, self.proj = RMS_norm(dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
 
 
-class AvgDown3D(nn.Module):
-    def __init__(self, in_channels, out_channels, factor_t, factor_s):
-        super().__init__()
-        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
-
-    def forward(self, x):
-        t, s = self.factor_t, self.factor_s
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
-        x = x.unflatten(4, (-1, s)).unflatten(3, (-1, s)).unflatten(2, (-1, t))  # [B, C, T, t, h, s, w, s]
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-        return x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+def kit(conv, resample, residual_block):
+    """Returns the classes that stand in diffusers' VAE under the names of its own."""
+    kinds = {"CausalConv3d": conv, "Resample": resample, "ResidualBlock": residual_block}
+    kinds |= {"RMS_norm": RMS_norm, "AttentionBlock": AttentionBlock}
+    return {f"Wan{name}": kind for name, kind in kinds.items()}
 
 
-class DupUp3D(nn.Module):
-    def __init__(self, in_channels, out_channels, factor_t, factor_s):
-        super().__init__()
-        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
-        self.repeats = out_channels * factor_t * factor_s**2 // in_channels
+class WanVAE_(AutoencoderKLWan):
+    """The VAE itself, made by :func:`wan_vae`; it takes and gives tensors, and its latents are unscaled."""
 
-    def forward(self, x, first_chunk=False):
-        t, s = self.factor_t, self.factor_s
-        x = x.repeat_interleave(self.repeats, dim=1).unflatten(1, (self.out_channels, t, s, s))
-        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return x[:, :, t - 1 :] if first_chunk else x
-
-
-class Down_ResidualBlock(nn.Module):
-    def __init__(self, kit, in_dim, out_dim, mult, mode):
-        super().__init__()
-        self.avg_shortcut = AvgDown3D(in_dim, out_dim, 2 if mode == "downsample3d" else 1, 2 if mode else 1)
-        layers = [kit.ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(mult)]
-        self.downsamples = nn.Sequential(*layers, *([kit.Resample(out_dim, mode, out_dim)] if mode else []))
-
-    def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
-        y = x.clone()
-        for module in self.downsamples:
-            y = module(y, feat_cache, feat_idx)
-        return y + self.avg_shortcut(x)
-
-
-class Up_ResidualBlock(nn.Module):
-    def __init__(self, kit, in_dim, out_dim, mult, mode):
-        super().__init__()
-        self.avg_shortcut = DupUp3D(in_dim, out_dim, 2 if mode == "upsample3d" else 1, 2) if mode else None
-        layers = [kit.ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(mult)]
-        self.upsamples = nn.Sequential(*layers, *([kit.Resample(out_dim, mode, out_dim)] if mode else []))
-
-    def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):  # noqa: B006
-        y = x.clone()
-        for module in self.upsamples:
-            y = module(y, feat_cache, feat_idx)
-        return y if self.avg_shortcut is None else y + self.avg_shortcut(x, first_chunk)
-
-
-class Coder(nn.Module):
-    """The parts that encoder and decoder share: ``conv1``, ``middle`` and ``head`` around or before the stages."""
-
-    def __init__(self, kit, dim_in, first, middle, last, dim_out):
-        super().__init__()
-        self.kit = kit
-        self.conv1 = kit.CausalConv3d(dim_in, first, 3, padding=1)
-        self.middle = nn.Sequential(
-            kit.ResidualBlock(middle, middle), AttentionBlock(middle), kit.ResidualBlock(middle, middle)
-        )
-        self.head = nn.Sequential(
-            RMS_norm(last, images=False), nn.SiLU(), kit.CausalConv3d(last, dim_out, 3, padding=1)
-        )
-
-    def run_middle(self, x, feat_cache, feat_idx):
-        for layer in self.middle:
-            x = layer(x) if isinstance(layer, AttentionBlock) else layer(x, feat_cache, feat_idx)
-        return x
-
-    def run_head(self, x, feat_cache, feat_idx):
-        norm, activation, conv = self.head
-        return cached(conv, activation(norm(x)), feat_cache, feat_idx)
-
-
-class Encoder3d(Coder):
-    def __init__(self, kit, channels, dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, residual):
-        dims = [dim * m for m in (1, *dim_mult)]
-        super().__init__(kit, channels, dims[0], dims[-1], dims[-1], z_dim)
-        stages = []
-        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
-            last = i == len(dim_mult) - 1
-            mode = None if last else "downsample3d" if temperal_downsample[i] else "downsample2d"
-            if residual:
-                stages.append(Down_ResidualBlock(kit, in_dim, out_dim, num_res_blocks, mode))
-                continue
-            stages += [kit.ResidualBlock(in_dim if j == 0 else out_dim, out_dim) for j in range(num_res_blocks)]
-            stages += [kit.Resample(out_dim, mode, out_dim)] if mode else []
-        self.downsamples = nn.Sequential(*stages)
-
-    def forward(self, x, feat_cache=None, feat_idx=[0], **options):  # noqa: B006
-        x = cached(self.conv1, x, feat_cache, feat_idx)
-        for layer in self.downsamples:
-            x = layer(x, feat_cache, feat_idx, **options)
-            if x is None:
-                return None
-        return self.run_head(self.run_middle(x, feat_cache, feat_idx), feat_cache, feat_idx)
-
-
-class Decoder3d(Coder):
-    def __init__(self, kit, channels, dim, z_dim, dim_mult, num_res_blocks, temperal_upsample, residual):
-        dims = [dim * m for m in (dim_mult[-1], *reversed(dim_mult))]
-        super().__init__(kit, z_dim, dims[0], dims[0], dims[-1], channels)
-        stages = []
-        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
-            last = i == len(dim_mult) - 1
-            mode = None if last else "upsample3d" if temperal_upsample[i] else "upsample2d"
-            if residual:
-                stages.append(Up_ResidualBlock(kit, in_dim, out_dim, num_res_blocks + 1, mode))
-                continue
-            in_dim = in_dim // 2 if i else in_dim
-            stages += [kit.ResidualBlock(in_dim if j == 0 else out_dim, out_dim) for j in range(num_res_blocks + 1)]
-            stages += [kit.Resample(out_dim, mode, out_dim // 2)] if mode else []
-        self.upsamples = nn.Sequential(*stages)
-
-    def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):  # noqa: B006
-        x = self.run_middle(cached(self.conv1, x, feat_cache, feat_idx), feat_cache, feat_idx)
-        for layer in self.upsamples:
-            first = {"first_chunk": first_chunk} if isinstance(layer, Up_ResidualBlock) else {}
-            x = layer(x, feat_cache, feat_idx, **first)
-        return self.run_head(x, feat_cache, feat_idx)
-
-
-WAN = SimpleNamespace(CausalConv3d=CausalConv3d, Resample=Resample, ResidualBlock=ResidualBlock)
-
-
-class WanVAE_(nn.Module):
-    """The VAE itself, whose latents are unscaled.
-
-    ``residual``: version 2.2, whose pixels come and go in patches of 2x2.
-    """
-
-    def __init__(
-        self, dim, dec_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, residual, kit=WAN,
-        encoder=Encoder3d, decoder=Decoder3d,
-    ):  # fmt: skip
-        super().__init__()
-        channels = 12 if residual else 3
-        layout = (dim_mult, num_res_blocks)
-        self.patch_size = 2 if residual else 1
-        self.encoder = encoder(kit, channels, dim, 2 * z_dim, *layout, temperal_downsample, residual)
-        self.decoder = decoder(kit, channels, dec_dim, z_dim, *layout, temperal_downsample[::-1], residual)
-        self.conv1 = kit.CausalConv3d(2 * z_dim, 2 * z_dim, 1)
-        self.conv2 = kit.CausalConv3d(z_dim, z_dim, 1)
-
-    def slots(self, coder):
-        return [None] * sum(isinstance(m, self.encoder.kit.CausalConv3d) for m in coder.modules())
+    #: For the versions 2.1 and 2.2.
+    kits = (kit(CausalConv3d, Resample, ResidualBlock),) * 2
 
     def encode(self, x):
         """Returns the means [B, z, 1 + n, h, w] of a clip [B, 3, 1 + 4n, H, W]."""
-        x, slots = self.patchify(x), self.slots(self.encoder)
-        chunks = [x[:, :, :1], *x[:, :, 1:].split(4, dim=2)] if x.shape[2] > 1 else [x]
-        out = torch.cat([self.encoder(chunk, feat_cache=slots, feat_idx=[0]) for chunk in chunks], dim=2)
-        return self.conv1(out).chunk(2, dim=1)[0]
+        return super().encode(x).latent_dist.mode()
 
     def decode(self, z):
         """Returns the clip [B, 3, 1 + 4n, H, W] of latents [B, z, 1 + n, h, w]."""
-        slots = self.slots(self.decoder)
-        out = [
-            self.decoder(frame, feat_cache=slots, feat_idx=[0], first_chunk=i == 0)
-            for i, frame in enumerate(self.conv2(z).split(1, dim=2))
-        ]
-        return self.unpatchify(torch.cat(out, dim=2))
+        return super().decode(z).sample
 
-    def patchify(self, x):
-        p = self.patch_size
-        return x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
-    def unpatchify(self, x):
-        p = self.patch_size
-        return x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+def wan_vae(kind=WanVAE_, residual=False, **config):
+    """Returns a tiny random VAE of version 2.1, or of 2.2 with ``residual``, or of a configuration as diffusers has."""
+    layout = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
+    layout |= {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True} if residual else {}
+    layout |= {name: value for name, value in config.items() if not name.startswith("_")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, own in kind.kits[layout.get("is_residual", False)].items():
+            patch.setattr(autoencoder_kl_wan, name, own)
+        return kind(**layout).eval()
+
+
+def original_state(theirs):
+    """Returns the weights of diffusers' own VAE under the names that they have in :func:`wan_vae`'s."""
+    names = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    names["conv_shortcut"] = "shortcut"
+    return {
+        ".".join(names.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in theirs.state_dict().items()
+    }
+
+
+def imitate(root: nn.Module, kind: str, forward) -> None:
+    """Gives all modules of a kind another ``forward``, in a class of the same name, as look-alikes have."""
+    classes: dict[type, type] = {}
+    for module in root.modules():
+        host = type(module)
+        if host.__name__ == kind:
+            module.__class__ = classes.setdefault(host, type(kind, (host,), {"forward": forward}))

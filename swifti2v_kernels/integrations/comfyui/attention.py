@@ -142,21 +142,17 @@ def _serve(
     Tensors are ``[B, L, H*D]``, or ``[B, H, L, D]`` with ``skip_reshape``, and the result likewise by
     ``skip_output_reshape``. Other arguments (``transformer_options``, permission for low precision) do not concern us.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        reason = "autocast is on, under which ComfyUI's attention functions differ"
-    elif mask is not None:
-        reason = "mask is given"
-    elif attn_precision not in (None, q.dtype):
-        reason = f"attn_precision {attn_precision} for {q.dtype}"
-    elif q.ndim != (4 if skip_reshape else 3):
-        reason = f"{q.ndim} axes"
-    elif enable_gqa and (k.shape[1] != q.shape[1] if skip_reshape else k.shape[-1] != q.shape[-1]):
-        reason = "enable_gqa: fewer heads of keys than of queries"
-    else:
-        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v))
-        out = attend(q, k, v, calls, scale=scale, backend=backend)
-        if out is None:
-            return None
-        return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
-    calls.decline(reason)
-    return None
+    gqa = enable_gqa and (k.shape[1] != q.shape[1] if skip_reshape else k.shape[-1] != q.shape[-1])
+    if calls.refuses(
+        (torch.is_autocast_enabled(q.device.type), "autocast is on, under which ComfyUI's attention functions differ"),
+        (mask is not None, "mask is given"),
+        (attn_precision not in (None, q.dtype), f"attn_precision {attn_precision} for {q.dtype}"),
+        (q.ndim != (4 if skip_reshape else 3), f"{q.ndim} axes"),
+        (gqa, "enable_gqa: fewer heads of keys than of queries"),
+    ):
+        return None
+    q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v))
+    out = attend(q, k, v, calls, scale=scale, backend=backend)
+    if out is None:
+        return None
+    return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..patching import Report, patch_models, restore_module
+from ..patching import Report, models_in, patch_models, restore_module
 from ..recipe import HostChanged
 from .csg import DiffusersWanWindow
 
@@ -90,23 +90,11 @@ def restore(pipe_or_module: Any) -> Report:
     Raises:
         TypeError: neither a pipeline nor a module.
     """
-    report = Report(f"restored {type(pipe_or_module).__name__}")
-    for _, root in _models(pipe_or_module):
-        report.left += restore_module(root).left
-    return report
+    roots = dict(_models(pipe_or_module)).values()
+    return restore_module(*roots, title=f"restored {type(pipe_or_module).__name__}")
 
 
 def _models(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(pipe_or_module, nn.Module):
-        # What torch.compile(model) returns wraps the model.
-        module = getattr(pipe_or_module, "_orig_mod", pipe_or_module)
-        yield type(module).__name__, module
-        return
     components = getattr(pipe_or_module, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(
-            f"pipe_or_module: expected a diffusers pipeline or a torch module, got {type(pipe_or_module).__name__}"
-        )
-    for name, part in components.items():
-        if isinstance(part, nn.Module):
-            yield name, getattr(part, "_orig_mod", part)
+    expected = "pipe_or_module: expected a diffusers pipeline or a torch module"
+    return models_in(pipe_or_module, components if isinstance(components, dict) else {}, expected)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
-from ..hooks import hook_kinds, hooked, hooked_inside, only_moves
+from ..hooks import hook_kinds, hooked, only_moves
+from ..norms import may_overwrite
 from ..recipe import is_taken
+
+#: An attention module's projections and norms for its first stream, and those for the text of a joint attention.
+OWN = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+#: diffusers' (cos, sin) of a rotation, or None.
+Rotary = tuple[Tensor, Tensor] | None
 
 
 class Processor:
@@ -65,38 +73,46 @@ class Processor:
                 setattr(self.original, name, getattr(self, name))
 
 
-def chosen_backend() -> str | None:
-    """Returns the attention backend that is active for the whole process, or None if it is the usual one.
-
-    ``attention_backend(...)``, ``set_attention_backend`` or an environment variable choose it.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    active, _ = _AttentionBackendRegistry.get_active_backend()
-    return None if active == AttentionBackendName.NATIVE else str(getattr(active, "value", active))
-
-
 def backend_is_free(attn: nn.Module) -> str | None:
     """Returns why an attention module is left alone, a backend or parallelism chosen for it before, or None."""
     return _other_choice(attn.processor)
 
 
 def _other_choice(processor: Any) -> str | None:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
         return f"the attention backend {getattr(backend, 'value', backend)} was chosen for it"
     if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism is enabled for it"
-    active = chosen_backend()
-    return None if active is None else f"the attention backend {active} is active"
+    # Active for the whole process, by ``attention_backend(...)``, ``set_attention_backend`` or a variable.
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    usual = active == AttentionBackendName.NATIVE
+    return None if usual else f"the attention backend {getattr(active, 'value', active)} is active"
 
 
-def may_overwrite(*producers: nn.Module | None) -> bool:
-    """Returns whether outputs of these modules may be overwritten: nobody has kept them, and no gradient needs them."""
-    return not torch.is_grad_enabled() and not hooked_inside(*producers)
+def heads_of(x: Tensor, attn: nn.Module) -> Tensor:
+    """Returns ``[B, L, H*D]`` as ``[B, L, H, D]``."""
+    return x.unflatten(2, (attn.heads, -1))
 
 
-def token_rope(rotary_emb: tuple[Tensor, Tensor] | None) -> Rope3D | None:
+def project(attn: nn.Module, x: Tensor, names: Sequence[str], rope: Rope3D | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries, keys and values ``[B, L, H, D]`` of ``x [B, L, C]``, the first two normed and rotated.
+
+    ``names``: the attributes of the three projections and of the two norms, such as :data:`OWN`.
+    """
+    to_q, to_k, to_v, norm_q, norm_k = (getattr(attn, name) for name in names)
+    q, k = norm_rotate_pair(to_q(x), to_k(x), norm_q, norm_k, attn.heads, rope, may_overwrite(to_q, to_k))
+    return q, k, heads_of(to_v(x), attn)
+
+
+def project_out(attn: nn.Module, out: Tensor) -> Tensor:
+    """Returns the attention's result ``[B, L, H, D]`` projected, ``[B, L, C]``."""
+    return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def token_rope(rotary_emb: Rotary) -> Rope3D | None:
     """Returns the tables of diffusers' (cos, sin), each ``[L, D]`` or ``[1, L, 1, D]`` with every value twice."""
     if rotary_emb is None:
         return None

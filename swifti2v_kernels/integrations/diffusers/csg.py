@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...csg.plan import Window
-from ..recipe import HostChanged
+from ..recipe import HostChanged, lacks
 
 #: Text tokens of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
 _TEXT_TOKENS = 512
@@ -23,15 +23,9 @@ _TEXT_TOKENS = 512
 _TIMESTEPS = 1000
 #: Attributes of the transformer that are read, dotted.
 _NEEDS = (
-    "config.in_channels",
-    "config.out_channels",
-    "config.patch_size",
-    "config.image_dim",
-    "config.added_kv_proj_dim",
-    "config.rope_max_seq_len",
-    "dtype",
-    "rope.attention_head_dim",
-    "rope.register_forward_hook",
+    *("config.in_channels", "config.out_channels", "config.patch_size", "config.image_dim"),
+    *("config.added_kv_proj_dim", "config.rope_max_seq_len", "dtype"),
+    *("rope.attention_head_dim", "rope.register_forward_hook"),
 )
 
 
@@ -74,7 +68,11 @@ class DiffusersWanWindow:
         attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
         for need in _NEEDS:
-            _check_attribute(transformer, need)
+            if lacks(transformer, need):
+                raise HostChanged(
+                    f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
+                    f" adapter was written for: it has no attribute {need!r}"
+                )
         config: Any = transformer.config
         if config.patch_size[0] != 1:
             raise ValueError(f"transformer: expected a patch of one latent frame, got {tuple(config.patch_size)}")
@@ -205,14 +203,3 @@ def _in_place_of_time(table: Tensor, frames: Tensor, blocks: Sequence[int], t_di
     by_frame = table.unflatten(1, (num_blocks, -1)).clone()
     by_frame[..., :t_dim] = frames[:, list(blocks), None, :, :t_dim]
     return by_frame.flatten(1, 2)
-
-
-def _check_attribute(transformer: Any, need: str) -> None:
-    owner = transformer
-    for part in need.split("."):
-        if not hasattr(owner, part):
-            raise HostChanged(
-                f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
-                f" adapter was written for: it has no attribute {need!r}"
-            )
-        owner = getattr(owner, part)

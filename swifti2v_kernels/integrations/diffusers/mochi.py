@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ... import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
 from ..hooks import only_moves
+from ..norms import BY, in_parts, like, token_rows
 from ..recipe import Recipe
-from .attention import Processor, may_overwrite, norm_rotate, norm_rotate_pair, prefix_lengths, rotate
-from .norms import in_parts, like, token_rows
+from .attention import ADDED, OWN, Processor, Rotary, prefix_lengths, project, project_out, rotate
 
 
 class MochiProcessor(Processor):
@@ -26,35 +26,27 @@ class MochiProcessor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Rotary = None,
     ) -> tuple[Tensor, Tensor] | str:
         """Computes the attention that diffusers' ``MochiAttnProcessor2_0`` computes.
 
         The mask ``[B, L]`` is padded after the text.
         """
-        x, text, heads = hidden_states, encoder_hidden_states, attn.heads
+        x, text = hidden_states, encoder_hidden_states
         if (reason := self.declines(attn)) is not None:
             return reason
         # In training, the text queries of the last layer, whose results nobody uses, get gradients of zeros upstream:
         # without any, wrappers for data-parallel training stop.
         if torch.is_grad_enabled() and not hasattr(attn, "to_add_out"):
             return "gradients in the last layer"
-        inplace = may_overwrite(attn.to_q, attn.to_k, attn.add_q_proj, attn.add_k_proj)
-        q = norm_rotate(attn.to_q(x), attn.norm_q, heads, None, inplace)
-        k = norm_rotate(attn.to_k(x), attn.norm_k, heads, None, inplace)
+        q, k, v = project(attn, x, OWN, None)
         if image_rotary_emb is not None:
             q, k = (rotate(y, *image_rotary_emb) for y in (q, k))  # tables [L, H, D / 2]
-        text_q, text_k = norm_rotate_pair(
-            attn.add_q_proj(text), attn.add_k_proj(text), attn.norm_added_q, attn.norm_added_k, heads, None, inplace
-        )
-        lengths = prefix_lengths(attention_mask)
-        sources = [
-            (k, attn.to_v(x).unflatten(2, (heads, -1))),
-            (text_k, attn.add_v_proj(text).unflatten(2, (heads, -1))),
-        ]
+        text_q, text_k, text_v = project(attn, text, ADDED, None)
+        lengths, sources = prefix_lengths(attention_mask), [(k, v), (text_k, text_v)]
         out, text_out = segment_attention([q, text_q], sources, valid_lengths=[None, lengths])
-        del q, k, sources  # not needed while the results are projected
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        del q, k, v, sources  # not needed while the results are projected
+        out = project_out(attn, out)
         # Zeros, with which diffusers pads before the projection.
         text_out = text_out.flatten(2) * attention_mask.to(text_out.dtype).unsqueeze(2)
         return out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
@@ -66,29 +58,25 @@ def _layer(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     encoder_attention_mask: Tensor,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    image_rotary_emb: Rotary = None,
 ) -> tuple[Tensor, Tensor] | str:
     called = (".linear", ".linear_1", ".silu")
-    if any(
-        not only_moves(m) for name, m in self.named_modules() if name.startswith("norm") and not name.endswith(called)
-    ):
+    norms = (m for name, m in self.named_modules() if name.startswith("norm") and not name.endswith(called))
+    if not all(map(only_moves, norms)):
         return "a hook on a norm"
-    hidden_states, encoder_hidden_states = token_rows(hidden_states), token_rows(encoder_hidden_states)
-    video = _Stream(self.norm1, temb)
-    text = None if self.context_pre_only else _Stream(self.norm1_context, temb)
-    updates = self.attn1(
-        hidden_states=video.first(hidden_states),
-        encoder_hidden_states=(
-            self.norm1_context(encoder_hidden_states, temb) if text is None else text.first(encoder_hidden_states)
-        ),
+    x, text = token_rows(hidden_states), token_rows(encoder_hidden_states)
+    video, words = _Stream(self.norm1, temb), None if self.context_pre_only else _Stream(self.norm1_context, temb)
+    x_update, text_update = self.attn1(
+        hidden_states=video.first(x),
+        encoder_hidden_states=self.norm1_context(text, temb) if words is None else words.first(text),
         image_rotary_emb=image_rotary_emb,
         attention_mask=encoder_attention_mask,
     )
-    hidden_states = video.rest(hidden_states, updates[0], (self.norm2, self.norm3, self.norm4), self.ff)
-    if text is not None:
+    x = video.rest(x, x_update, (self.norm2, self.norm3, self.norm4), self.ff)
+    if words is not None:
         norms = self.norm2_context, self.norm3_context, self.norm4_context
-        encoder_hidden_states = text.rest(encoder_hidden_states, updates[1], norms, self.ff_context)
-    return hidden_states, encoder_hidden_states
+        text = words.rest(text, text_update, norms, self.ff_context)
+    return x, text
 
 
 class _Stream:
@@ -117,9 +105,8 @@ class _Stream:
 
 def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
     """Returns the attributes that are read of an attention module; in the last layer no text comes out again."""
-    needs = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "context_pre_only")
-    needs += ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-    return needs if getattr(attn, "context_pre_only", True) else (*needs, "to_add_out")
+    last = getattr(attn, "context_pre_only", True)
+    return (*OWN, "to_out", "heads", "context_pre_only", *ADDED, *(() if last else ("to_add_out",)))
 
 
 RECIPES = (
@@ -128,19 +115,17 @@ RECIPES = (
         "attention",
         "segment_attention over video and text, norm_rope (rotation, an angle per head: PyTorch)",
         _attention_needs,
-        ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
         processor=MochiProcessor,
     ),
     Recipe(
         "MochiTransformerBlock",
         "norms",
-        "norm_modulate, gated_residual_norm_modulate, gated_residual",
+        BY,
         (
             *("norm1.linear", "norm1.silu", "norm1.norm.eps", "norm1_context", "attn1", "ff", "ff_context"),
             *("norm2.eps", "norm3.eps", "norm4.eps", "norm2_context", "norm3_context", "norm4_context"),
             "context_pre_only",
         ),
-        ("hidden_states", "encoder_hidden_states", "temb", "encoder_attention_mask", "image_rotary_emb"),
-        forward=_layer,
+        _layer,
     ),
 )

@@ -20,7 +20,8 @@ from torch import nn
 
 from ...common.dispatch import BACKENDS
 from ..calls import AttentionCalls
-from ..patching import Line, Report, patch_models, restore_module
+from ..norms import BY
+from ..patching import Line, Report, models_in, patch_models, restore_module
 from ..recipe import HostChanged, Recipe
 from .dit import FUNCTION, Attention, cross_attention_forward, layer_forward, own_forward, self_attention_forward
 from .probes import layer_probe, self_attention_probe
@@ -31,7 +32,6 @@ _HOST = "this version of the Wan code"
 _CROSS = ("WanT2VCrossAttention", "WanI2VCrossAttention", "WanCrossAttention")
 _PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads", "head_dim", "window_size")
 _LAYER = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.eps", "ffn")
-_PASSED = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 
 
 def accelerate(
@@ -103,42 +103,27 @@ def restore(model: Any) -> Report:
     Raises:
         TypeError: there is no torch module in ``model``.
     """
-    report = Report(f"restored {type(model).__name__}")
-    for _, root in _models(model):
-        report.left += restore_module(root).left
-    return report
+    return restore_module(*dict(_models(model)).values(), title=f"restored {type(model).__name__}")
 
 
 def _recipes(attention: Attention) -> tuple[Recipe, ...]:
     from ..wan_vae.recipes import ORIGINAL_RECIPES
 
-    cross = cross_attention_forward(attention)
+    cross, by = cross_attention_forward(attention), "segment_attention"
     return (
         Recipe(
             "WanSelfAttention",
             "attention",
             "qk_norm_rope, segment_attention",
             _PROJECTIONS,
-            ("x", "seq_lens", "grid_sizes", "freqs"),
-            forward=self_attention_forward(attention),
+            self_attention_forward(attention),
             fits=_decorated,
             own=attention.forward,
             served_apart=True,
             probe=self_attention_probe,
         ),
-        *(
-            Recipe(host, "attention", "segment_attention", (), None, cross, fits=_decorated, served_apart=True)
-            for host in _CROSS
-        ),
-        Recipe(
-            "WanAttentionBlock",
-            "norms",
-            "norm_modulate, gated_residual_norm_modulate, gated_residual",
-            _LAYER,
-            _PASSED,
-            forward=layer_forward,
-            probe=layer_probe,
-        ),
+        *(Recipe(host, "attention", by, (), cross, fits=_decorated, served_apart=True) for host in _CROSS),
+        Recipe("WanAttentionBlock", "norms", BY, _LAYER, layer_forward, probe=layer_probe),
         *ORIGINAL_RECIPES,
     )
 
@@ -151,22 +136,12 @@ def _decorated(module: nn.Module) -> str | None:
 
 def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yields the module, or those of a pipeline object: its attributes, and the ``model`` of those that wrap one."""
-    if isinstance(model, nn.Module):
-        # What torch.compile(model) returns wraps the model.
-        module = getattr(model, "_orig_mod", model)
-        yield type(module).__name__, module
-        return
-    found = []
+    parts = {}
     for name, part in getattr(model, "__dict__", {}).items():
-        inner = getattr(part, "model", None)
-        if isinstance(part, nn.Module):
-            found.append((name, part))
-        elif isinstance(inner, nn.Module):
-            found.append((f"{name}.model", inner))
-    if not found:
-        raise TypeError(f"model: expected a torch module, or an object that holds some, got {type(model).__name__}")
-    for name, part in found:
-        yield name, getattr(part, "_orig_mod", part)
+        wraps = not isinstance(part, nn.Module)
+        if isinstance(inner := getattr(part, "model", None) if wraps else part, nn.Module):
+            parts[f"{name}.model" if wraps else name] = inner
+    return models_in(model, parts, "model: expected a torch module, or an object that holds some")
 
 
 def _check_function(component: str, root: nn.Module) -> None:

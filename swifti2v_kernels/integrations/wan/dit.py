@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
 from ...norm.qk_norm_rope import norm_rope, qk_norm_rope
 from ...norm.rope import Rope3D
 from ..calls import AttentionCalls
 from ..hooks import hooked
+from ..norms import cross_layer
 from ..sdpa import attend
 
 #: The function in the original's attention module, and the name that its other modules import it under.
@@ -58,13 +58,19 @@ class Attention:
             dtype: torch.dtype = torch.bfloat16,
             version: int | None = None,
         ) -> Tensor:
-            reason = _unsupported(q, k, q_lens, dropout_p, causal, window_size)
-            if reason is None:
-                out = self._serve(q, k, v, k_lens, softmax_scale, q_scale, dtype)
+            if not self.calls.refuses(
+                (q_lens is not None, "q_lens is given"),
+                (dropout_p > 0, "dropout_p is not 0"),
+                (causal, "causal"),
+                (tuple(window_size) != (-1, -1), f"window_size {tuple(window_size)}"),
+                (q.shape[2] != k.shape[2], "fewer heads of keys than of queries"),
+            ):
+                # As the host computes it: in 16 bits, and back to the dtype of the queries.
+                half = v.dtype if v.dtype in HALF else dtype
+                halves = [q.to(half) if q_scale is None else q.to(half) * q_scale, k.to(half), v.to(half)]
+                out = self._serve(*halves, k_lens, softmax_scale)
                 if out is not None:
-                    return out
-            else:
-                self.calls.decline(reason)
+                    return out.to(q.dtype)
             options = {"softmax_scale": softmax_scale, "q_scale": q_scale, "causal": causal, "window_size": window_size}
             options |= {"deterministic": deterministic, "dtype": dtype, "version": version}
             return host(q, k, v, q_lens, k_lens, dropout_p, **options)
@@ -85,45 +91,14 @@ class Attention:
             self._forwards[host_class] = forward
         return self._forwards[host_class]
 
-    def _serve(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_lens: Tensor | None,
-        softmax_scale: float | None,
-        q_scale: float | None,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        """Returns the attention as the host computes it, in 16 bits and back to the dtype of ``q``, or None."""
-        wanted = v.dtype if v.dtype in HALF else dtype
-        halves = [x.to(wanted) for x in (q, k, v)]
-        if q_scale is not None:
-            halves[0] = halves[0] * q_scale
-        lens = None if k_lens is None else torch.as_tensor(k_lens)
-        valid = None if lens is None else lens.to(q.device)
-        if lens is not None and lens.device.type == "cpu":
-            # The host keeps lengths on the CPU. Where they are equal, tokens from there on are not needed at all.
-            lengths = set(lens.tolist())
-            if len(lengths) == 1:
-                end = lengths.pop()
-                halves[1:], valid = [x[:, :end] for x in halves[1:]], None
-        out = attend(*halves, self.calls, scale=softmax_scale, valid_lengths=valid, backend=self.backend)
-        return None if out is None else out.to(q.dtype)
-
-
-def _unsupported(
-    q: Tensor, k: Tensor, q_lens: Tensor | None, dropout_p: float, causal: bool, window_size: tuple[int, int]
-) -> str | None:
-    if q_lens is not None:
-        return "q_lens is given"
-    if dropout_p > 0:
-        return "dropout_p is not 0"
-    if causal:
-        return "causal"
-    if tuple(window_size) != (-1, -1):
-        return f"window_size {tuple(window_size)}"
-    return "fewer heads of keys than of queries" if q.shape[2] != k.shape[2] else None
+    def _serve(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor | None:
+        valid = None if lengths is None else torch.as_tensor(lengths)
+        # The host keeps lengths on the CPU. Where they are equal, tokens from there on are not needed at all.
+        if valid is not None and valid.device.type == "cpu" and len(same := set(valid.tolist())) == 1:
+            (end,), valid = same, None
+            k, v = k[:, :end], v[:, :end]
+        valid = None if valid is None else valid.to(q.device)
+        return attend(q, k, v, self.calls, scale=scale, valid_lengths=valid, backend=self.backend)
 
 
 def own_forward(host_class: type[nn.Module]) -> FunctionType:
@@ -150,7 +125,8 @@ def self_attention_forward(attention: Attention) -> Forward:
     """
 
     def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor | str:
-        if (grid := _common_grid(grid_sizes)) is None or math.prod(grid) > x.shape[1]:
+        grids = {tuple(grid) for grid in grid_sizes.tolist()}
+        if len(grids) != 1 or math.prod(grid := grids.pop()) > x.shape[1]:
             return "norm and rotation: grids that differ or have more tokens than there are"
         if (eps := _norm_eps(module, x)) is None:
             return "norm and rotation: its norms have hooks, are elsewhere or not as in Wan"
@@ -163,12 +139,6 @@ def self_attention_forward(attention: Attention) -> Forward:
         return module.o(out.flatten(2))
 
     return forward
-
-
-def _common_grid(grid_sizes: Tensor) -> tuple[int, int, int] | None:
-    """Returns frames, rows and columns if all entries of the batch have the same, else None."""
-    grids = {tuple(grid) for grid in grid_sizes.tolist()}
-    return grids.pop() if len(grids) == 1 else None
 
 
 def _norm_eps(module: Any, x: Tensor) -> float | None:
@@ -233,18 +203,11 @@ def layer_forward(
         return "a hook on norm1 or norm2"
     table = module.modulation if e.ndim == 3 else module.modulation.unsqueeze(0)
     table = (table + e).unsqueeze(2) if e.ndim == 3 else table + e
-    shift, scale, gate, c_shift, c_scale, c_gate = table.unbind(1 if e.ndim == 3 else 2)
+    rows = table.unbind(1 if e.ndim == 3 else 2)
     x = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous()
-    y = norm_modulate(x, shift, scale, eps=module.norm1.eps)
-    update = module.self_attn(y, seq_lens, grid_sizes, freqs).to(x.dtype)
-    # The layer's input may be needed by the caller; what it becomes here is ours to overwrite.
-    inplace = not torch.is_grad_enabled()
-    if isinstance(module.norm3, nn.LayerNorm) and not hooked(module.norm3):
-        affine = {"weight": module.norm3.weight, "bias": module.norm3.bias, "eps": module.norm3.eps}
-        x, y = gated_residual_norm_modulate(x, update, gate, **affine)
-    else:
-        x = gated_residual(x, update, gate)
-        y = module.norm3(x)
-    update = module.cross_attn(y, context, context_lens).to(x.dtype)
-    x, y = gated_residual_norm_modulate(x, update, None, c_shift, c_scale, eps=module.norm2.eps, inplace=inplace)
-    return gated_residual(x, module.ffn(y).to(x.dtype), c_gate, inplace=inplace)
+    norms = module.norm1, module.norm3, module.norm2
+    attentions = (
+        lambda y: module.self_attn(y, seq_lens, grid_sizes, freqs),
+        lambda y: module.cross_attn(y, context, context_lens),
+    )
+    return cross_layer(x, rows.__getitem__, norms, attentions, module.ffn, (module.norm3, module.cross_attn))

@@ -23,7 +23,7 @@ from ...conv.causal_conv3d import causal_conv3d
 from ...conv.upsample_conv2d import fold_upsample_weight, upsample_conv2d
 from ...norm.adaln import norm_modulate
 from ...norm.rms_norm_silu import rms_norm_silu
-from .weights import Lent, channels_last
+from .weights import channels_last, lent
 
 #: Frames in a slot.
 HISTORY = 2
@@ -41,14 +41,6 @@ class ResidualBlock(NamedTuple):
     norm2: nn.Module
     conv2: nn.Conv3d
     shortcut: nn.Conv3d | None
-
-
-class Resampling(NamedTuple):
-    """The parts of a resampling layer; ``mode`` is one of the hosts' names, such as ``upsample3d``."""
-
-    mode: str
-    conv: nn.Conv2d
-    time_conv: nn.Conv3d | None
 
 
 def to_frames(x: Tensor) -> Tensor:
@@ -92,22 +84,22 @@ def residual_block(
 
 
 def resample(
-    x: Tensor, parts: Resampling, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool = True
+    x: Tensor, layer: nn.Module, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool = True
 ) -> Tensor:
-    """Doubles or halves frames, and with a cache, in a ``3d`` mode, the frame rate after the clip's first frame."""
-    in_time = feat_cache is not None and parts.mode.endswith("3d")
-    if parts.mode.startswith("up"):
-        frames = to_frames(x)
+    """Doubles or halves frames, and with a cache, in a ``3d`` mode, the frame rate after the clip's first frame.
+
+    Of the layer, ``mode``, the convolution ``resample[1]`` and, in a ``3d`` mode, ``time_conv`` are read.
+    """
+    frames, conv = to_frames(x), layer.resample[1]
+    in_time = feat_cache is not None and layer.mode.endswith("3d")
+    if layer.mode.startswith("up"):
         if in_time:
-            frames = _double_frames(frames, parts, feat_cache, feat_idx, joins)
-        with Lent(parts.conv, frames) as (weight, bias):
+            frames = _double_frames(frames, layer.time_conv, feat_cache, feat_idx, joins)
+        with lent(conv, frames) as (weight, bias):
             return from_frames(upsample_conv2d(frames, fold_upsample_weight(weight), bias))
-    frames = to_frames(x)
-    with Lent(parts.conv, frames) as (weight, bias):
+    with lent(conv, frames) as (weight, bias):
         frames = causal_conv3d(frames, channels_last(weight), bias, stride=(1, 2, 2), padding=(0, 1, 0, 1))
-    if in_time:
-        frames = _halve_frames(frames, parts, feat_cache, feat_idx)
-    return from_frames(frames)
+    return from_frames(_halve_frames(frames, layer.time_conv, feat_cache, feat_idx) if in_time else frames)
 
 
 def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: Any) -> Tensor:
@@ -121,7 +113,7 @@ def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: An
     lead = conv.kernel_size[0] - conv.stride[0] - before
     if lead > 0:
         past, frames = frames[:, :lead], frames[:, lead:]
-    with Lent(conv, frames) as (weight, bias):
+    with lent(conv, frames) as (weight, bias):
         return causal_conv3d(
             frames,
             channels_last(weight),
@@ -177,20 +169,19 @@ def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
 
 
 def _double_frames(
-    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int], joins: bool
+    frames: Tensor, conv: nn.Conv3d, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int], joins: bool
 ) -> Tensor:
     index = feat_idx[0]
     feat_idx[0] += 1
-    slot, conv = feat_cache[index], parts.time_conv
+    slot = feat_cache[index]
     if slot is None:
         feat_cache[index] = FIRST
         return frames
     slot = None if isinstance(slot, str) else slot
-    assert conv is not None
     past = None if slot is None else to_frames(slot.to(frames))[:, -HISTORY:]
     batch, count, height, width, channels = frames.shape
     out = frames.new_empty(batch, 2 * count, height, width, channels)
-    with Lent(conv, frames) as (weight, bias):
+    with lent(conv, frames) as (weight, bias):
         biases = (None, None) if bias is None else bias.chunk(2)
         for i, half in enumerate(channels_last(weight).chunk(2)):
             # Each half of the features is every second frame and is written there.
@@ -200,16 +191,14 @@ def _double_frames(
 
 
 def _halve_frames(
-    frames: Tensor, parts: Resampling, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
+    frames: Tensor, conv: nn.Conv3d, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
 ) -> Tensor:
-    index = feat_idx[0]
-    feat_idx[0] += 1
-    slot, conv = feat_cache[index], parts.time_conv
+    slot = feat_cache[feat_idx[0]]
     # The caller has the frames too.
-    feat_cache[index] = from_frames(frames[:, -1:].clone(memory_format=torch.contiguous_format))
+    feat_cache[feat_idx[0]] = from_frames(frames[:, -1:].clone(memory_format=torch.contiguous_format))
+    feat_idx[0] += 1
     if slot is None:
         return frames
-    assert conv is not None
-    past = to_frames(slot.to(frames))[:, -1:]
-    with Lent(conv, frames) as (weight, bias):
+    with lent(conv, frames) as (weight, bias):
+        past = to_frames(slot.to(frames))[:, -1:]
         return causal_conv3d(frames, channels_last(weight), bias, past=past, stride=conv.stride)

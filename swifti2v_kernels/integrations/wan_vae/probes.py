@@ -35,9 +35,8 @@ def layer_probe(channels: Callable[[Any], int]) -> Callable[[nn.Module, Forward]
         halves = getattr(module, "mode", None) == "downsample3d"
         counts = (1, 2, 2, 4) if halves else (1, 1, 2, 4, 1)
         takes_final = "final" in inspect.signature(type(module).forward).parameters
-        for dtype, tolerance, batch in _PRECISIONS:
-            made = twin(module, dtype).train(module.training and dtype == torch.float64)
-            wholes, chunks = ([_frames(channels(made), n, dtype, batch) for n in ns] for ns in ((1, 2, 3, 4), counts))
+        for made, tolerance, frames in _twins(module):
+            wholes, chunks = ([frames(channels(made), n) for n in ns] for ns in ((1, 2, 3, 4), counts))
 
             def whole(call: Forward, made: Any = made, clips: Any = wholes) -> Outcome:
                 mine = [x.clone() for x in clips]
@@ -56,7 +55,7 @@ def layer_probe(channels: Callable[[Any], int]) -> Callable[[nn.Module, Forward]
 
             host = type(module).forward
             yield Trial(partial(whole, host), [partial(whole, forward)], tolerance)
-            mixtures = ((forward,), (forward, host), (host, forward)) if dtype == torch.float64 else ((forward,),)
+            mixtures = ((forward,), (forward, host), (host, forward))[: 3 if tolerance == _PRECISIONS[0][1] else 1]
             yield Trial(partial(run, host), [partial(run, *forwards) for forwards in mixtures], tolerance)
 
     return probe
@@ -66,9 +65,8 @@ def conv_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     """Yields the trials of a causal convolution, with slots of one and two frames; ComfyUI's may take them itself."""
     takes_list = "cache_list" in inspect.signature(type(module).forward).parameters
     few = max(1, module.kernel_size[0] - time_padding(module))
-    for dtype, tolerance, batch in _PRECISIONS:
-        made = twin(module, dtype).train(module.training and dtype == torch.float64)
-        x, past = (_frames(made.in_channels, count, dtype, batch) for count in (4, 2))
+    for made, tolerance, frames in _twins(module):
+        x, past = (frames(made.in_channels, count) for count in (4, 2))
 
         def run(call: Forward, made: Any = made, x: Tensor = x, past: Tensor = past) -> Outcome:
             results, kept = [], []
@@ -90,9 +88,8 @@ def conv_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
 
 def norm_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     """Yields the trials of a norm over channels, of frames or of single ones as its weight says."""
-    for dtype, tolerance, batch in _PRECISIONS:
-        made = twin(module, dtype).train(module.training and dtype == torch.float64)
-        x = _frames(made.gamma.numel(), 2, dtype, batch)
+    for made, tolerance, frames in _twins(module):
+        x = frames(made.gamma.numel(), 2)
         given = [x, x[:, :, :1]] if module.gamma.ndim == 4 else [x.transpose(1, 2).flatten(0, 1), x[:1, :, 0]]
 
         def run(call: Forward, made: Any = made, given: Any = given) -> Outcome:
@@ -100,6 +97,13 @@ def norm_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
             return {RETURNS: [call(made, x) for x in mine], CHANGES: mine}
 
         yield Trial(partial(run, type(module).forward), [partial(run, forward)], tolerance)
+
+
+def _twins(module: nn.Module) -> Iterator[tuple[Any, float, Callable[[int, int], Tensor]]]:
+    """Yields twins of each precision, with the tolerance, and what makes frames of channels and a count for them."""
+    for dtype, tolerance, batch in _PRECISIONS:
+        made = twin(module, dtype).train(module.training and dtype == torch.float64)
+        yield made, tolerance, partial(_frames, dtype=dtype, batch=batch)
 
 
 def _frames(channels: int, count: int, dtype: torch.dtype, batch: int) -> Tensor:

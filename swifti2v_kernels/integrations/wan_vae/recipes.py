@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...common.tracing import constant_when_traced
 from ..recipe import PARTS, Recipe
+from ..sdpa import autocast
 from .layers import (
     FeatCache,
-    Resampling,
     ResidualBlock,
     convolve,
     from_frames,
@@ -39,7 +40,7 @@ from .layers import (
     to_frames,
 )
 from .probes import conv_probe, layer_probe, norm_probe
-from .weights import apart, cast, unreadable, watched, without_autocast
+from .weights import apart, unreadable, watched, without_autocast
 
 Index = MutableSequence[int] | None
 Reason = Callable[[nn.Module], str | None]
@@ -48,126 +49,83 @@ _ORIGINAL_RESIDUAL = ("RMS_norm", "SiLU", "CausalConv3d", "RMS_norm", "SiLU", "D
 _MODES = ("upsample2d", "upsample3d", "downsample2d", "downsample3d")
 
 
-def _diffusers_residual(module: nn.Module) -> ResidualBlock:
-    return _residual(module.norm1, module.conv1, module.norm2, module.conv2, module.conv_shortcut)
+def _read(module: nn.Module) -> tuple[ResidualBlock, nn.Module, Sequence[nn.Module]]:
+    """Returns the parts of a residual block, its dropout and its activations, as the host keeps them."""
+    if hasattr(module, "residual"):
+        norm1, act1, conv1, norm2, act2, dropout, conv2 = module.residual
+        shortcut, activations = module.shortcut, (act1, act2)
+    else:
+        norm1, conv1, norm2, conv2 = module.norm1, module.conv1, module.norm2, module.conv2
+        shortcut, dropout, activations = module.conv_shortcut, module.dropout, (module.nonlinearity,)
+    shortcut = None if isinstance(shortcut, nn.Identity) else shortcut
+    return ResidualBlock(norm1, conv1, norm2, conv2, shortcut), dropout, activations
 
 
-def _original_residual(module: nn.Module) -> ResidualBlock:
-    norm1, _, conv1, norm2, _, _, conv2 = module.residual
-    return _residual(norm1, conv1, norm2, conv2, module.shortcut)
-
-
-def _residual(norm1: nn.Module, conv1: Any, norm2: nn.Module, conv2: Any, shortcut: Any) -> ResidualBlock:
-    return ResidualBlock(norm1, conv1, norm2, conv2, None if isinstance(shortcut, nn.Identity) else shortcut)
-
-
-def _diffusers_residual_forward(
-    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
-) -> Tensor | str:
-    """Replaces the ``forward`` of ``WanResidualBlock``."""
-    return _run_residual(module, x, _diffusers_residual(module), module.dropout, feat_cache, feat_idx)
-
-
-def _original_residual_forward(
+def _residual_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
 ) -> Tensor | str:
-    """Replaces the ``forward`` of ``ResidualBlock``; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
-    block, joins = _original_residual(module), not _takes_final(type(module))
-    return _run_residual(module, x, block, module.residual[5], feat_cache, feat_idx, joins)
-
-
-def _run_residual(
-    module: nn.Module,
-    x: Tensor,
-    block: ResidualBlock,
-    dropout: nn.Module,
-    feat_cache: FeatCache,
-    feat_idx: Index,
-    joins: bool = True,
-) -> Tensor | str:
+    """Replaces the ``forward`` of a residual block; ComfyUI's (2.1) takes ``final`` and makes no use of it."""
+    block, dropout, _ = _read(module)
     parts = [part for part in block if part is not None]
-    convs = (block.conv1, block.conv2) if block.shortcut is None else (block.conv1, block.conv2, block.shortcut)
+    convs = [part for part in (block.conv1, block.conv2, block.shortcut) if part is not None]
     if (reason := _obstacle(module, x, convs, parts)) is not None:
         return reason
     if dropout.training and dropout.p:
         return "dropout is on"
-    frames = cast(x)
     with without_autocast(x):
-        y = residual_block(frames, block, feat_cache, [0] if feat_idx is None else feat_idx, joins)
+        y = residual_block(autocast(x), block, feat_cache, feat_idx or [0], not _takes_final(type(module)))
     # Added to the input itself, the host's result has the wider dtype of the two.
     return y if block.shortcut is not None else y.to(torch.promote_types(y.dtype, x.dtype))
 
 
 def _resample_forward(
-    module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None
-) -> Tensor | str:
-    """Replaces the ``forward`` of ``WanResample``."""
-    return _run_resample(x, module, feat_cache, feat_idx)
-
-
-def _original_resample_forward(
     module: nn.Module, x: Tensor, feat_cache: FeatCache = None, feat_idx: Index = None, final: bool = False
 ) -> Tensor | str | None:
-    """Replaces the ``forward`` of ``Resample``.
+    """Replaces the ``forward`` of a resampling layer.
 
     ComfyUI's (2.1), known by its parameter ``final``, has a second slot where it halves the frame rate: a single frame
     waits there, and None is returned, until there are two or the clip ends. It also joins no frames of two chunks in a
     slot, and neither does its residual block.
     """
-    waits = feat_cache is not None and module.mode == "downsample3d" and _takes_final(type(module))
+    joins = not _takes_final(type(module))
+    waits = feat_cache is not None and module.mode == "downsample3d" and not joins
     # Only a frame that has been through the convolution in time may wait.
     starts = waits and feat_cache[feat_idx[0]] is None
-    y = _run_resample(x, module, feat_cache, feat_idx)
-    if isinstance(y, str):
-        return y
-    if waits:
-        feat_idx[0] += 1
-    return y if not waits or starts else _gathered(y, feat_cache, feat_idx[0] - 1, final)
-
-
-def _run_resample(x: Tensor, module: nn.Module, feat_cache: FeatCache, feat_idx: Index) -> Tensor | str:
-    parts = Resampling(module.mode, module.resample[1], getattr(module, "time_conv", None))
-    convs = (parts.conv,) if parts.time_conv is None else (parts.conv, parts.time_conv)
+    convs = [conv for conv in (module.resample[1], getattr(module, "time_conv", None)) if conv is not None]
     if (reason := _obstacle(module, x, convs, convs)) is not None:
         return reason
-    frames = cast(x)
     with without_autocast(x):
-        joins = not _takes_final(type(module))
-        return resample(frames, parts, feat_cache, [0] if feat_idx is None else feat_idx, joins)
-
-
-def _gathered(y: Tensor, feat_cache: MutableSequence[Any], slot: int, final: bool) -> Tensor | None:
+        y = resample(autocast(x), module, feat_cache, feat_idx or [0], joins)
+    if not waits:
+        return y
+    slot = feat_idx[0]
+    feat_idx[0] += 1
+    if starts:
+        return y
     waiting, feat_cache[slot] = feat_cache[slot], None
-    if waiting is not None:
-        y = torch.cat((waiting, y), dim=2)
-    if y.shape[2] == 1 and not final:
-        feat_cache[slot] = y
-        return None
-    return y
+    y = y if waiting is None else torch.cat((waiting, y), dim=2)
+    if y.shape[2] > 1 or final:
+        return y
+    feat_cache[slot] = y
+    return None
 
 
-def _conv_forward(module: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor | str:
-    """Replaces the ``forward`` of ``WanCausalConv3d``."""
-    # Hooks of the module itself are around this forward and have done their work.
-    if (reason := apart(x, module) or _changed(module)) is not None:
-        return reason
-    frames = to_frames(cast(x))
-    with without_autocast(x):
-        return from_frames(convolve(frames, module, cache_x))
-
-
-def _original_conv_forward(
+def _conv_forward(
     module: nn.Module,
     x: Tensor,
     cache_x: Tensor | None = None,
     cache_list: MutableSequence[Any] | None = None,
     cache_idx: int | None = None,
 ) -> Tensor | str:
-    """Replaces the ``forward`` of ``CausalConv3d``; ComfyUI's also takes its past out of a list."""
-    # What the host must compute, it takes out of the list itself.
-    if cache_list is not None and cache_idx is not None and (apart(x, module) or _changed(module)) is None:
+    """Replaces the ``forward`` of a causal convolution; ComfyUI's also takes its past out of a list."""
+    # Hooks of the module itself are around this forward and have done their work.
+    if (reason := apart(x, module) or _changed(module)) is not None:
+        return reason
+    if cache_list is not None and cache_idx is not None:
         cache_x, cache_list[cache_idx] = cache_list[cache_idx], None
-    return _conv_forward(module, x, cache_x)
+    frames = to_frames(autocast(x))
+    with without_autocast(x):
+        return from_frames(convolve(frames, module, cache_x))
 
 
 def _norm_forward(module: nn.Module, x: Tensor) -> Tensor | str:
@@ -182,29 +140,22 @@ def _norm_forward(module: nn.Module, x: Tensor) -> Tensor | str:
 
 def _obstacle(layer: nn.Module, x: Tensor, convs: Sequence[nn.Module], parts: Sequence[nn.Module]) -> str | None:
     """Returns why a layer is to be computed by its modules, not by us with the weights of its ``parts``, or None."""
-    if not _are_convolutions(convs):
+    # An adapter that has taken the place of one shows its weight and computes more.
+    if not all(isinstance(conv, (nn.Conv2d, nn.Conv3d)) for conv in convs):
         return "a convolution inside was replaced"
     return unreadable(x, *parts) or ("a hook on a layer inside" if watched(layer) else _changed(layer))
 
 
 def _changed(layer: nn.Module) -> str | None:
     """Returns a reason if modules in a layer are of other classes than those that it was planned with, or patched."""
-    planned = getattr(layer, PARTS, None)
-    if planned is None:
-        return None
-    same = planned == tuple(type(part) for part in layer.modules())
-    patched = any("_conv_forward" in part.__dict__ for part in layer.modules())
+    planned, parts = getattr(layer, PARTS, None), tuple(layer.modules())
+    same = planned in (None, tuple(map(type, parts)))
+    patched = planned is not None and any("_conv_forward" in part.__dict__ for part in parts)
     return "a part of it was replaced" if patched or not same else None
 
 
-def _are_convolutions(modules: Sequence[nn.Module]) -> bool:
-    """Returns whether the modules are still convolutions.
-
-    An adapter that has taken the place of one shows its weight and computes more.
-    """
-    return all(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in modules)
-
-
+# Constant for a trace: it is the class's.
+@constant_when_traced
 @functools.cache
 def _takes_final(kind: type[nn.Module]) -> bool:
     return "final" in inspect.signature(kind.forward).parameters
@@ -234,28 +185,19 @@ def _conv_reason(conv: nn.Module) -> str | None:
     return None
 
 
-def _residual_reason(block: ResidualBlock, activations: tuple[nn.Module, ...]) -> str | None:
+def _residual_reason(module: nn.Module) -> str | None:
+    if (layers := getattr(module, "residual", None)) is not None or not hasattr(module, "conv_shortcut"):
+        kinds = tuple(type(layer).__name__ for layer in layers) if isinstance(layers, nn.Sequential) else ()
+        if kinds != _ORIGINAL_RESIDUAL or not hasattr(module, "shortcut"):
+            return "not the Wan VAE's residual block"
+    block, _, activations = _read(module)
     if not all(isinstance(activation, nn.SiLU) for activation in activations):
         return "its activation is not SiLU"
     convs = [conv for conv in (block.conv1, block.conv2, block.shortcut) if conv is not None]
     reasons = [_norm_reason(block.norm1), _norm_reason(block.norm2), *map(_conv_reason, convs)]
-    if any(reasons):
-        return next(reason for reason in reasons if reason)
-    if any(set(conv.stride) != {1} for conv in convs):
+    if not any(reasons) and any(set(conv.stride) != {1} for conv in convs):
         return "its convolutions have strides"
-    return None
-
-
-def _diffusers_residual_reason(module: nn.Module) -> str | None:
-    return _residual_reason(_diffusers_residual(module), (module.nonlinearity,))
-
-
-def _original_residual_reason(module: nn.Module) -> str | None:
-    layers = getattr(module, "residual", None)
-    kinds = tuple(type(layer).__name__ for layer in layers) if isinstance(layers, nn.Sequential) else ()
-    if kinds != _ORIGINAL_RESIDUAL or not hasattr(module, "shortcut"):
-        return "not the Wan VAE's residual block"
-    return _residual_reason(_original_residual(module), (layers[1], layers[4]))
+    return next(filter(None, reasons), None)
 
 
 def _resample_reason(module: nn.Module) -> str | None:
@@ -284,99 +226,46 @@ def _resample_reason(module: nn.Module) -> str | None:
     return reason
 
 
-def _with_parameters(reason: Reason, *known: str) -> Reason:
-    """Returns a check that gives what ``reason`` gives, or else that a ``forward`` takes what is not known.
-
-    These class names are common ones.
-    """
+def _floating(reason: Reason) -> Reason:
+    """Returns a check that gives what ``reason`` gives, or else that a module has integer weights."""
 
     def why(module: nn.Module) -> str | None:
         found = reason(module)
-        if found is None:
-            unknown = [name for name in inspect.signature(type(module).forward).parameters if name not in known][1:]
-            found = f"a parameter {unknown[0]!r} in its forward that is not known" if unknown else None
-        if found is None and not all(p.is_floating_point() for p in module.parameters()):
-            found = "integer weights"
-        return found
+        return found or (None if all(p.is_floating_point() for p in module.parameters()) else "integer weights")
 
     return why
 
 
-_RESIDUAL = "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"
-_RESAMPLE = "upsample_conv2d and causal_conv3d"
-_CONV = "causal_conv3d"
-_NORM = "norm_modulate"
-_PARAMETERS = ("x", "feat_cache", "feat_idx")
-
+#: By diffusers' name of a module: what replaces it, what is read of it, its forward, check and probe.
+_KNOWN = {
+    "WanResidualBlock": (
+        "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them",
+        ("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout.p"),
+        *(_residual_forward, _residual_reason, layer_probe(lambda module: module.residual[2].in_channels)),
+    ),
+    "WanResample": (
+        "upsample_conv2d and causal_conv3d",
+        ("mode", "resample"),
+        *(_resample_forward, _resample_reason, layer_probe(lambda module: module.resample[1].in_channels)),
+    ),
+    "WanCausalConv3d": (
+        "causal_conv3d",
+        ("_padding", "weight", "bias", "kernel_size", "stride"),
+        *(_conv_forward, _conv_reason, conv_probe),
+    ),
+    "WanRMS_norm": (
+        "norm_modulate",
+        ("gamma", "scale", "bias", "channel_first"),
+        *(_norm_forward, _norm_reason, norm_probe),
+    ),
+}
 #: Recipes for diffusers' ``AutoencoderKLWan``.
-RECIPES: tuple[Recipe, ...] = (
-    Recipe(
-        "WanResidualBlock",
-        "vae",
-        _RESIDUAL,
-        needs=("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "nonlinearity", "dropout.p"),
-        parameters=_PARAMETERS,
-        forward=_diffusers_residual_forward,
-        fits=_diffusers_residual_reason,
-    ),
-    Recipe(
-        "WanResample",
-        "vae",
-        _RESAMPLE,
-        needs=("mode", "resample"),
-        parameters=_PARAMETERS,
-        forward=_resample_forward,
-        fits=_resample_reason,
-    ),
-    Recipe(
-        "WanCausalConv3d",
-        "vae",
-        _CONV,
-        needs=("_padding", "weight", "bias", "kernel_size", "stride"),
-        parameters=("x", "cache_x"),
-        forward=_conv_forward,
-        fits=_conv_reason,
-    ),
-    Recipe(
-        "WanRMS_norm",
-        "vae",
-        _NORM,
-        needs=("gamma", "scale", "bias", "channel_first"),
-        parameters=("x",),
-        forward=_norm_forward,
-        fits=_norm_reason,
-    ),
+RECIPES = tuple(
+    Recipe(host, "vae", by, needs, forward, fits=reason) for host, (by, needs, forward, reason, _) in _KNOWN.items()
 )
-
 #: Recipes for the modules of the Wan repositories and ComfyUI. Their names are common ones: a module that is not the
 #: Wan VAE's, or not as it is known, or does not compute the same on tiny tensors, is left with the reason.
-ORIGINAL_RECIPES: tuple[Recipe, ...] = tuple(
-    Recipe(host, "vae", by, (), None, forward=forward, fits=_with_parameters(reason, *known), probe=probe)
-    for host, by, forward, reason, known, probe in (
-        (
-            "ResidualBlock",
-            _RESIDUAL,
-            _original_residual_forward,
-            _original_residual_reason,
-            (*_PARAMETERS, "final"),
-            layer_probe(lambda module: module.residual[2].in_channels),
-        ),
-        (
-            "Resample",
-            _RESAMPLE,
-            _original_resample_forward,
-            _resample_reason,
-            (*_PARAMETERS, "final"),
-            layer_probe(lambda module: module.resample[1].in_channels),
-        ),
-        (
-            "CausalConv3d",
-            _CONV,
-            _original_conv_forward,
-            _conv_reason,
-            ("x", "cache_x", "cache_list", "cache_idx"),
-            conv_probe,
-        ),
-        ("RMS_norm", _NORM, _norm_forward, _norm_reason, ("x",), norm_probe),
-    )
+ORIGINAL_RECIPES = tuple(
+    Recipe(host.removeprefix("Wan"), "vae", by, (), forward, fits=_floating(reason), probe=probe, common=True)
+    for host, (by, _, forward, reason, probe) in _KNOWN.items()
 )

@@ -5,7 +5,7 @@ the whole module. Whether a module's weights may be read past its own ``forward`
 (:func:`unreadable`); if not, the caller goes the host's way, through the module.
 
 ComfyUI keeps weights elsewhere too, but has a function that lends them (``comfy.ops.cast_bias_weight``), which
-:class:`Lent` uses.
+:func:`lent` uses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -25,15 +26,9 @@ from ..probing import LENDING
 
 
 def unreadable(x: Tensor, *modules: nn.Module) -> str | None:
-    """Returns why the parameters of ``modules`` may not be read without calling them, for an operator on ``x``.
-
-    None if they may.
-    """
-    for module in modules:
-        reason = "a hook on a layer inside" if _is_wrapped(module) else apart(x, module)
-        if reason is not None:
-            return reason
-    return None
+    """Returns why weights of ``modules`` may not be read without calling these, for an operator on ``x``, or None."""
+    reasons = ("a hook on a layer inside" if _is_wrapped(module) else apart(x, module) for module in modules)
+    return next(filter(None, reasons), None)
 
 
 def watched(layer: nn.Module) -> bool:
@@ -66,40 +61,22 @@ def apart(x: Tensor, module: nn.Module) -> str | None:
     return None
 
 
-def cast(x: Tensor) -> Tensor:
-    """Returns ``x`` in the dtype that its convolution has in PyTorch: autocast's where that is on; float64 stays."""
-    if _autocasts(x) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context without autocast, since the operators take all their tensors in one dtype (:func:`cast`)."""
+    """Returns a context without autocast, since the operators take all their tensors in one dtype."""
     return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
 
 
-class Lent:
-    """A context that lends the weight and bias of a convolution, in the dtype of ``x``, while the block runs.
-
-    It is entered by ``with Lent(conv, x) as (weight, bias):``.
-    """
-
-    def __init__(self, conv: nn.Module, x: Tensor):
-        self._conv, self._x = conv, x
-        self._lender = _lender() if _is_lent(conv) else None
-        self._loan: tuple[Any, ...] = ()
-
-    def __enter__(self) -> tuple[Tensor, Tensor | None]:
-        if self._lender is not None:
-            self._loan = self._lender.cast_bias_weight(self._conv, self._x, offloadable=True)
-            weight, bias = self._loan[:2]
-        else:
-            weight, bias = self._conv.weight, self._conv.bias
-        return weight.to(self._x.dtype), None if bias is None else bias.to(self._x.dtype)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._lender is not None:
-            self._lender.uncast_bias_weight(self._conv, *self._loan)
+@contextlib.contextmanager
+def lent(conv: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Lends the weight and bias of a convolution, in the dtype of ``x``, while the block runs."""
+    lender = _lender() if _is_lent(conv) else None
+    loan = (conv.weight, conv.bias) if lender is None else lender.cast_bias_weight(conv, x, offloadable=True)
+    weight, bias = loan[:2]
+    try:
+        yield weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    finally:
+        if lender is not None:
+            lender.uncast_bias_weight(conv, *loan)
 
 
 def channels_last(weight: Tensor) -> Tensor:
@@ -113,13 +90,9 @@ def channels_last(weight: Tensor) -> Tensor:
 
 def _is_wrapped(module: nn.Module) -> bool:
     """Returns whether something happens when ``module`` is called that reading its weights would miss."""
-    if hooked(module):
-        return True
     forward = module.__dict__.get("forward")
-    if forward is None:
-        return False
     ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{PACKAGE}.integrations.")
-    return not ours
+    return hooked(module) or (forward is not None and not ours)
 
 
 def _autocasts(x: Tensor) -> bool:

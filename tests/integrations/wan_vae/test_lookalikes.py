@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,14 +12,11 @@ from torch import nn
 
 from swifti2v_kernels.common.dispatch import default_backend
 from swifti2v_kernels.integrations.patching import plan_patches
-from swifti2v_kernels.integrations.wan import accelerate, restore
+from swifti2v_kernels.integrations.wan import accelerate
 from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
 from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
-from tests.support.wan_lookalikes import LOOKALIKES, DiffSynthVAE, imitate, needs_a_gpu, scaled_branch
-from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, WanVAE_
-
-LAYOUT = 4, 4, 4, [1, 2], 1, [True]
+from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, cached, imitate, wan_vae
 
 
 @pytest.fixture(autouse=True)
@@ -40,25 +38,108 @@ def plan(root: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     return {line.host: line.count for line in replaced}, {line.host: line.text for line in left}
 
 
-def test_diffsynth_studios_layers_are_left_and_it_codes_as_before():
-    vae = DiffSynthVAE(*LAYOUT).eval()
-    expected = coded(vae)
-    for dry_run in (True, False):
-        report = accelerate(vae, dry_run=dry_run)
-        text = "its forward returns something else: a tuple of 3, not a tensor"
-        assert {(line.host, line.text) for line in report.left} == {("ResidualBlock", text), ("Resample", text)}
-        assert {line.host for line in report.replaced} == {"CausalConv3d", "RMS_norm"}
-        assert relative_error(coded(vae), expected) < PARITY
-    restore(vae)
-    assert torch.equal(coded(vae), expected)
+def layer(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``forward(self, x, feat_cache, feat_idx)`` with the layers' own signature."""
+    return lambda self, x, feat_cache=None, feat_idx=[0]: forward(self, x, feat_cache, feat_idx)
 
 
-@pytest.mark.parametrize("forward", half(LOOKALIKES), ids=lambda forward: forward.__name__)
-def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(forward):
+def scaled_branch(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    h = self.shortcut(x)
+    return h + 0.7 * (ResidualBlock.forward(self, x, *cache) - h)
+
+
+def other_order(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    norm1, silu, conv1, norm2, _, _, conv2 = self.residual
+    y = norm2(cached(conv1, silu(norm1(x)), *cache))
+    return silu(cached(conv2, y, *cache)) + self.shortcut(x)
+
+
+def one_slot(self: Any, x: torch.Tensor, feat_cache: Any, feat_idx: Any) -> torch.Tensor:
+    """Keeps both convolutions' frames in one slot."""
+    if feat_cache is None:
+        return ResidualBlock.forward(self, x)
+    slots = feat_cache[feat_idx[0]] or [None, None]
+    y = ResidualBlock.forward(self, x, slots, [0])
+    feat_cache[feat_idx[0]] = slots
+    feat_idx[0] += 1
+    return y
+
+
+def slots_in_reverse(self: Any, x: torch.Tensor, feat_cache: Any, feat_idx: Any) -> torch.Tensor:
+    if feat_cache is None:
+        return ResidualBlock.forward(self, x)
+    here = slice(feat_idx[0], feat_idx[0] + 2)
+    slots = feat_cache[here][::-1]
+    y = ResidualBlock.forward(self, x, slots, [0])
+    feat_cache[here] = slots[::-1]
+    feat_idx[0] += 2
+    return y
+
+
+def smooth(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    y = Resample.forward(self, x, *cache)
+    return y + 0.1 * y.roll(1, dims=-1) if self.mode.startswith("up") else y
+
+
+def frames_in_other_order(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+    y = Resample.forward(self, x, *cache)
+    return y.flip(2) if self.mode == "upsample3d" and cache[0] is not None else y
+
+
+def first_frame_repeated(self: Any, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
+    if cache_x is None and self._padding[4]:
+        cache_x = x[:, :, :1].repeat(1, 1, self._padding[4], 1, 1)
+    return CausalConv3d.forward(self, x, cache_x)
+
+
+def needs_a_gpu(self: Any, x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no GPU here\nand more")
+
+
+RETURNS = "its forward returns something else:"
+VALUES = f"{RETURNS} other values"
+#: The kind that each imitates, its forward, and how what a report says begins.
+LOOKALIKES = {
+    "scaled branch": ("ResidualBlock", layer(scaled_branch), VALUES),
+    "other order": ("ResidualBlock", layer(other_order), VALUES),
+    "one slot": ("ResidualBlock", layer(one_slot), "its cache is kept in another way: 2, not 3"),
+    "slots in reverse": ("ResidualBlock", layer(slots_in_reverse), RETURNS),
+    "smooth": ("Resample", layer(smooth), VALUES),
+    "frames in other order": ("Resample", layer(frames_in_other_order), VALUES),
+    "first frame repeated": ("CausalConv3d", first_frame_repeated, VALUES),
+    "epsilon": (
+        "RMS_norm",
+        lambda self, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gamma,
+        VALUES,
+    ),
+    "float32": (
+        "RMS_norm",
+        lambda self, x: RMS_norm.forward(self, x.float()),
+        f"{RETURNS} torch.float32, not torch.bfloat16",
+    ),
+}
+#: The same for what the stand-in's own VAE cannot run with; DiffSynth-Studio's layers hand cache and index back.
+LOOKALIKES_ALONE = {
+    "hands back, block": (
+        "ResidualBlock",
+        layer(lambda self, x, *cache: (ResidualBlock.forward(self, x, *cache), *cache)),
+        f"{RETURNS} a tuple of 3, not a tensor",
+    ),
+    "hands back, resampling": (
+        "Resample",
+        layer(lambda self, x, *cache: (Resample.forward(self, x, *cache), *cache)),
+        f"{RETURNS} a tuple of 3, not a tensor",
+    ),
+    "needs a GPU": ("RMS_norm", needs_a_gpu, "its forward could not be tried: RuntimeError: no GPU here"),
+}
+
+
+@pytest.mark.parametrize("case", [*half(LOOKALIKES), *LOOKALIKES_ALONE])
+def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(case):
     """The residual block and whatever else calls the imitated module is left too, and the rest is replaced."""
-    vae, (kind, reason) = WanVAE_(*LAYOUT, False).eval(), LOOKALIKES[forward]
+    vae, (kind, forward, reason) = wan_vae(), (LOOKALIKES | LOOKALIKES_ALONE)[case]
     imitate(vae, kind, forward)
-    expected = None if forward is needs_a_gpu else coded(vae)
+    expected = coded(vae) if case in LOOKALIKES else None
     report = accelerate(vae)
     texts = [line.text for line in report.left if line.host == kind]
     assert texts
@@ -70,7 +151,7 @@ def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(forward):
 
 def test_a_method_that_somebody_put_into_one_module_is_tried():
     """Nodes for seamless pictures replace the method by which a convolution pads."""
-    vae = WanVAE_(*LAYOUT, False).eval()
+    vae = wan_vae()
     layer = next(m for m in vae.modules() if getattr(m, "mode", None) == "downsample3d")
 
     def wrapped(self, x, weight, bias):
@@ -98,10 +179,11 @@ def zero(layers: nn.Module) -> None:
         nn.init.zeros_(p)
 
 
-def quantised(layers: nn.Module) -> None:
+def stored(layers: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Gives the convolutions weights of another kind."""
     for conv in layers.modules():
         if isinstance(conv, CausalConv3d):
-            conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Weight), requires_grad=False)
+            conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
 
 
 WEIGHTS = {
@@ -109,14 +191,14 @@ WEIGHTS = {
     "float16": lambda layers: layers.half(),
     "float8": lambda layers: layers.to(torch.float8_e4m3fn),
     "zero": zero,
-    "quantised": quantised,
+    "quantised": lambda layers: stored(layers, lambda weight: weight.as_subclass(Weight)),
 }
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_whatever_weights_a_layer_has_its_code_is_tried(weights):
     layers, lookalikes = (nn.ModuleList([ResidualBlock(4, 8), Resample(8, "upsample3d", 4)]) for _ in range(2))
-    imitate(lookalikes, "ResidualBlock", scaled_branch)
+    imitate(lookalikes, "ResidualBlock", layer(scaled_branch))
     WEIGHTS[weights](layers)
     WEIGHTS[weights](lookalikes)
     assert plan(layers) == ({"ResidualBlock": 1, "Resample": 1, "CausalConv3d": 4, "RMS_norm": 2}, {})
@@ -129,7 +211,7 @@ def test_whatever_weights_a_layer_has_its_code_is_tried(weights):
     ids=["inference", "autocast", "meta"],
 )
 def test_whatever_the_caller_has_set_the_same_is_replaced(context):
-    vae = WanVAE_(*LAYOUT, True)
+    vae = wan_vae(residual=True, dim_mult=[1, 1])
     expected = plan(vae)
     with context():
         assert plan(vae) == expected
@@ -139,7 +221,8 @@ def test_whatever_the_caller_has_set_the_same_is_replaced(context):
 def test_sizes_of_channels_alone_are_no_other_form():
     """A VAE of real size, whose weights are not even there, is tried by the same few channels."""
     with torch.device("meta"):
-        vae = WanVAE_(96, 96, 16, [1, 2, 4, 4], 2, [False, True, True], False)
+        layout = {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}
+        vae = wan_vae(base_dim=96, z_dim=16, num_res_blocks=2, **layout)
     replaced, left = plan(vae)
     assert not left
     assert (replaced["ResidualBlock"], replaced["Resample"]) == (24, 6)
@@ -147,7 +230,7 @@ def test_sizes_of_channels_alone_are_no_other_form():
 
 def test_a_trial_leaves_no_trace():
     """No hook runs, and weights, gradients, attributes, flags, random numbers and settings are what they were."""
-    vae = WanVAE_(*LAYOUT, False).train()
+    vae = wan_vae().train()
 
     def refuse(*args: Any) -> None:
         raise AssertionError("a hook ran")
@@ -192,41 +275,35 @@ def test_modules_with_equal_twins_are_tried_once(monkeypatch):
 
 #: A kind, and inputs for which it computes something else.
 RARE = {
-    "one frame": ("CausalConv3d", lambda x: x.shape[2] == 1),
-    "four frames": ("CausalConv3d", lambda x: x.shape[2] == 4),
-    "one entry": ("CausalConv3d", lambda x: len(x) == 1),
-    "float32": ("CausalConv3d", lambda x: x.dtype == torch.float32),
-    "8 columns": ("CausalConv3d", lambda x: x.shape[-1] >= 8),
-    "norm of one frame": ("RMS_norm", lambda x: x.ndim == 5 and x.shape[2] == 1),
-    "layer of one frame": ("ResidualBlock", lambda x, cache=None, index=None: cache is None and x.shape[2] == 1),
-    "layer of three frames": ("ResidualBlock", lambda x, cache=None, index=None: x.shape[2] == 3),
-    "chunk of four frames": ("ResidualBlock", lambda x, cache=None, index=None: cache and x.shape[2] == 4),
-    "cached entry": ("ResidualBlock", lambda x, cache=None, index=None: cache and len(x) == 1),
+    "one frame": (CausalConv3d, lambda x, slot: x.shape[2] == 1),
+    "four frames": (CausalConv3d, lambda x, slot: x.shape[2] == 4),
+    "one entry": (CausalConv3d, lambda x, slot: len(x) == 1),
+    "float32": (CausalConv3d, lambda x, slot: x.dtype == torch.float32),
+    "8 columns": (CausalConv3d, lambda x, slot: x.shape[-1] >= 8),
+    "norm of one frame": (RMS_norm, lambda x: x.ndim == 5 and x.shape[2] == 1),
+    "layer of one frame": (ResidualBlock, lambda x, cache, index: cache is None and x.shape[2] == 1),
+    "layer of three frames": (ResidualBlock, lambda x, cache, index: x.shape[2] == 3),
+    "chunk of four frames": (ResidualBlock, lambda x, cache, index: cache and x.shape[2] == 4),
+    "cached entry": (ResidualBlock, lambda x, cache, index: cache and len(x) == 1),
 }
-KINDS = {kind.__name__: kind for kind in (CausalConv3d, RMS_norm, ResidualBlock)}
 
 
 @pytest.mark.parametrize("case", half(RARE))
 def test_what_differs_for_some_inputs_alone_is_found_out(case):
     kind, rare = RARE[case]
 
-    def forward(self, x, *others):
-        y = KINDS[kind].forward(self, x, *others)
-        return 0.9 * y if rare(x, *others) else y
+    def forward(self, *given):
+        y = kind.forward(self, *given)
+        return 0.9 * y if rare(*given) else y
 
-    def of_layer(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
-        return forward(self, x, feat_cache, feat_idx)
-
-    def of_conv(self, x, cache_x=None):
-        y = CausalConv3d.forward(self, x, cache_x)
-        return 0.9 * y if rare(x) else y
-
-    def of_norm(self, x):
-        return forward(self, x)
-
+    signatures = {
+        ResidualBlock: lambda self, x, feat_cache=None, feat_idx=[0]: forward(self, x, feat_cache, feat_idx),
+        CausalConv3d: lambda self, x, cache_x=None: forward(self, x, cache_x),
+        RMS_norm: lambda self, x: forward(self, x),
+    }
     layers = nn.ModuleList([ResidualBlock(4, 8)])
-    imitate(layers, kind, {"ResidualBlock": of_layer, "CausalConv3d": of_conv, "RMS_norm": of_norm}[kind])
-    assert plan(layers)[1][kind] == "its forward returns something else: other values"
+    imitate(layers, kind.__name__, signatures[kind])
+    assert plan(layers)[1][kind.__name__] == "its forward returns something else: other values"
 
 
 def test_a_layer_that_changes_its_input_is_left():
@@ -271,25 +348,16 @@ def test_what_cannot_be_looked_at_is_left_with_the_reason():
         def forward(self, x):
             return nn.functional.normalize(x, dim=1) * self.scale * self.gamma
 
-    class Broken(RMS_norm):
-        scale = property(lambda self: self.nothing, lambda self, value: None)
-
-    Broken.__name__ = "RMS_norm"
+    members = {"forward": RMS_norm.forward, "gamma": property(lambda self: 1 / 0)}
+    broken = type("RMS_norm", (nn.Module,), members)()
     assert plan(nn.ModuleList([RMS_norm()])) == ({"RMS_norm": 1}, {})
-    broken = Broken()
-    broken.gamma = None
-    Broken.gamma = property(lambda self: 1 / 0)
-    del broken._parameters["gamma"]
-    assert plan(nn.ModuleList([broken]))[1] == {
-        "RMS_norm": "it could not be looked at: ZeroDivisionError: division by zero"
-    }
+    reason = "it could not be looked at: ZeroDivisionError: division by zero"
+    assert plan(nn.ModuleList([broken]))[1] == {"RMS_norm": reason}
 
 
 def test_integer_weights_are_named():
     layers = nn.ModuleList([ResidualBlock(4, 8)])
-    for conv in layers.modules():
-        if isinstance(conv, CausalConv3d):
-            conv.weight = nn.Parameter(conv.weight.detach().to(torch.int8), requires_grad=False)
+    stored(layers, lambda weight: weight.to(torch.int8))
     assert plan(layers)[1] == {"ResidualBlock": "integer weights", "CausalConv3d": "integer weights"}
 
 
@@ -329,10 +397,10 @@ SWAPS = {
 
 @pytest.mark.parametrize("swap", half(SWAPS))
 def test_a_part_that_is_replaced_later_is_the_hosts(swap):
-    vae, theirs = (WanVAE_(*LAYOUT, False).eval() for _ in range(2))
+    vae, theirs = (wan_vae() for _ in range(2))
     theirs.load_state_dict(vae.state_dict())
     report = accelerate(vae)
     for each in (vae, theirs):
-        SWAPS[swap](each.decoder.middle[0].residual)
+        SWAPS[swap](each.decoder.mid_block.resnets[0].residual)
     assert relative_error(coded(vae), coded(theirs)) < PARITY
     assert "a part of it was replaced" in str(report)

@@ -16,11 +16,10 @@ from swifti2v_kernels.integrations.patching import apply_patches, plan_patches, 
 from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
 from tests.integrations.wan_vae.test_layers import calls, clip, patch
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
-from tests.support.original_names import original_vae
 from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
 from tests.support.wan_comfyui import WanVAE
-from tests.support.wan_original import WanVAE_
+from tests.support.wan_original import WanVAE_, original_state, wan_vae
 
 __all__ = ["calls"]
 
@@ -36,11 +35,8 @@ def theirs(host, tmp_path):
 @pytest.fixture
 def vae(host, theirs):
     """Returns the same weights in the modules of another host."""
-    config, kind = theirs.config, WanVAE_ if host[0] == "Wan" else WanVAE
-    dims = config.base_dim, config.decoder_base_dim or config.base_dim, config.z_dim
-    layout = config.dim_mult, config.num_res_blocks, config.temperal_downsample
-    vae = kind(*dims, *layout, residual=config.is_residual).eval()
-    vae.load_state_dict(original_vae(theirs.state_dict(), config.num_res_blocks, config.is_residual))
+    vae = wan_vae(WanVAE_ if host[0] == "Wan" else WanVAE, **theirs.config)
+    vae.load_state_dict(original_state(theirs))
     return vae
 
 
@@ -116,7 +112,7 @@ def test_weights_that_comfyui_lends_are_borrowed_and_given_back(theirs, vae, mon
     monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
     monkeypatch.setattr(sys.modules["comfy"], "ops", ops, raising=False)
     monkeypatch.setitem(sys.modules, "comfy.ops", ops)
-    convs = [m for m in vae.modules() if isinstance(m, vae.encoder.kit.CausalConv3d)]
+    convs = [m for m in vae.modules() if isinstance(m, type(vae.encoder.conv_in))]
     for conv in convs:
         conv.half()
         conv.comfy_cast_weights = True
@@ -135,7 +131,7 @@ def test_weights_that_comfyui_lends_are_borrowed_and_given_back(theirs, vae, mon
 @pytest.mark.parametrize("host", HOSTS[2:3], ids=" ".join)
 def test_a_comfyui_that_cannot_lend_weights_computes_itself(theirs, vae, monkeypatch, calls):
     monkeypatch.setitem(sys.modules, "comfy.ops", EarlierOps("comfy.ops"))
-    conv = vae.decoder.middle[0].residual[2]
+    conv = vae.decoder.mid_block.resnets[0].residual[2]
     conv.comfy_cast_weights = True
     monkeypatch.setattr(conv, "compute", MethodType(nn.Conv3d.forward, conv))
     video = clip(theirs)
@@ -146,36 +142,20 @@ def test_a_comfyui_that_cannot_lend_weights_computes_itself(theirs, vae, monkeyp
     assert calls["rms_norm_silu"] > 0
 
 
-def _foreign() -> nn.Module:
-    """Returns modules of the common class names that have nothing of the Wan VAE in them."""
-
-    class ResidualBlock(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.residual = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1))
-
-        def forward(self, x, temb):
-            return x + self.residual(x) + temb
-
-    class Resample(nn.Module):
-        def forward(self, x):
-            return x[..., ::2]
-
-    class CausalConv3d(nn.Module):
-        def forward(self, x, is_init=True):
-            return x
-
-    class RMS_norm(nn.Module):
-        gamma = 1.0
-
-        def forward(self, x):
-            return x
-
-    return nn.ModuleList([ResidualBlock(), Resample(), CausalConv3d(), RMS_norm()])
+def _foreign(name, forward, **attributes):
+    return type(name, (nn.Module,), {"forward": forward, **attributes})()
 
 
 def test_other_modules_of_these_names_are_left_with_a_reason():
-    root = _foreign()
+    """Modules of the common class names that have nothing of the Wan VAE in them are left."""
+    root = nn.ModuleList(
+        [
+            _foreign("ResidualBlock", lambda self, x, temb: x + temb, residual=nn.Sequential(nn.GroupNorm(2, 4))),
+            _foreign("Resample", lambda self, x: x[..., ::2]),
+            _foreign("CausalConv3d", lambda self, x, is_init=True: x),
+            _foreign("RMS_norm", lambda self, x: x, gamma=1.0),
+        ]
+    )
     patches, replaced, left = plan_patches("model", root, ORIGINAL_RECIPES, {"vae": True}, "the host")
     assert (patches, replaced) == ([], [])
     assert {line.host: line.text for line in left} == {
@@ -191,13 +171,13 @@ def _without_time_conv(vae):
 
 
 def _with_another_parameter(vae):
-    block = vae.decoder.middle[0]
+    block = vae.decoder.mid_block.resnets[0]
     kind = type(block)
     block.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x, feat_cache=None, chunk=0: x})
 
 
 def _with_more_layers(vae):
-    vae.decoder.middle[0].residual.append(nn.Identity())
+    vae.decoder.mid_block.resnets[0].residual.append(nn.Identity())
 
 
 @pytest.mark.parametrize("host", HOSTS[:1], ids=" ".join)
@@ -213,5 +193,5 @@ def test_one_module_that_has_changed_is_left_with_the_reason(vae, change, name, 
     change(vae)
     patches, _, left = plan_patches("vae", vae, ORIGINAL_RECIPES, {"vae": True}, "the host")
     assert [(line.host, line.text) for line in left] == [(name, reason)]
-    apply_patches(vae, patches)
+    apply_patches((vae, patches))
     assert len(restore_module(vae).left) == 0

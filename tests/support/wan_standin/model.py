@@ -72,10 +72,6 @@ class WanT2VCrossAttention(WanSelfAttention):
 class WanCrossAttention(WanT2VCrossAttention):
     """A cross-attention under the name that 2.2 gives it."""
 
-    def forward(self, x: Tensor, context: Tensor, context_lens: Tensor | None) -> Tensor:
-        q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
-        return self.o(flash_attention(q, k, self.heads(self.v(context)), k_lens=context_lens).flatten(2))
-
 
 class WanI2VCrossAttention(WanSelfAttention):
     def __init__(self, dim: int, num_heads: int) -> None:

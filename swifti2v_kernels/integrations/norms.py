@@ -1,19 +1,23 @@
-"""The adaptive norms, residuals and feed-forwards of diffusers' layers on our operators, as all models share them."""
+"""The adaptive norms, residuals and feed-forwards of hosts' layers on our operators, as all models share them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ... import gated_residual, gated_residual_norm_modulate, norm_modulate
-from ..hooks import hooked, hooked_inside
+from ..norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
+from .hooks import hooked, hooked_inside
 
+#: What replaces the norms of a layer, for the report.
+BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
 #: Tokens of a part: rows enough to fill a GPU with matmuls (not tuned on hardware), and 73 MB of hidden
 #: activation for Wan 1.3B.
 PART_TOKENS = 4096
+#: Norms of the hosts by class name: diffusers' two, and the original Wan code's, which a probe has looked at.
+_PLAIN = {"FP32LayerNorm": "layer", "WanLayerNorm": "layer", "RMSNorm": "rms"}
 
 
 def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
@@ -23,9 +27,8 @@ def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
     """
     if hooked(norm):
         return None
-    kind = "layer" if type(norm) is nn.LayerNorm or type(norm).__name__ == "FP32LayerNorm" else ""
-    kind = "rms" if type(norm).__name__ == "RMSNorm" else kind
-    if not kind or norm.eps is None:
+    kind = "layer" if type(norm) is nn.LayerNorm else _PLAIN.get(type(norm).__name__)
+    if kind is None or norm.eps is None:
         return None
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     return {"norm": kind, "weight": weight, "bias": bias, "eps": norm.eps}
@@ -87,6 +90,64 @@ def residual_norm(
 def _by_token(rows: Tensor, block_map: Tensor | None, length: int) -> Tensor:
     rows = rows if block_map is None else rows[:, block_map.long()]
     return rows if rows.shape[1] == 1 else rows.repeat_interleave(length // rows.shape[1], dim=1)
+
+
+def cross_layer(
+    x: Tensor,
+    row: Callable[[int], Tensor],
+    norms: Sequence[nn.Module | None],
+    attentions: Sequence[Callable[[Tensor], Tensor]],
+    feed_forward: nn.Module,
+    watched: Sequence[nn.Module],
+    wide: bool = True,
+) -> Tensor:
+    """Computes a layer of self-attention, cross-attention and feed-forward, each after its norm, on ``x [B, L, C]``.
+
+    ``row`` gives shift, scale and gate of the first (0 to 2) and of the last (3 to 5). An ``Identity`` is no
+    norm, as is None. Hooks on ``watched`` may keep what the cross-attention is given. ``x`` is not overwritten.
+    """
+    update = attentions[0](modulated_norm(x, norms[0], row(0), row(1), wide=wide))
+    if norms[1] is None or (isinstance(norms[1], nn.Identity) and not hooked(norms[1])):
+        x = y = gated_residual(x, like(update, x), row(2))
+    else:
+        x, y = residual_norm(x, update, row(2), norms[1], wide=wide)
+    update, inplace = attentions[1](y), may_overwrite(*watched)
+    x, y = residual_norm(x, update, None, norms[2], row(3), row(4), wide=wide, inplace=inplace)
+    update = like(in_parts(feed_forward, y, modules=[feed_forward]), x)
+    return gated_residual(x, update, row(5), inplace=may_overwrite(norms[2]))
+
+
+class Stream(NamedTuple):
+    """One of the streams of a layer: ``x [B, L, C]``, both its norms with shift, scale and gate, its feed-forward."""
+
+    x: Tensor
+    norm1: nn.Module
+    first: Sequence[Tensor]
+    norm2: nn.Module
+    second: Sequence[Tensor]
+    feed_forward: nn.Module
+    block_map: Tensor | None = None
+
+
+def joint_layer(streams: Sequence[Stream], attention: nn.Module, **options: Any) -> tuple[Tensor, ...]:
+    """Computes a layer whose streams, video and text, have the ``attention`` in common, which is given ``options``.
+
+    The rows of a stream's modulation, ``[B, R, C]``, belong to its blocks by ``block_map``.
+    """
+    normed = [modulated_norm(s.x, s.norm1, *s.first[:2], s.block_map) for s in streams]
+    updates = attention(hidden_states=normed[0], encoder_hidden_states=normed[1], **options)
+    results = []
+    for s, update in zip(streams, updates, strict=True):
+        (*_, gate), (shift, scale, gate_ff) = s.first, s.second
+        x, y = residual_norm(s.x, update, gate, s.norm2, shift, scale, s.block_map)
+        update = like(in_parts(s.feed_forward, y, modules=[s.feed_forward]), x)
+        results.append(gated_residual(x, update, gate_ff, block_map=s.block_map, inplace=may_overwrite(s.norm2)))
+    return tuple(results)
+
+
+def may_overwrite(*producers: nn.Module | None) -> bool:
+    """Returns whether outputs of these modules may be overwritten: nobody has kept them, and no gradient needs them."""
+    return not torch.is_grad_enabled() and not hooked_inside(*producers)
 
 
 def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, modules: Sequence[nn.Module]) -> Tensor:
