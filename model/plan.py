@@ -9,15 +9,20 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from model.cli.options import (
+    LORAS,
+    MACHINE,
+    MEMORY,
+    MODEL,
+    SEGMENTS,
     CommandParser,
-    add_lora_options,
-    add_memory_options,
-    add_model_options,
+    Settings,
+    add_options,
     build_components,
     chosen_loras,
     count,
@@ -33,7 +38,7 @@ from model.config import Preset, get_preset
 from model.csg.sampler import MODES
 from model.errors import InputError
 from model.machine.measure import format_bytes, parse_bytes
-from model.memory.cost.gpus import GPUS, chosen_gpu, get_gpu
+from model.memory.cards import CARDS, chosen_gpu, get_gpu
 from model.memory.plan import plan_memory
 from model.memory.report import NOT_PREDICTED, SCHEMA_VERSION, MemoryPlan, StagePlan, vae_data
 from model.memory.request import MemoryRequest
@@ -108,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu",
         help="the card to predict seconds and to plan kernels for: one of"
-        f" {', '.join(GPUS)} (default: by the memory; with --vae {DEFAULT_GPU})",
+        f" {', '.join(CARDS)} (default: by the memory; with --vae {DEFAULT_GPU})",
     )
     parser.add_argument("--no-text-encoder", dest="text_encoder", action="store_false", help="embeddings are given")
     parser.add_argument("--from-files", action="store_true", help="plan a preset as if its weights were checkpoints")
@@ -126,26 +131,44 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --vae: latent frames that are handed over at once (default: all of the clip)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; of several limits a list")
-    add_memory_options(parser, None)
-    add_model_options(parser, device=False)
-    add_lora_options(parser)
+    add_options(parser, MEMORY, MODEL, SEGMENTS, MACHINE, LORAS, without="device")
+    parser.set_defaults(vram=None)
     return parser
 
 
-def _preset(args: argparse.Namespace) -> Preset:
-    """Returns the preset for defaults, and sets ``--preset`` for the models if there are no checkpoints."""
-    if args.weights is None and args.preset is None:
-        args.preset = DEFAULT_PRESET
-    return get_preset("1.3b" if args.preset is None else args.preset)
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """The options of ``model.plan``; without checkpoints and ``--preset`` the preset is :data:`DEFAULT_PRESET`."""
+
+    gpu: str | None = None
+    text_encoder: bool = True
+    from_files: bool = False
+    vae: str | None = None
+    piece: int | None = None
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.preset is None:
+            object.__setattr__(self, "preset", DEFAULT_PRESET)
+
+    @property
+    def defaults(self) -> Preset:
+        """The preset whose size and number of frames are taken where none are given."""
+        return get_preset("1.3b" if self.preset is None else self.preset)
 
 
-def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
+def parse(argv: list[str] | None = None) -> PlanSettings:
+    """Returns what a command line asks for; as argparse does, one that it does not understand ends the process."""
+    return PlanSettings(**vars(build_parser().parse_args(argv)))
+
+
+def planner(args: PlanSettings) -> Callable[[int], MemoryRequest]:
     """Returns a function from the bytes of a card to the memory request of the options.
 
     Raises:
         InputError: an option does not fit.
     """
-    defaults = _preset(args)
+    defaults = args.defaults
     dtype = pick_dtype("bfloat16" if args.dtype == "auto" else args.dtype, torch.device("cpu"))
     limits = memory_limits(args)
     size = (defaults.width, defaults.height) if args.size is None else parse_size(args.size)
@@ -169,7 +192,7 @@ def planner(args: argparse.Namespace) -> Callable[[int], MemoryRequest]:
     return request
 
 
-def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
+def vae_plans(args: PlanSettings) -> dict[str, PlannedVAE]:
     """Plans the VAE alone, as ``--vae`` asks, and returns the plans by part.
 
     Raises:
@@ -182,7 +205,7 @@ def vae_plans(args: argparse.Namespace) -> dict[str, PlannedVAE]:
         named = ", ".join(action.option_strings[-1] for action in odd)
         allowed = ", ".join(options[name].option_strings[-1] for name in VAE_OPTIONS[1:])
         raise InputError(f"vae: the VAE alone takes {allowed}; got {named} too")
-    preset = _preset(args)
+    preset = args.defaults
     limit = memory_limits(args)["vae_limit"]
     capability = get_gpu(DEFAULT_GPU if args.gpu is None else args.gpu).capability
     width, height = (preset.width, preset.height) if args.size is None else parse_size(args.size)
@@ -223,8 +246,8 @@ def vae_json(plans: Mapping[str, PlannedVAE]) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs the command with parsed options.
+def run(args: PlanSettings) -> None:
+    """Runs the command.
 
     Raises:
         InputError: an option does not fit.
@@ -243,7 +266,11 @@ def run(args: argparse.Namespace) -> None:
         return
     found = [_planned(request(limit)) for limit in limits]
     if args.json:
-        print(json.dumps([_result(limit, entry) for limit, entry in zip(limits, found, strict=True)], indent=2))
+        told = [
+            {"vram_bytes": limit, "refused": entry} if isinstance(entry, str) else entry.to_json()
+            for limit, entry in zip(limits, found, strict=True)
+        ]
+        print(json.dumps(told, indent=2))
         return
     print("\n".join(table(limits, found)))
 
@@ -256,10 +283,6 @@ def _planned(request: MemoryRequest) -> MemoryPlan | str:
         return str(error).splitlines()[0]
 
 
-def _result(limit: int, entry: MemoryPlan | str) -> dict[str, Any]:
-    return {"vram_bytes": limit, "refused": entry} if isinstance(entry, str) else entry.to_json()
-
-
 def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
     """Returns the lines of a table with a row for every limit.
 
@@ -267,37 +290,17 @@ def table(limits: list[int], found: list[MemoryPlan | str]) -> list[str]:
         limits: bytes of the cards.
         found: the plan of each, or why there is none.
     """
-    head = (
-        "card",
-        "seconds for",
-        "Stage I",
-        "Stage II",
-        "reference",
-        "decode",
-        "peak",
-        "host",
-        "seconds",
-        "peak is in",
-    )
-    rows: list[tuple[str, ...]] = [head]
+    rows = [
+        ("card", "seconds for", "Stage I", "Stage II", "reference", "decode", "peak", "host", "seconds", "peak is in")
+    ]
     for limit, plan in zip(limits, found, strict=True):
         if isinstance(plan, MemoryPlan):
-            rows.append(
-                (
-                    format_bytes(limit),
-                    plan.request.gpu.name,
-                    layers_told(plan, "stage_one"),
-                    layers_told(plan, "stage_two"),
-                    tiles_told(plan, "reference"),
-                    tiles_told(plan, "decode"),
-                    format_bytes(plan.peak),
-                    format_bytes(plan.host_peak),
-                    f"{plan.seconds:.0f}",
-                    plan.limiting.name,
-                )
-            )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = iter("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+            decided = [layers_told(plan, name) for name in ("stage_one", "stage_two")]
+            decided += [tiles_told(plan, place) for place in ("reference", "decode")]
+            peaks = [format_bytes(plan.peak), format_bytes(plan.host_peak), f"{plan.seconds:.0f}", plan.limiting.name]
+            rows.append((format_bytes(limit), plan.request.gpu.name, *decided, *peaks))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = iter("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     told = [next(lines)]
     for limit, plan in zip(limits, found, strict=True):
         told.append(next(lines) if isinstance(plan, MemoryPlan) else f"{format_bytes(limit)}  {plan}")
@@ -328,7 +331,7 @@ def tiles_told(plan: MemoryPlan, place: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     return run_command(lambda: run(args))
 
 

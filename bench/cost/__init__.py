@@ -1,5 +1,6 @@
-"""The benchmark of the cost model, which compares ``model.memory.cost`` with what is known.
+"""The detailed cost model, which plans do not need: a clip's operations, bytes, memory and seconds, part by part.
 
-``calibration`` has the times that its rates were checked against, ``paper`` the figures that the paper reports, and
-``tables`` the rows to print. All seconds are predicted unless they are named measured or published.
+Nothing here runs a model or needs a GPU. Reading order: ``work`` (what is counted), ``dit`` and ``vae`` (closed forms),
+``configuration`` (a clip) and ``pipeline`` (part by part), ``profiles`` (rates). A multiply-add is two operations.
+Everything in seconds is predicted.
 """

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from bench.cost.paper import REPORTED, baseline, consistent, ratios
-from bench.cost.tables import calibration_rows, consistent_rows, headline
+from bench.cost.configuration import Configuration
+from bench.cost.pipeline import parts, predict
+from bench.cost.profiles import PROFILES, get_profile
 from bench.harness.registry import STEPS, Benchmark
 from bench.harness.session import Session
 from model.cli.options import not_negative, parse_size, positive
 from model.config import PRESETS
 from model.csg.sampler import MODES
 from model.errors import InputError
-from model.memory.cost.configuration import Configuration
-from model.memory.cost.gpus import GPUS
-from model.memory.cost.pipeline import parts, predict
-from model.memory.cost.profiles import PROFILES, get_profile
+from swifti2v_kernels.common.cards import CARDS
 
-BY_MODEL = "by model/memory/cost"
+BY_MODEL = "by bench/cost"
 STAGES = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
           "decode": "decode_seconds"}  # fmt: skip
 #: Options that only clips in two stages have.
@@ -29,7 +28,6 @@ examples:
   python -m bench cost --preset 5b --steps 8 --guidance --gpus H200,4090
   python -m bench cost --preset 1.3b --frames 161 --blocks 5 --left 2
   python -m bench cost --profile "reference, FlashAttention-3"
-  python -m bench cost --paper                          the paper's ratio, and what is consistent with its 111 s
 
 Everything here is predicted from shapes; no GPU is used. The assumptions are printed with the figures.
 """
@@ -51,23 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--right", type=not_negative, metavar="N", help="blocks after a segment that its window shows (default 0)"
     )
     parser.add_argument("--mode", choices=MODES, help="mode of Stage II (default bidirectional)")
-    parser.add_argument("--gpus", metavar="NAME,...", help=f"some of {', '.join(GPUS)} (default all)")
+    parser.add_argument("--gpus", metavar="NAME,...", help=f"some of {', '.join(CARDS)} (default all)")
     parser.add_argument("--profile", default="swifti2v", help=f"one of {'; '.join(PROFILES)} (default %(default)s)")
-    parser.add_argument("--paper", action="store_true", help="only the tables about the paper's figures")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Fills the tables of parts, predictions and calibration, and those about the paper."""
+    """Fills the tables of parts and predictions."""
     profile = get_profile(args.profile)
     gpus = _gpus(args.gpus)
     chosen = _configurations(args)
-    if not args.paper:
-        _parts(session, chosen)
-        _predictions(session, chosen, gpus, profile.name)
-        if not args.quick:
-            _calibration(session)
-    if args.paper or args.preset is None:
-        _paper(session, args.quick)
+    _parts(session, chosen)
+    _predictions(session, chosen, gpus, profile.name)
 
 
 def _gpus(text: str | None) -> list[str]:
@@ -77,12 +69,12 @@ def _gpus(text: str | None) -> list[str]:
         InputError: a name fits no card, or several.
     """
     if text is None:
-        return list(GPUS)
+        return list(CARDS)
     found = []
     for name in text.split(","):
-        same = [gpu for gpu in GPUS if name.strip().lower() in gpu.lower()]
+        same = [gpu for gpu in CARDS if name.strip().lower() in gpu.lower()]
         if len(same) != 1:
-            raise InputError(f"gpus: expected some of {', '.join(GPUS)}, got {name.strip()!r}")
+            raise InputError(f"gpus: expected some of {', '.join(CARDS)}, got {name.strip()!r}")
         found += same
     return list(dict.fromkeys(found))
 
@@ -107,6 +99,18 @@ def _configurations(args: argparse.Namespace) -> dict[str, Configuration]:
             raise InputError(f"preset: end-to-end is one stage in one window, without {names}")
         return {"14B end to end": baseline(**changes)}
     return {args.preset: Configuration.for_preset(args.preset, **changes)}
+
+
+def baseline(**changes: Any) -> Configuration:
+    """Returns a stand-in for the paper's baseline: 14B end to end at the target size, 50 steps with guidance."""
+    preset = PRESETS["14b-1.3b"]
+    return Configuration.end_to_end(preset.stage_one, preset.vae, **changes)
+
+
+def headline() -> dict[str, Configuration]:
+    """Returns the configurations of tables by default, by name: the presets for GPUs, and the 14B end to end."""
+    found = {name: Configuration.for_preset(name) for name, preset in PRESETS.items() if preset.width == 2560}
+    return {**found, "14B end to end": baseline()}
 
 
 def _parts(session: Session, chosen: dict[str, Configuration]) -> None:
@@ -135,7 +139,7 @@ def _predictions(session: Session, chosen: dict[str, Configuration], gpus: list[
     assumptions: dict[str, None] = {}
     for name, configuration in chosen.items():
         for gpu in gpus:
-            found = predict(configuration, GPUS[gpu], get_profile(profile))
+            found = predict(configuration, CARDS[gpu], get_profile(profile))
             assumptions |= dict.fromkeys(found.assumptions)
             row = {"configuration": name, "gpu": gpu, "profile": profile, "total_seconds": found.seconds}
             row |= {STAGES[stage]: seconds for stage, seconds in found.by_stage.items()}
@@ -148,50 +152,13 @@ def _predictions(session: Session, chosen: dict[str, Configuration], gpus: list[
     session.section.note("Assumptions:\n" + "\n".join(f"- {sentence}" for sentence in assumptions))
 
 
-def _calibration(session: Session) -> None:
-    rows = calibration_rows()
-    table = session.section.table(
-        "calibration", "known times, and the model's predictions of them", identity=("what", "gpu", "profile"),
-        metrics=("seconds", "predicted_seconds", "ratio"),
-        note="Published tables of the Wan repositories, and this project's measurements.",
-    )  # fmt: skip
-    for row in rows:
-        known = {"what": row["case"], "gpu": row["gpu"], "profile": row["profile"], "seconds": row["known"]}
-        known |= {"predicted_seconds": row["predicted"], "ratio": row["ratio"], "basis": "predicted"}
-        table.add(known | {"basis_note": BY_MODEL, "note": row["source"]})
-
-
-def _paper(session: Session, quick: bool) -> None:
-    paper = REPORTED
-    ratio_table = session.section.table(
-        "ratios", f"the 14B end to end over two stages, on {paper.gpu}", identity=("configuration", "profile"),
-        metrics=("flop_ratio", "time_ratio", "baseline_seconds", "total_seconds"),
-        note=f"The paper reports {paper.ratio:.0f}: {paper.baseline_seconds:,.0f} s over {paper.seconds:.0f} s.",
-    )  # fmt: skip
-    for profile in PROFILES:
-        for ratio in ratios(profile=profile):
-            row = {"configuration": ratio.name, "profile": profile, "flop_ratio": ratio.flop_ratio}
-            row |= {"time_ratio": ratio.time_ratio, "baseline_seconds": ratio.baseline_seconds}
-            row |= {"total_seconds": ratio.seconds, "basis": "predicted", "basis_note": BY_MODEL}
-            ratio_table.add(row)
-    table = session.section.table(
-        "consistent", f"configurations whose predicted time is within 15 % of {paper.seconds:.0f} s on {paper.gpu}",
-        identity=("stage_two", "steps", "guidance", "profile", "encode_dtype"), metrics=("total_seconds", "deviation"),
-    )  # fmt: skip
-    found = consistent_rows(consistent())
-    for row in found[:8] if quick else found:
-        row["guidance"] = "yes" if row["guidance"] else "no"
-        table.add({**row, "total_seconds": row.pop("seconds"), "basis": "predicted", "basis_note": BY_MODEL})
-
-
 BENCHMARK = Benchmark(
     name="cost",
-    summary="operations, bytes, memory and predicted seconds from shapes alone; the paper's figures by arithmetic",
+    summary="operations, bytes, memory and predicted seconds from shapes alone",
     description="The cost model: no GPU, nothing is run; every second here is predicted.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     measure=run,
     title="Cost model",
     order=31,
-    quick="without calibration, fewer configurations",
 )

@@ -10,34 +10,42 @@ A clip is made in phases, one after the other. In each the device holds only thi
     Stage II   its DiT, and the decoder with its state
     decode     the same, while frames are decoded
 
-Every phase that has a choice has candidates with predicted seconds and bytes, which come from shapes alone. The fastest
-of those that fit is taken; of equals the one with most layers on the device, then with the fewest tiles. The order does
-not depend on the limit, so that with a higher one a plan's peak is never lower, nor is it slower. The one exception is
-``quantize="auto"``: with a higher limit it may take weights as they are, which did not fit before, instead of faster
-ones in 8 bits.
+Every phase that has a choice has candidates, whose bytes come from shapes alone. The first that fits is taken, in this
+order: the preferred form of weights, nothing parked in host memory, the fewest tiles, the fewest streamed layers. The
+order does not depend on the limit, so that with a higher one a plan's peak is never lower. Where the least candidate
+does not fit, no other is looked at.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from model.errors import InputError
 from model.machine.measure import format_bytes, format_enough
+from model.memory.dit_bytes import passes_of
+from model.memory.estimate import FILE_RATE, estimate
 from model.memory.report import MemoryPlan, Phase, StagePlan
 from model.memory.request import HOST_USABLE, MemoryRequest
-from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, ReferenceChoice, Search, vae_held, vae_idle
-from model.memory.stage_choice import StageChoice, StageChoices
-from model.memory.stream_time import FILE_RATE
-from model.memory.vae_choice import VAEUse
+from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, Choices, ReferenceChoice, Search, vae_held, vae_idle
+from model.memory.stage_choice import StageChoice
 from model.memory.vae_places import USABLE, PipelinePlans
+
+#: The bytes to which the least host memory that would do is looked for.
+RAM_STEP = 10_000_000
+#: The seconds after which planning says what it does, and what it says.
+PATIENCE = 2.0
+SLOW = "planning: the VAE is run without memory, once for every tiling that may fit ..."
 
 
 def plan_memory(request: MemoryRequest) -> MemoryPlan:
-    """Plans the fastest way that fits.
+    """Plans the first way that fits, in the order that the top of this file gives.
 
     ``quantize="auto"`` never changes numbers: layer matrices stay in 8 bits where the checkpoint has them so
     (``file``), else none are quantised. Only where no such plan fits the host memory, and there is no checkpoint that
@@ -48,72 +56,76 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     Raises:
         InputError: no plan fits. The message says what limits, what the smallest plan is, and what would help.
     """
-    plan = find_plan(request)
-    if plan is None:
-        raise InputError(_refusal(request))
+    with _told():
+        plan = find_plan(request)
+        if plan is None:
+            raise InputError(_refusal(request))
     return plan
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says on stderr what the body does, if that takes longer than :data:`PATIENCE`."""
+    timer = threading.Timer(PATIENCE, print, (SLOW,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def find_plan(request: MemoryRequest) -> MemoryPlan | None:
     """Plans as :func:`plan_memory`; returns None where no plan fits, without looking for one that would."""
-    return _best(Search(request), request.usable)
+    search = Search(request)
+    return _plan(search, search.best(math.inf if request.usable is None else request.usable), request.usable)
 
 
 def smallest_plan(request: MemoryRequest) -> MemoryPlan | None:
-    """Returns the plan with the lowest peak on the device that the host memory allows, whatever the card has.
+    """Returns the plan that takes least of the device in every phase and that the host memory allows, or None.
 
-    Each of its phases is as fast as that peak lets it be. None: the host memory allows no plan.
+    What the card has does not matter.
     """
     search = Search(replace(request, vram=None))
-    least = search.least_peak()
-    return None if least is None else _best(search, least)
+    return _plan(search, search.least(), None)
 
 
-def _best(search: Search, limit: int | None) -> MemoryPlan | None:
-    """Returns the fastest plan within ``limit`` bytes on the device, or None."""
-    room = math.inf if limit is None else limit
-    of = search.request.room
-    condition, one = search.best_condition(of(room, "condition")), search.best_motion(of(room, "Stage I"))
-    reference, clip = search.best_reference(of(room, "reference")), search.best_clip(of(room, "Stage II", "decode"))
-    if condition is None or one is None or reference is None or clip is None or search.text_host > search.host:
+def _plan(search: Search, choices: Choices | None, limit: int | None) -> MemoryPlan | None:
+    """Returns the plan of choices within ``limit`` bytes on the device; None for no choices."""
+    if choices is None:
         return None
-    text = search.text_fits(room)
+    condition, one, reference, clip = choices
+    request, vaes = search.request, (condition, reference.motion, reference.encode, clip.decode)
+    text = search.text_fits(math.inf if limit is None else limit)
+    dits = {"Stage I": one.placed, "Stage II": clip.stage.placed}
     beside = vae_idle("decoder", clip.decode) | {"clip": clip.clip}
-    vaes = (condition, reference.motion, reference.encode, clip.decode)
+    decode = {f"DiT: {name}": size for name, size in clip.stage.held.items()} | vae_held("decoder", clip.decode)
+    copied = {
+        name: placed.copied * sum(n for n, *_ in passes_of(request, name == "Stage I")) for name, placed in dits.items()
+    }
+    phases = (
+        _phase("condition", search.condition_held(condition), condition.host, condition.copied),
+        _phase("Stage I", one.held, one.placed.host + search.vae_bytes(), copied["Stage I"]),
+        _phase("reference", reference.held, reference.host, reference.motion.copied + reference.encode.copied),
+        _phase("Stage II", clip.stage.held | beside, clip.stage.placed.host + clip.decode.host, copied["Stage II"]),
+        _phase("decode", decode | {"clip": clip.clip}, clip.stage.placed.host + clip.decode.host, clip.decode.copied),
+    )
+    configs = {"Stage I": search.one.config, "Stage II": search.two.config}
     return MemoryPlan(
-        search.request,
-        _stage(search.one, one),
-        _stage(search.two, clip.stage),
-        PipelinePlans(*(replace(use.planned, limit=limit) for use in vaes)),
+        request,
+        StagePlan(search.one.config, one.placement, one.placed),
+        StagePlan(search.two.config, clip.stage.placement, clip.stage.placed),
+        PipelinePlans(*(use.planned for use in vaes)),
         text,
-        (
-            *_text_phase(search, text),
-            _vae_phase("condition", search.condition_held(condition), condition.host, condition.seconds, condition),
-            _stage_phase("Stage I", one, {}, search.vae_bytes()),
-            _vae_phase(
-                "reference",
-                reference.held,
-                reference.host,
-                reference.motion.seconds + reference.encode.seconds,
-                reference.encode,
-            ),
-            _stage_phase("Stage II", clip.stage, beside, clip.decode.host),
-            _vae_phase(
-                "decode",
-                {f"DiT: {name}": size for name, size in clip.stage.held.items()}
-                | vae_held("decoder", clip.decode)
-                | {"clip": clip.clip},
-                clip.stage.placed.host + clip.decode.host,
-                clip.decode.seconds,
-                clip.decode,
-            ),
+        (*_text_phase(search, text), *phases),
+        estimate(
+            request,
+            {name: (configs[name], placed) for name, placed in dits.items()},
+            [use.planned for use in vaes],
+            {phase.name: phase.copied for phase in phases},
         ),
         tuple(_notes(search, one, reference, clip.stage, text)),
     )
-
-
-def _stage(choices: StageChoices, choice: StageChoice) -> StagePlan:
-    return StagePlan(choices.config, choice.placement, choice.placed, choice.time)
 
 
 def _text_phase(search: Search, on_device: bool) -> Iterator[Phase]:
@@ -121,17 +133,11 @@ def _text_phase(search: Search, on_device: bool) -> Iterator[Phase]:
     if size:
         held = {"text encoder": size, "its activations": TEXT_WORK_BYTES} if on_device else {}
         where = "the device" if on_device else "the CPU, since the device has too little for it"
-        yield Phase("text", held, PROCESS_BYTES + search.text_host, None, f"runs on {where}")
+        yield Phase("text", held, PROCESS_BYTES + search.text_host, 0, f"runs on {where}")
 
 
-def _vae_phase(name: str, held: Mapping[str, int], host: int, seconds: float, use: VAEUse) -> Phase:
-    return Phase(name, held, PROCESS_BYTES + host, seconds, f"{use.limit}; {_most(held)}")
-
-
-def _stage_phase(name: str, choice: StageChoice, beside: Mapping[str, int], host: int) -> Phase:
-    held = choice.held | dict(beside)
-    said = f"{choice.time.step.limit}; {_most(held)}"
-    return Phase(name, held, PROCESS_BYTES + choice.placed.host + host, choice.time.total, said)
+def _phase(name: str, held: Mapping[str, int], host: int, copied: int) -> Phase:
+    return Phase(name, held, PROCESS_BYTES + host, copied, _most(held))
 
 
 def _most(held: Mapping[str, int]) -> str:
@@ -151,7 +157,7 @@ def _notes(search: Search, one: StageChoice, reference: ReferenceChoice, two: St
         yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s, and to hold the form that layers are kept in"
         yield "what the CPU does to layers of files in every pass (converting, quantising, LoRAs) is not predicted"
     if request.matmul == "8bit":
-        yield "8-bit matmuls are assumed to reach the share of their peak that 16-bit ones reach"
+        yield "the estimated time does not know what 8-bit matmuls save"
     if request.text_encoder_bytes and not text:
         yield "seconds of the text encoder on the CPU are not predicted"
 
@@ -161,18 +167,18 @@ def _refusal(request: MemoryRequest) -> str:
     free = replace(request, ram=None)
     if request.vae_limit is not None and smallest_plan(free) is None:
         plans = smallest_plan(replace(free, vae_limit=None))
-        shown = "" if plans is None else f"; those of the smallest plan take more: {plans.vae_plans}"
+        least = 0 if plans is None else max(used.peak.total for used in vars(plans.vae_plans).values())
+        shown = f"; those of the smallest plan take up to {format_bytes(least)}" if least else ""
         return f"vae-memory: {format_bytes(request.vae_limit or 0)} are too little for any tiles{shown}"
     # More host memory helps where a plan would then fit the card; else a larger card has to.
-    room = math.inf if request.usable is None else request.usable
-    least = None if request.ram is None else Search(free).least_host(room)
-    if least is not None:
-        ram = math.ceil(least / HOST_USABLE)
-        while int(HOST_USABLE * ram) < least:
-            ram += 1
-        smallest = _best(Search(replace(request, ram=ram)), request.usable)
-        if smallest is not None:
-            return _too_little(request, "ram", request.ram, HOST_USABLE, smallest.host_peak, smallest)
+    enough = None if request.ram is None else find_plan(free)
+    if enough is not None:
+        low, ram = request.ram or 0, math.ceil((enough.host_peak + 1) / HOST_USABLE)
+        while ram - low > RAM_STEP:
+            middle = (low + ram) // 2
+            found = find_plan(replace(request, ram=middle))
+            low, ram, enough = (middle, ram, enough) if found is None else (low, middle, found)
+        return _too_little(request, "ram", request.ram, HOST_USABLE, enough.host_peak, enough)
     smallest = smallest_plan(request) or smallest_plan(free)
     if smallest is None:
         raise AssertionError("without limits there is a plan")

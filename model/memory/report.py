@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from model.config import DiTConfig
 from model.machine.measure import format_bytes
+from model.memory.estimate import Estimate
 from model.memory.request import HOST_USABLE, MemoryRequest
-from model.memory.stage_time import StageTime
 from model.memory.vae_places import USABLE, PipelinePlans
 from model.memory.vae_plan import PlannedVAE
 from model.streaming.placement import PlacedBytes, Placement
 
 #: The version of what :meth:`MemoryPlan.to_json` returns.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NOT_PREDICTED = "without loading, encoders of text and image, and the file"
 
 
@@ -24,14 +24,13 @@ class Phase:
     """A phase of a plan, predicted.
 
     ``held`` has the bytes on the device at the worst moment, by name, and ``device`` their sum. ``host`` is the
-    process's memory. ``seconds`` is None where none are predicted, and ``limit`` says what they and the peak are made
-    of.
+    process's memory, ``copied`` the bytes of all copies between the two, and ``limit`` says what the peak is made of.
     """
 
     name: str
     held: Mapping[str, int]
     host: int
-    seconds: float | None
+    copied: int
     limit: str
 
     @property
@@ -42,12 +41,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The plan of a stage's DiT: where its layers are, what that takes, and the seconds of all its passes."""
+    """The plan of a stage's DiT: where its layers are, and what that takes."""
 
     config: DiTConfig
     placement: Placement
     placed: PlacedBytes
-    time: StageTime
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class MemoryPlan:
     vae_plans: PipelinePlans
     text_on_device: bool
     phases: tuple[Phase, ...]
+    estimate: Estimate
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,8 +73,8 @@ class MemoryPlan:
 
     @property
     def seconds(self) -> float:
-        """The seconds of all phases on the card of the request, without loading, text and image encoders, and file."""
-        return sum(phase.seconds or 0.0 for phase in self.phases)
+        """The seconds on the card of the request, without loading, text and image encoders, and file."""
+        return self.estimate.seconds
 
     @property
     def vae_waits(self) -> bool:
@@ -96,7 +95,7 @@ class MemoryPlan:
         return _text(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data: bytes, seconds, and everything that was decided."""
+        """Returns the plan as plain data: bytes, the estimated seconds, and everything that was decided."""
         return _data(self)
 
 
@@ -134,27 +133,36 @@ def _text(plan: MemoryPlan) -> str:
         f"  predicted time         {_time(plan)}",
         f"  Stage I   {describe_placement(plan.stage_one.config, plan.stage_one.placement)}",
         f"  Stage II  {describe_placement(plan.stage_two.config, plan.stage_two.placement)}",
-        f"  {_without_limits(plan.vae_plans)}",
+        f"  {plan.vae_plans}",
     ]
     if request.text_encoder_bytes:
         lines.append(f"  text encoder on the {'device' if plan.text_on_device else 'CPU'}")
-    lines.append(f"  {'phase':<10}{'device':>9}{'host':>9}{'seconds':>9}  what limits it (all predicted)")
+    lines.append(f"  {'phase':<10}{'device':>9}{'host':>9}{'copies':>9}  what limits it (all predicted)")
     for phase in plan.phases:
-        seconds = "-" if phase.seconds is None or request.capability is None else f"{phase.seconds:.1f}"
+        copies = f"{plan.estimate.ratio(phase.name):.2f}" if plan.estimate.copies.get(phase.name) else "-"
         sizes = f"{format_bytes(phase.device):>9}{format_bytes(phase.host):>9}"
-        lines.append(f"  {phase.name:<10}{sizes}{seconds:>9}  {phase.limit}")
+        lines.append(f"  {phase.name:<10}{sizes}{copies:>9}  {phase.limit}")
+    lines.append("  copies: their time over that of the phase's work; work hides those of layers, up to 1")
     return "\n".join([*lines, *(f"  note: {note}" for note in plan.notes)])
-
-
-def _without_limits(plans: PipelinePlans) -> PipelinePlans:
-    """Returns the plans without limits: they then print no peaks, which are in the table."""
-    return PipelinePlans(*(replace(planned, limit=None) for planned in vars(plans).values()))
 
 
 def _time(plan: MemoryPlan) -> str:
     if plan.request.capability is None:
         return "none: seconds are predicted for GPUs"
-    return f"{plan.seconds:.1f} s, predicted for {plan.request.gpu.name}; {NOT_PREDICTED}"
+    return f"{about(plan.seconds)} on {an(plan.request.gpu.name)}, predicted; {NOT_PREDICTED}"
+
+
+def about(seconds: float) -> str:
+    """Returns ``about 13 minutes``: seconds as rough as an estimate is."""
+    for size, unit in ((3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}s"
+    return f"about {max(seconds, 1):.0f} seconds" if seconds >= 1.5 else "about a second"
+
+
+def an(card: str) -> str:
+    """Returns the name of a card with its article."""
+    return f"{'an' if card[0] in 'AHLR' else 'a'} {card}"
 
 
 def _data(plan: MemoryPlan) -> dict[str, Any]:
@@ -176,8 +184,8 @@ def _data(plan: MemoryPlan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "limiting": plan.limiting.name,
         "text_on_device": plan.text_on_device,
-        "stage_one": _stage_data(plan.stage_one),
-        "stage_two": _stage_data(plan.stage_two),
+        "stage_one": _stage_data(plan.stage_one, plan.estimate.ratio("Stage I")),
+        "stage_two": _stage_data(plan.stage_two, plan.estimate.ratio("Stage II")),
         "vae": {place: vae_data(planned) for place, planned in vars(plan.vae_plans).items()},
         "phases": [
             {
@@ -185,7 +193,7 @@ def _data(plan: MemoryPlan) -> dict[str, Any]:
                 "device_bytes": phase.device,
                 "held_bytes": dict(phase.held),
                 "host_bytes": phase.host,
-                "seconds": phase.seconds,
+                "copied_bytes": phase.copied,
                 "limit": phase.limit,
             }
             for phase in plan.phases
@@ -200,13 +208,11 @@ def vae_data(planned: PlannedVAE) -> dict[str, Any]:
     return asdict(planned.plan) | {"dtype": dtype, "peak_bytes": planned.peak.total}
 
 
-def _stage_data(stage: StagePlan) -> dict[str, Any]:
-    time, homes = stage.time, stage.placement.homes(stage.config.num_layers)
+def _stage_data(stage: StagePlan, ratio: float) -> dict[str, Any]:
+    homes = stage.placement.homes(stage.config.num_layers)
     return {
         "placement": asdict(stage.placement),
         "layers": {home: homes.count(home) for home in ("device", "host", "file")},
         "bytes": asdict(stage.placed) | {"device": stage.placed.device, "host": stage.placed.host},
-        "step": asdict(time.step) | {"total": time.step.total},
-        **{f"{name}_seconds": getattr(time, name) for name in ("compute", "copy", "read", "exposed")},
-        "seconds": time.total,
+        "copies_to_work": ratio,
     }

@@ -10,10 +10,10 @@ import torch
 from model.config import DiTConfig, VAEConfig
 from model.csg.sampler import MODES, SegmentPlan, plan_for
 from model.errors import InputError
-from model.memory.cost.gpus import GPU
 from model.memory.vae_places import USABLE
 from model.sizes import check_frames, check_size, size_multiple
 from model.streaming.placement import MATMUL, NO_TENSORS, QUANTIZE
+from swifti2v_kernels.common.cards import Card
 
 #: ``auto``: what the checkpoint has; see :func:`model.memory.plan.plan_memory`.
 QUANTIZE_CHOICES = ("auto", *QUANTIZE)
@@ -69,7 +69,7 @@ class MemoryRequest:
     motion_size: tuple[int, int]
     num_frames: int
     plan: SegmentPlan
-    gpu: GPU
+    gpu: Card
     low_noise: DiTRequest | None = None
     motion_vae: VAEConfig | None = None
     mode: str = "bidirectional"

@@ -1,4 +1,4 @@
-"""The candidates of a memory plan, phase by phase, and the choice among them; see ``model/memory/plan.py``.
+"""The choice of a memory plan, phase by phase, by bytes; see ``model/memory/plan.py`` for the order.
 
 Phases that share a choice (reference: both VAEs; Stage II and decode: the DiT and the decoder's tiles) are one group,
 and groups do not depend on each other, since device and host memory have to be enough for each phase by itself.
@@ -6,19 +6,17 @@ and groups do not depend on each other, since device and host memory have to be 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from model.config import VAEConfig
-from model.memory.cost.pipeline import resize_work
 from model.memory.request import MemoryRequest
-from model.memory.stage_choice import DIGITS, StageChoice, StageChoices
+from model.memory.stage_choice import StageChoice, StageChoices
 from model.memory.vae_choice import VAEPlace, VAEUse
-from model.memory.vae_plan import Request, meta_vae
+from model.memory.vae_plan import Request, half_bytes, waiting_bytes
 
 #: The process without any weights: interpreter, torch, CUDA's libraries and context. Assumed.
 PROCESS_BYTES = 3_000_000_000
@@ -37,7 +35,6 @@ class ReferenceChoice:
     encode: VAEUse
     held: Held
     host: int
-    key: tuple[float, ...]
 
     @property
     def device(self) -> int:
@@ -54,15 +51,18 @@ class ClipChoice:
     clip: int
 
     @property
-    def key(self) -> tuple[float, ...]:
-        """The numbers by which choices are ordered, the smallest first."""
-        spent = round(self.stage.time.total + self.decode.seconds, DIGITS)
-        return self.stage.rank, spent, self.stage.streamed, self.decode.park, self.decode.order
-
-    @property
     def device(self) -> int:
         """The bytes on the device while frames are decoded."""
         return self.stage.device + self.decode.peak + self.clip
+
+
+class Choices(NamedTuple):
+    """The choices of all groups."""
+
+    condition: VAEUse
+    one: StageChoice
+    reference: ReferenceChoice
+    clip: ClipChoice
 
 
 class Search:
@@ -76,21 +76,17 @@ class Search:
         self.host = math.inf if r.usable_host is None else r.usable_host - PROCESS_BYTES
         self.vae_room = math.inf if r.vae_limit is None else r.vae_limit
         self.one, self.two = StageChoices(r, True), StageChoices(r, False)
-        blocks, options = r.plan.num_blocks, {"gpu": r.gpu}
+        blocks = r.plan.num_blocks
         # On a GPU, small frames are cut into tiles only where waiting tiles are in host memory; a CPU has no other.
-        small = options | {"untiled": r.capability is not None}
+        small = r.capability is not None
         masked = r.stage_one.config.in_channels != r.stage_one.config.out_channels
-        given = (r.num_frames, blocks) if masked else (1, 1)
-        self.condition = VAEPlace(self._request("encode", True, torch.float32), *given, 1, **small)
-        self.motion = VAEPlace(self._request("decode", True, r.dtype), r.num_frames, blocks, 1, **small)
-        resize = resize_work(r.motion_size, r.size, r.num_frames)
+        given = blocks if masked else 1
+        self.condition = VAEPlace(self._request("encode", True, torch.float32), given, 1, small)
+        self.motion = VAEPlace(self._request("decode", True, r.dtype), blocks, 1, small)
         dtypes = (torch.float32, torch.bfloat16) if r.capability is not None else (torch.float32,)
-        self.encode = {
-            dtype: VAEPlace(self._request("encode", False, dtype), r.num_frames, 1, blocks, **options, more=resize)
-            for dtype in dtypes
-        }
+        self.encode = {dtype: VAEPlace(self._request("encode", False, dtype), 1, blocks) for dtype in dtypes}
         longest, pieces = max(len(window.noisy) for window in r.plan), len(r.plan) + 1
-        self.decode = VAEPlace(self._request("decode", False, r.dtype), r.num_frames, pieces, longest, **options)
+        self.decode = VAEPlace(self._request("decode", False, r.dtype), pieces, longest)
 
     def _request(self, half: str, low: bool, dtype: torch.dtype) -> Request:
         r = self.request
@@ -134,7 +130,7 @@ class Search:
         return self._picture(True) + 2 * self._latents(True)
 
     def best_condition(self, room: float) -> VAEUse | None:
-        """Returns the fastest plan of the condition that fits, or None."""
+        """Returns the first plan of the condition that fits, or None."""
         left = room - self.vae_bytes() + self.condition.weights - self._condition_clip
         return self._first(self.condition, min(left, self.vae_room), self.host)
 
@@ -154,39 +150,42 @@ class Search:
         return 3 * self.request.num_frames * math.prod(self.request.motion_size) * self.request.dtype.itemsize
 
     def best_reference(self, room: float) -> ReferenceChoice | None:
-        """Returns the fastest choice for the reference that fits, in float32 if one does, or None."""
-        for dtype, encode in self.encode.items():
-            found = self._references(dtype, encode, room)
-            if found:
-                return min(found, key=lambda choice: choice.key)
+        """Returns the first choice for the reference that fits, in float32 if one does, or None."""
+        for dtype in self.encode:
+            found = next(self._references(dtype, room), None)
+            if found is not None:
+                return found
         return None
 
-    def _references(self, dtype: torch.dtype, encode: VAEPlace, room: float) -> list[ReferenceChoice]:
-        """Returns the fastest choice of every kind."""
-        found: list[ReferenceChoice] = []
-        for motion in self.motion.whole_frames():
-            left = min(room - self._beside_rest(dtype), self.vae_room) - self._motion_idle(motion)
-            found += self._beside(dtype, motion, encode.first(left, self.host, False), room)
+    def _references(self, dtype: torch.dtype, room: float) -> Iterator[ReferenceChoice]:
+        """Yields the choices that fit: first those with nothing in host memory, then those with all of it there."""
+        encode = self.encode[dtype]
+        left = min(room - self._beside_rest(dtype), self.vae_room)
+        for motion in self.motion.whole_frames() if left >= self.motion.weights + encode.weights else ():
+            yield from self._beside(
+                dtype, motion, encode.first(left - self._motion_idle(motion), self.host, False), room
+            )
         host, left = self.host - self._motion_frames, room - self.vae_bytes(dtype) - self._reference_clip
-        low = self._first(self.motion, min(left + self.motion.weights, self.vae_room), host)
-        found += self._after(dtype, low, encode.first(min(left + encode.weights, self.vae_room), host, True))
-        return found
+        high = encode.first(min(left + encode.weights, self.vae_room), host, True)
+        if high is not None:
+            low = self._first(self.motion, min(left + self.motion.weights, self.vae_room), host)
+            yield from self._after(dtype, low, high)
 
-    def _least_reference(self) -> int | None:
-        # The last dtype is the smallest.
+    def _least_reference(self) -> ReferenceChoice | None:
+        # The last dtype is the smallest; a CPU has no host memory besides, so there both are one stream.
         dtype, encode = list(self.encode.items())[-1]
-        host = self.host - self._motion_frames
-        low, high = self._least(self.motion, host), self._least(encode, host, (True,))
-        sizes = [choice.device for choice in self._after(dtype, low, high)]
+        if self.request.capability is not None:
+            host = self.host - self._motion_frames
+            return next(self._after(dtype, self._least(self.motion, host), self._least(encode, host)), None)
+        found = []
         for motion in self.motion.whole_frames():
-            idle, rest = self._motion_idle(motion), self._beside_rest(dtype)
-            below = min([*(size - rest for size in sizes), self.vae_room + 1]) - idle
-            high = encode.smallest(self.host, (False,), below)
-            sizes += [choice.device for choice in self._beside(dtype, motion, high, math.inf)]
-        return min(sizes, default=None)
+            high = encode.smallest(self.host, False, self.vae_room + 1 - self._motion_idle(motion))
+            found += self._beside(dtype, motion, high, math.inf)
+        return min(found, key=lambda choice: choice.device, default=None)
 
-    def _least(self, place: VAEPlace, host: float, kinds: tuple[bool, ...] = (True, False)) -> VAEUse | None:
-        return place.smallest(host, kinds, self.vae_room + 1)
+    def _least(self, place: VAEPlace, host: float) -> VAEUse | None:
+        """Returns the plan of a place with the lowest peak: with tiles in host memory where there is one."""
+        return place.smallest(host, self.request.capability is not None, self.vae_room + 1)
 
     def _beside_rest(self, dtype: torch.dtype) -> int:
         """Returns the bytes beside what the two plans take: weights of other halves, and tensors of the clip."""
@@ -199,7 +198,7 @@ class Search:
     @property
     def _low_frames(self) -> int:
         """The bytes of the frames of one of the motion's latent frames; as a result they are counted in uint8."""
-        return self.motion.whole.result * self.request.dtype.itemsize
+        return waiting_bytes(self.motion.request)[1] * self.request.dtype.itemsize
 
     def _beside(
         self, dtype: torch.dtype, motion: VAEUse, encode: VAEUse | None, room: float
@@ -215,7 +214,7 @@ class Search:
         rest = self._beside_rest(dtype)
         if sum(held.values()) <= min(self.vae_room, room - rest):
             held |= {"other weights": rest - self._reference_clip, "clip": self._reference_clip}
-            yield ReferenceChoice(motion, encode, held, 0, self._reference_key(False, motion, encode))
+            yield ReferenceChoice(motion, encode, held, 0)
 
     def _after(self, dtype: torch.dtype, motion: VAEUse | None, encode: VAEUse | None) -> Iterator[ReferenceChoice]:
         if motion is None or encode is None:
@@ -223,13 +222,7 @@ class Search:
         name, use = max((("decoder", motion), ("encoder", encode)), key=lambda u: u[1].peak - u[1].planned.peak.weights)
         rest = {"other weights": self.vae_bytes(dtype) - use.planned.peak.weights, "clip": self._reference_clip}
         host = self._motion_frames + max(motion.host, encode.host)
-        key = self._reference_key(True, motion, encode)
-        yield ReferenceChoice(motion, encode, vae_held(name, use) | rest, host, key)
-
-    @staticmethod
-    def _reference_key(after: bool, motion: VAEUse, encode: VAEUse) -> tuple[float, ...]:
-        spent = round(motion.seconds + encode.seconds, DIGITS)
-        return spent, after, encode.order, motion.park, motion.order
+        yield ReferenceChoice(motion, encode, vae_held(name, use) | rest, host)
 
     # Stage I, for which the VAEs wait in host memory.
 
@@ -237,99 +230,69 @@ class Search:
     def _motion_host(self) -> float:
         return self.host - self.vae_bytes()
 
-    def best_motion(self, room: float) -> StageChoice | None:
-        """Returns the fastest choice for Stage I that fits, or None."""
-        return self.one.best(room, self._motion_host)
-
-    # Stage II, with each number of streamed layers, and the decoder beside it.
+    # Stage II, and the decoder beside it.
 
     def best_clip(self, room: float) -> ClipChoice | None:
-        """Returns the fastest Stage II and decoder that fit together, or None."""
+        """Returns the first Stage II and decoder that fit together, or None.
 
-        def found() -> Iterator[ClipChoice]:
-            for quantize, streamed, least in self._clip_counts():
-                for park in (False, True):
-                    decode = self._decode(quantize, streamed, room, self.host - least, park)
-                    yield from self._clip(quantize, streamed, decode)
-
-        return min(found(), key=lambda choice: choice.key, default=None)
-
-    def _decode(self, quantize: str, streamed: int, room: float, host: float, park: bool) -> VAEUse | None:
-        """Returns the fastest decoder of a kind beside so many streamed layers."""
-        left = room - self.two.placed(quantize, streamed, None).device - self._clip_bytes(park)
-        return self.decode.first(min(left, self.vae_room), host, park)
+        In the preferred form, tiles are first made as few as beside the fewest layers on the device, and then as many
+        layers stay there as fit beside these tiles.
+        """
+        for quantize in self.two.forms:
+            for park in (False, True):
+                for least in self.two.least(self.host, quantize):
+                    left = room - least.device - self._clip_bytes(park)
+                    host = self.host - self.two.least_host(quantize, least.streamed)
+                    decode = self.decode.first(min(left, self.vae_room), host, park)
+                    if decode is not None:
+                        left = room - decode.peak - self._clip_bytes(park)
+                        host = self.host - decode.host
+                        stage = self.two.fewest(left, host, quantize)
+                        stage = stage or self.two.within(host, quantize, least.streamed)
+                        if stage is not None:
+                            return ClipChoice(stage, decode, self._clip_bytes(park))
+                    if left < self.decode.weights or self.host == math.inf:
+                        break  # fewer streamed layers leave less
+        return None
 
     def _clip_bytes(self, park: bool) -> int:
         """Returns the bytes of the segment being decoded, and of its last frames unless they are in host memory."""
         longest = max(len(window.noisy) for window in self.request.plan)
         segment = longest * self._latents(False) // self.request.plan.num_blocks
-        return segment if park else segment + self.decode.whole.result
+        return segment if park else segment + waiting_bytes(self.decode.request)[1]
 
-    def _least_clip(self) -> int | None:
-        sizes = []
-        for quantize, streamed, least in self._clip_counts():
-            decode = self._least(self.decode, self.host - least)
-            sizes += [choice.device for choice in self._clip(quantize, streamed, decode)]
-        return min(sizes, default=None)
+    def _least_clip(self) -> ClipChoice | None:
+        found = []
+        for quantize in self.two.forms:
+            for least in self.two.least(self.host, quantize):
+                decode = self._least(self.decode, self.host - self.two.least_host(quantize, least.streamed))
+                stage = None if decode is None else self.two.within(self.host - decode.host, quantize, least.streamed)
+                if decode is not None and stage is not None:
+                    found.append(ClipChoice(stage, decode, self._clip_bytes(decode.park)))
+                    break
+        return min(found, key=lambda choice: choice.device, default=None)
 
-    def _clip_counts(self) -> Iterator[tuple[str, int, int]]:
-        """Yields (quantize, number of streamed layers, bytes of host memory that these take at least)."""
-        for quantize, streamed in self.two.pairs():
-            least = self.two.least_host(quantize, streamed)
-            if least <= self.host:
-                yield quantize, streamed, least
-
-    def _clip(self, quantize: str, streamed: int, decode: VAEUse | None) -> Iterator[ClipChoice]:
-        stage = None if decode is None else self.two.within(self.host - decode.host, quantize, streamed)
-        if decode is not None and stage is not None:
-            yield ClipChoice(stage, decode, self._clip_bytes(decode.park))
-
-    def least_host(self, room: float) -> int | None:
-        """Returns the least bytes of host memory with which a plan fits ``room`` bytes on the device, or None.
-
-        It is meant for a search without a limit on host memory.
-        """
-        condition = self.best_condition(room)
-        motion = (
-            self.one.least_host(quantize, streamed)
-            for quantize, streamed in self.one.pairs()
-            if self.one.placed(quantize, streamed, None).device <= room
-        )
-        clip = (
-            least + decode.host
-            for quantize, streamed, least in self._clip_counts()
-            for park in (False, True)
-            if (decode := self._decode(quantize, streamed, room, math.inf, park)) is not None
-        )
-        references = (self._references(dtype, encode, room) for dtype, encode in self.encode.items())
-        sizes = [
-            None if condition is None else condition.host,
-            min((self.vae_bytes() + size for size in motion), default=None),
-            min((choice.host for choices in references for choice in choices), default=None),
-            min(clip, default=None),
-        ]
-        if any(size is None for size in sizes):
+    def best(self, room: float) -> Choices | None:
+        """Returns the first choices within ``room`` bytes on the device, or None."""
+        of = self.request.room
+        # What needs no run of the VAE is asked first.
+        if self.text_host > self.host or (one := self.one.best(of(room, "Stage I"), self._motion_host)) is None:
             return None
-        return PROCESS_BYTES + max(self.text_host, *(size for size in sizes if size is not None))
-
-    def least_peak(self) -> int | None:
-        """Returns the lowest peak on the device that the host memory allows, or None."""
-        condition = self._least(self.condition, self.host)
-        sizes = [
-            None if condition is None else sum(self.condition_held(condition).values()),
-            min((choice.device for choice in self.one.all(self._motion_host)), default=None),
-            self._least_reference(),
-            self._least_clip(),
-        ]
-        if self.text_host > self.host or any(size is None for size in sizes):
+        if (condition := self.best_condition(of(room, "condition"))) is None:
             return None
-        return max(size for size in sizes if size is not None)
+        if (clip := self.best_clip(of(room, "Stage II", "decode"))) is None:
+            return None
+        reference = self.best_reference(of(room, "reference"))
+        return None if reference is None else Choices(condition, one, reference, clip)
 
-
-@functools.cache
-def half_bytes(config: VAEConfig, half: str, dtype: torch.dtype) -> int:
-    """Returns the bytes of the weights of one half of a VAE."""
-    return sum(p.nbytes for p in meta_vae(config, dtype).weights_of(half))
+    def least(self) -> Choices | None:
+        """Returns the choices with the lowest peaks on the device that the host memory allows, or None."""
+        stages = [c for quantize in self.one.forms for c in self.one.least(self._motion_host, quantize)]
+        condition, reference = self._least(self.condition, self.host), self._least_reference()
+        clip = self._least_clip()
+        if self.text_host > self.host or not stages or condition is None or reference is None or clip is None:
+            return None
+        return Choices(condition, min(stages, key=lambda choice: choice.device), reference, clip)
 
 
 def vae_held(name: str, use: VAEUse) -> Held:

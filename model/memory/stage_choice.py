@@ -1,30 +1,24 @@
-"""The candidate placements of the layers of one stage's DiT: what each takes while it runs, and for how long."""
+"""The candidate placements of the layers of one stage's DiT: what each takes while it runs."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from model.memory.cost import dit as dit_cost
-from model.memory.cost.windows import whole_step, window_passes, windows_memory
-from model.memory.cost.work import Work
+from model.memory.dit_bytes import DiTMemory, dit_memory
 from model.memory.request import FLOAT8_MATMUL, DiTRequest, MemoryRequest
-from model.memory.stage_time import StageTime, stage_time
 from model.pipeline.encoders import TEXT_LENGTH
-from model.streaming.placement import LayerLayout, PlacedBytes, Placement, layer_layout, placed_bytes
+from model.streaming.placement import PlacedBytes, Placement, placed_bytes
 from model.streaming.stream import SLOTS
 
-#: The decimals of the seconds by which candidates are compared.
-DIGITS = 3
 _FLOAT = 4
 
 
 @dataclass(frozen=True)
 class StageChoice:
-    """A placed DiT: the bytes on the device while it runs, by name, and the seconds of its stage.
+    """A placed DiT: the bytes on the device while it runs, by name.
 
     ``rank`` is that of its form among those that are considered, ``streamed`` the number of layers that do not stay.
     """
@@ -32,7 +26,6 @@ class StageChoice:
     placement: Placement
     placed: PlacedBytes
     held: dict[str, int]
-    time: StageTime
     rank: int
     streamed: int
 
@@ -53,9 +46,9 @@ class StageChoices:
         vae, size = (request.stage_one_vae, request.motion_size) if first else (request.vae, request.size)
         self.latent_size = size[1] // vae.spatial_stride, size[0] // vae.spatial_stride
         self.forms = self._forms()
+        self.counts = streamed_counts(self.config.num_layers)
         self._placed: dict[tuple[str, int, int | None], StageChoice] = {}
-        self._written: dict[str, list[LayerLayout]] = {}
-        self._beside: dict[torch.dtype | None, dit_cost.DiTMemory] = {}
+        self._beside: dict[torch.dtype | None, DiTMemory] = {}
 
     def _forms(self) -> tuple[str, ...]:
         """Returns the values of ``quantize`` to be tried, the preferred first."""
@@ -68,20 +61,25 @@ class StageChoices:
         # Layers that can be read in every pass always fit the host memory.
         return (lossless,) if r.from_files else (lossless, "float8")
 
-    def all(self, host: float) -> Iterator[StageChoice]:
-        """Yields the choices that ``host`` bytes of host memory allow, the preferred and fastest first."""
-        for quantize, streamed in self.pairs():
-            found = self.within(host, quantize, streamed)
-            if found is not None:
-                yield found
-
-    def pairs(self) -> list[tuple[str, int]]:
-        """Returns every value of ``quantize`` with every number of streamed layers."""
-        return [(quantize, n) for quantize in self.forms for n in streamed_counts(self.config.num_layers)]
-
     def best(self, room: float, host: float) -> StageChoice | None:
-        """Returns the fastest choice within ``room`` bytes on the device: that with the fewest streamed layers."""
-        return next((choice for choice in self.all(host) if choice.device <= room), None)
+        """Returns the first choice within ``room`` and ``host`` bytes: the preferred form, the fewest streamed."""
+        found = (self.fewest(room, host, quantize) for quantize in self.forms)
+        return next((choice for choice in found if choice is not None), None)
+
+    def fewest(self, room: float, host: float, quantize: str) -> StageChoice | None:
+        """Returns the choice of a form with the fewest streamed layers that fits, or None.
+
+        More streamed layers take less of the device and more of the host.
+        """
+        if self.placed(quantize, self.counts[-1], None).device > room:
+            return None
+        fits = next(n for n in self.counts if self.placed(quantize, n, None).device <= room)
+        return self.within(host, quantize, fits)
+
+    def least(self, host: float, quantize: str) -> Iterator[StageChoice]:
+        """Yields the choices of a form that ``host`` bytes of host memory allow, that with most streamed first."""
+        found = (self.within(host, quantize, streamed) for streamed in reversed(self.counts))
+        return (choice for choice in found if choice is not None)
 
     def within(self, host: float, quantize: str, streamed: int) -> StageChoice | None:
         """Returns the choice with so many layers streamed, as many from pinned memory as fit the host, or None."""
@@ -90,7 +88,7 @@ class StageChoices:
             return found
         if not self.request.from_files:
             return None
-        largest = max(layout.nbytes for layout in self._layouts(quantize))
+        largest = found.placed.slots // SLOTS
         pinned = min(int((host - SLOTS * largest) // largest), streamed - 1)
         return self.placed(quantize, streamed, pinned) if pinned >= 0 else None
 
@@ -113,10 +111,7 @@ class StageChoices:
             (placed_bytes(dit.config, r.dtype, placement, dit.stored) for dit in self.dits),
             key=lambda placed: (placed.device, placed.host),
         )
-        eight_bits = placement.matmul_dtype
-        if eight_bits not in self._beside:
-            self._beside[eight_bits] = self._memory(eight_bits)
-        memory = self._beside[eight_bits]
+        memory = self._memory(placement.matmul_dtype)
         held = {
             "weights": placed.fixed + placed.resident,
             "slots": placed.slots,
@@ -128,49 +123,18 @@ class StageChoices:
             "latents": memory.stores,
             "remembered keys and values": memory.remembered,
         }
-        time = stage_time(self._passes, self._layouts(quantize), placement, r.gpu, r.dtype.itemsize)
         held = {name: size for name, size in held.items() if size}
-        return StageChoice(placement, placed, held, time, self.forms.index(quantize), streamed)
+        return StageChoice(placement, placed, held, self.forms.index(quantize), streamed)
 
-    def _layouts(self, quantize: str) -> list[LayerLayout]:
-        """Returns the layouts of the layers of the expert that has most to copy."""
-        if quantize not in self._written:
-            placement = Placement(quantize=quantize, matmul=self.request.matmul)
-            found = [
-                [layer_layout(d.config, self.request.dtype, placement, i, d.stored) for i in range(d.config.num_layers)]
-                for d in self.dits
-            ]
-            self._written[quantize] = max(found, key=lambda layouts: sum(layout.nbytes for layout in layouts))
-        return self._written[quantize]
-
-    @functools.cached_property
-    def _passes(self) -> list[tuple[int, Work]]:
-        """All passes over the layers: how often, and their work."""
-        r, itemsize, steps = self.request, self.request.dtype.itemsize, self._steps
-        passes: list[tuple[int, Work]] = []
-        for dit in self.dits:
-            work = dit_cost.context(dit.config, itemsize=itemsize)
-            passes.append((1, work + dit_cost.modulation(dit.config, steps + 1, itemsize)))
-        if self.first:
-            return [*passes, (steps, whole_step(self.config, r.plan.num_blocks, self.latent_size, itemsize))]
-        for window in r.plan:
-            once, step = window_passes(self.config, window, r.mode, self.latent_size, itemsize)
-            passes += [(1, once)] if once is not None else []
-            passes.append((steps, step))
-        return passes
-
-    @property
-    def _steps(self) -> int:
-        return self.request.stage_one_steps if self.first else self.request.steps
-
-    def _memory(self, eight_bits: torch.dtype | None) -> dit_cost.DiTMemory:
-        """Returns the bytes beside the weights; the weights that it counts too are those of a model in one dtype."""
+    def _memory(self, eight_bits: torch.dtype | None) -> DiTMemory:
+        """Returns the bytes beside the weights."""
         r = self.request
-        options = {"steps": self._steps, "dtype": r.dtype, "eight_bits": eight_bits}
-        if not self.first:
-            return windows_memory(self.config, r.plan, r.mode, self.latent_size, **options)
-        blocks = dict.fromkeys(("window_blocks", "denoised_blocks", "num_blocks"), r.plan.num_blocks)
-        return dit_cost.memory(self.config, self.latent_size, **blocks, **options)
+        if eight_bits not in self._beside:
+            self._beside[eight_bits] = dit_memory(
+                self.config, r.plan, self.latent_size, steps=r.stage_one_steps if self.first else r.steps,
+                dtype=r.dtype, causal=r.mode == "causal", whole=self.first, eight_bits=eight_bits,
+            )  # fmt: skip
+        return self._beside[eight_bits]
 
 
 def streamed_counts(layers: int) -> list[int]:

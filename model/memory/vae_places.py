@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from model.machine.measure import format_bytes
-from model.memory.cost.gpus import chosen_gpu
+from model.memory.cards import chosen_gpu
 from model.memory.vae_plan import PlannedVAE, device_capability
 from model.vae.tiles import VAEPlans
 
@@ -67,8 +66,7 @@ class PipelinePlans:
             grid = [min(n, size) for n, size in zip((plan.rows, plan.columns), request.latent_size, strict=True)]
             tiles = "untiled" if math.prod(grid) == 1 else f"{grid[0]} x {grid[1]} exact tiles"
             host = ", tiles wait in host memory" if plan.park else ""
-            peak = "" if planned.limit is None else f", {format_bytes(planned.peak.total)} predicted"
-            parts.append(f"{name} {str(request.dtype).removeprefix('torch.')}, {tiles}{host}{peak}")
+            parts.append(f"{name} {str(request.dtype).removeprefix('torch.')}, {tiles}{host}")
         return f"VAE: {'; '.join(parts)}"
 
 

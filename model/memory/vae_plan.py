@@ -11,31 +11,35 @@ is not seen: cuDNN's workspaces (the encoder in float32), oneDNN's on the CPU. O
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import VAEConfig
 from model.errors import InputError
-from model.machine.counted import Operations, TensorMemory, elsewhere
+from model.machine.counted import TensorMemory, elsewhere
 from model.machine.host import Host
 from model.machine.measure import format_bytes
 from model.vae.layers import State
-from model.vae.model import WanVAE
+from model.vae.model import WanVAE, _Decoding, _Encoding
 from model.vae.tiles import Region, VAEPlan
 from swifti2v_kernels import pretend_gpu
 
 META = torch.device("meta")
 PARTS = ("decode", "encode")
-#: Tiles by rows and columns, in the order in which they are tried, and the number of grids that are tried where nothing
-#: is parked: more tiles have smaller activations, but together more state, which in the end is all that counts.
+#: Tiles by rows and columns, in the order of their preference, and the number of grids that are tried where nothing is
+#: parked: more tiles have smaller activations, but together more state, which in the end is all that counts.
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 RESIDENT_GRIDS = 5
-#: The most frames at once in a layer of the VAE: those of one latent frame.
-MOST_FRAMES = 4
+#: The numbers of frames at once in a layer that are tried: those of one latent frame, and the least.
+FRAMES = (4, 1)
 #: The number of latent frames after which no layer keeps anything new.
 SETTLED = 4
 
@@ -96,7 +100,15 @@ class PlannedVAE:
     @property
     def redundancy(self) -> float:
         """The operations over those of whole frames: the cost of halos."""
-        return _flops(self.request, self.plan) / _flops(self.request, VAEPlan())
+        request = self.request
+        whole, *levels = operations(request.config, request.part)
+        read = [0.0] * len(levels)
+        for core in self.plan.regions(*request.latent_size):
+            for i, regions in enumerate(_levels(request, core)):
+                read[i] += sum(region.pixels for region in regions) / len(regions)
+        frames = [math.prod(span.size for span in regions[0]) for regions in _levels(request, core)]
+        computed = sum(n * pixels / frame for n, pixels, frame in zip(levels, read, frames, strict=True))
+        return (whole + computed) / (whole + sum(levels))
 
     def __str__(self) -> str:
         request, plan, peak = self.request, self.plan, self.peak
@@ -169,28 +181,64 @@ def plan_vae(
     modes = [mode for mode in ((False,) if capability is None else (False, True)) if park in (None, mode)]
     if not modes:
         raise InputError("park: expected False or None on a CPU, where there is no other memory")
-    tried: list[PlannedVAE] = []
-    for mode in modes:
-        for rows, columns in grids(request) if mode else grids(request)[:RESIDENT_GRIDS]:
-            # What is parked is moved once for each chunk, so a chunk is all that is there.
-            plan = VAEPlan(rows, columns, 1, None if mode else 1, mode)
-            if limit is None:
-                return PlannedVAE(replace(plan, frames=MOST_FRAMES), request, None)
-            tried.append(PlannedVAE(plan, request, limit))
-            peak = tried[-1].peak
-            if peak.total > limit:
-                if not mode and peak.total - peak.working > limit:
-                    break  # no smaller tile has less of what is always there
-                continue
-            frames = MOST_FRAMES
-            while frames > 1 and predict(request, replace(plan, frames=frames)).total > limit:
-                frames //= 2
-            return PlannedVAE(replace(plan, frames=frames), request, limit)
-    smallest = replace(min(tried, key=lambda planned: planned.peak.total), limit=None)
+    every = grids(request)
+    kinds = [(mode, every if mode else every[:RESIDENT_GRIDS]) for mode in modes]
+    for mode, tiles in kinds:
+        found = first_plan(request, math.inf if limit is None else limit, tiles, mode)
+        if found is not None:
+            return PlannedVAE(found, request, limit)
+    # Parked tiles take the less the more they are; of others the least is not known beforehand.
+    least = [plan_of(grid, 1, mode) for mode, tiles in kinds for grid in (tiles[-1:] if mode else tiles)]
+    smallest = min((PlannedVAE(plan, request, None) for plan in least), key=lambda planned: planned.peak.total)
     raise InputError(
         f"limit: {format_bytes(limit or 0)} is too little to {part} {width}x{height}; the smallest plan needs"
         f" {format_bytes(smallest.peak.total)}\n{smallest}"
     )
+
+
+def plan_of(grid: tuple[int, int], frames: int, park: bool) -> VAEPlan:
+    """Returns the plan of a kind; what is parked is moved once for each chunk, so a chunk is then all that is there."""
+    return VAEPlan(*grid, frames, None if park else 1, park)
+
+
+def first_plan(request: Request, room: float, tiles: Sequence[tuple[int, int]], park: bool) -> VAEPlan | None:
+    """Returns the first plan of a kind that fits ``room`` bytes on the device, or None.
+
+    Each plan that is looked at has to be run (:func:`predict`), so few are: the first and, where tiles wait in host
+    memory and so take the less the more they are, the last and by halves those between.
+
+    Args:
+        request: what is planned for.
+        room: bytes on the device.
+        tiles: the grids that are considered, the fewest tiles first.
+        park: whether waiting tiles are in host memory.
+    """
+
+    def fits(grid: tuple[int, int], frames: int) -> bool:
+        return predict(request, plan_of(grid, frames, park)).total <= room
+
+    most, least = FRAMES
+    if not tiles or half_bytes(request.config, request.part, request.dtype) > room:
+        return None
+    if park and room < math.inf:
+        if fits(tiles[-1], most):  # single frames take less, and longer to run: few grids are asked with them
+            index = bisect_left(tiles, True, key=lambda grid: fits(grid, most))
+            while index > 0 and fits(tiles[index - 1], least):
+                index -= 1
+        elif fits(tiles[-1], least):
+            index = bisect_left(tiles, True, key=lambda grid: fits(grid, least))
+        else:
+            return None
+        tiles = tiles[index:]
+    for grid in tiles:
+        plan = plan_of(grid, most, park)
+        if room == math.inf or (peak := predict(request, plan)).total <= room:
+            return plan
+        if not park and peak.total - peak.working > room:
+            return None  # no smaller tile has less of what is always there
+        if fits(grid, least):
+            return plan_of(grid, least, park)
+    return None
 
 
 def grids(request: Request) -> list[tuple[int, int]]:
@@ -198,20 +246,6 @@ def grids(request: Request) -> list[tuple[int, int]]:
     rows, columns = request.latent_size
     turned = [grid if columns >= rows else grid[::-1] for grid in GRIDS]
     return list(dict.fromkeys((min(r, rows), min(c, columns)) for r, c in turned))
-
-
-@dataclass(frozen=True)
-class _Some(VAEPlan):
-    """A plan that runs only some of its tiles."""
-
-    cores: tuple[Region, ...] = ()
-
-    def regions(self, height: int, width: int) -> list[Region]:
-        return list(self.cores)
-
-
-def _some(plan: VAEPlan, cores: Sequence[Region]) -> VAEPlan:
-    return _Some(plan.rows, plan.columns, plan.frames, plan.chunk, plan.park, tuple(cores))
 
 
 class CountedHost(Host):
@@ -243,53 +277,98 @@ class _MetaFrames:
 @functools.cache
 def predict(request: Request, plan: VAEPlan) -> Peak:
     """Predicts the bytes on the device while a plan runs; see the top of the file."""
-    # One piece is run, long enough for every layer to have its history; the difference of a longer or shorter one is
-    # known.
-    settled = replace(request, piece=SETTLED)
-    vae = meta_vae(request.config, request.dtype)
-    weights = vae.weights_of(request.part)
+    weights = half_bytes(request.config, request.part, request.dtype)
 
-    def run(cores: Sequence[Region]) -> tuple[int, int]:
-        """Returns the peak with these tiles alone, and the bytes that are remembered after it."""
-        with _gpu(request), TensorMemory(weights) as memory:
-            held, state = memory.live, 0
-            for _ in _run(vae, settled, _some(plan, cores), CountedHost(plan.park)):
-                state = memory.live - held
-        return memory.peak, state
+    def run(cores: Sequence[Region], frames: int = plan.frames) -> tuple[int, int]:
+        return _dry_run(replace(request, piece=1), replace(plan, frames=frames), tuple(cores))
 
     classes = _classes(request, plan)
     if plan.park or plan.tiles == 1:
         # Parked tiles leave nothing on the device: the largest one decides.
         total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
     else:
-        # Each tile is at work beside the states of all others. A run of one tile and a run of two alike tell what is
-        # remembered whichever tiles there are.
+        # Each tile is at work beside the states of all others, and a run of two alike tells what is shared.
         alone = [run(cores[:1]) for cores in classes]
-        shared = 2 * alone[0][1] - run(classes[0][:1] * 2)[1]
+        one, two = (run(classes[0][:1] * n, FRAMES[0])[1] for n in (1, 2))
+        shared = 2 * one - two
         states = sum(len(cores) * (state - shared) for cores, (_, state) in zip(classes, alone, strict=True))
         total = max(peak - (state - shared) for peak, state in alone) + states
         state = states + shared
-    features, result = _feature_bytes(request, vae), _result_bytes(request)
+    features, result = waiting_bytes(request)
     if plan.park:
         features, result = 0, 0 if request.part == "decode" else result
-    chunks = [min(plan.chunk or r.piece, r.piece) for r in (settled, request)]
-    total += (request.piece - settled.piece) * result + (chunks[1] - chunks[0]) * features
-    return Peak(total, sum(p.nbytes for p in weights), state, chunks[1] * features, request.piece * result)
+    # The run is of one piece; the difference of a longer or shorter one is known.
+    ran = 1 if _lean(request, plan) else SETTLED
+    chunks = [min(plan.chunk or piece, piece) for piece in (ran, request.piece)]
+    total += (request.piece - ran) * result + (chunks[1] - chunks[0]) * features
+    return Peak(total, weights, state, chunks[1] * features, request.piece * result)
+
+
+def _convolutions(config: VAEConfig, part: str) -> Iterator[tuple[int, nn.Module, int, float]]:
+    """Yields a half's convolutions with their level (0: on whole frames), the pixels of their results for each pixel of
+    a latent frame, and the frames. An upsampling is folded into the convolution after it: 16 of 36 operations.
+    """
+    vae = meta_vae(config, torch.bfloat16)
+
+    def each(
+        level: int, pixels: int, frames: float, *modules: nn.Module
+    ) -> Iterator[tuple[int, nn.Module, int, float]]:
+        for conv in (m for module in modules for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))):
+            yield level, conv, pixels, frames
+
+    if part == "decode":
+        half, pixels, frames = vae.decoder, 1, 1
+        yield from each(0, 1, 1, vae.post_quant_conv, half.conv_in, half.mid_block, half.up_blocks[0].resnets)
+        for level, (before, stage) in enumerate(itertools.pairwise(half.up_blocks), 1):
+            if before.up.time_conv is not None:
+                yield from each(level, pixels, frames, before.up.time_conv)
+                frames *= 2
+            pixels *= 4
+            yield from each(level, pixels, frames * 16 / 36, before.up.resample)
+            yield from each(level, pixels, frames, stage.resnets)
+        yield from each(level, pixels, frames, half.conv_out)
+        return
+    half, stages, frames = vae.encoder, vae.encoder.stages, config.temporal_stride
+    pixels = 4 ** (len(stages) - 1)
+    yield from each(1, pixels, frames, half.conv_in)
+    for level, stage in enumerate(stages[:-1], 1):
+        yield from each(level, pixels, frames, *stage.resnets)
+        pixels //= 4
+        yield from each(level, pixels, frames, stage.down.resample)
+        if stage.down.time_conv is not None:
+            frames //= 2
+            yield from each(level, pixels, frames, stage.down.time_conv)
+    yield from each(0, 1, 1, vae.quant_conv, half.conv_out, half.mid_block, *stages[-1].resnets)
 
 
 @functools.cache
-def _flops(request: Request, plan: VAEPlan) -> int:
-    """Returns the operations of two latent frames, halos included; a multiply-add is two."""
+def operations(config: VAEConfig, part: str) -> tuple[int, ...]:
+    """Returns the operations of convolutions for a pixel of a latent frame, a multiply-add being two.
+
+    The first number is of what works on whole frames, the others level by level of what works tile by tile. The clip's
+    first latent frame has fewer.
+    """
+    found: dict[int, float] = defaultdict(float)
+    for level, conv, pixels, frames in _convolutions(config, part):
+        found[level] += 2 * conv.weight.numel() * pixels * frames
+    return tuple(round(found[level]) for level in sorted(found))
+
+
+def state_bytes(request: Request) -> int:
+    """Returns the bytes that all layers remember of whole frames: the last ones that their taps in time still read."""
+    kept = 0
+    for _, conv, pixels, _ in _convolutions(request.config, request.part):
+        if isinstance(conv, nn.Conv3d):
+            kept += (conv.kernel_size[0] - conv.stride[0]) * conv.in_channels * pixels
+    return kept * request.batch * math.prod(request.latent_size) * request.dtype.itemsize
+
+
+def _levels(request: Request, core: Region) -> list[tuple[Region, Region]]:
+    """Returns the largest and the smallest region that a tile works on at each level."""
     vae = meta_vae(request.config, request.dtype)
-
-    def count(cores: Sequence[Region]) -> int:
-        with _gpu(request), Operations() as counted:
-            for _ in _run(vae, replace(request, piece=2), _some(plan, cores), Host(META, False)):
-                pass
-        return counted.total
-
-    whole_frames = count([])
-    return whole_frames + sum(len(c) * (count(c[:1]) - whole_frames) for c in _classes(request, plan))
+    if request.part == "decode":
+        return [(level.middle, level.result) for level in vae.decoder.tile(core, 1, State({})).levels]
+    return [(level.read, level.middle) for level in vae.encoder.tile(core, 1, State({})).levels]
 
 
 def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
@@ -306,7 +385,7 @@ def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
 @functools.cache
 def meta_vae(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
     """Returns the model without memory, both halves in one dtype."""
-    with META:
+    with META, torch.no_grad():
         vae = WanVAE(config).to_dtypes(encode=dtype, decode=dtype)
     return vae.order_weights()
 
@@ -323,32 +402,65 @@ def _gpu(request: Request) -> AbstractContextManager[None]:
     return nullcontext() if request.capability is None else pretend_gpu(request.capability)
 
 
-def _run(vae: WanVAE, request: Request, plan: VAEPlan, host: Host) -> Iterator[None]:
-    """Runs one piece through the model and keeps nothing of the result; yields after every step."""
-    rate, batch, rows = request.config.temporal_stride, request.batch, request.latent_size
+@functools.cache
+def _dry_run(request: Request, plan: VAEPlan, cores: tuple[Region, ...]) -> tuple[int, int]:
+    """Runs some tiles on tensors without memory until every layer has its history.
+
+    Returns:
+        The peak in bytes, and the bytes that are remembered after it.
+    """
+    vae, lean = meta_vae(request.config, request.dtype), _lean(request, plan)
+    settle = replace(plan, frames=FRAMES[0]) if lean else plan
+    with torch.no_grad(), _gpu(request), TensorMemory(vae.weights_of(request.part)) as memory:
+        held = memory.live
+        kind, half = (_Decoding, vae.decoder) if request.part == "decode" else (_Encoding, vae.encoder)
+        stream = kind(vae, half, settle, CountedHost(plan.park), torch.uint8)
+        stream.size = request.latent_size
+        stream.tiles = [half.tile(core, settle.frames, State(stream.weights)) for core in cores]
+        _feed(stream, request, 1 if lean else SETTLED)
+        if lean:
+            # The first latent frame is one frame, and weights are brought into their form then.
+            first = memory.peak
+            _feed(stream, request, SETTLED - 2)
+            stream.plan, stream.tiles = plan, [replace(tile, frames=1) for tile in stream.tiles]
+            memory.peak = max(first, memory.live)
+            _feed(stream, request, 1)
+        return memory.peak, memory.live - held
+
+
+def _lean(request: Request, plan: VAEPlan) -> bool:
+    """Returns whether the peak is that of the last latent frame, before which more are run at once, as is quicker.
+
+    An encoder whose tiles wait in host memory works on the clip in one piece, and what it remembers is never fetched.
+    """
+    return plan.frames == 1 and not (plan.park and request.part == "encode")
+
+
+def _feed(stream: _Decoding | _Encoding, request: Request, count: int) -> None:
+    """Runs the next latent frames, so many, and keeps nothing of the result."""
+    rate, batch = request.config.temporal_stride, request.batch
+    if isinstance(stream, _Decoding):
+        latents = torch.empty(batch, request.config.z_dim, SETTLED, *stream.size, device=META)
+        stream.run(latents[:, :, :count], False)
+        return
+    frames = rate * count - (rate - 1 if stream.done == 0 else 0)
+    stream.run(_MetaFrames(batch, 3, frames, request.height, request.width), False)
+
+
+def waiting_bytes(request: Request) -> tuple[int, int]:
+    """Returns the bytes of one latent frame's features, between whole frames and tiles, and of what it becomes.
+
+    That is uint8 frames, or latents.
+    """
+    config, vae = request.config, meta_vae(request.config, request.dtype)
+    pixels = request.batch * math.prod(request.latent_size)
     if request.part == "decode":
-        latents = (torch.empty(batch, request.config.z_dim, request.piece, *rows, device=META) for _ in range(1))
-        results = vae.decode_frames(latents, plan, host=host)
-    else:
-        number = 1 + rate * (request.piece - 1)
-        frames = (_MetaFrames(batch, 3, number, request.height, request.width) for _ in range(1))
-        results = vae.encode_stream(frames, plan, host=host)
-    for result in results:
-        del result
-        yield
+        result = pixels * config.spatial_stride**2 * config.temporal_stride * 3
+        return pixels * vae.decoder.feature_channels * request.dtype.itemsize, result
+    return tuple(pixels * n * request.dtype.itemsize for n in (vae.encoder.feature_channels, config.z_dim))
 
 
-def _feature_bytes(request: Request, vae: WanVAE) -> int:
-    """Returns the bytes of one latent frame's features, between the part on whole frames and the tiles."""
-    rows, columns = request.latent_size
-    channels = vae.decoder.feature_channels if request.part == "decode" else vae.encoder.feature_channels
-    return request.batch * rows * columns * channels * request.dtype.itemsize
-
-
-def _result_bytes(request: Request) -> int:
-    """Returns the bytes of what one latent frame becomes: uint8 frames, or latents."""
-    rows, columns = request.latent_size
-    config = request.config
-    if request.part == "decode":
-        return request.batch * rows * columns * config.spatial_stride**2 * config.temporal_stride * 3
-    return request.batch * rows * columns * config.z_dim * request.dtype.itemsize
+@functools.cache
+def half_bytes(config: VAEConfig, half: str, dtype: torch.dtype) -> int:
+    """Returns the bytes of the weights of one half of a VAE."""
+    return sum(p.nbytes for p in meta_vae(config, dtype).weights_of(half))

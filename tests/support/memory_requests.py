@@ -9,12 +9,12 @@ import pytest
 
 from model.config import PRESETS
 from model.csg.sampler import plan_segments
-from model.memory import vae_choice, vae_plan
-from model.memory.cost.gpus import GPUS
+from model.memory import vae_plan
 from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
 from model.memory.request import DiTRequest, MemoryRequest
 from model.sizes import size_multiple, stage_one_size
+from swifti2v_kernels.common.cards import CARDS
 
 GB = 10**9
 #: Bytes of UMT5-XXL's encoder.
@@ -25,7 +25,7 @@ def request(preset: str = "14b-1.3b", vram: float | None = None, frames: int = 8
     """Returns the request of a preset, at an RTX 4090's speed unless changed."""
     chosen = PRESETS[preset]
     size = chosen.width, chosen.height
-    options = {"gpu": GPUS["RTX 4090"], "capability": 89} | changes
+    options = {"gpu": CARDS["RTX 4090"], "capability": 89} | changes
     return MemoryRequest(
         stage_one=options.pop("stage_one", DiTRequest(chosen.stage_one)),
         stage_two=DiTRequest(chosen.stage_two),
@@ -41,10 +41,7 @@ def request(preset: str = "14b-1.3b", vram: float | None = None, frames: int = 8
 
 def predict_nothing(patch: pytest.MonkeyPatch) -> None:
     """Makes every VAE take 5 bytes, for tests that do not depend on what it takes, since counting it takes seconds."""
-    for module in (vae_plan, vae_choice):
-        patch.setattr(module, "predict", lambda request, plan: vae_plan.Peak(5, 1, 1, 1, 1))
-    patch.setattr(vae_plan, "_flops", lambda request, plan: 1)
-    patch.setattr(vae_choice, "_use", vae_choice.VAEPlace._use)  # remembers nothing of it
+    patch.setattr(vae_plan, "predict", lambda request, plan: vae_plan.Peak(5, 1, 1, 1, 1))
 
 
 @functools.cache

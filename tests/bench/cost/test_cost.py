@@ -12,18 +12,17 @@ import pytest
 
 from bench.__main__ import build_parser, main
 from bench.cost import command as cost
-from bench.cost.calibration import calibration
-from bench.cost.paper import REPORTED, baseline, consistent, ratios
+from bench.cost.command import baseline
+from bench.cost.configuration import Configuration
+from bench.cost.pipeline import parts, predict
+from bench.cost.profiles import get_profile
 from bench.harness.session import RESULT
 from bench.records.read import read_result
-from model.memory.cost.configuration import Configuration
-from model.memory.cost.gpus import GPUS
-from model.memory.cost.pipeline import parts, predict
-from model.memory.cost.profiles import PROFILES, get_profile
+from swifti2v_kernels.common.cards import CARDS
 from tests.support.bench_session import read_section, rows_of
 from tests.support.memory_requests import predict_nothing
 
-CARDS = ("H800", "H200")
+BOTH = ("H800", "H200")
 STAGES = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds")
 
 
@@ -49,34 +48,25 @@ def configuration() -> Configuration:
     return Configuration.for_preset("14b-1.3b", steps=8, guidance=True)
 
 
-@pytest.fixture(scope="module")
-def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("paper")
-    assert main(["cost", "--paper", "--quick", "--out", str(folder)]) == 0
-    return folder
-
-
-def test_tables_are_valid_and_nothing_in_them_is_said_to_be_measured(one: Path, paper: Path) -> None:
+def test_tables_are_valid_and_nothing_in_them_is_said_to_be_measured(one: Path) -> None:
     """Operations are counted; every second is predicted, and says by what."""
-    names = {one: ["parts", "predictions", "calibration"], paper: ["ratios", "consistent"]}
-    for folder, expected in names.items():
-        (section,) = read_result(folder / RESULT)["sections"].values()
-        assert section["status"] == "complete"
-        assert [table["name"] for table in section["tables"]] == expected
-        for table in section["tables"]:
-            assert table["rows"]
-            for row in table["rows"]:
-                basis = "counted" if table["name"] == "parts" else "predicted"
-                assert (row["status"], row["basis"]) == ("ok", basis)
-                assert basis == "counted" or row["basis_note"] == "by model/memory/cost"
-                assert basis == "predicted" or not any(name.endswith("seconds") for name in row)
+    (section,) = read_result(one / RESULT)["sections"].values()
+    assert section["status"] == "complete"
+    assert [table["name"] for table in section["tables"]] == ["parts", "predictions"]
+    for table in section["tables"]:
+        assert table["rows"]
+        for row in table["rows"]:
+            basis = "counted" if table["name"] == "parts" else "predicted"
+            assert (row["status"], row["basis"]) == ("ok", basis)
+            assert basis == "counted" or row["basis_note"] == "by bench/cost"
+            assert basis == "predicted" or not any(name.endswith("seconds") for name in row)
 
 
 def test_what_is_predicted_is_what_the_model_says(one: Path, configuration: Configuration) -> None:
     rows = rows_of(one, "predictions")
-    assert [row["gpu"] for row in rows] == list(CARDS)
+    assert [row["gpu"] for row in rows] == list(BOTH)
     for row in rows:
-        expected = predict(configuration, GPUS[row["gpu"]], get_profile("swifti2v"))
+        expected = predict(configuration, CARDS[row["gpu"]], get_profile("swifti2v"))
         assert row["total_seconds"] == expected.seconds == pytest.approx(sum(row[stage] for stage in STAGES))
         assert row["peak_bytes"] == expected.peak_bytes
         assert not {"note", "warning"} & row.keys()  # all of it fits
@@ -131,35 +121,14 @@ def test_assumptions_of_all_cards_stand_beside_the_figures_once(one: Path, confi
     text = (one / "table.md").read_text()
     (note,) = read_section(one)["notes"]
     expected: dict[str, None] = {}
-    for card in CARDS:
-        expected |= dict.fromkeys(predict(configuration, GPUS[card], get_profile("swifti2v")).assumptions)
+    for card in BOTH:
+        expected |= dict.fromkeys(predict(configuration, CARDS[card], get_profile("swifti2v")).assumptions)
     assert note.splitlines() == ["Assumptions:", *(f"- {sentence}" for sentence in expected)]
     assert all(text.count(sentence) == 1 for sentence in expected)
     assert "Stage II (bidirectional) takes 8 steps with guidance" in text
 
 
-def test_times_that_are_known_stand_beside_the_predicted(one: Path) -> None:
-    rows = rows_of(one, "calibration")
-    assert [(row["what"], row["seconds"]) for row in rows] == [(case.case, case.known) for case in calibration()]
-    for row in rows:
-        assert row["ratio"] == row["predicted_seconds"] / row["seconds"]
-        assert row["note"]  # where it is from
-
-
-def test_the_papers_ratio_and_what_explains_it(paper: Path) -> None:
-    found = rows_of(paper, "ratios")
-    expected = [(profile, ratio) for profile in PROFILES for ratio in ratios(profile=profile)]
-    assert [(row["profile"], row["configuration"]) for row in found] == [(p, ratio.name) for p, ratio in expected]
-    for row, (_, ratio) in zip(found, expected, strict=True):
-        assert row["flop_ratio"] == ratio.flop_ratio
-        assert row["time_ratio"] == row["baseline_seconds"] / row["total_seconds"]
-    near = rows_of(paper, "consistent")
-    assert 0 < len(near) <= 8 < len(consistent())  # --quick
-    assert all(abs(row["total_seconds"] / REPORTED.seconds - 1) <= 0.15 for row in near)
-    assert {row["guidance"] for row in near} <= {"yes", "no"}
-
-
-def test_without_a_preset_it_is_about_all_and_the_paper_and_json_is_the_file(
+def test_without_a_preset_it_is_about_all_and_json_is_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configurations = {"two stages": Configuration.for_preset("14b-1.3b"), "one stage": baseline()}
@@ -168,7 +137,7 @@ def test_without_a_preset_it_is_about_all_and_the_paper_and_json_is_the_file(
     printed = capsys.readouterr().out
     assert printed == (tmp_path / RESULT).read_text()
     (section,) = json.loads(printed)["sections"].values()
-    assert [table["name"] for table in section["tables"]] == ["parts", "predictions", "ratios", "consistent"]
+    assert [table["name"] for table in section["tables"]] == ["parts", "predictions"]
     found = [(row["configuration"], row["gpu"]) for row in rows_of(tmp_path, "predictions")]
     assert found == [(name, gpu) for name in configurations for gpu in ("H200", "H800")]
 
@@ -186,4 +155,4 @@ def test_every_option_changes_the_configuration() -> None:
     }
     assert chosen("--preset", "end-to-end", *shared) == {"14B end to end": baseline(**changes)}
     assert list(chosen()) == ["1.3b", "14b-1.3b", "5b", "14B end to end"]
-    assert cost._gpus(None) == list(GPUS)
+    assert cost._gpus(None) == list(CARDS)

@@ -11,11 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.dit.count import peak_of_events
+from bench.vae.layers import all_kernels
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
-from model.machine.counted import Operations, TensorMemory
-from model.memory.vae_plan import PlannedVAE, Request, meta_vae, predict
+from model.machine.counted import TensorMemory
+from model.memory import vae_plan
+from model.memory.vae_plan import PlannedVAE, Request, meta_vae, operations, predict, state_bytes
 from model.weights.load import random_weights
+from swifti2v_kernels import pretend_gpu
 
 SMALL = {
     "2.1": VAEConfig(base_dim=8, decoder_base_dim=8),
@@ -166,11 +169,42 @@ def test_plans_are_plain_data() -> None:
     assert dataclasses.astuple(VAEPlan(2, 3, 1, None, True)) == (2, 3, 1, None, True)
 
 
-def test_operations_are_those_that_torch_counts() -> None:
-    vae = meta_vae(SHORT, torch.float32)
-    totals = []
-    for mode in (Operations(), FlopCounterMode(display=False)):
-        with torch.no_grad(), mode:
-            vae.decode(torch.empty(1, SHORT.z_dim, 2, 3, 4, device="meta"))
-        totals.append(mode.total if isinstance(mode, Operations) else mode.get_total_flops())
-    assert totals[0] == totals[1] > 0
+@pytest.mark.parametrize("version", SMALL)
+@pytest.mark.parametrize("part", ["decode", "encode"])
+def test_closed_forms_are_what_a_run_counts(version: str, part: str) -> None:
+    """Operations and remembered bytes are those of one more latent frame on the GPU's operators, but for attention."""
+    wanted = replace(request(version, part, 1), dtype=torch.bfloat16, capability=90, width=256, height=128)
+    vae, totals = meta_vae(wanted.config, wanted.dtype), []
+    for blocks in (4, 5):
+        with torch.no_grad(), pretend_gpu(90), all_kernels(), FlopCounterMode(display=False) as counter:
+            if part == "encode":
+                vae.encode(torch.empty(1, 3, 4 * blocks - 3, 128, 256, device="meta"))
+            else:
+                for _ in vae.decode_frames(
+                    [torch.empty(1, wanted.config.z_dim, blocks, *wanted.latent_size, device="meta")]
+                ):
+                    pass
+        totals.append(counter.get_total_flops())
+    rows, columns = wanted.latent_size
+    assert rows * columns * sum(operations(wanted.config, part)) == pytest.approx(totals[1] - totals[0], rel=0.02)
+    held = predict(wanted, VAEPlan()).state
+    assert state_bytes(wanted) == pytest.approx(held, rel=0.1 if part == "decode" else 1e-6)  # and folded weights
+
+
+@pytest.mark.parametrize("version", SMALL)
+@pytest.mark.parametrize(("part", "park"), [("decode", False), ("decode", True), ("encode", False)])
+def test_a_quick_run_of_single_frames_has_the_peak_of_a_whole_one(
+    version: str, part: str, park: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(request(version, part, 1), dtype=torch.bfloat16, capability=90, width=256, height=128)
+    plan = VAEPlan(2, 2, 1, None if park else 1, park)
+    quick = predict(wanted, plan)
+    monkeypatch.setattr(vae_plan, "_lean", lambda request, plan: False)
+    vae_plan.predict.cache_clear()
+    vae_plan._dry_run.cache_clear()
+    # A whole run begins with a latent frame of one frame, and so has three of four frames less at once.
+    fewer = 0.75 * quick.result if part == "decode" and not park else 0
+    assert quick.total - fewer == pytest.approx(predict(wanted, plan).total, rel=1e-3)
+    assert quick.state == predict(wanted, plan).state
+    vae_plan.predict.cache_clear()
+    vae_plan._dry_run.cache_clear()

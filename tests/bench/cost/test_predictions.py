@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from bench.cost import tables
-from bench.cost.calibration import calibration, latent_frame
-from bench.cost.paper import REPORTED, baseline, consistent, ratios, two_stage
+from bench.cost import dit, vae
+from bench.cost.command import baseline
+from bench.cost.configuration import Configuration
+from bench.cost.pipeline import Part, parts, predict
+from bench.cost.profiles import PROFILES, Curve, get_profile, seconds
+from bench.cost.work import Matmul, Traffic, Work
 from model.config import PRESETS, VAEConfig
 from model.errors import InputError
-from model.memory.cost import dit, vae
-from model.memory.cost.configuration import Configuration
-from model.memory.cost.gpus import GPUS, get_gpu
-from model.memory.cost.pipeline import Part, parts, predict
-from model.memory.cost.profiles import PROFILES, Curve, get_profile, seconds
-from model.memory.cost.work import Matmul, Traffic, Work
+from model.memory.cards import CARDS, get_gpu
 from model.memory.vae_plan import plan_vae
-from swifti2v_kernels.common.target import TARGETS
 from swifti2v_kernels.conv.checks import MAX_OWNED_CHANNELS
 from tests.support.memory_requests import predict_nothing
 
@@ -98,7 +94,7 @@ def test_a_small_card_gets_tiles_that_fit_and_more_work() -> None:
     assert 1 < tiled["decode"].work.total_flops / whole["decode"].work.total_flops < 1.3
     # The anchor and seven segments: the states of all tiles, 17 GB, wait in host memory between them.
     state = plan_vae(c.vae, "decode", 2560, 1408, piece=3).peak.state
-    assert tiled["decode"].host_bytes == 15 * state
+    assert tiled["decode"].host_bytes == pytest.approx(15 * state, rel=1e-3)
     assert whole["decode"].host_bytes == 0
     decode = next(p for p in predict(c, get_gpu("RTX 4090"), get_profile("swifti2v")).parts if p.part.name == "decode")
     assert decode.seconds > decode.part.host_bytes / 25e9
@@ -106,21 +102,32 @@ def test_a_small_card_gets_tiles_that_fit_and_more_work() -> None:
 
 def test_forms_of_the_vae_move_more_the_less_they_fuse() -> None:
     """The eager form moves the 1,016 GB a latent frame at 2K that diffusers' code was counted to move."""
-    work = latent_frame(VERSIONS["2.1"], "decode", 2560, 1408)
-    fused, separate, eager = work.between
+    longer, shorter = (vae.work(VERSIONS["2.1"], "decode", 2560, 1408, frames).between for frames in (37, 33))
+    fused, separate, eager = (more - less for more, less in zip(longer, shorter, strict=True))
     assert fused < separate < eager
     assert eager == pytest.approx(1016.5e9, rel=0.1)
 
 
+#: Seconds that are known: of a configuration, on a card, by code of a profile (sources: docs/results/notes.md).
+KNOWN = [
+    (22400.0, "H800", "reference", {"encode_dtype": torch.bfloat16}, "end to end"),
+    (4.9034, "H200", "swifti2v", {}, "Stage I"),
+    (14.105, "H200", "swifti2v", {}, "reference"),
+    (45.411, "H200", "swifti2v", {}, "Stage II"),
+]
+
+
 @pytest.mark.usefixtures("quick")
-def test_predictions_are_within_a_tenth_of_published_and_measured_times() -> None:
-    rows = calibration()
-    for row in rows:
-        assert 0.9 < row.ratio < 1.1, row
-    published = {(row.gpu, row.profile) for row in rows if row.source.startswith("published")}
-    reference, flash_3 = "reference", "reference, FlashAttention-3"
-    assert published == {("H800", reference), ("H800", flash_3), ("A100", reference), ("RTX 4090", reference)}
-    assert {row.profile for row in rows if row.source.startswith("measured")} == {"swifti2v", reference}
+@pytest.mark.parametrize(("known", "gpu", "profile", "changes", "what"), KNOWN)
+def test_predictions_are_near_published_and_measured_times(
+    known: float, gpu: str, profile: str, changes: dict[str, Any], what: str
+) -> None:
+    """Predictions are within an eighth of the paper's baseline and of the stages that an H200 was measured by."""
+    whole = what == "end to end"
+    found = predict(
+        baseline(**changes) if whole else Configuration.for_preset("14b-1.3b"), get_gpu(gpu), get_profile(profile)
+    )
+    assert (found.seconds if whole else found.by_stage[what]) == pytest.approx(known, rel=0.125)
 
 
 def test_a_prediction_is_the_sum_of_its_parts_and_says_what_it_assumes() -> None:
@@ -145,31 +152,10 @@ def test_a_prediction_is_the_sum_of_its_parts_and_says_what_it_assumes() -> None
 @pytest.mark.usefixtures("quick")
 def test_rates_say_where_they_were_measured_and_where_they_are_assumed() -> None:
     own = get_profile("swifti2v")
-    for gpu in GPUS.values():
+    for gpu in CARDS.values():
         assert own.rates_for(gpu).basis == ("measured on an H200" if gpu.architecture == "hopper" else "assumed")
     (said,) = (s for s in predict(Configuration.for_preset("tiny"), get_gpu("B200"), own).assumptions if "Rates" in s)
     assert "assumed" in said
-
-
-def test_cards_have_the_peaks_that_the_library_knows() -> None:
-    capabilities = {gpu.capability for gpu in GPUS.values()}
-    assert len(capabilities) == 5
-    for capability in capabilities:
-        target = TARGETS[capability]
-        gpu = GPUS[target.card.removesuffix(" SXM")]
-        assert gpu.capability == capability
-        assert gpu.bf16 == pytest.approx(target.bf16_tflops, rel=0.01)
-        assert gpu.bandwidth == pytest.approx(target.bandwidth_tb_s, rel=0.01)
-
-
-def test_smaller_cards_of_one_architecture_have_less_of_everything() -> None:
-    """Smaller cards of an architecture have less of everything, and the ratio of 8-bit to 16-bit peaks of all of it."""
-    cards = [GPUS[f"RTX {model}"] for model in (4060, 4070, 4080, 4090)]
-    for smaller, larger in pairwise(cards):
-        for name in ("bf16", "fp8", "bandwidth", "memory"):
-            assert getattr(smaller, name) < getattr(larger, name)
-        assert smaller.host <= larger.host
-    assert all(card.fp8 / card.bf16 == pytest.approx(2, rel=0.01) for card in cards)
 
 
 def test_the_cost_model_knows_which_convolutions_norm_what_they_store() -> None:
@@ -214,47 +200,6 @@ def test_a_curve_is_its_points_with_logarithms_between() -> None:
     assert curve.at(1000) == pytest.approx(0.4)
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_papers_ratio_is_that_of_operations_between_4_and_5_steps() -> None:
-    """The paper's ratio lies there for a Stage II of 1.3B, and a large DiT end to end is near what CineScale took.
-
-    It has 7,888 PFLOP.
-    """
-    assert REPORTED.baseline_seconds / REPORTED.seconds == pytest.approx(REPORTED.ratio, rel=0.01)
-    found = {ratio.name: ratio for ratio in ratios()}
-    (five,) = ratios({"14B + 1.3B, 5 steps": two_stage("1.3B", 5)})
-    four = found["14B + 1.3B, 4 steps"]
-    assert four.baseline_flops == pytest.approx(7888e15, rel=0.01)
-    assert five.flop_ratio < REPORTED.ratio < four.flop_ratio
-    assert all(r.flop_ratio > REPORTED.ratio for name, r in found.items() if "5B" in name)
-    assert four.baseline_seconds == pytest.approx(REPORTED.baseline_seconds, rel=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_consistent_configurations_are_within_the_tolerance_nearest_first() -> None:
-    found = consistent()
-    deviations = [abs(c.deviation) for c in found]
-    assert deviations == sorted(deviations)
-    assert max(deviations) <= 0.15
-    assert any((c.stage_two, c.steps, c.guidance) == ("1.3B", 4, False) for c in found)
-    assert any(c.stage_two == "5B" for c in found)
-    best = found[0]
-    again = two_stage(best.stage_two, best.steps, guidance=best.guidance, encode_dtype=best.encode_dtype)
-    assert predict(again, get_gpu("H800"), get_profile(best.profile)).seconds == pytest.approx(best.seconds)
-    assert len(consistent(tolerance=0.05)) < len(found)
-    assert consistent(1.0) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_tables_are_flat() -> None:
-    for rows in (tables.calibration_rows(), tables.consistent_rows(consistent(steps=(4,)))):
-        assert rows
-        assert all(isinstance(v, (str, int, float, bool)) for row in rows for v in row.values())
-    assert list(tables.headline()) == ["1.3b", "14b-1.3b", "5b", "14B end to end"]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -281,10 +226,7 @@ def test_tables_are_flat() -> None:
         (lambda: vae.work(VERSIONS["2.1"], "both", 640, 352, 81), "part: expected decode or encode, got 'both'"),
         (lambda: vae.work(VERSIONS["2.1"], "decode", 641, 352, 81), "size: width and height must be multiples of 8"),
         (lambda: vae.work(VERSIONS["2.1"], "decode", 640, 352, 80), r"frames: expected 1 \+ 4n"),
-        (lambda: seconds(Work(), GPUS["H200"], PROFILES["reference"], 8), "itemsize: expected 2 or 4, got 8"),
-        (lambda: consistent(-1.0), "seconds: expected a positive number, got -1.0"),
-        (lambda: consistent(tolerance=float("nan")), "tolerance: expected a positive number, got nan"),
-        (lambda: two_stage("14B", 4), "stage_two: expected one of 1.3B, 5B, got '14B'"),
+        (lambda: seconds(Work(), CARDS["H200"], PROFILES["reference"], 8), "itemsize: expected 2 or 4, got 8"),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:

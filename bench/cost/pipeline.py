@@ -22,18 +22,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bench.cost import dit, vae
+from bench.cost.configuration import DTYPES, Configuration
+from bench.cost.dit import whole_step, window_passes
+from bench.cost.profiles import NARROW, WIDE, Profile, seconds
+from bench.cost.work import Matmul, Traffic, Work, total
 from model.config import DiTConfig, VAEConfig
 from model.errors import InputError
-from model.memory.cost import dit, vae
-from model.memory.cost.configuration import DTYPES, Configuration
-from model.memory.cost.gpus import GPU
-from model.memory.cost.profiles import NARROW, WIDE, Profile, seconds
-from model.memory.cost.windows import whole_step, window_passes, windows_memory
-from model.memory.cost.work import Matmul, Traffic, Work, total
+from model.memory.dit_bytes import DiTMemory, dit_memory
 from model.memory.vae_places import USABLE
-from model.memory.vae_plan import PlannedVAE, meta_vae, plan_vae
-from model.memory.vae_plan import predict as peak_of
-from model.vae.tiles import VAEPlan
+from model.memory.vae_plan import PlannedVAE, half_bytes, plan_vae, state_bytes
+from model.streaming.placement import Placement, placed_bytes
+from swifti2v_kernels.common.cards import Card
 
 STAGES = ("Stage I", "reference", "Stage II", "decode")
 
@@ -59,7 +59,7 @@ class Part:
 
     @property
     def flops(self) -> Mapping[str, int]:
-        """The operations by kind (``model.memory.cost.work.KINDS``), halos of tiles included."""
+        """The operations by kind (``bench.cost.work.KINDS``), halos of tiles included."""
         return self.work.flops
 
     @property
@@ -83,7 +83,7 @@ class Prediction:
     """The predicted seconds of a configuration on a card, and its assumptions, a sentence each."""
 
     configuration: Configuration
-    gpu: GPU
+    gpu: Card
     profile: Profile
     parts: tuple[PredictedPart, ...]
     assumptions: tuple[str, ...]
@@ -121,7 +121,7 @@ def segments_work(configuration: Configuration, latent_size: tuple[int, int]) ->
     works = [dit.context(config, itemsize=itemsize), dit.modulation(config, steps + 1, itemsize)]
     for window in configuration.plan:
         once, step = window_passes(config, window, configuration.mode, latent_size, itemsize)
-        works += [*([] if once is None else [once]), steps * step]
+        works += [once, steps * step]
     return total(works)
 
 
@@ -162,15 +162,15 @@ class _Planner:
     def parts(self) -> list[Part]:
         c = self.configuration
         size, latent = (c.width, c.height), _latent_size(c.vae, (c.width, c.height))
-        held = self._stage_two_memory(latent)
+        held, weights = self._memory(c.stage_two, latent, c.stage_one is None)
         if c.stage_one is None:
             work = whole_work(c, c.stage_two, latent, c.steps)
-            before = [self._condition("reference", c.stage_two, c.vae, size, held.weights)]
+            before = [self._condition("reference", c.stage_two, c.vae, size, weights)]
         else:
             work = segments_work(c, latent)
             before = [*self._stage_one(c.stage_one), *self._reference()]
         decode, planned = self._vae(
-            "decode", "decode", c.vae, "decode", size, held.total, len(c.plan) + 1, piece=c.blocks_per_segment
+            "decode", "decode", c.vae, "decode", size, weights + held.total, len(c.plan) + 1, piece=c.blocks_per_segment
         )
         passes = (1 + c.guidance) * (c.steps + (c.mode == "causal"))
         denoise = Part(
@@ -178,40 +178,36 @@ class _Planner:
             "Stage II",
             (1 + c.guidance) * work,
             c.dtype.itemsize,
-            held.total + planned.peak.weights + planned.peak.state,
-            held.weights,
+            weights + held.total + planned.peak.weights + planned.peak.state,
+            weights,
             passes * len(c.plan),
         )
         return [*before, denoise, decode]
 
-    def _stage_two_memory(self, latent_size: tuple[int, int]) -> dit.DiTMemory:
+    def _memory(
+        self, config: DiTConfig, latent_size: tuple[int, int], whole: bool, steps: int | None = None
+    ) -> tuple[DiTMemory, int]:
+        """Returns what a DiT holds beside its weights, and these; ``whole`` is a stage of one window."""
         c = self.configuration
-        return windows_memory(
-            c.stage_two,
-            c.plan,
-            c.mode,
-            latent_size,
-            steps=c.steps,
-            dtype=c.dtype,
-            denoised_blocks=c.plan.num_blocks if c.stage_one is None else None,
-            contexts=1 + c.guidance,
-        )
+        held = dit_memory(
+            config, c.plan, latent_size, steps=steps or c.steps, dtype=c.dtype,
+            causal=c.mode == "causal", whole=whole, contexts=1 if steps else 1 + c.guidance,
+        )  # fmt: skip
+        return held, placed_bytes(config, c.dtype, Placement()).device
 
     def _stage_one(self, config: DiTConfig) -> list[Part]:
-        c, blocks = self.configuration, self.configuration.plan.num_blocks
+        c = self.configuration
         latent = _latent_size(c.motion_vae, c.motion_size)
-        stores = {"window_blocks": blocks, "denoised_blocks": blocks, "num_blocks": blocks}
-        held = dit.memory(config, latent, **stores, steps=c.stage_one_steps, dtype=c.dtype)
-        condition = self._condition("Stage I", config, c.motion_vae, c.motion_size, held.weights)
-        halves = (("encode", c.encode_dtype), ("decode", c.dtype))
-        coders = sum(p.nbytes for half, dtype in halves for p in meta_vae(c.motion_vae, dtype).weights_of(half))
+        held, weights = self._memory(config, latent, True, c.stage_one_steps)
+        condition = self._condition("Stage I", config, c.motion_vae, c.motion_size, weights)
+        coders = half_bytes(c.motion_vae, "encode", c.encode_dtype) + half_bytes(c.motion_vae, "decode", c.dtype)
         motion = Part(
             "motion",
             "Stage I",
             whole_work(c, config, latent, c.stage_one_steps),
             c.dtype.itemsize,
-            held.total + coders,
-            held.weights,
+            weights + held.total + coders,
+            weights,
             c.stage_one_steps,
         )
         return [condition, motion]
@@ -261,7 +257,7 @@ class _Planner:
         if planned.plan.park:
             # The states of all tiles are together those of the whole frame: fetched and parked once a piece, unless one
             # piece is all there is.
-            copied = (2 * pieces - 1) * peak_of(planned.request, VAEPlan()).state if pieces > 1 else 0
+            copied = (2 * pieces - 1) * state_bytes(planned.request) if pieces > 1 else 0
             note += f", {copied / 1e9:.0f} GB copied to host memory and back"
         peak = taken + planned.peak.total
         return Part(name, stage, work, dtype.itemsize, peak, host_bytes=copied, note=note), planned
@@ -285,7 +281,7 @@ def _latent_size(config: VAEConfig, size: tuple[int, int]) -> tuple[int, int]:
     return size[1] // config.spatial_stride, size[0] // config.spatial_stride
 
 
-def predict(configuration: Configuration, gpu: GPU, profile: Profile) -> Prediction:
+def predict(configuration: Configuration, gpu: Card, profile: Profile) -> Prediction:
     """Predicts the seconds of every part on ``gpu`` by code of ``profile``, and returns the assumptions too.
 
     A part that does not fit is predicted as if it did; but where it fits without weights, these come from host memory
@@ -304,7 +300,7 @@ def predict(configuration: Configuration, gpu: GPU, profile: Profile) -> Predict
     return Prediction(configuration, gpu, profile, tuple(predicted), sentences)
 
 
-def _general(c: Configuration, gpu: GPU, profile: Profile) -> list[str]:
+def _general(c: Configuration, gpu: Card, profile: Profile) -> list[str]:
     rates, names = profile.rates_for(gpu), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
     long, narrow, wide = rates.attention.points[-1][1], rates.convolution.at(NARROW), rates.convolution.at(WIDE)
     guided = "with guidance (two forwards a step)" if c.guidance else "without guidance"
@@ -333,7 +329,7 @@ def _general(c: Configuration, gpu: GPU, profile: Profile) -> list[str]:
     return sentences
 
 
-def _particular(gpu: GPU, predicted: list[PredictedPart]) -> list[str]:
+def _particular(gpu: Card, predicted: list[PredictedPart]) -> list[str]:
     sentences = []
     for entry in predicted:
         part, where = entry.part, f"{entry.part.stage}, {entry.part.name}"

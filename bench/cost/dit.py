@@ -1,4 +1,4 @@
-"""Operations, bytes and memory of the DiT, in closed form.
+"""Operations and bytes of the DiT, in closed form: of a window, and of the passes of a stage.
 
 For a window of L tokens, of which L' are to be predicted, C channels, F hidden channels, n layers, S tokens of text:
 
@@ -16,42 +16,19 @@ rotated queries (2) and keys (2), queries of cross-attention (2), and three upda
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from math import prod
 
-import torch
-
+from bench.cost.work import Matmul, Traffic, Work
 from model.config import MASK_CHANNELS, DiTConfig
-from model.dit.model import WanDiT, dit_parameter_dtype
-from model.dit.workspace import Workspace
+from model.csg.sampler import Window
 from model.errors import InputError
-from model.memory.cost.work import Matmul, Traffic, Work
+from model.memory.dit_bytes import image_tokens, modulation_elements, tokens_per_block
 from model.pipeline.encoders import TEXT_LENGTH
 
 #: Bytes that eager code moves between matmuls, for each token, channel and layer in 16 bits. Fitted, together with the
-#: rates of the profile ``reference``, to published times (``bench/cost/calibration.py``): 240 rows of the stream.
+#: rates of the profile ``reference``, to published times (docs/results/notes.md): 240 rows of the stream.
 EAGER_BYTES = 480.0
-#: Tokens of one image embedded by CLIP.
-IMAGE_TOKENS = 257
 STORE_ITEMSIZE = 4
-
-
-def tokens_per_block(config: DiTConfig, latent_size: tuple[int, int]) -> int:
-    """Returns the tokens of one latent frame of (rows, columns) latent pixels.
-
-    Raises:
-        InputError: they are not multiples of the patch.
-    """
-    (rows, columns), (_, p, q) = latent_size, config.patch_size
-    if rows < 1 or columns < 1 or rows % p or columns % q:
-        raise InputError(f"latent_size: expected positive multiples of the patch {p} x {q}, got {rows} x {columns}")
-    return (rows // p) * (columns // q)
-
-
-def image_tokens(config: DiTConfig) -> int:
-    """Returns the CLIP tokens that the model reads: none, or those of one image or of its stored positions."""
-    return 0 if config.image_dim is None else config.pos_embed_seq_len or IMAGE_TOKENS
 
 
 def forward(
@@ -133,77 +110,24 @@ def modulation(config: DiTConfig, timesteps: int, itemsize: int = 2) -> Work:
     )
 
 
-def modulation_elements(config: DiTConfig, timesteps: int) -> int:
-    """Returns the number of elements, in float32, of the modulation of all layers and of the head."""
-    return timesteps * config.dim * (6 * config.num_layers + 2)
+def whole_step(config: DiTConfig, num_blocks: int, latent_size: tuple[int, int], itemsize: int = 2) -> Work:
+    """Returns one step of all blocks of a clip in one window, as ``model.pipeline.stages.make_motion`` takes it."""
+    tokens = tokens_per_block(config, latent_size)
+    # A DiT without mask channels is given its first block.
+    targets = num_blocks - (config.in_channels == config.out_channels)
+    return forward(config, num_blocks * tokens, targets=targets * tokens, itemsize=itemsize)
 
 
-@dataclass(frozen=True)
-class DiTMemory:
-    """The bytes that denoising holds from its first to its last step; nothing is allocated in between."""
-
-    weights: int
-    context: int
-    modulation: int
-    workspace: int
-    stores: int
-    remembered: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all, which is the peak."""
-        return sum(vars(self).values())
-
-
-def memory(
-    config: DiTConfig,
-    latent_size: tuple[int, int],
-    *,
-    window_blocks: int,
-    denoised_blocks: int,
-    num_blocks: int,
-    steps: int,
-    dtype: torch.dtype,
-    remembered_blocks: int = 0,
-    contexts: int = 1,
-    text_tokens: int = TEXT_LENGTH,
-    eight_bits: torch.dtype | None = None,
-) -> DiTMemory:
-    """Returns the peak of denoising windows of one clip, part by part; activations are planned as the model does it.
-
-    Args:
-        config: the shape of the model.
-        latent_size: rows and columns of a latent frame.
-        window_blocks: blocks of the largest window that is run at once.
-        denoised_blocks: blocks of the store of latents.
-        num_blocks: blocks of the store of what is known: the clip's.
-        steps: steps of the schedule.
-        dtype: the dtype of weights and activations.
-        remembered_blocks: blocks whose keys and values are kept (the causal mode).
-        contexts: sets of text keys and values: 2 with guidance.
-        text_tokens: the tokens of one set.
-        eight_bits: the dtype of what is quantised before a matmul; None where matmuls are in ``dtype``.
-    """
-    block_len = tokens_per_block(config, latent_size)
-    workspace = Workspace.plan(config, 1, window_blocks, block_len, dtype=dtype, device="meta", eight_bits=eight_bits)
-    pairs = 2 * config.num_layers * config.dim * dtype.itemsize
-    latents = config.out_channels * latent_size[0] * latent_size[1] * STORE_ITEMSIZE
-    return DiTMemory(
-        weights=weight_bytes(config, dtype),
-        context=contexts * (text_tokens + image_tokens(config)) * pairs,
-        modulation=4 * modulation_elements(config, steps + 1),
-        workspace=workspace.nbytes,
-        stores=(denoised_blocks + num_blocks) * latents,
-        remembered=remembered_blocks * block_len * pairs,
-    )
-
-
-@functools.cache
-def weight_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
-    """Returns the bytes of the parameters when the model is loaded in ``dtype``: some small ones stay in float32."""
-    with torch.device("meta"):
-        model = WanDiT(config)
-    return sum(p.numel() * dit_parameter_dtype(name, dtype).itemsize for name, p in model.named_parameters())
+def window_passes(
+    config: DiTConfig, window: Window, mode: str, latent_size: tuple[int, int], itemsize: int = 2
+) -> tuple[Work, Work]:
+    """Returns a Stage II window's work done once, and in every step (``model.csg.sampler.sample_latents``)."""
+    tokens = tokens_per_block(config, latent_size)
+    given, noisy = len(window.conditioning) * tokens, len(window.noisy) * tokens
+    if mode == "causal":
+        once = forward(config, given, targets=0, itemsize=itemsize)
+        return once, forward(config, noisy, remembered=given, itemsize=itemsize)
+    return Work(), forward(config, given + noisy, targets=noisy, itemsize=itemsize)
 
 
 def _masks(config: DiTConfig) -> int:

@@ -6,7 +6,7 @@ A fraction depends on an extent (:class:`Curve`). Nothing overlaps: kernels of o
 runs on the tensor cores as TF32, at half the rate of bf16 on every card of the table, and moves twice the bytes.
 
 ``reference``: eager PyTorch with FlashAttention-2. On Hopper, A100 and RTX 4090 attention, linear layers and bandwidth
-were fitted, together with :data:`model.memory.cost.dit.EAGER_BYTES`, to the times that the Wan2.1 and Wan2.2
+were fitted, together with :data:`bench.cost.dit.EAGER_BYTES`, to the times that the Wan2.1 and Wan2.2
 repositories publish; convolutions on Hopper to diffusers' decoder, measured on an NVIDIA H200 (2026-11-26, torch 2.11).
 
 ``reference, FlashAttention-3``: the same with FlashAttention-3, which exists for Hopper only; fitted to the times that
@@ -37,9 +37,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bench.cost.work import UNFOLDED, Work
 from model.errors import InputError
-from model.memory.cost.gpus import GPU
-from model.memory.cost.work import UNFOLDED, Work
+from swifti2v_kernels.common.cards import Card
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ _REFERENCE = {
     "hopper": _rates(0.40, 0.60, (0.28, 0.66), 0.28, 0.20, 0.70, _WAN),
     "ampere": _rates(0.68, 0.78, (0.45, 0.60), 0.45, 0.20, 0.75, _WAN_DIT),
     "ada-geforce": _rates(0.90, 0.90, (0.60, 0.80), 0.60, 0.30, 0.80, _WAN_DIT),
+    "ampere-geforce": _rates(0.90, 0.90, (0.60, 0.80), 0.60, 0.30, 0.80, _ASSUMED),
     "ada": _rates(0.60, 0.70, (0.45, 0.60), 0.45, 0.20, 0.80, _ASSUMED),
     "blackwell-geforce": _rates(0.88, 0.88, (0.60, 0.80), 0.60, 0.30, 0.80, _ASSUMED),
     "blackwell": _rates(0.20, 0.60, (0.25, 0.50), 0.25, 0.10, 0.70, _ASSUMED),
@@ -152,6 +153,7 @@ _SWIFTI2V = {
     ),
     "ampere": _rates(_attention(0.68), 0.77, (0.45, 0.60), _LAST, 0.14, 0.75, _ASSUMED),
     "ada-geforce": _rates(_attention(0.90), 0.90, (0.60, 0.75), _LAST, 0.30, 0.77, _ASSUMED),
+    "ampere-geforce": _rates(_attention(0.90), 0.90, (0.60, 0.75), _LAST, 0.30, 0.77, _ASSUMED),
     "ada": _rates(_attention(0.60), 0.70, (0.45, 0.60), _LAST, 0.20, 0.77, _ASSUMED),
     "blackwell-geforce": _rates(_attention(0.88), 0.88, (0.60, 0.75), _LAST, 0.30, 0.76, _ASSUMED),
     "blackwell": _rates(_attention(0.60), 0.69, (0.25, 0.40), ((3, 0.010), (12, 0.042)), 0.14, 0.67, _ASSUMED),
@@ -160,7 +162,7 @@ _SWIFTI2V = {
 
 @dataclass(frozen=True)
 class Profile:
-    """A kind of code. ``form`` is the field of :class:`model.memory.cost.work.Traffic` that it moves between
+    """A kind of code. ``form`` is the field of :class:`bench.cost.work.Traffic` that it moves between
     matmuls."""
 
     name: str
@@ -171,7 +173,7 @@ class Profile:
     float32: str
     description: str
 
-    def rates_for(self, gpu: GPU) -> Rates:
+    def rates_for(self, gpu: Card) -> Rates:
         """Returns the fractions on a card."""
         return self.rates[gpu.architecture]
 
@@ -204,7 +206,7 @@ def get_profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def seconds_by_kind(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -> dict[str, float]:
+def seconds_by_kind(work: Work, gpu: Card, profile: Profile, itemsize: int = 2) -> dict[str, float]:
     """Predicts seconds by kind of matmul, and ``between`` matmuls.
 
     Args:
@@ -232,6 +234,6 @@ def seconds_by_kind(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -
     return dict(spent)
 
 
-def seconds(work: Work, gpu: GPU, profile: Profile, itemsize: int = 2) -> float:
+def seconds(work: Work, gpu: Card, profile: Profile, itemsize: int = 2) -> float:
     """Predicts the seconds of all work; arguments as for :func:`seconds_by_kind`."""
     return sum(seconds_by_kind(work, gpu, profile, itemsize).values())

@@ -5,7 +5,7 @@ a frame and before a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T of la
 between. Three things deserve a word:
 
 * Nearest upsampling is folded into the 3x3 convolution after it, as the kernels of this project do it: 4 of 36 taps
-  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`model.memory.cost.work.UNFOLDED`
+  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`bench.cost.work.UNFOLDED`
   times as many.
 * A temporal up- or downsampling passes the clip's first frame as it is.
 * Attention, in the middle, is one head over the n pixels of a latent frame: ``4 n^2 C``, and ``8 n C^2`` for its
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from bench.cost.work import Matmul, Traffic, Work
 from model.config import VAEConfig
 from model.errors import InputError
-from model.memory.cost.work import Matmul, Traffic, Work
 from model.sizes import check_frames
 
 #: The most channels with which a convolution also norms what it stores: ``swifti2v_kernels``' own number.

@@ -21,23 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cost.calibration import latent_frame
+from bench.cost import dit, vae
+from bench.cost.configuration import Configuration
+from bench.cost.pipeline import parts
+from bench.cost.work import Work
 from bench.vae.layers import all_kernels
 from model.config import PRESETS, DiTConfig, VAEConfig
-from model.csg.denoiser import Denoiser
 from model.csg.sampler import SegmentPlan, sample_latents
 from model.csg.schedule import flow_sigmas
-from model.dit.model import WanDiT, dit_parameter_dtype
-from model.machine.counted import TensorMemory
-from model.memory.cost import dit, vae
-from model.memory.cost.configuration import Configuration
-from model.memory.cost.pipeline import parts
-from model.memory.cost.work import Work
 from model.memory.vae_plan import meta_vae
 from model.pipeline.stages import make_motion, make_reference, motion_condition
 from model.vae.model import WanVAE
-from model.weights.load import random_weights
 from swifti2v_kernels import pretend_gpu
+from tests.support.denoisers import denoiser, meta_dit, open_window
 
 META = torch.device("meta")
 #: What the closed forms promise.
@@ -89,35 +85,6 @@ class Counted(ExitStack):
     def _project(x, weight, bias, shift, scale, out, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
         # Every slot of the store is a target of the windows here.
         return 2 * prod(out) * weight[1]
-
-
-def meta_dit(config: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
-    """Returns a model without memory, with the dtypes of a loaded one."""
-    with META:
-        model = WanDiT(config).requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.data = p.data.to(dit_parameter_dtype(name, dtype))
-    return model
-
-
-def denoiser(model: WanDiT, latent_size: tuple[int, int], window: int, slots: int, num_blocks: int = 21) -> Denoiser:
-    """Returns a denoiser for 4 steps of windows of so many blocks, ``slots`` of which are denoised."""
-    config, device = model.config, model.device
-    z = config.out_channels
-    latents = torch.zeros(1, z, slots, *latent_size, device=device)
-    reference = torch.zeros(1, z, num_blocks, *latent_size, device=device)
-    text = torch.zeros(1, 512, config.text_dim, device=device, dtype=model.dtype)
-    image = (
-        None if config.image_dim is None else torch.zeros(1, 257, config.image_dim, device=device, dtype=model.dtype)
-    )
-    sigmas = flow_sigmas(4, 5.0)
-    return Denoiser(model, text, image, latents=latents, reference=reference, sigmas=sigmas, max_blocks=window)
-
-
-def open_window(denoise: Denoiser, window: int, noisy: int) -> None:
-    """Opens a window whose last ``noisy`` blocks are to be denoised."""
-    given = window - noisy
-    denoise.open(range(window), [-1] * given + [*range(noisy)], [1.0] * given + [0.0] * noisy)
 
 
 def flops_by_extent(work: Work, *kinds: str) -> Counter[int]:
@@ -357,13 +324,14 @@ class Moved(TorchDispatchMode):
 @pytest.mark.parametrize("version", list(VERSIONS))
 def test_the_bytes_of_the_vae_are_those_of_its_operators(version: str, half: str) -> None:
     """The bytes of one more latent frame at 2K are every operator's operands and results once, within 5 %."""
-    counted = []
+    counted, works = [], []
     meta_vae(VERSIONS[version], torch.bfloat16)  # is built once, and that moves bytes too
     for num_frames in (29, 33):
         with torch.no_grad(), pretend_gpu(90), Moved() as moved:
             run_vae(VERSIONS[version], half, num_frames, torch.bfloat16)
         counted.append(moved.bytes)
-    assert latent_frame(VERSIONS[version], half, 2560, 1408).bytes == pytest.approx(counted[1] - counted[0], rel=0.05)
+        works.append(vae.work(VERSIONS[version], half, 2560, 1408, num_frames).bytes)
+    assert works[1] - works[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
 @pytest.mark.slow
@@ -382,57 +350,3 @@ def test_the_bytes_of_a_dit_layer_are_those_of_its_operators() -> None:
     weights = 2 * _1B.dim * (4 * _1B.dim + 2 * _1B.ffn_dim)
     again = (25 - 1) * (weights + 2 * row + 2 * 2 * 512 * _1B.dim)
     assert works[1].bytes - works[0].bytes == pytest.approx(counted[1] - counted[0] - again, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("config", "latent_size", "window", "noisy", "remembered"),
-    [
-        pytest.param(replace(_1B, num_layers=4), (176, 320), 5, 3, 0, id="1.3B window at 2K"),
-        pytest.param(replace(_5B, num_layers=4), (88, 160), 5, 3, 0, id="5B window at 2K"),
-        pytest.param(replace(_14B, num_layers=4), (44, 80), 21, 21, 0, id="14B Stage I"),
-        pytest.param(
-            replace(_14B, num_layers=2), (176, 320), 21, 21, 0, id="14B end to end at 2K", marks=pytest.mark.slow
-        ),
-        pytest.param(replace(_1B, num_layers=4), (176, 320), 3, 3, 2, id="1.3B, causal"),
-        pytest.param(PRESETS["tiny"].stage_two, (18, 32), 5, 3, 0, id="tiny"),
-    ],
-)
-def test_the_peak_of_the_dit_is_that_of_live_tensors(
-    config: DiTConfig, latent_size: tuple[int, int], window: int, noisy: int, remembered: int
-) -> None:
-    """The peak is that of live tensors, from the first of a clip to the end of a step."""
-    model = meta_dit(config)
-    with torch.no_grad(), pretend_gpu(90), TensorMemory(model.parameters()) as memory:
-        denoise = denoiser(model, latent_size, window, noisy)
-        if remembered:
-            denoise.open((4, 5, 6), (0, 1, 2), [0.0] * 3, remembered=(0, 3))
-        else:
-            open_window(denoise, window, noisy)
-        denoise.step(0)
-    predicted = dit.memory(
-        config,
-        latent_size,
-        window_blocks=window,
-        denoised_blocks=noisy,
-        num_blocks=21,
-        steps=4,
-        dtype=torch.bfloat16,
-        remembered_blocks=remembered,
-    )
-    assert predicted.total == pytest.approx(memory.peak, rel=MEMORY)
-
-
-def test_what_a_real_denoiser_holds_between_steps_is_what_is_predicted() -> None:
-    """The prediction holds between steps with real tensors on a CPU, whose operators allocate while they run."""
-    config = replace(_1B, num_heads=2, ffn_dim=1024, num_layers=3, text_dim=64)
-    model = random_weights(WanDiT, config, 1)
-    with torch.no_grad(), TensorMemory(model.parameters()) as memory:
-        denoise = denoiser(model, (16, 32), 5, 3, num_blocks=7)
-        open_window(denoise, 5, 3)
-        denoise.step(0)
-        held = memory.live
-    predicted = dit.memory(
-        config, (16, 32), window_blocks=5, denoised_blocks=3, num_blocks=7, steps=4, dtype=torch.float32
-    )
-    assert predicted.total == pytest.approx(held, rel=MEMORY)
-    assert predicted.weights == sum(p.nbytes for p in model.parameters())
