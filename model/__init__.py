@@ -11,7 +11,7 @@ One room a subject, in reading order; what comes later imports what comes before
     streaming        where a DiT's layers live: device, host memory or files
     weights          checkpoints, 8-bit files and LoRAs
     pipeline         both stages, one clip
-    memory           the planner: which placement and tiles fit, what they take; ``memory/cost`` predicts time
+    memory           the planner: which placement and tiles fit, and what they take
     resume           runs that go on from any end
     cli              what the commands share
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from model.cli.options import CommandParser, add_strict_option, parse_path, run_command
+from model.cli.options import CommandParser, add_option, parse_path, run_command
 from model.dit.model import WanDiT
 from model.errors import InputError, printable
 from model.machine.measure import format_bytes
@@ -27,7 +27,7 @@ from model.weights.load import dit_config, inspect_dit, inspect_vae
 from model.weights.lora import LoRAFit
 from model.weights.lora_files import LoRAFile, open_lora
 from model.weights.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
-from model.weights.scaled import PlainWeights, plain_weights
+from model.weights.scaled import ScaledTensor, plain_weights, quantisation_problem
 
 EXAMPLES = """\
 examples:
@@ -104,7 +104,7 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, str
         return Report(str(path), problem=str(error))
     # A file that holds both is its DiT.
     for part in ("DiT", "VAE"):
-        keys = strip_prefix(plain.tensors, part)
+        keys = strip_prefix(plain, part)
         kind = recognise(keys, files.config)
         if kind is not None:
             break
@@ -115,7 +115,7 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, str
         "files": len(files.files),
         "tensors": len(files.tensors),
         "dtypes": dict(Counter(tensor.dtype for tensor in files.tensors.values()).most_common()),
-        "parameters": sum(tensor.stored.numel for tensor in plain.tensors.values()),
+        "parameters": sum(tensor.stored.numel for tensor in plain.values()),
         "bytes": sum(tensor.nbytes for tensor in files.tensors.values()),
         "layout": tuple(_layout(files, plain, keys, kind)),
     }
@@ -127,10 +127,12 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, str
     return _report_model(path, kind, files, plain, facts)
 
 
-def _report_model(path: Path, kind: Kind, files: WeightFiles, plain: PlainWeights, facts: Mapping[str, Any]) -> Report:
+def _report_model(
+    path: Path, kind: Kind, files: WeightFiles, plain: Mapping[str, ScaledTensor], facts: Mapping[str, Any]
+) -> Report:
     description, details, problem = "", {}, kind.lacks
     if problem is None and kind.part not in ("DiT", "VAE"):
-        problem = plain.problem()
+        problem = quantisation_problem(plain.values())
     loaded_by = {
         "DiT": "load_dit",
         "VAE": "load_vae",
@@ -147,7 +149,7 @@ def _report_model(path: Path, kind: Kind, files: WeightFiles, plain: PlainWeight
                 config = inspect_vae(path)
                 description, details = describe_vae(config), asdict(config)
             else:
-                description = check_encoder(plain.shapes, files.config)
+                description = check_encoder({key: tensor.shape for key, tensor in plain.items()}, files.config)
         except InputError as error:
             problem = _shortened(str(error))
             if path.is_file() and "-of-" in path.name:
@@ -222,7 +224,9 @@ def _describe_lora(details: Mapping[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], kind: Kind | None) -> list[str]:
+def _layout(
+    files: WeightFiles, plain: Mapping[str, ScaledTensor], keys: Mapping[str, str], kind: Kind | None
+) -> list[str]:
     """Returns how the checkpoint is written: names, prefix, precision, files."""
     naming = []
     if kind is not None and kind.part in ("DiT", "VAE"):
@@ -230,14 +234,14 @@ def _layout(files: WeightFiles, plain: PlainWeights, keys: Mapping[str, str], ki
     if files.config.get("_class_name"):
         naming.append(f"config.json of {files.config['_class_name']}")
     prefix = {full.removesuffix(short) for short, full in keys.items() if full.endswith(short)} - {""}
-    others = [name for name, known in PARTS.items() if any(key.startswith(known) for key in plain.tensors)]
-    if len(keys) < len(plain.tensors):
+    others = [name for name, known in PARTS.items() if any(key.startswith(known) for key in plain)]
+    if len(keys) < len(plain):
         naming.append(f"a whole pipeline in one file: {', '.join(others)}")
     naming += [f"prefix {name}{' (as ComfyUI)' if name in _COMFYUI else ''}" for name in sorted(prefix)]
-    if plain.formats:
-        counts = ", ".join(f"{count} x {name}" for name, count in Counter(plain.formats.values()).items())
-        naming.append(f"{'quantised' if plain.problem() else '8 bits with scales'}: {counts}")
-    elif any(tensor.stored.dtype.startswith("float8") for tensor in plain.tensors.values()):
+    if forms := Counter(tensor.form for tensor in plain.values() if tensor.form):
+        counts = ", ".join(f"{count} x {name}" for name, count in forms.items())
+        naming.append(f"{'quantised' if quantisation_problem(plain.values()) else '8 bits with scales'}: {counts}")
+    elif any(tensor.stored.dtype.startswith("float8") for tensor in plain.values()):
         naming.append("float8 without scales")
     return [*naming, f"sharded in {len(files.files)} files" if len(files.files) > 1 else "one file"]
 
@@ -256,23 +260,19 @@ def checkpoints_in(path: Path) -> list[Path]:
         InputError: there is none.
     """
     with looking_at(path):
-        return _checkpoints_in(path)
-
-
-def _checkpoints_in(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    parts = [path / name for name in _PIPELINE if (path / name).is_dir()]
-    singles = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
-    try:
-        own = weight_files(path)
-    except InputError:
-        if not parts and not singles:
-            raise
-        # With an index it is one checkpoint, and what is wrong with it is the first thing to say.
-        whole = [path] if any(path.glob("*.index.json")) else []
-        return [*whole, *singles, *parts]
-    return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
+        if not path.is_dir():
+            return [path]
+        parts = [path / name for name in _PIPELINE if (path / name).is_dir()]
+        singles = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
+        try:
+            own = weight_files(path)
+        except InputError:
+            if not parts and not singles:
+                raise
+            # With an index it is one checkpoint, and what is wrong with it is the first thing to say.
+            whole = [path] if any(path.glob("*.index.json")) else []
+            return [*whole, *singles, *parts]
+        return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
 
 
 def _reports(path: Path, dit: Path | None, expert: int, strict: bool) -> list[Report]:
@@ -309,32 +309,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
     )
-    add_strict_option(parser)
+    add_option(parser, "strict_loras")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object instead of text, with an error if there is nothing to tell"
     )
     return parser
 
 
+def run(path: Path, dit: Path | None, expert: int, strict: bool, as_json: bool) -> int:
+    """Prints the reports and returns the exit code, the largest of all checkpoints.
+
+    Raises:
+        InputError: there is nothing to tell; as JSON it is printed too.
+    """
+    try:
+        reports = _reports(path, dit, expert, strict)
+    except InputError as error:
+        if as_json:
+            print(json.dumps({"path": str(path), "error": str(error)}, indent=2))
+        raise
+    if as_json:
+        print(json.dumps({"path": str(path), "checkpoints": [asdict(report) for report in reports]}, indent=2))
+    else:
+        print("\n\n".join(map(str, reports)))
+    return max(report.exit_code for report in reports)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code, the largest of all checkpoints."""
+    """Runs the command line and returns the exit code."""
     args = build_parser().parse_args(argv)
-    codes = []
-
-    def run() -> None:
-        try:
-            reports = _reports(args.path, args.dit, args.expert, args.strict_loras)
-        except InputError as error:
-            if args.json:
-                print(json.dumps({"path": str(args.path), "error": str(error)}, indent=2))
-            raise
-        if args.json:
-            print(json.dumps({"path": str(args.path), "checkpoints": [asdict(report) for report in reports]}, indent=2))
-        else:
-            print("\n\n".join(map(str, reports)))
-        codes.extend(report.exit_code for report in reports)
-
-    return run_command(run) or max(codes)
+    return run_command(lambda: run(args.path, args.dit, args.expert, args.strict_loras, args.json))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared parts of the commands: options, their parsing, and one line instead of a traceback for bad input."""
 
+# ruff: noqa: RUF009 (the fields of Settings are dataclasses.field, by way of _option)
 from __future__ import annotations
 
 import _thread
@@ -12,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +21,13 @@ import torch
 
 from model.cli.interruption import work_interruptible
 from model.config import PRESETS
-from model.csg.sampler import SegmentPlan, plan_segments
+from model.csg.sampler import MODES, SegmentPlan, plan_segments
 from model.csg.schedule import MOST_STEPS, SHIFTS
 from model.errors import InputError, NoMemoryError, printable
 from model.machine.host import machine_memory
 from model.machine.measure import is_out_of_memory, parse_bytes
-from model.pipeline.components import Components
-from model.sizes import check_pixels
+from model.pipeline.components import LORA_PARTS, Components
+from model.sizes import MOST_FRAMES, check_pixels
 from model.streaming.placement import MATMUL, QUANTIZE
 from model.weights.lora import LoRA
 from swifti2v_kernels import default_backend
@@ -34,9 +36,12 @@ from swifti2v_kernels import default_backend
 _NAME_MAX, _PATH_MAX = 255, 3800
 #: Random weights of three models take this seed and the next two, and torch one below 2**64.
 MOST_SEED = 2**64 - 3
+#: Frames a second at most: far more than are shown, and few enough for every player's clock.
+MOST_FPS = 1000
+#: Characters of a prompt at most. UMT5 reads 512 tokens of it.
+MOST_PROMPT = 100_000
 #: Strength of a LoRA at most, either way: float32 holds no more.
 MOST_STRENGTH = 3.4e38
-LORA_OPTIONS = {"stage1-lora": "stage1", "stage1-low-noise-lora": "stage1_low_noise", "stage2-lora": "stage2"}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -53,9 +58,9 @@ def _told(message: str) -> str:
     return text if len(text) <= _MOST_TOLD else f"{text[: _MOST_TOLD // 2]} ... {text[-_MOST_TOLD // 2 :]}"
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and returns its exit code: 0, 2 for bad input, 1 for lack of memory or of room on the disk,
-    130 if interrupted.
+def run_command(command: Callable[[], int | None]) -> int:
+    """Runs a command's body and returns its exit code: what the body returns, or 0; 2 for bad input; 1 for lack of
+    memory or of room on the disk; 130 if interrupted.
 
     Any other exception is a defect of this project or of the machine and keeps its traceback.
     """
@@ -66,7 +71,7 @@ def run_command(command: Callable[[], None]) -> int:
         return 2
     try:
         with work_interruptible(), no_interruption_lost(), warnings_in_lines():
-            command()
+            return command() or 0
     except InputError as error:
         print(_told(f"error: {error}"), file=sys.stderr)
         return 2
@@ -90,7 +95,6 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 @contextmanager
@@ -244,77 +248,155 @@ def parse_file(text: str) -> Path:
     return parse_path(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """Adds the options that ``model.generate`` and the benchmarks share, ``--device`` among them if ``device`` is."""
-    steps = count(1, MOST_STEPS)
-    group = parser.add_argument_group("model")
-    group.add_argument("--preset", help=f"one of {', '.join(PRESETS)}; see below")
-    group.add_argument(
-        "--weights", type=parse_path, metavar="DIR", help="checkpoints; without them the weights are random"
+def parse_prompt(text: str) -> str:
+    """Parses a prompt (an argparse type): any text that can be written down."""
+    if len(text) > MOST_PROMPT:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_PROMPT} characters, got {len(text)}")
+    odd = re.search(r"[\0\ud800-\udfff]", text)
+    if odd is not None:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {odd[0]!r} as character {odd.start() + 1}")
+    return text
+
+
+#: Titles of the groups of options in the help.
+MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS = "model", "segments", "machine", "memory", "LoRAs", "a run that goes on"
+_ABOUT = {
+    MEMORY: "weights, tiles and formats are chosen so that a run fits; python -m model.plan shows how",
+    LORAS: "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated",
+    RUNS: "what is made is kept in a folder until the video is complete",
+}
+_STEPS = count(1, MOST_STEPS)
+
+
+def _option(group: str | None, default: Any, help: str, flag: str | None = None, **how: Any) -> Any:
+    """Returns a field of :class:`Settings` with the option of a group that sets it.
+
+    ``flag`` is ``--`` and the field's name unless it is given, ``how`` what else ``add_argument`` takes.
+    """
+    return field(default=default, metadata={"group": group, "flag": flag, "how": {**how, "help": help}})
+
+
+def _loras(part: str, flag: str) -> Any:
+    return _option(LORAS, (), f"for {part} of --weights", flag, action="append", metavar="FILE[:STRENGTH]")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that a command was given: those of ``model.generate``, each with its parsing and its help.
+
+    Other commands have some of these. A field that a command has no option for keeps its default.
+    """
+
+    photo: Path | None = _option(
+        None, None, "the first frame: any image that Pillow reads", "photo", metavar="PHOTO", nargs="?", type=parse_file
     )
-    group.add_argument(
-        "--seed", type=count(0, MOST_SEED), default=0, help="seed of the noise and of random weights (default 0)"
+    out: Path | None = _option(None, None, "the video to write", type=parse_file, metavar="FILE.mp4")
+    prompt: str = _option(None, "", "what should happen; needs a text encoder in --weights", type=parse_prompt)
+    text_embeddings: Path | None = _option(
+        None, None, "precomputed, one safetensors tensor [L, D]", type=parse_file, metavar="FILE"
     )
-    group.add_argument("--steps", type=steps, default=4, help="denoising steps of Stage II (default 4)")
-    group.add_argument("--stage1-steps", type=steps, default=4, help="denoising steps of Stage I (default 4)")
-    group.add_argument("--shift", type=number(*SHIFTS), default=5.0, help="timestep shift of both stages (default 5)")
-    group = parser.add_argument_group("segments")
-    group.add_argument("--blocks", type=positive, default=3, metavar="M", help="latent frames a segment (default 3)")
-    group.add_argument("--left", type=not_negative, default=1, metavar="N", help="neighbours before it (default 1)")
-    group.add_argument("--right", type=not_negative, default=0, metavar="N", help="neighbours after it (default 0)")
-    group.add_argument(
-        "--no-anchor", dest="anchor", action="store_false", help="an ablation: windows without the input image's block"
+    size: str | None = _option(None, None, "default: the preset's area in the photograph's aspect ratio", metavar="WxH")
+    frames: int | None = _option(None, None, "1 + 4n (default 81)", type=count(1, MOST_FRAMES))
+    fps: int | None = _option(None, None, "frames a second (default: the preset's)", type=count(1, MOST_FPS))
+    mode: str = _option(None, "bidirectional", "how Stage II runs (default bidirectional)", choices=MODES)
+
+    preset: str | None = _option(MODEL, None, f"one of {', '.join(PRESETS)}; see below")
+    weights: Path | None = _option(
+        MODEL, None, "checkpoints; without them the weights are random", type=parse_path, metavar="DIR"
     )
-    group = parser.add_argument_group("machine")
-    if device:
-        group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the DiTs"
+    seed: int = _option(MODEL, 0, "seed of the noise and of random weights (default 0)", type=count(0, MOST_SEED))
+    steps: int = _option(MODEL, 4, "denoising steps of Stage II (default 4)", type=_STEPS)
+    stage1_steps: int = _option(MODEL, 4, "denoising steps of Stage I (default 4)", type=_STEPS)
+    shift: float = _option(MODEL, 5.0, "timestep shift of both stages (default 5)", type=number(*SHIFTS))
+
+    blocks: int = _option(SEGMENTS, 3, "latent frames a segment (default 3)", type=positive, metavar="M")
+    left: int = _option(SEGMENTS, 1, "neighbours before it (default 1)", type=not_negative, metavar="N")
+    right: int = _option(SEGMENTS, 0, "neighbours after it (default 0)", type=not_negative, metavar="N")
+    anchor: bool = _option(
+        SEGMENTS, True, "an ablation: windows without the input image's block", "--no-anchor", action="store_false"
     )
-    group.add_argument(
-        "--vae-memory",
+
+    device: str = _option(MACHINE, "auto", "auto, cpu or cuda (default auto)")
+    dtype: str = _option(MACHINE, "auto", "dtype of the DiTs", choices=("auto", "float32", "bfloat16", "float16"))
+    vae_memory: str = _option(
+        MACHINE,
+        "auto",
+        "what the VAE may take, such as 4GB: it then works in exact tiles (default: what the card leaves)",
         metavar="SIZE",
-        default="auto",
-        help="what the VAE may take, such as 4GB: it then works in exact tiles (default: what the card leaves)",
     )
-    group.add_argument(
+    cuda_graph: bool = _option(
+        MACHINE,
+        True,
+        "launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
         "--no-cuda-graph",
-        dest="cuda_graph",
         action="store_false",
-        help="launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
     )
 
-
-def add_memory_options(parser: argparse.ArgumentParser, vram: str | None = "auto") -> None:
-    """Adds the options of the memory planner (``model/memory/plan.py``); ``vram`` is the default of ``--vram``."""
-    group = parser.add_argument_group(
-        "memory", "weights, tiles and formats are chosen so that a run fits; python -m model.plan shows how"
+    vram: str = _option(
+        MEMORY, "auto", "memory of the card, such as 12GB; auto: what the GPU has (default auto)", metavar="SIZE"
     )
-    group.add_argument(
-        "--vram",
-        metavar="SIZE",
-        default=vram,
-        help="memory of the card, such as 12GB; auto: what the GPU has (default auto)",
+    ram: str = _option(
+        MEMORY, "auto", "memory of the machine; none: no limit (default auto: what there is)", metavar="SIZE"
     )
-    group.add_argument(
-        "--ram",
-        metavar="SIZE",
-        default="auto",
-        help="memory of the machine; none: no limit (default auto: what there is)",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=("auto", *QUANTIZE),
-        default="auto",
-        help="form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which"
+    quantize: str = _option(
+        MEMORY,
+        "auto",
+        "form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which"
         " change numbers (default auto: none or file)",
+        choices=("auto", *QUANTIZE),
     )
-    group.add_argument(
-        "--matmul",
+    matmul: str = _option(
+        MEMORY,
+        "plain",
+        "how layer weights are multiplied: plain: in --dtype; 8bit, which changes numbers (default plain)",
         choices=MATMUL,
-        default="plain",
-        help="how layer weights are multiplied: plain: in --dtype; 8bit, which changes numbers (default plain)",
     )
+
+    stage1_loras: Sequence[str] = _loras("stage1", "--stage1-lora")
+    stage1_low_noise_loras: Sequence[str] = _loras("stage1_low_noise", "--stage1-low-noise-lora")
+    stage2_loras: Sequence[str] = _loras("stage2", "--stage2-lora")
+    strict_loras: bool = _option(
+        LORAS,
+        False,
+        "refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out"
+        " with a warning, as long as half of the file fits",
+        action="store_true",
+    )
+
+    resume: Path | None = _option(
+        RUNS, None, "go on with the run in DIR; PHOTO and --out are its own", type=parse_path, metavar="DIR"
+    )
+    state: Path | None = _option(
+        RUNS, None, "the folder (default: FILE.run beside FILE.mp4)", type=parse_path, metavar="DIR"
+    )
+    keep_state: bool = _option(RUNS, False, "leave the folder when the video is complete", action="store_true")
+    restart: bool = _option(RUNS, False, "begin anew where the folder holds an unfinished run", action="store_true")
+
+
+OPTIONS = {one.name: one for one in fields(Settings)}
+
+
+def flag_of(name: str) -> str:
+    """Returns how a field of :class:`Settings` is called as an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_option(parser: argparse._ActionsContainer, name: str, **default: Any) -> None:
+    """Adds the option of one field of :class:`Settings`, with another ``default`` if one is given."""
+    one = OPTIONS[name]
+    flag, how = one.metadata["flag"] or flag_of(name), {"default": one.default, **one.metadata["how"], **default}
+    if how["default"] == ():
+        how["default"] = []  # argparse appends to nothing else
+    parser.add_argument(flag, **({"dest": name} if flag.startswith("-") else {}), **how)
+
+
+def add_options(parser: argparse.ArgumentParser, *groups: str | None, without: str | None = None) -> None:
+    """Adds the options of groups, each under its title, or those of no group (None); one field may be left out."""
+    for title in groups:
+        group = parser if title is None else parser.add_argument_group(title, _ABOUT.get(title))
+        for name, one in OPTIONS.items():
+            if one.metadata["group"] == title and name != without:
+                add_option(group, name)
 
 
 def parse_ram(text: str) -> int | None:
@@ -328,50 +410,23 @@ def parse_ram(text: str) -> int | None:
     return machine_memory() if text == "auto" else parse_bytes("ram", text)
 
 
-def memory_limits(args: argparse.Namespace) -> dict[str, int | None]:
+def memory_limits(given: Settings) -> dict[str, int | None]:
     """Returns the bytes of ``--ram`` and ``--vae-memory`` as :class:`~model.memory.request.MemoryRequest` takes them.
 
     Raises:
         InputError: one is no size.
     """
-    vae = None if args.vae_memory == "auto" else parse_bytes("vae-memory", args.vae_memory)
-    return {"ram": parse_ram(args.ram), "vae_limit": vae}
+    vae = None if given.vae_memory == "auto" else parse_bytes("vae-memory", given.vae_memory)
+    return {"ram": parse_ram(given.ram), "vae_limit": vae}
 
 
-def segment_plan(args: argparse.Namespace, num_blocks: int) -> SegmentPlan:
+def segment_plan(given: Settings, num_blocks: int) -> SegmentPlan:
     """Returns the plan that the segment options ask for.
 
     Raises:
         InputError: there is no such plan.
     """
-    return plan_segments(num_blocks, args.blocks, args.left, args.right, args.anchor)
-
-
-def add_lora_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name LoRAs, which may be repeated."""
-    group = parser.add_argument_group(
-        "LoRAs", "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated"
-    )
-    for option, part in LORA_OPTIONS.items():
-        group.add_argument(
-            f"--{option}",
-            dest=f"{part}_loras",
-            action="append",
-            default=[],
-            metavar="FILE[:STRENGTH]",
-            help=f"for {part} of --weights",
-        )
-    add_strict_option(group)
-
-
-def add_strict_option(parser: argparse._ActionsContainer) -> None:
-    """Adds ``--strict-loras``, with which a LoRA is merged whole or refused."""
-    parser.add_argument(
-        "--strict-loras",
-        action="store_true",
-        help="refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out"
-        " with a warning, as long as half of the file fits",
-    )
+    return plan_segments(num_blocks, given.blocks, given.left, given.right, given.anchor)
 
 
 def parse_lora(text: str, expert: int = 1, strict: bool = False) -> LoRA:
@@ -394,7 +449,7 @@ def parse_lora(text: str, expert: int = 1, strict: bool = False) -> LoRA:
         raise InputError(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}") from error
 
 
-def chosen_loras(args: argparse.Namespace) -> dict[str, list[LoRA]]:
+def chosen_loras(given: Settings) -> dict[str, list[LoRA]]:
     """Returns the LoRAs of the options, by part of the weights.
 
     Raises:
@@ -402,23 +457,20 @@ def chosen_loras(args: argparse.Namespace) -> dict[str, list[LoRA]]:
     """
     chosen = {
         part: [
-            parse_lora(text, 2 if part == "stage1_low_noise" else 1, args.strict_loras)
-            for text in getattr(args, f"{part}_loras")
+            parse_lora(text, 2 if part == "stage1_low_noise" else 1, given.strict_loras)
+            for text in getattr(given, f"{part}_loras")
         ]
-        for part in LORA_OPTIONS.values()
+        for part in LORA_PARTS
     }
-    if args.weights is None and any(chosen.values()):
+    if given.weights is None and any(chosen.values()):
         raise InputError("lora: expected --weights too, since random weights are nothing that a LoRA was made for")
     return chosen
 
 
 def build_components(
-    args: argparse.Namespace,
-    device: torch.device,
-    dtype: torch.dtype,
-    loras: Mapping[str, Sequence[LoRA]] | None = None,
+    given: Settings, device: torch.device, dtype: torch.dtype, loras: Mapping[str, Sequence[LoRA]] | None = None
 ) -> Components:
     """Returns the models of ``--weights``, with ``loras`` by part, or random ones of ``--preset`` (default tiny)."""
-    if args.weights is not None:
-        return Components.from_directory(args.weights, dtype, device, loras)
-    return Components.from_preset(args.preset or "tiny", args.seed, dtype, device)
+    if given.weights is not None:
+        return Components.from_directory(given.weights, dtype, device, loras)
+    return Components.from_preset(given.preset or "tiny", given.seed, dtype, device)

@@ -1,4 +1,4 @@
-"""The request of a command, resolved: models, sizes, segments, noise levels, and what tells one run from another."""
+"""The settings of a clip, checked: models, sizes, segments, noise levels, and what tells one run from another."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.cli.options import (
-    LORA_OPTIONS,
+    OPTIONS,
+    RUNS,
+    Settings,
     build_components,
     chosen_loras,
+    flag_of,
     memory_limits,
     parse_size,
     pick_device,
@@ -28,11 +31,11 @@ from model.csg.sampler import SegmentPlan, plan_for
 from model.csg.schedule import flow_sigmas
 from model.errors import InputError, one_line
 from model.machine.measure import parse_bytes
-from model.memory.cost.gpus import GPU, chosen_gpu
+from model.memory.cards import chosen_gpu
 from model.memory.report import MemoryPlan, describe_placement
 from model.memory.request import DiTRequest, MemoryRequest
 from model.memory.vae_places import USABLE, Card
-from model.pipeline.components import Components
+from model.pipeline.components import LORA_PARTS, Components
 from model.resume.fingerprint import fingerprint, fingerprint_file, fingerprint_random
 from model.resume.state import device_name
 from model.sizes import area_size, check_frames, check_size, size_multiple, stage_one_size
@@ -41,82 +44,73 @@ from model.weights.files import open_weights
 from model.weights.load import DIT_PARTS, VAE_PARTS, part_of_pipeline
 from model.weights.lora import LoRA
 from model.weights.lora_files import open_lora
+from swifti2v_kernels.common import cards
 
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
 TEXT_ENCODER_BYTES = 11_360_000_000
-#: Options that say how a machine does it, not what is made: a resumed run may be given others.
-MACHINE_OPTIONS = ("device", "vram", "ram", "vae_memory", "cuda_graph")
-#: Options that say where things are. What they are is told by fingerprints, so that a run can go on elsewhere.
-PLACES = (
-    "photo", "out", "weights", "text_embeddings", "stage1_loras", "stage1_low_noise_loras", "stage2_loras",
-)  # fmt: skip
-#: Options that are about the state of a run.
-RUN_OPTIONS = ("resume", "state", "keep_state", "restart")
+#: Options that a resumed run may be given anew: those that say how a machine does it, not what is made, and those that
+#: say where things are. What these are is told by fingerprints, so that a run can go on elsewhere.
 _PATHS = ("photo", "out", "weights", "text_embeddings")
+CHANGEABLE = (*_PATHS, *(f"{part}_loras" for part in LORA_PARTS), "device", "vram", "ram", "vae_memory", "cuda_graph")
 
 
 @dataclass(frozen=True)
-class ClipRequest:
-    """The request of one command; ``arguments`` are its options, every default resolved and every path absolute."""
+class ClipSettings(Settings):
+    """The settings of one clip, all checked before anything runs: first the options, then the headers of weights.
 
-    arguments: dict[str, Any]
-    components: Components
-    device: torch.device
-    dtype: torch.dtype
-    loras: Mapping[str, list[LoRA]]
-    size: tuple[int, int]
-    motion_size: tuple[int, int]
-    num_frames: int
-    fps: int
-    plan: SegmentPlan
-    sigmas_one: list[float]
-    sigmas_two: list[float]
+    ``frames``, ``fps`` and ``size`` are never None here. What is found out of the options has fields of its own.
+
+    Raises:
+        InputError: something does not fit.
+    """
+
+    #: (width, height) of the photograph, for the default size; None: there is no photograph.
+    photo_size: tuple[int, int] | None = None
+    components: Components = field(init=False)
+    torch_device: torch.device = field(init=False)
+    torch_dtype: torch.dtype = field(init=False)
+    loras: Mapping[str, list[LoRA]] = field(init=False)
+    #: (width, height) of the clip and of Stage I.
+    pixels: tuple[int, int] = field(init=False)
+    motion_pixels: tuple[int, int] = field(init=False)
+    plan: SegmentPlan = field(init=False)
+    sigmas_one: list[float] = field(init=False)
+    sigmas_two: list[float] = field(init=False)
     #: Bytes by ``vram`` (None: as the card has), ``ram`` and ``vae_limit``.
-    limits: Mapping[str, int | None]
+    limits: Mapping[str, int | None] = field(init=False)
 
-    @classmethod
-    def resolve(cls, args: argparse.Namespace, photo_size: tuple[int, int] | None) -> ClipRequest:
-        """Checks all that can be checked before anything runs: first the options, then the headers of weights.
-
-        Args:
-            args: the options of ``model.generate``.
-            photo_size: (width, height) of the photograph, for the default size.
-
-        Raises:
-            InputError: something does not fit.
-        """
-        defaults = get_preset(args.preset if args.preset is not None else "tiny" if args.weights is None else "1.3b")
-        device = pick_device(args.device)
-        dtype = pick_dtype(args.dtype, device)
-        limits = memory_limits(args)
-        limits["vram"] = None if args.vram == "auto" else parse_bytes("vram", args.vram)
-        size = None if args.size is None else parse_size(args.size)
-        loras = chosen_loras(args)
-        components = build_components(args, device, dtype, loras)
-        multiple = size_multiple(components.vae_config, components.stage_two_config)
+    def __post_init__(self) -> None:
+        defaults = get_preset(self.preset if self.preset is not None else "tiny" if self.weights is None else "1.3b")
+        device = pick_device(self.device)
+        dtype = pick_dtype(self.dtype, device)
+        limits = memory_limits(self)
+        limits["vram"] = None if self.vram == "auto" else parse_bytes("vram", self.vram)
+        size = None if self.size is None else parse_size(self.size)
+        loras = chosen_loras(self)
+        models = build_components(self, device, dtype, loras)
+        multiple = size_multiple(models.vae_config, models.stage_two_config)
         if size is None:
-            if photo_size is None:
+            if self.photo_size is None:
                 raise InputError("size: expected WIDTHxHEIGHT where there is no photograph")
-            size = area_size(photo_size, defaults.width * defaults.height, multiple)
+            size = area_size(self.photo_size, defaults.width * defaults.height, multiple)
         check_size(*size, multiple)
-        num_frames = defaults.num_frames if args.frames is None else args.frames
-        num_blocks = check_frames(num_frames, components.vae_config.temporal_stride)
-        motion_multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
-        fps = args.fps or defaults.fps
-        resolved = vars(args) | {"size": f"{size[0]}x{size[1]}", "frames": num_frames, "fps": fps}
-        return cls(
-            arguments=_absolute(resolved),
-            components=components,
-            device=device,
-            dtype=dtype,
+        frames = defaults.num_frames if self.frames is None else self.frames
+        blocks = check_frames(frames, models.vae_config.temporal_stride)
+        motion_multiple = size_multiple(models.stage_one_vae_config, models.stage_one_config)
+        # The fields of a frozen object, for which dataclasses have no other way.
+        vars(self).update(
+            size=f"{size[0]}x{size[1]}",
+            frames=frames,
+            fps=self.fps or defaults.fps,
+            components=models,
+            torch_device=device,
+            torch_dtype=dtype,
             loras=loras,
-            size=size,
-            motion_size=stage_one_size(*size, motion_multiple),
-            num_frames=num_frames,
-            fps=fps,
-            plan=plan_for(args.mode, segment_plan(args, num_blocks)),
-            sigmas_one=flow_sigmas(args.stage1_steps, args.shift),
-            sigmas_two=flow_sigmas(args.steps, args.shift),
+            pixels=size,
+            motion_pixels=stage_one_size(*size, motion_multiple),
+            plan=plan_for(self.mode, segment_plan(self, blocks)),
+            sigmas_one=flow_sigmas(self.stage1_steps, self.shift),
+            sigmas_two=flow_sigmas(self.steps, self.shift),
             limits=limits,
         )
 
@@ -125,56 +119,57 @@ class ClipRequest:
         """The number of latent frames of the largest window."""
         return max(len(window.blocks) for window in self.plan)
 
+    @property
+    def text_encoder(self) -> Path | None:
+        """The directory of the text encoder among the weights, if there is one."""
+        folder = None if self.components.weights is None else self.components.weights / "text_encoder"
+        return folder if folder is not None and folder.is_dir() else None
+
     def memory(self) -> MemoryRequest:
         """Returns the request to the memory planner, from the models, ``--vram``, ``--ram``, ``--vae-memory`` and the
         machine."""
-        given = self.arguments
-        card = Card.of(self.device)
+        card = Card.of(self.torch_device)
         # What others hold of the card is not there to be planned with.
-        free = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.device)[0] / USABLE))
+        free = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.torch_device)[0] / USABLE))
         limits = self.limits | {"vram": self.limits["vram"] or free}
-        weights = self.components.weights
         return request_for(
             self.components,
-            size=self.size,
-            num_frames=self.num_frames,
+            size=self.pixels,
+            num_frames=self.frames,
             plan=self.plan,
             gpu=chosen_gpu(None, limits["vram"] or 0),
-            text_encoder=given["text_embeddings"] is None
-            and weights is not None
-            and (weights / "text_encoder").is_dir(),
-            mode=given["mode"],
-            steps=given["steps"],
-            stage_one_steps=given["stage1_steps"],
-            dtype=self.dtype,
+            text_encoder=self.text_embeddings is None and self.text_encoder is not None,
+            mode=self.mode,
+            steps=self.steps,
+            stage_one_steps=self.stage1_steps,
+            dtype=self.torch_dtype,
             **limits,
             capability=None if card is None else card.capability,
-            quantize=given["quantize"],
-            matmul=given["matmul"],
+            quantize=self.quantize,
+            matmul=self.matmul,
         )
 
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
-        """Returns the job of this request, as :class:`model.resume.state.RunState` keeps it.
+        """Returns the job of these settings, as :class:`model.resume.state.RunState` keeps it.
 
         Args:
             memory: the plan by which it runs.
             photo: fingerprint of the photograph, if it is not there to be read any more.
         """
-        given = self.arguments
         weights = {
-            "preset": f"{fingerprint_random(given['preset'] or 'tiny', given['seed'])}, drawn on {self.device.type}"
+            "preset": f"{fingerprint_random(self.preset or 'tiny', self.seed)}, drawn on {self.torch_device.type}"
         }
         if self.components.weights is not None:
             weights = {
                 part: fingerprint(part_of_pipeline(path, VAE_PARTS if part.endswith("vae") else DIT_PARTS))
                 for part, path in self.components.parts.items()
             }
-        text = given["text_embeddings"]
+        text = self.text_embeddings
         stages = {"stage1": memory.stage_one, "stage2": memory.stage_two}
         return {
             "inputs": {
-                "photo": photo or fingerprint_file(given["photo"], "image"),
-                "prompt": given["prompt"],
+                "photo": photo or fingerprint_file(self.photo, "image"),
+                "prompt": self.prompt,
                 "text_embeddings": None if text is None else fingerprint_file(text, "text-embeddings"),
                 "weights": weights,
                 "loras": {
@@ -183,28 +178,38 @@ class ClipRequest:
                 },
             },
             "request": {
-                "size": list(self.size),
-                "frames": self.num_frames,
+                "size": list(self.pixels),
+                "frames": self.frames,
                 "fps": self.fps,
-                "mode": given["mode"],
+                "mode": self.mode,
                 "windows": [[list(window.conditioning), list(window.noisy)] for window in self.plan],
                 "stage1_sigmas": self.sigmas_one,
                 "stage2_sigmas": self.sigmas_two,
-                "seed": given["seed"],
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "matmul": given["matmul"],
+                "seed": self.seed,
+                "dtype": str(self.torch_dtype).removeprefix("torch."),
+                "matmul": self.matmul,
             },
             "machine": {
-                "device": device_name(self.device),
-                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                "device": device_name(self.torch_device),
+                "threads": torch.get_num_threads() if self.torch_device.type == "cpu" else None,
                 "libraries": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
                 "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
                 "backend": os.environ.get("SWIFTI2V_BACKEND", "auto"),
-                "cuda_graph": given["cuda_graph"],
+                "cuda_graph": self.cuda_graph,
                 "plan": {part: describe_placement(stage.config, stage.placement) for part, stage in stages.items()},
                 "vae": memory.to_json()["vae"],
             },
-            "arguments": given,
+            "arguments": self._arguments(),
+        }
+
+    def _arguments(self) -> dict[str, Any]:
+        """Returns the options as :func:`resumed` reads them: paths are text that means the same from any folder."""
+        found = {name: getattr(self, name) for name in _stored_options()}
+        for name in _PATHS:
+            found[name] = None if found[name] is None else str(found[name].absolute())
+        return found | {
+            f"{part}_loras": [f"{lora.path.absolute()}:{lora.strength!r}" for lora in chosen]
+            for part, chosen in self.loras.items()
         }
 
 
@@ -223,7 +228,7 @@ def request_for(
     size: tuple[int, int],
     num_frames: int,
     plan: SegmentPlan,
-    gpu: GPU,
+    gpu: cards.Card,
     from_files: bool | None = None,
     text_encoder: bool = False,
     **options: Any,
@@ -278,82 +283,62 @@ def _encoder_bytes(components: Components, capability: int | None) -> int:
     return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
 
 
-def resumed_arguments(args: argparse.Namespace, job: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
-    """Gives ``args`` what a stored job was asked for; of its own options it keeps those about machine and places.
+def _stored_options() -> dict[str, Field[Any]]:
+    """Returns the options that a run is kept with: all but those about the state of a run."""
+    return {name: one for name, one in OPTIONS.items() if one.metadata["group"] != RUNS}
+
+
+def resumed(given: Settings, job: Mapping[str, Any]) -> Settings:
+    """Returns what a stored job was asked for; of ``given`` it has what is about machine, places and the run's state.
 
     Args:
-        args: the options that were given with ``--resume``.
-        job: as :meth:`ClipRequest.description` returns it, but read from a file that anybody may have written.
-        parser: has made ``args``, and says which options there are and what each may be.
+        given: the options that were given with ``--resume``.
+        job: as :meth:`ClipSettings.description` returns it, but read from a file that anybody may have written.
 
     Raises:
         InputError: another option was given, which would be another run, or the job is none of this program.
     """
-    own = (*MACHINE_OPTIONS, *PLACES)
-    actions = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
-    given = [name for name in actions if name not in (*own, *RUN_OPTIONS) and _was_given(args, actions[name])]
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    options = _stored_options()
+    new = {name for name, one in options.items() if getattr(given, name) not in (one.default, [])}
+    other = [flag_of(name) for name in options if name in new and name not in CHANGEABLE]
+    if other:
         raise InputError(
-            f"resume: the run has its options; got {named} too. New may be those of the machine and of places: PHOTO,"
-            " --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
+            f"resume: the run has its options; got {', '.join(other)} too. New may be those of the machine and of"
+            " places: PHOTO, --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
         )
     stored = job.get("arguments", {})
-    different = stored.keys() ^ (actions.keys() - set(RUN_OPTIONS))
+    different = stored.keys() ^ options.keys()
     if different:
         raise InputError(
             f"resume: the stored run and this program differ in options: {', '.join(map(one_line, sorted(different)))}"
         )
     if not isinstance(job.get("inputs", {}).get("photo"), str):
         raise InputError("resume: the stored run has no fingerprint of its photograph")
-    found = {name: _stored_option(actions[name], value) for name, value in stored.items()}
-    for name, value in found.items():
-        if name not in own or not _was_given(args, actions[name]):
-            setattr(args, name, value)
+    found = {name: _stored_option(options[name], value) for name, value in stored.items()}
+    return replace(given, **{name: value for name, value in found.items() if name not in new})
 
 
-def _was_given(args: argparse.Namespace, action: argparse.Action) -> bool:
-    return getattr(args, action.dest) != action.default
-
-
-def _stored_option(action: argparse.Action, stored: Any) -> Any:
+def _stored_option(option: Field[Any], stored: Any) -> Any:
     """Returns an option of a stored run as the parser gives it.
 
     Raises:
         InputError: the parser would give no such value.
     """
-    if isinstance(action.default, bool):
-        fits, value = isinstance(stored, bool), stored
-    elif isinstance(action.default, list):
-        fits, value = isinstance(stored, list) and all(isinstance(text, str) for text in stored), stored
+    how, value = option.metadata["how"], stored
+    if isinstance(option.default, bool):
+        fits = isinstance(stored, bool)
+    elif option.default == ():
+        fits = isinstance(stored, list) and all(isinstance(text, str) for text in stored)
     elif stored is None:
-        fits, value = action.default is None and action.dest not in ("photo", "out"), None
+        fits = option.default is None and option.name not in ("photo", "out")
     else:
         try:
-            value = (action.type or str)(str(stored))
+            value = how.get("type", str)(str(stored))
         except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InputError(f"resume: {action.dest} of the stored run: {error}") from error
+            raise InputError(f"resume: {option.name} of the stored run: {error}") from error
         # In JSON a path is text, and every other value is what it is: 7 is neither 7.0 nor true.
         written = str(value) if isinstance(value, Path) else value
-        fits = written == stored and type(written) is type(stored) and stored in (action.choices or [stored])
+        fits = written == stored and type(written) is type(stored) and stored in how.get("choices", [stored])
     if not fits:
-        raise InputError(f"resume: {action.dest} of the stored run: expected what the option gives, got {stored!r}")
+        raise InputError(f"resume: {option.name} of the stored run: expected what the option gives, got {stored!r}")
     return value
-
-
-def _absolute(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with paths as text that means the same from any folder."""
-    found = {name: value for name, value in arguments.items() if name not in RUN_OPTIONS}
-    for name in _PATHS:
-        if found[name] is not None:
-            found[name] = str(Path(found[name]).absolute())
-    for part in LORA_OPTIONS.values():
-        found[f"{part}_loras"] = [_absolute_lora(text) for text in found[f"{part}_loras"]]
-    return found
-
-
-def _absolute_lora(text: str) -> str:
-    path, colon, strength = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return str(Path(text).absolute())
-    return f"{Path(path).absolute()}:{strength}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,13 +110,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_strays(folder: Path, *names: str) -> None:
-    """Removes temporary files of ``names`` from ``folder`` if the processes that made them have ended."""
-    wanted = {(Path(name).stem, Path(name).suffix) for name in names}
+def remove_strays(folder: Path, is_own: Callable[[str], bool], locked: bool = False) -> None:
+    """Removes temporary files from a folder if they are for files of own names and their processes have ended.
+
+    Where the folder is ``locked`` by this process, nobody is at work there, whatever the number of the process.
+    """
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
-        ended = match and (match["stem"], match["suffix"]) in wanted and not _is_at_work(int(match["pid"]))
-        if ended and not path.is_symlink() and path.is_file():
+        is_stray = match and is_own(match["stem"] + match["suffix"]) and (locked or not _is_at_work(int(match["pid"])))
+        if is_stray and not path.is_symlink() and path.is_file():
             path.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ class VideoWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.pieces is not None:
                 self.pieces.mkdir(parents=True, exist_ok=True)
-        remove_strays(self.path.parent, self.path.name, self.partial_path.name)
+        remove_strays(self.path.parent, {self.path.name, self.partial_path.name}.__contains__)
         self._drop_others()
         return self
 
@@ -172,9 +172,7 @@ class VideoWriter:
             self.num_frames = self._num_finished
             self._encoder = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.end_piece()
         begun = [] if self._encoder is None else [self._encoder.close()]
@@ -191,7 +189,7 @@ class VideoWriter:
         if self.pieces is None:
             return
         later = [(number, path) for number, path in _pieces(self.pieces) if number >= self.num_pieces]
-        remove_strays(self.pieces, piece_name(self.num_pieces), *(path.name for _, path in later))
+        remove_strays(self.pieces, {piece_name(self.num_pieces), *(path.name for _, path in later)}.__contains__)
         # The last one first, so that no gap is left whenever this ends.
         for number, path in sorted(later, reverse=True):
             if number == self._bad:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 _elsewhere = False
 _ATEN = torch.ops.aten
@@ -77,32 +76,17 @@ class TensorMemory(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-class Operations(TorchDispatchMode):
-    """A mode that adds up operations in ``total``, a multiply-add being two, by torch's registry of formulas.
-
-    Torch's own ``FlopCounterMode`` uses the same registry, keeps the counts of every module too, and takes longer
-    for it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _without_memory(func, args)
-        if result is None:
-            result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def _without_memory(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
-    """Returns what a pointwise operator makes of ``meta`` tensors; None if it is another operator or not so simple.
+    """Returns what a pointwise operator, or cat, makes of ``meta`` tensors; None if another one or not so simple.
 
-    Torch finds the same in Python code, which took half of the time of a plan for a CPU.
+    Torch finds the same in Python code, which took half of the time of a plan for a CPU, and a third of one for a GPU.
     """
+    if func is _ATEN.cat.default and all(part.is_meta and part.ndim == 5 for part in args[0]):
+        first, dim = args[0][0], args[1] if len(args) > 1 else 0
+        if all(part.dtype == first.dtype for part in args[0]):
+            shape = [*first.shape]
+            shape[dim] = sum(part.shape[dim] for part in args[0])
+            return first.new_empty(shape)
     if func not in _POINTWISE or not args[0].is_meta or not args[0].is_floating_point():
         return None
     first, shape = args[0], args[0].shape

@@ -26,6 +26,9 @@ class StageTimer:
     The stages of the pipeline are nested iterators (the file pulls frames from the decoder, which pulls blocks from the
     sampler); the time between two marks is charged to the innermost stage. On CUDA the marks are device events, so
     nothing waits for the GPU until :attr:`seconds` is read.
+
+    Attributes:
+        failed: the innermost stage in which an error was raised; ``load`` only if there was no other.
     """
 
     def __init__(self, device: torch.device):
@@ -33,14 +36,20 @@ class StageTimer:
         self._stack: list[str] = []
         self._laps: list[tuple[str, object, object]] = []
         self._last: object = None
+        self.failed = "load"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Charges the time of the body to ``name``."""
         self._mark()
         self._stack.append(name)
+        self.failed = "load"  # whatever was raised before is dealt with
         try:
             yield
+        except Exception:
+            if self.failed == "load":
+                self.failed = name
+            raise
         finally:
             self._mark()
             self._stack.pop()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -61,6 +62,9 @@ class ClipJob:
 class Watcher:
     """A listener that is told how far a clip is and does nothing; others time stages, draw progress, watch memory."""
 
+    #: The innermost stage in which an error was raised last, for messages; a watcher that does not look says ``load``.
+    failed: str = "load"
+
     def stage(self, name: str) -> AbstractContextManager[object]:
         """Returns the context in which a stage runs: ``load``, ``Stage I``, ``reference`` or ``file``."""
         return nullcontext()
@@ -87,6 +91,7 @@ def make_condition(
     watcher: Watcher | None = None,
     *,
     motion: Tensor | None = None,
+    reference: Tensor | None = None,
     on_motion: Callable[[Tensor], None] | None = None,
 ) -> Condition:
     """Runs Stage I and makes the hybrid reference of its result.
@@ -98,46 +103,40 @@ def make_condition(
         job: the clip that is wanted.
         watcher: is told of each stage and step.
         motion: Stage I's latents ``[1, z, T, h, w]``, if an earlier run has made them.
+        reference: the reference ``[1, z, T, h, w]``, if an earlier run has made it; then only the VAE is loaded.
         on_motion: is given Stage I's latents if this run makes them.
     """
     watcher = watcher or Watcher()
     device, plans = job.text.device, job.vae_plans
     with watcher.stage("load"):
         vae = components.vae()
-        vae_one = vae if components.stage_one_vae is None else components.stage_one_vae()
-    if motion is None:
-        motion = _make_motion(components, job, {vae, vae_one}, vae_one, watcher)
-        if on_motion is not None:
-            on_motion(motion)
-    with watcher.stage("reference"):
-        vae.to_dtypes(encode=plans.encode_dtype)
-        reference = make_reference(
-            motion.to(device),
-            vae_one,
-            vae,
-            job.picture.to(device),
-            lambda block, blocks: watcher.step("reference", block, blocks, f"block {block}/{blocks}"),
-            plan=plans.reference,
-            motion_plan=plans.motion,
-            host=job.waiting(plans.reference.park),
-        )
+        vae_one = vae if reference is not None or components.stage_one_vae is None else components.stage_one_vae()
+    if reference is None:
+        if motion is None:
+            motion = _make_motion(components, job, {vae, vae_one}, vae_one, watcher)
+            if on_motion is not None:
+                on_motion(motion)
+        with watcher.stage("reference"):
+            vae.to_dtypes(encode=plans.encode_dtype)
+            reference = make_reference(
+                motion.to(device),
+                vae_one,
+                vae,
+                job.picture.to(device),
+                lambda block, blocks: watcher.step("reference", block, blocks, f"block {block}/{blocks}"),
+                plan=plans.reference,
+                motion_plan=plans.motion,
+                host=job.waiting(plans.reference.park),
+            )
     del vae_one, motion
     vae.drop_encoder()
     release(device)
-    return Condition(vae, reference)
+    return Condition(vae, reference.to(device))
 
 
 def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_one: WanVAE, watcher: Watcher) -> Tensor:
     """Runs Stage I: its condition is encoded before its DiT is loaded, for which the VAEs make room if they must."""
     device = job.text.device
-
-    def loading(load: Callable[[], WanDiT]) -> Callable[[], WanDiT]:
-        def loaded() -> WanDiT:
-            with watcher.stage("load"):
-                return load()
-
-        return loaded
-
     with watcher.stage("Stage I"):
         condition = motion_condition(
             vae_one,
@@ -146,39 +145,32 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
             job.plan.num_blocks,
             job.vae_plans.condition,
         )
-        host, parameters = Host(device, False), []
-        if job.vae_waits:
-            host = job.waiting(True) or Host(device, True)
-            parameters = [p for vae in vaes for p in vae.parameters()]
+        host = (job.waiting(True) or Host(device, True)) if job.vae_waits else None
+        parameters = [p for vae in vaes for p in vae.parameters()] if host else []
         for p in parameters:
             p.data = host.park(p.data)
         release(device)
         motion = make_motion(
-            loading(components.stage_one),
+            partial(_loaded, watcher, components.stage_one),
             condition,
             job.text,
             job.image_one,
             sigmas=job.sigmas_one,
             seed=job.seed,
-            low_noise_dit=None if components.low_noise is None else loading(components.low_noise),
+            low_noise_dit=components.low_noise and partial(_loaded, watcher, components.low_noise),
             cuda_graph=job.cuda_graph,
             on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
         )
         for p in parameters:
             p.data = host.fetch(p.data)
-        if job.vae_waits:
-            for vae in vaes:
-                vae.order_weights()
+        for vae in vaes if host else ():
+            vae.order_weights()
     return motion
 
 
-def resumed_condition(components: Components, reference: Tensor, watcher: Watcher | None = None) -> Condition:
-    """Returns the condition of an earlier run, whose ``reference`` is on the device, with the VAE loaded again."""
-    with (watcher or Watcher()).stage("load"):
-        vae = components.vae()
-        vae.drop_encoder()
-    release(reference.device)
-    return Condition(vae, reference)
+def _loaded(watcher: Watcher, load: Callable[[], WanDiT]) -> WanDiT:
+    with watcher.stage("load"):
+        return load()
 
 
 def make_frames(
@@ -215,8 +207,7 @@ def make_frames(
     def segments() -> Iterator[Tensor]:
         if len(earlier) == len(windows):
             return
-        with watcher.stage("load"):
-            dit = components.stage_two()
+        dit = _loaded(watcher, components.stage_two)
         sampled = sample_latents(
             dit,
             reference,

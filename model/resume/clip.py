@@ -14,8 +14,6 @@ not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +28,7 @@ from model.machine.measure import format_bytes, full_memory
 from model.memory.plan import find_plan
 from model.memory.report import MemoryPlan, Phase
 from model.memory.request import HOST_USABLE, MemoryRequest
-from model.pipeline.clip import ClipJob, Condition, Item, Watcher, make_condition, make_frames, resumed_condition
+from model.pipeline.clip import ClipJob, Watcher, make_condition, make_frames
 from model.pipeline.components import Components
 from model.pipeline.encoders import TEXT_LENGTH
 from model.resume.files import Shapes
@@ -63,21 +61,6 @@ def input_shapes(components: Components, size: tuple[int, int], motion_size: tup
 
 
 @dataclass(frozen=True)
-class ClipWork:
-    """The work on a clip: the clip that is wanted, the models, the folder of the run, and the film.
-
-    ``writer`` has the pieces of ``state`` and is entered. ``say`` prints a line.
-    """
-
-    job: ClipJob
-    components: Components
-    state: RunState
-    writer: VideoWriter
-    watcher: Watcher
-    say: Callable[[str], None] = print
-
-
-@dataclass(frozen=True)
 class _Shortage:
     """A lack of memory: ``memory`` is ``device`` or ``host``, ``phase`` the phase of the plan, ``told`` the message."""
 
@@ -86,12 +69,18 @@ class _Shortage:
     told: str
 
 
-def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
+def make_clip(
+    components: Components, job: ClipJob, plan: MemoryPlan, state: RunState, writer: VideoWriter, watcher: Watcher
+) -> MemoryPlan:
     """Makes what is not there yet, and writes the film. Where memory does not suffice it is planned anew with less.
 
     Args:
-        work: the work; its VAE plans and placements are replaced by those of ``plan``.
+        components: the models, whose layers are placed as the plan says.
+        job: the clip that is wanted; its tiles are those of the plan.
         plan: the first plan of the memory.
+        state: the folder of the run.
+        writer: the film, whose pieces are in that folder; it is entered.
+        watcher: is told of each stage and step, and says which stage failed.
 
     Returns:
         The plan that the clip was finished by.
@@ -101,11 +90,16 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
             made stays in the state.
     """
     for attempt in range(1, MOST_PLANS + 1):
-        shortage = _attempt(work, plan)
-        if shortage is None:
+        try:
+            _go_on(*as_planned(components, job, plan), state, writer, watcher)
             return plan
+        except (RuntimeError, MemoryError) as error:
+            memory = full_memory(error)
+            if memory is None:
+                raise
+            shortage = _explain(error, memory, plan, watcher.failed, job.text.device)
         # Only here, after the handler: the exception would keep alive what was on the device.
-        release(work.job.text.device)
+        release(job.text.device)
         if attempt == MOST_PLANS:
             raise NoMemoryError(f"{shortage.told}\n  and {MOST_PLANS} plans were tried")
         smaller = next((p for p in map(find_plan, _with_less(plan, shortage)) if p is not None), None)
@@ -114,8 +108,8 @@ def make_clip(work: ClipWork, plan: MemoryPlan) -> MemoryPlan:
                 f"{shortage.told}\n  and there is no smaller plan (python -m model.plan shows the smallest)"
             )
         plan = smaller
-        work.say(f"{shortage.told}\nplanned anew, {attempt} of at most {MOST_PLANS - 1} times; it goes on:\n{plan}")
-        work.writer.drop_begun()
+        print(f"{shortage.told}\nplanned anew, {attempt} of at most {MOST_PLANS - 1} times; it goes on:\n{plan}")
+        writer.drop_begun()
     raise AssertionError("every attempt returns or raises")
 
 
@@ -130,111 +124,53 @@ def _with_less(plan: MemoryPlan, shortage: _Shortage) -> list[MemoryRequest]:
     return [replace(plan.request, less={**plan.request.less, name: int(SHRINK * size)}) for size in taken]
 
 
-def _attempt(work: ClipWork, plan: MemoryPlan) -> _Shortage | None:
-    """Makes the clip by ``plan`` and returns None, or the lack of memory that ended it."""
-    watcher = _Stages(work.watcher)
-    components, job = as_planned(work.components, work.job, plan)
-    try:
-        _continue(replace(work, components=components, job=job, watcher=watcher))
-    except (RuntimeError, MemoryError) as error:
-        memory = full_memory(error)
-        if memory is None:
-            raise
-        return _explain(error, memory, plan, watcher.innermost, work.job.text.device)
-    return None
-
-
 def as_planned(components: Components, job: ClipJob, plan: MemoryPlan) -> tuple[Components, ClipJob]:
     """Returns the models with their layers, and the job with the VAE's tiles, where a plan wants them."""
     placed = components.placed(plan.stage_one.placement, plan.stage_two.placement)
     return placed, replace(job, vae_plans=plan.vae_plans.tiles, vae_waits=plan.vae_waits)
 
 
-def _continue(work: ClipWork) -> None:
-    job, state, writer = work.job, work.state, work.writer
-    ends = piece_ends(job.plan, work.components.vae_config.temporal_stride)
-    condition = _condition(work)
-    size = condition.reference.shape[3:]
-    done, _ = state.finished_segments(
-        (1, work.components.vae_config.z_dim, len(window.noisy), *size) for window in job.plan
+def _go_on(components: Components, job: ClipJob, state: RunState, writer: VideoWriter, watcher: Watcher) -> None:
+    """Makes what the folder of the run does not have yet."""
+    blocks, stride = job.plan.num_blocks, components.vae_config.temporal_stride
+    reference = state.load("condition", {"reference": _latents(components.vae_config, blocks, job.picture)})
+    motion = None
+    if reference is None:
+        low = _latents(components.stage_one_vae_config, blocks, job.low_picture)
+        motion = state.load("motion", {"motion": low})
+    condition = make_condition(
+        components,
+        job,
+        watcher,
+        motion=None if motion is None else motion["motion"],
+        reference=None if reference is None else reference["reference"],
+        on_motion=lambda latents: state.save("motion", {"motion": latents}),
     )
+    if reference is None:
+        state.save("condition", {"reference": condition.reference})
+    ends, size = piece_ends(job.plan, stride), condition.reference.shape[3:]
+    done = state.finished_segments((1, components.vae_config.z_dim, len(window.noisy), *size) for window in job.plan)
     # Pieces after the first segment that is missing are made again.
     writer.keep(min(writer.num_pieces, len(done) + 1))
     while state.damaged:
-        work.say(state.damaged.pop(0))
+        print(state.damaged.pop(0))
     if done and writer.num_pieces == len(ends):
         return
     if done:
-        work.say(f"{len(done)} of {len(job.plan)} segments are there already, and {writer.num_frames} frames")
+        print(f"{len(done)} of {len(job.plan)} segments are there already, and {writer.num_frames} frames")
     encoded, count = writer.num_frames, 0
-    for part in make_frames(work.components, job, condition, work.watcher, done=done, on_segment=state.save_segment):
+    for part in make_frames(components, job, condition, watcher, done=done, on_segment=state.save_segment):
         count += len(part)
         if count > encoded:
-            with work.watcher.stage("file"):
+            with watcher.stage("file"):
                 writer.write(part)
                 if count in ends:
                     writer.end_piece()
 
 
-def _condition(work: ClipWork) -> Condition:
-    state, watcher = work.state, work.watcher
-    blocks, vae = work.job.plan.num_blocks, work.components.vae_config
-    found = state.load("condition", {"reference": _latents(vae, blocks, work.job.picture)})
-    if found is not None:
-        return resumed_condition(work.components, found["reference"].to(work.job.text.device), watcher)
-    motion = state.load(
-        "motion", {"motion": _latents(work.components.stage_one_vae_config, blocks, work.job.low_picture)}
-    )
-    condition = make_condition(
-        work.components,
-        work.job,
-        watcher,
-        motion=None if motion is None else motion["motion"],
-        on_motion=lambda latents: state.save("motion", {"motion": latents}),
-    )
-    state.save("condition", {"reference": condition.reference})
-    return condition
-
-
 def _latents(vae: VAEConfig, num_blocks: int, picture: Tensor) -> tuple[int, ...]:
     """Returns the shape of the latents of a clip that is as large as a picture ``[1, 3, 1, H, W]``."""
     return (1, vae.z_dim, num_blocks, *(n // vae.spatial_stride for n in picture.shape[3:]))
-
-
-class _Stages(Watcher):
-    """A watcher that passes everything on and knows the innermost stage at work, also after an error in it."""
-
-    def __init__(self, inner: Watcher) -> None:
-        self._inner, self._stack = inner, ["load"]
-
-    @property
-    def innermost(self) -> str:
-        return next((name for name in reversed(self._stack) if name != "load"), "load")
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._stack.append(name)
-        with self._inner.stage(name):
-            yield
-        self._stack.pop()
-
-    def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        def marked() -> Iterator[Item]:
-            iterator = iter(items)
-            while True:
-                self._stack.append(name)
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    self._stack.pop()
-                    return
-                self._stack.pop()
-                yield item
-
-        return self._inner.iterate(name, marked())
-
-    def step(self, name: str, done: int, total: int, where: str) -> None:
-        self._inner.step(name, done, total, where)
 
 
 def _explain(error: BaseException, memory: str, plan: MemoryPlan, stage: str, device: torch.device) -> _Shortage:

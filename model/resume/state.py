@@ -25,9 +25,8 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 
 import swifti2v_kernels
 from model.errors import InputError, printable
-from model.io.durable import TEMPORARY, open_plain, rename, replacing, sync_folder, writing
+from model.io.durable import open_plain, remove_strays, rename, replacing, sync_folder, writing
 from model.io.lock import FileLock
 from model.resume.changes import Changes, changes_between
 from model.resume.files import DamagedError, Shapes, check_tensors, read_tensors, write_tensors
@@ -90,8 +89,8 @@ class RunState:
         _files(folder)
         with writing(f"run: {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder)
-        try:
+        with ExitStack() as held:
+            lock = held.enter_context(closing(_locked(folder)))
             if _is_finished(folder):
                 # A run was being removed here, and its removal was broken off.
                 _discard(folder)
@@ -100,16 +99,14 @@ class RunState:
                 raise InputError(
                     f"run: {folder} already holds {', '.join(found[:3])}: resume that run or name another folder"
                 )
-            _remove_temporaries(folder)
+            remove_strays(folder, _is_known, locked=True)
             complete = _as_json({**job, "software": software()})
             text = json.dumps({"schema": SCHEMA, "sha256": _job_digest(complete), "job": complete}, indent=2)
             with writing(f"run: {folder}"):
                 with replacing(folder / _JOB) as temporary:
                     temporary.write_text(text + "\n", encoding="utf-8")
                 sync_folder(folder.absolute().parent)
-        except BaseException:
-            lock.close()
-            raise
+            held.pop_all()
         return cls(folder, complete, lock)
 
     @classmethod
@@ -128,13 +125,11 @@ class RunState:
             raise InputError(f"run: {folder} is finished, and its video complete; what is left there can be deleted")
         if folder / _JOB not in files:
             raise InputError(f"run: {folder} has no {_JOB}: no run was begun there")
-        lock = _locked(folder)
-        try:
+        with ExitStack() as held:
+            lock = held.enter_context(closing(_locked(folder)))
             job = _read_job(folder / _JOB)
-            _remove_temporaries(folder)
-        except BaseException:
-            lock.close()
-            raise
+            remove_strays(folder, _is_known, locked=True)
+            held.pop_all()
         return cls(folder, job, lock)
 
     def close(self) -> None:
@@ -144,9 +139,7 @@ class RunState:
     def __enter__(self) -> RunState:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def changes(self, job: Mapping[str, Any]) -> Changes:
@@ -207,21 +200,20 @@ class RunState:
             return None
         return tensors
 
-    def finished_segments(self, shapes: Iterable[tuple[int, ...]]) -> tuple[list[Tensor], list[str]]:
-        """Returns the blocks of the segments before the first one missing or damaged, and what is wrong with that one.
+    def finished_segments(self, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+        """Returns the blocks of the segments before the first one missing or damaged.
 
         ``shapes`` are those of the blocks of each segment that the run has, in order. This is to be asked for after
         ``condition`` was loaded: if that has to be made again, so have the segments, and saving it drops them. Files
         after a damaged one stay until it is saved again.
         """
-        told = len(self.damaged)
         segments: list[Tensor] = []
         for number, shape in enumerate(shapes, start=1):
             tensors = self.load(segment_name(number), {"blocks": shape})
             if tensors is None:
                 break
             segments.append(tensors["blocks"])
-        return segments, self.damaged[told:]
+        return segments
 
     def remove(self) -> None:
         """Deletes the run's files and closes it; the folder is deleted too unless it holds anything else.
@@ -341,7 +333,7 @@ def _begins(path: Path, beginning: bytes) -> bool:
 
 def _discard(folder: Path) -> None:
     with writing(f"run: {folder}"):
-        _remove_temporaries(folder)
+        remove_strays(folder, _is_known, locked=True)
         # Last of all go the job, and then the mark that the run is finished: until then they say what the rest is.
         for path in sorted(_files(folder), key=lambda path: (path.name == _FINISHED, path.name == _JOB)):
             path.unlink()
@@ -404,14 +396,6 @@ def _is_shallow(value: Any, levels: int) -> bool:
     """Returns whether lists and objects are in each other by at most so many levels."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels >= 0 and all(_is_shallow(item, levels - 1) for item in inner)
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """Removes temporary files of a run, which nobody is writing, since its lock is held here."""
-    for path in list(folder.iterdir()):
-        match = TEMPORARY.fullmatch(path.name)
-        if match and _is_known(f"{match['stem']}{match['suffix']}") and not path.is_symlink() and path.is_file():
-            path.unlink()
 
 
 def _locked(folder: Path) -> FileLock:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from model.cli.options import chosen_loras
 from model.generate import build_parser, likely_cause, main
+from model.pipeline import clip
 from model.pipeline.components import Components
 from model.weights.lora import LoRA
 from tests.model.dit.test_model import saved_diffusers_dit
@@ -49,68 +50,59 @@ def _planned(request, monkeypatch):
         predict_nothing(monkeypatch)
 
 
+@pytest.fixture
+def told(photo, tmp_path, capsys):
+    """A function that runs the command on the photograph, with ``clip.mp4`` as ``out``, and returns what it prints."""
+
+    def run(options, *more, code=0, out="clip.mp4"):
+        capsys.readouterr()
+        assert main([str(photo), "--out", str(tmp_path / out), *options.split(), *map(str, more)]) == code
+        return capsys.readouterr()
+
+    return run
+
+
 @pytest.mark.parametrize("preset", ["tiny", pytest.param("tiny-vae22", marks=pytest.mark.slow)])
-def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(preset, photo, tmp_path, capsys):
-    out = tmp_path / "new" / "clip.mp4"
-    assert main([str(photo), "--out", str(out), "--preset", preset, "--frames", "9"]) == 0
+def test_a_photograph_becomes_a_clip_of_the_asked_length_in_its_own_aspect(preset, told, tmp_path):
+    printed = told("--frames 9 --preset", preset, out="new/clip.mp4")
     multiple = 16 if preset == "tiny" else 32
-    count, (width, height) = video(out)
+    count, (width, height) = video(tmp_path / "new" / "clip.mp4")
     assert count == 9
     assert width % multiple == height % multiple == 0
     assert width / height == pytest.approx(1.5, rel=0.15)
-    printed = capsys.readouterr()
-    for part in (
-        "random weights: this clip shows the path, not quality",
-        "empty-prompt embedding",
-        "peak memory",
-        f"wrote {out}",
-    ):
+    for part in ("random weights: this clip shows the path, not quality", "empty-prompt embedding", "peak memory"):
         assert part in printed.out
+    assert f"wrote {tmp_path / 'new' / 'clip.mp4'}" in printed.out
     for part in ("Stage I:", "Stage II:", "segment 1/1 step 4/4"):
         assert part in printed.err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bidirectional", "causal", "end_to_end"])
-def test_the_same_command_twice_writes_the_same_file(mode, photo, tmp_path):
-    clips = [tmp_path / f"{i}.mp4" for i in range(2)]
-    for clip in clips:
-        options = ["--frames", "17", "--size", "64x96", "--mode", mode, "--steps", "2", "--seed", "3"]
-        assert main([str(photo), "--out", str(clip), *options]) == 0
-    assert clips[0].read_bytes() == clips[1].read_bytes()
-    assert video(clips[0]) == (17, (64, 96))
+def test_the_same_command_twice_writes_the_same_file(mode, told, tmp_path):
+    for out in ("0.mp4", "1.mp4"):
+        told("--frames 17 --size 64x96 --steps 2 --seed 3 --mode", mode, out=out)
+    assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+    assert video(tmp_path / "0.mp4") == (17, (64, 96))
 
 
-def test_checkpoints_of_version_2_1_with_a_prompt(photo, tmp_path, capsys):
+def test_checkpoints_of_version_2_1_with_a_prompt(told, tmp_path):
     save_weights(tmp_path / "weights")
     save_text_encoder(tmp_path / "weights", text_dim=32)
-    options = [
-        "--weights",
-        str(tmp_path / "weights"),
-        "--size",
-        "48x80",
-        "--frames",
-        "21",
-        "--prompt",
-        "a wave rolls in",
-    ]
-    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    printed = told("--size 48x80 --frames 21 --weights", tmp_path / "weights", "--prompt", "a wave rolls in").out
     assert video(tmp_path / "clip.mp4") == (21, (48, 80))
-    printed = capsys.readouterr().out
     assert "prompt 'a wave rolls in' encoded by UMT5" in printed
     assert "random weights" not in printed
 
 
-def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(photo, tmp_path, capsys):
-    weights = tmp_path / "weights"
+def test_checkpoints_of_version_2_2_with_ti2v_stage_one_experts_and_embeddings(told, tmp_path):
+    weights, text = tmp_path / "weights", tmp_path / "text.safetensors"
     save_weights(weights, z_dim=6, vae=VAE_22, in_channels=6)
     saved_diffusers_dit(weights / "stage1_low_noise", in_channels=6, out_channels=6)
-    save_file({"text": torch.randn(9, 32)}, tmp_path / "text.safetensors")
-    options = ["--weights", str(weights), "--size", "64x96", "--frames", "5", "--right", "1", "--blocks", "2"]
-    options += ["--text-embeddings", str(tmp_path / "text.safetensors")]
-    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
+    save_file({"text": torch.randn(9, 32)}, text)
+    options = "--size 64x96 --frames 5 --right 1 --blocks 2 --text-embeddings"
+    assert "embeddings from" in told(options, text, "--weights", weights).out
     assert video(tmp_path / "clip.mp4") == (5, (64, 96))
-    assert "embeddings from" in capsys.readouterr().out
 
 
 def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
@@ -121,7 +113,7 @@ def save_lora(path, module="blocks.0.attn1.to_q", expert=""):
 
 
 @pytest.mark.slow
-def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path, capsys):
+def test_loras_are_merged_into_the_stage_that_they_are_given_for(told, tmp_path):
     """LoRAs are merged at their strengths; the second expert takes its own tensors of a file for both."""
     weights, file, both = tmp_path / "weights", tmp_path / "lora.safetensors", tmp_path / "both.safetensors"
     save_weights(weights)
@@ -143,26 +135,23 @@ def test_loras_are_merged_into_the_stage_that_they_are_given_for(photo, tmp_path
         before, after = (getattr(components, part)().state_dict() for components in (plain, merged))
         assert relative_error(after[name], before.pop(name) + addition) < PARITY
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    options = [str(photo), "--weights", str(weights), "--size", "48x80", "--frames", "5", "--steps", "1", "--out"]
-    assert main([*options, str(tmp_path / "plain.mp4")]) == 0
-    capsys.readouterr()
-    assert main([*options, str(tmp_path / "merged.mp4"), *loras]) == 0
-    printed = capsys.readouterr().out
+    options = "--size 48x80 --frames 5 --steps 1 --weights"
+    told(options, weights, out="plain.mp4")
+    printed = told(options, weights, *loras, out="merged.mp4").out
     for part in (f"{file} at strength 0.5 on stage1\n", f"{both} at strength 0.1 on stage1_low_noise\n"):
         assert f"LoRA: {part}" in printed
     assert (tmp_path / "plain.mp4").read_bytes() != (tmp_path / "merged.mp4").read_bytes()
 
 
-def test_loras_that_do_not_fit_end_the_command_before_anything_runs(photo, tmp_path, capsys):
-    weights, out = tmp_path / "weights", tmp_path / "clip.mp4"
+def test_loras_that_do_not_fit_end_the_command_before_anything_runs(told, photo, tmp_path):
+    weights = tmp_path / "weights"
     save_weights(weights)
     save_lora(tmp_path / "good.safetensors")
     names = [f"blocks.0.{i}.lora_{kind}.weight" for i in range(11) for kind in "AB"]
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "bad.safetensors")
 
     def refused(message, *options, given=("--weights", str(weights))):
-        assert main([str(photo), "--out", str(out), *given, *options]) == 2
-        printed = capsys.readouterr().err
+        printed = told("", *given, *options, code=2).err
         assert printed.startswith(f"error: {message}")
         assert printed.count("\n") == 1
         return printed
@@ -190,49 +179,52 @@ def test_loras_that_do_not_fit_end_the_command_before_anything_runs(photo, tmp_p
 
 
 @pytest.mark.slow
-def test_a_prompt_without_an_encoder_is_said_not_to_be_used(photo, tmp_path, capsys):
-    options = ["--frames", "5", "--size", "32x32", "--prompt", "waves"]
-    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 0
-    assert "the prompt 'waves' is NOT used" in capsys.readouterr().out
+def test_a_prompt_without_an_encoder_is_said_not_to_be_used(told):
+    assert "the prompt 'waves' is NOT used" in told("--frames 5 --size 32x32 --prompt waves").out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "250x144"], "size: width and height must be multiples of 16, got 250x144; nearest: 256x144"),
-        (["--frames", "80"], "frames: expected 1 + 4n (5, 9, ... for 4), got 80; nearest: 81"),
-        (["--preset", "huge"], "preset: unknown 'huge'; choose one of tiny, tiny-vae22, 1.3b, 14b-1.3b, 5b"),
-        (["--weights", "nowhere"], "weights: nowhere does not exist"),
-        (["--text-embeddings", "nowhere"], "text-embeddings: nowhere does not exist"),
+        ("--size 250x144", "size: width and height must be multiples of 16, got 250x144; nearest: 256x144"),
+        ("--frames 80", "frames: expected 1 + 4n (5, 9, ... for 4), got 80; nearest: 81"),
+        ("--preset huge", "preset: unknown 'huge'; choose one of tiny, tiny-vae22, 1.3b, 14b-1.3b, 5b"),
+        ("--weights nowhere", "weights: nowhere does not exist"),
+        ("--text-embeddings nowhere", "text-embeddings: nowhere does not exist"),
     ],
 )
-def test_bad_options_are_one_line_and_leave_no_file(options, message, photo, tmp_path, capsys):
-    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+def test_bad_options_are_one_line_and_leave_no_file(options, message, told, tmp_path):
+    assert told(options, code=2).err == f"error: {message}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
-def test_weights_that_do_not_fit_are_named_before_anything_runs(photo, tmp_path, capsys):
-    weights = tmp_path / "weights"
-    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--weights", str(weights)]
+def test_weights_that_do_not_fit_are_named_before_anything_runs(told, tmp_path, monkeypatch):
+    """Weights and inputs that do not fit, or lack, are named before even the memory is planned."""
+
+    def planned(request):
+        raise AssertionError("memory was planned")
+
+    monkeypatch.setattr("model.generate.plan_memory", planned)
+    weights, text = tmp_path / "weights", tmp_path / "text.safetensors"
+
+    def refused(*options):
+        return told("--size 48x80 --weights", weights, *options, code=2).err
+
     weights.mkdir()
-    assert main(command) == 2
-    assert capsys.readouterr().err == f"error: weights: {weights} lacks stage1, stage2, vae; --help shows the layout\n"
+    assert refused() == f"error: weights: {weights} lacks stage1, stage2, vae; --help shows the layout\n"
     save_weights(weights, in_channels=9)
-    assert main(command) == 2
     message = "stage1: with a VAE of 4 channels its in_channels must be 4 or 12 and its out_channels 4, got 9 and 4"
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert refused() == f"error: {message}\n"
     save_weights(weights)
     saved_diffusers_dit(weights / "stage1_low_noise", in_channels=4, out_channels=4)
-    assert main(command) == 2
-    assert "stage1_low_noise must have the configuration of" in capsys.readouterr().err
+    assert "stage1_low_noise must have the configuration of" in refused()
     shutil.rmtree(weights / "stage1_low_noise")
+    save_file({"a": torch.full((3, 32), torch.inf)}, text)
+    assert refused("--text-embeddings", text) == f"error: text-embeddings: a in {text}: infinity\n"
     save_weights(weights, image_dim=20, added_kv_proj_dim=48)
-    assert main(command) == 2
-    assert "stage1 reads CLIP tokens, but there is no image_encoder" in capsys.readouterr().err
+    assert "stage1 reads CLIP tokens, but there is no image_encoder" in refused()
     save_weights(weights, text_dim=33)
-    assert main(command) == 2
-    assert "both stages must read the same text width, got [32, 33]" in capsys.readouterr().err
+    assert "both stages must read the same text width, got [32, 33]" in refused()
     assert not (tmp_path / "clip.mp4").exists()
 
 
@@ -250,27 +242,23 @@ def test_a_missing_extra_is_answered_with_the_pip_command(photo, tmp_path):
 
 
 @pytest.mark.slow
-def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(photo, tmp_path, capsys, monkeypatch):
-    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--frames", "5", "--size", "32x32"]
-
+def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(told, monkeypatch):
     def failing(*args, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr("model.pipeline.clip.make_motion", failing)
-    assert main(command) == 1
-    assert "error: out of memory in Stage I ([enforce fail] DefaultCPUAllocator: can't" in capsys.readouterr().err
+    printed = told("--frames 5 --size 32x32", code=1).err
+    assert "error: out of memory in Stage I ([enforce fail] DefaultCPUAllocator: can't" in printed
 
     def broken(*args, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr("model.pipeline.clip.make_motion", broken)
     with pytest.raises(RuntimeError, match="mat1"):
-        main([*command, "--restart"])
+        told("--frames 5 --size 32x32 --restart")
 
 
-def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys, monkeypatch):
-    import model.pipeline.clip as clip
-
+def test_an_interruption_keeps_the_frames_that_are_done(told, tmp_path, monkeypatch):
     sample = clip.sample_latents
 
     def interrupted(*args, **options):
@@ -280,9 +268,7 @@ def test_an_interruption_keeps_the_frames_that_are_done(photo, tmp_path, capsys,
             yield segment
 
     monkeypatch.setattr(clip, "sample_latents", interrupted)
-    options = ["--frames", "29", "--size", "48x32", "--steps", "1"]
-    assert main([str(photo), "--out", str(tmp_path / "clip.mp4"), *options]) == 130
-    assert "kept in" in capsys.readouterr().out
+    assert "kept in" in told("--frames 29 --size 48x32 --steps 1", code=130).out
     assert not (tmp_path / "clip.mp4").exists()
     assert video(tmp_path / "clip.partial.mp4")[0] == 25  # the anchor and two segments of three blocks
 
@@ -294,7 +280,7 @@ def films():
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "told", "kept"),
+    ("place", "call", "message", "kept"),
     [
         pytest.param(
             *("model.csg.denoiser.Denoiser.step", 2, "Stage I: NaN at step 2 of 2", ["inputs"]), marks=pytest.mark.slow
@@ -315,7 +301,7 @@ def films():
     ],
 )
 def test_results_that_are_not_finite_end_the_run_in_one_line_and_it_goes_on_from_what_is_good(
-    place, call, told, kept, films, photo, tmp_path, capsys, monkeypatch
+    place, call, message, kept, films, told, tmp_path, monkeypatch
 ):
     """Nothing bad is kept of a stage that gives NaN, and the run that goes on is the one that was never ended."""
     module, owner, name = place.rsplit(".", 2)
@@ -330,12 +316,11 @@ def test_results_that_are_not_finite_end_the_run_in_one_line_and_it_goes_on_from
         return made
 
     out, run = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    options = ["--frames", "17", "--size", "32x32", "--stage1-steps", "2", "--steps", "1"]
+    options = "--frames 17 --size 32x32 --stage1-steps 2 --steps 1"
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, poisoned)
-        assert main([str(photo), "--out", str(out), *options]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1] == f"error: {told}; likely cause: the random weights of this seed"
+        printed = told(options, code=2)
+    assert printed.err.splitlines()[-1] == f"error: {message}; likely cause: the random weights of this seed"
     assert f"--resume {run} goes on" in printed.out
     assert not out.exists()
     files = sorted(run.glob("*.safetensors"))
@@ -344,16 +329,15 @@ def test_results_that_are_not_finite_end_the_run_in_one_line_and_it_goes_on_from
     assert main(["--resume", str(run)]) == 0
     films.append(out.read_bytes())
     if len(films) == 1:
-        assert main([str(photo), "--out", str(tmp_path / "whole.mp4"), *options]) == 0
+        told(options, out="whole.mp4")
         films.append((tmp_path / "whole.mp4").read_bytes())
     assert films[0] == films[-1]
 
 
 def test_the_likely_cause_of_bad_results_is_what_is_known_of_the_run():
     def cause(dtype=torch.bfloat16, weights=Path("DIR"), quantize="auto", text=None, **loras):
-        components = SimpleNamespace(weights=weights)
-        arguments = {"quantize": quantize, "matmul": "plain", "text_embeddings": text}
-        return likely_cause(SimpleNamespace(dtype=dtype, components=components, loras=loras, arguments=arguments))
+        given = {"weights": weights, "quantize": quantize, "matmul": "plain", "text_embeddings": text}
+        return likely_cause(SimpleNamespace(torch_dtype=dtype, loras=loras, **given))
 
     lora = LoRA(Path("few.safetensors"), 8.0)
     assert "--dtype bfloat16" in cause(torch.float16, stage1=[lora])
@@ -362,22 +346,6 @@ def test_the_likely_cause_of_bad_results_is_what_is_known_of_the_run():
     assert cause() == "unsuitable weights in DIR"
     assert cause(text="t") == "unsuitable weights in DIR, or embeddings in t that are too large"
     assert cause(weights=None) == "the random weights of this seed"
-
-
-def test_what_is_missing_for_the_inputs_is_told_before_memory_is_planned(photo, tmp_path, capsys, monkeypatch):
-    def planned(request):
-        raise AssertionError("memory was planned")
-
-    monkeypatch.setattr("model.generate.plan_memory", planned)
-    command = [str(photo), "--out", str(tmp_path / "clip.mp4"), "--weights", str(tmp_path / "weights")]
-    text = tmp_path / "text.safetensors"
-    save_weights(tmp_path / "weights")
-    save_file({"a": torch.full((3, 32), torch.inf)}, text)
-    assert main([*command, "--size", "48x80", "--text-embeddings", str(text)]) == 2
-    assert capsys.readouterr().err == f"error: text-embeddings: a in {text}: infinity\n"
-    save_weights(tmp_path / "weights", image_dim=20)
-    assert main([*command, "--size", "48x80"]) == 2
-    assert "stage1 reads CLIP tokens, but there is no image_encoder" in capsys.readouterr().err
 
 
 def test_help_shows_examples_presets_and_the_layout_of_weights(capsys):

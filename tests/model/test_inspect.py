@@ -191,19 +191,6 @@ def test_a_lora_its_ranks_and_targets_and_whether_it_fits(tmp_path, capsys):
         inspect_checkpoint(file, saved(tmp_path / "none.safetensors", {"a": torch.zeros(1)}))
 
 
-def test_loras_that_do_not_load(tmp_path):
-    state = original()
-    dora = {"blocks.0.attn1.to_q.lora_magnitude_vector.weight": torch.zeros(128)}
-    report = inspect_checkpoint(saved(tmp_path / "dora.safetensors", lora(state, "blocks.0.self_attn.q") | dora))
-    assert (report.kind, report.exit_code) == ("LoRA", 1)
-    assert "is DoRA" in report.problem
-    flux = {f"double_blocks.{i}.img_mod.lin.lora_{kind}.weight": torch.zeros(4, 4) for i in range(30) for kind in "AB"}
-    report = inspect_checkpoint(saved(tmp_path / "flux.safetensors", flux))
-    assert report.exit_code == 1
-    assert report.problem.startswith("60 keys do not fit any Wan DiT (0 of 30 pairs")
-    assert report.problem.endswith("; and 40 more")
-
-
 def test_a_lora_of_both_experts(tmp_path):
     state = random_weights(WanDiT, DIT, 0).state_dict()
     both = {}
@@ -246,12 +233,53 @@ def test_other_models_are_called_by_name_and_said_not_to_load(key, prefix, tmp_p
     assert report.problem.startswith("this project's DiT has no ")
 
 
-def test_the_control_blocks_of_vace_alone_are_told_from_other_files(tmp_path):
-    """The control blocks of VACE are recognised without the rest of Wan; an audio projection alone is unknown."""
-    report = inspect_checkpoint(saved(tmp_path / "vace.safetensors", {"vace_blocks.0.norm3.bias": torch.zeros(2)}))
-    assert (report.kind, report.exit_code) == ("Wan VACE", 1)
-    report = inspect_checkpoint(saved(tmp_path / "audio.safetensors", {"audio_proj.weight": torch.zeros(2)}))
-    assert (report.kind, report.exit_code) == ("unknown", 2)
+def without(state, *words):
+    return {name: tensor for name, tensor in state.items() if not any(word in name for word in words)}
+
+
+DORA = {"blocks.0.attn1.to_q.lora_magnitude_vector.weight": torch.zeros(128)}
+FLUX = {f"double_blocks.{i}.img_mod.lin.lora_{kind}.weight": torch.zeros(4, 4) for i in range(30) for kind in "AB"}
+NVFP4 = {"blocks.0.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
+PIPELINE = {"first_stage_model.conv1.weight": torch.zeros(1), "text_encoders.umt5xxl.shared.weight": torch.zeros(1)}
+#: What is made of an original checkpoint, and what its report says: kind, exit code, and words of it.
+FILES = {
+    "a DoRA": (lambda state: lora(state, "blocks.0.self_attn.q") | DORA, "LoRA", 1, ["is DoRA"]),
+    "a LoRA of FLUX": (
+        *(lambda state: FLUX, "LoRA", 1),
+        ["60 keys do not fit any Wan DiT (0 of 30 pairs", "; and 40 more"],
+    ),
+    "VACE's control blocks alone": (lambda state: {"vace_blocks.0.norm3.bias": torch.zeros(2)}, "Wan VACE", 1, []),
+    "an audio projection alone": (lambda state: {"audio_proj.weight": torch.zeros(2)}, "unknown", 2, []),
+    "NVFP4": (
+        *(lambda state: state | NVFP4, "Wan DiT", 1),
+        ["I2V without CLIP", "is quantised as nvfp4 in blocks.0.ffn.0; expected floats", "quantised: 1 x nvfp4"],
+    ),
+    "tensors that lack": (
+        *(lambda state: without(state, "blocks.1.ffn.0.weight", "blocks.0.self_attn.q.bias"), "Wan DiT", 1),
+        ["missing blocks.0.attn1.to_q.bias (128,); missing blocks.1.ffn.net.0.proj.weight (96, 128)"],
+    ),
+    "wan-00001-of-00002": (
+        *(lambda state: without(state, "blocks.1", "blocks.0.self_attn.q.bias"), "Wan DiT", 1),
+        ["one shard of several; name their directory or .index.json"],
+    ),
+    "float8": (
+        *(lambda state: {name: tensor.to(torch.float8_e5m2) for name, tensor in state.items()}, "Wan DiT", 0),
+        ["names of the Wan repositories; float8 without scales; one file", " float8_e5m2\n"],
+    ),
+    "a pipeline": (
+        *(lambda state: {f"model.diffusion_model.{key}": state[key] for key in state} | PIPELINE, "Wan DiT", 0),
+        ["a whole pipeline in one file: DiT, VAE, text encoder"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_file_is_and_what_keeps_it_from_loading_is_said(name, tmp_path):
+    make, kind, exit_code, words = FILES[name]
+    report = inspect_checkpoint(saved(tmp_path / f"{name}.safetensors", make(original())))
+    assert (report.kind, report.exit_code, report.loads) == (kind, exit_code, exit_code == 0)
+    for word in words:
+        assert word in str(report)
 
 
 def test_a_vace_model_that_diffusers_saved(tmp_path):
@@ -264,38 +292,6 @@ def test_a_vace_model_that_diffusers_saved(tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLMochi"}))
     report = inspect_checkpoint(tmp_path / "other")
     assert (report.kind, report.exit_code) == ("AutoencoderKLMochi of diffusers", 1)
-
-
-def test_what_keeps_a_wan_checkpoint_from_loading_is_said(tmp_path):
-    state = original()
-    quantised = state | {"blocks.0.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
-    report = inspect_checkpoint(saved(tmp_path / "nvfp4.safetensors", quantised))
-    assert (report.kind, report.exit_code) == ("Wan DiT", 1)
-    assert report.description.startswith("I2V without CLIP")
-    assert "is quantised as nvfp4 in blocks.0.ffn.0; expected floats" in report.problem
-    assert "quantised: 1 x nvfp4" in report.layout
-    del state["blocks.1.ffn.0.weight"], state["blocks.0.self_attn.q.bias"]
-    report = inspect_checkpoint(saved(tmp_path / "lacking.safetensors", state))
-    assert report.exit_code == 1
-    assert "missing blocks.0.attn1.to_q.bias (128,); missing blocks.1.ffn.net.0.proj.weight (96, 128)" in report.problem
-    shard = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.1")}
-    report = inspect_checkpoint(saved(tmp_path / "wan-00001-of-00002.safetensors", shard))
-    assert (report.exit_code, report.problem) == (1, "one shard of several; name their directory or .index.json")
-
-
-def test_plain_float8_is_called_that(tmp_path):
-    state = {name: tensor.to(torch.float8_e5m2) for name, tensor in original().items()}
-    report = inspect_checkpoint(saved(tmp_path / "wan.safetensors", state))
-    assert report.layout == ("names of the Wan repositories", "float8 without scales", "one file")
-    assert report.dtypes == {"float8_e5m2": len(state)}
-
-
-def test_a_whole_pipeline_in_one_file(tmp_path):
-    state = {f"model.diffusion_model.{key}": tensor for key, tensor in original().items()}
-    state |= {"first_stage_model.conv1.weight": torch.zeros(1), "text_encoders.umt5xxl.shared.weight": torch.zeros(1)}
-    report = inspect_checkpoint(saved(tmp_path / "all.safetensors", state))
-    assert (report.kind, report.exit_code) == ("Wan DiT", 0)
-    assert "a whole pipeline in one file: DiT, VAE, text encoder" in report.layout
 
 
 def test_unreadable_and_unknown_files_exit_with_2(tmp_path, capsys):

@@ -24,6 +24,7 @@ import torch
 
 from model.generate import main
 from model.io.media import VideoWriter, reserved
+from model.pipeline import clip
 from model.resume.clip import MOST_PLANS
 from model.resume.state import RunState
 from tests.support.memory_requests import predict_nothing
@@ -101,178 +102,183 @@ def ended_after_a_piece(end_piece: Callable[[VideoWriter], None]) -> Callable[[V
     return ended
 
 
+class Run:
+    """A run in a room: its film, its folder, the command that begins it, and commands with what they print."""
+
+    def __init__(self, room: Path, kept: Path, photo: Path, whole: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self.room, self.photo, self._kept, self._whole, self._capsys = room, photo, kept, whole, capsys
+        self.out, self.state, self.partial = (room / f"clip.{end}" for end in ("mp4", "run", "partial.mp4"))
+        self.new = [str(photo), "--out", str(self.out), *OPTIONS]
+
+    def told(self, options: list[str], code: int = 0) -> tuple[str, str]:
+        """Runs a command line, which has to end with ``code``, and returns what it prints as output and as errors."""
+        self._capsys.readouterr()
+        assert main(options) == code
+        return self._capsys.readouterr()
+
+    def resumed(self, *options: str, code: int = 0) -> tuple[str, str]:
+        """Goes on with the run, as :meth:`told`."""
+        return self.told(["--resume", str(self.state), *options], code)
+
+    def ended_after(self, segment: int) -> Run:
+        """Begins the run and ends it as soon as a segment was saved, which is done once for all tests."""
+        copy = self._kept / str(segment)
+        if copy.exists():
+            shutil.copytree(copy, self.room, dirs_exist_ok=True)
+            return self
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, segment))
+            with pytest.raises(EndedError):
+                main(self.new)
+        shutil.copytree(self.room, copy)
+        return self
+
+    def is_whole(self, film: Path | None = None) -> bool:
+        """Returns whether the film is that of a run that nobody disturbs."""
+        return digest(film or self.out) == self._whole
+
+
 @pytest.fixture(scope="module")
-def ended_after_segment(tmp_path_factory: pytest.TempPathFactory, photo_file: Path) -> Callable[[int], Path]:
-    """A function that returns the folder of a run that ended as soon as segment ``number`` was saved.
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of one run after the other, whose paths are in its job, and one where runs that ended are kept."""
+    return tmp_path_factory.mktemp("room"), tmp_path_factory.mktemp("kept")
 
-    The run is begun once; then the folder is made again as it was.
-    """
-    room, kept = tmp_path_factory.mktemp("room"), tmp_path_factory.mktemp("kept")
 
-    def folder(number: int) -> Path:
-        shutil.rmtree(room)
-        copy = kept / str(number)
-        if not copy.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                predict_nothing(patch)
-                patch.setattr(RunState, "save_segment", ended_after(RunState.save_segment, number))
-                with pytest.raises(EndedError):
-                    main([str(photo_file), "--out", str(room / "clip.mp4"), *OPTIONS])
-            shutil.copytree(room, copy)
-            return room
-        return shutil.copytree(copy, room)
-
-    return folder
+@pytest.fixture
+def run(rooms: tuple[Path, Path], photo_file: Path, whole: str, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A run that is not begun, in an empty room."""
+    shutil.rmtree(rooms[0])
+    rooms[0].mkdir()
+    return Run(*rooms, photo_file, whole, capsys)
 
 
 def test_a_run_that_ends_whenever_something_is_saved_writes_the_same_file(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that ends at each of ten moments, and goes on each time, makes the film of an undisturbed run.
 
     Saved are the inputs, Stage I and the reference, then in turn pieces of the film and the segments after them.
     """
-    out, films = tmp_path / "clip.mp4", []
-    given = [str(photo_file), "--out", str(out), *OPTIONS]
-    while not out.exists():
+    films, given = [], run.new
+    while not run.out.exists():
         with monkeypatch.context() as patch:
             patch.setattr(VideoWriter, "end_piece", ended_after_a_piece(VideoWriter.end_piece))
             for method in ("save", "save_segment"):
                 patch.setattr(RunState, method, ended_after(getattr(RunState, method), 1))
             with suppress(EndedError):
                 assert main(given) == 0
-        partial, given = tmp_path / "clip.partial.mp4", ["--resume", str(tmp_path / "clip.run")]
-        films.append(frames_of(partial) if partial.exists() else 0)
+        given = ["--resume", str(run.state)]
+        films.append(frames_of(run.partial) if run.partial.exists() else 0)
         assert len(films) <= 11, "the run does not get on"
         printed = capsys.readouterr().out
         assert ("segments are there already" in printed) == (5 < len(films) < 11)
         assert "bit for bit" not in printed  # nothing about the machine has changed
     assert films == [0, 0, 0, 1, 1, 5, 5, 9, 9, 13, 0]
-    assert digest(out) == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    assert run.is_whole()
+    assert [path.name for path in run.room.iterdir()] == ["clip.mp4"]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on(whole: str, photo_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_goes_on(run: Run) -> None:
     """A run that is killed at random moments until it is through leaves readable files each time, and the same film."""
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-    draw, most = random.Random(1), 2
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    kills = 0
-    while not out.exists():
-        begun = (state / "job.json").exists()
-        given = ["--resume", str(state)] if begun else [str(photo_file), "--out", str(out), *OPTIONS]
+    draw, most, kills = random.Random(1), 2, 0
+    while not run.out.exists():
+        given = ["--resume", str(run.state)] if (run.state / "job.json").exists() else run.new
         process = subprocess.Popen(
-            [sys.executable, "-m", "model.generate", *given], env=environment, cwd=tmp_path,
+            [sys.executable, "-m", "model.generate", *given], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=run.room,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if kills < most:
             # From when the state appears on, most of the work is a second or two.
             deadline = time.monotonic() + 300
-            while process.poll() is None and not (state / "job.json").exists() and time.monotonic() < deadline:
+            while process.poll() is None and not (run.state / "job.json").exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 2.5))
             process.send_signal(signal.SIGKILL)
             kills += 1
         told, _ = process.communicate(timeout=600)
         assert process.returncode in (0, -signal.SIGKILL), told
-        partial = tmp_path / "clip.partial.mp4"
-        if partial.exists():
-            assert frames_of(partial) in FRAMES
-    assert digest(out) == whole
+        if run.partial.exists():
+            assert frames_of(run.partial) in FRAMES
+    assert run.is_whole()
 
 
 @pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
-def test_a_damaged_segment_is_named_and_the_run_starts_before_it(
-    number: int, whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    folder = ended_after_segment(3)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    file = state / f"segment-000{number}.safetensors"
+def test_a_damaged_segment_is_named_and_the_run_starts_before_it(number: int, run: Run) -> None:
+    file = run.ended_after(3).state / f"segment-000{number}.safetensors"
     data = bytearray(file.read_bytes())
     data[-7] ^= 1
     file.write_bytes(data)
-    capsys.readouterr()
-    assert main(["--resume", str(state), "--keep-state"]) == 0
-    printed = capsys.readouterr()
-    assert f"segment-000{number}.safetensors is damaged (sha256 differs)" in printed.out
-    there = f"{number - 1} of {SEGMENTS} segments are there already"
-    assert (there if number > 1 else "damaged") in printed.out
-    assert ("segments are there already" in printed.out) == (number > 1)
-    assert digest(out) == whole
+    printed, _ = run.resumed("--keep-state")
+    assert f"segment-000{number}.safetensors is damaged (sha256 differs)" in printed
+    assert (f"{number - 1} of {SEGMENTS} segments are there already" in printed) == (number > 1)
+    assert run.is_whole()
     # Complete, and kept: nothing is made again.
-    assert main(["--resume", str(state)]) == 0
-    assert "segment" not in capsys.readouterr().err
-    assert digest(out) == whole
-    assert not state.exists()
+    assert "segment" not in run.resumed()[1]
+    assert run.is_whole()
+    assert not run.state.exists()
 
 
-def test_a_damaged_reference_or_film_is_made_again(
-    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    folder = ended_after_segment(3)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    (state / "piece-0001.mp4").write_bytes(b"no film")
-    (state / "condition.safetensors").write_bytes(b"no tensors")
-    photo_file = photo_file.rename(photo_file.with_name("elsewhere.png"))
-    capsys.readouterr()
+def test_a_damaged_reference_or_film_is_made_again(run: Run) -> None:
+    """A piece of no film and one of another run, both damaged, and a reference are made again, without a photograph."""
+    run.ended_after(3)
+    with VideoWriter(run.room / "other.mp4", 48, 32, 16, pieces=run.room / "other") as writer:
+        for length in (1, 4):
+            writer.write(torch.zeros(length, 32, 48, 3, dtype=torch.uint8))
+            writer.end_piece()
+    run.photo.rename(run.photo.with_name("elsewhere.png"))
+    whole = (run.state / "condition.safetensors").read_bytes()
     try:
-        assert main(["--resume", str(state)]) == 0
+        for piece, reference, told in (
+            (b"no film", b"no tensors", ["piece-0001.mp4 is damaged", "condition.safetensors is damaged"]),
+            (
+                (run.room / "other" / "piece-0001.mp4").read_bytes(),
+                whole,
+                ["piece-0001.mp4 is damaged (sha256 differs)"],
+            ),
+        ):
+            (run.ended_after(3).state / "piece-0001.mp4").write_bytes(piece)
+            (run.state / "condition.safetensors").write_bytes(reference)
+            printed, errors = run.resumed()
+            assert all(line in printed for line in told)
+            assert "Stage I:" not in errors  # its latents were there
+            assert run.is_whole()
     finally:
-        photo_file.rename(photo_file.with_name("photo.png"))
-    printed = capsys.readouterr()
-    for part in ("piece-0001.mp4 is damaged", "condition.safetensors is damaged"):
-        assert part in printed.out
-    assert "Stage I:" not in printed.err  # its latents were there
-    assert digest(out) == whole
+        run.photo.with_name("elsewhere.png").rename(run.photo)
 
 
-def test_what_would_be_another_run_is_refused(
-    photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    folder = ended_after_segment(1)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    command = [str(photo_file), "--out", str(out), *OPTIONS]
-
-    def refused(*options: str) -> str:
-        capsys.readouterr()
-        assert main(list(options)) == 2
-        return capsys.readouterr().err
-
-    assert "resume: the run has its options; got --seed too" in refused("--resume", str(state), "--seed", "4")
-    assert "got --mode, --steps too" in refused("--resume", str(state), "--steps", "3", "--mode", "causal")
-    assert "resume: not together with --restart or --state" in refused("--resume", str(state), "--restart")
-    assert f"state: {state} holds a run; --resume {state} goes on with it, --restart begins anew" in refused(*command)
-    assert "run: nowhere does not exist" in refused("--resume", "nowhere")
-    assert "PHOTO and --out FILE.mp4 are needed, or --resume DIR" in refused("--out", str(out))
-    before = photo_file.read_bytes()
-    photo_file.write_bytes(before + b" ")
+def test_what_would_be_another_run_is_refused(run: Run) -> None:
+    run.ended_after(1)
+    state = ["--resume", str(run.state)]
+    for options, told in (
+        ([*state, "--seed", "4"], "resume: the run has its options; got --seed too"),
+        ([*state, "--steps", "3", "--mode", "causal"], "got --mode, --steps too"),
+        ([*state, "--restart"], "resume: not together with --restart or --state"),
+        (run.new, f"state: {run.state} holds a run; --resume {run.state} goes on with it, --restart begins anew"),
+        (["--resume", "nowhere"], "run: nowhere does not exist"),
+        (["--out", str(run.out)], "PHOTO and --out FILE.mp4 are needed, or --resume DIR"),
+    ):
+        assert told in run.told(options, 2)[1]
+    before = run.photo.read_bytes()
+    run.photo.write_bytes(before + b" ")
     try:
-        assert "resume: not what" in refused("--resume", str(state))
+        assert "resume: not what" in run.told(state, 2)[1]
     finally:
-        photo_file.write_bytes(before)
-    # Begun anew on demand.
-    assert main([*command, "--restart"]) == 0
-    assert not state.exists()
+        run.photo.write_bytes(before)
 
 
-def test_a_run_goes_on_where_everything_lies_elsewhere(
-    whole: str, photo_file: Path, tmp_path: Path, ended_after_segment: Callable[[int], Path]
-) -> None:
+def test_a_run_goes_on_where_everything_lies_elsewhere(run: Run, tmp_path: Path) -> None:
     """A run goes on at new paths, since its inputs are recognised by their fingerprints."""
-    state = (ended_after_segment(2) / "clip.run").rename(tmp_path / "moved run")
-    photo = tmp_path / "another name.png"
-    photo.write_bytes(photo_file.read_bytes())
-    assert main([str(photo), "--resume", str(state), "--out", str(tmp_path / "new" / "film.mp4")]) == 0
-    assert digest(tmp_path / "new" / "film.mp4") == whole
+    state = run.ended_after(2).state.rename(tmp_path / "moved run")
+    photo, film = tmp_path / "another name.png", tmp_path / "new" / "film.mp4"
+    photo.write_bytes(run.photo.read_bytes())
+    run.told([str(photo), "--resume", str(state), "--out", str(film)])
+    assert run.is_whole(film)
 
 
 @pytest.mark.slow
-def test_a_removal_that_is_broken_off_leaves_no_run(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_removal_that_is_broken_off_leaves_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The film is there, the rest is said to be of a finished run, and another run may begin in the folder."""
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
     with monkeypatch.context() as patch:
         remove = RunState.remove
 
@@ -282,33 +288,24 @@ def test_a_removal_that_is_broken_off_leaves_no_run(
 
         patch.setattr(RunState, "remove", broken_off)
         with pytest.raises(EndedError):
-            main([str(photo_file), "--out", str(out), *OPTIONS])
-    assert digest(out) == whole
-    capsys.readouterr()
-    assert main(["--resume", str(state)]) == 2
-    assert f"run: {state} is finished, and its video complete" in capsys.readouterr().err
-    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
-    assert not state.exists()
+            main(run.new)
+    assert run.is_whole()
+    assert f"run: {run.state} is finished, and its video complete" in run.resumed(code=2)[1]
+    run.told(run.new)
+    assert not run.state.exists()
 
 
-def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(
-    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    folder = ended_after_segment(1)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    command = [str(photo_file), "--out", str(out), *OPTIONS]
-    (state / "job.json").write_text("")
-    assert main(command) == 2
-    assert "--restart begins anew" in capsys.readouterr().err
-    assert main([*command, "--restart"]) == 0
-    assert digest(out) == whole
+def test_a_run_whose_job_cannot_be_read_can_be_begun_anew(run: Run) -> None:
+    (run.ended_after(1).state / "job.json").write_text("")
+    assert "--restart begins anew" in run.told(run.new, 2)[1]
+    run.told([*run.new, "--restart"])
+    assert run.is_whole()
+    assert not run.state.exists()
 
 
-def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
+def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(run: Run) -> None:
     """A job of the right sha256 with other types, values or sections than options give changes nothing."""
-    state = ended_after_segment(1) / "clip.run"
+    state = run.ended_after(1).state
     file = state / "job.json"
     stored = json.loads(file.read_text())
     before = {path.name: path.read_bytes() for path in state.iterdir()}
@@ -322,9 +319,7 @@ def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(
         sha256 = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         text = json.dumps({**stored, "job": job, "sha256": sha256})
         file.write_text(text)
-        capsys.readouterr()
-        assert main(["--resume", str(state)]) == 2
-        error = capsys.readouterr().err
+        error = run.resumed(code=2)[1]
         assert error[-1] == "\n"
         assert error[:-1].isprintable()
         assert {path.name: path.read_bytes() for path in state.iterdir()} == {**before, "job.json": text.encode()}
@@ -349,140 +344,90 @@ def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(
     assert "resume: not what" in refused("request")
 
 
-def test_inputs_that_are_made_again_are_kept_and_drop_nothing(
-    whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
+def test_inputs_that_are_made_again_are_kept_and_drop_nothing(run: Run) -> None:
     """Inputs, a reference and a segment of other shapes, with the right sha256, are damaged as empty files are."""
-    folder = ended_after_segment(2)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    with RunState.open(state) as run:
-        inputs = run.load("inputs")
+    with RunState.open(run.ended_after(2).state) as state:
+        inputs = state.load("inputs")
         del inputs["picture"]
-        run.restore("inputs", inputs)
-        run.restore("segment-0002", {"blocks": torch.ones(1, 16, 2, 4, 6)})
-    assert main(["--resume", str(state), "--keep-state"]) == 0
-    told = capsys.readouterr().out
+        state.restore("inputs", inputs)
+        state.restore("segment-0002", {"blocks": torch.ones(1, 16, 2, 4, 6)})
+    told, _ = run.resumed("--keep-state")
     assert "1 of 3 segments are there already" in told
     assert "segment-0002.safetensors is damaged (expected blocks [1, 16, 1, 4, 6] float32, got" in told
-    assert (state / "inputs.safetensors").stat().st_size > 1000
-    assert digest(out) == whole
+    assert (run.state / "inputs.safetensors").stat().st_size > 1000
+    assert run.is_whole()
 
 
-def test_a_piece_of_another_run_is_made_again(
-    whole: str, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    """A piece that is whole, but of another run or another number, does not get into the film."""
-    folder = ended_after_segment(3)
-    out, state = folder / "clip.mp4", folder / "clip.run"
-    with VideoWriter(folder / "other.mp4", 48, 32, 16, pieces=folder / "other") as writer:
-        for length in (1, 4):
-            writer.write(torch.zeros(length, 32, 48, 3, dtype=torch.uint8))
-            writer.end_piece()
-    (folder / "other" / "piece-0001.mp4").replace(state / "piece-0001.mp4")
-    assert main(["--resume", str(state)]) == 0
-    assert "piece-0001.mp4 is damaged (sha256 differs)" in capsys.readouterr().out
-    assert digest(out) == whole
-
-
-def test_two_runs_do_not_make_one_video(
-    whole: str, photo_file: Path, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
+def test_two_runs_do_not_make_one_video(run: Run) -> None:
     """Whoever comes second is refused before it makes anything, whether it is new or goes on with another state."""
-    folder = ended_after_segment(1)
-    state = (folder / "clip.run").rename(folder / "elsewhere")
-    before = sorted(folder.rglob("*"))
-    with reserved(folder / "clip.mp4"):
-        for options in (
-            ["--resume", str(state)],
-            [str(photo_file), "--out", str(folder / "clip.mp4"), *OPTIONS],
-            [str(photo_file), "--out", str(folder / "clip.mp4"), "--state", str(state), "--restart", *OPTIONS],
-        ):
-            assert main(options) == 2
-            assert "clip.mp4 is in use by another process" in capsys.readouterr().err
-    assert sorted(folder.rglob("*")) == before
-    assert main(["--resume", str(state)]) == 0
-    assert digest(folder / "clip.mp4") == whole
+    state = run.ended_after(1).state.rename(run.room / "elsewhere")
+    before = sorted(run.room.rglob("*"))
+    with reserved(run.out):
+        for options in (["--resume", str(state)], run.new, [*run.new, "--state", str(state), "--restart"]):
+            assert "clip.mp4 is in use by another process" in run.told(options, 2)[1]
+    assert sorted(run.room.rglob("*")) == before
+    run.told(["--resume", str(state)])
+    assert run.is_whole()
 
 
 @pytest.mark.slow
 def test_a_disk_without_room_ends_the_run_in_one_line_and_it_goes_on_later(
-    whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, state = tmp_path / "clip.mp4", tmp_path / "clip.run"
-
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "piece-0001.mp4")
 
     with monkeypatch.context() as patch:
         patch.setattr("model.io.media._sealed", full)
-        assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 1
-    printed = capsys.readouterr()
-    assert printed.err.endswith("error: disk: No space left on device: piece-0001.mp4\n")
-    assert f"--resume {state} goes on" in printed.out
-    assert main(["--resume", str(state)]) == 0
-    assert digest(out) == whole
+        printed, errors = run.told(run.new, 1)
+    assert errors.endswith("error: disk: No space left on device: piece-0001.mp4\n")
+    assert f"--resume {run.state} goes on" in printed
+    run.resumed()
+    assert run.is_whole()
 
 
-def test_another_machine_goes_on_and_says_what_that_means(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended_after_segment: Callable[[int], Path]
-) -> None:
-    folder = ended_after_segment(1)
-    out, state = folder / "clip.mp4", folder / "clip.run"
+def test_another_machine_goes_on_and_says_what_that_means(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.ended_after(1)
     monkeypatch.setattr("model.cli.request.device_name", lambda device: "another card")
-    capsys.readouterr()
-    assert main(["--resume", str(state)]) == 0
-    printed = capsys.readouterr().out
+    printed, _ = run.resumed()
     assert "will not be the same bit for bit" in printed
-    assert "now 'another card'" in printed or "now another card" in printed or 'now "another card"' in printed
-    assert frames_of(out) == FRAMES[-1]
+    assert 'now "another card"' in printed
+    assert frames_of(run.out) == FRAMES[-1]
 
 
 # Out of memory
 
 
-def short_of_memory(call: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """Returns ``call``, which runs out of memory ``times`` times before it works."""
-    left = times
+def short_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``call``, which runs out of memory before it works."""
+    tried = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        if left:
-            left -= 1
+    def works(*args: Any, **kwargs: Any) -> Any:
+        tried.append(1)
+        if len(tried) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
         return call(*args, **kwargs)
 
-    return run
+    return works
 
 
-@pytest.mark.parametrize(
-    ("place", "stage"),
-    [
-        pytest.param("model.pipeline.clip.make_reference", "reference", marks=pytest.mark.slow),
-        pytest.param("model.pipeline.clip.sample_latents", "decode", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), [("make_reference", "reference"), ("sample_latents", "decode")])
 def test_a_run_out_of_memory_is_planned_anew_and_goes_on(
-    place: str, stage: str, whole: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str, stage: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The message names the stage and what held the memory, and what was finished before is not made again."""
     monkeypatch.undo()  # predictions matter here
-    module, _, name = place.rpartition(".")
-    call = getattr(sys.modules[module], name)
-    monkeypatch.setattr(place, short_of_memory(call, 1))
-    out = tmp_path / "clip.mp4"
-    assert main([str(photo_file), "--out", str(out), *OPTIONS]) == 0
-    printed = capsys.readouterr()
-    assert f"out of memory in {stage} (CUDA out of memory. Tried to allocate 2.00 GiB.)" in printed.out
-    assert "predicted for" in printed.out
-    assert f"planned anew, 1 of at most {MOST_PLANS - 1} times" in printed.out
-    assert printed.err.count("Stage I: 100%") <= 2  # a bar is drawn twice at its end
-    assert frames_of(out) == FRAMES[-1]
+    monkeypatch.setattr(clip, name, short_of_memory(getattr(clip, name)))
+    printed, errors = run.told(run.new)
+    assert f"out of memory in {stage} (CUDA out of memory. Tried to allocate 2.00 GiB.)" in printed
+    assert "predicted for" in printed
+    assert f"planned anew, 1 of at most {MOST_PLANS - 1} times" in printed
+    assert errors.count("Stage I: 100%") <= 2  # a bar is drawn twice at its end
+    assert frames_of(run.out) == FRAMES[-1]
 
 
-def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
-    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_machine_that_is_full_is_planned_for_with_less_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new plan takes less of the machine, not of the card, which would put more on the machine.
 
     There is no smaller plan here, so the run ends.
@@ -496,19 +441,17 @@ def test_a_machine_that_is_full_is_planned_for_with_less_of_it(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("model.pipeline.clip.make_reference", full)
+    monkeypatch.setattr(clip, "make_reference", full)
     monkeypatch.setattr("model.resume.clip.find_plan", none)
-    assert main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS]) == 1
+    _, errors = run.told(run.new, 1)
     ((vram, ram),) = wanted
     assert vram is None
     assert 1e9 < ram < 4e9
-    assert "predicted of the machine's memory" in capsys.readouterr().err
+    assert "predicted of the machine's memory" in errors
 
 
 @pytest.mark.slow
-def test_it_never_loops(
-    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_never_loops(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that never has enough memory tries a bounded number of plans and keeps what was made."""
     monkeypatch.undo()  # predictions matter here
     tried = []
@@ -517,12 +460,11 @@ def test_it_never_loops(
         tried.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("model.pipeline.clip.sample_latents", never)
-    assert main([str(photo_file), "--out", str(tmp_path / "clip.mp4"), *OPTIONS]) == 1
-    printed = capsys.readouterr()
+    monkeypatch.setattr(clip, "sample_latents", never)
+    printed, errors = run.told(run.new, 1)
     assert 1 <= len(tried) <= MOST_PLANS
-    assert "\nerror: out of memory in decode (CUDA out of memory.)" in printed.err
-    assert f"--resume {tmp_path / 'clip.run'} goes on" in printed.out
+    assert "\nerror: out of memory in decode (CUDA out of memory.)" in errors
+    assert f"--resume {run.state} goes on" in printed
     monkeypatch.undo()
-    assert main(["--resume", str(tmp_path / "clip.run")]) == 0
-    assert frames_of(tmp_path / "clip.mp4") == FRAMES[-1]
+    run.resumed()
+    assert frames_of(run.out) == FRAMES[-1]

@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -151,7 +149,11 @@ def test_a_folder_without_a_readable_job_is_explained(tmp_path):
 
 
 def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
+    """Neither while somebody works on it, nor later, nor where something is left of it."""
     state.save_segment(1, torch.ones(2))
+    for attempt in (RunState.open, RunState.discard, lambda folder: RunState.create(folder, JOB)):
+        with pytest.raises(InputError, match=rf"in use by another process \({os.getpid()}\)"):
+            attempt(tmp_path / "run")
     state.close()
     with pytest.raises(InputError, match=r"already holds job\.json, segment-0001\.safetensors: resume"):
         RunState.create(tmp_path / "run", JOB)
@@ -166,21 +168,6 @@ def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
     # The lock of the failed attempts is free again.
     (tmp_path / "run" / "segment-0001.safetensors").unlink()
     RunState.create(tmp_path / "run", JOB).close()
-
-
-# Two at a time
-
-
-@pytest.mark.slow
-def test_two_processes_do_not_work_on_one_run(tmp_path, state):
-    code = f"from model.resume.state import RunState; RunState.open({str(tmp_path / 'run')!r})"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f"is in use by another process ({os.getpid()})" in other.stderr
-    for attempt in (lambda: RunState.open(tmp_path / "run"), lambda: RunState.create(tmp_path / "run", JOB)):
-        with pytest.raises(InputError, match=rf"in use by another process \({os.getpid()}\)"):
-            attempt()
-    state.close()
-    RunState.open(tmp_path / "run").close()
 
 
 # What is not of a run
@@ -276,7 +263,7 @@ def test_tensors_come_back_bit_for_bit(state):
     state.save("condition", given)
     same(state.load("condition"), given)
     assert state.load("motion") is None
-    assert state.finished_segments([(1,)]) == ([], [])
+    assert state.finished_segments([(1,)]) == state.damaged == []
 
 
 @pytest.mark.parametrize("name", ["other", "segment-1", "segment-0000", "../motion", "motion.safetensors", ""])
@@ -370,20 +357,17 @@ def test_segments_are_there_up_to_the_first_that_is_damaged(state):
     for number, given in enumerate(blocks, start=1):
         state.save_segment(number, given)
     shapes = [(1, 2, 3)] * 5
-    assert len(state.finished_segments(shapes[:4])[0]) == 4  # the run has no more
-    segments, problems = state.finished_segments(shapes)
-    assert torch.equal(torch.stack(segments), torch.stack(blocks))
-    assert problems == []
+    assert len(state.finished_segments(shapes[:4])) == 4  # the run has no more
+    assert torch.equal(torch.stack(state.finished_segments(shapes)), torch.stack(blocks))
+    assert state.damaged == []
     path = state.folder / "segment-0003.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    segments, problems = state.finished_segments(shapes)
-    assert len(segments) == 2
-    assert problems == ["segment-0003.safetensors is damaged (sha256 differs); starting from segment 3"]
-    assert (state.folder / "segment-0003.safetensors.damaged").read_bytes() == data
-    segments, problems = state.finished_segments(shapes)
-    assert (len(segments), problems) == (2, [])
+    for _ in range(2):
+        assert len(state.finished_segments(shapes)) == 2
+        assert state.damaged == ["segment-0003.safetensors is damaged (sha256 differs); starting from segment 3"]
+        assert (state.folder / "segment-0003.safetensors.damaged").read_bytes() == data
 
 
 def test_what_was_made_from_something_that_is_saved_again_is_dropped(state):
