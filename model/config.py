@@ -30,14 +30,14 @@ def _check_list(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         raise InputError(f"{name}: expected a finite number (of float32), got {value!r}")
+    return value
 
 
 def _check_above_zero(name: str, value: Any) -> None:
-    _check_number(name, value)
-    if value < _SMALLEST:
+    if _check_number(name, value) < _SMALLEST:
         raise InputError(f"{name}: expected a number above 0 (at least {_SMALLEST:.2g}), got {value!r}")
 
 
@@ -117,21 +117,17 @@ class DiTConfig:
         if added is not None and added != heads * head_dim:
             raise InputError(f"added_kv_proj_dim: expected the model width {heads * head_dim}, got {added}")
         in_channels = config.get("in_channels", 16)
+        # What diffusers takes where nothing is said is not all what Wan2.1 T2V-1.3B has.
+        given = {"num_layers": 40, "ffn_dim": 13824, **config}
+        alike = ("text_dim", "freq_dim", "cross_attn_norm", "eps", "image_dim", "pos_embed_seq_len")
         return cls(
             num_heads=heads,
             head_dim=head_dim,
-            num_layers=config.get("num_layers", 40),
-            ffn_dim=config.get("ffn_dim", 13824),
             in_channels=in_channels,
             out_channels=config.get("out_channels", 16) or in_channels,
-            text_dim=config.get("text_dim", 4096),
-            freq_dim=config.get("freq_dim", 256),
             patch_size=_check_list("patch_size", config.get("patch_size", (1, 2, 2))),
-            cross_attn_norm=config.get("cross_attn_norm", True),
-            eps=config.get("eps", 1e-6),
-            image_dim=config.get("image_dim"),
             added_kv=added is not None,
-            pos_embed_seq_len=config.get("pos_embed_seq_len"),
+            **{name: given[name] for name in ("num_layers", "ffn_dim", *alike) if name in given},
         )
 
 
@@ -256,21 +252,17 @@ class VAEConfig:
                 f"in_channels, out_channels: expected {folded} (RGB at patch_size {patch_size}),"
                 f" got {given} and {config.get('out_channels', 3)}"
             )
-        base_dim = config.get("base_dim", 96)
+        lists = ("dim_mult", "latents_mean", "latents_std")
+        given = {name: config[name] for name in ("base_dim", "z_dim", "num_res_blocks") if name in config}
+        given |= {name: _check_list(name, config[name]) for name in lists if name in config}
+        temporal = "temperal_downsample"
         return cls(
-            base_dim=base_dim,
-            decoder_base_dim=config.get("decoder_base_dim") or base_dim,
-            z_dim=config.get("z_dim", 16),
-            dim_mult=_check_list("dim_mult", config.get("dim_mult", (1, 2, 4, 4))),
-            num_res_blocks=config.get("num_res_blocks", 2),
-            temporal_downsample=_check_list(
-                "temperal_downsample", config.get("temperal_downsample", (False, True, True))
-            ),
+            decoder_base_dim=config.get("decoder_base_dim") or config.get("base_dim", 96),
+            temporal_downsample=_check_list(temporal, config.get(temporal, cls.temporal_downsample)),
             residual=config.get("is_residual", False),
             patch_size=patch_size,
             pixel_channels=folded,
-            latents_mean=_check_list("latents_mean", config.get("latents_mean", VAE_LATENT_STATISTICS[16][0])),
-            latents_std=_check_list("latents_std", config.get("latents_std", VAE_LATENT_STATISTICS[16][1])),
+            **given,
         )
 
 
@@ -278,14 +270,14 @@ class VAEConfig:
 class Preset:
     """The two stages of a pipeline and the size at which it is meant to run (pixels, frames, frames a second)."""
 
+    description: str
     stage_one: DiTConfig
     stage_two: DiTConfig
     vae: VAEConfig
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    description: str
+    width: int = 2560
+    height: int = 1408
+    num_frames: int = 81
+    fps: int = 16
 
 
 def stage_two_config(base: DiTConfig) -> DiTConfig:
@@ -310,54 +302,40 @@ _DIT_TINY = DiTConfig(num_heads=2, head_dim=64, num_layers=2, ffn_dim=256, text_
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
+        "both stages tiny, Wan2.1 VAE shape; for CPUs",
         stage_one=stage_two_config(_DIT_TINY),
         stage_two=stage_two_config(_DIT_TINY),
         vae=VAEConfig(base_dim=4, decoder_base_dim=4),
         width=256,
         height=144,
-        num_frames=81,
-        fps=16,
-        description="both stages tiny, Wan2.1 VAE shape; for CPUs",
     ),
     "tiny-vae22": Preset(
+        "both stages tiny, Wan2.2 VAE shape; for CPUs",
         stage_one=replace(_DIT_TINY, in_channels=48, out_channels=48),
         stage_two=stage_two_config(replace(_DIT_TINY, out_channels=48)),
         vae=replace(_VAE_22, base_dim=4, decoder_base_dim=4),
         width=256,
         height=160,
-        num_frames=81,
         fps=24,
-        description="both stages tiny, Wan2.2 VAE shape; for CPUs",
     ),
     "1.3b": Preset(
+        "Stage I and Stage II of 1.3B, Wan2.1 VAE",
         stage_one=stage_two_config(_DIT_1B),
         stage_two=stage_two_config(_DIT_1B),
         vae=VAEConfig(),
-        width=2560,
-        height=1408,
-        num_frames=81,
-        fps=16,
-        description="Stage I and Stage II of 1.3B, Wan2.1 VAE",
     ),
     "14b-1.3b": Preset(
+        "Stage I of 14B (Wan2.2 I2V-A14B shape), Stage II of 1.3B, Wan2.1 VAE",
         stage_one=_DIT_14B,
         stage_two=stage_two_config(_DIT_1B),
         vae=VAEConfig(),
-        width=2560,
-        height=1408,
-        num_frames=81,
-        fps=16,
-        description="Stage I of 14B (Wan2.2 I2V-A14B shape), Stage II of 1.3B, Wan2.1 VAE",
     ),
     "5b": Preset(
+        "Stage I and Stage II of 5B (Wan2.2 TI2V shape), Wan2.2 VAE",
         stage_one=_DIT_5B,
         stage_two=stage_two_config(_DIT_5B),
         vae=_VAE_22,
-        width=2560,
-        height=1408,
-        num_frames=81,
         fps=24,
-        description="Stage I and Stage II of 5B (Wan2.2 TI2V shape), Wan2.2 VAE",
     ),
 }
 

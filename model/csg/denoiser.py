@@ -18,7 +18,6 @@ from torch import Tensor
 from model.csg.schedule import NUM_TRAIN_TIMESTEPS
 from model.dit.model import WanDiT, WindowTensors
 from model.dit.parts import KeyValue
-from model.dit.workspace import Workspace
 from swifti2v_kernels import Rope3D, rope_3d
 
 
@@ -76,7 +75,7 @@ class _Kind:
     #: 1 for blocks at the present timestep, 0 for those at timestep 0.
     noisy: Tensor
     step: Tensor
-    memory: tuple[KeyValue, ...] | None
+    memory: Sequence[KeyValue] | None
 
 
 class Denoiser:
@@ -91,7 +90,6 @@ class Denoiser:
         sigmas: noise levels from 1 to 0.
         max_blocks: the largest number of blocks that a window has.
         cuda_graph: whether steps may be captured as CUDA graphs.
-        workspace: the workspace of another denoiser for the same model size and windows, to be shared.
     """
 
     def __init__(
@@ -105,7 +103,6 @@ class Denoiser:
         sigmas: Sequence[float],
         max_blocks: int,
         cuda_graph: bool = True,
-        workspace: Workspace | None = None,
     ) -> None:
         self.dit, self.latents, self.reference = dit, latents, reference
         # A captured step would wait for copies of weights where it begins, and not where it needs them.
@@ -118,15 +115,7 @@ class Denoiser:
         self._deltas = [after - sigma for sigma, after in pairwise(sigmas)]
         (height, width), patch = latents.shape[3:], dit.config.patch_size
         self._grid = height // patch[1], width // patch[2]
-        self.workspace = workspace or Workspace.plan(
-            dit.config,
-            1,
-            max_blocks,
-            self._grid[0] * self._grid[1],
-            dtype=dit.dtype,
-            device=latents.device,
-            eight_bits=dit.eight_bits,
-        )
+        self.workspace = dit.workspace(latents, max_blocks)
         self._kinds: dict[Hashable, _Kind] = {}
         self._key: Hashable = None
 
@@ -155,7 +144,7 @@ class Denoiser:
             raise ValueError(f"blocks, slots, mask: expected one entry a block each, got {given}")
         self._key = (tuple(slots), tuple(mask), len(remembered))
         if self._key not in self._kinds:
-            memory = self._new_memory(len(remembered)) if remembered else None
+            memory = self.dit.new_memory(self.latents, len(remembered)) if remembered else None
             self._kinds[self._key] = self._new_kind(slots, mask, memory)
         kind = self._kinds[self._key]
         self._place(kind.tensors, blocks)
@@ -179,26 +168,10 @@ class Denoiser:
         torch.mul(kind.noisy, i + 1, out=kind.tensors.modulation_index)
         kind.step.fill_(self._deltas[i])
         memory = None if kind.memory is None else self.dit.split_heads(kind.memory)
+        given = kind.tensors, self.context, self.modulation, self.workspace
+        self.graphs.run(self._key, lambda: self.dit.run(*given, out=self.latents, step=kind.step, memory=memory))
 
-        def run() -> None:
-            self.dit.run(
-                kind.tensors,
-                self.context,
-                self.modulation,
-                self.workspace,
-                out=self.latents,
-                step=kind.step,
-                memory=memory,
-            )
-
-        self.graphs.run(self._key, run)
-
-    def _new_kind(
-        self,
-        slots: Sequence[int],
-        mask: Sequence[float],
-        memory: tuple[KeyValue, ...] | None,
-    ) -> _Kind:
+    def _new_kind(self, slots: Sequence[int], mask: Sequence[float], memory: Sequence[KeyValue] | None) -> _Kind:
         device = self.latents.device
 
         def index(values: Sequence[int]) -> Tensor:
@@ -217,14 +190,6 @@ class Denoiser:
             targets=tuple(i for i, slot in enumerate(slots) if slot >= 0),
         )
         return _Kind(window, noisy, torch.zeros(1, dtype=torch.float32, device=device), memory)
-
-    def _new_memory(self, num_blocks: int) -> tuple[KeyValue, ...]:
-        shape = 1, num_blocks * self._grid[0] * self._grid[1], self.dit.config.dim
-
-        def empty() -> Tensor:
-            return torch.empty(shape, dtype=self.dit.dtype, device=self.latents.device)
-
-        return tuple((empty(), empty()) for _ in self.dit.blocks)
 
     def _rope(self, blocks: Sequence[int]) -> Rope3D:
         return rope_3d(blocks, *self._grid, self.dit.config.head_dim, device=self.latents.device)

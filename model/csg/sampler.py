@@ -32,19 +32,8 @@ from model.csg.denoiser import Denoiser
 from model.dit.model import WanDiT
 from model.errors import InputError
 from model.machine.finite import Finite
-from swifti2v_kernels import SegmentPlan, Window, block_noise
-
-__all__ = [
-    "MODES",
-    "STAGE",
-    "SegmentPlan",
-    "StepCallback",
-    "Window",
-    "check_channels",
-    "plan_for",
-    "plan_segments",
-    "sample_latents",
-]
+from swifti2v_kernels import SegmentPlan, block_noise
+from swifti2v_kernels import Window as Window  # for those who import the plan from here
 
 #: ``end_to_end``: one window of all blocks. ``bidirectional``: conditioning and noisy blocks of a window attend to each
 #: other. ``causal``: conditioning blocks see conditioning blocks only, so their keys and values are made
@@ -162,52 +151,42 @@ def sample_latents(
     check_channels(dit.config, reference.shape[1])
     if not 0 <= done <= len(plan):
         raise InputError(f"done: expected 0..{len(plan)} segments, got {done}")
-    return _segments(dit, reference, (text, image), plan, sigmas, seed, mode, on_step, cuda_graph, done)
 
+    def segments() -> Iterator[Tensor]:
+        _, z, _, height, width = reference.shape
+        windows = list(plan)
+        slots = max(len(window.noisy) for window in windows)
+        latents = reference.new_empty(1, z, slots, height, width)
+        # The causal mode runs conditioning and noisy blocks in passes of their own.
+        passes = [(w.conditioning, w.noisy) if mode == "causal" else (w.blocks,) for w in windows]
+        denoiser = Denoiser(
+            dit,
+            text,
+            image,
+            latents=latents,
+            reference=reference,
+            sigmas=sigmas,
+            max_blocks=max(len(blocks) for window in passes for blocks in window),
+            cuda_graph=cuda_graph,
+        )
+        for segment, window in enumerate(windows[done:], start=done + 1):
+            num_given, num_noisy = len(window.conditioning), len(window.noisy)
+            x = latents[:, :, :num_noisy]
+            x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))
+            noisy = tuple(range(num_noisy))
+            if mode == "causal":
+                # Conditioning blocks do not see the noisy ones, so their keys and values are made once a segment.
+                denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
+            else:
+                denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
+            finite = Finite(f"Stage II, segment {segment} of {len(windows)}")
+            for step in range(len(sigmas) - 1):
+                denoiser.step(step)
+                finite.note(x, f"at step {step + 1} of {len(sigmas) - 1}")
+                if on_step is not None:
+                    on_step(segment, len(windows), step + 1, len(sigmas) - 1)
+            finite.check()
+            reference[:, :, list(window.noisy)] = x
+            yield x.clone()
 
-def _segments(
-    dit: WanDiT,
-    reference: Tensor,
-    context: tuple[Tensor, Tensor | None],
-    plan: SegmentPlan,
-    sigmas: Sequence[float],
-    seed: int,
-    mode: str,
-    on_step: StepCallback | None,
-    cuda_graph: bool,
-    done: int,
-) -> Iterator[Tensor]:
-    _, z, _, height, width = reference.shape
-    windows = list(plan)
-    slots = max(len(window.noisy) for window in windows)
-    latents = reference.new_empty(1, z, slots, height, width)
-    # The causal mode runs conditioning and noisy blocks in passes of their own.
-    passes = [(w.conditioning, w.noisy) if mode == "causal" else (w.blocks,) for w in windows]
-    denoiser = Denoiser(
-        dit,
-        *context,
-        latents=latents,
-        reference=reference,
-        sigmas=sigmas,
-        max_blocks=max(len(blocks) for window in passes for blocks in window),
-        cuda_graph=cuda_graph,
-    )
-    for segment, window in enumerate(windows[done:], start=done + 1):
-        num_given, num_noisy = len(window.conditioning), len(window.noisy)
-        x = latents[:, :, :num_noisy]
-        x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))
-        noisy = tuple(range(num_noisy))
-        if mode == "causal":
-            # Conditioning blocks do not see the noisy ones, so their keys and values are made once a segment.
-            denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
-        else:
-            denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
-        finite = Finite(f"Stage II, segment {segment} of {len(windows)}")
-        for step in range(len(sigmas) - 1):
-            denoiser.step(step)
-            finite.note(x, f"at step {step + 1} of {len(sigmas) - 1}")
-            if on_step is not None:
-                on_step(segment, len(windows), step + 1, len(sigmas) - 1)
-        finite.check()
-        reference[:, :, list(window.noisy)] = x
-        yield x.clone()
+    return segments()

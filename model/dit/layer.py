@@ -48,6 +48,8 @@ class DiTLayer(nn.Module):
     ) -> None:
         """Computes the layer for the given parts of a window, in place.
 
+        The residual stream of a part crosses memory at three updates only.
+
         Args:
             x: the window's residual stream ``[B, L, C]``; updated in its parts.
             n: the norm of ``x`` for this layer, ``[B, L, C]``; overwritten in the parts with that for the next layer.
@@ -62,61 +64,35 @@ class DiTLayer(nn.Module):
             workspace: buffers ``a``, ``b`` and ``hidden``.
         """
         own = self.attn1.keys_values(n, rope, *kept)
+        inner_up, inner_down = self.ffn.net[0].proj, self.ffn.net[2]
         for part in parts:
             batch = slice(part.batch, part.batch + 1)
             sources, groups = (
                 [(k[batch], v[batch]) for k, v in pairs]
                 for pairs in ([own] if memory is None else [memory, own], context)
             )
-            self.part(
-                *(part_of(y, batch, part.start, part.stop) for y in (x, n)),
-                sources,
-                [[pair] for pair in groups],
-                rope,
-                part.start,
-                modulation[batch],
-                None if following is None else following[batch],
-                block_map[part.first : part.last],
-                workspace,
-            )
-
-    def part(
-        self,
-        x: Tensor,
-        n: Tokens,
-        sources: Sequence[KeyValue],
-        context: Sequence[Sequence[KeyValue]],
-        rope: Rope3D,
-        start: int,
-        modulation: Tensor,
-        following: Tensor | None,
-        block_map: Tensor,
-        workspace: Workspace,
-    ) -> None:
-        """Computes the layer for tokens ``[1, m, C]``, those from the window's ``start`` on, in place.
-
-        The residual stream crosses memory at three updates only.
-        """
-        _, _, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
-        rows = {"block_map": block_map, "eps": self.eps, "inplace": True}
-        update = self.attn1.attend(n, [sources], rope, start, workspace)
-        query: Tokens
-        if self.norm2 is None:
-            query = workspace.take("b", *x.shape)
-            query.copy_(gated_residual(x, update, gate, block_map=block_map, inplace=True))
-        else:
-            query = workspace.normed("b", *x.shape)
-            affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
-            gated_residual_norm_modulate(x, update, gate, **affine, **rows, **written_to(query))
-        update = self.attn2.attend(query, context, None, 0, workspace)
-        y = workspace.normed("b", *x.shape)
-        gated_residual_norm_modulate(x, update, None, ff_shift, ff_scale, **rows, **written_to(y))
-        up, down = self.ffn.net[0].proj, self.ffn.net[2]
-        hidden = workspace.take("hidden", *x.shape[:2], up.bias.shape[0])
-        linear_into(up, y, hidden, workspace, "gelu_tanh")
-        update = linear_into(down, hidden, workspace.take("a", *x.shape), workspace)
-        if following is None:
-            gated_residual(x, update, ff_gate, block_map=block_map, inplace=True)
-        else:
-            shift, scale = following[:, :, 0], following[:, :, 1]
-            gated_residual_norm_modulate(x, update, ff_gate, shift, scale, **rows, **written_to(n))
+            tokens, normed = (part_of(y, batch, part.start, part.stop) for y in (x, n))
+            _, _, gate, ff_shift, ff_scale, ff_gate = modulation[batch].unbind(2)
+            rows = {"block_map": block_map[part.first : part.last], "inplace": True}
+            update = self.attn1.attend(normed, [sources], rope, part.start, workspace)
+            query: Tokens
+            if self.norm2 is None:
+                query = workspace.take("b", *tokens.shape)
+                query.copy_(gated_residual(tokens, update, gate, **rows))
+            else:
+                query = workspace.normed("b", *tokens.shape)
+                affine = {"weight": self.norm2.weight, "bias": self.norm2.bias, "eps": self.eps}
+                gated_residual_norm_modulate(tokens, update, gate, **affine, **rows, **written_to(query))
+            update = self.attn2.attend(query, [[pair] for pair in groups], None, 0, workspace)
+            y = workspace.normed("b", *tokens.shape)
+            options = {"eps": self.eps, **rows, **written_to(y)}
+            gated_residual_norm_modulate(tokens, update, None, ff_shift, ff_scale, **options)
+            hidden = workspace.take("hidden", *tokens.shape[:2], inner_up.bias.shape[0])
+            linear_into(inner_up, y, hidden, workspace, "gelu_tanh")
+            update = linear_into(inner_down, hidden, workspace.take("a", *tokens.shape), workspace)
+            if following is None:
+                gated_residual(tokens, update, ff_gate, **rows)
+            else:
+                shift, scale = following[batch, :, 0], following[batch, :, 1]
+                options = {"eps": self.eps, **rows, **written_to(normed)}
+                gated_residual_norm_modulate(tokens, update, ff_gate, shift, scale, **options)

@@ -199,18 +199,10 @@ class WanDiT(nn.Module):
         head = self.scale_shift_table.to(wide) + embedding.unsqueeze(2).to(wide)
         return Modulation(tables.to(wide) + rows.to(wide), head)
 
-    def workspace(self, window: WindowTensors) -> Workspace:
-        """Returns a workspace for :meth:`run` on ``window``, and on any with no more blocks of the same size."""
-        batch, num_blocks = window.latents.shape[0], window.latent_index.shape[0]
-        return Workspace.plan(
-            self.config,
-            batch,
-            num_blocks,
-            self._block_len(window),
-            dtype=self.dtype,
-            device=window.latents.device,
-            eight_bits=self.eight_bits,
-        )
+    def workspace(self, latents: Tensor, num_blocks: int) -> Workspace:
+        """Returns a workspace for :meth:`run` on up to ``num_blocks`` blocks of the size of ``latents``."""
+        options = {"dtype": self.dtype, "device": latents.device, "eight_bits": self.eight_bits}
+        return Workspace.plan(self.config, latents.shape[0], num_blocks, self._block_len(latents), **options)
 
     def run(
         self,
@@ -244,7 +236,7 @@ class WanDiT(nn.Module):
         if torch.is_grad_enabled() and self.proj_out.weight.requires_grad:
             raise RuntimeError("WanDiT is for inference: call it under torch.no_grad(), or requires_grad_(False) it")
         config, batch = self.config, window.latents.shape[0]
-        num_blocks, block_len = window.latent_index.shape[0], self._block_len(window)
+        num_blocks, block_len = window.latent_index.shape[0], self._block_len(window.latents)
         shape = batch, num_blocks * block_len, config.dim
         x, n = workspace.take("x", *shape), workspace.normed("n", *shape)
         embed_window(
@@ -318,10 +310,9 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        window, modulation = self._plain(latents, timestep, block_index)
-        self._check_context(text, image, latents.shape[0])
+        given = self._plain(latents, timestep, text, image, block_index, range(latents.shape[2]))
         out = latents.new_empty(latents.shape[0], self.config.out_channels, *latents.shape[2:], dtype=self.dtype)
-        self.run(window, self.context(text, image), modulation, self.workspace(window), out=out, memory=memory)
+        self.run(*given, out=out, memory=memory)
         return out
 
     def keys_values(
@@ -334,15 +325,15 @@ class WanDiT(nn.Module):
         block_index: Sequence[int] | None = None,
     ) -> list[KeyValue]:
         """Returns keys and values ``[B, L, H, D]`` of these blocks in every layer, to be passed on as ``memory``."""
-        window, modulation = self._plain(latents, timestep, block_index, targets=())
-        self._check_context(text, image, latents.shape[0])
-        shape = latents.shape[0], latents.shape[2] * self._block_len(window), self.config.dim
-        keep = [
-            (latents.new_empty(shape, dtype=self.dtype), latents.new_empty(shape, dtype=self.dtype))
-            for _ in self.blocks
-        ]
-        self.run(window, self.context(text, image), modulation, self.workspace(window), keep=keep)
+        given = self._plain(latents, timestep, text, image, block_index, ())
+        keep = self.new_memory(latents, latents.shape[2])
+        self.run(*given, keep=keep)
         return self.split_heads(keep)
+
+    def new_memory(self, latents: Tensor, num_blocks: int) -> list[KeyValue]:
+        """Returns room ``[B, L, C]``, not initialised, for ``keep`` of :meth:`run` on blocks of the size of these."""
+        shape = latents.shape[0], num_blocks * self._block_len(latents), self.config.dim
+        return [tuple(latents.new_empty(shape, dtype=self.dtype) for _ in range(2)) for _ in self.blocks]
 
     def split_heads(self, pairs: Sequence[KeyValue]) -> list[KeyValue]:
         """Returns ``keep`` of :meth:`run`, ``[B, L, C]``, as ``memory``, ``[B, L, H, D]``: views."""
@@ -353,10 +344,12 @@ class WanDiT(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
+        text: Tensor,
+        image: Tensor | None,
         block_index: Sequence[int] | None,
-        targets: Sequence[int] | None = None,
-    ) -> tuple[WindowTensors, Modulation]:
-        """Returns the window whose channels are all in one tensor, every block at its own place, and its modulation."""
+        targets: Sequence[int],
+    ) -> tuple[WindowTensors, Context, Modulation, Workspace]:
+        """Returns what :meth:`run` reads for channels that are all in one tensor, every block at its own place."""
         config, patch = self.config, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != config.in_channels or latents.shape[2] < 1:
             raise ValueError(f"latents: expected [B, {config.in_channels}, T, h, w], got {tuple(latents.shape)}")
@@ -377,13 +370,15 @@ class WanDiT(nn.Module):
             mask=None,
             modulation_index=torch.zeros_like(place) if timestep.ndim == 1 else place,
             rope=rope_3d(block_index, height // patch[1], width // patch[2], config.head_dim, device=latents.device),
-            targets=tuple(range(num_blocks)) if targets is None else tuple(targets),
+            targets=tuple(targets),
         )
-        return window, self.modulate(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep)
+        self._check_context(text, image, batch)
+        modulation = self.modulate(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep)
+        return window, self.context(text, image), modulation, self.workspace(latents, num_blocks)
 
-    def _block_len(self, window: WindowTensors) -> int:
+    def _block_len(self, latents: Tensor) -> int:
         """Returns the number of tokens of one block."""
-        (height, width), patch = window.latents.shape[3:], self.config.patch_size
+        (height, width), patch = latents.shape[3:], self.config.patch_size
         return (height // patch[1]) * (width // patch[2])
 
     def _check_context(self, text: Tensor, image: Tensor | None, batch: int | None = None) -> None:

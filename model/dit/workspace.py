@@ -8,7 +8,7 @@ part only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -41,7 +41,10 @@ def plan_parts(batch: int, block_len: int, blocks: Iterable[int], max_tokens: in
     A part never holds a piece of one block beside another block, since one modulation row is chosen for every block.
     """
     spans: list[tuple[int, int, int, int]] = []
-    for first, last in _runs(sorted(blocks)):
+    wanted = sorted(blocks)
+    starts = [i for i, block in enumerate(wanted) if i == 0 or wanted[i - 1] + 1 != block]
+    for i, j in zip(starts, [*starts[1:], len(wanted)], strict=False):  # without blocks there are no runs
+        first, last = wanted[i], wanted[j - 1] + 1
         if block_len > max_tokens:
             share = -(-block_len // -(-block_len // max_tokens))
             for block in range(first, last):
@@ -53,15 +56,6 @@ def plan_parts(batch: int, block_len: int, blocks: Iterable[int], max_tokens: in
                 end = min(block + step, last)
                 spans.append((block * block_len, end * block_len, block, end))
     return [Part(b, *span) for b in range(batch) for span in spans]
-
-
-def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
-    """Yields runs of neighbouring indices as half-open ranges."""
-    start = 0
-    for i in range(1, len(blocks) + 1):
-        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
-            yield blocks[start], blocks[i - 1] + 1
-            start = i
 
 
 @dataclass(frozen=True)

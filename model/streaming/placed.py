@@ -14,7 +14,7 @@ from model.dit.parts import ScaledLinear
 from model.machine.counted import elsewhere
 from model.machine.host import pinned_bytes
 from model.streaming.placement import NO_TENSORS, SCALE, TABLE, LayerLayout, Placement, layer_layout
-from model.streaming.stream import SLOTS, CopyEngine, DirectCopies, LayerStream, Source, StreamCopies
+from model.streaming.stream import SLOTS, DirectCopies, LayerStream, Source, StreamCopies
 from swifti2v_kernels import dequantize_rows
 
 
@@ -56,7 +56,8 @@ def place(
     homes = placement.homes(count)
     layouts = [layer_layout(model.config, dtype, placement, i, stored) for i in range(count)]
     moving = [i for i, home in enumerate(homes) if home != "device"]
-    slots = _rooms([layouts[i] for i in moving], device)
+    size = max((layouts[i].nbytes for i in moving), default=0)
+    slots = [_bytes(size, device) for _ in moving[:SLOTS]]
     unpacked = _bytes(max(layout.unpacked_nbytes for layout in layouts), device)
     for name in [name for name, _ in model.named_parameters() if not name.startswith("blocks.") or TABLE in name]:
         _set(model, name, tensors.plain(name, dit_parameter_dtype(name, dtype), device))
@@ -70,18 +71,15 @@ def place(
         else:
             flat = slots[moving.index(i) % SLOTS]
             sources[i] = _source(fill, layout, home, device)
-        _bind(layer, layout, flat, unpacked, placement)
-        if layout.unpacked:
-            unpack[i] = functools.partial(_unpack, _packed(layout, flat, unpacked))
-    engine = _engine(slots, [layouts[i] for i in moving if homes[i] == "file"], device) if moving else None
+        if packed := _bind(layer, layout, flat, unpacked, placement):
+            unpack[i] = functools.partial(_unpack, packed)
+    engine = DirectCopies(slots)
+    if moving and device.type == "cuda":
+        size = max((layouts[i].nbytes for i in moving if homes[i] == "file"), default=0)
+        engine = StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if size else [])
     model.eight_bits = placement.matmul_dtype
     model.stream = LayerStream(list(model.blocks), sources, unpack, engine)
     return model.requires_grad_(False).eval()
-
-
-def _rooms(layouts: list[LayerLayout], device: torch.device) -> list[Tensor]:
-    size = max((layout.nbytes for layout in layouts), default=0)
-    return [_bytes(size, device) for _ in range(min(len(layouts), SLOTS))]
 
 
 def _bytes(size: int, device: torch.device) -> Tensor:
@@ -102,13 +100,6 @@ def _source(fill: Callable[..., None], layout: LayerLayout, home: str, device: t
     return flat
 
 
-def _engine(slots: list[Tensor], from_files: list[LayerLayout], device: torch.device) -> CopyEngine:
-    if device.type != "cuda":
-        return DirectCopies(slots)
-    size = max((layout.nbytes for layout in from_files), default=0)
-    return StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if from_files else [])
-
-
 def _fill(layout: LayerLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
     """Writes a layer's weights to ``flat``; ``device`` is where its tensors are made."""
     scales = {entry.name: entry for entry in layout.stored if entry.name.endswith(SCALE)}
@@ -122,25 +113,28 @@ def _fill(layout: LayerLayout, tensors: TensorSource, prefix: str, flat: Tensor,
             entry.view(flat).copy_(tensors.plain(name, entry.dtype, device))
 
 
-def _bind(layer: nn.Module, layout: LayerLayout, flat: Tensor, unpacked: Tensor, placement: Placement) -> None:
-    """Makes views of the buffers the parameters of a layer."""
+def _bind(
+    layer: nn.Module, layout: LayerLayout, flat: Tensor, unpacked: Tensor, placement: Placement
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Makes views of the buffers the parameters of a layer.
+
+    Returns:
+        Views of every matrix in 8 bits that is unpacked: its values, its scales, and the place that it is unpacked to.
+    """
     views = {entry.name: entry.view(flat) for entry in layout.stored}
+    packed = [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
     if placement.matmul == "8bit":
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 parts = [views.pop(f"{name}.{leaf}") for leaf in ("weight", f"weight{SCALE}", "bias")]
-                _set_module(layer, name, ScaledLinear(*parts))
+                owner, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(owner), leaf, ScaledLinear(*parts))
     else:
         views |= {entry.name: entry.view(unpacked) for entry in layout.unpacked}
     for name, view in views.items():
         if not name.endswith(SCALE):
             _set(layer, name, view)
-
-
-def _packed(layout: LayerLayout, flat: Tensor, unpacked: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Returns views of every matrix in 8 bits: its values, its scales, and the place that it is unpacked to."""
-    views = {entry.name: entry.view(flat) for entry in layout.stored}
-    return [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
+    return packed
 
 
 def _unpack(matrices: list[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -151,8 +145,3 @@ def _unpack(matrices: list[tuple[Tensor, Tensor, Tensor]]) -> None:
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _set_module(parent: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(parent.get_submodule(owner), leaf, module)

@@ -239,18 +239,20 @@ def placed_bytes(
     """Returns the bytes that a placement takes; arguments as for :func:`layer_layout`."""
     layouts = [layer_layout(config, dtype, placement, i, stored) for i in range(config.num_layers)]
     homes = placement.homes(config.num_layers)
-    sizes = {home: [x.nbytes for x, at in zip(layouts, homes, strict=True) if at == home] for home in set(homes)}
-    moving = [*sizes.get("host", ()), *sizes.get("file", ())]
-    staging = min(len(sizes.get("file", ())), SLOTS) * max(sizes.get("file", ()), default=0)
+    on_device, on_host, in_file = (
+        [layout.nbytes for layout, at in zip(layouts, homes, strict=True) if at == home]
+        for home in ("device", "host", "file")
+    )
+    moving = on_host + in_file
     return PlacedBytes(
         fixed=_fixed_bytes(config, dtype),
-        resident=sum(sizes.get("device", ())),
+        resident=sum(on_device),
         slots=min(len(moving), SLOTS) * max(moving, default=0),
         unpacked=max(layout.unpacked_nbytes for layout in layouts),
-        pinned=sum(sizes.get("host", ())),
-        staging=staging,
+        pinned=sum(on_host),
+        staging=min(len(in_file), SLOTS) * max(in_file, default=0),
         copied=sum(moving) if len(moving) > SLOTS else 0,
-        read=sum(sizes.get("file", ())) if len(moving) > SLOTS else 0,
+        read=sum(in_file) if len(moving) > SLOTS else 0,
     )
 
 

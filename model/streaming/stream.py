@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +24,14 @@ SLOTS = 2
 Source = Tensor | Callable[[Tensor], None]
 
 
-class CopyEngine(Protocol):
-    """An engine that copies sources into slots, beside the work on the current stream."""
-
-    def fetch(self, slot: int, source: Source) -> None:
-        """Starts a copy as soon as the work queued before the slot's last :meth:`release` is done."""
-
-    def wait(self, slot: int) -> None:
-        """Makes work that is queued from now on begin after the slot's last copy."""
-
-    def release(self, slot: int) -> None:
-        """Marks the work queued until now as the last that reads the slot."""
-
-    def settle(self, slot: int) -> None:
-        """Ends or gives up, on the host, what was asked for and nobody has waited for."""
-
-
 class DirectCopies:
-    """An engine for one kind of memory and one order of work: a copy is done when it is asked for."""
+    """An engine that copies sources into slots: for one kind of memory and one order of work, when it is asked to."""
 
     def __init__(self, slots: Sequence[Tensor]) -> None:
         self.slots = list(slots)
 
     def fetch(self, slot: int, source: Source) -> None:
-        """Copies the source into the slot at once."""
+        """Starts a copy as soon as the work queued before the slot's last :meth:`release` is done; here, at once."""
         target = self.slots[slot]
         if isinstance(source, Tensor):
             target[: source.numel()].copy_(source)
@@ -56,20 +39,21 @@ class DirectCopies:
             source(target)
 
     def wait(self, slot: int) -> None:
-        """Does nothing, since the copy is done."""
+        """Makes work that is queued from now on begin after the slot's last copy, which is done here."""
 
     def release(self, slot: int) -> None:
-        """Does nothing, since no copy waits for the slot."""
+        """Marks the work queued until now as the last that reads the slot, for which no copy waits here."""
 
     def settle(self, slot: int) -> None:
-        """Does nothing, since no copy is under way."""
+        """Ends or gives up, on the host, what was asked for and nobody has waited for; nothing is under way here."""
 
 
-class StreamCopies:
+class StreamCopies(DirectCopies):
     """An engine that copies on a CUDA stream of its own; a thread reads files into ``staging``, in pinned memory."""
 
     def __init__(self, slots: Sequence[Tensor], staging: Sequence[Tensor] = ()) -> None:
-        self.slots, self.staging = list(slots), list(staging)
+        super().__init__(slots)
+        self.staging = list(staging)
         self._stream = torch.cuda.Stream(slots[0].device)
         self._ready = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
@@ -129,7 +113,7 @@ class LayerStream:
             of them, of slot ``j % SLOTS``.
         sources: by index, the bytes of the layers that are copied.
         unpack: by index, functions that make a layer's matrices of their 8-bit form, on the current stream.
-        engine: what copies; None where no layer is copied.
+        engine: what copies.
     """
 
     def __init__(
@@ -137,10 +121,8 @@ class LayerStream:
         layers: Sequence[nn.Module],
         sources: Mapping[int, Source],
         unpack: Mapping[int, Callable[[], None]],
-        engine: CopyEngine | None,
+        engine: DirectCopies,
     ) -> None:
-        if sources and engine is None:
-            raise ValueError("engine: expected one for layers that are copied, got None")
         self._layers, self._unpack, self._engine = layers, dict(unpack), engine
         self._sources = [sources[i] for i in sorted(sources)]
         self._places = {i: j for j, i in enumerate(sorted(sources))}
@@ -158,10 +140,9 @@ class LayerStream:
 
     def settle(self) -> None:
         """Ends what is under way for a pass that does not come, so that the model can be let go."""
-        if self._engine is not None:
-            for slot in range(min(SLOTS, len(self._sources))):
-                self._engine.settle(slot)
-                self._held[slot] = None
+        for slot in range(min(SLOTS, len(self._sources))):
+            self._engine.settle(slot)
+            self._held[slot] = None
 
     def walk(self) -> Iterator[nn.Module]:
         """Yields the layers in order, each usable until the next one is asked for."""
@@ -176,7 +157,7 @@ class LayerStream:
             try:
                 yield layer
             finally:
-                if place is not None and self._engine is not None:
+                if place is not None:
                     self._engine.release(place % SLOTS)
             if place is not None:
                 self._bring(self._following(place))
@@ -187,7 +168,7 @@ class LayerStream:
 
     def _bring(self, place: int) -> None:
         slot = place % SLOTS
-        if self._engine is not None and self._held[slot] != place:
+        if self._held[slot] != place:
             self._held[slot] = None
             self._engine.fetch(slot, self._sources[place])
             self._held[slot] = place
@@ -195,8 +176,7 @@ class LayerStream:
     def _await(self, place: int) -> None:
         self._bring(place)
         try:
-            if self._engine is not None:
-                self._engine.wait(place % SLOTS)
+            self._engine.wait(place % SLOTS)
         except BaseException:
             self._held[place % SLOTS] = None
             raise

@@ -10,19 +10,19 @@ these are alive at the higher resolutions.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from model.config import VAEConfig
-from model.machine.finite import Finite
 from model.vae.layers import (
     CausalConv3d,
     Features,
+    Level,
     MidBlock,
     ResidualBlock,
     RMSNorm,
     State,
+    Tile,
     Upsample,
     channels_last,
     resnets_need,
@@ -32,36 +32,27 @@ from model.vae.tiles import Region, conv_padding
 from swifti2v_kernels import frames_out
 
 
-class PlainUpStage(nn.Module):
-    """A decoder stage of Wan2.1: residual blocks, then upsampling to half the channels."""
+class UpStage(nn.Module):
+    """A decoder stage: residual blocks, then upsampling, to half the channels in Wan2.1; diffusers' names of either.
 
-    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, up: bool, temporal: bool):
+    A stage of Wan2.2 (``residual``) adds its repeated input (:meth:`shortcut`).
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, *, up: bool, temporal: bool, residual: bool):
         super().__init__()
         dims = [dim_in] + [dim_out] * num_resnets
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
-        self.upsamplers = nn.ModuleList([Upsample(dim_out, dim_out // 2, temporal)] if up else [])
+        self.dim_out, self.rate, self.residual = dim_out, 2 if temporal else 1, residual
+        upsampling = [Upsample(dim_out, dim_out if residual else dim_out // 2, temporal)] if up else []
+        if residual:
+            self.upsampler = upsampling[0] if up else None
+        else:
+            self.upsamplers = nn.ModuleList(upsampling)
 
     @property
     def up(self) -> Upsample:
         """The upsampling; the last stage has none."""
-        return self.upsamplers[0]
-
-
-class ResidualUpStage(nn.Module):
-    """A decoder stage of Wan2.2: residual blocks and upsampling, plus the stage's repeated input."""
-
-    def __init__(self, dim_in: int, dim_out: int, num_resnets: int, up: bool, temporal: bool):
-        super().__init__()
-        dims = [dim_in] + [dim_out] * num_resnets
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
-        self.upsampler = Upsample(dim_out, dim_out, temporal) if up else None
-        self.dim_out, self.rate = dim_out, 2 if temporal else 1
-
-    @property
-    def up(self) -> Upsample:
-        """The upsampling; the last stage has none."""
-        assert self.upsampler is not None
-        return self.upsampler
+        return self.upsampler if self.residual else self.upsamplers[0]
 
     def shortcut(self, x: Tensor, have: Region, want: Region, start: int, count: int) -> Tensor:
         """Returns the stage's input at the size of its output, over the region ``want``.
@@ -86,35 +77,6 @@ class ResidualUpStage(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class Level:
-    """The regions that one step of the tail works on for a tile: its input, the enlarged frame, and its result."""
-
-    read: Region
-    enlarged: Region
-    result: Region
-
-
-@dataclass(frozen=True)
-class DecoderTile:
-    """A tile on its way through a clip.
-
-    ``core`` is its part of the latents, and ``frames`` the number of frames that layers handle at once. ``finite``
-    judges the last features, since pixels of 8 bits have no NaN.
-    """
-
-    core: Region
-    levels: list[Level]
-    frames: int
-    state: State
-    finite: Finite
-
-    @property
-    def regions(self) -> list[Region]:
-        """All regions that are computed for the tile, in frames of any size."""
-        return [region for level in self.levels for region in (level.read, level.enlarged, level.result)]
-
-
 class Decoder(nn.Module):
     """The half of the VAE that makes frames ``[B, F, H, W, 3]`` of latents ``[B, T, h, w, z]``."""
 
@@ -129,10 +91,9 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             # In Wan2.1 the upsampling before has halved the channels already.
-            stage, width = (
-                (ResidualUpStage, dim_in) if config.residual else (PlainUpStage, dim_in // 2 if i else dim_in)
-            )
-            self.up_blocks.append(stage(width, dim_out, config.num_res_blocks + 1, i != last, temporal_upsample[i]))
+            width = dim_in // 2 if i and not config.residual else dim_in
+            kind = {"up": i != last, "temporal": temporal_upsample[i], "residual": config.residual}
+            self.up_blocks.append(UpStage(width, dim_out, config.num_res_blocks + 1, **kind))
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.pixel_channels, (3, 3, 3))
         #: The features that the head leaves for the tail: its own, and with shortcuts the first stage's input.
@@ -154,23 +115,23 @@ class Decoder(nn.Module):
         run_resnets(stage.resnets, features, whole, state, None, overwrite=not shortcut)
         return [features.take("x"), *shortcut]
 
-    def tile(self, core: Region, frames: int, state: State) -> DecoderTile:
+    def tile(self, core: Region, frames: int, state: State) -> Tile:
         """Returns the tile ``core`` of the latents, with the regions that each step of the tail works on for it."""
         want = self.conv_out.needs(self._features(core))
         levels = []
         for before, stage in reversed(list(itertools.pairwise(self.up_blocks))):
             enlarged = resnets_need(stage.resnets, want)
-            levels.append(Level(before.up.needs(enlarged), enlarged, want))
-            want = levels[-1].read
-        return DecoderTile(core, levels[::-1], frames, state, Finite("the VAE's decoder"))
+            levels.insert(0, Level(before.up.needs(enlarged), enlarged, want))
+            want = levels[0].read
+        return Tile(core, want, levels, frames, state)
 
     @staticmethod
-    def cut(features: list[Tensor], tile: DecoderTile) -> list[Tensor]:
+    def cut(features: list[Tensor], tile: Tile) -> list[Tensor]:
         """Returns views of the features that :meth:`head` has left: the part that a tile reads."""
-        rows, columns = tile.levels[0].read.within(Region.whole(*features[0].shape[2:4]))
+        rows, columns = tile.source.within(Region.whole(*features[0].shape[2:4]))
         return [x[:, :, rows, columns] for x in features]
 
-    def tail(self, inputs: list[Tensor], tile: DecoderTile, out: Tensor) -> None:
+    def tail(self, inputs: list[Tensor], tile: Tile, out: Tensor) -> None:
         """Writes the frames of one tile.
 
         Args:
@@ -178,9 +139,9 @@ class Decoder(nn.Module):
             tile: the tile and its state, as returned by :meth:`tile`.
             out: frames ``[B, F, H, W, 3]`` of the tile, uint8 or floating, to be filled.
         """
-        self._enlarge(0, inputs, [tile.levels[0].read] * len(inputs), tile, out)
+        self._enlarge(0, inputs, [tile.source] * len(inputs), tile, out)
 
-    def _enlarge(self, step: int, inputs: list[Tensor], have: list[Region], tile: DecoderTile, out: Tensor) -> int:
+    def _enlarge(self, step: int, inputs: list[Tensor], have: list[Region], tile: Tile, out: Tensor) -> int:
         """Runs the tail from stage ``step`` on and returns how many frames it has written.
 
         ``inputs`` are the output of that stage and, where the stage has a shortcut, its input; ``have`` are their
@@ -200,10 +161,10 @@ class Decoder(nn.Module):
                 options = {"norm_weight": following.resnets[0].norm1.weight}
                 if given:
                     first = start + skipped
-                    shortcut = stage.shortcut(given[0], have[1], level.enlarged, first, part.shape[1])
+                    shortcut = stage.shortcut(given[0], have[1], level.middle, first, part.shape[1])
                     options |= {"residual": shortcut, "out": shortcut}
                     del shortcut
-                features = Features(*stage.up.enlarge(part, source, level.enlarged, state, **options), level.enlarged)
+                features = Features(*stage.up.enlarge(part, source, level.middle, state, **options), level.middle)
                 del part, options
                 inner = [features.x] if given and not last else []
                 run_resnets(
@@ -214,12 +175,12 @@ class Decoder(nn.Module):
                     written += self._store(features, tile, out[:, written:])
                     continue
                 inner.insert(0, features.take("x"))
-                regions = [level.result, level.enlarged][: len(inner)]
+                regions = [level.result, level.middle][: len(inner)]
                 written += self._enlarge(step + 1, inner, regions, tile, out[:, written:])
                 del inner
         return written
 
-    def _store(self, features: Features, tile: DecoderTile, out: Tensor) -> int:
+    def _store(self, features: Features, tile: Tile, out: Tensor) -> int:
         x = features.take("normed")
         tile.finite.note(x)
         padding = conv_padding(features.region, self._features(tile.core))

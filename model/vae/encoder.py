@@ -17,10 +17,12 @@ from model.vae.layers import (
     CausalConv3d,
     Downsample,
     Features,
+    Level,
     MidBlock,
     ResidualBlock,
     RMSNorm,
     State,
+    Tile,
     resnets_need,
     run_resnets,
 )
@@ -63,26 +65,6 @@ class Stage:
     shortcut: ResidualDownStage | None
 
 
-@dataclass(frozen=True)
-class EncoderTile:
-    """A tile on its way through a clip.
-
-    ``core`` is its part of the latents, ``pixels`` the region of the frame that it reads, and ``stages`` has for each
-    stage the regions of its input, of its residual blocks' output and of its own output.
-    """
-
-    core: Region
-    pixels: Region
-    stages: list[tuple[Region, Region, Region]]
-    frames: int
-    state: State
-
-    @property
-    def regions(self) -> list[Region]:
-        """All regions that are computed for the tile, in frames of any size."""
-        return [self.pixels, *(region for stage in self.stages for region in stage)]
-
-
 class Encoder(nn.Module):
     """The half of the VAE that makes moments ``[B, T, h, w, 2z]`` of the latents from frames ``[B, F, H, W, 3]``."""
 
@@ -122,54 +104,50 @@ class Encoder(nn.Module):
         parts = [layers[i : i + size] for i in range(0, len(layers), size)]
         return [Stage(p[: self.num_resnets], p[-1] if len(p) == size else None, None) for p in parts]
 
-    def tile(self, core: Region, frames: int, state: State) -> EncoderTile:
+    def tile(self, core: Region, frames: int, state: State) -> Tile:
         """Returns the tile ``core`` of the latents, with the regions that each stage computes for it."""
-        want, regions = core, []
+        want, levels = core, []
         for stage in reversed(self.stages[:-1]):
-            assert stage.down is not None
-            out = stage.down.needs(want)
-            read = resnets_need(stage.resnets, out)
-            regions.append((read, out, want))
-            want = read
-        return EncoderTile(core, self.conv_in.needs(want), regions[::-1], frames, state)
+            middle = stage.down.needs(want)
+            levels.insert(0, Level(resnets_need(stage.resnets, middle), middle, want))
+            want = levels[0].read
+        return Tile(core, self.conv_in.needs(want), levels, frames, state)
 
-    def legs(self, x: Tensor, tile: EncoderTile, out: Tensor) -> int:
+    def legs(self, x: Tensor, tile: Tile, out: Tensor) -> int:
         """Writes features of some frames, at the size of the latents, to the front of ``out``; returns how many.
 
         Args:
-            x: frames ``[B, T, h, w, 3 or 12]`` over ``tile.pixels``; the clip's first frame comes alone.
+            x: frames ``[B, T, h, w, 3 or 12]`` over ``tile.source``; the clip's first frame comes alone.
             tile: the tile and its state, as returned by :meth:`tile`.
             out: features ``[B, T', h', w', C]`` of the tile, to be filled.
         """
-        read = tile.stages[0][0]
+        read = tile.levels[0].read
         norm = self.stages[0].resnets[0].norm1.weight
         written = 0
         for part in x.split(tile.frames, dim=1):
-            features = Features(*self.conv_in(part, tile.pixels, read, tile.state, norm_weight=norm), read)
+            features = Features(*self.conv_in(part, tile.source, read, tile.state, norm_weight=norm), read)
             written += self._shrink(0, features, tile, out[:, written:])
         return written
 
-    def _shrink(self, step: int, features: Features, tile: EncoderTile, out: Tensor) -> int:
-        if step == len(tile.stages):
+    def _shrink(self, step: int, features: Features, tile: Tile, out: Tensor) -> int:
+        if step == len(tile.levels):
             x = features.take("x")
             out[:, : x.shape[1]].copy_(x)
             return x.shape[1]
-        stage, following, state = self.stages[step], self.stages[step + 1], tile.state
-        down = stage.down
-        assert down is not None
+        stage, following, level, state = self.stages[step], self.stages[step + 1], tile.levels[step], tile.state
+        down, want = stage.down, level.result
         if down.time_conv is not None and not self._paired(features, down, state):
             return 0
-        _, middle, want = tile.stages[step]
-        have, options = features.region, {}
+        options = {}
         if stage.shortcut is not None:
-            rows, columns = want.scaled(2).within(have)
+            rows, columns = want.scaled(2).within(features.region)
             shortcut = stage.shortcut.shortcut(features.x[:, :, rows, columns])
             options = {"residual": shortcut, "out": shortcut}
             del shortcut
-        if step + 1 < len(tile.stages):
+        if step + 1 < len(tile.levels):
             options["norm_weight"] = following.resnets[0].norm1.weight
-        run_resnets(stage.resnets, features, middle, state, None, overwrite=True)
-        result = down(features.take("x"), middle, want, state, **options)
+        run_resnets(stage.resnets, features, level.middle, state, None, overwrite=True)
+        result = down(features.take("x"), level.middle, want, state, **options)
         shrunk = Features(*result, want) if isinstance(result, tuple) else Features(result, None, want)
         del result, options
         return self._shrink(step + 1, shrunk, tile, out)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.machine.finite import Finite
 from model.vae.tiles import Region, conv_padding
 from swifti2v_kernels import causal_conv3d, fold_upsample_weight, norm_modulate, rms_norm_silu, upsample_conv2d
 
@@ -82,11 +83,39 @@ class State:
         self.waiting = {module: [how(x) for x in parts] for module, parts in self.waiting.items()}
 
 
+@dataclass(frozen=True)
+class Level:
+    """The regions that one stage works on for a tile: its input, what is between its two halves, and its result."""
+
+    read: Region
+    middle: Region
+    result: Region
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile on its way through a clip.
+
+    ``core`` is its part of the latents, ``source`` the region of the input that it reads, ``levels`` has the regions of
+    each stage, and ``frames`` is the number of frames that layers handle at once. ``finite`` judges the decoder's last
+    features, since pixels of 8 bits have no NaN.
+    """
+
+    core: Region
+    source: Region
+    levels: list[Level]
+    frames: int
+    state: State
+    finite: Finite = field(default_factory=lambda: Finite("the VAE's decoder"))
+
+    @property
+    def regions(self) -> list[Region]:
+        """All regions that are computed for the tile, in frames of any size."""
+        return [self.source, *(region for level in self.levels for region in vars(level).values())]
+
+
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that is padded in time at the front only, by zeros or by the frames that the state remembers."""
-
-    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
-        super().__init__(dim_in, dim_out, kernel)
 
     def needs(self, want: Region) -> Region:
         """Returns the region of the input that the output ``want`` depends on."""
@@ -270,20 +299,22 @@ class Downsample(nn.Module):
             rows.start - 2 * want.rows.start, 2 * want.rows.stop + 1 - rows.stop,
             columns.start - 2 * want.columns.start, 2 * want.columns.stop + 1 - columns.stop,
         )  # fmt: skip
-        conv = self.resample[1]
-        arguments: dict[str, Any] = {"stride": (1, 2, 2), "padding": padding}
-        weight = channels_last(conv, state)
-        if self.time_conv is None:
-            return causal_conv3d(x, weight, conv.bias, **arguments, **options)
+        conv, later = self.resample[1], self.time_conv
+
+        def halve(**options: Any) -> Any:
+            weight = channels_last(conv, state)
+            return causal_conv3d(x, weight, conv.bias, stride=(1, 2, 2), padding=padding, **options)
+
+        if later is None:
+            return halve(**options)
+        y = halve()
         if state.first(self):
             # The clip's first frame passes as it is and is the history of the next ones.
-            y = causal_conv3d(x, weight, conv.bias, **arguments)
-            state.remember(self.time_conv, y, 1)
-            return causal_conv3d(x, weight, conv.bias, **arguments, **options) if options else y
-        y = causal_conv3d(x, weight, conv.bias, **arguments)
-        weight, past = channels_last(self.time_conv, state), state.past[self.time_conv]
-        result = causal_conv3d(y, weight, self.time_conv.bias, past=past, stride=(2, 1, 1), **options)
-        state.remember(self.time_conv, y, 1)
+            state.remember(later, y, 1)
+            return halve(**options) if options else y
+        weight, past = channels_last(later, state), state.past[later]
+        result = causal_conv3d(y, weight, later.bias, past=past, stride=(2, 1, 1), **options)
+        state.remember(later, y, 1)
         return result
 
 
@@ -306,7 +337,6 @@ class Upsample(nn.Module):
         The clip's first frame stays one. The layer must be ``temporal``.
         """
         conv = self.time_conv
-        assert conv is not None
         rows, columns = want.within(have)
         if state.first(self):
             # The first frame is neither doubled nor part of the history of the second.

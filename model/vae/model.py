@@ -17,7 +17,7 @@ encoding the conditioning image in it is not. Module names are those of diffuser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from model.machine.finite import Finite
 from model.machine.host import Host
 from model.vae.decoder import Decoder
 from model.vae.encoder import Encoder
-from model.vae.layers import CausalConv3d, State
+from model.vae.layers import CausalConv3d, State, Tile
 from model.vae.tiles import Region, VAEPlan
 
 #: The plan without tiles: the whole frame, and one latent frame at a time.
@@ -179,22 +179,7 @@ class WanVAE(nn.Module):
             ValueError: the shape of a piece does not fit.
             NotFiniteError: a piece holds NaN or infinity, or what is made of it does.
         """
-        stride = self.config.temporal_stride
-        host = Host(self.device, plan.park) if host is None else host
-        stream: _Encoding | None = None
-        for piece, is_last in _marked(pieces):
-            source = _TensorFrames(piece) if isinstance(piece, Tensor) else piece
-            self._check_video(source.shape, first=stream is None)
-            size = tuple(n // self.config.spatial_stride for n in source.shape[3:])
-            # Frames at which a latent frame begins, and the end.
-            bounds = [0, *range(1 if stream is None else stride, source.shape[2] + 1, stride)]
-            if stream is None:
-                stream = _Encoding(self, plan, host, size)
-            elif size != stream.size:
-                raise ValueError(f"video: expected {stream.size} latent pixels as before, got {size}")
-            parts = [source]
-            del source, piece
-            yield stream.run(parts.pop(), bounds, is_last)
+        return _Encoding(self, self.encoder, plan, host).over(pieces)
 
     def decode_stream(
         self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
@@ -214,49 +199,20 @@ class WanVAE(nn.Module):
             ValueError: the shape of a piece does not fit.
             NotFiniteError: a piece holds NaN or infinity, or what is made of it does.
         """
-        for frames in self._decode(pieces, plan, host, self.decode_dtype):
-            yield frames.permute(0, 4, 1, 2, 3)
+        frames = _Decoding(self, self.decoder, plan, host, self.decode_dtype).over(pieces)
+        return (piece.permute(0, 4, 1, 2, 3) for piece in frames)
 
     def decode_frames(
         self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
     ) -> Iterator[Tensor]:
         """Decodes as :meth:`decode_stream` does, to uint8 frames ``[B, f, H, W, 3]``, which the last layer writes."""
-        return self._decode(pieces, plan, host, torch.uint8)
-
-    def _decode(
-        self, pieces: Iterable[Tensor], plan: VAEPlan, host: Host | None, dtype: torch.dtype
-    ) -> Iterator[Tensor]:
-        host = Host(self.device, plan.park) if host is None else host
-        stream: _Decoding | None = None
-        for latents, is_last in _marked(pieces):
-            if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-                raise ValueError(f"latents: expected [B, {self.config.z_dim}, T, h, w], got {tuple(latents.shape)}")
-            size = tuple(latents.shape[3:])
-            if stream is None:
-                stream = _Decoding(self, plan, host, size)
-            elif size != stream.size:
-                raise ValueError(f"latents: expected {stream.size} pixels as before, got {size}")
-            # Neither the piece nor its frames have a name here: only the caller decides how long they live.
-            piece = [latents]
-            del latents
-            yield stream.frames(piece.pop(), dtype, is_last)
+        return _Decoding(self, self.decoder, plan, host, torch.uint8).over(pieces)
 
     def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of the latents' channels, ``[z]`` each."""
         config = self.config
         mean, std = (torch.tensor(v, device=device, dtype=dtype) for v in (config.latents_mean, config.latents_std))
         return mean, std
-
-    def _check_video(self, shape: Sequence[int], first: bool) -> None:
-        stride, temporal = self.config.spatial_stride, self.config.temporal_stride
-        if len(shape) != 5 or shape[1] != 3 or 0 in shape:
-            raise ValueError(f"video: expected [B, 3, F, H, W], got {tuple(shape)}")
-        frames, height, width = shape[2:]
-        if height % stride or width % stride:
-            raise ValueError(f"video: height and width must be multiples of {stride}, got {height} x {width}")
-        if (frames - first) % temporal:
-            wanted = f"1 + {temporal}n" if first else f"a multiple of {temporal}"
-            raise ValueError(f"video: expected {wanted} frames in this piece, got {frames}")
 
 
 def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
@@ -272,74 +228,102 @@ def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield box.pop(), number == count
 
 
-class _Decoding:
-    """A clip on its way through the decoder."""
+class _Stream:
+    """A clip on its way through ``half`` of the VAE: on whole frames next to the latents, else on tiles.
 
-    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int]):
-        self.vae, self.plan, self.host, self.size = vae, plan, host, size
+    Subclasses have ``run``, which takes the next piece and whether the clip ends with it, so that nothing is kept.
+    """
+
+    def __init__(
+        self, vae: WanVAE, half: Encoder | Decoder, plan: VAEPlan, host: Host | None, dtype: torch.dtype | None = None
+    ):
+        self.vae, self.half, self.plan, self.dtype = vae, half, plan, dtype
+        self.host = Host(vae.device, plan.park) if host is None else host
         self.weights: dict[nn.Module, Tensor] = {}
-        self.head = State(self.weights)
+        self.whole = State(self.weights)
+        self.size: tuple[int, ...] | None = None
+        self.tiles: list[Tile] = []
         self.done = 0  # latent frames
-        self.tiles = [vae.decoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
+
+    def over(self, pieces: Iterable[Any]) -> Iterator[Tensor]:
+        """Yields what becomes of each piece."""
+        for piece, is_last in _marked(pieces):
+            # Neither the piece nor its result has a name here: only the caller decides how long they live.
+            box = [piece]
+            del piece
+            yield self.run(box.pop(), is_last)
+
+    def begin(self, size: tuple[int, ...], expected: str) -> None:
+        """Makes the tiles of latent frames of this size; later pieces must have the same."""
+        if self.size is None:
+            self.size = size
+            self.tiles = [self.half.tile(c, self.plan.frames, State(self.weights)) for c in self.plan.regions(*size)]
+        elif size != self.size:
+            raise ValueError(f"{expected.format(self.size)} as before, got {size}")
+
+    def working(self, is_last: bool) -> Iterator[Tile]:
+        """Yields the tiles, each with its state on the device until the next one is asked for."""
+        for tile in self.tiles:
+            tile.state.move(self.host.fetch)
+            yield tile
+            if is_last:
+                tile.state.clear()
+            else:
+                tile.state.move(self.host.park)
+
+    def fill(self, target: Tensor, run: Callable[[Any, Tile, Tensor], Any], given: Any, tile: Tile) -> None:
+        """Runs a tile's layers on what they are given; the result goes to ``target``, wherever that is."""
+        out = self.host.near(target)
+        run(given, tile, out)
+        if out is not target:
+            target.copy_(out)
+
+    def groups(self, count: int, most: int) -> list[int]:
+        """Returns the shares of ``count`` latent frames that go at once: ``most``, and the clip's first one alone."""
+        alone = int(self.done == 0)
+        return [*[1] * alone, *(min(most, count - start) for start in range(alone, count, most))]
+
+
+class _Decoding(_Stream):
+    """A clip on its way through the decoder, to frames of ``dtype``."""
 
     @torch.no_grad()
-    def frames(self, latents: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
-        """Returns the next latent frames decoded into new frames ``[B, F, H, W, 3]``, as :meth:`run` decodes them."""
-        config, count = self.vae.config, latents.shape[2]
-        rate, (height, width) = config.temporal_stride, (config.spatial_stride * n for n in self.size)
+    def run(self, latents: Tensor, is_last: bool) -> Tensor:
+        """Returns the next latent frames ``[B, z, t, h, w]`` decoded into new frames ``[B, F, H, W, 3]``."""
+        config = self.vae.config
+        if latents.ndim != 5 or latents.shape[1] != config.z_dim or 0 in latents.shape:
+            raise ValueError(f"latents: expected [B, {config.z_dim}, T, h, w], got {tuple(latents.shape)}")
+        self.begin(tuple(latents.shape[3:]), "latents: expected {} pixels")
+        count, rate = latents.shape[2], config.temporal_stride
         number = count * rate - (rate - 1 if self.done == 0 else 0)
-        frames = self.host.empty((latents.shape[0], number, height, width, 3), dtype)
-        self.run(latents, frames, is_last)
-        return frames
-
-    @torch.no_grad()
-    def run(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
-        """Decodes the next latent frames to the front of ``frames`` and returns how many frames these are.
-
-        Args:
-            latents: the next latent frames, ``[B, z, t, h, w]``.
-            frames: ``[B, F, H, W, 3]``, uint8 or floating, to be filled.
-            is_last: whether the clip ends here, so that nothing is kept.
-        """
+        height, width = (config.spatial_stride * n for n in self.size)
+        frames = self.host.empty((latents.shape[0], number, height, width, 3), self.dtype)
         check_latents("latents", latents, self.done)
-        count = latents.shape[2]
         chunk, written = self.plan.chunk or count, 0
         for start in range(0, count, chunk):
             part = latents[:, :, start : start + chunk]
             written += self._chunk(part, frames[:, written:], is_last and start + chunk >= count)
         for tile in self.tiles:
             tile.finite.check()
-        return written
+        return frames
 
     def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
         """Decodes all tiles of some latent frames to the front of ``frames``; returns how many frames these are."""
-        vae, host = self.vae, self.host
-        # The clip's first latent frame goes alone: it becomes one frame, and every other as many as the stride.
-        alone = int(self.done == 0)
-        steps = [*[1] * alone, *_shares(latents.shape[2] - alone, self.plan.frames)]
-        counts = [step * vae.config.temporal_stride for step in steps]
-        counts[:alone] = [1] * alone
+        decoder, host, config = self.vae.decoder, self.host, self.vae.config
+        steps = self.groups(latents.shape[2], self.plan.frames)
+        # The clip's first latent frame becomes one frame, and every other as many as the stride.
+        counts = [step * config.temporal_stride for step in steps]
+        counts[0] = 1 if self.done == 0 else counts[0]
         features = [
-            [host.park(x) for x in vae.decoder.head(self._denormalised(z), self.head)]
-            for z in latents.split(steps, dim=2)
+            [host.park(x) for x in decoder.head(self._denormalised(z), self.whole)] for z in latents.split(steps, dim=2)
         ]
-        stride = vae.config.spatial_stride
-        for tile in self.tiles:
-            tile.state.move(host.fetch)
-            rows, columns = (slice(stride * span.start, stride * span.stop) for span in tile.core)
+        for tile in self.working(is_last):
+            rows, columns = (slice(config.spatial_stride * s.start, config.spatial_stride * s.stop) for s in tile.core)
             start = 0
             for parked, count in zip(features, counts, strict=True):
                 target = frames[:, start : start + count, rows, columns]
-                out = host.near(target)
-                vae.decoder.tail([host.fetch(x) for x in vae.decoder.cut(parked, tile)], tile, out)
-                if out is not target:
-                    target.copy_(out)
+                self.fill(target, decoder.tail, [host.fetch(x) for x in decoder.cut(parked, tile)], tile)
                 start += count
-                del out
-            if is_last:
-                tile.state.clear()
-            else:
-                tile.state.move(host.park)
         self.done += latents.shape[2]
         return sum(counts)
 
@@ -352,59 +336,55 @@ class _Decoding:
         z = torch.empty((batch, *rest, channels), dtype=dtype, device=device)
         torch.addcmul(mean, latents.to(device, dtype).permute(0, 2, 3, 4, 1), std, out=z)
         whole = Region.whole(*self.size)
-        return vae.post_quant_conv(z, whole, whole, self.head)
+        return vae.post_quant_conv(z, whole, whole, self.whole)
 
 
-class _Encoding:
+class _Encoding(_Stream):
     """A clip on its way through the encoder."""
 
-    def __init__(self, vae: WanVAE, plan: VAEPlan, host: Host, size: tuple[int, int]):
-        self.vae, self.plan, self.host, self.size = vae, plan, host, size
-        self.weights: dict[nn.Module, Tensor] = {}
-        self.body = State(self.weights)
-        self.done = 0  # latent frames
-        self.tiles = [vae.encoder.tile(core, plan.frames, State(self.weights)) for core in plan.regions(*size)]
-
     @torch.no_grad()
-    def run(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
-        """Encodes the frames between ``bounds``, of which each two enclose one latent frame.
-
-        Returns:
-            ``[B, z, t, h, w]``. If ``is_last``, the clip ends here and nothing is kept.
-        """
+    def run(self, piece: Tensor | FrameSource, is_last: bool) -> Tensor:
+        """Returns the next frames encoded to ``[B, z, t, h, w]``."""
+        source = _TensorFrames(piece) if isinstance(piece, Tensor) else piece
+        self.begin(self._checked(source.shape), "video: expected {} latent pixels")
+        # Frames at which a latent frame begins, and the end.
+        stride = self.vae.config.temporal_stride
+        bounds = [0, *range(stride if self.done else 1, source.shape[2] + 1, stride)]
         step = self.plan.chunk or len(bounds)
         starts = range(0, len(bounds) - 1, step)
         parts = [self._chunk(source, bounds[i : i + step + 1], is_last and i == starts[-1]) for i in starts]
         return torch.cat(parts, dim=2)
 
+    def _checked(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the latent pixels of frames of this shape, which must be able to come next."""
+        stride, temporal, first = self.vae.config.spatial_stride, self.vae.config.temporal_stride, self.done == 0
+        if len(shape) != 5 or shape[1] != 3 or 0 in shape:
+            raise ValueError(f"video: expected [B, 3, F, H, W], got {tuple(shape)}")
+        frames, height, width = shape[2:]
+        if height % stride or width % stride:
+            raise ValueError(f"video: height and width must be multiples of {stride}, got {height} x {width}")
+        if (frames - first) % temporal:
+            wanted = f"1 + {temporal}n" if first else f"a multiple of {temporal}"
+            raise ValueError(f"video: expected {wanted} frames in this piece, got {frames}")
+        return height // stride, width // stride
+
     def _chunk(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
+        """Encodes the frames between ``bounds``, of which each two enclose one latent frame."""
         vae, host, plan = self.vae, self.host, self.plan
         patch, count = vae.config.patch_size, len(bounds) - 1
         shape = (source.shape[0], count, *self.size, vae.encoder.feature_channels)
         features = host.empty(shape, vae.encode_dtype)
-        # Pixels of few latent frames at a time, and the clip's first frame alone.
-        alone = int(self.done == 0)
-        groups = [*[1] * alone, *_shares(count - alone, max(plan.frames // vae.config.temporal_stride, 1))]
-        for tile in self.tiles:
-            tile.state.move(host.fetch)
+        # Pixels of few latent frames at a time.
+        groups = self.groups(count, max(plan.frames // vae.config.temporal_stride, 1))
+        for tile in self.working(is_last):
             rows, columns = (slice(span.start, span.stop) for span in tile.core)
-            start = 0
+            region, start = tile.source.scaled(patch), 0
             for number in groups:
-                region = tile.pixels.scaled(patch)
                 x = source.crop(bounds[start], bounds[start + number], region, vae.device, vae.encode_dtype)
                 x = _folded(x, patch) if patch > 1 else x
-                target = features[:, start : start + number, rows, columns]
-                out = host.near(target)
-                written = vae.encoder.legs(x, tile, out)
-                assert written == number
-                if out is not target:
-                    target.copy_(out)
+                self.fill(features[:, start : start + number, rows, columns], vae.encoder.legs, x, tile)
                 start += number
-                del x, out
-            if is_last:
-                tile.state.clear()
-            else:
-                tile.state.move(host.park)
+                del x
         result = torch.cat([self._latents(host.fetch(part)) for part in features.split(plan.frames, dim=1)], dim=2)
         check_latents("the VAE's encoder", result, self.done)
         self.done += count
@@ -412,14 +392,10 @@ class _Encoding:
 
     def _latents(self, features: Tensor) -> Tensor:
         vae, whole = self.vae, Region.whole(*self.size)
-        moments = vae.encoder.body(features, self.body)
-        mode = vae.quant_conv(moments, whole, whole, self.body)[..., : vae.config.z_dim]
+        moments = vae.encoder.body(features, self.whole)
+        mode = vae.quant_conv(moments, whole, whole, self.whole)[..., : vae.config.z_dim]
         mean, std = vae.statistics(mode.device, mode.dtype)
         return ((mode - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
-
-
-def _shares(count: int, most: int) -> list[int]:
-    return [min(most, count - start) for start in range(0, count, most)]
 
 
 def _folded(x: Tensor, patch: int) -> Tensor:

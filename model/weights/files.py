@@ -97,9 +97,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     with looking_at(file):
         # A link that leads nowhere is not the same as no file.
-        if not file.exists() and not file.is_symlink():
-            return {}
-    return _json_object(file, "readable JSON")
+        return _json_object(file, "readable JSON") if file.exists() or file.is_symlink() else {}
 
 
 def _json_object(file: Path, what: str) -> dict[str, Any]:
@@ -223,6 +221,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
         header = handle.get_slice(key)
         tensors[key] = StoredTensor(
             file,
+            key,
             tuple(header.get_shape()),
             _dtype_name(header.get_dtype()),
             lambda key=key: handle.get_tensor(key),
@@ -259,6 +258,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     return {
         key: StoredTensor(
             file,
+            key,
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
             lambda tensor=tensor: tensor,

@@ -32,15 +32,8 @@ _MOST_SIZES = 8
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 #: Types that torch has, by the names that GGUF and torch give them.
-_PLAIN = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+_PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64} | {
+    f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)
 }
 _SHAPE = "comfy.gguf.orig_shape."
 _PATCH = (1, 2, 2)
@@ -55,11 +48,10 @@ def open_gguf(file: Path) -> dict[str, StoredTensor]:
     """
     gguf = require("gguf", "gguf")
     try:
-        data = np.asarray(np.memmap(file, mode="r", dtype=np.uint8))
-        return _Header(file, data, gguf).tensors()
+        return _Header(file, np.asarray(np.memmap(file, mode="r", dtype=np.uint8)), gguf).tensors()
+    except InputError:
+        raise
     except (OSError, ValueError, struct.error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"weights: {file} is not a readable GGUF file: {error}") from error
 
 
@@ -166,7 +158,7 @@ class _Header:
 
         name_of_dtype = types(kind).name if dtype is None else str(dtype).removeprefix("torch.")
         whole = functools.partial(rows, 0, shape[0] if shape else 1)
-        return StoredTensor(self._file, shape, name_of_dtype, whole, rows, nbytes if dtype is None else None)
+        return StoredTensor(self._file, name, shape, name_of_dtype, whole, rows, nbytes if dtype is None else None)
 
 
 @functools.cache

@@ -34,10 +34,8 @@ PARTS = {
 }
 
 _DIT_RULES = [
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^(text|time)_embedding\.0\.", r"condition_embedder.\1_embedder.linear_1."),
+    (r"^(text|time)_embedding\.2\.", r"condition_embedder.\1_embedder.linear_2."),
     (r"^time_projection\.1\.", "condition_embedder.time_proj."),
     (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
     (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
@@ -146,8 +144,7 @@ def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
         return {key.removeprefix(prefix): key for key in keys if parts.get(key, part) == part}
     # torch.compile's, around the model or around its layers.
     names = {re.sub(r"\b_orig_mod\.", "", key): key for key in keys}
-    if len(names) < len(keys):
-        names = {key: key for key in keys}
+    names = names if len(names) == len(keys) else {key: key for key in keys}
     while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
         names = {name.removeprefix(prefix): key for name, key in names.items()}
     return names
@@ -170,7 +167,7 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
     if not is_original(keys):
         return lambda key: key
     resamplers = {
-        re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search(r"resample|time_conv", key)
+        re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search("resample|time_conv", key)
     }
     nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in keys)
     # In the flat numbering of version 2.1 a decoder stage is its residual blocks and one resampler.

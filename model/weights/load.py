@@ -8,8 +8,7 @@ time that a tensor is read it is checked to be finite, and to stay so in the dty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +34,7 @@ from model.weights.keys import (
 )
 from model.weights.lora import LoRA, LoRASet
 from model.weights.recognise import recognise
-from model.weights.scaled import EIGHT_BITS, ScaledTensor, check_holds, largest, plain_weights
+from model.weights.scaled import EIGHT_BITS, ScaledTensor, check_holds, largest, plain_weights, quantisation_problem
 from swifti2v_kernels import quantize_rows
 
 # Tensors of published checkpoints that no forward pass uses (diffusers ignores them too).
@@ -79,14 +78,11 @@ def load_dit(
             (of a layer that ``placement`` leaves in its file: when it is first read); or a LoRA does not fit
             (:class:`~model.weights.lora.LoRAMismatch`).
     """
-    checkpoint, config = _open_dit(Path(path), config)
+    checkpoint = _Checkpoint(path, WanDiT, config)
+    model = checkpoint.check(loras, dtype)
     if placement is None:
-        return checkpoint.load(WanDiT, config, lambda name: dit_parameter_dtype(name, dtype), device, loras)
-    model, chosen = checkpoint.check(WanDiT, config, loras)
-    stored = checkpoint.in_eight_bits(chosen)
-    return place(
-        model, placement, _CheckpointTensors(checkpoint, chosen, dtype), dtype=dtype, device=device, stored=stored
-    )
+        return checkpoint.fill(model, lambda name: dit_parameter_dtype(name, dtype), device)
+    return place(model, placement, checkpoint, dtype=dtype, device=device, stored=checkpoint.in_eight_bits())
 
 
 def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
@@ -95,9 +91,9 @@ def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str,
     Raises:
         InputError: as :func:`load_dit`.
     """
-    checkpoint, config = _open_dit(Path(path), None)
-    _, chosen = checkpoint.check(WanDiT, config, loras)
-    return checkpoint.in_eight_bits(chosen)
+    checkpoint = _Checkpoint(path, WanDiT)
+    checkpoint.check(loras)
+    return checkpoint.in_eight_bits()
 
 
 def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
@@ -106,9 +102,9 @@ def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
     Raises:
         InputError: as :func:`load_dit`.
     """
-    checkpoint, config = _open_dit(Path(path), None)
-    checkpoint.check(WanDiT, config, loras)
-    return config
+    checkpoint = _Checkpoint(path, WanDiT)
+    checkpoint.check(loras)
+    return checkpoint.config
 
 
 def dit_config(path: str | Path) -> DiTConfig:
@@ -117,7 +113,7 @@ def dit_config(path: str | Path) -> DiTConfig:
     Raises:
         InputError: the configuration cannot be told.
     """
-    return _open_dit(Path(path), None)[1]
+    return _Checkpoint(path, WanDiT).config
 
 
 def load_vae(
@@ -135,49 +131,19 @@ def load_vae(
     float32, else the same. Whether float32 convolutions use TF32 is torch's setting
     (``torch.backends.cudnn.allow_tf32``, on by default).
     """
-    checkpoint, config = _open_vae(Path(path), config)
     if decode_dtype is None:
         on_gpu = torch.device(device).type == "cuda" and dtype == torch.float32
         decode_dtype = torch.bfloat16 if on_gpu else dtype
     decodes = ("decoder.", "post_quant_conv.")
-    return checkpoint.load(WanVAE, config, lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
+    checkpoint = _Checkpoint(path, WanVAE, config)
+    return checkpoint.fill(checkpoint.check(), lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
 
 
 def inspect_vae(path: str | Path) -> VAEConfig:
     """Returns the configuration of a VAE that :func:`load_vae` would load, checked without reading its tensors."""
-    checkpoint, config = _open_vae(Path(path), None)
-    checkpoint.check(WanVAE, config)
-    return config
-
-
-def _open_dit(path: Path, config: DiTConfig | None) -> tuple[_Checkpoint, DiTConfig]:
-    checkpoint = _Checkpoint(part_of_pipeline(path, DIT_PARTS), "DiT", dit_key_map)
-    if config is not None:
-        return checkpoint, config
-    with _named(checkpoint.path):
-        if checkpoint.is_diffusers:
-            return checkpoint, DiTConfig.from_diffusers(checkpoint.config)
-        return checkpoint, infer_dit_config(checkpoint.shapes, checkpoint.config)
-
-
-def _open_vae(path: Path, config: VAEConfig | None) -> tuple[_Checkpoint, VAEConfig]:
-    path = part_of_pipeline(path, VAE_PARTS)
-    checkpoint = _Checkpoint(path, "VAE", vae_key_map)
-    if config is not None:
-        return checkpoint, config
-    with _named(checkpoint.path):
-        if checkpoint.is_diffusers:
-            return checkpoint, VAEConfig.from_diffusers(checkpoint.config)
-        return checkpoint, infer_vae_config(checkpoint.shapes)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Puts the checkpoint's name before what is wrong with its configuration."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"weights: {path}: {error}") from error
+    checkpoint = _Checkpoint(path, WanVAE)
+    checkpoint.check()
+    return checkpoint.config
 
 
 def random_weights(
@@ -242,59 +208,111 @@ def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
 
 
 class _Checkpoint:
-    """The tensors of a directory or file under this project's names, read when they are asked for."""
+    """The tensors of a directory or file under this project's names, read when they are asked for.
 
-    def __init__(self, path: Path, part: str, key_map: Callable[[Any], Callable[[str], str]]):
-        files = open_weights(path)
-        self.path, self.config = path, files.config
+    Once they are checked they are a :class:`model.streaming.placed.TensorSource`, LoRAs included.
+    """
+
+    def __init__(self, path: str | Path, kind: type[Model], config: Any = None):
+        part, places = ("DiT", DIT_PARTS) if kind is WanDiT else ("VAE", VAE_PARTS)
+        self.kind, self.path = kind, part_of_pipeline(Path(path), places)
+        files = open_weights(self.path)
         plain = plain_weights(files)
-        stripped = strip_prefix(plain.tensors, part)
-        kind = recognise(stripped, files.config)
-        if kind is not None and (kind.part != part or kind.lacks):
-            raise InputError(f"weights: {path} is a {kind.name}; {kind.lacks or f'expected a Wan {part}'}")
-        # VideoX-Fun has diffusers' class, and the names and the configuration of the Wan repositories.
-        classes = ("WanTransformer3DModel", "AutoencoderKLWan")
-        self.is_diffusers = self.config.get("_class_name") in classes and not is_original(stripped)
-        self._problem = plain.problem(stripped.values())
+        stripped = strip_prefix(plain, part)
+        found = recognise(stripped, files.config)
+        if found is not None and (found.part != part or found.lacks):
+            raise InputError(f"weights: {self.path} is a {found.name}; {found.lacks or f'expected a Wan {part}'}")
+        self._problem = quantisation_problem(plain[key] for key in stripped.values())
+        rename = (dit_key_map if kind is WanDiT else vae_key_map)(stripped)
         self._checked: set[str] = set()
-        rename = key_map(stripped)
-        self._keys: dict[str, str] = {}
+        self._tensors: dict[str, ScaledTensor] = {}
         for short, key in stripped.items():
             if any(unused in short for unused in _UNUSED):
                 continue
             name = rename(short)
-            if name in self._keys:
-                raise InputError(f"weights: {path} holds {name} twice, as {self._keys[name]} and as {key}")
-            self._keys[name] = key
-        self._tensors: dict[str, ScaledTensor] = {name: plain.tensors[key] for name, key in self._keys.items()}
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+            if name in self._tensors:
+                twice = f"as {self._tensors[name].stored.key} and as {key}"
+                raise InputError(f"weights: {self.path} holds {name} twice, {twice}")
+            self._tensors[name] = plain[key]
+        # VideoX-Fun has diffusers' class, and the names and the configuration of the Wan repositories.
+        classes = ("WanTransformer3DModel", "AutoencoderKLWan")
+        diffusers = files.config.get("_class_name") in classes and not is_original(stripped)
+        self.config = self._configuration(files.config, diffusers) if config is None else config
 
-    def load(
-        self,
-        kind: type[Model],
-        config: Any,
-        dtype_of: Callable[[str], torch.dtype],
-        device: torch.device | str,
-        loras: Sequence[LoRA] = (),
-    ) -> Model:
-        """Builds the model and gives it the tensors, or says everything that does not fit."""
-        model, chosen = self.check(kind, config, loras)
-        state = {name: self.plain(name, chosen, dtype_of(name), device) for name in model.state_dict()}
-        return _assign(model, state)
+    def _configuration(self, given: dict[str, Any], diffusers: bool) -> Any:
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        try:
+            if diffusers:
+                return (DiTConfig if self.kind is WanDiT else VAEConfig).from_diffusers(given)
+            return infer_dit_config(shapes, given) if self.kind is WanDiT else infer_vae_config(shapes)
+        except InputError as error:
+            raise InputError(f"weights: {self.path}: {error}") from error
 
-    def in_eight_bits(self, chosen: LoRASet) -> dict[str, str]:
+    def check(self, loras: Sequence[LoRA] = (), dtype: torch.dtype = torch.float32) -> Model:
+        """Returns the model without memory if exactly its tensors are there, and what the LoRAs change, all of a shape.
+
+        ``dtype`` is that in which matrices in 8 bits are unpacked, whose range they must not leave.
+        """
+        if self._problem is not None:
+            raise InputError(f"weights: {self.path} is {self._problem}")
+        model, tensors = self._build(), self._tensors
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        held = [name for name in expected if name in tensors]
+        keys = {name: tensor.stored.key for name, tensor in tensors.items()}
+        problems = [
+            *(f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors),
+            *(f"surplus {key}" for name, key in keys.items() if name not in expected),
+            *(
+                f"misshapen {keys[name]}: {tensors[name].shape}, expected {expected[name]}"
+                for name in held
+                if tensors[name].shape != expected[name]
+            ),
+            *(
+                f"{keys[name]} is {tensors[name].stored.dtype}, expected floats"
+                for name in held
+                if not tensors[name].is_float
+            ),
+        ]
+        if problems:
+            named = f"{len(problems)} tensors: {'; '.join(problems)}"
+            raise InputError(f"weights: {self.path} does not fit {self.kind.__name__}: {named}")
+        self._loras, self._dtype = LoRASet(loras, expected), dtype
+        return model
+
+    def _build(self) -> Model:
+        """Builds the model without memory."""
+        config, called = self.config, f"weights: {self.path}"
+        layers = config.num_layers if self.kind is WanDiT else len(config.dim_mult) * config.num_res_blocks
+        # A layer has tensors. A number far beyond theirs would be built for hours before they are missed.
+        if layers > len(self._tensors):
+            raise InputError(
+                f"{called} does not fit {self.kind.__name__}: its configuration has {layers} layers, and it"
+                f" holds {len(self._tensors)} tensors"
+            )
+        try:
+            with torch.device("meta"), elsewhere():
+                return self.kind(config)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            # Without memory nothing can be too large but a size itself, for which torch has these three.
+            raise InputError(f"{called}: sizes beyond what torch can count: {config}") from error
+
+    def fill(self, model: Model, dtype_of: Callable[[str], torch.dtype], device: torch.device | str) -> Model:
+        """Gives the model the tensors, each in the dtype of its name."""
+        return _assign(model, {name: self.plain(name, dtype_of(name), device) for name in model.state_dict()})
+
+    def in_eight_bits(self) -> dict[str, str]:
         """Returns the dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
         return {
             name: tensor.stored.dtype
             for name, tensor in self._tensors.items()
-            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BITS and name not in chosen
+            if len(tensor.shape) == 2 and tensor.stored.dtype in EIGHT_BITS and name not in self._loras
         }
 
-    def plain(self, name: str, chosen: LoRASet, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Reads a tensor and adds its LoRAs, rounded once."""
         tensor = self._tensors[name]
-        if name in chosen:
-            return chosen.add_to(name, self._wide(name, torch.float64, device), dtype)
+        if name in self._loras:
+            return self._loras.add_to(name, self._wide(name, torch.float64, device), dtype)
         if tensor.scale is not None:
             return self._wide(name, dtype, device).to(dtype)
         # As it is stored it is smallest, and on the host no check waits for a GPU.
@@ -302,23 +320,18 @@ class _Checkpoint:
         self._check(name, stored, dtype)
         return stored.to(device, dtype)
 
-    def eight_bits(
-        self, name: str, chosen: LoRASet, kind: torch.dtype, device: torch.device | str, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Reads a matrix in 8 bits: as it is stored if that is the same kind, else quantised.
-
-        ``dtype`` is that in which it is unpacked, whose range it must not leave.
-        """
+    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Reads a matrix in 8 bits: as it is stored if that is the same kind, else quantised."""
         tensor = self._tensors[name]
-        if name in chosen or str(kind).removeprefix("torch.") != tensor.stored.dtype:
-            wide = self._wide(name, dtype, device)
-            return quantize_rows(chosen.add_to(name, wide, wide.dtype) if name in chosen else wide, kind)
+        if name in self._loras or str(kind).removeprefix("torch.") != tensor.stored.dtype:
+            wide = self._wide(name, self._dtype, device)
+            return quantize_rows(self._loras.add_to(name, wide, wide.dtype) if name in self._loras else wide, kind)
         values, scales = tensor.stored.read(), tensor.scales()
         if name not in self._checked:
             self._check_scaled(name, values)
             # The dtype's largest number times the largest scale is seldom too much; if it is, all are multiplied out.
-            if largest(values, tensor.name) * largest(scales, tensor.name) > torch.finfo(dtype).max:
-                self._wide(name, dtype, "cpu")
+            if largest(values, tensor.name) * largest(scales, tensor.name) > torch.finfo(self._dtype).max:
+                self._wide(name, self._dtype, "cpu")
             self._checked.add(name)
         return values.to(device), scales.to(device)
 
@@ -342,55 +355,3 @@ class _Checkpoint:
                 f"{self._tensors[name].name} holds the largest number of {self._tensors[name].stored.dtype}, as weights"
                 " do that have a scale; expected its scale in the file"
             )
-
-    def check(self, kind: type[Model], config: Any, loras: Sequence[LoRA] = ()) -> tuple[Model, LoRASet]:
-        """Returns the model without memory, and its LoRAs, if exactly its tensors are there in the right shapes."""
-        if self._problem is not None:
-            raise InputError(f"weights: {self.path} is {self._problem}")
-        model = self._build(kind, config)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in self.shapes]
-        problems += [f"surplus {self._keys[name]}" for name in self.shapes if name not in expected]
-        problems += [
-            f"misshapen {self._keys[name]}: {self.shapes[name]}, expected {shape}"
-            for name, shape in expected.items()
-            if name in self.shapes and self.shapes[name] != shape
-        ]
-        problems += [
-            f"{self._keys[name]} is {self._tensors[name].stored.dtype}, expected floats"
-            for name in expected
-            if name in self.shapes and not self._tensors[name].is_float
-        ]
-        if problems:
-            listed = "; ".join(problems)
-            raise InputError(f"weights: {self.path} does not fit {kind.__name__}: {len(problems)} tensors: {listed}")
-        return model, LoRASet(loras, expected)
-
-    def _build(self, kind: type[Model], config: Any) -> Model:
-        """Builds the model without memory."""
-        layers = config.num_layers if kind is WanDiT else len(config.dim_mult) * config.num_res_blocks
-        # A layer has tensors. A number far beyond theirs would be built for hours before they are missed.
-        if layers > len(self.shapes):
-            raise InputError(
-                f"weights: {self.path} does not fit {kind.__name__}: its configuration has {layers} layers, and it"
-                f" holds {len(self.shapes)} tensors"
-            )
-        try:
-            with torch.device("meta"), elsewhere():
-                return kind(config)
-        except (RuntimeError, OverflowError, TypeError) as error:
-            # Without memory nothing can be too large but a size itself, for which torch has these three.
-            raise InputError(f"weights: {self.path}: sizes beyond what torch can count: {config}") from error
-
-
-class _CheckpointTensors:
-    """The tensors of a checkpoint with LoRAs, as :func:`model.streaming.placed.place` asks for them."""
-
-    def __init__(self, checkpoint: _Checkpoint, chosen: LoRASet, dtype: torch.dtype) -> None:
-        self._checkpoint, self._chosen, self._dtype = checkpoint, chosen, dtype
-
-    def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        return self._checkpoint.plain(name, self._chosen, dtype, device)
-
-    def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        return self._checkpoint.eight_bits(name, self._chosen, kind, device, self._dtype)

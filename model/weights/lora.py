@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from model.weights.scaled import check_holds, largest
 
 _LISTED = 20
 _LISTED_IN_WARNING = 3
-#: Models with LoRAs that can still be taken off.
-_APPLIED: WeakKeyDictionary[WanDiT, ref[AppliedLoRAs]] = WeakKeyDictionary()
+#: LoRAs that can still be taken off, by the id of their model, which they keep alive.
+_APPLIED: WeakValueDictionary[int, AppliedLoRAs] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -249,12 +249,8 @@ class AppliedLoRAs:
         parameters = dict(dit.named_parameters())
         self._kept = {name: parameters[name].detach().to("cpu", copy=True) for name in loras.names}
         self._strengths = tuple(lora.strength for lora in loras.loras)
-        _APPLIED[dit] = ref(self)
-        try:
-            self._write(self._strengths)
-        except BaseException:
-            self.remove()
-            raise
+        _APPLIED[id(dit)] = self
+        self._write_or_remove()
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -278,11 +274,11 @@ class AppliedLoRAs:
         try:
             self._write(strengths)
         except BaseException:
-            self._restore()
+            self._write_or_remove()
             raise
         self._strengths = tuple(strengths)
 
-    def _restore(self) -> None:
+    def _write_or_remove(self) -> None:
         try:
             self._write(self._strengths)
         except BaseException:
@@ -301,7 +297,7 @@ class AppliedLoRAs:
                 if name in self._kept:
                     parameter.copy_(self._kept[name])
         self._kept.clear()
-        del _APPLIED[self.dit]
+        del _APPLIED[id(self.dit)]
 
     def __enter__(self) -> AppliedLoRAs:
         return self
@@ -313,8 +309,7 @@ class AppliedLoRAs:
             self.remove()
 
     def _is_on(self) -> bool:
-        applied = _APPLIED.get(self.dit)
-        return applied is not None and applied() is self
+        return _APPLIED.get(id(self.dit)) is self
 
     def _check_on(self) -> None:
         if not self._is_on():
@@ -341,8 +336,7 @@ def _wide(parameter: Tensor) -> Tensor:
 def _check_free(dit: WanDiT) -> None:
     if not dit.owns_weights:
         raise InputError("loras: this model's layers are streamed or in 8 bits; give load_dit the LoRAs instead")
-    applied = _APPLIED.get(dit)
-    if applied is not None and applied() is not None:
+    if id(dit) in _APPLIED:
         raise InputError("loras: some are applied to this model already; remove() them first, or give all in one call")
 
 

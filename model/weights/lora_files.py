@@ -75,13 +75,18 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weight
 class Delta:
     """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or times a tensor (one).
 
-    ``path`` is the file, ``keys`` are the keys of the factors, in their order, and that of the alpha.
+    ``path`` is the file, ``alpha`` the key of the alpha, if any.
     """
 
     path: Path
-    keys: tuple[str, ...]
     factors: tuple[StoredTensor, ...]
-    scale: float
+    scale: float = 1.0
+    alpha: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the factors, in their order, and that of the alpha."""
+        return *(factor.key for factor in self.factors), *((self.alpha,) if self.alpha else ())
 
     @property
     def rank(self) -> int | None:
@@ -102,18 +107,11 @@ class Delta:
             fits = _plain_shape(self.factors[0].shape) == _plain_shape(shape)
         else:
             up, down = self.factors
-            fits = (
-                len(shape) > 1
-                and self.has_product
-                and up.shape[0] == shape[0]
-                and down.numel == down.shape[0] * math.prod(shape[1:])
-            )
+            columns = down.shape[0] * math.prod(shape[1:])
+            fits = len(shape) > 1 and self.has_product and up.shape[0] == shape[0] and down.numel == columns
         if fits:
             return []
-        return [
-            f"{key} ({list(factor.shape)} for a parameter of {list(shape)})"
-            for key, factor in zip(self.keys, self.factors, strict=False)
-        ]
+        return [f"{factor.key} ({list(factor.shape)} for a parameter of {list(shape)})" for factor in self.factors]
 
     def add_to(self, total: Tensor, strength: float) -> None:
         """Adds ``strength`` times the addition to ``total``, contiguous and at least float32, in place.
@@ -125,8 +123,8 @@ class Delta:
             InputError: a factor has NaN, infinity or numbers that ``total`` cannot hold, which is then as it was.
         """
         factors = []
-        for key, factor in zip(self.keys, self.factors, strict=False):
-            stored, called = factor.read(), f"lora: {self.path}: {key}"
+        for factor in self.factors:
+            stored, called = factor.read(), f"lora: {self.path}: {factor.key}"
             check_holds(total.dtype, largest(stored, called), called)
             factors.append(stored.to(total.device, total.dtype))
         rows = total.view(total.shape[0], -1)
@@ -161,8 +159,8 @@ class LoRAFile:
             InputError: one has NaN or infinity.
         """
         for delta in chain.from_iterable(self.deltas.values()):
-            for key, factor in zip(delta.keys, delta.factors, strict=False):
-                largest(factor.read(), f"lora: {self.path}: {key}")
+            for factor in delta.factors:
+                largest(factor.read(), f"lora: {self.path}: {factor.key}")
 
     @property
     def ranks(self) -> Counter[int]:
@@ -227,12 +225,6 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
     return LoRAFile(path, _naming(taken), dict(deltas), tuple(faults), tuple(unmatched), len(left_out))
 
 
-@dataclass(frozen=True)
-class _Part:
-    key: str
-    tensor: StoredTensor
-
-
 def _file(path: Path) -> Path:
     """Returns the file of a directory that holds one LoRA, or the path of a file."""
     if not path.exists():
@@ -246,9 +238,9 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
-def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, _Part]], list[str]]:
+def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
     """Returns ``{module: {part: tensor}}``, and the keys that are no part of a LoRA."""
-    modules: dict[str, dict[str, _Part]] = defaultdict(dict)
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     unmatched = []
     for key, tensor in tensors.items():
         name = _split(key)[1]
@@ -258,7 +250,7 @@ def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, d
                 parts = modules[dotted(name[: match.start()])]
                 if part in parts:
                     raise _several(path, parts[part].key, key)
-                parts[part] = _Part(key, tensor)
+                parts[part] = tensor
                 break
         else:
             unmatched.append(f"{key} (no part of a LoRA)")
@@ -277,14 +269,14 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _take_deltas(
-    path: Path, module: str, parts: dict[str, _Part], config: AdapterConfig
+    path: Path, module: str, parts: dict[str, StoredTensor], config: AdapterConfig
 ) -> Iterator[tuple[str, Delta]]:
     """Takes the parts of a module that add something, and yields their additions; the others stay in ``parts``."""
     weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
     if {"up", "down"} <= parts.keys():
         up, down = parts.pop("up"), parts.pop("down")
         alpha = parts.pop("alpha", None)
-        rank = down.tensor.shape[0]
+        rank = down.shape[0]
         if alpha is not None:
             scale = _number(path, alpha) / rank
         else:
@@ -292,26 +284,22 @@ def _take_deltas(
             scale = config.scale(module, rank) if is_dit_parameter(weight) else 1.0
         if abs(scale) > LARGEST_SCALE:
             raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
-        keys = (up.key, down.key) if alpha is None else (up.key, down.key, alpha.key)
-        yield weight, Delta(path, keys, (up.tensor, down.tensor), scale)
+        yield weight, Delta(path, (up, down), scale, alpha and alpha.key)
         if "up_bias" in parts:
-            part = parts.pop("up_bias")
-            yield bias, Delta(path, (part.key,), (part.tensor,), scale)
-    for kind in ("diff", "diff_b", "diff_m"):
+            yield bias, Delta(path, (parts.pop("up_bias"),), scale)
+    # A parameter of its own may be named in full, as in ``head.modulation.diff``.
+    whole = dit_name(module) if is_dit_parameter(dit_name(module)) else weight
+    for kind, name in (("diff", whole), ("diff_b", bias), ("diff_m", dit_name(f"{module}.modulation"))):
         if kind in parts:
-            part = parts.pop(kind)
-            # A parameter of its own may be named in full, as in ``head.modulation.diff``.
-            whole = dit_name(module) if kind == "diff" and is_dit_parameter(dit_name(module)) else weight
-            name = {"diff": whole, "diff_b": bias, "diff_m": dit_name(f"{module}.modulation")}[kind]
-            yield name, Delta(path, (part.key,), (part.tensor,), 1.0)
+            yield name, Delta(path, (parts.pop(kind),))
 
 
-def _take_unsound(parts: dict[str, _Part]) -> list[str]:
+def _take_unsound(parts: dict[str, StoredTensor]) -> list[str]:
     """Takes the factors and differences that can fit no parameter, and returns their keys with the reasons.
 
     The counterpart of such a factor goes with it, and so do their alpha and bias.
     """
-    bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part.tensor)) is not None}
+    bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part)) is not None}
     faults = [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
     with_it = ("up", "down", "up_bias", "alpha") if bad.keys() & {"up", "down"} else ()
     for name in {*bad, *with_it}:
@@ -331,16 +319,15 @@ def _unsound(name: str, tensor: StoredTensor) -> str | None:
     return None
 
 
-def _number(path: Path, part: _Part) -> float:
-    tensor = part.tensor
-    if tensor.numel != 1:
-        raise InputError(f"lora: {path}: {part.key}: expected one number, got {list(tensor.shape)}")
-    if tensor.dtype not in (*FLOATS, *_INTEGERS):
-        raise InputError(f"lora: {path}: {part.key}: expected a number, got {tensor.dtype}")
+def _number(path: Path, tensor: StoredTensor) -> float:
     try:
+        if tensor.numel != 1:
+            raise ValueError(f"expected one number, got {list(tensor.shape)}")
+        if tensor.dtype not in (*FLOATS, *_INTEGERS):
+            raise ValueError(f"expected a number, got {tensor.dtype}")
         return finite(tensor.read().item())
     except ValueError as error:
-        raise InputError(f"lora: {path}: {part.key}: {error}") from error
+        raise InputError(f"lora: {path}: {tensor.key}: {error}") from error
 
 
 def _naming(keys: Iterable[str]) -> str:

@@ -30,7 +30,8 @@ class AdapterConfig:
         if values.get("use_dora"):
             raise InputError(f"lora: {path} is DoRA ({source}), which cannot be merged as a LoRA; expected a LoRA")
         try:
-            self._numbers = {name: _number_or_none(values.get(name)) for name in ("r", "lora_alpha")}
+            given = {name: values.get(name) for name in ("r", "lora_alpha")}
+            self._numbers = {name: None if value is None else finite(value) for name, value in given.items()}
             self._patterns = {
                 name: [
                     (re.compile(rf"(.*\.)?({_bounded(pattern)})$"), finite(value))
@@ -109,7 +110,3 @@ def finite(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {value}")
     return number
-
-
-def _number_or_none(value: Any) -> float | None:
-    return None if value is None else finite(value)

@@ -95,18 +95,17 @@ def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
 
 
 def _encoder(any_key: Any, config: Mapping[str, Any]) -> Kind | None:
+    clip, wan = "clip_vision_model", ", names of the Wan repositories"
     if any_key(r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\."):
         if not any_key(r"(^|\.)encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\."):
             return Kind("T5 text encoder", None, "Wan reads UMT5, which has position biases in every layer")
-        lacks = _transformers("umt5", config)
-        return Kind("UMT5 text encoder", "text encoder", lacks)
+        return Kind("UMT5 text encoder", "text encoder", _transformers("umt5", config))
     if any_key(r"^token_embedding\.weight$") and any_key(r"^blocks\.0\.pos_embedding\."):
-        return Kind("UMT5 text encoder, names of the Wan repositories", "text encoder", _transformers("umt5", {}))
+        return Kind(f"UMT5 text encoder{wan}", "text encoder", _transformers("umt5", {}))
     if any_key(r"(^|\.)embeddings\.class_embedding$"):
-        return Kind("CLIP image encoder", "image encoder", _transformers("clip_vision_model", config))
-    if any_key(r"^visual\.cls_embedding$") or any_key(r"^visual\.transformer\.0\."):
-        lacks = _transformers("clip_vision_model", {})
-        return Kind("CLIP image encoder, names of the Wan repositories", "image encoder", lacks)
+        return Kind("CLIP image encoder", "image encoder", _transformers(clip, config))
+    if any_key(r"^visual\.(cls_embedding$|transformer\.0\.)"):
+        return Kind(f"CLIP image encoder{wan}", "image encoder", _transformers(clip, {}))
     return None
 
 

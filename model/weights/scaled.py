@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,12 +83,15 @@ def check_holds(dtype: torch.dtype, found: float, name: str) -> None:
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """A tensor of a checkpoint, its key, and the scale that it is to be multiplied by and that scale's key, if any."""
+    """A tensor of a checkpoint, and the scale that it is to be multiplied by, if any.
 
-    key: str
+    ``form`` names the quantisation of a layer that has one, and ``problem`` is why it cannot be read.
+    """
+
     stored: StoredTensor
     scale: StoredTensor | None = None
-    scale_key: str = ""
+    form: str | None = None
+    problem: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +106,8 @@ class ScaledTensor:
     @property
     def name(self) -> str:
         """The beginning of an error about the tensor: its file, its key and that of its scale."""
-        return f"weights: {self.stored.file}: {self.key}{self.scale_key and f' times {self.scale_key}'}"
+        times = "" if self.scale is None else f" times {self.scale.key}"
+        return f"weights: {self.stored.file}: {self.stored.key}{times}"
 
     def lacks_scale(self, value: Tensor) -> bool:
         """Returns whether ``value``, which was read from a float8 tensor without a scale, was made for one.
@@ -143,53 +147,40 @@ class ScaledTensor:
         return self._finite_scale().flatten().expand(rows).contiguous()
 
     def _finite_scale(self) -> Tensor:
-        assert self.scale is not None
         scale = self.scale.read().float()
-        largest(scale, f"weights: {self.scale.file}: {self.scale_key}")
+        largest(scale, f"weights: {self.scale.file}: {self.scale.key}")
         return scale
 
 
-@dataclass(frozen=True)
-class PlainWeights:
-    """The weights of a checkpoint, without the tensors that only describe them.
+def quantisation_problem(tensors: Iterable[ScaledTensor]) -> str | None:
+    """Returns why these weights cannot be read as they are quantised, or None.
 
-    ``formats`` names the quantisation of the layers that have one, by the weight's key, and ``problems`` why some
-    cannot be read.
+    They may be some of a file's, since one file may hold the parts of a whole pipeline, each quantised in its own way.
     """
-
-    tensors: dict[str, ScaledTensor]
-    formats: dict[str, str] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor."""
-        return {key: tensor.shape for key, tensor in self.tensors.items()}
-
-    def problem(self, keys: Collection[str] | None = None) -> str | None:
-        """Returns why these weights (None: all) cannot be read as they are quantised, or None.
-
-        Of these weights, since one file may hold the parts of a whole pipeline, each quantised in its own way.
-        """
-        chosen = [self.tensors[key] for key in (self.tensors if keys is None else keys)]
-        faults: dict[str, list[str]] = {}
-        for tensor in chosen:
-            if tensor.key in self.problems:
-                faults.setdefault(self.problems[tensor.key], []).append(tensor.key.removesuffix(".weight"))
-        if faults:
-            return _sentence(faults)
-        matrices = [t for t in chosen if _is_eight_bit_matrix(t.key, t.stored)]
-        bare = [t.key for t in matrices if t.scale is None]
-        if not bare or len(bare) == len(matrices):
-            return None
+    faults: dict[str, list[str]] = {}
+    matrices = []
+    for tensor in tensors:
+        if tensor.problem is not None:
+            faults.setdefault(tensor.problem, []).append(tensor.stored.key.removesuffix(".weight"))
+        if _is_eight_bit_matrix(tensor.stored):
+            matrices.append(tensor)
+    if faults:
+        parts = (f"{name} in {_some(layers)}" for name, layers in faults.items())
         return (
-            f"quantised in 8 bits with a scale for {len(matrices) - len(bare)} matrices and without one for {len(bare)}"
-            f" ({_some(bare)}); expected a scale for each of them or for none"
+            f"quantised as {'; '.join(parts)};"
+            " expected floats, or float8_e4m3fn, float8_e5m2 or int8 with one scale a tensor or a row"
         )
+    bare = [tensor.stored.key for tensor in matrices if tensor.scale is None]
+    if not bare or len(bare) == len(matrices):
+        return None
+    return (
+        f"quantised in 8 bits with a scale for {len(matrices) - len(bare)} matrices and without one for {len(bare)}"
+        f" ({_some(bare)}); expected a scale for each of them or for none"
+    )
 
 
-def plain_weights(files: WeightFiles) -> PlainWeights:
-    """Pairs weights with their scales.
+def plain_weights(files: WeightFiles) -> dict[str, ScaledTensor]:
+    """Returns the weights of a checkpoint with their scales, without the tensors that only describe them.
 
     Raises:
         InputError: the description of how a layer is quantised cannot be read.
@@ -197,42 +188,38 @@ def plain_weights(files: WeightFiles) -> PlainWeights:
     tensors = files.tensors
     named = _named_formats(files)
     scales = {
-        f"{key.removesuffix(suffix)}.weight": key
+        weight: key
         for suffix in _WEIGHT_SCALES
         for key in tensors
-        if key.endswith(suffix) and f"{key.removesuffix(suffix)}.weight" in tensors
+        if key.endswith(suffix) and (weight := f"{key.removesuffix(suffix)}.weight") in tensors
     }
-    described = set(scales.values()) | {key for key in tensors if _describes(key)}
-    marked = tuple(key.removesuffix(_MARKER) for key in tensors if key.split(".")[-1] == _MARKER)
+    markers = [key for key in tensors if key.split(".")[-1] == _MARKER]
+    marked = tuple(key.removesuffix(_MARKER) for key in markers)
+    described = {*scales.values(), *markers, *(key for key in tensors if key.endswith((_FORMAT, *_INPUT_SCALES)))}
     by_config = files.config.get("quantization_config")
     method = by_config.get("quant_method", "unnamed") if isinstance(by_config, dict) else by_config
-    formats, problems, plain = {}, {}, {}
+    plain = {}
     for key, stored in tensors.items():
         if key in described:
             continue
         scale = tensors[scales[key]] if key in scales else None
         given = named.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        problem = _problem(key, stored, scale, given, tensors)
+        problem = _problem(stored, scale, given, tensors)
         announced = given if given is not None else _MARKER if key.startswith(marked) else None
-        if problem is None and scale is None and announced and _is_eight_bit_matrix(key, stored):
+        if problem is None and scale is None and announced and _is_eight_bit_matrix(stored):
             problem = f"{stored.dtype} without the scale that {announced} announces"
         if problem is None and by_config:
             problem = f"{method!r} (quantization_config of config.json)"
-        if problem is not None:
-            problems[key] = problem
-        if problem is not None or scale is not None or given is not None:
-            formats[key] = problem or f"{stored.dtype}, {_kind(scale)}"
-        plain[key] = ScaledTensor(key, stored, scale if problem is None else None, scales.get(key, ""))
-    return PlainWeights(plain, formats, problems)
+        form = problem
+        if form is None and (scale is not None or given is not None):
+            each = "no scale" if scale is None else f"one scale a {'tensor' if scale.numel == 1 else 'row'}"
+            form = f"{stored.dtype}, {each}"
+        plain[key] = ScaledTensor(stored, scale if problem is None else None, form, problem)
+    return plain
 
 
-def _is_eight_bit_matrix(key: str, stored: StoredTensor) -> bool:
-    return key.endswith(".weight") and len(stored.shape) == 2 and stored.dtype in EIGHT_BITS
-
-
-def _describes(key: str) -> bool:
-    """Returns whether a tensor describes others and is no weight itself."""
-    return key.split(".")[-1] == _MARKER or key.endswith((_FORMAT, *_INPUT_SCALES))
+def _is_eight_bit_matrix(stored: StoredTensor) -> bool:
+    return stored.key.endswith(".weight") and len(stored.shape) == 2 and stored.dtype in EIGHT_BITS
 
 
 def _named_formats(files: WeightFiles) -> dict[str, str]:
@@ -263,20 +250,15 @@ def _format(entry: Mapping[str, Any]) -> str:
 
 
 def _problem(
-    key: str,
-    stored: StoredTensor,
-    scale: StoredTensor | None,
-    given: str | None,
-    tensors: Mapping[str, StoredTensor],
+    stored: StoredTensor, scale: StoredTensor | None, given: str | None, tensors: Collection[str]
 ) -> str | None:
     """Returns the name of a quantisation that cannot be read, or None."""
     if given is not None and given not in _READ_FORMATS:
         return given
-    if not key.endswith(".weight"):
+    if not stored.key.endswith(".weight"):
         return None
-    layer = key.removesuffix(".weight")
     for suffix, name in _COMPANIONS.items():
-        if key + suffix in tensors or layer + suffix in tensors:
+        if stored.key + suffix in tensors or stored.key.removesuffix(".weight") + suffix in tensors:
             return name
     if stored.dtype == "int8" and scale is None:
         return "int8 without a scale"
@@ -290,20 +272,6 @@ def _problem(
 def _is_by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     """Returns whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
     return all(size == 1 for size in scale) or (scale[:1] == weight[:1] and all(size == 1 for size in scale[1:]))
-
-
-def _kind(scale: StoredTensor | None) -> str:
-    if scale is None:
-        return "no scale"
-    return "one scale a tensor" if scale.numel == 1 else "one scale a row"
-
-
-def _sentence(problems: Mapping[str, list[str]]) -> str:
-    parts = (f"{name} in {_some(layers)}" for name, layers in problems.items())
-    return (
-        f"quantised as {'; '.join(parts)};"
-        " expected floats, or float8_e4m3fn, float8_e5m2 or int8 with one scale a tensor or a row"
-    )
 
 
 def _some(keys: list[str]) -> str:

@@ -16,7 +16,7 @@ FLOATS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "flo
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape, the name of its dtype as torch has it, and functions that read it.
+    """A tensor in a file: its key, its shape, the name of its dtype as torch has it, and functions that read it.
 
     ``read_rows`` reads from one index of the first dimension up to another, and nothing else of the file. A tensor in
     blocks of GGUF has the name of their type, such as ``Q4_K``, as dtype and ``packed_nbytes``; reading it multiplies
@@ -24,6 +24,7 @@ class StoredTensor:
     """
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]

@@ -76,20 +76,15 @@ def float8_file(plain: WanDiT, path: Path, dtype: torch.dtype = torch.float8_e4m
 @pytest.mark.parametrize(("layers", "pinned"), list(itertools.product((1, 2, 7, 30, 40), (0, 1, 5, 60))))
 def test_every_block_has_one_home_and_as_many_as_asked_stay(layers: int, pinned: int) -> None:
     for resident in range(layers + 2):
-        check_homes(layers, resident, pinned)
-
-
-def check_homes(layers: int, resident: int, pinned: int) -> None:
-    homes = Placement(resident, pinned).homes(layers)
-    stay = min(resident, layers)
-    assert homes.count("device") == stay
-    assert homes.count("host") == min(pinned, layers - stay)
-    assert len(homes) == layers
-    # Layers are spread evenly: runs of those that stay differ by at most one where they lie between two that move.
-    moving = [i for i, home in enumerate(homes) if home != "device"]
-    gaps = {b - a for a, b in itertools.pairwise(moving)}
-    assert len(gaps) <= 2
-    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+        homes = Placement(resident, pinned).homes(layers)
+        stay = min(resident, layers)
+        assert homes.count("device") == stay
+        assert homes.count("host") == min(pinned, layers - stay)
+        assert len(homes) == layers
+        # Layers are spread evenly: runs of those that stay differ by at most one where they lie between two that move.
+        moving = [i for i, home in enumerate(homes) if home != "device"]
+        gaps = {b - a for a, b in itertools.pairwise(moving)}
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
 def test_everything_stays_by_default() -> None:
@@ -237,40 +232,27 @@ def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, 
     assert not torch.equal(output(placed), output(load_dit(path, config=CONFIG)))
 
 
+@pytest.mark.parametrize("matmul", [None, *DTYPES], ids=["plain", "8bit-float32", "8bit-bfloat16"])
 @pytest.mark.parametrize("quantize", ["float8", "int8"])
-def test_quantised_weights_are_near_and_the_same_wherever_they_live(quantize: str, checkpoint: Path) -> None:
+def test_quantised_weights_are_near_and_the_same_wherever_they_live(
+    quantize: str, matmul: torch.dtype | None, checkpoint: Path
+) -> None:
     """Quantised weights, one scale a row, are near, and give the same bits wherever they live.
 
-    float8 e4m3 has 4 significant bits, int8 as many as the largest number of its row leaves.
+    float8 e4m3 has 4 significant bits, int8 as many as the largest number of its row leaves. The error of 8-bit matmuls
+    is that of the weights and about as much again: activations have scales too.
     """
-    exact = load_dit(checkpoint, config=CONFIG)
-    models = [
-        load_dit(checkpoint, config=CONFIG, placement=Placement(**where, quantize=quantize))
-        for where in ({}, {"resident": 0}, MOVING)
-    ]
-    outputs = [output(model) for model in models]
-    assert all(torch.equal(found, outputs[0]) for found in outputs)
-    error = relative_error(outputs[0], output(exact))
-    assert 1e-4 < error < {"float8": 0.06, "int8": 0.02}[quantize]
 
+    def outputs(matmul: str, dtype: torch.dtype) -> list[Tensor]:
+        placements = (Placement(**w, quantize=quantize, matmul=matmul) for w in ({}, {"resident": 0}, MOVING))
+        return [output(load_dit(checkpoint, config=CONFIG, dtype=dtype, placement=p)) for p in placements]
 
-@pytest.mark.parametrize("quantize", ["float8", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_products_in_8_bits_are_near_and_the_same_wherever_weights_live(
-    quantize: str, dtype: torch.dtype, checkpoint: Path
-) -> None:
-    """The error of 8-bit matmuls is that of the weights and about as much again: activations have scales too."""
     exact = output(load_dit(checkpoint, config=CONFIG))
-    weights_only = load_dit(checkpoint, config=CONFIG, placement=Placement(quantize=quantize))
-    outputs = [
-        output(
-            load_dit(checkpoint, config=CONFIG, dtype=dtype, placement=Placement(**w, quantize=quantize, matmul="8bit"))
-        )
-        for w in ({}, {"resident": 0}, MOVING)
-    ]
-    assert all(torch.equal(found, outputs[0]) for found in outputs)
-    error = relative_error(outputs[0], exact)
-    assert relative_error(output(weights_only), exact) < error < {"float8": 0.12, "int8": 0.05}[quantize]
+    found = outputs("8bit", matmul) if matmul else outputs("plain", torch.float32)
+    assert all(torch.equal(tensor, found[0]) for tensor in found)
+    least = relative_error(outputs("plain", torch.float32)[0], exact) if matmul else 1e-4
+    most = {"float8": (0.06, 0.12), "int8": (0.02, 0.05)}[quantize]
+    assert least < relative_error(found[0], exact) < most[matmul is not None]
 
 
 def test_products_in_8_bits_read_float8_of_a_file_as_it_is(plain: WanDiT, tmp_path: Path) -> None:

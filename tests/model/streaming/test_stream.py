@@ -7,7 +7,6 @@ too early, or asks for a copy into a slot that is still read, computes with NaN.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from model.weights.load import random_weights
 from tests.conftest import TINY_DIT
 
 LAYERS = 7
+LAYER_WALK = LayerStream.walk
 PLACEMENTS = [
     Placement(resident=0),
     Placement(resident=0, pinned=3),
@@ -89,30 +89,24 @@ def test_blocks_are_read_after_their_copy_and_before_the_next_one(placement: Pla
             assert torch.equal(streamed(*inputs()), expected)
 
 
-class NeverWaits(WorstCopies):
-    def wait(self, slot: int) -> None:
-        self.told.append(("wait", slot))
+def never_waits(self: LayerStream):  # type: ignore[no-untyped-def]
+    self._await = self._bring
+    yield from LAYER_WALK(self)
 
 
-def test_the_worst_engine_finds_a_missing_wait() -> None:
-    dit = model(PLACEMENTS[0])
-    with_engine(dit, NeverWaits)
-    with torch.no_grad():
-        assert not torch.isfinite(dit(*inputs())).all()
+def hasty(self: LayerStream):  # type: ignore[no-untyped-def]
+    for index, layer in enumerate(self._layers):
+        self._await(self._places[index])
+        self._bring(self._following(self._places[index]))
+        yield layer
 
 
-def test_the_worst_engine_finds_a_copy_into_a_slot_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst engine finds a mutant that asks for the next layer while the present one is still at work."""
-
-    def hasty(self: LayerStream):  # type: ignore[no-untyped-def]
-        for index, layer in enumerate(self._layers):
-            self._await(self._places[index])
-            self._bring(self._following(self._places[index]))
-            yield layer
-
+@pytest.mark.parametrize("mutant", [never_waits, hasty])
+def test_the_worst_engine_finds_mutants(mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst engine finds a stream that never waits, and one that asks for a layer while the present one works."""
     dit = model(PLACEMENTS[0])
     with_engine(dit, WorstCopies)
-    monkeypatch.setattr(LayerStream, "walk", hasty)
+    monkeypatch.setattr(LayerStream, "walk", mutant)
     with torch.no_grad():
         assert not torch.isfinite(dit(*inputs())).all()
 
@@ -199,74 +193,3 @@ def test_a_model_that_is_settled_can_go_on() -> None:
             assert torch.equal(dit(*inputs()), expected(*inputs()))
             assert dit.stream is not None
             dit.stream.settle()
-
-
-class SlowCopies(DirectCopies):
-    """An engine that copies by threads, each so slow that it ends only when a layer has begun its work after the copy
-    was asked for, but for the first of each slot, which no work can hide. Waiting instead of working is in vain."""
-
-    def __init__(self, slots: list[Tensor]) -> None:
-        super().__init__(slots)
-        self.threads: dict[int, threading.Thread] = {}
-        self.working: list[threading.Event] = []
-        self.in_vain = 0
-
-    def fetch(self, slot: int, source: Source) -> None:
-        worked = threading.Event()
-        if slot in self.threads:
-            self.working.append(worked)
-        else:
-            worked.set()
-
-        def copy() -> None:
-            self.in_vain += not worked.wait(timeout=60)
-            DirectCopies.fetch(self, slot, source)
-
-        self.threads[slot] = threading.Thread(target=copy)
-        self.threads[slot].start()
-
-    def wait(self, slot: int) -> None:
-        self.threads[slot].join()
-
-    def work_begins(self) -> None:
-        """Records that the work of a layer begins."""
-        while self.working:
-            self.working.pop().set()
-
-
-def test_slow_copies_run_while_blocks_do() -> None:
-    """Every copy but the first two is under way while another layer works, and the result is right.
-
-    The number of layers is even, since the last of an odd number has the first one's slot.
-    """
-    dit, expected = model(Placement(resident=1)), model(None)
-    stream = dit.stream
-    assert stream is not None
-    engine = SlowCopies(stream._engine.slots)  # type: ignore[union-attr]
-    stream._engine, stream._held = engine, [None] * SLOTS
-    begun = 0
-
-    def announced(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: object, **kwargs: object) -> Any:
-            nonlocal begun
-            begun += 1
-            engine.work_begins()
-            return forward(*args, **kwargs)
-
-        return run
-
-    for layer in dit.blocks:
-        layer.forward = announced(layer.forward)
-        layer.attn2.context = announced(layer.attn2.context)
-    with torch.no_grad():
-        assert torch.equal(dit(*inputs()), expected(*inputs()))
-    engine.work_begins()
-    for thread in engine.threads.values():
-        thread.join()
-    assert begun == 2 * LAYERS  # the text's keys and values first
-    assert engine.in_vain == 0
-
-
-def test_blocks_that_move_need_something_that_moves_them() -> None:
-    with pytest.raises(ValueError, match="engine: expected one for layers that are copied, got None"):
-        LayerStream([torch.nn.Identity()], {0: torch.zeros(4, dtype=torch.uint8)}, {}, None)

@@ -10,37 +10,16 @@ from model import load_vae
 from tests.support.products import half
 from tests.support.tolerances import EXACT, PARITY, relative_error
 
+TINY = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
+RESIDUAL = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
 #: A stage has two residual blocks in real models, where nothing else is said; tests take half the time with one.
 VERSIONS = {
-    "2.1": {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1},
+    "2.1": TINY,
     "2.1, two blocks a stage": {"base_dim": 4, "z_dim": 4},
     "2.1, diffusers' test model": {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-    "2.1, other temporal stages": {
-        "base_dim": 4,
-        "z_dim": 4,
-        "num_res_blocks": 1,
-        "temperal_downsample": [True, True, False],
-    },
-    "2.2": {
-        "base_dim": 4,
-        "decoder_base_dim": 8,
-        "z_dim": 8,
-        "num_res_blocks": 1,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-    },
-    "2.2, two blocks a stage": {
-        "base_dim": 4,
-        "z_dim": 6,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-    },
+    "2.1, other temporal stages": TINY | {"temperal_downsample": [True, True, False]},
+    "2.2": TINY | RESIDUAL | {"decoder_base_dim": 8, "z_dim": 8},
+    "2.2, two blocks a stage": RESIDUAL | {"base_dim": 4, "z_dim": 6},
 }
 
 
@@ -115,18 +94,14 @@ def test_decode_is_clamped(tiny_vae):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("part", "shape", "message"),
     [
-        ((1, 3, 6, 16, 16), r"expected 1 \+ 4n frames, got 6"),
-        ((1, 3, 5, 16, 20), "multiples of 8, got 16 x 20"),
-        ((1, 4, 5, 16, 16), r"expected \[B, 3, F, H, W\]"),
+        ("encode", (1, 3, 6, 16, 16), r"expected 1 \+ 4n frames, got 6"),
+        ("encode", (1, 3, 5, 16, 20), "multiples of 8, got 16 x 20"),
+        ("encode", (1, 4, 5, 16, 16), r"expected \[B, 3, F, H, W\]"),
+        ("decode", (1, 5, 1, 2, 2), r"latents: expected \[B, 4, T, h, w\]"),
     ],
 )
-def test_encode_names_what_does_not_fit(tiny_vae, shape, message):
+def test_what_does_not_fit_is_named(tiny_vae, part, shape, message):
     with pytest.raises(ValueError, match=message):
-        tiny_vae.encode(torch.zeros(shape))
-
-
-def test_decode_names_what_does_not_fit(tiny_vae):
-    with pytest.raises(ValueError, match=r"latents: expected \[B, 4, T, h, w\]"):
-        tiny_vae.decode(torch.zeros(1, 5, 1, 2, 2))
+        getattr(tiny_vae, part)(torch.zeros(shape))

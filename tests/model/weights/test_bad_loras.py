@@ -8,14 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import DiTConfig, InputError, LoRA, WanDiT, apply_loras, load_dit, merge_loras
+from model import InputError, LoRA, WanDiT, apply_loras, load_dit, merge_loras
 from model.weights.load import random_weights
 from model.weights.lora import LoRASet
-from tests.support.lora_spellings import MODULE, pair, saved
-from tests.support.original_names import original_dit
+from tests.model.weights.conftest import DIT
+from tests.support.lora_spellings import MODULE, pair, same, saved, state_of
 
-DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=8, in_channels=36, text_dim=8, freq_dim=8)
 LARGEST = torch.finfo(torch.float32).max
+QUERY = "blocks.0.attn1.to_q.weight"
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """Returns a function that saves the pair of MODULE with other tensors, and a header, as ``lora.safetensors``."""
+    return lambda changes, metadata=None: saved(tmp_path / "lora.safetensors", pair() | changes, metadata)
 
 
 FACTORS = {
@@ -29,12 +35,10 @@ FACTORS = {
 
 @pytest.mark.parametrize("part", ["lora_down", "lora_up"])
 @pytest.mark.parametrize("kind", FACTORS)
-def test_factors_that_fit_no_model_do_not_load(kind, part, tmp_path, inspected):
+def test_factors_that_fit_no_model_do_not_load(kind, part, wan, lora, inspected):
     """Factors that fit no model are refused, with and without a DiT; the wrong one of a pair is named, with reason."""
-    state = random_weights(WanDiT, DIT, 0).state_dict()
-    dit = saved(tmp_path / "dit.safetensors", original_dit(state))
-    key, factor = f"{MODULE}.{part}.weight", FACTORS[kind]
-    file = saved(tmp_path / "lora.safetensors", pair() | {key: factor, f"{MODULE}.alpha": torch.tensor(1.0)})
+    dit, key, factor = wan(), f"{MODULE}.{part}.weight", FACTORS[kind]
+    file = lora({key: factor, f"{MODULE}.alpha": torch.tensor(1.0)})
     dtype = str(factor.dtype).removeprefix("torch.")
     reason = f"shape {list(factor.shape)}, expected at least 2 sizes" if dtype == "float32" else f"{dtype}, expected"
     for options in ((), ("--for", dit)):
@@ -46,16 +50,18 @@ def test_factors_that_fit_no_model_do_not_load(kind, part, tmp_path, inspected):
         load_dit(dit, loras=[LoRA(file)])
 
 
-def test_factors_of_different_ranks_and_differences_without_a_size_do_not_load(tmp_path, inspected):
-    file = saved(tmp_path / "lora.safetensors", pair() | {f"{MODULE}.lora_up.weight": torch.ones(128, 3)})
-    code, printed = inspected(file)
+@pytest.mark.parametrize(
+    ("key", "tensor", "reason"),
+    [
+        ("lora_up.weight", torch.ones(128, 3), "factors of [128, 3] and [4, 128] have no product)"),
+        ("diff", torch.ones(()), "shape [], expected"),
+        ("diff_b", torch.ones(()), "shape [], expected"),
+    ],
+)
+def test_factors_of_different_ranks_and_differences_without_a_size_do_not_load(key, tensor, reason, lora, inspected):
+    code, printed = inspected(lora({f"{MODULE}.{key}": tensor}))
     assert code == 1
-    assert "lora_up.weight (factors of [128, 3] and [4, 128] have no product)" in printed["checkpoints"][0]["problem"]
-    for key in ("diff", "diff_b"):
-        file = saved(tmp_path / "lora.safetensors", pair() | {f"{MODULE}.{key}": torch.ones(())})
-        code, printed = inspected(file)
-        assert code == 1
-        assert f"{MODULE}.{key} (shape [], expected" in printed["checkpoints"][0]["problem"]
+    assert f"{MODULE}.{key} ({reason}" in printed["checkpoints"][0]["problem"]
 
 
 ALPHAS = {
@@ -68,9 +74,8 @@ ALPHAS = {
 
 
 @pytest.mark.parametrize("kind", ALPHAS)
-def test_alphas_are_finite_numbers(kind, tmp_path, inspected):
-    file = saved(tmp_path / "lora.safetensors", pair() | {f"{MODULE}.alpha": ALPHAS[kind]})
-    not_merged(file, tmp_path, inspected)
+def test_alphas_are_finite_numbers(kind, wan, lora, inspected):
+    not_merged(lora({f"{MODULE}.alpha": ALPHAS[kind]}), wan(), inspected)
 
 
 @pytest.mark.parametrize("place", ["header", "adapter_config.json"])
@@ -86,43 +91,43 @@ def test_alphas_are_finite_numbers(kind, tmp_path, inspected):
     ],
     ids=["nan", "1e400", "inf", "rank", "pattern", "1e300", "integer", "deep", "nested", "many", "choices"],
 )
-def test_scales_of_a_configuration_are_finite_numbers(values, place, tmp_path, inspected):
+def test_scales_of_a_configuration_are_finite_numbers(values, place, wan, lora, tmp_path, inspected):
     header = {"lora_adapter_metadata": values} if place == "header" else None
     if header is None:
         (tmp_path / "adapter_config.json").write_text(values)
-    not_merged(saved(tmp_path / "lora.safetensors", pair(), header), tmp_path, inspected)
+    not_merged(lora({}, header), wan(), inspected)
 
 
-def not_merged(file, folder, inspected):
+def not_merged(file, dit, inspected):
     code, printed = inspected(file)
     assert code == 1
-    dit = saved(folder / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
     with pytest.raises(InputError, match=r"lora\.safetensors|adapter_config\.json") as error:
         load_dit(dit, loras=[LoRA(file)])
     assert str(error.value) == printed["checkpoints"][0]["problem"]
     assert "\n" not in str(error.value)
 
 
-def test_integer_and_half_alphas_still_count(tmp_path):
+def test_integer_and_half_alphas_still_count(wan, lora):
     """Alphas that are integers or float16 are read as numbers."""
-    dit = saved(tmp_path / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
-    before = load_dit(dit).get_parameter("blocks.0.attn1.to_q.weight")
+    dit = wan()
+    before = load_dit(dit).get_parameter(QUERY)
     for alpha in (torch.tensor(2), torch.tensor([2.0]).half(), torch.tensor(2.0).bfloat16()):
-        file = saved(tmp_path / "lora.safetensors", pair() | {f"{MODULE}.alpha": alpha})
-        after = load_dit(dit, loras=[LoRA(file)]).get_parameter("blocks.0.attn1.to_q.weight")
+        after = load_dit(dit, loras=[LoRA(lora({f"{MODULE}.alpha": alpha}))]).get_parameter(QUERY)
         assert torch.allclose(after, before + 2.0)
 
 
-@pytest.mark.parametrize("strength", ["1", None, [1.0], True, 1 + 1j])
-def test_a_strength_is_a_number(strength):
-    with pytest.raises(InputError, match="strength: expected a number, got "):
-        LoRA("lora.safetensors", strength)
-
-
-@pytest.mark.parametrize("strength", [1e39, -1e39, 10**400])
-def test_a_strength_is_one_that_float32_can_hold(strength):
-    with pytest.raises(InputError, match="strength: expected a number that float32 can hold, got "):
-        LoRA("lora.safetensors", strength)
+@pytest.mark.parametrize(
+    ("strengths", "expected"),
+    [
+        (["1", None, [1.0], True, 1 + 1j], "a number, got "),
+        ([math.inf, math.nan], "a finite number, got "),
+        ([1e39, -1e39, 10**400], "a number that float32 can hold, got "),
+    ],
+)
+def test_a_strength_is_a_number_that_float32_can_hold(strengths, expected):
+    for strength in strengths:
+        with pytest.raises(InputError, match=f"strength: expected {expected}"):
+            LoRA("lora.safetensors", strength)
     assert LoRA("lora.safetensors", LARGEST).strength == LARGEST
 
 
@@ -140,12 +145,12 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("case", NOT_FINITE)
-def test_numbers_that_are_not_finite_are_named_before_any_weight_changes(case, tmp_path):
+def test_numbers_that_are_not_finite_are_named_before_any_weight_changes(case, wan, tmp_path):
     """NaN, infinity and sums beyond float32 end each way of merging with the file and the tensor, which is its last;
     the weights stay as they were."""
     values, message = NOT_FINITE[case]
     dit, good = applicable(tmp_path)
-    before = copied(dit)
+    before = state_of(dit)
     module = "diffusion_model.blocks.0.cross_attn.o"
     shapes = {"lora_down.weight": (4, 128), "lora_up.weight": (128, 4), "diff": (128, 128), "diff_b": (128,)}
     state = load_file(good)
@@ -154,25 +159,23 @@ def test_numbers_that_are_not_finite_are_named_before_any_weight_changes(case, t
         tensor.view(-1)[-1] = value
         state[f"{module}.{part}"] = tensor
     bad = saved(tmp_path / "bad.safetensors", state)
-    checkpoint = saved(tmp_path / "dit.safetensors", original_dit(before))
+    checkpoint = wan()
     for change in (merge_loras, apply_loras, lambda _, loras: load_dit(checkpoint, loras=loras)):
         with pytest.raises(InputError, match=rf"^lora: .*bad\.safetensors: {module}\.{message}"):
             change(dit, [LoRA(bad, 0.5)])
         assert same(before, dit)
 
 
-def test_sums_that_float16_cannot_hold_are_refused_and_bfloat16_is_named(tmp_path):
+def test_sums_that_float16_cannot_hold_are_refused_and_bfloat16_is_named(wan, lora):
     """A sum beyond 65504 is refused in a float16 model, at any strength that makes it; in bfloat16 it is merged."""
     message = (
         r"^lora: \S*lora\.safetensors: \S*\.lora_up\.weight at strength \d+:"
         r" blocks\.0\.attn1\.to_q\.weight then holds \d+(\.\d)?; expected at most 65504 in float16"
         r" \(dtype bfloat16 holds it\)$"
     )
-    state = pair() | {f"{MODULE}.lora_up.weight": torch.full((128, 4), 200.0)}
-    file = saved(tmp_path / "lora.safetensors", state)
-    checkpoint = saved(tmp_path / "dit.safetensors", original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+    file, checkpoint = lora({f"{MODULE}.lora_up.weight": torch.full((128, 4), 200.0)}), wan()
     dit = load_dit(checkpoint, dtype=torch.float16)
-    before = copied(dit)
+    before = state_of(dit)
     for change in (merge_loras, apply_loras):
         with pytest.raises(InputError, match=message):
             change(dit, [LoRA(file, 100)])
@@ -180,12 +183,12 @@ def test_sums_that_float16_cannot_hold_are_refused_and_bfloat16_is_named(tmp_pat
     with pytest.raises(InputError, match=message):
         load_dit(checkpoint, dtype=torch.float16, loras=[LoRA(file, 200)])
     with apply_loras(dit, [LoRA(file, 80)]) as applied:
-        merged = copied(dit)
+        merged = state_of(dit)
         with pytest.raises(InputError, match=message):
             applied.set_strengths([100])
         assert same(merged, dit)
     wide = load_dit(checkpoint, dtype=torch.bfloat16, loras=[LoRA(file, 100)])
-    assert wide.get_parameter("blocks.0.attn1.to_q.weight").max() > 65504
+    assert wide.get_parameter(QUERY).max() > 65504
 
 
 def applicable(tmp_path, alpha=4.0):
@@ -199,23 +202,15 @@ def applicable(tmp_path, alpha=4.0):
     return dit, saved(tmp_path / "lora.safetensors", state)
 
 
-def copied(dit):
-    return {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-
-
-def same(state, dit):
-    return all(torch.equal(tensor, state[name]) for name, tensor in dit.state_dict().items())
-
-
 def test_strength_times_scale_is_checked_before_anything_is_changed(tmp_path):
     dit, file = applicable(tmp_path, alpha=40.0)
-    before = copied(dit)
+    before = state_of(dit)
     for change in (merge_loras, apply_loras):
         with pytest.raises(InputError, match=r"lora\.safetensors: strength 1e\+38 times the scale 10 of .* float32"):
             change(dit, [LoRA(file, 1e38)])
         assert same(before, dit)
     with apply_loras(dit, [LoRA(file, 0.5)]) as applied:
-        merged = copied(dit)
+        merged = state_of(dit)
         for strength in (1e38, 1e39, "1"):
             with pytest.raises(InputError, match="strength"):
                 applied.set_strengths([strength])
@@ -227,9 +222,9 @@ def test_strength_times_scale_is_checked_before_anything_is_changed(tmp_path):
 def test_strengths_that_cannot_be_set_leave_the_former_ones(tmp_path, monkeypatch):
     """The former strengths stay after an error half-way; if the files are gone too, the LoRAs come off."""
     dit, file = applicable(tmp_path)
-    before = copied(dit)
+    before = state_of(dit)
     applied = apply_loras(dit, [LoRA(file, 0.5)])
-    merged = copied(dit)
+    merged = state_of(dit)
     add_to, calls = LoRASet.add_to, []
 
     def failing(self, name, total, dtype, strengths=None):

@@ -27,7 +27,6 @@ from tests.support.lora_spellings import (
     OUTER,
     agrees,
     factors,
-    inputs,
     kohya,
     lightx2v,
     product,
@@ -37,7 +36,7 @@ from tests.support.lora_spellings import (
     state_of,
 )
 from tests.support.original_names import original_module
-from tests.support.tolerances import BFLOAT16_MODEL, OPERATOR, relative_error
+from tests.support.tolerances import OPERATOR, relative_error
 
 CONFIGS = {
     "alpha": LoraConfig(r=4, lora_alpha=2, target_modules=ATTENTION, init_lora_weights=False),
@@ -133,51 +132,6 @@ def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
             assert torch.equal(tensor, before[name]), name
 
 
-def test_lightx2v_files_equal_diffusers_but_for_what_diffusers_passes_over(tmp_path):
-    """The result equals diffusers but for differences of norms and modulation, and factors beside head.head.diff."""
-    theirs = saved_diffusers_dit(tmp_path / "dit")
-    ours = load_dit(tmp_path / "dit")
-    before = state_of(ours)
-    state, _ = lightx2v(ours, 8.0)
-    both = {key for key in state if "head.head.lora" in key or key.endswith("head.head.alpha")}
-    # Its converter leaves alphas of the embeddings over and then refuses the file.
-    outer = {f"diffusion_model.{original_module(module)}.alpha" for module in OUTER}
-    patch = {key for key in state if "patch_embedding" in key}
-    state = {key: tensor for key, tensor in state.items() if key not in both | outer | patch}
-    file = saved(tmp_path / "distill.safetensors", state)
-    merge_loras(ours, [LoRA(file)])
-    theirs.load_lora_adapter(WanPipeline.lora_state_dict(str(file)))
-    theirs.fuse_lora()
-    theirs.unload_lora()
-    passed_over = []
-    for name, tensor in theirs.state_dict().items():
-        if torch.equal(tensor, before[name]) and not torch.equal(ours.get_parameter(name), before[name]):
-            passed_over.append(name)
-        else:
-            assert relative_error(ours.get_parameter(name), tensor) < OPERATOR["float32"], name
-    assert sorted(passed_over) == [
-        "blocks.0.norm2.bias",
-        "blocks.0.norm2.weight",
-        "blocks.0.scale_shift_table",
-        "blocks.1.attn1.norm_q.weight",
-        "blocks.1.scale_shift_table",
-        "scale_shift_table",
-    ]
-
-
-def test_musubi_files_equal_diffusers(tmp_path):
-    theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
-    ours = load_dit(tmp_path / "dit")
-    image = [f"blocks.{i}.attn2.add_{name}_proj" for i in range(2) for name in "kv"]
-    pairs = factors(ours, [*MODULES, *image])
-    state = spelled(pairs, "lora_unet_", "lora_down", "lora_up", kohya)
-    state |= {f"lora_unet_{kohya(module)}.alpha": torch.tensor(2.0) for module in pairs}
-    file = saved(tmp_path / "musubi.safetensors", state)
-    merge_loras(ours, [LoRA(file)])
-    theirs.load_lora_adapter(WanPipeline.lora_state_dict(str(file)))
-    assert agrees(ours, theirs)
-
-
 def flat(module):
     return module.replace(".", "_")
 
@@ -242,17 +196,6 @@ def test_every_spelling_of_every_module_is_the_same_merge(spelling, tmp_path):
             assert torch.equal(tensor, before[name]), name
 
 
-def test_factors_of_a_convolution_come_in_its_shape_or_flat(tmp_path, tiny_dit):
-    (pair,) = factors(tiny_dit, ["patch_embedding"]).values()
-    expected = tiny_dit.patch_embedding.weight + product(*pair)
-    shaped = {"patch_embedding.lora_A.weight": pair[0], "patch_embedding.lora_B.weight": pair[1].view(48, 3, 1, 1, 1)}
-    flat = {"patch_embedding.lora_A.weight": pair[0].flatten(1), "patch_embedding.lora_B.weight": pair[1]}
-    for i, state in enumerate((shaped, flat)):
-        dit = random_weights(WanDiT, TINY_DIT, 1)
-        merge_loras(dit, [LoRA(saved(tmp_path / f"{i}.safetensors", state))])
-        assert relative_error(dit.patch_embedding.weight, expected) < OPERATOR["float32"]
-
-
 def test_less_usual_forms(tmp_path):
     """Less usual forms merge: tables without their leading 1, parameters named in full, with underscores too, LyCORIS'
     norms, an alpha that counts before a configuration, and a pickled checkpoint whose matrices lie transposed."""
@@ -280,14 +223,3 @@ def test_less_usual_forms(tmp_path):
     expected = before[f"{MODULES[0]}.weight"] + 2 * product(*pair)
     assert relative_error(dit.get_parameter(f"{MODULES[0]}.weight"), expected) < OPERATOR["float32"]
     assert same(dit.state_dict(), load_dit(tmp_path / "dit.pt", config=TINY_DIT, loras=[LoRA(file)]))
-
-
-def test_a_bfloat16_model_with_a_lora_stays_near_float32(tmp_path):
-    theirs = saved_diffusers_dit(tmp_path / "dit")
-    theirs.add_adapter(CONFIGS["alpha"])
-    theirs.save_lora_adapter(tmp_path / "lora")
-    half = load_dit(tmp_path / "dit", dtype=torch.bfloat16, loras=[LoRA(tmp_path / "lora")])
-    latents, timestep, text, _ = inputs(half)
-    with torch.no_grad():
-        expected = theirs(latents, timestep, text).sample
-    assert relative_error(half(latents.bfloat16(), timestep, text), expected) < BFLOAT16_MODEL

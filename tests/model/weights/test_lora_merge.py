@@ -248,5 +248,3 @@ def test_wrong_lora_files_are_explained(tmp_path, tiny_dit):
         refused(peft, "adapter_config.json is not understood")
     header = saved(tmp_path / "header.safetensors", pair, {"lora_adapter_metadata": "["})
     refused(header, "its lora_adapter_metadata is not readable JSON")
-    with pytest.raises(InputError, match="strength: expected a finite number, got inf"):
-        LoRA(peft, math.inf)

@@ -8,23 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import DiTConfig, InputError, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
+from model import InputError, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
 from model.streaming.placement import Placement
 from model.weights import load as loading
 from model.weights.load import random_weights
 from model.weights.scaled import largest
+from tests.model.weights.conftest import DIT
 from tests.support.lora_spellings import saved
 from tests.support.original_names import float8_with_scales, original_dit
 
-DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=8, in_channels=36, text_dim=8, freq_dim=8)
-VAE = VAEConfig(base_dim=4, decoder_base_dim=8)
-
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_scales_of_float8_are_finite_when_they_are_read(value, tmp_path):
-    stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, DIT, 0).state_dict()))
+def test_scales_of_float8_are_finite_when_they_are_read(value, state, wan):
+    stored, _ = float8_with_scales(state)
     key = "blocks.0.self_attn.q.scale_weight"
-    file = saved(tmp_path / "wan.safetensors", stored | {key: torch.full_like(stored[key], value)})
+    file = wan(stored | {key: torch.full_like(stored[key], value)})
     with pytest.raises(InputError, match=rf"wan\.safetensors: {key} holds NaN or infinity; expected finite numbers"):
         load_dit(file)
 
@@ -51,9 +49,8 @@ def test_what_is_not_finite_is_found_in_every_dtype():
 @pytest.mark.parametrize(
     ("kind", "value"), [("float32", 1e6), ("bfloat16", math.nan), ("float8_e4m3fn", 1e6), ("float8_e5m2", math.inf)]
 )
-def test_weights_that_are_not_finite_as_they_are_loaded_are_named(kind, value, tmp_path):
+def test_weights_that_are_not_finite_as_they_are_loaded_are_named(kind, value, state, wan):
     """NaN, infinity and what the dtype to load in cannot hold are refused with file and tensor, wherever layers are."""
-    state = original_dit(random_weights(WanDiT, DIT, 0).state_dict())
     scaled = kind.startswith("float8")
     stored = float8_with_scales(state, dtype=getattr(torch, kind))[0] if scaled else state
     key = "blocks.1.cross_attn.o.weight"
@@ -62,7 +59,7 @@ def test_weights_that_are_not_finite_as_they_are_loaded_are_named(kind, value, t
         stored |= {f"{key.removesuffix('weight')}scale_weight": torch.tensor(1e6)}
     else:
         tensor.view(-1)[77] = value
-    file = saved(tmp_path / "wan.safetensors", stored | {key: tensor})
+    file = wan(stored | {key: tensor})
     called = f"{key} times {key.removesuffix('weight')}scale_weight" if scaled else key
     words = rf"wan\.safetensors: {called} holds NaN or infinity"
     if value == 1e6:
@@ -94,7 +91,8 @@ def test_a_layer_of_a_file_is_checked_in_its_first_pass_alone(tmp_path, monkeypa
 
 
 def test_a_vae_that_is_not_finite_is_named(tmp_path):
-    state = {name: tensor.clone() for name, tensor in random_weights(WanVAE, VAE, 0).state_dict().items()}
+    config = VAEConfig(base_dim=4, decoder_base_dim=8)
+    state = {name: tensor.clone() for name, tensor in random_weights(WanVAE, config, 0).state_dict().items()}
     state["decoder.conv_out.weight"][0, 1, 2, 0, 1] = -math.inf
     with pytest.raises(InputError, match=r"vae\.safetensors: decoder\.conv_out\.weight holds NaN or infinity"):
         load_vae(saved(tmp_path / "vae.safetensors", state))
