@@ -13,7 +13,7 @@ GENERATE = ["av>=13", "pillow>=10.3", "safetensors>=0.4", "tqdm>=4.60"]
 GGUF = ["gguf>=0.10"]
 HEIF = ["pillow-heif>=1"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
-BENCH = [*GENERATE, "jsonschema>=4.18", "matplotlib>=3.8", "nvidia-ml-py>=12"]
+BENCH = [*GENERATE, "jinja2>=3.1", "jsonschema>=4.18", "nvidia-ml-py>=12"]
 TEST = [
     *BENCH,
     *GGUF,

@@ -66,7 +66,7 @@ def outside(target: str, page: Path) -> Path | None:
     if not path or "://" in target or target.startswith("mailto:"):
         return None
     found = Path(os.path.normpath(page.parent / path))
-    return None if found.is_relative_to(DOCS) and found.is_file() and found.suffix in (".md", ".png") else found
+    return None if found.is_relative_to(DOCS) and found.is_file() and found.suffix in (".md", ".png", ".svg") else found
 
 
 def with_source_links(markdown: str, page: Path, repo_url: str | None) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records.comparison import compare_documents
-from bench.records.comparison_text import format_comparison
+from bench.records.markdown import format_comparison
 from bench.records.read import ROOT, read_result
 from bench.records.write import dumps, make_folder, spread_warning
 from model.errors import InputError
@@ -120,16 +120,11 @@ def _run(argv: list[str], tree: Path, out: Path) -> None:
 
 def without_run_options(arguments: list[str]) -> list[str]:
     """Returns the command line without ``--base``, ``--out`` and ``--json``."""
-    kept, skip = [], False
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if skip:
-            skip = False
-        elif name in ("--base", "--out"):
-            skip = "=" not in argument
-        elif argument != "--json":
-            kept.append(argument)
-    return kept
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--base")
+    parser.add_argument("--out")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_known_args(arguments)[1]
 
 
 def _git(*arguments: str) -> None:

@@ -7,8 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,17 @@ def capture(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            **_fixed(device),
+            **(
+                _told(
+                    device,
+                    lambda nvml, card: {
+                        "driver": nvml.nvmlSystemGetDriverVersion(),
+                        "power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
+                        "max_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(card, nvml.NVML_CLOCK_SM),
+                    },
+                )
+                or {}
+            ),
         }
     return record
 
@@ -58,36 +67,24 @@ def device_name(device: torch.device) -> str:
 
 
 def machine_state(device: torch.device) -> dict[str, Any] | None:
-    """Reads clocks, temperature, power and throttling of the card; None without a card, or where NVML cannot tell."""
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        with _nvml_handle(device) as handle:
-            reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-            return {
-                "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-                "temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-                "power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-                "throttling": [name for bit, name in _THROTTLING.items() if reasons & bit],
-            }
-    except pynvml.NVMLError as error:
-        return {"nvml_error": str(error)}
+    """Reads clocks, temperature, power and throttling of the card, or why NVML cannot tell; None without a card."""
+    return _told(
+        device,
+        lambda nvml, card: {
+            "clock_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
+            "temperature_celsius": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
+            "power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000,
+            "throttling": [
+                name for bit, name in _THROTTLING.items() if nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & bit
+            ],
+        },
+    )
 
 
 def energy_joules(device: torch.device) -> float | None:
     """Returns the energy that the card has consumed since its driver was loaded, or None where that is not known."""
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        with _nvml_handle(device) as handle:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except pynvml.NVMLError:
-        return None
+    return _ask(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000)[0]
 
 
 def process_memory(device: torch.device) -> int | None:
@@ -95,15 +92,7 @@ def process_memory(device: torch.device) -> int | None:
 
     None without a GPU, and where NVML cannot tell (in containers it often sees other process numbers).
     """
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        with _nvml_handle(device) as handle:
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
-        return None
+    processes = _ask(device, lambda nvml, card: nvml.nvmlDeviceGetComputeRunningProcesses(card))[0] or ()
     return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
 
 
@@ -142,28 +131,24 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-@contextmanager
-def _nvml_handle(device: torch.device) -> Iterator[Any]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        # The UUID names the device: torch's index counts visible devices only.
-        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    finally:
-        pynvml.nvmlShutdown()
+def _told(device: torch.device, read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any] | None:
+    found, error = _ask(device, read)
+    return found if error is None else {"nvml_error": error}
 
 
-def _fixed(device: torch.device) -> dict[str, Any]:
-    """Returns what does not change while a benchmark runs: driver, power limit and highest clock."""
+def _ask(device: torch.device, read: Callable[[Any, Any], Any]) -> tuple[Any, str | None]:
+    """Returns what NVML says of the card, or None and why it cannot tell; both are None without a card."""
+    if device.type != "cuda":
+        return None, None
     import pynvml
 
     try:
-        with _nvml_handle(device) as handle:
-            return {
-                "driver": pynvml.nvmlSystemGetDriverVersion(),
-                "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-                "max_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            }
+        pynvml.nvmlInit()
+        try:
+            # The UUID names the device: torch's index counts visible devices only.
+            card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            return read(pynvml, card), None
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        return {"nvml_error": str(error)}
+        return None, str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from bench.harness.registry import Benchmark
 from bench.harness.timing import Ceilings, Timer, make_timer, measure_ceilings
 from bench.records.markdown import format_section, plain
 from bench.records.write import Record, Section, dumps, make_folder
+from bench.report.charts import Chart
+from bench.report.figures import section_charts
 from model.cli.options import pick_device
 from model.errors import InputError, printable, require
 from model.io.durable import write_text
@@ -54,12 +55,9 @@ class Session:
         self.section.set(ceilings=found._asdict())
         return found
 
-    def plot(self, draw: Any, *args: Any) -> None:
-        """Draws where matplotlib is installed; the rows do not depend on it."""
-        if importlib.util.find_spec("matplotlib") is None:
-            self.say("no plots: matplotlib is not installed (pip install -e '.[bench]')")
-            return
-        draw(*args)
+    def draw(self, name: str, chart: Chart) -> None:
+        """Leaves a chart in the results folder; those of the section's tables and timelines come by themselves."""
+        write_text(self.folder / f"{name}.svg", chart.svg())
 
 
 def default_folder(name: str) -> Path:
@@ -92,7 +90,8 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
     try:
         with record.section(benchmark.name, benchmark.title or benchmark.summary, _settings(args)) as section:
             section.data["machine"] = {"before": machine_state(device), "after": None}
-            benchmark.measure(args, Session(args, device, folder, section, record.data["environment"]))
+            session = Session(args, device, folder, section, record.data["environment"])
+            benchmark.measure(args, session)
             section.data["machine"]["after"] = machine_state(device)
     except InputError:
         # Bad input is found before anything is measured: then all is as it was, unless more is in the folder.
@@ -104,7 +103,9 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
                 for place in made:
                     place.rmdir()
         raise
-    text = format_section(record.data["sections"][benchmark.name])
+    for name, chart in section_charts(section.data).items():
+        session.draw(name, chart._replace(description=f"{chart.description}; {session.environment['device']}"))
+    text = format_section(section.data)
     write_text(folder / "table.md", text + "\n")
     if args.json:
         print(dumps(record.data), end="")

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -45,12 +45,8 @@ class Timing(NamedTuple):
         }  # fmt: skip
 
 
-class Timer(Protocol):
-    """Something that times several calls in turns."""
-
-    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """Returns one timing for each name."""
-        ...
+#: What times several calls in turns, and returns one timing for each name.
+Timer = Callable[[Mapping[str, Call]], dict[str, Timing]]
 
 
 def summary(seconds: list[float], launch: float | None = None) -> Timing:
@@ -61,7 +57,36 @@ def summary(seconds: list[float], launch: float | None = None) -> Timing:
     return Timing(statistics.median(seconds), fifths[0], fifths[3], len(seconds), launch)
 
 
-class CudaTimer:
+class WallTimer:
+    """A timer of the wall time of calls on the CPU, for about ``milliseconds`` each."""
+
+    def __init__(self, milliseconds: float):
+        self.milliseconds = milliseconds
+
+    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
+        """Returns one timing for each name; the calls take turns."""
+        prepared = {name: self._prepare(call) for name, call in calls.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(ROUNDS):
+            for name, (run, estimate, _) in prepared.items():
+                seconds[name] += self._runs(run, max(round(self.milliseconds / 1e3 / max(estimate, 1e-6) / ROUNDS), 1))
+        return {name: summary(seconds[name], prepared[name][2]) for name in calls}
+
+    def _prepare(self, call: Call) -> tuple[Call, float, float | None]:
+        """Returns what is timed, about how long it takes, and the host's time to issue it."""
+        call()
+        return call, self._runs(call, 1)[0], None
+
+    def _runs(self, run: Call, count: int) -> list[float]:
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+class CudaTimer(WallTimer):
     """A timer of the device's time of calls, for about ``milliseconds`` each.
 
     Args:
@@ -70,33 +95,22 @@ class CudaTimer:
     """
 
     def __init__(self, milliseconds: float, graphs: bool = True):
-        self.milliseconds, self.graphs = milliseconds, graphs
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        super().__init__(milliseconds)
+        self.graphs, self._flush = graphs, torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """Returns one timing for each name; the calls take turns."""
-        prepared = {name: self._prepare(call) for name, call in calls.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, (run, count, _) in prepared.items():
-                seconds[name] += self._runs(run, count)
-        return {name: summary(seconds[name], prepared[name][2]) for name in calls}
-
-    def _prepare(self, call: Call) -> tuple[Call, int, float | None]:
-        """Returns what is timed, how often in a round, and the host's time to issue it."""
+    def _prepare(self, call: Call) -> tuple[Call, float, float | None]:
         call()
         torch.cuda.synchronize()
         (first,) = self._runs(call, 1)
-        launch, run = None, call
-        if first < LONG:
-            start = time.perf_counter()
-            for _ in range(4):
-                call()
-            launch = (time.perf_counter() - start) / 4
-            torch.cuda.synchronize()
-            run = self._captured(call) or call
-        estimate = max(min(self._runs(run, 3 if first < LONG else 1)), 1e-6)
-        return run, max(round(self.milliseconds / 1e3 / estimate / ROUNDS), 1), launch
+        if first >= LONG:
+            return call, self._runs(call, 1)[0], None
+        start = time.perf_counter()
+        for _ in range(4):
+            call()
+        launch = (time.perf_counter() - start) / 4
+        torch.cuda.synchronize()
+        run = self._captured(call) or call
+        return run, min(self._runs(run, 3)), launch
 
     def _captured(self, call: Call) -> Call | None:
         if not self.graphs:
@@ -119,31 +133,6 @@ class CudaTimer:
             stop.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(stop) / 1e3 for start, stop in events]
-
-
-class WallTimer:
-    """A timer of the wall time of calls on the CPU, for about ``milliseconds`` each."""
-
-    def __init__(self, milliseconds: float):
-        self.milliseconds = milliseconds
-
-    def __call__(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """Returns one timing for each name; the calls take turns."""
-        counts = {}
-        for name, call in calls.items():
-            call()
-            counts[name] = max(round(self.milliseconds / 1e3 / max(_wall(call), 1e-6) / ROUNDS), 1)
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                seconds[name] += [_wall(call) for _ in range(counts[name])]
-        return {name: summary(found) for name, found in seconds.items()}
-
-
-def _wall(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def make_timer(device: torch.device, milliseconds: float, graphs: bool = True) -> Timer:

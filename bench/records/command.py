@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.harness.registry import Benchmark
 from bench.records.comparison import compare_documents, labels_of, only_changes
-from bench.records.comparison_text import format_comparison
+from bench.records.markdown import format_comparison
 from bench.records.read import read_result
 from bench.records.write import dumps, make_room
 from model.cli.options import parse_path

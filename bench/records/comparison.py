@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.records.metrics import is_number
 from bench.records.read import label_of
 from model.errors import InputError
 
@@ -75,20 +76,21 @@ def compare_documents(documents: Sequence[Document], labels: Sequence[str]) -> d
     tables, unmatched = [], []
     for section, name in _tables_of(documents):
         found, why = _comparable(documents, section, name)
-        if why:
+        fit = sum(table is not None for table in found) >= 2
+        if why or not fit:
             files = [_table(document, section, name) is not None for document in documents]
-            unmatched.append({"section": section, "table": name, "files": files, "why": why})
-        if sum(table is not None for table in found) < 2:
-            if not why:
-                unmatched.append({"section": section, "table": name, "files": [t is not None for t in found]})
-            continue
-        table = _compare_tables(section, found)
-        unmatched += table.pop("unmatched")
-        if table["rows"]:
-            tables.append(table)
+            unmatched.append({"section": section, "table": name, "files": files} | ({"why": why} if why else {}))
+        if fit:
+            table = _compare_tables(section, found)
+            unmatched += table.pop("unmatched")
+            tables += [table] if table["rows"] else []
+    found = {"labels": list(labels), "warnings": _warnings(documents), "tables": tables, "unmatched": unmatched}
     if not tables:
-        raise InputError(f"files: nothing to compare: no row is in two of them\n{_explain(documents, labels)}")
-    return {"labels": list(labels), "warnings": _warnings(documents), "tables": tables, "unmatched": unmatched}
+        lines = [f"{letter(i)}: {label}" for i, label in enumerate(labels)]
+        none = "no figure that is better lower or higher" if _tables_of(documents) else "no table"
+        lines += unmatched_lines(found, most=24) or [f"{none} is in two of them"]
+        raise InputError("\n  ".join(["files: nothing to compare: no row is in two of them", *lines]))
+    return found
 
 
 def count_verdicts(comparison: Mapping[str, Any], index: int) -> Counter[str]:
@@ -115,28 +117,22 @@ def _comparable(
     """Returns the table in each file, less those that cannot be held against the first that has it; and why not."""
     found = [_table(document, section, name) for document in documents]
     first = next(i for i, table in enumerate(found) if table is not None)
-    identity, reasons = found[first]["identity"], []
+    identity, a, reasons = found[first]["identity"], letter(first), []
+    settings = [document["sections"].get(section, {}).get("settings", {}) for document in documents]
     for i, table in enumerate(found):
         if table is None or i == first:
             continue
+        different, b, given = [], letter(i), (settings[first], settings[i])
         if table["identity"] != identity:
-            reasons.append(
-                f"rows are told apart by {', '.join(identity)} in {letter(first)} and by"
-                f" {', '.join(table['identity'])} in {letter(i)}"
-            )
-            found[i] = None
-            continue
-        settings = [documents[k]["sections"][section].get("settings", {}) for k in (first, i)]
-        different = [
-            f"{field} is {settings[0][field]} in {letter(first)} and {settings[1][field]} in {letter(i)}"
-            for field in DECISIVE
-            if field not in identity
-            and None not in (values := [s.get(field) for s in settings])
-            and values[0] != values[1]
-        ]
-        if different:
-            reasons.append("; ".join(different))
-            found[i] = None
+            theirs = ", ".join(table["identity"])
+            different = [f"rows are told apart by {', '.join(identity)} in {a} and by {theirs} in {b}"]
+        else:
+            for field in DECISIVE:
+                one, other = (s.get(field) for s in given)
+                if field not in identity and None not in (one, other) and one != other:
+                    different.append(f"{field} is {one} in {a} and {other} in {b}")
+        found[i] = None if different else table
+        reasons += different
     return found, "; ".join(reasons) or None
 
 
@@ -171,8 +167,7 @@ def _own_rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _key(row: Mapping[str, Any], identity: Sequence[str]) -> tuple[Any, ...]:
-    values = [row.get(name) for name in identity]
-    return tuple(str(value) if isinstance(value, (list, dict)) else value for value in values)
+    return tuple(row[name] for name in identity)
 
 
 def _compare_rows(
@@ -182,7 +177,7 @@ def _compare_rows(
     for field, name in (("statuses", "status"), ("reasons", "reason"), ("bases", "basis")):
         row[field] = [None if r is None else r.get(name) for r in rows]
     for name, metric in metrics.items():
-        values = [None if r is None or r["status"] != "ok" else _number(r.get(name)) for r in rows]
+        values = [r[name] if r is not None and r["status"] == "ok" and is_number(r.get(name)) else None for r in rows]
         if sum(value is not None for value in values) < 2:
             continue
         row["values"][name] = values
@@ -193,10 +188,6 @@ def _compare_rows(
             for other, value in zip(rows, values, strict=True)
         ]
     return row
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def _verdict(first: Any, other: Any, name: str, metric: Mapping[str, Any]) -> str:
@@ -224,9 +215,8 @@ def threshold(first: Mapping[str, Any], other: Mapping[str, Any], name: str, uni
 
 def _half_spread(row: Mapping[str, Any], name: str) -> float | None:
     source = "seconds" if name in RATES and f"{name}_low" not in row else name
-    low, high, middle = (_number(row.get(field)) for field in (f"{source}_low", f"{source}_high", source))
-    runs = row.get("runs")
-    if not middle or low is None or high is None or (runs is not None and runs < LEAST_RUNS):
+    low, high, middle = (row.get(field) for field in (f"{source}_low", f"{source}_high", source))
+    if not middle or low is None or high is None or (row.get("runs") or LEAST_RUNS) < LEAST_RUNS:
         return None
     return (high - low) / 2 / middle
 
@@ -277,37 +267,17 @@ def _different_settings(documents: Sequence[Document]) -> list[str]:
     return warnings
 
 
-def _explain(documents: Sequence[Document], labels: Sequence[str]) -> str:
-    """Returns what keeps each table of the files apart, for the message that nothing fits."""
-    lines = [f"  {letter(i)}: {label}" for i, label in enumerate(labels)]
-    for section, name in _tables_of(documents):
-        why = _comparable(documents, section, name)[1]
-        tables = {letter(i): t for i, d in enumerate(documents) if (t := _table(d, section, name)) is not None}
-        if why is None and len(tables) == 1:
-            why = f"only in {next(iter(tables))}"
-        lines.append(f"  {section}/{name}: {why or _disjoint(tables)}")
-    if len(lines) == len(labels):
-        lines.append("  there is no table in any of them")
-    return "\n".join(lines)
-
-
-def _disjoint(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns in which fields the rows of tables, by file, have nothing in common."""
-    identity = next(iter(tables.values()))["identity"]
-    parts = []
-    for field in identity:
-        values = {at: list(dict.fromkeys(str(r.get(field)) for r in _own_rows(table))) for at, table in tables.items()}
-        everywhere = Counter(value for found in values.values() for value in found)
-        if not everywhere or max(everywhere.values()) < 2:
-            shown = [f"{', '.join(v[:4]) + (', ...' if len(v) > 4 else '') or 'nothing'} in {at}"
-                     for at, v in values.items()]  # fmt: skip
-            parts.append(f"{field} is {' and '.join(shown)}")
-    if parts:
-        return "; ".join(parts)
-    keys = Counter(key for table in tables.values() for key in {_key(row, identity) for row in _own_rows(table)})
-    if keys and max(keys.values()) > 1:
-        return "no figure that is better lower or higher is in two of them"
-    return f"no combination of {', '.join(identity)} is in two of them"
+def unmatched_lines(comparison: Mapping[str, Any], most: int | None = None) -> list[str]:
+    """Returns what was not compared, tables first, and why; the first ``most`` lines and how many more there are."""
+    tables, rows = [], []
+    for found in comparison["unmatched"]:
+        only = f"only in {', '.join(letter(i) for i, there in enumerate(found['files']) if there)}"
+        if "row" in found:
+            rows.append(f"{found['section']}/{found['table']}: {', '.join(map(str, found['row']))} ({only})")
+        else:
+            tables.append(f"{found['section']}/{found['table']}: {found.get('why') or f'the whole table {only}'}")
+    lines = [*tables, *rows]
+    return lines if most is None or len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
 def only_changes(comparison: Mapping[str, Any]) -> dict[str, Any]:

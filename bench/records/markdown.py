@@ -1,13 +1,37 @@
-"""Tables of result files as Markdown, for terminals and pages: written from the rows, never typed."""
+"""Result files as people read them: the cells of their tables, and all of it in Markdown, for terminals and pages.
+
+The page of results shows the same cells (:mod:`bench.report.grids`). Nothing is typed: all is written from the rows.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from bench.records.metrics import column_label, column_scale, format_value
+from bench.records.comparison import count_verdicts, letter, only_changes, unmatched_lines
+from bench.records.metrics import column_label, column_scale, format_value, is_number
 from model.errors import printable
+
+WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
+
+
+class Cell(NamedTuple):
+    """A cell: its text, the number or text that it sorts by (None sorts last), and what stands beside the text.
+
+    ``spread`` is from where to where a figure lies, and ``verdict`` a key of :data:`WORDS`; ``kind`` is ``figure``,
+    where the text is a quantity, ``words``, where it may be long, or empty.
+    """
+
+    text: str
+    value: Any = None
+    spread: str = ""
+    verdict: str = ""
+    kind: str = ""
+
+    def plain(self) -> str:
+        """Returns all of it as one text."""
+        return f"{self.text}{f' ({self.spread})' if self.spread else ''} {WORDS[self.verdict]}".strip()
 
 
 def plain(text: str) -> str:
@@ -26,16 +50,31 @@ def markdown_table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> st
         [re.sub(r"[|\\]", r"\\\g<0>", plain(str(cell))).replace("\n", " ") for cell in line]
         for line in (headers, *cells)
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
 
 
-def columns_of(table: Mapping[str, Any]) -> list[str]:
-    """Returns the fields of a table that are shown: its own choice, less those that no row has."""
-    wanted = table.get("columns") or [*table["identity"], *table["metrics"]]
-    return [name for name in wanted if any(row.get(name) is not None for row in table["rows"])]
+def cells_of(table: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Returns the heads of a table's columns, its own choice less those that no row has, and the cells of its rows."""
+    rows, metrics = table["rows"], table["metrics"]
+    wanted = table.get("columns") or [*table["identity"], *metrics]
+    columns = [name for name in wanted if any(row.get(name) is not None for row in rows)]
+    scales = {n: column_scale((row.get(n) for row in rows), metrics[n]["unit"]) for n in columns if n in metrics}
+    heads = [column_label(n, metrics[n], scales[n][1]) if n in metrics else n.replace("_", " ") for n in columns]
+    return heads, [[_cell(row, n, metrics.get(n), scales.get(n, (None, ""))[0]) for n in columns] for row in rows]
+
+
+def _cell(row: Mapping[str, Any], name: str, metric: Mapping[str, Any] | None, scale: float | None) -> Cell:
+    value = row.get(name)
+    if value is None:
+        return Cell("")
+    if metric is None or not is_number(value):
+        sorts = value if is_number(value) else str(value)
+        return Cell(f"{value:,}" if is_number(value) and isinstance(value, int) else str(value), sorts)
+    ends = [row.get(f"{name}_{end}") for end in ("low", "high")]
+    spread = "" if None in ends else " - ".join(format_value(end, metric["unit"], scale) for end in ends)
+    return Cell(format_value(value, metric["unit"], scale), value, spread, kind="figure")
 
 
 def note_of(row: Mapping[str, Any]) -> str:
@@ -44,68 +83,107 @@ def note_of(row: Mapping[str, Any]) -> str:
     if row["status"] != "ok":
         parts.append(f"{row['status']}: {row.get('reason', '')}")
     if row["basis"] != "measured":
-        detail = row.get("basis_note")
-        parts.append(f"{row['basis']}{f' {detail}' if detail else ''}")
-    parts += [row[name] for name in ("note", "warning") if row.get(name)]
-    return "; ".join(parts)
+        parts.append(f"{row['basis']} {row.get('basis_note') or ''}".strip())
+    return "; ".join([*parts, *(row[name] for name in ("note", "warning") if row.get(name))])
 
 
 def format_table(table: Mapping[str, Any]) -> str:
     """Returns a table of a result file, and the note that belongs to it."""
-    columns = columns_of(table)
-    scales = {
-        name: column_scale((row.get(name) for row in table["rows"]), table["metrics"][name]["unit"])
-        for name in columns
-        if name in table["metrics"]
-    }
-    notes = [note_of(row) for row in table["rows"]]
-    headers = [
-        column_label(name, table["metrics"][name], scales[name][1])
-        if name in table["metrics"]
-        else name.replace("_", " ")
-        for name in columns
-    ]
-    cells = [[cell(row, name, table, scales.get(name, (None, ""))[0]) for name in columns] for row in table["rows"]]
+    heads, lines = cells_of(table)
+    cells, notes = [[cell.plain() for cell in line] for line in lines], [note_of(row) for row in table["rows"]]
     if any(notes):
-        headers.append("note")
-        cells = [[*line, note] for line, note in zip(cells, notes, strict=True)]
-    text = markdown_table(headers, cells)
+        heads, cells = [*heads, "note"], [[*line, note] for line, note in zip(cells, notes, strict=True)]
+    text = markdown_table(heads, cells)
     return f"{text}\n\n{plain(table['note'])}" if table.get("note") and text else text
 
 
-def cell(row: Mapping[str, Any], name: str, table: Mapping[str, Any], scale: float | None = None) -> str:
-    """Returns one value, with its spread where the row has one."""
-    value, metric = row.get(name), table["metrics"].get(name)
-    if metric is None:
-        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    text = format_value(value, metric["unit"], scale)
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    if text and low is not None and high is not None:
-        text += f" ({format_value(low, metric['unit'], scale)} - {format_value(high, metric['unit'], scale)})"
-    return text
+def verdict_cells(verdict: Mapping[str, Any]) -> list[Cell]:
+    """Returns what a figure to be reached is, of what, what was found, and what is wanted."""
+    found, wanted = (format_value(verdict[name], "number") for name in ("value", "wanted"))
+    what, shape = (Cell(verdict[name], verdict[name], kind="words") for name in ("what", "shape"))
+    return [what, shape, Cell(f"{found} {verdict['unit']}".strip(), verdict["value"]), Cell(wanted, verdict["wanted"])]
 
 
 def format_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
     """Returns the figures to be reached, and whether they are."""
     words = {True: "met", False: "MISSED", None: ""}
     cells = [
-        [
-            v["what"], v["shape"], f"{format_value(v['value'], 'number')} {v['unit']}".strip(),
-            format_value(v["wanted"], "number"), words[v["met"]], "" if v["basis"] == "measured" else v["basis"],
-        ]
+        [*(c.text for c in verdict_cells(v)), words[v["met"]], "" if v["basis"] == "measured" else v["basis"]]
         for v in verdicts
-    ]  # fmt: skip
+    ]
     return markdown_table(["figure", "of", "found", "wanted", "", ""], cells)
 
 
 def format_section(section: Mapping[str, Any]) -> str:
     """Returns a section's tables, verdicts and notes."""
-    pieces = []
-    for table in section["tables"]:
-        text = format_table(table)
-        if text:
-            pieces.append(f"**{plain(table['title'])}**\n\n{text}")
-    if section["verdicts"]:
-        pieces.append(format_verdicts(section["verdicts"]))
-    pieces += map(plain, section["notes"])
+    texts = [(plain(table["title"]), format_table(table)) for table in section["tables"]]
+    pieces = [f"**{title}**\n\n{text}" for title, text in texts if text]
+    pieces += [format_verdicts(section["verdicts"])] if section["verdicts"] else []
+    return "\n\n".join([*pieces, *map(plain, section["notes"])])
+
+
+# Comparisons
+
+
+def format_comparison(comparison: Mapping[str, Any], *, changes: bool = False) -> str:
+    """Returns a comparison; with ``changes`` only the tables of what is better, worse or failed."""
+    labels = comparison["labels"]
+    pieces = ["\n".join(f"- {letter(i)}: {plain(label)}" for i, label in enumerate(labels))]
+    pieces += [f"warning: {plain(warning)}" for warning in comparison["warnings"]]
+    for table in (only_changes(comparison) if changes else comparison)["tables"]:
+        cells = [[*(c.plain() for c in line), comparison_note(r)] for r, line in compared_lines(table, len(labels))]
+        text = markdown_table([*compared_heads(table, len(labels)), "note"], cells)
+        pieces.append(f"**{plain(table['section'])}: {plain(table['title'])}**\n\n{text}")
+    pieces.append("\n".join(summary(comparison, i) for i in range(1, len(labels))))
+    if lines := unmatched_lines(comparison, most=12):
+        pieces.append("not compared:\n" + "\n".join(f"- {plain(line)}" for line in lines))
     return "\n\n".join(pieces)
+
+
+def compared_heads(table: Mapping[str, Any], count: int, figure: str = "") -> list[str]:
+    """Returns the heads of a compared table: identity, the figure's name, each of ``count`` files, ratios over A."""
+    letters = [letter(i) for i in range(count)]
+    return [*(n.replace("_", " ") for n in table["identity"]), figure, *letters, *(f"{at} / A" for at in letters[1:])]
+
+
+def compared_lines(table: Mapping[str, Any], count: int) -> Iterator[tuple[Mapping[str, Any], list[Cell]]]:
+    """Yields each figure of a compared table as its row and its cells; a row without figures is there once."""
+    for row in table["rows"]:
+        head = [Cell(str(row["key"][name]), row["key"][name]) for name in table["identity"]]
+        if not row["values"]:
+            yield row, [*head, *[Cell("")] * (2 * count)]
+        for name, values in row["values"].items():
+            metric = table["metrics"][name]
+            scale, unit = column_scale(values, metric["unit"])
+            label = column_label(name, metric, unit)
+            figures = [Cell(format_value(v, metric["unit"], scale), v, kind="figure") for v in values]
+            pairs = zip(row["ratios"][name][1:], row["verdicts"][name][1:], strict=True)
+            ratios = [Cell("" if r is None else f"{r:.3f}", r, verdict=verdict) for r, verdict in pairs]
+            yield row, [*head, Cell(label, label), *figures, *ratios]
+
+
+def summary(comparison: Mapping[str, Any], index: int) -> str:
+    """Returns one file against the first, in a sentence."""
+    counts = count_verdicts(comparison, index)
+    text = (
+        f"{letter(index)} against A: {counts['better']} figures better, {counts['worse']} worse,"
+        f" {counts['same']} the same within their spread"
+    )
+    pairs = [(row["statuses"][0], row["statuses"][index]) for table in comparison["tables"] for row in table["rows"]]
+    lost = sum(first == "ok" and other not in (None, "ok") for first, other in pairs)
+    gained = sum(other == "ok" and first not in (None, "ok") for first, other in pairs)
+    text += f"; without a result here and not in A: {lost}" if lost else ""
+    return text + (f"; without a result in A and not here: {gained}" if gained else "")
+
+
+def comparison_note(row: Mapping[str, Any]) -> str:
+    """Returns what must be said beside a compared row: failures with reasons, and bases other than measured."""
+    failed = [
+        f"{letter(i)}: {status}{f' ({reason})' if reason else ''}"
+        for i, (status, reason) in enumerate(zip(row["statuses"], row["reasons"], strict=True))
+        if status not in (None, "ok")
+    ]
+    bases = {letter(i): basis for i, basis in enumerate(row["bases"]) if basis is not None}
+    if len(set(bases.values())) > 1:
+        return "; ".join([*failed, *(f"{at}: {basis}" for at, basis in bases.items())])
+    return "; ".join([*failed, *(basis for basis in set(bases.values()) if basis != "measured")])

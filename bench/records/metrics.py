@@ -26,8 +26,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "seconds": Metric("time", "s", "lower"),
     "launch_seconds": Metric("host time to issue", "s", "lower"),
+    "host_seconds": Metric("host time of a call", "s", "lower"),
     "whole_seconds": Metric("measured whole", "s", "lower"),
-    "seconds_per_step": Metric("time a step", "s", "lower"),
     "total_seconds": Metric("whole clip", "s", "lower"),
     "stage_one_seconds": Metric("Stage I", "s", "lower"),
     "reference_seconds": Metric("reference", "s", "lower"),
@@ -100,6 +100,11 @@ _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _LEAST_OF_UNIT = 1e-3
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value of a result file is a number; JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def time_scale(values: Iterable[float | None]) -> tuple[float, str]:
     """Returns the unit in which a column of seconds reads best: its size in seconds, and its name."""
     present = sorted(v for v in values if v)
@@ -120,7 +125,7 @@ def column_scale(values: Iterable[Any], unit: str) -> tuple[float | None, str]:
         values: of the column; None and text are passed over.
         unit: of the metric, as in :class:`Metric`.
     """
-    present = [v for v in values if v and isinstance(v, (int, float)) and not isinstance(v, bool)]
+    present = [v for v in values if v and is_number(v)]
     if unit == "s":
         return time_scale(present)
     if unit != "bytes" or not present:
@@ -139,7 +144,7 @@ def format_value(value: Any, unit: str, scale: float | None = None) -> str:
     """
     if value is None:
         return ""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not is_number(value):
         return str(value)
     if math.isnan(value):
         return "NaN"

@@ -1,1 +1,1 @@
-"""Result files as one page (:func:`bench.report.page.build_page`) and as tables in Markdown files (``fill``)."""
+"""Charts, one page of result files (:func:`bench.report.page.build_page`) and tables in Markdown files (``fill``)."""

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn by hand: their colours are the page's, so that they follow its light and dark mode.
+"""Charts as SVG, on the page and as files of their own; ``charts.css`` has their colours in light and in dark mode.
 
 Ours is blue and others are grey; what is not measured is drawn hollow or dashed. Every mark says its numbers when the
 pointer rests on it, and every chart has a title and a description.
@@ -7,12 +7,15 @@ pointer rests on it, and every chart has a title and a description.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from bench.records.metrics import byte_scale, format_value, significant, time_scale
-from bench.report.markup import Markup, tag
+from bench.report.markup import TEMPLATES, tag
+from model.csg.sampler import SegmentPlan
 
 WIDTH = 680
 #: Pixels of a bar chart's labels on the left, and of its values on the right.
@@ -20,6 +23,20 @@ _LABELS, _VALUES = 226, 150
 _LINE, _BAR = 20, 13
 #: Pixels of a character at the charts' 12 pixels, on the safe side.
 _CHARACTER = 6.6
+
+
+class Chart(NamedTuple):
+    """A chart: what it shows in words, and its marks, in a box of :data:`WIDTH` times ``height`` pixels."""
+
+    kind: str
+    title: str
+    description: str
+    height: float
+    marks: Sequence[Markup]
+
+    def svg(self) -> str:
+        """Returns the chart as a file of its own."""
+        return TEMPLATES.get_template("chart.svg.j2").render(chart=self, width=WIDTH)
 
 
 class Bar(NamedTuple):
@@ -41,14 +58,6 @@ class Point(NamedTuple):
     tip: str
     ours: bool
     basis: str
-
-
-class Clip(NamedTuple):
-    """The seconds of one configuration by method; ``times`` has (method, seconds, ours, basis)."""
-
-    label: str
-    times: Sequence[tuple[str, float, bool, str]]
-    speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def bars(
     groups: Sequence[tuple[str, Sequence[Bar]]],
     note: str = "",
     ceiling: tuple[float, str] | None = None,
-) -> Markup:
+) -> Chart:
     """Draws horizontal bars in groups, each bar's value beside it.
 
     Args:
@@ -117,7 +126,7 @@ def bars(
         marks.insert(0, tag("line", x1=x, x2=x, y1=22, y2=y - 6, class_="ceiling"))
         marks.append(_text(ceiling[1], x, 16, "ceiling-label", anchor="end"))
     scale = "each group is drawn to its own scale" if own else "all bars are drawn to one scale"
-    return _chart("bars", title, f"{note}; {scale}" if note else scale, y, marks)
+    return Chart("bars", title, f"{note}; {scale}" if note else scale, y, marks)
 
 
 def _bar(bar: Bar, axis: Axis, y: float) -> list[Markup]:
@@ -125,20 +134,23 @@ def _bar(bar: Bar, axis: Axis, y: float) -> list[Markup]:
     if bar.value is None:
         return [*parts, _text(bar.text, _LABELS + 2, y + 11, "failed", limit=WIDTH - _LABELS)]
     length = max(axis.at(bar.value) - axis.start, 1.0)
-    kind = " ".join(["bar", "ours" if bar.ours else "other", *(["unmeasured"] if bar.basis != "measured" else [])])
-    tip = f"{bar.label}: {bar.text}"
-    parts.append(tag("rect", tag("title", tip), x=_LABELS, y=y, width=round(length, 1), height=_BAR, rx=2, class_=kind))
+    tip, kind = tag("title", f"{bar.label}: {bar.text}"), _kind("bar", bar.ours, bar.basis)
+    parts.append(tag("rect", tip, x=_LABELS, y=y, width=round(length, 1), height=_BAR, rx=2, class_=kind))
     at = axis.start + length + 6
     return [*parts, _text(bar.text, round(at, 1), y + 11, "value", limit=WIDTH - at)]
 
 
-def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, matmul_tflops: float) -> Markup:
+def _kind(mark: str, ours: bool, basis: str) -> str:
+    return f"{mark} {'ours' if ours else 'other'}{'' if basis == 'measured' else ' unmeasured'}"
+
+
+def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, matmul_tflops: float) -> Chart:
     """Draws TFLOP/s over operations per byte, under the two ceilings that were measured in the same run."""
     ridge, height = matmul_tflops * 1e12 / copy_bytes_per_second, 400
     xs, ys = [p.intensity for p in points] + [ridge], [p.tflops for p in points] + [matmul_tflops]
     x = Axis(min(xs) / 2, max(xs) * 3, 58, WIDTH - 24, log=True)
     y = Axis(min(ys) / 2, max(ys) * 1.7, height - 44, 14, log=True)
-    marks = _grid(x, y, "operations per byte", "TFLOP/s", _plain, _plain)
+    marks = _grid(x, y, "operations per byte", "TFLOP/s")
     bottom = max(x.low, y.low * 1e12 / copy_bytes_per_second)
     roof = [(bottom, bottom * copy_bytes_per_second / 1e12), (ridge, matmul_tflops), (x.high, matmul_tflops)]
     marks.append(tag("polyline", points=" ".join(f"{x.at(a)},{y.at(b)}" for a, b in roof), class_="ceiling"))
@@ -153,38 +165,31 @@ def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, 
     above = y.at(matmul_tflops)
     taken: list[tuple[float, float, float, float]] = [(x.end - 240, above - 20, x.end, above)]
     for point in sorted(points, key=lambda p: p.ours):
-        kind = f"point {'ours' if point.ours else 'other'}{'' if point.basis == 'measured' else ' unmeasured'}"
         at = x.at(point.intensity), y.at(point.tflops)
+        kind = _kind("point", point.ours, point.basis)
         marks.append(tag("circle", tag("title", point.tip), cx=at[0], cy=at[1], r=4.5, class_=kind))
         taken.append((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4))
     marks += _point_labels(points, x, y, taken)
     words = f"{len(points)} rows; ridge at {ridge:,.0f} operations per byte; dashed: what was measured in the same run"
-    return _chart("roofline", title, words, height, marks)
+    return Chart("roofline", title, words, height, marks)
 
 
 def _point_labels(points: Sequence[Point], x: Axis, y: Axis, taken: list[Any]) -> list[Markup]:
     """Draws names for our points, each once, where there is room; all have their names under the pointer."""
-    best: dict[str, Point] = {}
-    for point in points:
-        if point.ours and (point.label not in best or point.tflops > best[point.label].tflops):
-            best[point.label] = point
+    # The fastest of a name comes last and stays.
+    best = {p.label: p for p in sorted(points, key=lambda p: p.tflops) if p.ours}
     marks = []
-    for point in sorted(best.values(), key=lambda p: -p.tflops):
+    for point in reversed(best.values()):
         px, py, width = x.at(point.intensity), y.at(point.tflops), len(point.label) * _CHARACTER * 0.92
-        for left, top, anchor in ((px + 8, py - 6, "start"), (px - 8 - width, py - 6, "end"),
-                                  (px - width / 2, py + 7, "middle"), (px - width / 2, py - 20, "middle")):  # fmt: skip
-            box = left, top, left + width, top + 12
-            inside = box[0] > x.start and box[2] < x.end and box[1] > y.end and box[3] < y.start
-            if inside and not any(_overlap(box, other) for other in taken):
+        for left, anchor in ((px + 8, "start"), (px - 8 - width, "end")):
+            box = left, py - 6, left + width, py + 6
+            free = not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+            if free and box[0] > x.start and box[2] < x.end and y.end < box[1] and box[3] < y.start:
                 taken.append(box)
-                at = {"start": left, "end": left + width, "middle": px}[anchor]
-                marks.append(_text(point.label, round(at, 1), round(top + 10, 1), "", anchor=anchor))
+                at = left if anchor == "start" else left + width
+                marks.append(_text(point.label, at, py + 4, "", anchor=anchor))
                 break
     return marks
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def timeline(
@@ -193,7 +198,7 @@ def timeline(
     marks: Sequence[tuple[float, str]],
     limit: float | None,
     basis: str,
-) -> Markup:
+) -> Chart:
     """Draws allocated bytes over seconds, with what began where and, if there was one, the limit.
 
     Counted courses have no time: they go over the tensors made and freed, in order.
@@ -207,7 +212,7 @@ def timeline(
     y = Axis(0, 1.08 * max([*sizes, limit or 0, 1.0]), height - 40, top)
     size, size_name = byte_scale([y.high])
     shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)
-    drawn = _grid(*shown, over, f"{size_name} allocated", _plain, _plain)
+    drawn = _grid(*shown, over, f"{size_name} allocated")
     line = [(x.at(s), y.at(b)) for s, b in thinned(points)]
     path = f"M{line[0][0]},{line[0][1]}" + "".join(f"H{a}V{b}" for a, b in line[1:])
     dashed = "" if basis == "measured" else " unmeasured"
@@ -221,7 +226,7 @@ def timeline(
     drawn += _timeline_marks(marks, x, y, counted)
     peak = format_value(max(sizes), "bytes")
     length = f"{seconds[-1]:,.0f} steps" if counted else f"{significant(seconds[-1])} s"
-    return _chart("timeline", title, f"peak {peak} over {length}, {basis}", height, drawn)
+    return Chart("timeline", title, f"peak {peak} over {length}, {basis}", height, drawn)
 
 
 def _timeline_marks(marks: Sequence[tuple[float, str]], x: Axis, y: Axis, counted: bool) -> list[Markup]:
@@ -249,54 +254,22 @@ def thinned(points: Sequence[tuple[float, float]], count: int = 800) -> list[tup
     return [points[0], *(max(stretch, key=lambda p: p[1]) for stretch in stretches), points[-1]]
 
 
-def clips(title: str, found: Sequence[Clip]) -> Markup:
-    """Draws the seconds of whole clips by method, a line a configuration, on a logarithmic axis; and the speedups."""
-    seconds = [time for clip in found for _, time, _, _ in clip.times]
-    height = 30 * len(found) + 62
-    x = Axis(min(seconds) / 1.6, max(seconds) * 1.6, _LABELS, WIDTH - 74, log=True)
-    marks = [tag("line", x1=x.at(t), x2=x.at(t), y1=24, y2=height - 38, class_="grid") for t in x.ticks()]
-    marks += [_text(f"{t:,g}", x.at(t), height - 24, "tick", anchor="middle") for t in x.ticks()]
-    marks.append(_text("seconds, logarithmic", (x.start + x.end) / 2, height - 6, "tick", anchor="middle"))
-    marks.append(_text("times faster", WIDTH, 13, "tick", anchor="end"))
-    for i, clip in enumerate(found):
-        y = 38 + 30 * i
-        marks.append(_text(clip.label, 0, y + 4, "", limit=_LABELS - 10))
-        ends = [x.at(time) for _, time, _, _ in clip.times]
-        marks.append(tag("line", x1=min(ends), x2=max(ends), y1=y, y2=y, class_="link"))
-        near = max(ends) - min(ends) < 60
-        if near:
-            low, high = (significant(end(time for _, time, _, _ in clip.times)) for end in (min, max))
-            text = f"{low} s" if low == high else f"{low} - {high} s"
-            marks.append(_text(text, max((min(ends) + max(ends)) / 2, x.start), y - 9, "value", anchor="middle"))
-        for method, time, ours, basis in clip.times:
-            kind = f"point {'ours' if ours else 'other'}{'' if basis == 'measured' else ' unmeasured'}"
-            tip = f"{clip.label}, {method}: {significant(time)} s, {basis}"
-            marks.append(tag("circle", tag("title", tip), cx=x.at(time), cy=y, r=5, class_=kind))
-            if x.at(time) in (min(ends), max(ends)) and not near:
-                marks.append(_text(f"{significant(time)} s", x.at(time), y - 9, "value", anchor="middle"))
-        if clip.speedup is not None:
-            marks.append(_text(f"{format_value(clip.speedup, 'ratio')}x", WIDTH, y + 4, "group", anchor="end"))
-    return _chart("clips", title, "blue: two stages with CSG; grey: end-to-end; hollow: not measured", height, marks)
-
-
-def _grid(
-    x: Axis, y: Axis, x_label: str, y_label: str, x_text: Callable[[float], str], y_text: Callable[[float], str]
-) -> list[Markup]:
+def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[Markup]:
     """Draws lines at round values of both axes, and the axes' names."""
     marks = []
     for value in x.ticks():
         marks.append(tag("line", x1=x.at(value), x2=x.at(value), y1=y.start, y2=y.end, class_="grid"))
-        marks.append(_text(x_text(value), x.at(value), y.start + 16, "tick", anchor="middle"))
+        marks.append(_text(_tick(value), x.at(value), y.start + 16, "tick", anchor="middle"))
     for value in y.ticks():
         marks.append(tag("line", x1=x.start, x2=x.end, y1=y.at(value), y2=y.at(value), class_="grid"))
-        marks.append(_text(y_text(value), x.start - 7, y.at(value) + 4, "tick", anchor="end"))
+        marks.append(_text(_tick(value), x.start - 7, y.at(value) + 4, "tick", anchor="end"))
     marks.append(_text(x_label, (x.start + x.end) / 2, y.start + 34, "tick", anchor="middle"))
     middle = round((y.start + y.end) / 2, 1)
     turned = f"rotate(-90 12 {middle})"
     return [*marks, _text(y_label, 12, middle, "tick", anchor="middle", transform=turned)]
 
 
-def _plain(value: float) -> str:
+def _tick(value: float) -> str:
     return f"{value:,g}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
 
 
@@ -310,10 +283,22 @@ def _text(
     return tag("text", whole, shown, x=round(x, 1), y=round(y, 1), class_=kind or None, text_anchor=anchor, **more)
 
 
-def _chart(kind: str, title: str, description: str, height: float, marks: Sequence[Markup]) -> Markup:
-    """Returns the SVG with what it shows in words, in a box that scrolls where the screen is narrow."""
-    head = tag("title", title), tag("desc", description)
-    box = f"0 0 {WIDTH} {round(height)}"
-    svg = tag("svg", head, marks, viewBox=box, role="img", class_=f"chart {kind}")
-    caption = tag("figcaption", tag("b", title), " ", tag("span", description, class_="muted"))
-    return tag("figure", caption, tag("div", svg, class_="scroll", tabindex=0), class_="figure")
+def windows(plan: SegmentPlan) -> Chart:
+    """Draws which blocks every window of a plan holds: one line a segment."""
+    pitch, left = (WIDTH - 40) / plan.num_blocks, 40
+    marks = [_text("segment", 0, 16, "tick"), _text("block (latent frame) of the clip", WIDTH / 2, 16, "tick")]
+    for line, window in enumerate(plan):
+        y = 26 + 24 * line
+        marks.append(_text(str(line + 1), left - 10, y + 14, "tick", anchor="end"))
+        kinds = dict.fromkeys(window.conditioning, "neighbour") | dict.fromkeys(window.noisy, "noisy")
+        for block in range(plan.num_blocks):
+            kind = kinds.get(block, "absent")
+            kind = "anchor" if (block, kind) == (0, "neighbour") else kind
+            tip = tag("title", f"segment {line + 1}, block {block}: {kind}")
+            at = round(left + pitch * block, 1)
+            marks.append(tag("rect", tip, x=at, y=y, width=round(pitch - 3, 1), height=20, class_=f"block {kind}"))
+    y = 40 + 24 * len(plan)
+    for block in range(plan.num_blocks):
+        marks.append(_text(str(block), left + pitch * (block + 0.5) - 1.5, y, "tick", anchor="middle"))
+    words = "yellow: the anchor (input image); light blue: neighbours; blue: noisy, made in this segment"
+    return Chart("windows", f"The windows of CSG, {plan.num_blocks} blocks", words, y + 8, marks)

@@ -13,6 +13,7 @@ from bench.records.read import SHIPPED, read_result, read_text, shipped_results
 from bench.records.write import dumps, make_room
 from bench.report.fill import FORM, START, filled, marks_of
 from bench.report.page import build_page
+from bench.report.rates import measured_rates, rates_file
 from model.cli.options import parse_path
 from model.errors import InputError
 from model.io.durable import write_text
@@ -24,6 +25,7 @@ examples:
   python -m bench report --quick                      the newest file of each card alone
   python -m bench report out/csg-*/result.json --out csg.html
   python -m bench report --fill README.md docs/*.md docs/results/*.md           their tables, from bench/results
+  python -m bench report --rates                      model/memory/rates.json, for the estimates of plans
   python -m bench report --fill README.md docs/*.md docs/results/*.md --check   exit with 2 if some are not up to date
 
 The page is one file that loads nothing. In a Markdown file what stands between the lines
@@ -47,11 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fill", type=parse_path, nargs="+", metavar="FILE.md", help="fill the tables of Markdown files; makes no page"
     )
+    parser.add_argument(
+        "--rates", action="store_true", help="write the measured rates that plans estimate their time with; no page"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where the tables would change")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page, or fills the tables of Markdown files."""
+    """Writes the page, or fills the tables of Markdown files, or writes the rates of plans."""
+    if args.rates:
+        _rates(args.check)
+        return
     if args.fill is not None:
         # A result file after --fill would be taken for a Markdown file.
         results = any(path.suffix == ".json" for path in args.fill)
@@ -83,6 +91,16 @@ def run(args: argparse.Namespace) -> None:
         for path, label, document in zip(paths, labels_of(paths, documents), documents, strict=True)
     ]
     print(dumps({"page": str(out.resolve()), "files": files}), end="")
+
+
+def _rates(check: bool) -> None:
+    """Writes the table of rates; with ``check`` fails where it would change."""
+    path, text = rates_file(), measured_rates({path: read_result(path) for path in shipped_results()})
+    if read_text(path) != text:
+        if check:
+            raise InputError(f"rates: {path} is not what the results give; run python -m bench report --rates")
+        write_text(path, text)
+    print(f"{path}: up to date" if check else path)
 
 
 def _fill(paths: Sequence[Path], check: bool, as_json: bool) -> None:

@@ -1,14 +1,13 @@
-"""The choice of charts: rows of result files become bars, rooflines, courses of memory and clips."""
+"""The choice of charts: rows of result files become bars, rooflines and courses of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.records.metrics import METRICS, column_scale, format_value, significant, time_scale
+from bench.records.metrics import METRICS, column_scale, format_value, is_number, significant, time_scale
 from bench.report import charts
-from bench.report.charts import Bar, Clip, Point
-from bench.report.markup import Markup
+from bench.report.charts import Bar, Chart, Point
 
 #: The field of a table's identity whose values are held against each other; the others make the groups.
 COMPARED = ("provider", "method", "mode", "variant", "stage", "gpu")
@@ -18,26 +17,34 @@ SPEED = ("fraction_of_copy", "tflops", "frames_per_second", "total_seconds", "st
 MEMORY = "peak_bytes"
 
 
-def bar_charts(table: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> list[Markup]:
-    """Draws speed and peak memory of what a table holds against each other; empty where it compares nothing."""
+def section_charts(section: Mapping[str, Any]) -> dict[str, Chart]:
+    """Returns all charts of a section by names for their files."""
+    found = {"roofline": roofline_chart(section, "Roofline")}
+    for table in section["tables"]:
+        drawn = bar_charts(table, section.get("ceilings"))
+        found |= {f"{table['name']}-{metric}".replace(" ", "-"): chart for metric, chart in drawn.items()}
+    found |= {f"timeline-{i}": chart for i, chart in enumerate(timeline_charts(section, ""), 1)}
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def bar_charts(table: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> dict[str, Chart]:
+    """Draws speed and peak memory, by metric, of what a table holds against each other; empty where it does not."""
     field = next((name for name in reversed(table["identity"]) if name in COMPARED), None)
     if field is None:
-        return []
+        return {}
     groups = [group_of(row, table["identity"], field) for row in table["rows"]]
     if len(set(groups)) == len(groups):
-        return []
+        return {}
     found = [row for row in table["rows"] if row["status"] == "ok" and row["basis"] != "reported"]
-    of_all = [name for name in SPEED if found and all(_is_number(row.get(name)) for row in found)]
-    of_some = [name for name in SPEED if any(_is_number(row.get(name)) for row in found)]
+    of_all = [name for name in SPEED if found and all(is_number(row.get(name)) for row in found)]
+    of_some = [name for name in SPEED if any(is_number(row.get(name)) for row in found)]
     speed = next((name for name in (*of_all, *of_some) if name in table["metrics"]), None)
-    memory = MEMORY if any(_is_number(row.get(MEMORY)) for row in found) and MEMORY in table["metrics"] else None
+    memory = MEMORY if any(is_number(row.get(MEMORY)) for row in found) and MEMORY in table["metrics"] else None
     drawn = [name for name in (speed, memory) if name is not None]
-    return [_bars(table, field, name, ceilings, name == drawn[0]) for name in drawn]
+    return {name: _bars(table, field, name, ceilings, name == drawn[0]) for name in drawn}
 
 
-def _bars(
-    table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str, Any] | None, failures: bool
-) -> Markup:
+def _bars(table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str, Any] | None, failures: bool) -> Chart:
     """Draws one metric of a table; ``failures``: whether rows without a result have their place, once is enough."""
     groups: dict[str, list[Bar]] = {}
     metric = table["metrics"][name]
@@ -45,7 +52,7 @@ def _bars(
     unit = column_scale([row.get(name) for row in table["rows"]], "bytes") if metric["unit"] == "bytes" else (None, "")
     for row in table["rows"]:
         value, ok = row.get(name), row["status"] == "ok"
-        if not (_is_number(value) if ok else failures):
+        if not (is_number(value) if ok else failures):
             continue
         text = _value_text(value, name, metric["unit"], unit) if ok else f"{row['status']}: {row.get('reason', '')}"
         if ok and row["basis"] != "measured":
@@ -68,7 +75,7 @@ def _bars(
 def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str) -> str:
     """Returns the words that a row shares with those that it is held against."""
     values = [(name, row[name]) for name in identity if name != field]
-    return ", ".join(f"{value} {name}" if _is_number(value) else str(value) for name, value in values)
+    return ", ".join(f"{value} {name}" if is_number(value) else str(value) for name, value in values)
 
 
 def is_ours(row: Mapping[str, Any], label: str) -> bool:
@@ -76,7 +83,7 @@ def is_ours(row: Mapping[str, Any], label: str) -> bool:
     return bool(row["ours"]) if "ours" in row else "end-to-end" not in str(label).replace("_", "-")
 
 
-def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
+def roofline_chart(section: Mapping[str, Any], title: str) -> Chart | None:
     """Draws all rows of a section that have operations, bytes and seconds; None where it lacks a ceiling."""
     ceilings = section.get("ceilings") or {}
     if not {"copy_bytes_per_second", "matmul_tflops"} <= ceilings.keys():
@@ -85,7 +92,7 @@ def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
     for table in section["tables"]:
         for row in table["rows"]:
             flops, moved, seconds = (row.get(name) for name in ("flops", "bytes", "seconds"))
-            if row["status"] == "ok" and all(_is_number(n) and n > 0 for n in (flops, moved, seconds)):
+            if row["status"] == "ok" and all(is_number(n) and n > 0 for n in (flops, moved, seconds)):
                 names = [str(row[name]) for name in table["identity"]]
                 label = str(row.get("op") or row.get("layer") or names[0])
                 rate = flops / seconds / 1e12
@@ -97,79 +104,13 @@ def roofline_chart(section: Mapping[str, Any], title: str) -> Markup | None:
     return charts.roofline(title, points, ceilings["copy_bytes_per_second"], ceilings["matmul_tflops"])
 
 
-def timeline_charts(section: Mapping[str, Any], label: str) -> list[Markup]:
+def timeline_charts(section: Mapping[str, Any], label: str) -> list[Chart]:
     """Draws the section's courses of memory."""
     return [
         charts.timeline(f"{line['name']}{label}", line["points"], line["marks"], line.get("limit"), line["basis"])
         for line in section["timelines"]
         if line["points"]
     ]
-
-
-def whole_clips(documents: Sequence[Mapping[str, Any]], letters: Sequence[str]) -> list[Clip]:
-    """Returns every configuration whose whole clips have a time, those of the paper first, clips of one pass last."""
-    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for document, letter in zip(documents, letters, strict=True):
-        of_file = "" if len(documents) == 1 else f" ({letter})"
-        for row in (row for rows in clip_rows(document).values() for row in rows):
-            reported = row["basis"] == "reported"
-            rows = found.setdefault(
-                (0 if reported else 1, f"{row['model']}, {row['size']}{'' if reported else of_file}"), []
-            )
-            if not any(reported and row["method"] == other["method"] for other in rows):
-                rows.append(row)
-        for section, rows in whole_rows(document).items():
-            settings = document["sections"][section]["settings"]
-            model = str(settings.get("model", section)).split(",")[0]
-            name = f"{model}, {settings.get('width')}x{settings.get('height')}{of_file}"
-            found[2, name] = [{**row, "method": row["mode"]} for row in rows]
-    return [
-        Clip(
-            name,
-            [(r["method"], r["total_seconds"], is_ours(r, r["method"]), r["basis"]) for r in rows],
-            _times_faster(rows)
-            if last == 2
-            else max((n for r in rows if is_ours(r, r["method"]) and (n := speedup_of(r))), default=None),
-        )
-        for (last, name), rows in sorted(found.items(), key=lambda item: item[0][0])
-    ]
-
-
-def speedup_of(row: Mapping[str, Any]) -> float | None:
-    """Returns how many times faster a row's clip is; None where that is not known."""
-    value = row.get("speedup")
-    return value if _is_number(value) and value > 0 else None
-
-
-def _times_faster(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Returns the end-to-end clip's time over that of our first mode, the default one; None where one is missing."""
-    ours = [row["total_seconds"] for row in rows if is_ours(row, row["method"])]
-    others = [row["total_seconds"] for row in rows if not is_ours(row, row["method"])]
-    return min(others) / ours[0] if ours and others else None
-
-
-def clip_rows(document: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns, by section, the rows of clips by model, size and method that have a time."""
-    return _timed_rows(document, ["model", "size", "method"])
-
-
-def whole_rows(document: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns, by section, the rows of the longest clip by frames and mode that was run whole and has a time."""
-    found = _timed_rows(document, ["frames", "mode"])
-    return {
-        name: [r for r in rows if r["frames"] == max(row["frames"] for row in rows)] for name, rows in found.items()
-    }
-
-
-def _timed_rows(document: Mapping[str, Any], identity: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for name, section in document["sections"].items():
-        for table in section["tables"]:
-            if table["identity"] == identity and "total_seconds" in table["metrics"]:
-                rows = [r for r in table["rows"] if r["status"] == "ok" and (r.get("total_seconds") or 0) > 0]
-                if rows:
-                    found.setdefault(name, []).extend(rows)
-    return found
 
 
 def _value_text(value: float, name: str, unit: str, scaled: tuple[float | None, str]) -> str:
@@ -179,7 +120,3 @@ def _value_text(value: float, name: str, unit: str, scaled: tuple[float | None, 
         return f"{significant(value / scale)} {word}"
     words = {"TFLOP/s": " TFLOP/s", "1/s": f" {METRICS[name].label}" if name in METRICS else " /s"}
     return f"{format_value(value, unit, scaled[0])}{words.get(unit, '')} {scaled[1]}".rstrip()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -16,11 +16,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness.session import measured_on
 from bench.records.markdown import format_table, format_verdicts, plain
@@ -35,16 +34,14 @@ _FENCED = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$", re.MULTILINE
 Documents = Mapping[Path, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The table, columns and rows that a mark asks for."""
 
-    text: str
     folder: str
     section: str
     table: str
-    columns: tuple[str, ...] = ()
-    wanted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Sequence[str]
+    wanted: Mapping[str, Sequence[str]]
 
 
 def parse_selection(text: str) -> Selection:
@@ -57,11 +54,11 @@ def parse_selection(text: str) -> Selection:
         folder, name, *options = shlex.split(text)
         section, table = name.split("/")
         pairs = [option.split("=", 1) for option in options]
-        wanted = {name: tuple(values.split("|")) for name, values in pairs}
+        wanted = {name: values.split("|") for name, values in pairs}
     except ValueError as error:
         raise InputError(f"results: expected {FORM}, got {text!r}") from error
-    columns = wanted.pop("columns", ("",))[0]
-    return Selection(text, folder, section, table, tuple(columns.split(",")) if columns else (), wanted)
+    columns = wanted.pop("columns", [""])[0]
+    return Selection(folder, section, table, columns.split(",") if columns else [], wanted)
 
 
 def marks_of(text: str) -> list[re.Match[str]]:
@@ -130,38 +127,27 @@ def _newest(selection: Selection, documents: Documents) -> tuple[Path, Mapping[s
     if not fitting:
         there = ", ".join(sorted({path.parent.name for path in documents})) or "none"
         raise InputError(f"folder: no results in one named {selection.folder}*; the folders are {there}")
+    name, found = f"{selection.section}/{selection.table}", set()
     for path, document in sorted(fitting.items(), key=lambda item: item[1]["environment"]["date"], reverse=True):
-        section = document["sections"].get(selection.section)
-        names = [table["name"] for table in section["tables"]] if section else []
-        if section and (selection.table in names or (selection.table == VERDICTS and section["verdicts"])):
-            return path, section
-    there = sorted(
-        {
-            f"{name}/{table}"
-            for document in fitting.values()
-            for name, section in document["sections"].items()
-            for table in [*(t["name"] for t in section["tables"]), *([VERDICTS] if section["verdicts"] else [])]
-        }
-    )
-    raise InputError(
-        f"table: {selection.section}/{selection.table} is in no file of {selection.folder}*; there are"
-        f" {', '.join(there) or 'none'}"
-    )
+        for section, data in document["sections"].items():
+            tables = [table["name"] for table in data["tables"]] + [VERDICTS] * bool(data["verdicts"])
+            found |= {f"{section}/{table}" for table in tables}
+        if name in found:
+            return path, document["sections"][selection.section]
+    there = ", ".join(sorted(found)) or "none"
+    raise InputError(f"table: {name} is in no file of {selection.folder}*; there are {there}")
 
 
 def _selected(selection: Selection, table: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the table with the columns and rows that are asked for."""
-    fields = list(dict.fromkeys(name for row in table["rows"] for name in row))
-    for name in (*selection.columns, *selection.wanted):
-        if name not in fields:
-            raise InputError(
-                f"field: {selection.section}/{selection.table} has no {name!r}; it has {', '.join(fields)}"
-            )
-    rows = table["rows"]
-    for name, values in selection.wanted.items():
-        kept = [row for row in rows if str(row.get(name)) in values]
-        if not kept:
-            there = ", ".join(dict.fromkeys(str(row.get(name)) for row in rows))
-            raise InputError(f"rows: none has {name}={'|'.join(values)}; there are {there}")
-        rows = kept
+    rows, name = table["rows"], f"{selection.section}/{selection.table}"
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    for field in (*selection.columns, *selection.wanted):
+        if field not in fields:
+            raise InputError(f"field: {name} has no {field!r}; it has {', '.join(fields)}")
+    for field, values in selection.wanted.items():
+        there = ", ".join(dict.fromkeys(str(row.get(field)) for row in rows))
+        rows = [row for row in rows if str(row.get(field)) in values]
+        if not rows:
+            raise InputError(f"rows: none has {field}={'|'.join(values)}; there are {there}")
     return {**table, "rows": rows, "columns": list(selection.columns) or table.get("columns", [])}

@@ -1,52 +1,43 @@
-"""HTML and SVG whose text is escaped, control characters too: only what :func:`tag` has built passes as it is."""
+"""The templates of the page and of charts: all text in them is escaped, control characters too, but for Markup."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from model.errors import printable
 
-#: Elements that have no end tag.
-_VOID = ("br", "input", "link", "meta")
+HERE = Path(__file__).parent
 
 
-class Markup(str):
-    """Text that is HTML already and is not escaped again."""
+def shown(value: Any) -> Any:
+    """Returns what stands for a value: markup as it is, nothing for None, and text without control characters."""
+    return value if isinstance(value, Markup) else "" if value is None else printable(str(value))
 
-    __slots__ = ()
+
+def source(name: str) -> Markup:
+    """Returns the text of a style or a script in this folder, which is put in as it is."""
+    return Markup((HERE / name).read_text())
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(HERE), autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+TEMPLATES.globals["source"] = source
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Returns one element of a page as HTML.
+    """Returns one element of a chart or of a table's cell.
 
     Args:
         name: name of the element.
-        children: text, which is escaped, markup, or lists of these; None is nothing.
-        attributes: ``class_`` is ``class`` and ``data_value`` is ``data-value``; None and False leave one out, True
-            writes its name alone.
+        children: text, which is escaped, or markup; None is nothing.
+        attributes: ``class_`` is ``class`` and ``text_anchor`` is ``text-anchor``; None leaves one out.
     """
-    written = []
-    for key, value in attributes.items():
-        if value is None or value is False:
-            continue
-        key = key.rstrip("_").replace("_", "-")
-        written.append(f" {key}" if value is True else f' {key}="{html.escape(printable(str(value)))}"')
-    start = f"<{name}{''.join(written)}>"
-    return Markup(start if name in _VOID else f"{start}{join(children)}</{name}>")
-
-
-def join(children: Iterable[Any], between: str = "") -> Markup:
-    """Returns children one after the other."""
-    return Markup(between.join(_child(child) for child in children))
-
-
-def _child(child: Any) -> str:
-    if child is None:
-        return ""
-    if isinstance(child, Markup):
-        return child
-    if isinstance(child, (list, tuple)):
-        return join(child)
-    return html.escape(printable(str(child)))
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    start = "".join(f' {key}="{escape(shown(value))}"' for key, value in given.items())
+    return Markup(f"<{name}{start}>{''.join(escape(shown(child)) for child in children)}</{name}>")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from bench.__main__ import main
 from bench.harness import base
 from bench.harness.base import merge_runs, resolve, without_run_options
 from bench.records.read import read_result
-from bench.records.write import Record
 from model.errors import InputError
-from tests.support.result_samples import environment
-
-IDENTITY, FIGURES = ("shape", "provider"), ("seconds", "launch_seconds", "tflops", "peak_bytes")
+from tests.support import result_samples as samples
+from tests.support.commands import git
 
 
 def timed(seconds: float | None, **more: Any) -> dict[str, Any]:
@@ -29,15 +27,7 @@ def timed(seconds: float | None, **more: Any) -> dict[str, Any]:
     return row | more
 
 
-def document(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
-    """A result file of one table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = Record(path, environment())
-    with record.section("dit", "dit", {}) as section:
-        table = section.table("rows", "rows", identity=IDENTITY, metrics=FIGURES)
-        for row in rows:
-            table.add(row)
-    return read_result(path)
+document = functools.partial(samples.document, metrics=("seconds", "launch_seconds", "tflops", "peak_bytes"))
 
 
 def merged(folder: Path, *runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,18 +97,12 @@ def test_a_time_that_one_of_the_runs_has_not_is_that_of_the_others(without: int,
         (["dit", "--base", "HEAD~1"], ["dit"]),
         (["dit", "--base=HEAD~1", "--quick"], ["dit", "--quick"]),
         (["--json", "dit", "--out", "folder", "--shapes", "2K"], ["dit", "--shapes", "2K"]),
-        (["dit", "--out=folder", "--based", "x", "--base", "--out"], ["dit", "--based", "x"]),
+        (["dit", "--out=folder", "--based", "x", "--base", "v1", "-1"], ["dit", "--based", "x", "-1"]),
         (["csg"], ["csg"]),
     ],
 )
 def test_each_run_has_the_command_line_without_base_out_and_json(given: list[str], kept: list[str]) -> None:
     assert without_run_options(given) == kept
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ import bench
 from bench.__main__ import build_parser, main
 from bench.harness.registry import Benchmark, benchmarks, matches
 from bench.harness.session import RESULT, _settings
-from bench.records.read import read_result
+from bench.records.read import ROOT, read_result
 from tests.support.added_module import added_module
 from tests.support.bench_session import read_section
 from tests.support.result_samples import sample
@@ -43,24 +44,13 @@ def run(args, session):
 BENCHMARK = Benchmark("warmth", "how warm it is", "Warmth.", "examples:\\n  python -m bench warmth", add_arguments, run,
                       title="Warmth")
 """
-NAMES = [
-    "attention",
-    "campaign",
-    "compare",
-    "compile",
-    "cost",
-    "csg",
-    "dit",
-    "hosts",
-    "memory",
-    "operators",
-    "precision",
-    "report",
-    "sanitize",
-    "tests",
-    "tune",
-    "vae",
-]
+#: The subcommands in the table of docs/benchmarks.md.
+NAMES = sorted(
+    name
+    for line in (ROOT / "docs" / "benchmarks.md").read_text().split("\n## ")[1].splitlines()
+    if line.startswith("| `")
+    for name in re.findall(r"`(\w+)`", line.split("|")[1])
+)
 
 
 def added(folder: Path, text: str) -> AbstractContextManager[None]:
@@ -77,7 +67,7 @@ def warmth(tmp_path: Path) -> Iterator[Path]:
 # What there is
 
 
-def test_the_subcommands() -> None:
+def test_the_subcommands_are_those_of_the_documentation() -> None:
     assert sorted(benchmarks()) == NAMES
     assert [b.order for b in benchmarks().values()] == sorted(b.order for b in benchmarks().values())
 

@@ -22,8 +22,7 @@ from bench.records.package_tables import dumps_table, merge, write_entries
 from bench.static.compile_only import CompiledKernel, compiled_for
 from bench.tuning.search import Outcome, entry
 from bench.tuning.space import Target, shown, targets
-from model.errors import InputError
-from swifti2v_kernels.common import configs, tables
+from swifti2v_kernels.common import configs
 from swifti2v_kernels.common.configs import configured, force_config, seen_configs
 from swifti2v_kernels.common.target import TARGETS
 from tests.support.added_module import added_module
@@ -65,7 +64,7 @@ def test_every_kernel_with_a_space_is_a_target() -> None:
         classes = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
         spaces |= {c for _, c in classes if hasattr(c, "SPACE")}
     sources = "".join(path.read_text() for path in SOURCES.rglob("*.py"))
-    names = set(re.findall(r"\bconfigured\(\s*\"(\w+)\"", sources))
+    names = set(re.findall(r"\b(?:configured|tiles)\(\s*\"(\w+)\"", sources))
     found = targets(90)
     assert {type(target.heuristic) for target in found} == spaces
     assert {target.kernel for target in found} == names
@@ -194,11 +193,6 @@ def test_entries_are_written_by_table_and_the_others_stay(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["conv3d.json", "tuned.json"]
 
 
-def test_an_unknown_table_is_bad_input(folder: Path) -> None:
-    with pytest.raises(InputError, match="table: expected one of conv3d, tuned, got 'turned'"):
-        write_entries({"turned": [choice(1)]})
-
-
 # From the table to a launch
 
 
@@ -283,11 +277,3 @@ def test_launches_are_seen_with_their_class_and_heuristic(shipped: Path) -> None
     configured("scaled", 90, OWN, width=8)
     assert seen == [("scaled", 90, {"width": 8}, OWN)]
     assert inner == [("other", 89, {}, OWN)]
-
-
-def test_tables_are_read_from_the_package() -> None:
-    """Every file is read by its name, by the reader that launches use."""
-    tables.load_table.cache_clear()
-    for path in (SOURCES / "configs").glob("*.json"):
-        assert tables.load_table(path.stem) == json.loads(path.read_text())["entries"]
-    assert configs.load_table is tables.load_table

@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.__main__ import main
-from bench.dit.command import count_ops
-from bench.dit.ops import OPS
-from bench.dit.shapes import QUICK_SHAPES
 from bench.harness.environment import capture
 from bench.harness.session import RESULT
 from bench.records.markdown import format_section, format_table, markdown_table, note_of
@@ -47,34 +43,6 @@ def good(tmp_path) -> Path:
 
 
 # What writes
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(["csg", "--frames", "5", "--size", "64x48", "--repeats", "1"], id="whole", marks=pytest.mark.slow),
-        pytest.param(
-            ["csg", "--extrapolate", "--quick", "--models", "1.3b", "--sizes", "720p", "--no-ablations"],
-            id="extrapolated",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["vae", "--quick", "--part", "encode", "--only", "swifti2v, tiles"], id="vae", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_what_a_command_writes_is_valid(arguments, tmp_path):
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
-    (section,) = read_result(tmp_path / RESULT)["sections"].values()
-    assert section["status"] == "complete"
-    assert any(table["rows"] for table in section["tables"])
-
-
-def test_what_is_counted_is_valid(tmp_path):
-    with session(tmp_path, "dit") as found:
-        count_ops(found, QUICK_SHAPES, OPS)
-    (table,) = read_result(tmp_path / RESULT)["sections"]["dit"]["tables"]
-    assert {row["basis"] for row in table["rows"]} == {"counted"}
 
 
 def test_every_kind_of_row_section_and_timeline_is_valid(good):

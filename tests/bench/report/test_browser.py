@@ -139,29 +139,6 @@ def test_columns_sort_as_numbers_and_turn_over(page):
     assert names == sorted(names)
 
 
-def test_columns_sort_by_value_whatever_the_unit_that_is_shown(page):
-    """Seconds are shown with commas, targets as words with numbers in them; both sort by their values."""
-    box = table_of(page, "end-to-end against two stages with CSG, one clip")
-    click(box, "whole")
-    assert [text for text in column(box, "whole") if text] == [
-        "52.00", "61.00", "111.0", "160.0", "4,200", "18,300", "22,400",
-    ]  # fmt: skip
-    box = table_of(page, "every kernel, compiled")
-    click(box, "target")
-    assert list(dict.fromkeys(column(box, "target"))) == ["sm_80", "sm_90", "sm_100"]
-
-
-def test_columns_sort_by_the_keyboard(page):
-    from selenium.webdriver.common.keys import Keys
-
-    box = table_of(page, "attention in bf16")
-    button = box.find_element("css selector", "th:nth-child(3) button")
-    button.send_keys(Keys.ENTER)
-    assert column(box, "provider")[0] == "flash-attn"
-    button.send_keys(Keys.SPACE)
-    assert column(box, "provider")[0] == "swifti2v"
-
-
 def test_the_filter_hides_rows_and_says_how_many_are_left(page):
     box = table_of(page, "attention in bf16")
     search, count = (box.find_element("css selector", name) for name in ("input", "output"))
@@ -204,7 +181,7 @@ def test_nothing_is_wider_than_the_screen_and_every_chart_has_a_size(browser, pa
         "return [...document.querySelectorAll('svg.chart')].map((svg) => {"
         " const box = svg.getBoundingClientRect(); return [box.width, box.height, svg.getBBox().width]; })"
     )
-    assert len(sizes) >= 10
+    assert len(sizes) >= 9
     assert all(w >= 300 and h >= 40 and drawn > 100 for w, h, drawn in sizes)
     # The answer is on the first screen.
     answer = browser.execute_script("return document.querySelector('.answer .tile').getBoundingClientRect().bottom")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -154,16 +153,3 @@ def test_tables_of_the_repository_are_up_to_date(capsys):
     pages = [str(path) for path in found if marks_of(path.read_text())]
     assert len(pages) >= 3
     assert main(["report", "--fill", *pages, "--check"]) == 0, capsys.readouterr().err
-
-
-def test_arguments_that_do_not_go_together(shipped, capsys):
-    """A page and filled tables are two things, and only one of them can be checked."""
-    cases: list[tuple[list[Any], str]] = [
-        (["report", "--check"], "check: expected --fill FILE.md beside it"),
-        (["report", "x.json", "--fill", str(shipped)], "fill: takes all results in the repository"),
-        (["report", "--fill", str(shipped), "x.json"], "fill: takes all results in the repository"),
-        (["report", "--fill", str(shipped.parent)], f"{shipped.parent}: cannot be read: Is a directory"),
-    ]
-    for arguments, expected in cases:
-        assert main(arguments) == 2
-        assert capsys.readouterr().err.startswith(f"error: {expected}")
