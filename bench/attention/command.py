@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 
-from bench.attention.measure import COLUMNS, IDENTITY, METRICS, check_reduced, measure, table_entries
-from bench.attention.providers import QUICK_SHAPES, SHAPES, Provider, Shape, providers
+from bench.attention.measure import by_rows, described, table_entries
+from bench.attention.providers import QUICK_SHAPES, SHAPES, providers
 from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
+from bench.operators.compare import compare_case
+from bench.operators.discover import cases_of
+from bench.operators.measure import check_cases
+from bench.operators.peers import Peer
 from bench.records.package_tables import provenance, write_entries
-from bench.records.plot import plot_attention
 from model.errors import InputError, require
+from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import interpreting
+
+IDENTITY = ("shape", "provider")
+METRICS = ("seconds", "launch_seconds", "tflops", "fraction_of_matmul", "error", "peak_bytes", "copied_bytes")
 
 EXAMPLES = """\
 examples:
@@ -52,45 +59,39 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if session.cuda:
         _measure(args, session, shapes)
     elif interpreting():
-        metrics = ("error", "limit")
-        table = session.section.table(
-            "interpreted", "our kernel in Triton's interpreter, against float64", identity=("shape", "dtype"),
-            metrics=metrics, columns=("shape", "dtype", "queries", "keys", *metrics),
-        )  # fmt: skip
-        if wrong := check_reduced(shapes, table):
-            raise InputError(f"our kernel is wrong: {'; '.join(wrong)}")
+        cases = [case for case in cases_of("segment_attention") if case.real is not None]
+        if check_cases(session, cases):
+            raise InputError(f"our kernel is wrong; see the table in {session.folder}")
     else:
         _count(args, session, shapes)
         run_interpreted(session, "our kernel on shrunken shapes")
 
 
-def _providers(args: argparse.Namespace) -> list[Provider]:
+def _providers(args: argparse.Namespace) -> list[Peer]:
     return [p for p in providers(args.quick) if p.ours or matches(args.only, p.name)]
 
 
-def _measure(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
-    found, timer = _providers(args), session.timer(args.milliseconds)
+def _measure(args: argparse.Namespace, session: Session, shapes: list[Case]) -> None:
+    found, timer, entries = _providers(args), session.timer(args.milliseconds), []
     ceilings = session.ceilings()
     note = "With several sources the others concatenate first; their bytes are named, and the time is in theirs."
     table = session.section.table(
-        "attention", "attention in bf16", identity=IDENTITY, metrics=METRICS, columns=COLUMNS, note=note
-    )
-    with require("tqdm", "bench").tqdm(
-        total=len(shapes) * len(found), unit="timing", dynamic_ncols=True, disable=None
-    ) as bar:
-        for shape in shapes:
-            measure(shape, found, session.device, timer, ceilings.matmul_tflops, table, bar)
-            stamp = {"provenance": provenance(session.environment)}
-            entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
-            session.section.package_entries("attention", entries)
+        "attention", "attention in bf16", identity=IDENTITY, metrics=METRICS,
+        columns=(*IDENTITY, "seconds", *METRICS[2:]), note=note,
+    )  # fmt: skip
+    for shape in require("tqdm", "bench").tqdm(shapes, unit="shape", dynamic_ncols=True, disable=None):
+        call = described(shape)
+        for row in compare_case(shape, found, session.device, timer, ceilings, by_rows, shared=True):
+            copied = 0 if row["ours"] else call["copied_bytes"]
+            table.add(row | {"sources": len(call["keys"]), "copied_bytes": copied})
+        stamp = {"provenance": provenance(session.environment)}
+        entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
+        session.section.package_entries("attention", entries)
     if args.update_table:
         session.say(f"table updated: {write_entries({'attention': entries})}")
-    if any(row["status"] == "ok" for row in table.rows):
-        device, path = session.environment["device"], session.folder / "attention.png"
-        session.plot(plot_attention, table.rows, ceilings.matmul_tflops, device, path)
 
 
-def _count(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> None:
+def _count(args: argparse.Namespace, session: Session, shapes: list[Case]) -> None:
     session.say("no CUDA device: nothing is timed. On one, these shapes would run")
     session.say(f"by each of: {'; '.join(p.name for p in _providers(args))}")
     metrics = ("flops", "bytes", "copied_bytes")
@@ -98,10 +99,12 @@ def _count(args: argparse.Namespace, session: Session, shapes: list[Shape]) -> N
     table = session.section.table(
         "shapes", "what a GPU would be asked", identity=("shape",), metrics=metrics, columns=columns
     )
-    for s in shapes:
-        row = {"shape": s.name, "heads": s.heads, "head_dim": s.head_dim, "queries": s.queries, "basis": "counted"}
-        row |= {"keys": " + ".join(f"{n:,}" for n in s.keys), "flops": s.cost.flops, "bytes": s.cost.bytes}
-        table.add({**row, "copied_bytes": s.copied_bytes or None})
+    for shape in shapes:
+        assert shape.real is not None
+        call, cost = described(shape), shape.real.cost
+        row = {"shape": shape.name, "basis": "counted", "flops": cost.flops, "bytes": cost.bytes, **call}
+        row["keys"] = " + ".join(f"{n:,}" for n in call["keys"])
+        table.add(row | {"copied_bytes": call["copied_bytes"] or None})
 
 
 BENCHMARK = Benchmark(

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
-from bench.dit.check import check_reduced
 from bench.dit.count import layer_rows, op_rows
 from bench.dit.layer import LAYER_PROVIDERS, TIMESTEPS, LayerProvider
-from bench.dit.measure import Machine, measure_layer, measure_op, targets
-from bench.dit.ops import OPS, Op
-from bench.dit.providers import Provider, providers
+from bench.dit.measure import check_layers, measure_layer, targets
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
 from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
 from bench.harness.timing import Timer
-from bench.records.plot import plot_layers, plot_operators
+from bench.operators.compare import compare_case
+from bench.operators.discover import all_cases, cases_of, operator_name
+from bench.operators.measure import check_cases
+from bench.operators.peers import PEERS, Peer, peers_of
 from bench.records.write import Table
 from model.errors import InputError, require
+from swifti2v_kernels import linear_gelu, scaled_linear, segment_attention
+from swifti2v_kernels.common.case import Arguments, Case, RealSize
+from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
+from swifti2v_kernels.common.shapes import WINDOWS, Model
 from swifti2v_kernels.common.target import interpreting
+from swifti2v_kernels.linear.linear_gelu import cost as linear_cost
 
 PARTS = ("ops", "layer", "all")
 OP_METRICS = (
@@ -37,11 +41,34 @@ LAYER_METRICS = (
     "other_seconds", "flops",
 )  # fmt: skip
 
+_WINDOW = WINDOWS["CSG window 2560x1408, 1.3B"]
+
+
+def _linear_inputs(device: torch.device, tokens: int = _WINDOW.tokens, model: Model = _WINDOW.model) -> Arguments:
+    x, weight = (torch.empty(n, model.width, dtype=torch.bfloat16, device=device) for n in (tokens, model.hidden))
+    return (x.unsqueeze(0), weight, weight[:, 0].contiguous()), {}
+
+
+#: The feed-forward's first half, which is torch's own matmul with an epilogue: the library has no kernel, and no case.
+LINEAR_GELU = Case(
+    "linear_gelu c1536", linear_gelu, functools.partial(_linear_inputs, tokens=64, model=Model(1, 256)),
+    lambda constants: Work(0, 0),
+    RealSize(_WINDOW.name, _linear_inputs, linear_cost(_WINDOW.tokens, _WINDOW.model.width, _WINDOW.model.hidden)),
+)  # fmt: skip
+
+
+def compared_cases() -> list[Case]:
+    """Returns the cases at real sizes of operators that have peers; attention has a benchmark of its own."""
+    found = [case for case in all_cases() if case.operator in PEERS.keys() - {segment_attention} and case.real]
+    # No peer quantises what it norms.
+    return [*(case for case in found if "quantize" not in case.inputs(torch.device("meta"))[1]), LINEAR_GELU]
+
+
 EXAMPLES = """\
 examples:
   python -m bench dit                          all operators, then the layer, on all shapes (minutes on a GPU)
-  python -m bench dit --quick                  one shape, one timestep
-  python -m bench dit --part ops --ops norm    operators whose name contains "norm"
+  python -m bench dit --quick                  one case of every operator, one shape, one timestep
+  python -m bench dit --part ops --ops norm    cases of operators whose name contains "norm"
   python -m bench dit --part layer --shapes 5B
   python -m bench dit                          without CUDA: bytes counted, and a reduced check in the interpreter
 
@@ -55,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that only this benchmark has."""
     parser.add_argument("--part", choices=PARTS, default="all", help="ops, layer or all (default all)")
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose name contains TEXT")
-    parser.add_argument("--ops", metavar="TEXT", default="", help="only operators whose name contains TEXT")
+    parser.add_argument("--ops", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument(
         "--only", metavar="TEXT|TEXT", default="", help="only implementations with TEXT in their name, and ours"
     )
@@ -72,26 +99,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Measures operators and layers; without CUDA it counts them and runs a reduced check."""
-    shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.shapes in s.name]
-    if not shapes:
-        names = ", ".join(s.name for s in (QUICK_SHAPES if args.quick else SHAPES))
-        raise InputError(f"shapes: no shape contains {args.shapes!r}; the shapes are {names}")
-    ops = [op for op in OPS if args.ops in op.name]
-    if not ops:
-        names = ", ".join(op.name for op in OPS)
-        raise InputError(f"ops: no operator contains {args.ops!r}; the operators are {names}")
-    known = dict.fromkeys(p.name for found in (LAYER_PROVIDERS, *map(providers, ops)) for p in found)
+    shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.part != "ops"]
+    cases = compared_cases() if args.part != "layer" else []
+    names = dict.fromkeys([*(s.name for s in shapes), *(c.real.shape for c in cases if c.real)])
+    shapes = [s for s in shapes if args.shapes in s.name]
+    cases = [c for c in cases if c.real and args.shapes in c.real.shape]
+    if not shapes and not cases:
+        raise InputError(f"shapes: no shape contains {args.shapes!r}; the shapes are {', '.join(names)}")
+    ops = [case for case in cases if args.ops in case.name]
+    if cases and not ops:
+        operators = ", ".join(dict.fromkeys(map(operator_name, cases)))
+        raise InputError(f"ops: no operator contains {args.ops!r}; the operators are {operators}")
+    known = dict.fromkeys(p.name for found in (LAYER_PROVIDERS, *map(peers_of, ops)) for p in found)
     if not any(matches(args.only, name) for name in known):
         raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(known)}")
     if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
         raise InputError(f"{ENVIRONMENT_VARIABLE}: expected auto or triton, since it is the kernels that are measured")
-    ops = ops if args.part != "layer" else []
+    if args.quick:
+        ops = list({case.operator: case for case in ops}.values())
     if session.cuda:
-        layers = [p for p in LAYER_PROVIDERS if args.part != "ops" and (p.ours or matches(args.only, p.name))]
+        layers = [p for p in LAYER_PROVIDERS if shapes and (p.ours or matches(args.only, p.name))]
         measure_all(
             session,
             shapes,
-            [(op, [p for p in providers(op) if p.ours or matches(args.only, p.name)]) for op in ops],
+            [(case, [p for p in peers_of(case) if p.ours or matches(args.only, p.name)]) for case in ops],
             layers,
             [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")],
             session.timer(args.milliseconds),
@@ -103,14 +134,14 @@ def run(args: argparse.Namespace, session: Session) -> None:
     else:
         session.say("no CUDA device: nothing is timed. On one, these would run")
         if ops:
-            count_ops(session, shapes, ops)
+            count_ops(session, ops)
         run_interpreted(session, "our kernels on shrunken shapes")
 
 
 def measure_all(
     session: Session,
     shapes: Sequence[Shape],
-    ops: Sequence[tuple[Op, Sequence[Provider]]],
+    ops: Sequence[tuple[Case, Sequence[Peer]]],
     layers: Sequence[LayerProvider],
     timesteps: Sequence[str],
     timer: Timer,
@@ -122,70 +153,61 @@ def measure_all(
     """Measures everything by every implementation; after each row the results folder holds what there is so far."""
     section, device = session.section, session.device
     found = session.ceilings(None if session.cuda else timer, **ceilings)
-    machine = Machine(device, timer, found.copy_bytes_per_second, found.matmul_tflops)
-    note = (
-        "GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"
-        " included."
-    )
-    columns = ("shape", "op", "provider", *OP_METRICS[:8])
-    op_table = section.table(
-        "operators", "operators of the DiT, bf16", identity=("shape", "op", "provider"), metrics=OP_METRICS,
-        columns=columns, note=note,
-    ) if ops else None  # fmt: skip
-    note = (
-        "Text keys and values are made once a clip by ours and in every call by diffusers. One timestep is diffusers'"
-        " best case; per block, it is given modulation per token (not counted as activation). Peak memory is that of"
-        " activations."
-    )
-    identity = ("shape", "timesteps", "provider")
-    layer_table = section.table(
-        "layer", "one layer of the DiT, bf16", identity=identity, metrics=LAYER_METRICS,
-        columns=("shape", "tokens", "timesteps", "provider", *LAYER_METRICS[:8]), note=note,
-    ) if layers else None  # fmt: skip
-    total = len(shapes) * (sum(len(found) for _, found in ops) + len(timesteps) * len(layers))
-    with require("tqdm", "bench").tqdm(total=total, unit="timing", dynamic_ncols=True, disable=None) as bar:
-
-        def report(table: Table, row: dict[str, Any]) -> None:
-            table.add(row)
-            section.verdicts(
-                targets([] if op_table is None else op_table.rows, [] if layer_table is None else layer_table.rows)
-            )
-            bar.update()
-
-        with torch.no_grad():
-            for shape in shapes:
-                for op, found in ops:
-                    bar.set_description(f"{shape.name}, {op.name}")
-                    measure_op(op, shape, found, dtype, machine, lambda row: report(op_table, row))
-                for kind in timesteps if layers else ():
-                    bar.set_description(f"{shape.name}, layer, timestep {kind}")
-                    of_layers = replace(machine, timer=layer_timer or timer)
-                    measure_layer(shape, kind, layers, dtype, of_layers, lambda row: report(layer_table, row))
-    name = session.environment["device"]
-    for table, draw in ((op_table, plot_operators), (layer_table, plot_layers)):
-        if table is not None and any(row["status"] == "ok" for row in table.rows):
-            session.plot(draw, table.rows, name, session.folder / f"{table.data['name']}.png")
+    tables: list[Table] = []
+    if ops:
+        note = (
+            "GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"
+            " included."
+        )
+        tables.append(section.table(
+            "operators", "operators of the DiT, bf16", identity=("shape", "op", "provider"), metrics=OP_METRICS,
+            columns=("shape", "op", "provider", *OP_METRICS[:8]), note=note,
+        ))  # fmt: skip
+    progress = require("tqdm", "bench").tqdm
+    for case, peers in progress(ops, unit="operator", dynamic_ncols=True, disable=None):
+        for row in compare_case(case, peers, device, timer, found):
+            tables[-1].add(row | {"op": case.name})
+        section.verdicts(targets(tables[-1].rows, []))
+    if layers:
+        note = (
+            "Text keys and values are made once a clip by ours and in every call by diffusers. One timestep is"
+            " diffusers' best case; per block, it is given modulation per token (not counted as activation). Peak"
+            " memory is that of activations."
+        )
+        tables.append(section.table(
+            "layer", "one layer of the DiT, bf16", identity=("shape", "timesteps", "provider"), metrics=LAYER_METRICS,
+            columns=("shape", "tokens", "timesteps", "provider", *LAYER_METRICS[:8]), note=note,
+        ))  # fmt: skip
+        kinds = [(shape, kind) for shape in shapes for kind in timesteps]
+        for shape, kind in progress(kinds, unit="layer", dynamic_ncols=True, disable=None):
+            with torch.no_grad():
+                for row in measure_layer(shape, kind, layers, dtype, device, layer_timer or timer):
+                    tables[-1].add(row)
+            section.verdicts(targets(tables[0].rows if ops else [], tables[-1].rows))
 
 
-def count_ops(session: Session, shapes: Sequence[Shape], ops: Sequence[Op]) -> None:
+def count_ops(session: Session, ops: Sequence[Case]) -> None:
     """Adds a table of the least traffic of every operator, and of what plain PyTorch moves."""
-    metrics = ("flops", "bytes", "eager_bytes", "ratio")
     note = (
         "Least traffic is the operator's own cost(). Eager: every operator of the plain PyTorch code reads its operands"
         " once and writes its results once."
     )
     table = session.section.table(
-        "counted operators", "operators of the DiT, bf16, by counting", identity=("shape", "op"), metrics=metrics,
-        note=note,
+        "counted operators", "operators of the DiT, bf16, by counting", identity=("shape", "op"),
+        metrics=("flops", "bytes", "eager_bytes", "ratio"), note=note,
     )  # fmt: skip
-    for row in op_rows(ops, shapes):
-        names = "; ".join(p.name for op in ops if op.name == row["op"] for p in providers(op))
-        table.add({**row, "basis": "counted", "implementations": names})
+    # Plain PyTorch's 8-bit matmul is one of torch's own on a GPU, and not what would be counted.
+    ops = [case for case in ops if case.operator is not scaled_linear]
+    for case, row in zip(ops, op_rows(ops), strict=True):
+        table.add({**row, "basis": "counted", "implementations": "; ".join(p.name for p in peers_of(case))})
 
 
-def _interpreted(session: Session, shapes: list[Shape], ops: list[Op], args: argparse.Namespace) -> None:
-    """Counts the layer with our kernels' operators, and checks them on shrunken shapes."""
-    if args.part != "ops":
+def _interpreted(session: Session, shapes: list[Shape], ops: list[Case], args: argparse.Namespace) -> None:
+    """Checks one case of every operator, counts the layer with our kernels' operators, and checks it, shrunken."""
+    operators = {case.operator for case in ops}
+    cases = [case for case in (*cases_of(quick=True), LINEAR_GELU) if case.operator in operators]
+    wrong = sorted(check_cases(session, cases)) if cases else []
+    if shapes:
         metrics = ("flops", "peak_bytes", "streams", "ratio", "other_bytes", "linear_bytes")
         note = (
             "Predicted by counting (bench/dit/count.py): ours and eager operator by operator at the real size, without"
@@ -199,12 +221,11 @@ def _interpreted(session: Session, shapes: list[Shape], ops: list[Op], args: arg
         )  # fmt: skip
         for row in layer_rows(shapes, with_compiled=not args.quick):
             table.add(row)
-    metrics = ("error", "limit")
-    table = session.section.table(
-        "interpreted", "our kernels in Triton's interpreter (one to three heads, 60 tokens), against float64",
-        identity=("op", "shape", "dtype"), metrics=metrics,
-    )  # fmt: skip
-    wrong = check_reduced(shapes, ops, args.part != "ops", table)
+        table = session.section.table(
+            "interpreted", "our layer in Triton's interpreter (one to three heads, 60 tokens), against float64",
+            identity=("op", "shape", "dtype"), metrics=("error", "limit"),
+        )  # fmt: skip
+        wrong += check_layers(shapes, table)
     if wrong:
         raise InputError(f"our kernels are wrong: {', '.join(wrong)}")
 
@@ -218,5 +239,5 @@ BENCHMARK = Benchmark(
     measure=run,
     title="The DiT's operators and one layer",
     order=21,
-    quick="one shape, one timestep",
+    quick="one case of every operator, one shape, one timestep",
 )

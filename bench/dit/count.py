@@ -28,14 +28,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.dit.layer import COMPILED, LAYER_PROVIDERS, TIMESTEPS, layer_inputs
-from bench.dit.ops import Op
 from bench.dit.shapes import ITEMSIZE, Shape
 from bench.dit.split import group_of, quiet_stderr
+from bench.operators.peers import PEERS
 from bench.records.outcome import Unavailable
 from model.machine.counted import TensorMemory
+from swifti2v_kernels.common.case import Case
 from swifti2v_kernels.common.target import interpreting
 
 META = torch.device("meta")
@@ -109,22 +110,27 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
 
 
-def eager_bytes(op: Op, shape: Shape) -> int:
-    """Returns the predicted traffic, in bytes, of an operator written in plain PyTorch, in bf16."""
-    inputs = op.make(shape, META, torch.bfloat16)
-    with torch.no_grad(), Traffic() as traffic, CudaOperators(traffic):
-        op.run(inputs.arguments)
+def eager_bytes(case: Case) -> int:
+    """Returns the predicted traffic, in bytes, of a case's call at its real size, written in plain PyTorch."""
+    assert case.real is not None
+    args, options = case.real.inputs(torch.device("cpu"))  # memory that nobody touches is none
+    eager = next(peer for peer in PEERS[case.operator] if peer.name == "eager")
+    with torch.no_grad():
+        call = eager.call(case, args, options)
+        args, options = tree_map_only(Tensor, lambda x: x.to(META), (call.args, call.keywords))
+        with Traffic() as traffic, CudaOperators(traffic):
+            call.func(*args, **options)
     return sum(traffic.bytes.values())
 
 
-def op_rows(ops: Iterable[Op], shapes: Iterable[Shape]) -> list[dict[str, Any]]:
-    """Returns rows of every operator's least cost on every shape, and the predicted traffic of its eager form."""
+def op_rows(cases: Iterable[Case]) -> list[dict[str, Any]]:
+    """Returns rows of every case's least cost at its real size, and the predicted traffic of its eager form."""
     rows = []
-    for shape in shapes:
-        for op in ops:
-            cost, eager = op.cost(shape), eager_bytes(op, shape)
-            row = {"op": op.name, "shape": shape.name, "flops": cost.flops, "bytes": cost.bytes, "eager_bytes": eager}
-            rows.append(row | {"ratio": eager / cost.bytes})
+    for case in cases:
+        assert case.real is not None
+        cost, eager = case.real.cost, eager_bytes(case)
+        row = {"op": case.name, "shape": case.real.shape, "flops": cost.flops, "bytes": cost.bytes}
+        rows.append(row | {"eager_bytes": eager, "ratio": eager / cost.bytes})
     return rows
 
 

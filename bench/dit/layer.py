@@ -12,22 +12,20 @@ rotary tables): the residual stream counts, and of ours the whole workspace.
 from __future__ import annotations
 
 import functools
-import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.dit.eager import EPS, by_block, rotate
-from bench.dit.ops import block_map, normal, rotary_tables
 from bench.dit.shapes import Shape
-from bench.records.outcome import Unavailable
+from bench.operators.eager import EPS, by_block, rotary_tables, rotate
+from bench.operators.peers import library
 from model.dit.layer import DiTLayer
 from model.dit.model import FLOAT32_PARAMETERS
 from model.dit.workspace import Workspace, plan_parts
@@ -64,8 +62,14 @@ class LayerInputs:
 
 def layer_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timesteps: str) -> LayerInputs:
     """Returns a layer with its inputs, the weights random of the usual magnitude; biases and norms do something."""
-    source, config = normal(device), shape.config
-    layer = DiTLayer(config) if device.type == "cpu" else _on(device, lambda: DiTLayer(config))
+    generator, config = None if device.type == "meta" else torch.Generator(device).manual_seed(0), shape.config
+
+    def source(size: Sequence[int], dtype: torch.dtype, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+        x = torch.empty(size, dtype=dtype, device=device)
+        return x if generator is None else x.normal_(mean, deviation, generator=generator)
+
+    with nullcontext() if device.type == "cpu" else device:
+        layer = DiTLayer(config)
     state = {}
     for name, parameter in layer.state_dict().items():
         target = torch.float32 if any(part in name for part in FLOAT32_PARAMETERS) and dtype.itemsize < 4 else dtype
@@ -82,32 +86,8 @@ def layer_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timeste
         rows = rows[:, :1].repeat(1, 2, 1, 1)
     following = source((1, 2, 6, config.dim), torch.float32, 0.0, 0.3)
     rope = rope_3d(range(shape.blocks), shape.height, shape.width, config.head_dim, device=device)
-    return LayerInputs(shape, timesteps, layer, x, text, rows, following, block_map(shape, device), rope)
-
-
-def _on(device: torch.device, build: Callable[[], DiTLayer]) -> DiTLayer:
-    with torch.device(device):
-        return build()
-
-
-class Runner(Protocol):
-    """An implementation, ready to be called again and again."""
-
-    def load(self) -> None:
-        """Makes the layer's activations anew, as they were at first."""
-        ...
-
-    def step(self) -> tuple[Tensor, ...]:
-        """Runs one layer; returns the residual stream ``[1, L, C]`` and, of ours, its norm for the next layer."""
-        ...
-
-    def drop(self) -> None:
-        """Frees the layer's activations on the device."""
-        ...
-
-    def attentions(self) -> dict[str, tuple[Any, str]]:
-        """Returns, by name, the object and its method that compute self-attention and cross-attention."""
-        ...
+    block_map = torch.tensor([0] * shape.given + [1] * shape.targets, dtype=torch.int32, device=device)
+    return LayerInputs(shape, timesteps, layer, x, text, rows, following, block_map, rope)
 
 
 class OwnLayer:
@@ -122,18 +102,13 @@ class OwnLayer:
         self.workspace: Workspace | None = None
 
     def load(self) -> None:
-        """Plans the workspace and fills the residual stream and its norm."""
+        """Plans the workspace anew and fills the residual stream and its norm."""
         inputs, shape = self.inputs, self.inputs.shape
         self.drop()
         self.workspace = Workspace.plan(
-            shape.config,
-            1,
-            shape.blocks,
-            shape.block_len,
-            dtype=inputs.x.dtype,
-            device=inputs.x.device,
+            shape.config, 1, shape.blocks, shape.block_len, dtype=inputs.x.dtype, device=inputs.x.device,
             max_tokens=shape.part,
-        )
+        )  # fmt: skip
         x, n = (self.workspace.take(name, *inputs.x.shape) for name in "xn")
         shift, scale = self.modulation[:, :, 0], self.modulation[:, :, 1]
         norm_modulate(x.copy_(inputs.x), shift, scale, block_map=inputs.block_map, eps=EPS, out=n)
@@ -144,18 +119,9 @@ class OwnLayer:
         assert workspace is not None
         x, n, k, v = (workspace.take(name, *inputs.x.shape) for name in "xnkv")
         inputs.layer(
-            x,
-            n,
-            (k, v),
-            None,
-            [self.context],
-            inputs.rope,
-            self.modulation,
-            inputs.following,
-            inputs.block_map,
-            self.parts,
-            workspace,
-        )
+            x, n, (k, v), None, [self.context], inputs.rope, self.modulation, inputs.following, inputs.block_map,
+            self.parts, workspace,
+        )  # fmt: skip
         return x, n
 
     def drop(self) -> None:
@@ -178,10 +144,7 @@ class DiffusersLayer:
     """
 
     def __init__(self, compiled: bool, inputs: LayerInputs, cudnn: bool = False, accelerated: bool = False):
-        try:
-            module = importlib.import_module("diffusers.models.transformers.transformer_wan")
-        except ImportError as error:
-            raise Unavailable(f"diffusers is not installed ({error})") from error
+        module = library("diffusers.models.transformers.transformer_wan")
         self.inputs, config = inputs, inputs.shape.config
         with torch.device("meta"):
             layer = module.WanTransformerBlock(
@@ -205,7 +168,7 @@ class DiffusersLayer:
         self.attention = _cudnn_first if cudnn else nullcontext
 
     def load(self) -> None:
-        """Copies the residual stream from the inputs."""
+        """Copies the residual stream from the inputs, as it was at first."""
         self.x = self.inputs.x.clone()
 
     def step(self) -> tuple[Tensor, ...]:
@@ -220,6 +183,10 @@ class DiffusersLayer:
     def attentions(self) -> dict[str, tuple[Any, str]]:
         """Returns both attentions with all of their projections, those of keys and values too."""
         return {"self": (self.layer.attn1, "forward"), "cross": (self.layer.attn2, "forward")}
+
+
+#: An implementation, ready to be called again and again.
+Runner = OwnLayer | DiffusersLayer
 
 
 @dataclass(frozen=True)

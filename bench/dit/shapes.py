@@ -1,15 +1,14 @@
-"""The windows that ``python -m bench dit`` measures: a model, its blocks of tokens, and the stores that they lie in."""
+"""The windows that ``python -m bench dit`` measures layers with: a model and its blocks of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 
-from model.config import MASK_CHANNELS, PRESETS, DiTConfig
+from model.config import PRESETS, DiTConfig
 from model.dit.workspace import MAX_PART_TOKENS
+from swifti2v_kernels.common.shapes import MODELS, WINDOWS
 
 ITEMSIZE = 2  # bf16
-STORE_ITEMSIZE = 4  # latents are float32
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class Shape:
     height: int
     width: int
     targets: int
-    clip: int = 21
     text: int = 512
     part: int = MAX_PART_TOKENS
 
@@ -35,26 +33,6 @@ class Shape:
     def tokens(self) -> int:
         """The tokens of the window."""
         return self.blocks * self.block_len
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the stores of latents."""
-        return self.config.out_channels
-
-    @property
-    def mask_channels(self) -> int:
-        """Channels of the mask among the model's inputs."""
-        return MASK_CHANNELS if self.config.in_channels > self.latent_channels else 0
-
-    @property
-    def pixels(self) -> int:
-        """Latent pixels of a token."""
-        return prod(self.config.patch_size)
-
-    @property
-    def index(self) -> tuple[int, ...]:
-        """The positions of the blocks in the clip: the input image first, then the clip's last ones."""
-        return (0, *range(self.clip - self.blocks + 1, self.clip))
 
     @property
     def given(self) -> int:
@@ -76,15 +54,20 @@ class Shape:
         small = replace(self.config, num_heads=heads, num_layers=1, ffn_dim=hidden, text_dim=16, freq_dim=32)
         blocks = min(self.blocks, 4)
         targets = max(1, min(self.targets, blocks - 1))
-        return Shape(self.name, small, blocks, 3, 5, targets, clip=6, text=9, part=20)
+        return Shape(self.name, small, blocks, 3, 5, targets, text=9, part=20)
 
 
-_1B, _5B, _14B = PRESETS["1.3b"].stage_two, PRESETS["5b"].stage_two, PRESETS["14b-1.3b"].stage_one
-#: Tokens of a block: (height / 16) * (width / 16) with the Wan2.1 VAE, / 32 with the Wan2.2 one.
-SHAPES = (
-    Shape("CSG window 2560x1408, 1.3B", _1B, 5, 88, 160, 3),
-    Shape("CSG window 2560x1408, 5B", _5B, 5, 44, 80, 3),
-    Shape("Stage I 640x352, 14B", _14B, 21, 22, 40, 20),
-    Shape("Stage I 640x352, 1.3B", _1B, 21, 22, 40, 20),
-)
-QUICK_SHAPES = (Shape("CSG window 1280x704, 1.3B", _1B, 5, 44, 80, 3),)
+def _shape(name: str) -> Shape:
+    window = WINDOWS[name]
+    presets = {"1.3B": PRESETS["1.3b"].stage_two, "5B": PRESETS["5b"].stage_two, "14B": PRESETS["14b-1.3b"].stage_one}
+    (config,) = [config for model, config in presets.items() if MODELS[model] == window.model]
+    return Shape(name, config, window.blocks, *window.grid, window.targets)
+
+
+SHAPES = tuple(
+    _shape(name)
+    for name in (
+        "CSG window 2560x1408, 1.3B", "CSG window 2560x1408, 5B", "Stage I 640x352, 14B", "Stage I 640x352, 1.3B",
+    )
+)  # fmt: skip
+QUICK_SHAPES = (_shape("CSG window 1280x704, 1.3B"),)

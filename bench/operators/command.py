@@ -8,9 +8,9 @@ import os
 from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import JOBS, MILLISECONDS, Benchmark
 from bench.harness.session import Session
-from bench.operators.discover import all_cases, cases_of
-from bench.operators.measure import CHECK_IDENTITY, CHECK_METRICS, IDENTITY, METRICS, check_cases, measure_cases
-from model.errors import InputError, require
+from bench.operators.discover import cases_of
+from bench.operators.measure import check_cases, measure_cases
+from model.errors import InputError
 from swifti2v_kernels.common.target import capability_of, interpreting
 
 EXAMPLES = """\
@@ -38,38 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Checks all cases and then times them; without CUDA it only checks, in the interpreter."""
-    cases = cases_of(args.cases)
-    if not cases:
-        names = ", ".join(case.name for case in all_cases())
-        raise InputError(f"cases: no case contains {args.cases!r}; the cases are {names}")
-    if args.quick or (not session.cuda and not args.cases):
-        # One of every operator: the last, which is seldom the plainest.
-        cases = list({case.operator: case for case in cases}.values())
-    if not session.cuda and not interpreting():
-        run_interpreted(session, "every case against float64")
-        return
+    # Without a GPU one of every operator, unless some are named.
+    cases = cases_of(args.cases, args.quick or (not session.cuda and not args.cases))
     if session.cuda:
         capability = capability_of(session.device)
         cases = [case for case in cases if capability is None or case.least_capability <= capability]
-    timed = [] if args.check or not session.cuda else [case for case in cases if case.real is not None]
-    total = len(cases) + len(timed)
-    with require("tqdm", "bench").tqdm(total=total, unit="case", dynamic_ncols=True, disable=None) as bar:
-        table = session.section.table(
-            "checks", "every case against float64, unwritten memory poisoned", identity=CHECK_IDENTITY,
-            metrics=CHECK_METRICS, columns=("operator", "case", *CHECK_METRICS),
-        )  # fmt: skip
-        jobs = args.jobs if session.cuda else 1
-        wrong = check_cases(cases, session.device, table, jobs, bar.update)
-        if timed:
-            timer = session.timer(args.milliseconds)
-            ceilings = session.ceilings()
-            table = session.section.table(
-                "timings", "operators at the sizes of real models", identity=IDENTITY, metrics=METRICS,
-                columns=(*IDENTITY, *METRICS[:7]),
-                note="GB/s are the least traffic over the time; peak memory is what a call allocates.",
-            )  # fmt: skip
-            measure_cases(timed, session.device, timer, ceilings, wrong, table, bar.update)
-    if wrong and (args.check or not session.cuda):
+    elif not interpreting():
+        run_interpreted(session, "every case against float64")
+        return
+    wrong = check_cases(session, cases, args.jobs if session.cuda else 1)
+    if session.cuda and not args.check:
+        measure_cases(session, cases, session.timer(args.milliseconds), session.ceilings(), wrong)
+    elif wrong:
         raise InputError(f"wrong: {', '.join(sorted(wrong))}; see the table in {session.folder}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+from model.errors import InputError
 from swifti2v_kernels.common import case
 from swifti2v_kernels.common.case import Case
 
@@ -22,6 +23,16 @@ def operator_name(case: Case) -> str:
     return case.operator.__name__
 
 
-def cases_of(text: str = "") -> list[Case]:
-    """Returns the cases whose name contains ``text``."""
-    return [case for case in all_cases() if text in case.name]
+def cases_of(text: str = "", quick: bool = False) -> list[Case]:
+    """Returns the cases whose name contains ``text``; with ``quick`` one of every operator.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = [case for case in all_cases() if text in case.name]
+    if not found:
+        raise InputError(
+            f"cases: no case contains {text!r}; the cases are {', '.join(case.name for case in all_cases())}"
+        )
+    # The last of an operator, which is seldom the plainest.
+    return list({case.operator: case for case in found}.values()) if quick else found

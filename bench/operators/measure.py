@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from bench.harness.session import Session
 from bench.harness.timing import Ceilings, Timer, peak_of, time_one
-from bench.operators.check import check_case, fill
+from bench.operators.check import check_case, randomised
+from bench.operators.compare import rates
 from bench.operators.discover import all_cases, operator_name
+from bench.operators.host_time import host_seconds
 from bench.records.outcome import FAILURES, failure
-from bench.records.write import Table
 from bench.static.compile_only import quiet_exit
+from model.errors import require
 from model.machine.host import release
 from swifti2v_kernels.common.case import Case
 
-CHECK_IDENTITY, CHECK_METRICS = ("case",), ("error", "limit")
+CHECK_IDENTITY, CHECK_METRICS = ("case",), ("error", "limit", "host_seconds")
 IDENTITY = ("case", "shape")
 METRICS = (
     "seconds", "launch_seconds", "bytes_per_second", "fraction_of_copy", "tflops", "fraction_of_matmul", "peak_bytes",
@@ -28,25 +31,26 @@ METRICS = (
 )  # fmt: skip
 
 
-def check_cases(
-    cases: Sequence[Case], device: torch.device, table: Table, jobs: int, advance: Callable[[], object]
-) -> set[str]:
-    """Adds a row for every case, worked off by ``jobs`` processes; returns the operators of which a case is wrong.
+def check_cases(session: Session, cases: Sequence[Case], jobs: int = 1) -> set[str]:
+    """Adds a table of every case, worked off by ``jobs`` processes; returns the operators of which a case is wrong.
 
     A process whose device has failed for good is lost with the case that did it, and the others go on.
     """
-    wrong: set[str] = set()
-    for row in _checked(cases, device, jobs):
+    table = session.section.table(
+        "checks", "every case against float64, unwritten memory poisoned", identity=CHECK_IDENTITY,
+        metrics=CHECK_METRICS, columns=("operator", "case", *CHECK_METRICS),
+    )  # fmt: skip
+    rows = _checked(cases, session.device, jobs)
+    for row in require("tqdm", "bench").tqdm(
+        rows, total=len(cases), unit="case", leave=False, dynamic_ncols=True, disable=None
+    ):
         table.add(row)
-        if row["status"] != "ok":
-            wrong.add(row["operator"])
-        advance()
-    return wrong
+    return {row["operator"] for row in table.rows if row["status"] != "ok"}
 
 
 def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator[dict[str, Any]]:
     if jobs == 1:
-        yield from (check_case(case, device) for case in cases)
+        yield from (_row(case, device) for case in cases)
         return
     numbers = {case.name: i for i, case in enumerate(all_cases())}
     tasks = [numbers[case.name] for case in cases]
@@ -75,39 +79,43 @@ def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator
         tasks = [task for task in tasks if task not in done]
 
 
+def _row(case: Case, device: torch.device) -> dict[str, Any]:
+    row = check_case(case, device)
+    return row | {"host_seconds": host_seconds(case, device)} if row["status"] == "ok" else row
+
+
 def check_number(number: int, device: str) -> dict[str, Any]:
     """Checks one case, for a process of its own. A device that is lost ends the process."""
-    row = check_case(all_cases()[number], torch.device(device))
+    row = _row(all_cases()[number], torch.device(device))
     if device.startswith("cuda"):
         torch.cuda.synchronize()  # an asynchronous failure surfaces here
     return row
 
 
 def measure_cases(
-    cases: Sequence[Case],
-    device: torch.device,
-    timer: Timer,
-    ceilings: Ceilings,
-    wrong: set[str],
-    table: Table,
-    advance: Callable[[], object],
+    session: Session, cases: Sequence[Case], timer: Timer, ceilings: Ceilings, wrong: Collection[str]
 ) -> None:
-    """Adds a row for every case that has a real size."""
-    for case in cases:
-        if case.real is None:
-            continue
+    """Adds a table of the cases that have a real size; operators that are ``wrong`` are not timed."""
+    timed = [case for case in cases if case.real is not None]
+    if not timed:
+        return
+    table = session.section.table(
+        "timings", "operators at the sizes of real models", identity=IDENTITY, metrics=METRICS,
+        columns=(*IDENTITY, *METRICS[:7]),
+        note="GB/s are the least traffic over the time; peak memory is what a call allocates.",
+    )  # fmt: skip
+    for case in require("tqdm", "bench").tqdm(timed, unit="case", dynamic_ncols=True, disable=None):
         row: dict[str, Any] = {"case": case.name, "shape": case.real.shape, "operator": operator_name(case)}
         row |= {"flops": case.real.cost.flops, "bytes": case.real.cost.bytes, "ours": True, "provider": "swifti2v"}
         if row["operator"] in wrong:
             row |= {"status": "wrong", "reason": "a check of this operator failed; not timed"}
         else:
             try:
-                row |= _timed(case, device, timer, ceilings)
+                row |= _timed(case, session.device, timer, ceilings)
             except FAILURES as error:
                 row |= failure(error)
-        release(device)
+        release(session.device)
         table.add(row)
-        advance()
 
 
 def _timed(case: Case, device: torch.device, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
@@ -116,19 +124,12 @@ def _timed(case: Case, device: torch.device, timer: Timer, ceilings: Ceilings) -
         call()  # compiles
         _, peak = peak_of(call, device)
         timing = time_one(timer, call)
-    rate, tflops = case.real.cost.bytes / timing.median, case.real.cost.flops / timing.median / 1e12
-    return {
-        **timing.row(), "peak_bytes": peak, "bytes_per_second": rate, "tflops": tflops,
-        "fraction_of_copy": rate / ceilings.copy_bytes_per_second,
-        "fraction_of_matmul": tflops / ceilings.matmul_tflops,
-    }  # fmt: skip
+    return {**timing.row(), "peak_bytes": peak, **rates(case.real.cost, timing.median, ceilings)}
 
 
 @contextmanager
 def real_call(case: Case, device: torch.device) -> Iterator[Callable[[], Any]]:
     """Makes the case's call at its real size, its inputs filled."""
-    assert case.real is not None
-    args, kwargs = case.real.inputs(device)
-    fill(case, args, kwargs)
+    args, kwargs = randomised(case, device, real=True)
     with torch.no_grad():
         yield functools.partial(case.operator, *args, **kwargs)

@@ -28,12 +28,9 @@ the same place, differently rounded: that is Triton's (triton-lang/triton issue 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command alone."""
     parser.add_argument(
-        "--checks",
-        type=names(TOOLS),
-        metavar="NAME,...",
-        default=",".join(TOOLS),
+        "--checks", type=names(TOOLS), metavar="NAME,...", default=",".join(TOOLS),
         help="checks to run, of %(default)s (default both)",
-    )
+    )  # fmt: skip
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--tool", metavar="PROGRAM", help=f"default {NAME} in PATH or of a CUDA toolkit")
     parser.add_argument("--check", action="store_true", help="exit with an error unless all is clean")
@@ -43,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Runs both checks; without CUDA says what they would watch."""
-    cases = cases_of(args.cases)
-    if not cases:
-        names = ", ".join(case.name for case in all_cases())
-        raise InputError(f"cases: no case contains {args.cases!r}; the cases are {names}")
-    if args.quick:
-        cases = list({case.operator: case for case in cases}.values())
+    cases = cases_of(args.cases, args.quick)
     if not session.cuda:
         session.section.note(
             f"{len(cases)} cases need a GPU and {NAME}; there is none here. What Triton's interpreter can see of the "
@@ -66,20 +58,17 @@ def run(args: argparse.Namespace, session: Session) -> None:
         columns=("tool", "operator", "case", "errors", "kernels"),
         note="; ".join(f"{name}: {TOOLS[name]}" for name in args.checks) + ".",
     )  # fmt: skip
-    with require("tqdm", "bench").tqdm(total=len(numbers) * len(args.checks), unit="case", disable=None) as bar:
-        for check in args.checks:
-            bar.set_description(check)
-            useless = find_planted(tool, check, session.folder)
-            if useless is None:
-                for row in watch_cases(tool, check, numbers, args.jobs, session.folder):
-                    table.add(row)
-                    bar.update()
-                continue
+    for check in args.checks:
+        useless = find_planted(tool, check, session.folder)
+        if useless is not None:
             session.section.note(f"{check} is not to be trusted here: {useless}")
             for number in numbers:
                 row = {"tool": check, "case": all_cases()[number].name, "errors": None}
                 table.add(row | {"status": "not available", "reason": useless})
-                bar.update()
+            continue
+        rows = watch_cases(tool, check, numbers, args.jobs, session.folder)
+        for row in require("tqdm", "bench").tqdm(rows, total=len(numbers), desc=check, unit="case", disable=None):
+            table.add(row)
     clean = sum(row["status"] == "ok" for row in table.rows)
     kernels = {name for row in table.rows if row["status"] == "ok" for name in row["kernels"].split(", ")}
     session.section.note(f"{clean} of {len(table.rows)} clean; {len(kernels)} kernels")

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.static.cubin import Analysis, Loop
+from swifti2v_kernels.common.cards import Card
 from swifti2v_kernels.common.cost import Work
-from swifti2v_kernels.common.target import Target
 
 _UNITS = {
     "fma": {"FFMA": 1, "FMUL": 1, "FADD": 1, "FFMA2": 2, "FMUL2": 2, "FADD2": 2, "IMAD": 2, "HFMA2": 2, "HMUL2": 2},
@@ -51,12 +51,8 @@ _UNITS = {
     "shared": {"SHFL": 4, "LDSM": 16, "LDS": 8, "STS": 8, "STSM": 8},
 }
 _L2_BYTES_PER_CYCLE = 64
-#: By kind of 8-bit operands: how tensor-core opcodes begin for it, and its rate over that of bf16 with float32 sums.
-#: Sources: vendor data sheets and architecture whitepapers.
-EIGHT_BITS = {
-    "float8": (("QGMMA", "QMMA", "UTCQMMA"), {89: 2, 90: 2, 100: 2, 120: 2}),
-    "int8": (("IGMMA", "IMMA", "UTCIMMA"), {80: 2, 86: 4, 89: 4, 90: 2, 100: 2, 120: 4}),
-}
+#: How tensor-core opcodes begin by kind of 8-bit operands, whose rates are those of the card's limits.
+EIGHT_BITS = {"float8": ("QGMMA", "QMMA", "UTCQMMA"), "int8": ("IGMMA", "IMMA", "UTCIMMA")}
 #: Tensor-core instructions that one warp runs alone.
 _BY_WARP = {"HMMA", "QMMA", "IMMA"}
 
@@ -71,18 +67,22 @@ class Bound:
     #: The tensor cores' rate for these operands over that for bf16.
     rate: int = 1
 
-    def tflops(self, target: Target) -> float:
+    def tflops(self, target: Card) -> float:
         """Returns the bound as TFLOP/s on the target's card; 0 for kernels without matmul."""
-        return self.fraction * self.rate * target.bf16_tflops if "tensor" in self.cycles else 0.0
+        return self.fraction * self.rate * target.bf16 if "tensor" in self.cycles else 0.0
 
 
-def occupancy(analysis: Analysis, shared_bytes: int, warps: int, target: Target) -> int:
+def occupancy(analysis: Analysis, shared_bytes: int, warps: int, target: Card) -> int:
     """Returns the number of programs that fit on one SM, by registers, shared memory and warps."""
     registers = -(-analysis.registers // 8) * 8 * 32 * warps
-    return min(65536 // registers, target.shared_per_sm // (shared_bytes + 1024), target.max_warps_per_sm // warps)
+    return min(
+        65536 // registers,
+        target.limits.shared_per_sm // (shared_bytes + 1024),
+        target.limits.max_warps_per_sm // warps,
+    )
 
 
-def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: Target) -> Bound | None:
+def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: Card) -> Bound | None:
     """Returns the bound of the worst main loop, or of the whole program if it has none.
 
     Args:
@@ -99,18 +99,18 @@ def predict(analysis: Analysis, work: Work, warps: int, programs: int, target: T
     mix = max((loop.mix for loop in analysis.loops), key=lambda mix: sum(mix.values()), default=analysis.mix)
     cycles = {"issue": sum(mix.values()) * warps / 4}
     cycles |= {unit: time * warps / 4 for unit, time in _unit_times(mix, target).items()}
-    per_cycle = target.bandwidth_tb_s * 1e12 / (target.sms * target.clock_ghz * 1e9)
+    per_cycle = target.bandwidth * 1e12 / (target.sms * target.clock_ghz * 1e9)
     cycles["memory"] = work.loaded / per_cycle
     limit = max(cycles, key=lambda name: cycles[name])
     return Bound(limit, cycles["memory"] / cycles[limit], cycles)
 
 
-def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Target) -> Bound:
+def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Card) -> Bound:
     parts = max(warps // 4, 1) if _BY_WARP & loop.mix.keys() else work.groups
     groups = programs * parts
     share = warps / parts / 4
     rate = _rate(loop.mix, target)
-    tensor = work.fma / parts / (rate * target.bf16_fma)
+    tensor = work.fma / parts / (rate * target.limits.bf16_fma)
     units = {unit: time * share for unit, time in _unit_times(loop.mix, target).items()}
     units["issue"] = loop.instructions * share
     alone = max(loop.stalls, *units.values())
@@ -122,14 +122,14 @@ def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Target) -> 
     return Bound(limit, cycles["tensor"] / cycles[limit], cycles, rate)
 
 
-def _rate(mix: Mapping[str, int], target: Target) -> int:
+def _rate(mix: Mapping[str, int], target: Card) -> int:
     """Returns the tensor cores' rate in a loop over that for bf16; 1 where the loop mixes kinds of operands."""
-    if any(name in mix for name in target.mma_opcodes):
+    if any(name in mix for name in target.limits.mma_opcodes):
         return 1
-    return next((rates[target.capability] for names, rates in EIGHT_BITS.values() if mix.keys() & set(names)), 1)
+    return next((getattr(target.limits, kind) for kind, names in EIGHT_BITS.items() if mix.keys() & set(names)), 1)
 
 
-def _unit_times(mix: Mapping[str, int], target: Target) -> dict[str, float]:
+def _unit_times(mix: Mapping[str, int], target: Card) -> dict[str, float]:
     """Returns the cycles of one warp on every unit of its scheduler."""
     times = {
         unit: float(sum(mix.get(name, 0) * rate for name, rate in rates.items())) for unit, rates in _UNITS.items()

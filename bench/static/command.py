@@ -7,7 +7,7 @@ import os
 
 from bench.harness.registry import JOBS, Benchmark
 from bench.harness.session import Session
-from bench.operators.discover import all_cases
+from bench.operators.discover import all_cases, cases_of
 from bench.static import report
 from model.cli.options import positive
 from model.errors import InputError
@@ -69,12 +69,8 @@ def _select(args: argparse.Namespace) -> tuple[list[int], list[int]]:
         if not part.strip().isdigit() or int(part) not in TARGETS:
             raise InputError(f"targets: expected some of {', '.join(map(str, TARGETS))}, got {part.strip()!r}")
         targets.append(int(part))
-    wanted = args.cases or ("d128" if args.quick else "")
-    cases = [i for i, case in enumerate(all_cases()) if wanted in case.name]
-    if not cases:
-        names = ", ".join(case.name for case in all_cases())
-        raise InputError(f"cases: no case contains {wanted!r}; the cases are {names}")
-    return list(dict.fromkeys(targets)), cases
+    cases = cases_of(args.cases or ("d128" if args.quick else ""))
+    return list(dict.fromkeys(targets)), [all_cases().index(case) for case in cases]
 
 
 BENCHMARK = Benchmark(

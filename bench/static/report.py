@@ -18,10 +18,11 @@ from typing import Any
 from bench.operators.discover import all_cases
 from bench.static.bounds import EIGHT_BITS, occupancy, predict
 from bench.static.compile_only import CompiledKernel, compiled_for, quiet_exit
-from bench.static.cubin import TENSOR_OPCODES, Analysis, analyse, serialised
+from bench.static.cubin import TENSOR_OPCODES, Analysis, Loop, analyse, serialised
 from model.errors import InputError, require
+from swifti2v_kernels.common.cards import Card
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.target import TARGETS, Target
+from swifti2v_kernels.common.target import TARGETS
 
 CASES = all_cases()
 #: The most cases whose binaries are read together, which is quick; progress moves by as many.
@@ -52,12 +53,10 @@ class Row:
     shared_limit: int = 0
     programs_per_sm: int = 0
     mma: str = ""
-    loop_instructions: int = 0
-    loop_mix: dict[str, int] | None = None
+    loop: Loop | None = None
     bound: str = ""
     bound_fraction: float | None = None
     bound_tflops: float | None = None
-    seconds: float = 0.0
     has_matmul: bool = False
     #: The key of ``EIGHT_BITS`` for operands of 8 bits; empty for those of 16.
     operands: str = ""
@@ -73,7 +72,7 @@ class Row:
             faults.append(f"spills: {self.spill_loads} loads, {self.spill_stores} stores")
         if self.shared_bytes > self.shared_limit:
             faults.append(f"shared memory: {self.shared_bytes} of {self.shared_limit} bytes")
-        wanted = EIGHT_BITS[self.operands][0] if self.operands else TARGETS[self.capability].mma_opcodes
+        wanted = EIGHT_BITS[self.operands] if self.operands else TARGETS[self.capability].limits.mma_opcodes
         if self.has_matmul and not set(self.mma.split("+")) & set(wanted):
             faults.append(f"tensor cores: expected {' or '.join(wanted)}, got {self.mma or 'none'}")
         if self.waits:
@@ -139,7 +138,7 @@ def compile_cases(capability: int, cases: list[int]) -> list[Row]:
     return rows_of(launches, TARGETS[capability])
 
 
-def rows_of(launches: Sequence[tuple[Case, CompiledKernel | None]], target: Target) -> list[Row]:
+def rows_of(launches: Sequence[tuple[Case, CompiledKernel | None]], target: Card) -> list[Row]:
     """Returns a row for each kernel, compiled for one target; None is that of a case that launched none."""
     compiled = [kernel for _, kernel in launches if kernel is not None and kernel.error is None]
     analyses = iter(analyse([kernel.binary for kernel in compiled], compiled[0].arch) if compiled else [])
@@ -154,18 +153,17 @@ def rows_of(launches: Sequence[tuple[Case, CompiledKernel | None]], target: Targ
     return rows
 
 
-def _row(case: Case, kernel: CompiledKernel, analysis: Analysis, target: Target) -> Row:
+def _row(case: Case, kernel: CompiledKernel, analysis: Analysis, target: Card) -> Row:
     work = case.work(kernel.constants)
     programs = occupancy(analysis, kernel.shared_bytes, kernel.total_warps, target)
     bound = predict(analysis, work, kernel.num_warps * work.groups, programs, target)
-    loop = max(analysis.loops, key=lambda x: x.instructions, default=None)
     return Row(
         case.name, target.capability, kernel.name, _config(kernel), None, analysis.registers, analysis.spill_loads,
-        analysis.spill_stores, kernel.shared_bytes, target.shared_per_block, programs,
+        analysis.spill_stores, kernel.shared_bytes, target.limits.shared_per_block, programs,
         "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
-        loop.instructions if loop else 0, loop.mix if loop else None,
+        max(analysis.loops, key=lambda x: x.instructions, default=None),
         bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
-        kernel.seconds, work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
+        work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
         _waits(kernel, analysis, work.groups),
     )  # fmt: skip
 
@@ -202,12 +200,13 @@ def table_row(row: Row) -> dict[str, Any]:
         "tile": row.config, "basis": "compiled",
     }  # fmt: skip
     if row.error is not None:
-        return data | {"status": "failed", "reason": f"does not compile: {row.error.strip().splitlines()[-1][:200]}"}
-    mix = " ".join(f"{k}:{v}" for k, v in sorted((row.loop_mix or {}).items(), key=lambda item: -item[1])[:4])
+        return data | {"status": "failed", "reason": row.faults()[0]}
     data |= {"registers": row.registers, "spills": row.spill_loads + row.spill_stores, "shared_bytes": row.shared_bytes}
     data |= {"shared_limit": row.shared_limit, "programs_per_sm": row.programs_per_sm, "mma": row.mma}
-    data |= {"main_loop": f"{row.loop_instructions} ({mix})" if mix else ""}
+    most = sorted(row.loop.mix.items(), key=lambda item: -item[1])[:4] if row.loop else []
+    mix = " ".join(f"{name}:{count}" for name, count in most)
+    data |= {"main_loop": f"{row.loop.instructions} ({mix})" if row.loop else ""}
     if row.bound_fraction is None:
         return data
-    bound = f"{TARGETS[row.capability].card}, by {row.bound}"
+    bound = f"{TARGETS[row.capability].name}, by {row.bound}"
     return data | {"bound_fraction": row.bound_fraction, "bound": bound, "bound_tflops": row.bound_tflops}

@@ -131,7 +131,7 @@ def _found(outcome: Outcome) -> dict[str, object]:
 
 def _static(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
     """Compiles candidates and adds rows of what compiles, and of the bounds that are predicted."""
-    card = TARGETS[found[0].capability].card
+    card = TARGETS[found[0].capability].name
     session.say(f"no CUDA device: nothing is timed and nothing written. For {card}, by compiling:")
     table = session.section.table(
         "candidates", f"candidates compiled for sm_{found[0].capability}", identity=("target", "config"),

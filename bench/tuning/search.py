@@ -24,9 +24,8 @@ from bench.operators.check import check_case
 from bench.operators.discover import all_cases
 from bench.operators.measure import real_call
 from bench.records.outcome import FAILURES, failure
-from bench.static.bounds import occupancy, predict
 from bench.static.compile_only import compiled_for, quiet_exit
-from bench.static.cubin import analyse
+from bench.static.report import rows_of
 from bench.tuning.space import Target
 from model.machine.host import release
 from swifti2v_kernels.common.case import Case
@@ -52,25 +51,15 @@ def compile_candidate(case_number: int, kernel: str, forced: dict[str, Any], cap
 
     ``real``: for the real size, so that a launch on a GPU finds it there.
     """
-    case, target = all_cases()[case_number], TARGETS[capability]
+    case = all_cases()[case_number]
     try:
         with compiled_for(capability) as kernels, force_config(kernel, **forced):
             args, kwargs = case.real.inputs(torch.device("cpu")) if real and case.real else case.inputs(_CPU)
             case.operator(*args, **kwargs)
     except Exception as error:  # a launcher that a configuration does not fit
         return Compiled(failure(error)["reason"], None)
-    found = kernels[0]
-    if found.error is not None:
-        return Compiled(f"does not compile: {found.error.strip().splitlines()[-1][:120]}", None)
-    (analysis,) = analyse([found.binary], found.arch)
-    if analysis.spill_loads or analysis.spill_stores:
-        return Compiled(f"spills: {analysis.spill_loads} loads, {analysis.spill_stores} stores", None)
-    if found.shared_bytes > target.shared_per_block:
-        return Compiled(f"shared memory: {found.shared_bytes} of {target.shared_per_block} bytes", None)
-    work = case.work(found.constants)
-    programs = occupancy(analysis, found.shared_bytes, found.total_warps, target)
-    bound = predict(analysis, work, found.num_warps * work.groups, programs, target)
-    return Compiled(None, None if bound is None else bound.fraction)
+    (row,) = rows_of([(case, kernels[0])], TARGETS[capability])
+    return Compiled(next(iter(row.faults()), None), row.bound_fraction)
 
 
 _CPU = torch.device("cpu")

@@ -2,119 +2,69 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.__main__ import main
-from bench.attention import measure as bench
-from bench.attention.providers import SHAPES, Provider, Shape, inputs, providers
-from bench.records.markdown import format_section
-from bench.records.outcome import Unavailable
+from bench.attention.measure import by_rows, described, table_entries
+from bench.attention.providers import QUICK_SHAPES, SHAPES, call_of, providers
+from bench.harness.timing import Ceilings
+from bench.operators.check import randomised
+from bench.operators.compare import compare_case
+from bench.operators.peers import Peer
 from bench.records.package_tables import merge
-from bench.records.plot import plot_attention
 from swifti2v_kernels import segment_attention
-from tests.support.bench_session import BAR, CPU, new_table, read_section, rows_of, session, timer
+from tests.support.bench_session import CPU, read_section, timer
 
-SMALL = Shape("small", 2, 16, 9, (9, 5))
-
-
-def right(q: Tensor, sources: Any) -> Tensor:
-    return segment_attention(q, sources)
+SMALL = call_of("small", 2, 16, 9, 9, 5)
 
 
-def wrong(q: Tensor, sources: Any) -> Tensor:
-    return segment_attention(q, sources[:1])
+def test_attention_is_held_against_float64_by_rows_and_others_concatenate() -> None:
+    """Implementations that run on a CPU agree; one that leaves a source out is wrong; the others are not installed."""
+
+    def first_source(q: Tensor, sources: Any) -> Tensor:
+        return segment_attention(q, sources[:1])
+
+    names = ("swifti2v, public function", "sdpa-flash", "flash-attn", "sageattention")
+    found = [*(p for p in providers(quick=False) if p.name in names), Peer("wrong", first_source)]
+    rows = {row["provider"]: row for row in compare_case(SMALL, found, CPU, timer, Ceilings(1e9, 2.0, ""), by_rows)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "swifti2v, public function": "ok", "sdpa-flash": "ok", "wrong": "wrong",
+        "flash-attn": "not available", "sageattention": "not available",
+    }  # fmt: skip
+    assert rows["sdpa-flash"]["flops"] == 4 * 2 * 16 * 9 * 14
+    assert not rows["sageattention"]["exact"]
+    assert described(SMALL)["copied_bytes"] == 2 * 2 * 2 * 16 * 14
+    inputs = randomised(SMALL, CPU, real=True)
+    ((q, sources), _), ((expected,), *_) = inputs, by_rows(SMALL, inputs)
+    k, v = (torch.cat(side, dim=1).transpose(1, 2).double() for side in zip(*sources, strict=True))
+    exact = F.scaled_dot_product_attention(q.transpose(1, 2).double(), k, v).transpose(1, 2)
+    assert torch.allclose(expected, exact, rtol=1e-12, atol=1e-12)
 
 
-def missing(q: Tensor, sources: Any) -> Tensor:
-    raise Unavailable("not installed")
-
-
-def hungry(q: Tensor, sources: Any) -> Tensor:
-    raise torch.OutOfMemoryError("no memory left")
-
-
-def broken(q: Tensor, sources: Any) -> Tensor:
-    raise RuntimeError("not for this shape\nsecond line")
-
-
-def measured(folder: Path, shapes: tuple[Shape, ...] = (SMALL,)) -> list[dict[str, Any]]:
-    found = [Provider(call.__name__, call, ours=call is right) for call in (right, wrong, missing, hungry, broken)]
-    table = new_table(folder, bench.IDENTITY, bench.METRICS)
-    for shape in shapes:
-        bench.measure(shape, found, CPU, timer, 2.0, table, BAR)
-    return table.rows
-
-
-def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(tmp_path) -> None:
-    rows = {row["provider"]: row for row in measured(tmp_path)}
-    assert rows_of(tmp_path, "rows") == list(rows.values())
-    assert rows["right"]["status"] == "ok"
-    assert rows["right"]["seconds"] == 0.5
-    assert rows["right"]["flops"] == 4 * 2 * 16 * 9 * 14
-    assert rows["right"]["tflops"] == rows["right"]["flops"] / 0.5 / 1e12
-    assert rows["right"]["fraction_of_matmul"] == rows["right"]["tflops"] / 2.0
-    assert rows["right"]["copied_bytes"] == 0
-    assert rows["wrong"]["status"] == "wrong"
-    assert "seconds" not in rows["wrong"]
-    assert rows["wrong"]["copied_bytes"] == 2 * 2 * 2 * 16 * 14
-    assert (rows["missing"]["status"], rows["missing"]["reason"]) == ("not available", "not installed")
-    assert rows["hungry"]["status"] == "out of memory"
-    assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "not for this shape")
-
-
-def test_inputs_that_do_not_fit_are_rows_too(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(bench, "inputs", lambda *args: hungry(None, None))
-    rows = measured(tmp_path)
-    assert {(row["status"], row["reason"]) for row in rows} == {("out of memory", "the inputs alone do not fit")}
-    assert len(rows) == 5
-
-
-def test_where_all_together_do_not_fit_each_is_timed_alone(tmp_path) -> None:
-    def cramped(calls: dict[str, Any]) -> Any:
-        if len(calls) > 1:
-            raise torch.OutOfMemoryError("no memory left")
-        return timer(calls)
-
-    found = [Provider("first", right, ours=True), Provider("second", right)]
-    table = new_table(tmp_path, bench.IDENTITY, bench.METRICS)
-    bench.measure(SMALL, found, CPU, cramped, 2.0, table, BAR)
-    assert [row["seconds"] for row in table.rows] == [0.5, 0.5]
-    assert {row["note"] for row in table.rows} == {"timed alone: all together do not fit"}
-
-
-def test_table_and_plot(tmp_path) -> None:
-    with session(tmp_path) as found:
-        rows = measured(tmp_path / "rows", (SMALL, Shape("dense", 1, 16, 7, (7,))))
-        table = found.section.table("attention", "attention", identity=bench.IDENTITY, metrics=bench.METRICS)
-        for row in rows:
-            table.add(row)
-    text = format_section(found.section.data)
-    assert "out of memory: no memory left" in text
-    assert "wrong: error" in text
-    assert plot_attention(rows, 2.0, "card $\\frac$", tmp_path / "a.png").stat().st_size > 1000
-
-
-def test_providers_compute_the_same() -> None:
-    """All implementations that run on a CPU agree; torch's efficient path there is its flash one."""
-    q, sources = inputs(SMALL, CPU, torch.float32)
-    expected = bench.exact_rows(q, sources, torch.arange(9))
-    for provider in providers(quick=False):
-        if provider.name not in ("sdpa-flash", "swifti2v, public function"):
-            continue
-        assert (provider.call(q, sources) - expected).norm() / expected.norm() < 1e-5
-    for name in ("flash-attn", "sageattention"):
-        provider = next(p for p in providers(quick=False) if p.name == name)
-        with pytest.raises(Unavailable, match="is not installed"):
-            provider.call(q, sources)
+def test_shapes_are_those_of_real_models() -> None:
+    """The calls keep the lengths under which results are committed; one source is not concatenated."""
+    calls = {shape.name: described(shape) for shape in (*SHAPES, *QUICK_SHAPES)}
+    assert len(calls) == 11
+    assert calls["CSG window 2560x1408, 3 sources"]["keys"] == [14_080, 14_080, 42_240]
+    assert calls["CSG causal 2560x1408, noisy queries"] | {"copied_bytes": 0} == {
+        "heads": 12, "head_dim": 128, "queries": 42_240, "keys": [28_160, 42_240], "copied_bytes": 0,
+    }  # fmt: skip
+    lengths = {name: (call["heads"], call["head_dim"], call["queries"]) for name, call in calls.items()}
+    assert lengths["CSG window 1920x1088, 1.3B"] == (12, 128, 40_800)
+    assert lengths["CSG window 2560x1408, 5B"] == (24, 128, 17_600)
+    assert lengths["Stage I 640x352, 81 frames, 14B"] == (40, 128, 18_480)
+    assert lengths["HunyuanVideo 1280x720, 61 frames, joint"] == (24, 128, 57_600)
+    assert lengths["LTX-Video 1216x704, 121 frames"] == (32, 64, 13_376)
+    assert all((call["copied_bytes"] > 0) == (len(call["keys"]) > 1) for call in calls.values())
 
 
 def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
-    shapes = [Shape("dense", 2, 128, 100, (100,)), Shape("many", 2, 128, 100, (50, 50))]
+    shapes = [call_of("dense", 2, 128, 100, 100), call_of("many", 2, 128, 100, 50, 50)]
     rows = [
         {"shape": shape.name, "provider": name, "status": status, "exact": True, "seconds": seconds}
         for shape in shapes
@@ -124,7 +74,7 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
             ("sdpa-flash", "failed", None),
         )
     ]
-    entries = bench.table_entries({"device": "new", "gpu": {"capability": [9, 0]}}, rows, shapes)
+    entries = table_entries({"device": "new", "gpu": {"capability": [9, 0]}}, rows, shapes)
     old = {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "tokens": 100, "card": "old", "seconds": {}}
     kept = {**old, "capability": 89}
     table = merge({"schema": "s", "entries": [old, kept]}, entries)
@@ -143,14 +93,6 @@ def test_without_cuda_it_says_what_it_would_run_and_checks(capfd, tmp_path) -> N
     assert "3,520 + 3,520 + 10,560" in out
     tables = read_section(tmp_path)["tables"]
     assert [row["shape"] for row in tables["shapes"]["rows"]][1] == "CSG window 1280x704, 3 sources"
-    checked = tables["interpreted"]["rows"]
-    assert [row["status"] for row in checked] == ["ok"] * 4
-    assert all(row["error"] < row["limit"] for row in checked)
-
-
-def test_reduced_shapes_are_small_and_keep_their_structure() -> None:
-    for shape in SHAPES:
-        small = shape.reduced(150)
-        assert len(small.keys) == len(shape.keys)
-        assert max(small.queries, *small.keys) <= 152
-        assert min(small.queries, *small.keys) >= 1
+    checked = tables["checks"]["rows"]
+    assert {row["status"] for row in checked} == {"ok"}
+    assert len(checked) == 5

@@ -241,13 +241,7 @@ def test_without_a_gpu_it_says_what_it_would_watch(tmp_path: Path, capsys: pytes
 
 def on_a_card(room: Path, tool: Path, **options: Any) -> None:
     """Runs the command on a device that says it is a GPU."""
-    chosen = {
-        "checks": tuple(TOOLS),
-        "cases": "scaled_linear",
-        "tool": str(tool),
-        "check": False,
-        "jobs": 2,
-    }
+    chosen = {"checks": tuple(TOOLS), "cases": "scaled_linear", "tool": str(tool), "check": False, "jobs": 2}
     with session(room, **chosen | options) as found:
         found.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
         sanitize.run(found.args, found)
