@@ -67,14 +67,14 @@ PARTS = (
     Part(
         "clip",
         "the whole clip of 81 frames at 2K, 14B and 1.3B, four steps: time, memory and energy by stage",
-        ("memory", "--preset", "14b-1.3b", "--frames", "81", "--no-lengths"),
-        ("memory", "--measure", "--preset", "tiny", "--size", "128x96", "--frames", "9", "--no-lengths"),
+        ("memory", "--preset", "14b-1.3b", "--frames", "81"),
+        ("memory", "--measure", "--preset", "tiny", "--size", "128x96", "--frames", "9"),
         150,
     ),
     Part(
         "memory",
         "the clip's peak under 24, 16 and 12 GB",
-        ("memory", "--limit", "24GB,16GB,12GB", "--no-lengths"),
+        ("memory", "--limit", "24GB,16GB,12GB"),
         ("memory", "--preset", "tiny", "--size", "128x96", "--limit", "1GB", "--quick"),
         70,
     ),

@@ -11,8 +11,8 @@ from bench.csg.setups import MODELS, SIZES, setups
 from bench.csg.whole import COLUMNS, IDENTITY, METRICS, WholePasses
 from bench.harness.registry import MINUTES, REPEATS, Benchmark, names
 from bench.harness.session import Session
-from bench.records.plot import plot_plan, plot_rows
-from model.cli.options import add_model_options, parse_path, pick_dtype
+from bench.report.charts import windows
+from model.cli.options import MACHINE, MODEL, SEGMENTS, add_options, parse_path, pick_dtype
 from model.csg.sampler import MODES
 from model.errors import InputError, require
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-ablations", dest="ablations", action="store_false", help="without the paper's ablations")
     group.add_argument("--minutes", type=MINUTES, help="begin nothing after so long (default: no limit)")
-    add_model_options(parser, device=False)
+    add_options(parser, MODEL, SEGMENTS, MACHINE, without="device")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
@@ -90,9 +90,7 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
     with require("tqdm", "generate").tqdm(total=passes.num_passes, unit="pass", dynamic_ncols=True) as bar:
         for num_frames in passes.lengths:
             passes.measure(num_frames, session.folder, table, bar)
-    if any(row["status"] == "ok" for row in table.rows):
-        session.plot(plot_rows, table.rows, settings, session.environment["device"], session.folder)
-    session.plot(plot_plan, passes.plan(max(passes.lengths)), session.folder / "plan.png")
+    session.draw("plan", windows(passes.plan(max(passes.lengths))))
 
 
 def _extrapolate(args: argparse.Namespace, session: Session) -> None:

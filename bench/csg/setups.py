@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.vae.shapes import SIZES as VAE_SIZES
 from model.config import PRESETS, DiTConfig, VAEConfig, stage_two_config
 from model.csg.sampler import SegmentPlan
+from swifti2v_kernels.common import shapes
 
-SIZES = {name: VAE_SIZES[name] for name in ("720p", "1080p", "2K")}
+SIZES = {name: shapes.SIZES[name] for name in ("720p", "1080p", "2K")}
 #: Steps of the paper's end-to-end baseline.
 BASELINE_STEPS = 50
 

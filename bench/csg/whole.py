@@ -23,7 +23,6 @@ from torch import Tensor
 
 from bench.harness.environment import energy_joules, process_memory
 from bench.records.outcome import failure
-from bench.records.plot import LABELS
 from bench.records.write import Table
 from model.cli.options import build_components, parse_size, pick_dtype, segment_plan
 from model.cli.request import request_for
@@ -46,6 +45,7 @@ from model.resume.clip import as_planned
 from model.sizes import check_frames, check_size, size_multiple, stage_one_size
 
 IDENTITY = ("frames", "mode")
+LABELS = {"end_to_end": "end-to-end", "bidirectional": "CSG, bidirectional", "causal": "CSG, causal"}
 METRICS = (
     "stage_two_seconds", "speedup", "peak_bytes", "memory_ratio", "reserved_bytes", "process_bytes", "energy_joules",
     "stage_one_seconds", "reference_seconds", "decode_seconds", "file_seconds", "total_seconds", "difference",

@@ -27,7 +27,7 @@ from model.csg.schedule import flow_sigmas
 from model.io.media import VideoWriter
 from model.machine.host import release
 from model.machine.measure import is_out_of_memory
-from model.memory.cost.gpus import chosen_gpu
+from model.memory.cards import chosen_gpu
 from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
 from model.memory.request import MemoryRequest

@@ -11,8 +11,6 @@ import torch
 from bench.harness.registry import CAPABILITY, STEPS, Benchmark
 from bench.harness.session import Session
 from bench.memory.clip import ClipRun, ClipSetup, run_clip, stage_rows
-from bench.memory.length import IDENTITY, LENGTHS, METRICS, measure_lengths, predicted_rows
-from bench.memory.plot import plot_lengths, plot_timelines
 from bench.records.write import Table
 from model.cli.options import parse_ram, parse_size, pick_dtype, positive
 from model.config import PRESETS, get_preset
@@ -70,12 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="SIZE,...", help="memory of the card, enforced on CUDA (default: the card's)"
     )
     parser.add_argument("--file", action="store_true", help="write the clip, and time that (needs PyAV)")
-    parser.add_argument(
-        "--no-lengths",
-        dest="lengths",
-        action="store_false",
-        help="leave out the table of peaks against the clip's length",
-    )
     parser.add_argument("--measure", action="store_true", help="run the clip on a CPU instead of counting")
     parser.add_argument(
         "--ram",
@@ -97,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Makes a clip under every limit, and compares Stage II's peak at several lengths of the clip."""
+    """Makes a clip under every limit."""
     counted = not session.cuda and not args.measure
     device = torch.device("meta") if counted else session.device
     name = args.preset or ("tiny" if args.measure and not session.cuda else "1.3b")
@@ -127,7 +119,6 @@ def run(args: argparse.Namespace, session: Session) -> None:
         if run_clip(short, device).interrupted:
             raise KeyboardInterrupt
     tables = _tables(session, setup)
-    runs = []
     for limit in limits:
         chosen = replace(setup, limit=limit)
         session.say(f"{setup.name}{f', within {format_bytes(limit)}' if limit else ''}")
@@ -140,14 +131,9 @@ def run(args: argparse.Namespace, session: Session) -> None:
             row = _key(chosen) | {"status": "failed", "reason": str(error).splitlines()[0]}
             tables["clips"].add(row | ({"basis": "counted"} if counted else {}))
         if found is not None:
-            runs.append(found)
             _report(session, found, tables, counted)
             if found.interrupted:
                 raise KeyboardInterrupt
-    if runs:
-        session.plot(plot_timelines, runs, session.folder / "timeline.png")
-    if args.lengths:
-        _lengths(args, session, name, (width, height), dtype)
 
 
 def _tables(session: Session, setup: ClipSetup) -> dict[str, Table]:
@@ -225,28 +211,14 @@ def _told(plan: MemoryPlan) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _lengths(args: argparse.Namespace, session: Session, name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    preset = get_preset(name)
-    table = session.section.table(
-        "length", "Stage II's peak against the clip's length", identity=IDENTITY, metrics=METRICS,
-        note="CSG keeps the whole clip's latents and one window; end to end, the window is the clip.",
-    )  # fmt: skip
-    lengths = LENGTHS[:3] if args.quick else LENGTHS
-    for row in predicted_rows(preset, size, lengths, dtype):
-        table.add(row)
-    if session.cuda:
-        measure_lengths(table, preset, size, lengths[:2] if args.quick else lengths[:3], session.device, dtype)
-    session.plot(plot_lengths, table.rows, f"{name}, {size[0]}x{size[1]}", session.folder / "length.png")
-
-
 BENCHMARK = Benchmark(
     name="memory",
-    summary="the memory of a whole clip over time, what holds its peak, and against the clip's length",
+    summary="the memory of a whole clip over time, and what holds its peak",
     description="Makes a clip under the card's or a smaller limit and shows where its memory goes.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     measure=run,
     title="Memory",
     order=30,
-    quick="fewer lengths",
+    quick="no difference",
 )

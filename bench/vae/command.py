@@ -13,15 +13,13 @@ from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import MILLISECONDS, REPEATS, Benchmark, matches
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
-from bench.records.plot import plot_vae
 from bench.records.write import Table
-from bench.vae.count import FORMS, count_rows
 from bench.vae.layers import Layer, measure_layer, table_entries, unique_layers
 from bench.vae.measure import measure, release, targets
 from bench.vae.providers import PROVIDERS, Provider
 from bench.vae.shapes import PARTS, QUICK_SHAPES, SHAPES, Shape
 from model.errors import InputError, require
-from model.machine.measure import format_bytes, parse_bytes
+from model.machine.measure import parse_bytes
 from swifti2v_kernels.common.target import interpreting
 
 LIMIT = "4GB"
@@ -33,7 +31,7 @@ LAYER_METRICS = ("seconds", "launch_seconds", "tflops", "fraction_of_matmul", "e
 
 EXAMPLES = """\
 examples:
-  python -m bench vae                                 everything; without CUDA counts and a small VAE (10 minutes)
+  python -m bench vae                                 everything; without CUDA a small VAE
   python -m bench vae --quick                         decode and encode 81 frames of 720p
   python -m bench vae --shapes "2.1, 2K, 81" --part decode --limit 6GB
   python -m bench vae --part layers --update-table    our kernels against cuDNN; the faster one is used from then on
@@ -64,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Measures layers and clips; without CUDA it counts, and runs the same paths on a small VAE."""
+    """Measures layers and clips; without CUDA it runs the same paths on a small VAE."""
     available = QUICK_SHAPES if args.quick else SHAPES
     shapes = [shape for shape in available if args.shapes in str(shape)]
     if not shapes:
@@ -81,8 +79,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
         if args.part == "layers":
             _check_layers(session)
             return
-        session.say("no CUDA device: counted at the real sizes, and the same paths on a small VAE")
-        count(session, shapes, parts, limit)
+        session.say("no CUDA device: the same paths on a small VAE; no card is timed")
         measure_clips(session, [s.reduced() for s in shapes], parts, providers, repeats=repeats)
         return
     if args.part in ("layers", "all"):
@@ -184,52 +181,6 @@ def measure_clips(
                     folder=session.folder, report=lambda row: report(table, row),
                 )  # fmt: skip
                 bar.update()
-    for part in parts:
-        assert table is not None
-        rows = [row for row in table.rows if row["part"] == part and row["status"] == "ok"]
-        if rows:
-            session.plot(plot_vae, rows, session.environment["device"], session.folder / f"{part}.png")
-
-
-def count(session: Session, shapes: Sequence[Shape], parts: Sequence[str], limit: int) -> None:
-    """Counts traffic, operations and predicted peaks at the real sizes, for one settled latent frame."""
-    rows = count_rows(shapes, parts, limit)
-    identity = ("version", "part", "size")
-    metrics = ("bytes", "unfused_bytes", "eager_bytes", "ratio", "flops", "eager_flops")
-    table = session.section.table(
-        "counted", "one settled latent frame (4 frames, bf16), by counting", identity=identity, metrics=metrics,
-        note=(
-            "Every operator reads its operands once and writes its results once (bench/vae/count.py). Unfused: the"
-            " leanest separate operators. Eager: diffusers' code, where it is installed; ratio: its traffic over ours."
-        ),
-    )  # fmt: skip
-    saved = session.section.table(
-        "saved", "what each fused form saves of a settled latent frame's traffic, by counting",
-        identity=("saves",), metrics=(),
-    )  # fmt: skip
-    plans = session.section.table(
-        "plans", f"predicted peaks, untiled and within {format_bytes(limit)}, three latent frames at once",
-        identity=(*identity, "plan"), metrics=("peak_bytes_predicted", "redundancy"),
-    )  # fmt: skip
-    for row in rows:
-        own, other = row["own"], row["diffusers"]
-        key = {name: row[name] for name in identity} | {"basis": "counted"}
-        counted = {"bytes": own["bytes"], "unfused_bytes": own["bytes"] + sum(own["saved"].values())}
-        counted |= {"flops": own["flops"]}
-        if other is not None:
-            counted |= {"eager_bytes": other["bytes"], "eager_flops": other["flops"]}
-            counted["ratio"] = other["bytes"] / own["bytes"]
-        table.add(key | counted)
-        for name, plan in row["plans"].items():
-            grid = "whole frame" if plan["rows"] * plan["columns"] == 1 else f"{plan['rows']} x {plan['columns']}"
-            grid += ", parked" * plan["park"]
-            found = {"peak_bytes_predicted": plan["peak_bytes_predicted"], "redundancy": plan["redundancy"]}
-            plans.add(key | {"plan": name, "tiles": grid, "basis": "counted", **found})
-    largest = [row for row in rows if row["size"] == rows[-1]["size"]]
-    for form, text in FORMS.items():
-        values = {f"{r['version']} {r['part']} {r['size']}": r["own"]["saved"].get(form, 0) for r in largest}
-        saved.add({"saves": text, "basis": "counted", **{k: f"{v / 1e9:.1f} GB" for k, v in values.items()}})
-    saved.data["columns"] = ["saves", *(f"{r['version']} {r['part']} {r['size']}" for r in largest)]
 
 
 BENCHMARK = Benchmark(

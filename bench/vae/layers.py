@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.dit.ops import relative_error
 from bench.harness.timing import Timer, without_tf32
+from bench.operators.check import relative_error
 from bench.records.outcome import FAILURES, failure
 from bench.vae.shapes import Shape
 from model.memory.vae_plan import META, SETTLED, meta_vae

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.dit.ops import relative_error
 from bench.harness.timing import limited, summary, without_tf32
+from bench.operators.check import relative_error
 from bench.records.outcome import FAILURES, Unavailable, failure
-from bench.records.plot import plot_differences
 from bench.vae.providers import PROVIDERS, Provider, Runner, diffusers_runner, own_runner
 from bench.vae.shapes import Shape
-from model.errors import InputError
+from model.errors import InputError, require
+from model.io.durable import replacing
 from model.machine.counted import TensorMemory
 from model.machine.measure import is_out_of_memory
 from model.vae.model import WHOLE
@@ -129,8 +129,19 @@ def measure(
             report({"status": "not reached", "reason": "interrupted", **row})
     if folder is not None and expected is not None and pictures:
         name = f"{shape.version}-{shape.width}x{shape.height}"
-        title = f"Wan VAE {shape.version}, {shape.width}x{shape.height}"
-        plot_differences(expected[0, :, -1], pictures, title, folder / f"difference-{name}.png")
+        save_differences(expected[0, :, -1], pictures, folder / f"difference-{name}.png")
+
+
+def save_differences(untiled: Tensor, tiled: Mapping[str, Tensor], path: Path) -> None:
+    """Saves a frame ``[3, H, W]`` in -1..1 and, to its right, where each of its tiled versions differs from it.
+
+    Brightness is the difference's logarithm: black is 1e-8 and less, white is 1 and more.
+    """
+    levels = [(frame - untiled).abs().mean(dim=0).clamp(1e-8, 1).log10() / 8 + 1 for frame in tiled.values()]
+    pixels = torch.cat([(untiled.clamp(-1, 1) + 1) / 2, *(level.expand(3, -1, -1) for level in levels)], dim=2)
+    image = require("PIL.Image", "bench").fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def _take_turns(rows: dict[str, dict[str, Any]], runs: dict[str, _Run], repeats: int, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from model.config import PRESETS, VAEConfig
+from swifti2v_kernels.common.shapes import SIZES
 
 VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
 PARTS = ("decode", "encode")
@@ -46,7 +47,6 @@ class Shape:
         return Shape(self.version, f"small {self.name}", width, height, frames, config, 4 * step, 3 * step)
 
 
-SIZES = {"360P": (640, 352), "720p": (1280, 704), "1080p": (1920, 1088), "2K": (2560, 1408)}
 SHAPES = [
     Shape(version, name, width, height, frames, config)
     for version, config in VERSIONS.items()

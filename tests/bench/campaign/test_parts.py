@@ -24,8 +24,8 @@ from bench.campaign import command as campaign
 from bench.campaign import run
 from bench.campaign.parts import PARTS, QUICK, WINDOW, Part, chosen
 from bench.csg.setups import setups
+from bench.dit.command import compared_cases
 from bench.dit.layer import LAYER_PROVIDERS
-from bench.dit.ops import OPS
 from bench.dit.shapes import SHAPES as DIT_SHAPES
 from bench.hardware import lost_device
 from bench.hardware import tests as hardware_tests
@@ -86,7 +86,7 @@ def test_what_parts_choose_by_name_is_there() -> None:
         f"{WINDOW}, 1.3B", f"{WINDOW}, 5B",
     ]  # fmt: skip
     assert any(matches(args["dit", 0].only, p.name) for p in LAYER_PROVIDERS if not p.ours)
-    assert any(args["dit", 1].ops in op.name for op in OPS)
+    assert any(args["dit", 1].ops in case.name for case in compared_cases())
     assert [str(s) for s in VAE_SHAPES if args["vae", 0].shapes in str(s)] == ["2.1, 2K, 81 frames"]
     assert any(args["vae", 1].shapes in str(s) for s in QUICK_VAE)
     assert any(matches(args["vae", 1].only, p.name) for p in VAE_PROVIDERS)
@@ -216,8 +216,8 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
 def test_the_hardware_tests_import_no_package_that_a_rented_machine_lacks() -> None:
     """The hardware tests are collected with no more than what docs/benchmarks.md lists for a campaign."""
     text = (ROOT / "docs" / "benchmarks.md").read_text().split("needs a plain checkout, not installed, and `")[1]
-    # matplotlib brings pillow along.
-    there = {*text.split("`")[0].split(), "pillow"}
+    # torch brings jinja2 along.
+    there = {*text.split("`")[0].split(), "jinja2"}
     extras = {re.split(r"[^\w-]", line)[0] for line in requires("swifti2v") or () if "extra ==" in line}
     absent = {name.replace("-", "_") for name in extras - there}
     assert {"safetensors", "diffusers", "av"} <= absent
