@@ -101,7 +101,7 @@ TEXT = """[a page](../vae.md#plans) [`code`](../../bench/static/bounds.py) [the 
 [not](../../bench/static/bounds.py)
 ```
 <!-- [not](../../bench/static/bounds.py) -->
-![picture](../csg.png)
+![picture](../csg.svg)
 """
 
 

@@ -28,7 +28,6 @@ import bench.hardware.command
 import bench.harness.base
 import bench.harness.interpreted
 import bench.static.report
-import bench.vae.command
 import model.generate
 import model.inspect
 import model.plan
@@ -45,7 +44,7 @@ DRAWS, SECONDS = 1000, 10
 WORK = (
     (model.generate, "plan_memory"), (model.plan, "plan_memory"), (model.plan, "plan_vae"),
     (bench.csg.whole, "plan_memory"), (Section, "table"), (Session, "ceilings"), (bench.static.report, "compile_all"),
-    (bench.harness.interpreted.subprocess, "run"), (bench.vae.command, "count"), (bench.campaign.command, "run_parts"),
+    (bench.harness.interpreted.subprocess, "run"), (bench.campaign.command, "run_parts"),
     (bench.harness.base, "_git"), (swifti2v_kernels.__main__, "report"),
 )  # fmt: skip
 NASTY = (

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.records.read import read_result
 from bench.records.write import Record, Section
 
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
@@ -21,6 +22,24 @@ def environment(device: str = H200, date: str = "2026-11-26T10:00:00+00:00", **c
     git = {"commit": "a" * 40, "dirty": False}
     return {"date": date, "device": device, "device_type": "cuda", "packages": packages, "git": git, "gpu": gpu,
             "python": "3.12.4", "platform": "Linux", **changes}  # fmt: skip
+
+
+def document(
+    path: Path,
+    *rows: dict[str, Any],
+    metrics: tuple[str, ...],
+    identity: tuple[str, ...] = ("shape", "provider"),
+    settings: dict[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Writes and reads a file of one table, ``rows`` of section ``dit``; rows are of one shape and provider."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = Record(path, environment(**changes))
+    with record.section("dit", "dit", settings or {}) as section:
+        table = section.table("rows", "rows", identity=identity, metrics=metrics)
+        for row in rows:
+            table.add({"shape": "2K", "provider": "swifti2v", **row})
+    return read_result(path)
 
 
 def sample(path: Path, device: str = H200, *, faster: float = 1.0, **changes: Any) -> Path:

@@ -119,6 +119,26 @@ def test_expanded_stores_and_an_output_within_a_buffer(backend: str) -> None:
     assert (~buffer.isnan()).sum() == out.numel()
 
 
+@pytest.mark.parametrize(
+    ("latent_index", "reference_index", "wrong"),
+    [((2, 3, 0), (4, 3, 0), 1), ((-2, 1, 0), (4, 3, 0), 0), ((2, -1, 0), (4, 5, 0), 1), ((2, 1, 0), (4, 3, -1), 2)],
+    ids=str,
+)
+def test_an_index_that_names_no_block_gives_nan_there_alone(
+    latent_index: tuple[int, ...], reference_index: tuple[int, ...], wrong: int
+) -> None:
+    """A GPU's indices are not read before the kernel runs: a wrong one makes its own block NaN, and no other."""
+    latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
+    weight, bias = parameters(8, 10, (2, 2), torch.float32)
+    out = torch.zeros(2, 12, 8)
+    _embed_window_op(
+        latents, weight, bias, reference, int32(*latent_index), int32(*reference_index), torch.zeros(3), out
+    )
+    for block in range(3):
+        assert out[:, 4 * block : 4 * block + 4].isnan().all() == (block == wrong)
+        assert out[:, 4 * block : 4 * block + 4].isnan().any() == (block == wrong)
+
+
 def test_schema_and_fake_hold() -> None:
     latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
     weight, bias = parameters(8, 10, (2, 2), torch.float16)

@@ -153,6 +153,22 @@ def test_values_that_do_not_fit_are_named_by_the_kernel_path_too() -> None:
         project_step(x, *parameters, out, latent_index=int32(3, 2), block_map=int32(0, 2), backend="triton")
 
 
+def test_indices_that_name_no_block_write_nothing_or_nan() -> None:
+    """A GPU's indices are not read before the kernel runs: no target leaves all as it is, no row makes NaN."""
+    x, *parameters = head(24, 2, (2, 2), 8, 2, torch.float32)
+    for latent_index, block_map in (
+        (int32(5, 2), int32(0, 1)),
+        (int32(4, 2), int32(2, 1)),
+        (int32(4, 2), int32(-1, 1)),
+    ):
+        out = torch.zeros(2, 2, 5, 4, 4)
+        _project_step_op(x, *parameters, out, latent_index, block_map, None, None, (1, 2, 2), 1e-6)
+        assert not out[:, :, [0, 1, 3]].any()
+        assert out[:, :, 2].all()
+        assert not out[:, :, 2].isnan().any()
+        assert out[:, :, 4].isnan().all() if latent_index[0] == 4 else not out[:, :, 4].any()
+
+
 def test_what_has_no_kernel_takes_the_reference() -> None:
     x, *parameters = head(24, 2, (2, 2), 8, 2, torch.float32)
     out = torch.zeros(2, 2, 2, 4, 4)

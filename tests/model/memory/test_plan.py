@@ -60,6 +60,23 @@ def test_plans_for_every_card_fit_and_more_memory_is_never_used_less(preset: str
     assert plans[-1].peak <= planned(preset, None, frames).peak
 
 
+def test_the_tensors_of_a_clip_are_counted_by_hand() -> None:
+    """A phase counts the picture, the latents, the motion's frames that wait and the last frames beside the models."""
+    held = {phase.name: phase.held for phase in planned("tiny", None).phases}
+    picture, low, high = 3 * 4 * 256 * 144, 4 * 16 * 21 * 16 * 8, 4 * 16 * 21 * 32 * 18
+    # The reference's blocks are there beside the whole that they become.
+    assert held["reference"]["clip"] == picture + low + 2 * high
+    assert held["reference"]["motion's frames"] == 2 * 4 * 3 * 128 * 64
+    assert held["decode"]["clip"] == 3 * high // 21 + 4 * 3 * 256 * 144
+
+
+def test_a_reference_that_fits_beside_the_waiting_decoder_is_one_stream() -> None:
+    """Nothing is parked where the encoder fits with fewer frames at once beside the decoder that waits meanwhile."""
+    plans = planned("tiny", 0.030).vae_plans
+    assert plans.reference.plan == VAEPlan(frames=1)
+    assert not plans.motion.plan.park
+
+
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(limits=st.tuples(st.integers(4_000, 60_000), st.integers(4_000, 60_000)).map(sorted))
