@@ -61,7 +61,7 @@ def test_plans_for_every_card_fit_and_more_memory_is_never_used_less(preset: str
 
 
 def test_the_tensors_of_a_clip_are_counted_by_hand() -> None:
-    """A phase counts the picture, the latents, the motion's frames that wait and the last frames beside the models."""
+    """A phase counts picture, latents, the motion's frames that wait and the last frames beside the models."""
     held = {phase.name: phase.held for phase in planned("tiny", None).phases}
     picture, low, high = 3 * 4 * 256 * 144, 4 * 16 * 21 * 16 * 8, 4 * 16 * 21 * 32 * 18
     # The reference's blocks are there beside the whole that they become.
