@@ -1,8 +1,9 @@
 """Checks the tests: each of thirty seeded faults in kernels, model and planner has to make one of them fail.
 
-Run it from the repository by ``python tests/mutations.py [NAME ...]``; it takes about six minutes on two cores. Every fault
-is put into a copy of the repository, where the tests of its subject run until one fails. A fault that none of them
-finds is told, and the exit status is 1: then a test is missing, or the fault changes nothing and has to be replaced.
+Run it from the repository by ``python tests/mutations.py [NAME ...]``; it takes about six minutes on two cores. Every
+fault is put into a copy of the repository, where the tests of its subject run until one fails. A fault that none of
+them finds is told, and the exit status is 1: then a test is missing, or the fault changes nothing and has to be
+replaced.
 """
 
 from __future__ import annotations
