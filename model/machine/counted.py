@@ -1,5 +1,4 @@
-"""Live bytes of tensors on the CPU, where torch's allocator keeps no count, and of ``meta`` tensors, which hold none;
-and the operations of ``meta`` tensors.
+"""Live bytes of tensors on the CPU, where torch's allocator keeps no count, and of ``meta`` tensors, which hold none.
 
 A dispatch mode sees the result of every operator and follows the life of its memory. It cannot see buffers that an
 operator allocates and frees inside itself (a convolution's workspace, for example).
