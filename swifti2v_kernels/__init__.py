@@ -9,13 +9,6 @@ Every operator has a PyTorch path, which runs anywhere and is the reference that
 or read 8-bit rows; on other cards not yet timed on hardware). :func:`explain` says what would compute a call.
 """
 
-import sys
-
-if sys.argv[:1] == ["-m"]:  # before torch is imported, which takes seconds
-    from .common.interruption import end_if_interrupted
-
-    end_if_interrupted(__name__)
-
 from .attention.arguments import BlockWindow
 from .attention.merge_attention import merge_attention
 from .attention.segment_attention import segment_attention

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import os
 import platform
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 
 from . import __version__, explain
 from .common.case import all_cases
+from .common.configs import load_table
 from .common.dispatch import ENVIRONMENT_VARIABLE
-from .common.tables import load_table
 
 EXAMPLES = """\
 examples:
@@ -24,18 +23,13 @@ examples:
   python -m swifti2v_kernels --device cuda:1     another one
   TRITON_INTERPRET=1 python -m swifti2v_kernels --device cpu
 """
-#: Packages that the library imports.
-PACKAGES = ("torch", "triton", "einops", "numpy")
 #: Environment variables that decide how calls are computed.
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 KERNELS = "kernels, by the named calls of each operator at small sizes:"
 
 
 def version(package: str) -> str:
-    """Returns the version of ``package``, or why there is none.
-
-    The package itself is asked, since wheels of Triton have several names.
-    """
+    """Returns the version of ``package``, which is asked itself, since wheels of Triton have several names."""
     try:
         return importlib.import_module(package).__version__
     except ImportError as error:
@@ -43,13 +37,12 @@ def version(package: str) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns name, compute capability and memory of a CUDA device, or the processor's name and why there is no GPU."""
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        memory = f"{found.total_memory / 1e9:.1f} GB"
-        return f"{device}: {found.name}, compute capability {found.major}.{found.minor}, {memory}"
-    reason = "" if torch.cuda.is_available() else ", torch sees no GPU"
-    return f"{device}: {platform.processor() or platform.machine()}{reason}"
+    """Returns name, compute capability and memory of a CUDA device, or the processor's name."""
+    if device.type != "cuda":
+        return f"{device}: {platform.processor() or platform.machine()}"
+    found = torch.cuda.get_device_properties(device)
+    memory = f"{found.total_memory / 1e9:.1f} GB"
+    return f"{device}: {found.name}, compute capability {found.major}.{found.minor}, {memory}"
 
 
 def describe_kernels(device: torch.device) -> list[str]:
@@ -76,18 +69,16 @@ def report(device: torch.device) -> str:
     """Returns the whole text that the command prints."""
     cuda = f"CUDA {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
     cuda += f", ROCm {torch.version.hip}" if torch.version.hip else ""
-    measured = {
-        name: sorted({entry["card"] for entry in load_table(name)}) for name in ("attention", "conv3d", "tuned")
-    }
+    measured = sorted({entry["card"] for name in ("attention", "conv3d", "tuned") for entry in load_table(name)})
     values = {
         "swifti2v_kernels": f"{__version__}, {Path(__file__).parent}",
         "python": f"{platform.python_version()}, {platform.platform()}",
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in ("torch", "triton", "einops", "numpy")},
         "torch built for": cuda,
         "device": describe_device(device),
         "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
         or "nothing set",
-        "measured tables": "; ".join(f"{name}: {', '.join(cards) or 'none'}" for name, cards in measured.items()),
+        "measured on": ", ".join(measured),
     }
     lines = [f"{name + ':':<18}{value}" for name, value in values.items()]
     return "\n".join([*lines, KERNELS, *describe_kernels(device)])
@@ -106,21 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, others = parser.parse_known_args(argv)
     if others:
         parser.exit(2, f"error: expected nothing besides --device, got {others[0][:80]!r}\n")
-    name = options.device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
     count = torch.cuda.device_count()
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if options.device not in known:
         allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu, since torch sees no GPU"
-        parser.exit(2, f"error: device: expected {allowed}, got {name[:80]!r}\n")
-    try:
-        print(report(device), flush=True)
-    except BrokenPipeError:
-        # Whoever read the output has gone. Nothing more can be said, also not when Python flushes it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        parser.exit(2, f"error: device: expected {allowed}, got {options.device[:80]!r}\n")
+    print(report(torch.device(options.device)))
     return 0
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..common.checks import check_range
-from ..common.configs import configured
-from ..common.tables import fastest
+from ..common.checks import check_values
+from ..common.configs import configured, fastest
 from ..common.target import capability_of, on_device
 from .arguments import SegmentCall
 
@@ -115,7 +114,7 @@ def check_lengths(call: SegmentCall) -> None:
     """
     for j, (x, k) in enumerate(zip(call.valid_lengths, call.k, strict=True)):
         if x is not None:
-            check_range(f"valid_lengths[{j}]", x, 0, k.shape[1])
+            check_values(f"valid_lengths[{j}]", x, 0, k.shape[1])
 
 
 def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -32,7 +32,6 @@ def segment_attention_reference(call: SegmentCall, return_lse: bool) -> tuple[li
 
     Queries of one block of a window see the same keys, so that masks are slices.
     """
-
     out, lse = [], []
     last: list[Range] = []
     for view, mask in zip(call.q, call.attends, strict=True):
@@ -49,31 +48,24 @@ def segment_attention_reference(call: SegmentCall, return_lse: bool) -> tuple[li
 
 def _keys(call: SegmentCall, seen: Sequence[Range]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the keys and values of these ranges, each [B, L, H, D], and which of them count, [B, L] (None: all)."""
-    rows = [_valid_rows(call.valid_lengths[j], a, b) for j, a, b in seen]
-    k, v = (
-        _joined([_kept(views[j][:, a:b], m) for (j, a, b), m in zip(seen, rows, strict=True)])
-        for views in (call.k, call.v)
-    )
-    if all(mask is None for mask in rows):
-        return k, v, None
-    everything = torch.ones((k.shape[0], 1), dtype=torch.bool, device=k.device)
-    masks = [everything.expand(-1, b - a) if m is None else m for (_, a, b), m in zip(seen, rows, strict=True)]
-    return k, v, torch.cat(masks, dim=1)
+    padded = any(call.valid_lengths[j] is not None for j, _, _ in seen)
+    keys, values, masks = [], [], []
+    for j, start, stop in seen:
+        k, v, valid = call.k[j][:, start:stop], call.v[j][:, start:stop], call.valid_lengths[j]
+        if valid is not None:
+            masks.append(torch.arange(start, stop, device=k.device) < valid.unsqueeze(1))
+            # What does not count may be NaN, which no mask would stop.
+            k, v = (x.masked_fill(~masks[-1][:, :, None, None], 0.0) for x in (k, v))
+        elif padded:
+            masks.append(torch.ones(k.shape[:2], dtype=torch.bool, device=k.device))
+        keys.append(k)
+        values.append(v)
+    return _joined(keys), _joined(values), torch.cat(masks, dim=1) if padded else None
 
 
 def _joined(views: list[Tensor]) -> Tensor:
     """Returns the views concatenated along the tokens; a single view is not copied."""
     return views[0] if len(views) == 1 else torch.cat(views, dim=1)
-
-
-def _valid_rows(valid: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Returns which of these keys count, [B, stop - start]; None for all."""
-    return None if valid is None else torch.arange(start, stop, device=valid.device) < valid.unsqueeze(1)
-
-
-def _kept(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Returns zeros in the place of what does not count: it may be NaN, which no mask would stop."""
-    return x if rows is None else x.masked_fill(~rows[:, :, None, None], 0.0)
 
 
 def _blocks(call: SegmentCall, num_queries: int, mask: int) -> Iterator[tuple[int, int, list[Range]]]:

@@ -123,7 +123,8 @@ def segment_attention(
             not all of them. At most 24 pairs.
         scale: factor on the logits, positive; default ``D ** -0.5``.
         valid_lengths: per source None or integers ``[B]`` on the device: only the first so many of its keys count
-            (padded text). A batch entry without any valid key gets output 0 and log-sum-exp -inf.
+            (padded text). A batch entry without any valid key gets output 0 and log-sum-exp -inf. A length that is not
+            in ``0 .. L_i`` is an error on the CPU and counts as the nearer of the two on a GPU.
         attends: for a list of queries, the indices of the sources that each view sees; default all. Conditioning
             queries that must not see noisy keys are ``q=[q_given, q_noisy], attends=[[0], [0, 1]]``.
         window: a local mask over blocks (:class:`swifti2v_kernels.BlockWindow`), for one query view as long as the

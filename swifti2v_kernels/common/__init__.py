@@ -4,9 +4,8 @@ checks        arguments: one line that names the argument, what was given and wh
 dispatch      kernel or reference, and ``explain``
 registration  the names that operators are registered under
 target        the GPUs that kernels are for
-configs       which configuration a kernel is launched with; ``tables`` reads the measured ones
+configs       the measured tables, and which configuration a kernel is launched with
 frames        strides and addresses of video frames, for kernels
 cost          the least cost of a call
 case          named calls for reports and benchmarks
-interruption  of ``python -m swifti2v_kernels``
 """

@@ -99,51 +99,32 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
     return True
 
 
-def check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Checks that every value of a vector lies in ``low .. high``.
+def check_values(name: str, values: Tensor, low: int, high: int) -> None:
+    """Checks that every value of a vector lies in ``low .. high``, on the CPU.
 
-    On the CPU the values are read and named. On a GPU, reading them would stop the stream, so the check runs there: a
-    violation ends the process's CUDA work with the message. Under ``torch.compile`` likewise. Where values cannot be
-    looked at (:func:`concrete`) nothing is checked.
+    On a GPU reading them would stop the stream, and checking them there would cost five launches beside every kernel:
+    each operator says what it does with a value out of range instead, never an access outside its tensors.
 
     Raises:
         ValueError: a value on the CPU is out of range.
     """
-    if not concrete(values):
-        if torch.compiler.is_compiling():
-            _check_range_there(name, values, low, high)
-    elif values.device.type != "cpu":
-        _check_range_there(name, values, low, high)
-    else:
-        _check_values(name, values, low, high)
-
-
-def _check_values(name: str, values: Tensor, low: int, high: int) -> None:
-    given = values.tolist()
-    if given and (min(given) < low or max(given) > high):
-        raise ValueError(f"{name}: expected values in {low}..{high}, got {given}")
-
-
-def _check_range_there(name: str, values: Tensor, low: int, high: int) -> None:
-    torch._assert_async(((values >= low) & (values <= high)).all(), f"{name}: a value lies outside {low}..{high}")
+    if values.device.type == "cpu" and concrete(values):
+        given = values.tolist()
+        if given and (min(given) < low or max(given) > high):
+            raise ValueError(f"{name}: expected values in {low}..{high}, got {given}")
 
 
 def check_index(name: str, index: Tensor, length: int | None, low: int, high: int, device: torch.device) -> None:
     """Checks that ``index`` is a contiguous int32 vector on ``device`` with ``length`` entries in ``low..high``.
 
-    Without a ``length`` it may have any number of entries but 0.
-
-    Values are read and checked on the CPU only. On a GPU that would stop the stream, and checking them there would cost
-    five launches beside every kernel: each operator says what it does with an entry out of range instead (NaN, or
-    nothing written), never an access outside its tensors.
+    Without a ``length`` it may have any number of entries but 0. For values see :func:`check_values`.
 
     Raises:
         TypeError: not a tensor.
         ValueError: shape, dtype, device or, on the CPU, a value does not fit.
     """
     check_tensor(name, index, Spec(("T" if length is None else length,), torch.int32, whole=True), device)
-    if index.device.type == "cpu" and concrete(index):
-        _check_values(name, index, low, high)
+    check_values(name, index, low, high)
 
 
 def same_view(a: Tensor, b: Tensor) -> bool:
@@ -206,45 +187,32 @@ def check_targets(
 def overlapping(a: Tensor, b: Tensor) -> bool:
     """Returns whether two strided views share an element, or may: True where that cannot be decided cheaply.
 
-    The answer is exact for slices of one buffer that begins where its storage does: along some axis these are disjoint
-    intervals, or they share an element. Addresses alone count, since tensors of two storages may share memory too, such
-    as those that NumPy and DLPack lend.
+    The answer is exact for views of one dtype with the same strides, as slices of one buffer are. Addresses alone
+    count, since tensors of two storages may share memory too, such as those that NumPy and DLPack lend.
     """
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device or a.device.type == "meta":
         return False
     if a.data_ptr() > b.data_ptr():
         a, b = b, a
-    if b.data_ptr() >= a.data_ptr() + (_extent(a) + 1) * a.element_size():
+    extent = sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True))
+    distance, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    if distance > extent:
         return False
-    if a.dtype != b.dtype or a.stride() != b.stride():
+    if a.dtype != b.dtype or a.stride() != b.stride() or rest:
         return True
-    # Where the buffer starts is not known: the storage's start and the first view's are likely.
-    starts = (min(x.untyped_storage().data_ptr() for x in (a, b)), a.data_ptr())
-    return not any(_disjoint_along_an_axis(a, b, start) for start in starts)
+    axes = [(stride, n - 1, m - 1) for stride, n, m in zip(a.stride(), a.shape, b.shape, strict=True) if stride]
+    return _reached(distance, sorted(axes, reverse=True))
 
 
-def _disjoint_along_an_axis(a: Tensor, b: Tensor, start: int) -> bool:
-    """Returns whether the views are disjoint along an axis of a buffer that has their strides and begins at ``start``.
-
-    False where a view would leave that buffer.
-    """
-    (offset_a, rest_a), (offset_b, rest_b) = (divmod(x.data_ptr() - start, x.element_size()) for x in (a, b))
-    if rest_a or rest_b:
-        return False
-    disjoint = False
-    larger = None
-    for axis in sorted(range(a.ndim), key=lambda axis: -a.stride(axis)):
-        stride, n, m = a.stride(axis), a.shape[axis], b.shape[axis]
-        if stride == 0:
-            continue
-        start_a, offset_a = divmod(offset_a, stride)
-        start_b, offset_b = divmod(offset_b, stride)
-        # An index beyond the next larger stride would be another row.
-        if larger is not None and (larger % stride or max(start_a + n, start_b + m) * stride > larger):
-            return False
-        disjoint |= start_a + n <= start_b or start_b + m <= start_a
-        larger = stride
-    return disjoint and offset_a == offset_b
+def _reached(distance: int, axes: Sequence[tuple[int, int, int]]) -> bool:
+    """Returns whether ``distance`` is a sum of steps: for each (stride, up, down) from ``-down`` to ``up`` strides."""
+    if not axes:
+        return distance == 0
+    (stride, up, down), *rest = axes
+    # What is left must be within reach of the smaller strides, which leaves one or two steps in a usual layout.
+    most, least = sum(s * n for s, n, _ in rest), -sum(s * n for s, _, n in rest)
+    first, last = max(-down, -((most - distance) // stride)), min(up, (distance - least) // stride)
+    return any(_reached(distance - step * stride, rest) for step in range(first, last + 1))
 
 
 def self_overlapping(x: Tensor) -> bool:
@@ -255,10 +223,3 @@ def self_overlapping(x: Tensor) -> bool:
             return True
         needed = stride * n
     return False
-
-
-def _extent(x: Tensor) -> int:
-    last = 0
-    for n, stride in zip(x.shape, x.stride(), strict=True):
-        last += (n - 1) * stride
-    return last

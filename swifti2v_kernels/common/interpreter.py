@@ -1,9 +1,10 @@
 """Repairs of Triton's interpreter (3.6 to 3.9), which come before the first kernel that this library runs in it.
 
-The stock interpreter keeps bfloat16 and float8 values as raw integers. It multiplies these in ``tl.dot``, truncates
-where the hardware rounds to nearest even, and adds bits where an operator meets two bfloat16 tensors. Here those
-operations go through float32, with torch's conversions. Triton 3.6 cannot use a tensor as the end of a loop where NumPy
-no longer takes an array of one element for a number (from 2.4 on a warning or an error, by its version).
+The stock interpreter keeps bfloat16 and float8 values as raw integers. It multiplies these in ``tl.dot`` and truncates
+where the hardware rounds to nearest even: here both go through float32, with torch's conversions. That it also adds
+bits where an operator meets two bfloat16 tensors is left, since the kernels here compute in float32. Triton 3.6 cannot
+use a tensor as the end of a loop where NumPy no longer takes an array of one element for a number (from 2.4 on a
+warning or an error, by its version).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from triton.runtime import interpreter
 #: The interpreter's own. A kernel of the Hub may not ask for NumPy, and nothing but the interpreter needs it.
 np = interpreter.np
 _DTYPES = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 _Handle = interpreter.TensorHandle
 
 
@@ -45,19 +45,6 @@ def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
     return x.to(target).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
 
 
-def with_room(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function with room for the frames of all that it calls.
-
-    Python 3.11 and newer keep frames in chunks of 16 kB. Where a loop calls across the end of one, every call maps
-    memory and every return gives it back, which took a third of the time. The chunk with this frame has half a megabyte
-    more.
-    """
-    return function(*args, **kwargs)
-
-
-with_room.__code__ = with_room.__code__.replace(co_stacksize=1 << 16)
-
-
 def version_obstacle() -> str | None:
     """Returns why kernels cannot be trusted in this Triton's interpreter, or None: others have not been looked at."""
     major, minor = triton.__version__.split(".")[:2]
@@ -71,8 +58,6 @@ def repair_interpreter() -> None:
     """Replaces the faulty operations, once, for all kernels of the process."""
     builder = interpreter.InterpreterBuilder
     stock_cast: Callable[..., Any] = builder.cast_impl
-    stock_binary: Callable[..., Any] = builder.binary_op
-    stock_unary: Callable[..., Any] = builder.unary_op
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
@@ -92,21 +77,7 @@ def repair_interpreter() -> None:
             x, y = x.astype(np.float64), y.astype(np.float64)
         return _Handle(np.matmul(x, y).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
-    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
-        if lhs.dtype.scalar != tl.bfloat16 or rhs.dtype.scalar != tl.bfloat16 or op in _BITWISE:
-            return stock_binary(self, lhs, rhs, op)
-        result = op(widen(lhs.data, lhs.dtype), widen(rhs.data, rhs.dtype))
-        if result.dtype == np.bool_:
-            return _Handle(result, tl.int1)
-        return _Handle(narrow(result, tl.bfloat16), tl.bfloat16)
-
-    def unary_op(self: Any, arg: Any, op: Any) -> Any:
-        if arg.dtype.scalar != tl.bfloat16:
-            return stock_unary(self, arg, op)
-        return _Handle(narrow(op(widen(arg.data, arg.dtype)), tl.bfloat16), tl.bfloat16)
-
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
-    builder.binary_op, builder.unary_op = binary_op, unary_op
 
     stock_patch = interpreter._patch_lang_tensor
 
@@ -117,25 +88,20 @@ def repair_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor
 
-    stock_launch = interpreter.GridExecutor.__call__
-    replaced: set[int] = set()
+    stock_lang, replaced = interpreter._patch_lang, set[int]()
 
-    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        replaced.clear()
-        with_room(stock_launch, self, *args, **kwargs)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def patch_lang(function: Any) -> Any:
         # The stock one replaces all of triton.language at every call of a function, which takes a third of the time.
         # What a launch has replaced stays so until its end: once for every module that the functions are of is enough.
-        if id(self.fn.__globals__) not in replaced:
-            replaced.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
+        if id(function.__globals__) in replaced:
+            return None
+        scope = stock_lang(function)
+        stock_restore = scope.restore
+        scope.restore = lambda: (replaced.clear(), stock_restore())
+        replaced.add(id(function.__globals__))
+        return scope
 
-    interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch, call
+    interpreter._patch_lang = patch_lang
 
     # It computes whether every sum and product of integers overflows, and asserts it in debug mode alone.
     options = interpreter.interpreter_builder.options

@@ -6,6 +6,7 @@ registers a namespace of its own, so that none takes another's place: ``swifti2v
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -49,11 +50,31 @@ def registered_operator(name: str, schema: str, call: type[Any]) -> Callable[[Ca
             with on_device(first.device):
                 function(call(*args))
 
-        written = re.findall(r"!\)\S* (\w+)", schema)
         operator = torch.library.custom_op(
-            add_op_namespace_prefix(name), run, mutates_args=written, schema=f"{schema} -> ()"
+            add_op_namespace_prefix(name), run, mutates_args=_written(schema), schema=f"{schema} -> ()"
         )
         operator.register_fake(lambda *args: None)
         return operator
 
     return mark
+
+
+def kernel_operator(name: str, schema: str, call: type[Any]) -> Any:
+    """Registers the operator that launches a kernel, with arguments as of :func:`registered_operator`.
+
+    It runs ``call.check_written()`` and, unless all that is written is empty, ``launch(call)`` of the module that has
+    the name of the call's own and ``_kernel``. That needs Triton, so it is imported by the first launch.
+    """
+    written = _written(schema)
+
+    def run(arguments: Any) -> None:
+        arguments.check_written()
+        outputs = [getattr(arguments, output) for output in written]
+        if any(x is not None and x.numel() for x in outputs):
+            importlib.import_module(f"{call.__module__}_kernel").launch(arguments)
+
+    return registered_operator(name, schema, call)(run)
+
+
+def _written(schema: str) -> list[str]:
+    return re.findall(r"!\)\S* (\w+)", schema)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.configs import fastest
 from ..common.dispatch import default_backend, transform
-from ..common.tables import fastest
 from ..common.target import capability_of, for_gpu
 from ..common.tracing import constant_when_traced
 
@@ -53,31 +53,28 @@ def _by_channels(call: Any, stride: Sequence[int]) -> Tensor:
 
 
 def _by_taps(call: Any, stride: Sequence[int]) -> Tensor:
-    x, past, padding = call.x, call.past, call.padding
+    x, past, step = call.x, call.past, stride[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype = x.dtype if for_gpu(x.device) else wide
-    taps, frames = call.weight.shape[2], x.shape[1] // stride[0]
-    sums: Tensor | None = None
-    for tap in reversed(range(taps)):
-        kernel = call.weight[:, :, tap].to(dtype)
-        # Frame ``stride * (t + 1) - 1 - lag`` is under this tap for result t.
-        lag = taps - 1 - tap
-        start = min(max(-(-(lag + 1) // stride[0]) - 1, 0), frames)
+    taps, frames = call.weight.shape[2], x.shape[1] // step
+
+    def product(frames: Tensor, lag: int) -> Tensor:
+        kernel = call.weight[:, :, taps - 1 - lag].to(dtype)
+        return _conv2d(frames.to(dtype), kernel, stride, call.padding).to(wide)
+
+    # Result t has frame ``step * (t + 1) - 1 - lag`` under a tap: every result one of x under the last, of lag 0.
+    sums = product(x[:, step - 1 :: step][:, :frames], 0)
+    if call.bias is not None:
+        sums = sums + call.bias.to(wide)
+    for lag in range(1, taps):
+        start = min(max(-(-(lag + 1) // step) - 1, 0), frames)
         if start < frames:
-            source = stride[0] * (start + 1) - 1 - lag
-            part = _conv2d(x[:, source :: stride[0]][:, : frames - start].to(dtype), kernel, stride, padding).to(wide)
-            if sums is None:  # the last tap: every frame has it
-                sums = part
-                if call.bias is not None:
-                    sums = sums + call.bias.to(wide)
-            else:
-                sums[:, start:] += part
+            source = step * (start + 1) - 1 - lag
+            sums[:, start:] += product(x[:, source::step][:, : frames - start], lag)
         for t in range(start) if past is not None else ():
-            source = past.shape[1] + stride[0] * (t + 1) - 1 - lag
+            source = past.shape[1] + step * (t + 1) - 1 - lag
             if source >= 0:
-                assert sums is not None
-                sums[:, t : t + 1] += _conv2d(past[:, source : source + 1].to(dtype), kernel, stride, padding).to(wide)
-    assert sums is not None
+                sums[:, t : t + 1] += product(past[:, source : source + 1], lag)
     return sums
 
 
@@ -143,14 +140,10 @@ def cudnn_conv3d_fault(torch_version: str, cudnn_version: int | None, dtype: tor
     """
     if dtype not in HALVES or cudnn_version is None:
         return None
-    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", torch_version)
-    release = tuple(int(x or 0) for x in found.groups()) if found else (0, 0, 0)
+    if not 90800 <= cudnn_version < 91500 and re.match(r"2\.9\.0(?!\d)", torch_version) is None:
+        return None
     name = f"torch {torch_version} with cuDNN {cudnn_version // 10000}.{cudnn_version // 100 % 100}"
-    if release == (2, 9, 0) or (release > (2, 9, 0) and 90800 <= cudnn_version < 91500):
-        return f"{name} does 3D convolutions in 16 bits without cuDNN, slowly and in three times the memory"
-    if release < (2, 9, 0) and 90800 <= cudnn_version < 91300:
-        return f"{name} gives wrong results for 3D convolutions in 16 bits on some GPUs"
-    return None
+    return f"{name} does 3D convolutions in 16 bits wrongly on some GPUs, or slowly and in three times the memory"
 
 
 # Constant for one process, as ``load_table``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,12 +14,9 @@ from torch import Tensor
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Cost, Work
 from ..common.shapes import SIZES
+from .calls import output_size
 from .causal_conv3d import causal_conv3d
-from .causal_conv3d import cost as conv_cost
-from .checks import output_size
-from .frames_out import cost as frames_cost
 from .frames_out import frames_out
-from .upsample_conv2d import cost as upsample_cost
 from .upsample_conv2d import upsample_conv2d
 
 #: Zeros above and left of a tile in a corner of larger frames; on the other sides it has a halo.
@@ -45,55 +43,50 @@ class _Tile:
     size: tuple[int, int] = (20, 32)
     new: Callable[..., Tensor] = torch.ones
 
-    def ones(self, device: torch.device, *shape: int) -> Tensor:
-        return self.new(shape, dtype=self.dtype, device=device)
+    def ones(self, *shape: int) -> Tensor:
+        return self.new(shape, dtype=self.dtype)
 
-    def weight(self, columns: int, device: torch.device) -> Tensor:
-        return self.ones(device, columns, *self.kernel, self.channels).permute(0, 4, 1, 2, 3)
+    def weight(self, columns: int) -> Tensor:
+        return self.ones(columns, *self.kernel, self.channels).permute(0, 4, 1, 2, 3)
 
-    def after(self, size: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    def after(self, *size: int) -> dict[str, Any]:
         """Returns the options of what follows the sum of this size: a residual, overwritten by it, and a norm."""
-        options: dict[str, Any] = {"norm_weight": self.ones(device, self.columns)} if self.norm else {}
+        options: dict[str, Any] = {"norm_weight": self.ones(self.columns)} if self.norm else {}
         if self.residual:
-            residual = self.ones(device, 1, *size, self.columns)
-            options |= {"residual": residual, "out": residual}
+            options["residual"] = options["out"] = self.ones(1, *size, self.columns)
         return options
 
-    def convolution(self, device: torch.device) -> Arguments:
+    def convolution(self) -> Arguments:
         """Returns a call of ``causal_conv3d`` on a tile, and a history, within larger frames."""
 
         def tile(frames: int) -> Tensor:
-            return self.ones(device, 1, frames, rows + 4, columns + 16, self.channels)[:, :, 2:-2, 4:-12]
+            return self.ones(1, frames, rows + 4, columns + 16, self.channels)[:, :, 2:-2, 4:-12]
 
         rows, columns = self.size
-        x, weight = tile(self.frames), self.weight(self.columns, device)
-        past = self.ones(device, 1, 2, rows, columns, self.channels) if self.mixed else tile(2)
+        x, weight = tile(self.frames), self.weight(self.columns)
+        past = self.ones(1, 2, rows, columns, self.channels) if self.mixed else tile(2)
         padding = _CORNER if self.kernel[1] == 3 else None
         options: dict[str, Any] = {"padding": padding, "stride": self.stride, "backend": "triton"}
         options["past"] = past[:, : self.kernel[0] - 1] if self.kernel[0] > 1 else None
-        options |= self.after(output_size(x, weight, self.stride, padding or (0, 0, 0, 0)), device)
+        options |= self.after(*output_size(x, weight, self.stride, padding or (0, 0, 0, 0)))
         if self.norm:
             options["keep_sum"] = self.residual
-        return (x, weight, self.ones(device, self.columns)), options
+        return (x, weight, self.ones(self.columns)), options
 
-    def upsampling(self, device: torch.device) -> Arguments:
-        """Returns a call of ``upsample_conv2d``."""
+    def upsampling(self) -> Arguments:
         rows, columns = self.size
-        x = self.ones(device, 1, self.frames, rows, columns, self.channels)
-        phases = self.ones(device, 4, self.columns, 2, 2, self.channels)
-        options = {"padding": _CORNER, "backend": "triton"}
-        options |= self.after((self.frames, 2 * rows - 1, 2 * columns - 1), device)
-        return (x, phases, self.ones(device, self.columns)), options
+        x = self.ones(1, self.frames, rows, columns, self.channels)
+        options = {"padding": _CORNER, "backend": "triton", **self.after(self.frames, 2 * rows - 1, 2 * columns - 1)}
+        return (x, self.ones(4, self.columns, 2, 2, self.channels), self.ones(self.columns)), options
 
-    def head(self, device: torch.device) -> Arguments:
+    def head(self) -> Arguments:
         """Returns a call of ``frames_out`` into a part of larger frames."""
         p, (rows, columns) = self.patch_size, self.size
-        x, weight = self.ones(device, 1, self.frames, rows, columns, self.channels), self.weight(3 * p * p, device)
-        bias = torch.zeros(3 * p * p, dtype=self.dtype, device=device)
+        x, weight = self.ones(1, self.frames, rows, columns, self.channels), self.weight(3 * p * p)
         height, width = (rows - 1) * p, (columns - 1) * p
-        out = torch.zeros(1, self.frames + 1, height + 21 * p, width + 33 * p, 3, dtype=self.out, device=device)
+        out = torch.zeros(1, self.frames + 1, height + 21 * p, width + 33 * p, 3, dtype=self.out)
         options: dict[str, Any] = {"past": x[:, -2:], "padding": _CORNER, "patch_size": p, "backend": "triton"}
-        return (x, weight, bias, out[:, 1:, :height, :width]), options
+        return (x, weight, torch.zeros(3 * p * p, dtype=self.dtype), out[:, 1:, :height, :width]), options
 
     def work(self, constants: Mapping[str, Any]) -> Work:
         """Returns the work of one step of channels of one tap, pixels and weights.
@@ -107,33 +100,45 @@ class _Tile:
         fma = 0 if self.dtype == torch.float32 else rows * columns * depth  # which the tensor cores do not take
         return Work(fma, self.dtype.itemsize * (rows + columns) * depth)
 
-    def at(self, inputs: str, cost: Cost, frames: int, rows: int, columns: int) -> RealSize:
-        """Returns a call as the decoder of Wan2.1 (up to 384 channels) or 2.2 makes it for one latent frame."""
-        whole = replace(self, frames=frames, size=(rows, columns), new=torch.empty)
-        return RealSize(f"decode 2560x1408, {frames} x {columns}x{rows}", getattr(whole, inputs), cost)
+    def cost(self, operator: Callable[..., Any]) -> Cost:
+        """Returns the least cost of a call in 16 bits; history, biases and norm weights are negligible."""
+        read = written = self.frames * math.prod(self.size)  # pixels
+        columns, taps, weights = self.columns, math.prod(self.kernel), math.prod(self.kernel)
+        if operator is upsample_conv2d:
+            written, taps, weights = 4 * read, 4, 16  # each of four phases has four taps
+        if operator is frames_out:
+            columns = 3 * self.patch_size**2
+        results = 1 + (self.norm and (self.residual or operator is upsample_conv2d))
+        elements = read * self.channels + written * self.residual * columns + weights * self.channels * columns
+        itemsize = 1 if operator is frames_out else 2
+        return Cost(2 * written * self.channels * columns * taps, 2 * elements, written * columns * results * itemsize)
 
 
-def _conv(name: str, tile: _Tile, *size: int) -> Case:
-    tile = replace(tile, frames=4)
-    taps, results = math.prod(tile.kernel), 1 + (tile.norm and tile.residual)
-    pixels, channels = math.prod(size), (tile.channels, tile.columns)
-    least = conv_cost(pixels, *channels, taps, residual=tile.residual, results=results)
-    real = tile.at("convolution", least, *size) if size else None
-    return Case(f"causal_conv3d {name}", causal_conv3d, tile.convolution, tile.work, real)
+_INPUTS = {causal_conv3d: _Tile.convolution, upsample_conv2d: _Tile.upsampling, frames_out: _Tile.head}
 
 
-def _upsample(name: str, tile: _Tile, *size: int) -> Case:
-    pixels, channels = 4 * math.prod(size), (tile.channels, tile.columns)
-    least = upsample_cost(pixels, *channels, residual=tile.residual, results=1 + tile.norm)
-    real = tile.at("upsampling", least, *size) if size else None
-    return Case(f"upsample_conv2d {name}", upsample_conv2d, tile.upsampling, tile.work, real)
+def _case(operator: Callable[..., Any], name: str, tile: _Tile, *size: int) -> Case:
+    """Returns a case, whose real size is that of the decoder of Wan2.1 (up to 384 channels) or 2.2 for a latent frame.
+
+    ``size`` are its frames, rows and columns, if it has one.
+    """
+
+    def inputs(tile: _Tile, device: torch.device) -> Arguments:
+        with device:
+            return _INPUTS[operator](tile)
+
+    real = None
+    if size:
+        frames, rows, columns = size
+        whole = replace(tile, frames=frames, size=(rows, columns), new=torch.empty)
+        shape = f"decode 2560x1408, {frames} x {columns}x{rows}"
+        real = RealSize(shape, functools.partial(inputs, whole), whole.cost(operator))
+    return Case(f"{operator.__name__} {name}", operator, functools.partial(inputs, tile), tile.work, real)
 
 
-def _frames(name: str, tile: _Tile, *size: int) -> Case:
-    least = frames_cost(math.prod(size), tile.channels, 27, tile.patch_size)
-    return Case(f"frames_out {name}", frames_out, tile.head, tile.work, tile.at("head", least, *size) if size else None)
-
-
+_conv = functools.partial(_case, causal_conv3d)
+_upsample = functools.partial(_case, upsample_conv2d)
+_frames = functools.partial(_case, frames_out)
 #: Rows and columns of the frames of a 2K clip, and of a decoder's levels below them.
 _2K, _HALF, _QUARTER, _EIGHTH = ((SIZES["2K"][1] // n, SIZES["2K"][0] // n) for n in (1, 2, 4, 8))
 CASES = [

@@ -43,15 +43,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import Spec, check_tensor, check_tensors
-from ..common.cost import Cost
-from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered, registered_operator
-from . import checks, sums
-from .by_torch import conv_sums, cudnn_preference
-
-#: Frames under the taps in time that the kernel can address.
-MAX_TAPS = 3
+from ..common.checks import Spec, check_tensors
+from ..common.dispatch import public_operator
+from ..common.registration import kernel_operator, registered
+from . import calls
+from .by_torch import conv_sums
 
 
 class ConvCall(NamedTuple):
@@ -71,35 +67,20 @@ class ConvCall(NamedTuple):
     backend: str = "auto"
 
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the results."""
-        size = checks.output_size(self.x, self.weight, self.stride, self.padding)
+        size = calls.output_size(self.x, self.weight, self.stride, self.padding)
         return (self.x.shape[0], *size, self.weight.shape[0])
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
-        x, weight = self.x, self.weight
-        check_tensor("x", x, checks.FRAMES)
-        checks.check_kernel(weight, x)
-        vector = Spec(weight.shape[:1], x.dtype, whole=True)
-        check_tensors(self, x.device, bias=vector, norm_weight=vector)
-        checks.check_past(self.past, x, weight.shape[2])
+        calls.check_convolution(self)
+        check_tensors(self, self.x.device, norm_weight=Spec(self.weight.shape[:1], self.x.dtype, whole=True))
         expected = "three positive numbers (time, rows, columns)"
-        checks.check_integers("stride", self.stride, expected, 3)
+        calls.check_integers("stride", self.stride, expected, 3)
         if min(self.stride) < 1:
             raise ValueError(f"stride: expected {expected}, got {tuple(self.stride)}")
-        checks.check_integers("padding", self.padding, checks.PADDING, 4)
-        sums.check_results(self)
+        calls.check_results(self)
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
-        reason = kernel_obstacle((*self[:4], *self[6:10])) or checks.stride_obstacle(self.x, self.past)
-        if reason is None and self.weight.shape[2] > MAX_TAPS:
-            reason = f"kernels exist for up to {MAX_TAPS} taps in time, got {self.weight.shape[2]}"
-        return reason
-
-    def preference(self) -> str | None:
-        """Returns why cuDNN is preferred to the kernel, or None."""
-        return cudnn_preference(self.x, self.weight.shape[0], self.weight.shape[2:])
+        return calls.obstacle(self, self.weight.shape[2])
 
     def summed(self) -> Tensor:
         """Returns the sum with bias and residual by torch, differentiable."""
@@ -110,29 +91,25 @@ class ConvCall(NamedTuple):
 
     def by_kernel(self) -> Any:
         """Computes the call by the kernel, and a norm of many channels by its own."""
-        return sums.by_kernel(self, lambda *results: _causal_conv3d_op(*self[:7], *results))
+        return calls.by_kernel(self, lambda *results: _causal_conv3d_op(*self[:7], *results))
 
-    by_torch = sums.by_torch
+    by_torch = calls.by_torch
+    check_written = calls.check_written
 
 
-@registered_operator(
+_causal_conv3d_op = kernel_operator(
     "causal_conv3d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] stride, SymInt[] padding, Tensor? residual,"
     " Tensor? norm_weight, Tensor(a!)? out, Tensor(b!)? normed)",
     ConvCall,
 )
-def _causal_conv3d_op(call: ConvCall) -> None:
-    sums.check_outputs(call)
-    from .causal_conv3d_kernel import launch_causal_conv3d
-
-    launch_causal_conv3d(call)
 
 
 @register_flop_formula(registered("causal_conv3d"))
 def _flops(*shapes: Any, **kwargs: Any) -> int:
     of = ConvCall(*shapes[:10])
-    batch, frames, height, width, columns = of.out if of.out is not None else of.normed
-    return cost(batch * frames * height * width, of.weight[1], columns, math.prod(of.weight[2:])).flops
+    result = of.out if of.out is not None else of.normed
+    return 2 * math.prod(result) * math.prod(of.weight[1:])
 
 
 @public_operator()
@@ -191,24 +168,6 @@ def causal_conv3d(
 
     Source: causal convolutions, residual blocks and RMSNorm of the Wan VAE (diffusers ``AutoencoderKLWan``).
     """
-    padding = checks.same_padding(weight) if padding is None else padding
+    padding = calls.same_padding(weight) if padding is None else padding
     call = ConvCall(x, weight, bias, past, stride, padding, residual, norm_weight, out, normed, keep_sum, backend)
-    return compute(call, backend, preference=ConvCall.preference, told=sums.implementation)
-
-
-def cost(
-    pixels: int, channels: int, columns: int, taps: int, *, residual: bool = False, results: int = 1, itemsize: int = 2
-) -> Cost:
-    """Returns the least cost of one call.
-
-    Args:
-        pixels: pixels of the result in all frames; those read are taken to be as many.
-        channels: C, input channels.
-        columns: C', output channels.
-        taps: kt * kh * kw.
-        residual: whether one is added.
-        results: tensors written, 1 or 2.
-        itemsize: bytes of an element.
-    """
-    read = (pixels * (channels + residual * columns) + columns * channels * taps) * itemsize
-    return Cost(2 * pixels * channels * columns * taps, read, results * pixels * columns * itemsize)
+    return calls.computed(call, backend)

@@ -6,7 +6,7 @@
   the next convolution it would be computed once for each of its 27 taps.
 * **Programs of one pixel tile are neighbours**, so that what one has fetched is in L2 for the next.
 
-Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases causal_conv3d``.
+What the compiler made of it: ``python -m bench compile --cases causal_conv3d``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def causal_conv3d_fwd_kernel(
     )  # fmt: skip
 
 
-def launch_causal_conv3d(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` and ``normed`` of a checked ``ConvCall``, of which at least one is given."""
     x, weight, past, out, normed = call.x, call.weight, call.past, call.out, call.normed
     batch, _, height, width, channels = x.shape

@@ -32,16 +32,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.checks import FLOATS, Spec, check_tensor, check_tensors, check_written
-from ..common.cost import Cost
-from ..common.dispatch import Choice, compute, derivative_obstacle, kernel_obstacle, public_operator
-from ..common.registration import registered, registered_operator
-from ..common.target import for_gpu
-from . import checks
-from .by_torch import conv_sums, cudnn_preference
+from ..common.checks import FLOATS, Spec, check_tensor, check_written
+from ..common.dispatch import public_operator
+from ..common.registration import kernel_operator, registered
+from . import calls
+from .by_torch import conv_sums
 
-#: Frames under the taps in time, and features, that the kernel can address.
-MAX_TAPS, MAX_FEATURES = 3, 128
+#: Features that one program owns.
+MAX_FEATURES = 128
 
 
 class FramesCall(NamedTuple):
@@ -56,38 +54,27 @@ class FramesCall(NamedTuple):
     out: Tensor
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
         x, p = self.x, self.patch_size
-        check_tensor("x", x, checks.FRAMES)
         if not isinstance(p, int) or p < 1:
             raise ValueError(f"patch_size: expected a positive integer, got {p!r}")
-        checks.check_kernel(self.weight, x, 3 * p * p)
-        check_tensors(self, x.device, bias=Spec((3 * p * p,), x.dtype, whole=True))
-        checks.check_past(self.past, x, self.weight.shape[2])
-        checks.check_integers("padding", self.padding, checks.PADDING, 4)
-        frames, rows, columns = checks.output_size(x, self.weight, (1, 1, 1), self.padding)
+        calls.check_convolution(self, 3 * p * p)
+        frames, rows, columns = calls.output_size(x, self.weight, (1, 1, 1), self.padding)
         result = Spec((x.shape[0], frames, p * rows, p * columns, 3), (torch.uint8, *FLOATS))
         check_tensor("out", self.out, result, x.device)
 
+    def check_written(self) -> None:
+        check_written(self, ("out",))
+
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
-        reason = (
-            kernel_obstacle(self[:4]) or derivative_obstacle((self.out,)) or checks.stride_obstacle(self.x, self.past)
-        )
         features, _, taps, _, _ = self.weight.shape
-        if reason is None and taps > MAX_TAPS:
-            reason = f"kernels exist for up to {MAX_TAPS} taps in time, got {taps}"
+        reason = calls.obstacle(self, taps)
         if reason is None and features > MAX_FEATURES:
             reason = f"kernels exist for up to {MAX_FEATURES} features, got {features}"
         return reason
 
-    def preference(self) -> str | None:
-        """Returns why cuDNN is preferred to the kernel, or None."""
-        return cudnn_preference(self.x, self.weight.shape[0], "frames")
-
     def by_torch(self) -> Tensor:
         """Computes the formula above in PyTorch, on a GPU by cuDNN."""
-        check_written(self, ("out",))
+        self.check_written()
         v, p = conv_sums(self), self.patch_size
         if p > 1:
             v = v.unflatten(4, (3, p, p)).permute(0, 1, 2, 6, 3, 5, 4).flatten(2, 3).flatten(3, 4)
@@ -95,33 +82,21 @@ class FramesCall(NamedTuple):
         return self.out.copy_((v.float() * 127.5 + 128).floor_().clamp_(0, 255) if whole else v.clamp(-1, 1))
 
     def by_kernel(self) -> Tensor:
-        """Computes the call by the kernel."""
         _frames_out_op(*self)
         return self.out
 
-    def implementation(self, backend: str, reason: str) -> Choice:
-        """Returns what computes the call."""
-        in_torch = "cudnn" if for_gpu(self.x.device) else "reference"
-        return Choice(backend, in_torch if backend == "torch" else "implicit GEMM", reason)
 
-
-@registered_operator(
+_frames_out_op = kernel_operator(
     "frames_out",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? past, SymInt[] padding, int patch_size, Tensor(a!) out)",
     FramesCall,
 )
-def _frames_out_op(call: FramesCall) -> None:
-    check_written(call, ("out",))
-    from .frames_out_kernel import launch_frames_out
-
-    launch_frames_out(call)
 
 
 @register_flop_formula(registered("frames_out"))
 def _flops(*shapes: Any, **kwargs: Any) -> int:
     of = FramesCall(*shapes[:7])
-    pixels = math.prod(of.out[:4]) // of.patch_size**2
-    return cost(pixels, of.weight[1], math.prod(of.weight[2:]), of.patch_size).flops
+    return 2 * math.prod(of.out) * math.prod(of.weight[1:])
 
 
 @public_operator()
@@ -168,22 +143,6 @@ def frames_out(
 
     Source: head of the Wan VAE's decoder (diffusers ``AutoencoderKLWan``), whose video processor maps -1..1 to 0..255.
     """
-    padding = checks.same_padding(weight) if padding is None else padding
+    padding = calls.same_padding(weight) if padding is None else padding
     call = FramesCall(x, weight, bias, past, padding, patch_size, out)
-    return compute(call, backend, preference=FramesCall.preference, told=FramesCall.implementation)
-
-
-def cost(pixels: int, channels: int, taps: int, patch_size: int = 1, itemsize: int = 2, out_itemsize: int = 1) -> Cost:
-    """Returns the least cost of one call.
-
-    Args:
-        pixels: feature pixels of all frames.
-        channels: C.
-        taps: kt * kh * kw.
-        patch_size: p.
-        itemsize: bytes of an element of ``x``.
-        out_itemsize: bytes of an element of ``out``.
-    """
-    features = 3 * patch_size**2
-    read = (pixels * channels + features * channels * taps) * itemsize
-    return Cost(2 * pixels * channels * features * taps, read, pixels * features * out_itemsize)
+    return calls.computed(call, backend, "frames")

@@ -1,6 +1,6 @@
 """The Triton kernel of ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels.
 
-Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases frames_out``.
+What the compiler made of it: ``python -m bench compile --cases frames_out``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def frames_out_fwd_kernel(
     tl.store(p_out, acc.to(OUT.dtype.element_ty), mask=m)
 
 
-def launch_frames_out(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` of a checked ``FramesCall``."""
     x, past, out, p = call.x, call.past, call.out, call.patch_size
     batch, frames, height, width, channels = x.shape

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..common.configs import configured
 from ..common.frames import pixels
 from ..common.target import capability_of
-from .checks import MAX_OWNED_CHANNELS
+from .calls import MAX_OWNED_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,7 @@ class ConvConfig:
     def heuristic(cls, capability: int | None, channels: int, columns: int, itemsize: int, owned: bool) -> ConvConfig:
         """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
-        Args:
-            capability: two digits, None for the interpreter.
-            channels: input channels.
-            columns: output channels.
-            itemsize: bytes of an element.
-            owned: whether one program must own all columns of a pixel.
+        ``owned``: one program must own all columns of a pixel. A capability of None is the interpreter's.
         """
         block_n, tail_n = _columns(columns, MAX_OWNED_CHANNELS if owned else 128)
         if not owned and -(-columns // (block_n + tail_n)) * (block_n + tail_n) > 1.1 * columns:

@@ -31,6 +31,7 @@ whose inputs need gradients, and those that were measured as faster there. Timed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,12 +42,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import Spec, check_tensor, check_tensors
-from ..common.cost import Cost
-from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
-from ..common.registration import registered, registered_operator
+from ..common.dispatch import public_operator, transform
+from ..common.registration import kernel_operator, registered
 from ..common.target import for_gpu
-from . import checks, sums
-from .by_torch import cudnn_preference
+from . import calls
 
 
 def fold_upsample_weight(weight: Tensor) -> Tensor:
@@ -73,13 +72,14 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight: expected [C', C, 3, 3], got {list(weight.shape)}")
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).permute(0, 2, 3, 1)  # [C', 3, 3, C]
-    above, row, below = wide.unbind(1)
-    by_row = (torch.stack((above, row + below), 1), torch.stack((above + row, below), 1))  # [C', 2, 3, C]
-    phases = []
-    for rows in by_row:
-        left, column, right = rows.unbind(2)
-        phases += [torch.stack((left, column + right), 2), torch.stack((left + column, right), 2)]
+    phases = [phase for rows in _without_copies(wide, 1) for phase in _without_copies(rows, 2)]
     return torch.stack(phases).to(weight.dtype)
+
+
+def _without_copies(taps: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Returns the two taps of an even row or column of the result, and those of an odd one."""
+    before, at, after = taps.unbind(dim)
+    return torch.stack((before, at + after), dim), torch.stack((before + at, after), dim)
 
 
 class UpsampleCall(NamedTuple):
@@ -97,31 +97,24 @@ class UpsampleCall(NamedTuple):
     backend: str = "auto"
 
     def shape(self) -> tuple[int, ...]:
-        """Returns the shape of the results."""
         (batch, frames, height, width, _), (top, bottom, left, right) = self.x.shape, self.padding
         return batch, frames, 2 * height + top + bottom - 2, 2 * width + left + right - 2, self.phases.shape[1]
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
         x, padding = self.x, self.padding
-        check_tensor("x", x, checks.FRAMES)
+        check_tensor("x", x, calls.FRAMES)
         check_tensor("phases", self.phases, Spec((4, "C'", 2, 2, x.shape[4]), x.dtype, whole=True), x.device)
         vector = Spec(self.phases.shape[1:2], x.dtype, whole=True)
         check_tensors(self, x.device, bias=vector, norm_weight=vector)
-        checks.check_integers("padding", padding, checks.PADDING, 4)
+        calls.check_integers("padding", padding, calls.PADDING, 4)
         if max(padding) > 1:
             raise ValueError(f"padding: expected at most 1 on each side, got {tuple(padding)}")
         if min(self.shape()[2:4]) < 1:
             raise ValueError(f"padding: {tuple(padding)} leaves nothing of {2 * x.shape[2]} x {2 * x.shape[3]} pixels")
-        sums.check_results(self)
+        calls.check_results(self)
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
-        return kernel_obstacle((*self[:5], *self[6:8])) or checks.stride_obstacle(self.x)
-
-    def preference(self) -> str | None:
-        """Returns why cuDNN is preferred to the kernel, or None."""
-        return cudnn_preference(self.x, self.phases.shape[1], "upsample")
+        return calls.obstacle(self)
 
     def summed(self) -> Tensor:
         """Returns the sum with bias and residual by torch, differentiable."""
@@ -152,29 +145,25 @@ class UpsampleCall(NamedTuple):
 
     def by_kernel(self) -> Any:
         """Computes the call by the kernel, and a norm of many channels by its own."""
-        return sums.by_kernel(self, lambda norm, *out: _upsample_conv2d_op(*self[:4], norm, self.padding, *out))
+        return calls.by_kernel(self, lambda norm, *out: _upsample_conv2d_op(*self[:4], norm, self.padding, *out))
 
-    by_torch = sums.by_torch
+    by_torch = calls.by_torch
+    check_written = calls.check_written
 
 
-@registered_operator(
+_upsample_conv2d_op = kernel_operator(
     "upsample_conv2d",
     "(Tensor x, Tensor phases, Tensor? bias, Tensor? residual, Tensor? norm_weight, SymInt[] padding,"
     " Tensor(a!)? out, Tensor(b!)? normed)",
     UpsampleCall,
 )
-def _upsample_conv2d_op(call: UpsampleCall) -> None:
-    sums.check_outputs(call)
-    from .upsample_conv2d_kernel import launch_upsample_conv2d
-
-    launch_upsample_conv2d(call)
 
 
 @register_flop_formula(registered("upsample_conv2d"))
 def _flops(*shapes: Any, **kwargs: Any) -> int:
     of = UpsampleCall(*shapes[:8])
-    batch, frames, height, width, columns = of.out if of.out is not None else of.normed
-    return cost(batch * frames * height * width, of.phases[4], columns).flops
+    result = of.out if of.out is not None else of.normed
+    return 2 * math.prod(result) * math.prod(of.phases[2:])
 
 
 @public_operator()
@@ -223,21 +212,4 @@ def upsample_conv2d(
     nearest-neighbour upsampling.
     """
     call = UpsampleCall(x, phases, bias, residual, norm_weight, padding, out, normed, backend=backend)
-    return compute(call, backend, preference=UpsampleCall.preference, told=sums.implementation)
-
-
-def cost(
-    pixels: int, channels: int, columns: int, *, residual: bool = False, results: int = 1, itemsize: int = 2
-) -> Cost:
-    """Returns the least cost of one call.
-
-    Args:
-        pixels: pixels of the result in all frames; a quarter as many are read.
-        channels: C, input channels.
-        columns: C', output channels.
-        residual: whether one is added.
-        results: tensors written, 1 or 2.
-        itemsize: bytes of an element.
-    """
-    read = (pixels * channels // 4 + pixels * residual * columns + 16 * columns * channels) * itemsize
-    return Cost(8 * pixels * channels * columns, read, results * pixels * columns * itemsize)
+    return calls.computed(call, backend, "upsample")

@@ -1,7 +1,7 @@
 """The Triton kernel of ``upsample_conv2d``: a program owns pixels of one phase, two apart in rows and columns.
 
 The four phases of the same input pixels are neighbours in the order of programs, so that three of them find these in
-L2. Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases upsample_conv2d``.
+L2. What the compiler made of it: ``python -m bench compile --cases upsample_conv2d``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def upsample_conv2d_fwd_kernel(
     )  # fmt: skip
 
 
-def launch_upsample_conv2d(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` and ``normed`` of a checked ``UpsampleCall``, of which at least one is given."""
     x, out, normed = call.x, call.out, call.normed
     batch, frames, height, width, channels = x.shape

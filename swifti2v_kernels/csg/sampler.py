@@ -77,9 +77,7 @@ def sample_segments(
     seed: int | Sequence[int] | None = None,
     noise: Tensor | None = None,
     mask_channels: int | None = None,
-    mode: str = "bidirectional",
     step: Step | None = None,
-    on_step: Callable[[int, int, int, int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Generates all blocks after the anchor, segment by segment, and yields each segment as soon as it is done.
 
@@ -89,18 +87,16 @@ def sample_segments(
         model: the DiT, wrapped in an adapter (:class:`swifti2v_kernels.WindowModel`).
         reference: ``[B, z, num_blocks, h, w]`` on the device that the model takes its input on: the input image's
             latent in block 0 and the motion reference after it. **Updated in place**: in the end it holds the clip.
-        plan: the segments; ``mode="end_to_end"`` takes only ``num_blocks`` from it.
+        plan: the segments; ``SegmentPlan.end_to_end(num_blocks)`` for one window of all blocks. SwiftI2V's ``causal``
+            mode, in which conditioning blocks do not see noisy ones, needs a DiT that keeps keys and values.
         sigmas: noise levels from 1 to 0, one more than there are steps (``scheduler.sigmas`` in diffusers).
         seed: draws the noise of each block by :func:`swifti2v_kernels.block_noise`, stage 2; one seed for each batch
             entry.
         noise: the noise of the whole clip, shaped as the reference, instead of ``seed``.
         mask_channels: whether and how mask and reference are concatenated (:func:`swifti2v_kernels.assemble_window`).
-        mode: ``bidirectional``, or ``end_to_end`` for one window of all blocks. SwiftI2V's ``causal`` mode, in which
-            conditioning blocks do not see noisy ones, needs a DiT that keeps keys and values and is not offered here.
         step: the solver; default Euler, ``x + (sigmas[i + 1] - sigmas[i]) * velocity``. It is called once a step, so
             solvers with several evaluations a step are out; one with a memory clears it at ``i == 0``, where a new
             segment begins.
-        on_step: called after every step with (segment, number of segments, step, number of steps), all counted from 1.
 
     Yields:
         Blocks ``[B, z, m, h, w]`` in the reference's dtype, in order, every block after the anchor exactly once. What
@@ -124,10 +120,6 @@ def sample_segments(
     """
     if not callable(model):
         raise TypeError(f"model: expected a WindowModel, which is called, got {type(model).__name__}")
-    if mode not in ("bidirectional", "end_to_end"):
-        hint = " (causal needs keys and values kept inside the model, which a WindowModel does not offer)"
-        raise ValueError(f"mode: expected bidirectional or end_to_end, got {mode!r}{hint if mode == 'causal' else ''}")
-    plan = SegmentPlan.end_to_end(plan.num_blocks) if mode == "end_to_end" else plan
     if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
         raise ValueError(f"reference: expected [B, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
     if not reference.is_floating_point():
@@ -136,48 +128,39 @@ def sample_segments(
     if len(levels) < 2 or not all(0 <= sigma <= 1 for sigma in levels):
         raise ValueError(f"sigmas: expected two or more noise levels in 0..1 (not timesteps), got {levels}")
     check_mask_channels(mask_channels)
-    draw = _noise_source(reference, seed, noise)
+    if (seed is None) == (noise is None):
+        raise ValueError(f"seed, noise: expected one of the two, got {'neither' if seed is None else 'both'}")
+    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+    if noise is None and (len(seeds) != reference.shape[0] or any(one < 0 for one in seeds)):
+        raise ValueError(f"seed: expected {reference.shape[0]} (one a batch entry), none negative, got {seed}")
+    if noise is not None and noise.shape != reference.shape:
+        raise ValueError(f"noise: expected {tuple(reference.shape)} as the reference, got {tuple(noise.shape)}")
+    _, z, _, height, width = reference.shape
     dtype, num_steps = torch.promote_types(reference.dtype, torch.float32), len(levels) - 1
 
     @torch.no_grad()
     def segments() -> Iterator[Tensor]:
-        for segment, window in enumerate(plan, start=1):
-            x = draw(window).to(reference.device, dtype)
+        for window in plan:
+            if noise is None:
+                drawn = [block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds]
+            else:
+                drawn = [noise[:, :, list(window.noisy)]]
+            x = torch.cat(drawn).to(reference.device, dtype)
             # The velocity of the noisy blocks, or of all blocks, of which these are the last.
             shapes = [(*x.shape[:2], blocks, *x.shape[3:]) for blocks in (len(window.noisy), len(window.blocks))]
             for i in range(num_steps):
                 latents = assemble_window(reference, x, window, mask_channels=mask_channels)
-                velocity = _checked("model", model(latents, levels[i], window), shapes)[:, :, -len(window.noisy) :].to(
-                    x
-                )
+                velocity = _checked("model", model(latents, levels[i], window), shapes)
+                velocity = velocity[:, :, -len(window.noisy) :].to(x)
                 if step is None:
                     x = x + (levels[i + 1] - levels[i]) * velocity
                 else:
                     x = _checked("step", step(x, velocity, i), shapes[:1]).to(x)
-                if on_step is not None:
-                    on_step(segment, len(plan), i + 1, num_steps)
             done = x.to(reference.dtype)
             reference[:, :, window.noisy[0] : window.noisy[-1] + 1] = done
             yield done
 
     return segments()
-
-
-def _noise_source(
-    reference: Tensor, seed: int | Sequence[int] | None, noise: Tensor | None
-) -> Callable[[Window], Tensor]:
-    """Returns a function that draws the noise ``[B, z, m, h, w]`` of a window's noisy blocks."""
-    if (seed is None) == (noise is None):
-        raise ValueError(f"seed, noise: expected one of the two, got {'neither' if seed is None else 'both'}")
-    if noise is not None:
-        if noise.shape != reference.shape:
-            raise ValueError(f"noise: expected {tuple(reference.shape)} as the reference, got {tuple(noise.shape)}")
-        return lambda window: noise[:, :, list(window.noisy)]
-    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
-    if len(seeds) != reference.shape[0] or any(one < 0 for one in seeds):
-        raise ValueError(f"seed: expected {reference.shape[0]} (one a batch entry), none negative, got {seed}")
-    _, z, _, height, width = reference.shape
-    return lambda window: torch.cat([block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds])
 
 
 def _checked(name: str, result: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:

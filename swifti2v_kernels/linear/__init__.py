@@ -2,7 +2,7 @@
 
 linear_gelu      torch's own fused matmul and activation, without a kernel of ours
 scaled_linear    matmuls in 8 bits
-quantize_rows    16 bits to 8; ``dequantize_rows`` back; ``rows`` is their type, ``rounding`` what kernels share
+quantize_rows    16 bits to 8; ``dequantize_rows`` back; ``rows`` is their type
 cases            named calls: what is compiled, checked, timed and tuned
 
 A file's Triton kernel is in the file of its name and ``_kernel``.

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Work
+from ..common.cost import Cost, Work
 from ..common.shapes import MODELS, WINDOWS
-from .dequantize_rows import cost as dequantize_cost
 from .dequantize_rows import dequantize_rows
-from .quantize_rows import cost as quantize_cost
 from .quantize_rows import quantize_rows
 from .rows import FLOAT8_CAPABILITY, QuantizedRows
-from .scaled_linear import cost as scaled_cost
 from .scaled_linear import scaled_linear
 
 _BF16 = torch.bfloat16
@@ -47,7 +44,6 @@ class _Rows:
         return replace(self, rows=rows, columns=columns, new=torch.empty)
 
     def product(self, device: torch.device) -> Arguments:
-        """Returns a call of ``scaled_linear``."""
 
         def quantized(rows: int) -> QuantizedRows:
             # Not every fill is known for float8, and as bytes a 1 is no NaN.
@@ -59,12 +55,10 @@ class _Rows:
         return (quantized(self.rows), quantized(self.columns), bias), options
 
     def wide(self, device: torch.device) -> Arguments:
-        """Returns a call of ``quantize_rows``."""
         x = self.new(1, self.rows, self.channels, dtype=_BF16, device=device)
         return (x, self.kind), {"backend": "triton"}
 
     def stored(self, device: torch.device) -> Arguments:
-        """Returns a call of ``dequantize_rows``."""
         values = self.new(self.rows, self.channels, dtype=self.kind, device=device)
         return (values, self.new(self.rows, device=device)), {"dtype": _BF16, "backend": "triton"}
 
@@ -79,7 +73,9 @@ def _scaled(kind: torch.dtype, depth: int, columns: int, activation: str | None 
     """Returns a call whose real size is a fifth of a block's tokens at 2560x1408, which the DiT computes at a time."""
     rows = _Rows(kind, depth, 24, activation=activation)
     part = WINDOWS["CSG window 2560x1408, 1.3B"].block_len // 5
-    least = scaled_cost(part, depth, columns, gelu=activation is not None)
+    # Rows and weights in 8 bits with their scales, bias and result in 16; GELU counts as eight operations.
+    flops = part * columns * (2 * depth + (8 if activation else 0))
+    least = Cost(flops, (part + columns) * (depth + 4) + 2 * columns, 2 * part * columns)
     real = RealSize(f"{part} x {depth} to {columns}", rows.at(part, columns).product, least)
     name = f"scaled_linear K{depth}{' gelu' if activation else ''} {rows.name}"
     return Case(name, scaled_linear, rows.product, _product_work, real, rows.least_capability)
@@ -87,7 +83,8 @@ def _scaled(kind: torch.dtype, depth: int, columns: int, activation: str | None 
 
 def _quantize(rows: _Rows, name: str, number: int, shape: str) -> Case:
     """Returns a call whose programs read 16 bits and write 8."""
-    real = RealSize(shape, rows.at(number).wide, quantize_cost(number, rows.channels))
+    size = number * rows.channels
+    real = RealSize(shape, rows.at(number).wide, Cost(5 * size, 2 * size, size + 4 * number))
     name = f"quantize_rows C{rows.channels} {name}"
     return Case(name, quantize_rows, rows.wide, lambda c: Work(0, 3 * c["C"] * c["BLOCK_M"]), real,
                 rows.least_capability)  # fmt: skip
@@ -95,7 +92,8 @@ def _quantize(rows: _Rows, name: str, number: int, shape: str) -> Case:
 
 def _dequantize(rows: _Rows, number: int, layer: str) -> Case:
     """Returns a call whose programs read a tile of 8 bits and write 16."""
-    least = dequantize_cost(number, rows.channels)
+    size = number * rows.channels
+    least = Cost(2 * size, size + 4 * number, 2 * size)
     real = RealSize(f"{number} x {rows.channels}, {layer}", rows.at(number).stored, least)
     name = f"dequantize_rows C{rows.channels} {rows.name}"
     return Case(name, dequantize_rows, rows.stored, lambda c: Work(0, 3 * c["BLOCK_C"] * c["BLOCK_M"]), real)

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from ..common.checks import Spec, check_tensors, check_written
-from ..common.cost import Cost
 from ..common.dispatch import KERNEL_DTYPES, compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
-from .rows import EIGHT_BITS, check_rows, check_scales
+from ..common.registration import kernel_operator
+from .rows import EIGHT_BITS, check_dtype, check_rows, check_scales
 
 
 class DequantizeCall(NamedTuple):
@@ -41,42 +40,36 @@ class DequantizeCall(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
         check_rows("values", self.values)
-        if self.values.dtype not in EIGHT_BITS:
-            raise ValueError(f"values: expected one of {', '.join(map(str, EIGHT_BITS))}, got {self.values.dtype}")
+        check_dtype("values", self.values.dtype, EIGHT_BITS)
         check_scales("scales", self.scales, "values", self.values, (torch.float32,))
-        if self.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(map(str, KERNEL_DTYPES))}, got {self.dtype}")
+        check_dtype("dtype", self.dtype, KERNEL_DTYPES)
         if self.out is not None:
             check_rows("out", self.out)
             check_tensors(self, self.values.device, out=Spec(self.values.shape, self.dtype))
 
+    def check_written(self) -> None:
+        check_written(self, ("out",))
+
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
         return kernel_obstacle((self.scales, self.out))
 
     def by_torch(self) -> Tensor:
         """Computes the formula above in PyTorch, differentiable by the scales."""
         if self.out is not None:
-            check_written(self, ("out",))
+            self.check_written()
         y = (self.values.float() * self.scales.unsqueeze(-1)).to(self.dtype)
         return y if self.out is None else self.out.copy_(y)
 
     def by_kernel(self) -> Tensor:
-        """Computes the call by the kernel."""
         out = self.values.new_empty(self.values.shape, dtype=self.dtype) if self.out is None else self.out
         _dequantize_rows_op(self.values, self.scales, out)
         return out
 
 
-@registered_operator("dequantize_rows", "(Tensor values, Tensor scales, Tensor(a!) out)", DequantizeCall)
-def _dequantize_rows_op(call: DequantizeCall) -> None:
-    check_written(call, ("out",))
-    if call.out.numel():
-        from .dequantize_rows_kernel import launch_dequantize_rows
-
-        launch_dequantize_rows(call)
+_dequantize_rows_op = kernel_operator(
+    "dequantize_rows", "(Tensor values, Tensor scales, Tensor(a!) out)", DequantizeCall
+)
 
 
 @public_operator()
@@ -112,8 +105,3 @@ def dequantize_rows(
     Source: 8-bit checkpoints of Wan, ``weight = float8 * scale``.
     """
     return compute(DequantizeCall(values, scales, out, dtype), backend)
-
-
-def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:
-    """Returns the least cost of one call."""
-    return Cost(2 * rows * channels, rows * (channels + 4), rows * channels * itemsize)

@@ -72,7 +72,7 @@ def dequantize_rows_fwd_kernel(
     tl.store(OUT + o_m[:, None] * out_stride + o_c[None, :], y.to(OUT.dtype.element_ty), mask=m)
 
 
-def launch_dequantize_rows(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` of a checked ``DequantizeCall``, which is not empty."""
     channels, kind = call.values.shape[-1], FORMATS[call.values.dtype]
     values, scales, out = call.values.view(-1, channels), call.scales.view(-1), call.out.view(-1, channels)

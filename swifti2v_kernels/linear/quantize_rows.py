@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import FLOATS, check_written
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 from . import rows
 from .rows import QuantizedRows
 
@@ -50,7 +49,6 @@ class QuantizeCall(NamedTuple):
     out: QuantizedRows | None = None
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
         rows.check_rows("x", self.x)
         if self.x.dtype not in FLOATS:
             raise ValueError(f"x: expected float32, float16 or bfloat16 (float64: torch), got {self.x.dtype}")
@@ -60,8 +58,10 @@ class QuantizeCall(NamedTuple):
             rows.check_rows("out.values", self.out.values)
             rows.check_rows("out.scales", self.out.scales, trailing=0)
 
+    def check_written(self) -> None:
+        check_written(self, ("values", "scales"), {"out.values": self.values, "out.scales": self.scales})
+
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
         if (reason := kernel_obstacle((self.x,))) is not None:
             return reason
         if self.x.shape[-1] > MAX_CHANNELS:
@@ -75,19 +75,12 @@ class QuantizeCall(NamedTuple):
         return rows.written(self.out, rows.quantized_reference(self.x, self.dtype))
 
     def by_kernel(self) -> QuantizedRows:
-        """Computes the call by the kernel."""
         out = rows.new_rows(self.x, self.dtype) if self.out is None else self.out
         _quantize_rows_op(self.x, *out)
         return out
 
 
-@registered_operator("quantize_rows", "(Tensor x, Tensor(a!) values, Tensor(b!) scales)", QuantizeCall)
-def _quantize_rows_op(call: QuantizeCall) -> None:
-    check_written(call, ("values", "scales"), {"out.values": call.values, "out.scales": call.scales})
-    if call.x.numel():
-        from .quantize_rows_kernel import launch_quantize_rows
-
-        launch_quantize_rows(call)
+_quantize_rows_op = kernel_operator("quantize_rows", "(Tensor x, Tensor(a!) values, Tensor(b!) scales)", QuantizeCall)
 
 
 @public_operator()
@@ -125,8 +118,3 @@ def quantize_rows(
     Source: symmetric quantisation of activations by token, as for 8-bit matmuls of transformers (arXiv 2208.07339).
     """
     return compute(QuantizeCall(x, dtype=dtype, out=out), backend)
-
-
-def cost(rows: int, channels: int, itemsize: int = 2) -> Cost:
-    """Returns the least cost of one call."""
-    return Cost(5 * rows * channels, rows * channels * itemsize, rows * (channels + 4))

@@ -13,6 +13,7 @@ value, which counts only for what lies that close to the middle between two valu
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -83,23 +84,14 @@ def written(out: QuantizedRows | None, rows: QuantizedRows) -> QuantizedRows:
     return out
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Checks that ``dtype`` is one that rows are quantised to.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if dtype not in LARGEST:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, LARGEST))}, got {dtype}")
+def check_dtype(name: str, dtype: torch.dtype, allowed: Iterable[torch.dtype] = LARGEST) -> None:
+    """Checks that ``dtype`` is one of those allowed, by default those that rows are quantised to."""
+    if dtype not in allowed:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {dtype}")
 
 
 def check_out(name: str, out: QuantizedRows, like: Tensor, dtype: torch.dtype) -> None:
-    """Checks that ``out`` can hold the rows of ``like`` [..., C] in ``dtype``.
-
-    Raises:
-        TypeError: not a pair of tensors.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
+    """Checks that ``out`` can hold the rows of ``like`` [..., C] in ``dtype``."""
     if not isinstance(out, QuantizedRows):
         raise TypeError(f"{name}: expected QuantizedRows, got {type(out).__name__}")
     check_tensor(f"{name}.values", out.values, Spec(like.shape, dtype), like.device)
@@ -110,10 +102,6 @@ def check_rows(name: str, x: Tensor, trailing: int = 1) -> None:
     """Checks that the leading axes of ``x`` flatten to one axis of rows without a copy.
 
     The ``trailing`` axes of channels (1, or 0 for none) stay; they are contiguous and not empty.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: they do not flatten, or the channels do not fit.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -134,10 +122,6 @@ def check_scales(name: str, scales: Tensor, of: str, values: Tensor, dtypes: tup
     """Checks that ``scales`` are numbers of a row of ``values`` each, which the argument ``of`` is, and flatten to [M].
 
     The first of the dtypes is the one that the message names: float64 is for references alone.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype or device do not fit.
     """
     check_rows(name, scales, trailing=0)
     if scales.shape != values.shape[:-1] or scales.dtype not in dtypes or scales.device != values.device:

@@ -13,7 +13,7 @@
   number of channels that is no multiple of ``block_k`` costs masks.
 * **Programs go through groups of ``GROUP_M`` tiles of rows** column by column, so that both operands stay in L2.
 
-Not yet timed on hardware. What the compiler made of it: ``python -m bench compile --cases scaled_linear``.
+What the compiler made of it: ``python -m bench compile --cases scaled_linear``.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class ScaledConfig:
     def heuristic(cls, capability: int | None, float8: bool) -> ScaledConfig:
         """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
-        Args:
-            capability: two digits, None for the interpreter.
-            float8: whether the operands are float8, not int8.
+        A capability of None is the interpreter's.
         """
         if capability is None:
             return cls(16, 16, 64, 4, 1)
@@ -159,7 +157,7 @@ def scaled_linear_fwd_kernel(
     _write(second, x_scale, p_out, o_m, m_m, start_n + BLOCK_N + o_n, WEIGHT_SCALES, BIAS, N, GELU)
 
 
-def launch_scaled_linear(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` of a checked ``ScaledCall``, which is not empty."""
     columns, depth = call.weight.shape
     x, scales = call.values.view(-1, depth), call.scales.view(-1)

@@ -46,7 +46,7 @@ from torch import Tensor
 from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, given, same_view
 from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 from ..linear.rows import QuantizedRows, check_dtype, check_out, float8_obstacle, new_rows, quantized_reference, written
 
 NORMS = ("layer", "rms")
@@ -112,6 +112,22 @@ class AdalnCall(NamedTuple):
         if name and length % rows:
             raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
 
+    def check_written(self) -> None:
+        """Checks that outputs overlap nothing that is still to be read.
+
+        A program reads all of its row of x and update before it writes, but others read the parameters meanwhile.
+        """
+        outputs, x_out = ("x_out", "y_out", "y_scales", "out"), self.x if self.inplace else self.x_out
+        y_out = self.out if self.y_out is None else self.y_out
+        if self.y_scales is not None:
+            y_out = QuantizedRows(self.y_out, self.y_scales)
+        if isinstance(y_out, QuantizedRows):
+            # Of another dtype than x and update, so they are never the whole of one.
+            check_written(self, outputs, y_out.parts("out"))
+            y_out = None
+        over_x = x_out is None and y_out is not None and same_view(y_out, self.x)
+        check_written(self, outputs, {"x": y_out} if over_x else {"x": x_out, "out": y_out}, ("x", "update"))
+
     def obstacle(self) -> str | None:
         """Returns why the kernel cannot take the call, or None if it can."""
         out = self.out if isinstance(self.out, Tensor) else None
@@ -123,12 +139,11 @@ class AdalnCall(NamedTuple):
 
     def by_torch(self) -> Any:
         """Computes the call in PyTorch, differentiable unless quantised; what is to be overwritten is last."""
-        x_out = self.x if self.inplace else None
-        _check_written(self, x_out, self.out)
+        self.check_written()
         x = self.x if self.update is None else _gated(self)
         y = _normed(self, x) if self.normed else None
-        if x_out is not None:
-            x = x_out.copy_(x)
+        if self.inplace:
+            x = self.x.copy_(x)
         if isinstance(y, QuantizedRows):
             y = written(self.out, y)
         elif self.out is not None:
@@ -200,33 +215,12 @@ def _rows(modulation: Tensor, block_map: Tensor | None) -> Tensor:
     return _wide(modulation[:, rows]).masked_fill(missing, float("nan")).unsqueeze(2)
 
 
-def _check_written(call: AdalnCall, x_out: Tensor | None, y_out: Tensor | QuantizedRows | None) -> None:
-    """Checks that outputs overlap nothing that is still to be read.
-
-    A program reads all of its row of x and update before it writes, but others read the parameters meanwhile.
-    """
-    outputs = ("x_out", "y_out", "y_scales", "out")
-    if isinstance(y_out, QuantizedRows):
-        # Of another dtype than x and update, so they are never the whole of one.
-        check_written(call, outputs, y_out.parts("out"))
-        y_out = None
-    over_x = x_out is None and y_out is not None and same_view(y_out, call.x)
-    check_written(call, outputs, {"x": y_out} if over_x else {"x": x_out, "out": y_out}, ("x", "update"))
-
-
-@registered_operator(
+_adaln_op = kernel_operator(
     "adaln",
     "(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias,"
     " Tensor? block_map, str norm, float eps, Tensor(a!)? x_out, Tensor(b!)? y_out, Tensor(c!)? y_scales)",
     AdalnCall,
 )
-def _adaln_op(call: AdalnCall) -> None:
-    rows = call.y_out is not None and call.y_scales is not None
-    _check_written(call, call.x_out, QuantizedRows(call.y_out, call.y_scales) if rows else call.y_out)
-    if call.x.numel():
-        from .adaln_kernel import launch_adaln
-
-        launch_adaln(call)
 
 
 @public_operator()
@@ -286,10 +280,8 @@ def norm_modulate(
         raise ValueError("out: expected None with inplace, which writes to x")
     if inplace and quantize is not None:
         raise ValueError("inplace: expected False with quantize, whose result is not of x's dtype")
-    call = AdalnCall(
-        x, None, None, shift, scale, weight, bias, block_map, norm, eps, quantize=quantize, out=x if inplace else out
-    )
-    return compute(call, backend)
+    rest = (None, None, shift, scale, weight, bias, block_map, norm, eps)
+    return compute(AdalnCall(x, *rest, quantize=quantize, out=x if inplace else out), backend)
 
 
 @public_operator()
@@ -385,33 +377,13 @@ def gated_residual_norm_modulate(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    call = AdalnCall(
-        x,
-        given("update", update),
-        gate,
-        shift,
-        scale,
-        weight,
-        bias,
-        block_map,
-        norm,
-        eps,
-        quantize=quantize,
-        out=out,
-        inplace=inplace,
-    )
+    rest = (gate, shift, scale, weight, bias, block_map, norm, eps)
+    call = AdalnCall(x, given("update", update), *rest, quantize=quantize, out=out, inplace=inplace)
     return compute(call, backend)
 
 
 def cost(
-    batch: int,
-    length: int,
-    channels: int,
-    *,
-    update: bool,
-    norm: bool,
-    quantize: bool = False,
-    itemsize: int = 2,
+    batch: int, length: int, channels: int, *, update: bool, norm: bool, quantize: bool = False, itemsize: int = 2
 ) -> Cost:
     """Returns the least cost of one call with or without an update to add, a norm and its rounding to 8 bits.
 

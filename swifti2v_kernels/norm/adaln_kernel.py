@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
-from ..linear.rounding import channels_of_8_bits, magnitude, rounded, row_scale
+from ..linear.quantize_rows_kernel import channels_of_8_bits, magnitude, rounded, row_scale
 from ..linear.rows import LARGEST
 
 LAYER, RMS = 1, 2
@@ -119,7 +119,7 @@ def register_limit(channels: int, num_warps: int) -> dict[str, int]:
     return {"maxnreg": 128} if triton.cdiv(channels, 8 * 32 * num_warps) <= 3 else {}
 
 
-def launch_adaln(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``x_out`` (with an update) and ``y_out`` (with a norm) of a checked ``AdalnCall``.
 
     With ``y_scales`` [B, L], ``y_out`` is in 8 bits.

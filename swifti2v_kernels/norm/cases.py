@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Work
@@ -20,43 +21,6 @@ from .rms_norm_silu import cost as silu_cost
 from .rms_norm_silu import rms_norm_silu
 from .rope import rope_3d, rope_from_tokens
 
-
-def _adaln_inputs(  # type: ignore[no-untyped-def]
-    channels: int,
-    dtype: torch.dtype,
-    form: str,
-    blocks: int = 4,
-    length: int = 64,
-    new=torch.ones,
-    quantize: torch.dtype | None = None,
-):
-    def make(device: torch.device) -> Arguments:
-        # The model's own layouts: rows of a larger buffer, and one of six entries of a modulation table.
-        x, update = new(2, 1, length, channels, dtype=dtype, device=device)
-        table = new(1, 2, 6, channels, device=device)
-        rows = {"block_map": torch.zeros(blocks, dtype=torch.int32, device=device), "backend": "triton"}
-        rows |= {} if quantize is None else {"quantize": quantize}
-        shift, scale, gate = table.unbind(2)[:3]
-        if form == "norm_modulate":
-            return (x, shift, scale), rows
-        if form == "gated_residual":
-            return (x, update, gate), {**rows, "inplace": True}
-        if form == "gated_residual_norm_modulate":
-            return (x, update, gate, shift, scale), {**rows, "inplace": True}
-        affine = new(2, channels, device=device)
-        return (x, update, gate), {**rows, "weight": affine[0], "bias": affine[1], "inplace": True}
-
-    return make
-
-
-def _adaln_work(rows: float) -> Callable[[Mapping[str, Any]], Work]:
-    """Returns the work on one token of 16 bits, of which ``rows`` of x, update, x' and y are read or written.
-
-    A quantised row counts for half.
-    """
-    return lambda constants: Work(0, int(rows * 2 * constants["C"]))
-
-
 #: By width: the window or clip that norms and rotations are timed at.
 _REAL = {
     WINDOWS[name].model.width: WINDOWS[name]
@@ -64,69 +28,87 @@ _REAL = {
 }
 
 
-def _adaln_real(channels: int, dtype: torch.dtype, form: str, quantize: torch.dtype | None = None) -> RealSize | None:
-    if channels not in _REAL:
-        return None
-    window = _REAL[channels]
-    parts = {"update": form != "norm_modulate", "norm": form != "gated_residual", "quantize": quantize is not None}
-    inputs = _adaln_inputs(channels, dtype, form, window.blocks, window.tokens, torch.empty, quantize)
-    return RealSize(window.name, inputs, adaln_cost(1, window.tokens, channels, **parts))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _quantized(operator: Callable[..., Any], channels: int, quantize: torch.dtype) -> Case:
-    form, rows, half = operator.__name__, 1.5 if operator is norm_modulate else 3.5, torch.bfloat16
+def _adaln(
+    operator: Callable[..., Any],
+    channels: int,
+    dtype: torch.dtype = torch.bfloat16,
+    affine: bool = False,
+    quantize: torch.dtype | None = None,
+) -> Case:
+    """Returns a call of one of the three operators, timed if a model has so many channels."""
+    adds, norms = operator is not norm_modulate, operator is not gated_residual
+
+    def inputs(blocks: int, length: int, new: Callable[..., Tensor]) -> Callable[[torch.device], Arguments]:
+        def make(device: torch.device) -> Arguments:
+            # The model's own layouts: rows of a larger buffer, and one of six entries of a modulation table.
+            x, update = new(2, 1, length, channels, dtype=dtype, device=device)
+            shift, scale, gate = new(1, 2, 6, channels, device=device).unbind(2)[:3]
+            block_map = torch.zeros(blocks, dtype=torch.int32, device=device)
+            options: dict[str, Any] = {"block_map": block_map, "backend": "triton"}
+            options |= {"inplace": True} if adds else {}
+            options |= {"quantize": quantize} if quantize else {}
+            if affine:
+                options["weight"], options["bias"] = new(2, channels, device=device)
+            modulation = (shift, scale) if norms and not affine else ()
+            return (x, *((update, gate) if adds else ()), *modulation), options
+
+        return make
+
+    # Of x, update, x' and y those that are read or written; a quantised row counts for half.
+    rows = 1 + 2 * adds + norms - (0.5 if quantize else 0)
+    real, window = None, _REAL.get(channels)
+    if window is not None:
+        least = adaln_cost(1, window.tokens, channels, update=adds, norm=norms, quantize=quantize is not None)
+        real = RealSize(window.name, inputs(window.blocks, window.tokens, torch.empty), least)
     return Case(
-        f"{form} C {channels} to {str(quantize).removeprefix('torch.')}",
+        f"{operator.__name__} {'affine ' * affine}C {channels} {'to ' + _name(quantize) if quantize else _name(dtype)}",
         operator,
-        _adaln_inputs(channels, half, form, quantize=quantize),
-        _adaln_work(rows),
-        _adaln_real(channels, half, form, quantize),
-        80 if quantize == torch.int8 else FLOAT8_CAPABILITY,
+        inputs(4, 64, torch.ones),
+        lambda constants: Work(0, int(rows * 2 * constants["C"])),  # a token of 16 bits
+        real,
+        FLOAT8_CAPABILITY if quantize == torch.float8_e4m3fn else 80,
     )
 
 
 _ADALN_CASES = [
-    _quantized(norm_modulate, 1536, torch.float8_e4m3fn),
-    _quantized(gated_residual_norm_modulate, 3072, torch.int8),
-    _quantized(gated_residual_norm_modulate, 5120, torch.float8_e4m3fn),
-]
-_ADALN_CASES += [
-    Case(
-        f"{operator.__name__} {label} {c} {str(t).removeprefix('torch.')}",
-        operator,
-        _adaln_inputs(c, t, form),
-        _adaln_work(rows),
-        _adaln_real(c, t, form),
-    )
-    for operator, label, form, rows, sizes in (
-        (norm_modulate, "C", "norm_modulate", 2, ((1536, torch.bfloat16),)),
-        (gated_residual, "C", "gated_residual", 3, ((5120, torch.bfloat16),)),
-        (gated_residual_norm_modulate, "affine C", "affine", 4, ((1536, torch.bfloat16),)),
-        (
-            gated_residual_norm_modulate,
-            "C",
-            "gated_residual_norm_modulate",
-            4,
-            ((1536, torch.bfloat16), (3072, torch.bfloat16), (5120, torch.bfloat16), (96, torch.float16)),
-        ),
-    )
-    for c, t in sizes
+    _adaln(norm_modulate, 1536, quantize=torch.float8_e4m3fn),
+    _adaln(gated_residual_norm_modulate, 3072, quantize=torch.int8),
+    _adaln(gated_residual_norm_modulate, 5120, quantize=torch.float8_e4m3fn),
+    _adaln(norm_modulate, 1536),
+    _adaln(gated_residual, 5120),
+    _adaln(gated_residual_norm_modulate, 1536, affine=True),
+    *(_adaln(gated_residual_norm_modulate, channels) for channels in (1536, 3072, 5120)),
+    _adaln(gated_residual_norm_modulate, 96, torch.float16),
 ]
 
 
-def _rope_inputs(heads: int, head_dim: int, dtype: torch.dtype, **options: Any) -> Callable[[torch.device], Arguments]:
+def _rope_inputs(
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rotate: bool = True,
+    per_head: bool = False,
+    per_token: bool = False,
+    layout: str = "interleaved",
+    batch: int = 2,
+    grid: tuple[int, int, int] = (2, 3, 4),
+    new: Callable[..., Tensor] = torch.ones,
+) -> Callable[[torch.device], Arguments]:
     def make(device: torch.device) -> Arguments:
-        rotate, per_head = options.get("rotate", True), options.get("per_head", False)
-        new, batch, grid = options.get("new", torch.ones), options.get("batch", 2), options.get("grid", (2, 3, 4))
         width = heads * head_dim
         qkv = new(batch, math.prod(grid), 3 * width, dtype=dtype, device=device)
         weight = new(head_dim if per_head else width, dtype=dtype, device=device)
         rope = rope_3d(range(grid[0]), *grid[1:], head_dim, device=device) if rotate else None
-        if options.get("per_token", False):
+        if per_token:
             angle = new(math.prod(grid), head_dim // 2, device=device)
             rope = rope_from_tokens(angle, angle)
-        keywords = {"inplace": True, "layout": options.get("layout", "interleaved"), "backend": "triton"}
-        return (qkv[..., :width], qkv[..., width : 2 * width], weight, weight, rope, heads), keywords
+        options = {"inplace": True, "layout": layout, "backend": "triton"}
+        return (qkv[..., :width], qkv[..., width : 2 * width], weight, weight, rope, heads), options
 
     return make
 
@@ -137,26 +119,23 @@ def _rope_work(constants: Mapping[str, Any]) -> Work:
 
 
 def _rope_real(window: Window) -> RealSize:
-    heads, grid = window.model.heads, (window.blocks, *window.grid)
-    inputs = _rope_inputs(heads, 128, torch.bfloat16, new=torch.empty, batch=1, grid=grid)
+    inputs = _rope_inputs(window.model.heads, 128, batch=1, grid=(window.blocks, *window.grid), new=torch.empty)
     return RealSize(window.name, inputs, rope_cost(1, window.tokens, window.model.width))
 
 
 _ROPE_TIMED = {f"{window.model.heads}x128": _rope_real(window) for window in _REAL.values()}
-
-
 _ROPE_CASES = [
     Case(f"qk_norm_rope {name}", qk_norm_rope, inputs, _rope_work, _ROPE_TIMED.get(name))
     for name, inputs in {
-        "12x128": _rope_inputs(12, 128, torch.bfloat16),
-        "24x128": _rope_inputs(24, 128, torch.bfloat16),
-        "40x128": _rope_inputs(40, 128, torch.bfloat16),
-        "12x128 no rope": _rope_inputs(12, 128, torch.bfloat16, rotate=False),
-        "24x128 per head, half": _rope_inputs(24, 128, torch.bfloat16, per_head=True, layout="half"),
+        "12x128": _rope_inputs(12, 128),
+        "24x128": _rope_inputs(24, 128),
+        "40x128": _rope_inputs(40, 128),
+        "12x128 no rope": _rope_inputs(12, 128, rotate=False),
+        "24x128 per head, half": _rope_inputs(24, 128, per_head=True, layout="half"),
         "4x24 fp16": _rope_inputs(4, 24, torch.float16),
-        "24x128 per head and token": _rope_inputs(24, 128, torch.bfloat16, per_head=True, per_token=True),
+        "24x128 per head and token": _rope_inputs(24, 128, per_head=True, per_token=True),
         # LTX-Video turns its 32 heads of 64 channels by angles of their own: as one head.
-        "1x2048 per token": _rope_inputs(1, 2048, torch.bfloat16, per_token=True),
+        "1x2048 per token": _rope_inputs(1, 2048, per_token=True),
     }.items()
 ]
 
@@ -182,7 +161,7 @@ def _silu_work(constants: Mapping[str, Any]) -> Work:
 
 
 _SILU_CASES = [
-    Case(f"rms_norm_silu C{c} {str(t).removeprefix('torch.')}", rms_norm_silu, _silu_inputs(c, t), _silu_work, real)
+    Case(f"rms_norm_silu C{c} {_name(t)}", rms_norm_silu, _silu_inputs(c, t), _silu_work, real)
     for c, t, real in (
         (96, torch.bfloat16, _silu_real(96, 4, 1)),
         (384, torch.bfloat16, _silu_real(384, 2, 4)),

@@ -39,7 +39,7 @@ from torch import Tensor
 from ..common.checks import Spec, check_targets, check_tensor, given
 from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 from .rope import Rope3D
 
 LAYOUTS = ("interleaved", "half")
@@ -58,33 +58,17 @@ def norm_rope_reference(
     y = F.rms_norm(y, weight.shape, weight.to(wide), eps).flatten(2).to(x.dtype).unflatten(2, (num_heads, -1))
     if rope is None:
         return y
-    grid, pairs = tuple(axis.shape[0] for axis in rope), tuple(axis.shape[1] for axis in rope)
-    # Over whole blocks every table is broadcast over the other two axes; a part of them looks its tokens up.
-    whole = start == 0 and x.shape[1] == grid[0] * grid[1] * grid[2]
-    lead = grid if whole else (x.shape[1],)
+    token = torch.arange(start, start + x.shape[1], device=x.device)
+    rows, columns = rope.h.shape[0], rope.w.shape[0]
+    places = (token // (rows * columns), token // columns % rows, token % columns)
+    turns = torch.cat([axis.to(wide)[place] for axis, place in zip(rope, places, strict=True)], dim=1)
+    cos, sin = turns.unsqueeze(1).unbind(-1)  # [L, 1, D / 2]
     if layout == "interleaved":
-        first, second = y.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = y.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     else:
-        first, second = y.to(wide).unflatten(-1, (2, -1)).unbind(-2)
-    rotated = []
-    for axis, parts in enumerate(
-        zip(*(z.unflatten(1, lead).split(pairs, dim=-1) for z in (first, second)), strict=True)
-    ):
-        table = rope[axis].to(wide)
-        if whole:
-            shape = [1, 1, 1, 1, pairs[axis], 2]
-            shape[axis] = grid[axis]
-            table = table.view(shape)
-        else:
-            token = torch.arange(start, start + x.shape[1], device=x.device)
-            place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])[axis]
-            table = table[place].unsqueeze(1)
-        cos, sin = table.unbind(-1)
-        a, b = parts
-        rotated.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1))
-    y = torch.cat(rotated, dim=-2)
-    y = y.flatten(-2) if layout == "interleaved" else y.transpose(-1, -2).flatten(-2)
-    return y.flatten(1, len(lead)).to(x.dtype)
+        a, b = y.to(wide).unflatten(-1, (2, -1)).unbind(-2)
+    axis = -1 if layout == "interleaved" else -2
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=axis).flatten(-2).to(x.dtype)
 
 
 class RopeCall(NamedTuple):
@@ -188,18 +172,12 @@ class RopeCall(NamedTuple):
         return first if self.k is None or self.k_weight is None else [*first, (self.k, self.k_weight)]
 
 
-@registered_operator(
+_norm_rope_op = kernel_operator(
     "norm_rope",
     "(Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor[] rope, SymInt num_heads, SymInt start,"
     " float eps, bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out)",
     RopeCall,
 )
-def _norm_rope_op(call: RopeCall) -> None:
-    call.check_written()
-    if call.q.numel() or (call.k is not None and call.k.numel()):
-        from .qk_norm_rope_kernel import launch_norm_rope
-
-        launch_norm_rope(call)
 
 
 def _interleaved(layout: str) -> bool:

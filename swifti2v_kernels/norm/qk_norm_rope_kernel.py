@@ -32,7 +32,7 @@ class NormRopeConfig:
 
 
 @triton.jit
-def _load_pairs(base, o_h, o_p, m_h, m_p, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load_pairs(base, o_h, o_p, m_h, m_p, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Loads [H, D] as first and second members of the pairs, each [BLOCK_H, BLOCK_P] float32."""
     BLOCK_H: tl.constexpr = o_h.shape[0]
     BLOCK_P: tl.constexpr = o_p.shape[0]
@@ -51,9 +51,7 @@ def _load_pairs(base, o_h, o_p, m_h, m_p, HEADS: tl.constexpr, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def _store_pairs(
-    base, first, second, o_h, o_p, m_h, m_p, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr
-):  # fmt: skip
+def _store_pairs(base, first, second, o_h, o_p, m_h, m_p, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
     BLOCK_H: tl.constexpr = o_h.shape[0]
     BLOCK_P: tl.constexpr = o_p.shape[0]
     if INTERLEAVED:
@@ -99,10 +97,10 @@ def norm_rope_fwd_kernel(
     m_h, m_p = o_h < HEADS, o_p < HEAD_DIM // 2
     # A weight for each head's channels is the same row for every head.
     o_w = o_h * 0 if PER_HEAD else o_h
-    w_first, w_second = _load_pairs(w_ptr, o_w, o_p, m_h, m_p, HEADS, HEAD_DIM, INTERLEAVED)
+    w_first, w_second = _load_pairs(w_ptr, o_w, o_p, m_h, m_p, HEAD_DIM, INTERLEAVED)
     for i in range(first_token, tl.minimum(first_token + BLOCK_M, length)):
         token = tl.cast(i, tl.int64)
-        first, second = _load_pairs(x_ptr + token * x_sl, o_h, o_p, m_h, m_p, HEADS, HEAD_DIM, INTERLEAVED)
+        first, second = _load_pairs(x_ptr + token * x_sl, o_h, o_p, m_h, m_p, HEAD_DIM, INTERLEAVED)
         square = tl.sum(first * first + second * second, 1)
         if PER_HEAD:
             inverse = tl.rsqrt(square / HEAD_DIM + eps)[:, None]
@@ -129,10 +127,10 @@ def norm_rope_fwd_kernel(
                     o_p, m_p, PAIRS_T, PAIRS_H,
                 )  # fmt: skip
             first, second = first * cos - second * sin, first * sin + second * cos
-        _store_pairs(out_ptr + token * out_sl, first, second, o_h, o_p, m_h, m_p, HEADS, HEAD_DIM, INTERLEAVED)
+        _store_pairs(out_ptr + token * out_sl, first, second, o_h, o_p, m_h, m_p, HEAD_DIM, INTERLEAVED)
 
 
-def launch_norm_rope(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``q_out`` (and ``k_out``), views ``[B, L, H*D]``, of a checked ``RopeCall``."""
     q, heads, interleaved = call.q, call.num_heads, call.interleaved
     batch, q_len, channels = q.shape

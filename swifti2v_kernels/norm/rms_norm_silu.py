@@ -29,7 +29,7 @@ from torch import Tensor
 from ..common.checks import Spec, check_tensor, check_tensors, check_written
 from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 
 #: A pixel is held in registers.
 MAX_CHANNELS = 4096
@@ -84,12 +84,7 @@ class SiluCall(NamedTuple):
         return out
 
 
-@registered_operator("rms_norm_silu", "(Tensor x, Tensor weight, Tensor(a!) out)", SiluCall)
-def _rms_norm_silu_op(call: SiluCall) -> None:
-    call.check_written()
-    from .rms_norm_silu_kernel import launch_rms_norm_silu
-
-    launch_rms_norm_silu(*call)
+_rms_norm_silu_op = kernel_operator("rms_norm_silu", "(Tensor x, Tensor weight, Tensor(a!) out)", SiluCall)
 
 
 @public_operator()

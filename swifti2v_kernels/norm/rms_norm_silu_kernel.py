@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.configs import configured
 from ..common.frames import frame_strides, pixels
@@ -55,8 +54,9 @@ def rms_norm_silu_fwd_kernel(
     tl.store(p_out[:, None] + o_c[None, :], y.to(OUT.dtype.element_ty), mask=m)
 
 
-def launch_rms_norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Writes ``out``; arguments are checked by the caller."""
+def launch(call: Any) -> None:
+    """Writes ``out`` of a checked ``SiluCall``."""
+    x, weight, out = call
     batch, frames, height, width, channels = x.shape
     block_c = triton.next_power_of_2(channels)
     key = {"block_c": block_c, "itemsize": x.element_size()}

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Work
+from ..common.cost import Cost, Work
 from ..common.shapes import WINDOWS
-from .embed_window import cost as embed_cost
 from .embed_window import embed_window
-from .project_step import cost as project_cost
 from .project_step import project_step
 
 
@@ -38,7 +36,6 @@ class _Window:
     new: Callable[..., Tensor] = torch.ones
 
     def blocks(self, z: int, number: int, device: torch.device) -> Tensor:
-        """Returns a store."""
         rows, columns = self.size
         wide = self.new(self.batch, z, number, rows, columns + self.gap, dtype=self.store, device=device)
         return wide[..., :columns]
@@ -57,8 +54,9 @@ class _Window:
     def head(self, device: torch.device) -> Arguments:
         """Returns a call of ``project_step``, with three targets among four blocks."""
         index, rows = ((-1, -1, 0, 1, 2), (0, 1, 2, 2, 2)) if self.real else ((5, -1, 0, 3), (0, 1, 2, 2))
-        length = len(index) * self.size[0] * self.size[1] // 4
-        x = self.new(self.batch, length, self.width + self.gap, dtype=self.dtype, device=device)[..., : self.width]
+        x = self.new(self.batch, self.tokens(len(index)), self.width + self.gap, dtype=self.dtype, device=device)[
+            ..., : self.width
+        ]
         weight = self.new(4 * self.z, self.width, dtype=self.dtype, device=device)
         shift, scale = torch.zeros(self.batch, 3, 2, self.width, device=device).unbind(2)
         options: dict[str, object] = {"latent_index": _int32(index, device), "block_map": _int32(rows, device)}
@@ -72,33 +70,42 @@ class _Window:
             return Work(0, 4 * (rows + columns) * depth)
         return Work(rows * columns * depth, (pixel * rows + 2 * columns) * depth)
 
-    def at(self, rows: int, columns: int) -> _Window:
-        """Returns a window of two given blocks and three noisy ones at real size."""
-        return replace(self, batch=1, size=(rows, columns), real=True, new=torch.empty)
+    def at(self, model: str) -> _Window:
+        """Returns the largest window of a model, of two given blocks and three noisy ones."""
+        rows, columns = WINDOWS[f"CSG window 2560x1408, {model}"].grid
+        return replace(self, batch=1, size=(2 * rows, 2 * columns), real=True, new=torch.empty)
+
+    def tokens(self, blocks: int) -> int:
+        return blocks * self.size[0] * self.size[1] // 4
 
 
 def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def _latents(model: str) -> tuple[int, int]:
-    """Returns rows and columns of the latents in a block of the largest window of a model."""
-    rows, columns = WINDOWS[f"CSG window 2560x1408, {model}"].grid if model else (0, 0)
-    return 2 * rows, 2 * columns
-
-
 def _embed(name: str, window: _Window, model: str = "") -> Case:
-    rows, columns = _latents(model)
-    features = 4 * (window.z + window.mask_channels + window.z_ref)
-    least = embed_cost(1, 5 * rows * columns // 4, features, window.width, 4 * window.mask_channels)
-    real = RealSize(f"CSG window 2560x1408, {model}", window.at(rows, columns).embedding, least) if model else None
+    """Returns a case; with a model, its real size is that of the model's largest window, in 16 bits."""
+    real = None
+    if model:
+        whole = window.at(model)
+        tokens, read = whole.tokens(5), 4 * (window.z + window.z_ref)
+        features = read + 4 * window.mask_channels  # those of the mask are not read
+        weight = window.width * (features + 1)
+        cost = Cost(2 * tokens * features * window.width, 4 * tokens * read + 2 * weight, 2 * tokens * window.width)
+        real = RealSize(f"CSG window 2560x1408, {model}", whole.embedding, cost)
     return Case(f"embed_window {name}", embed_window, window.embedding, lambda c: window.work(c, 4), real)
 
 
 def _project(name: str, window: _Window, model: str = "") -> Case:
-    rows, columns = _latents(model)
-    least = project_cost(1, 3 * rows * columns // 4, window.width, 4 * window.z)
-    real = RealSize(f"CSG window 2560x1408, {model}", window.at(rows, columns).head, least) if model else None
+    """Returns a case; with a model, its real size is that of the three targets of the model's largest window."""
+    real = None
+    if model:
+        whole = window.at(model)
+        tokens, features = whole.tokens(3), 4 * window.z
+        latents = 4 * tokens * features  # read and written, in float32
+        read = 2 * (tokens * window.width + features * (window.width + 1)) + latents
+        cost = Cost(2 * tokens * window.width * features, read, latents)
+        real = RealSize(f"CSG window 2560x1408, {model}", whole.head, cost)
     return Case(f"project_step {name}", project_step, window.head, window.work, real)
 
 

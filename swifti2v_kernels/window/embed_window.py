@@ -38,9 +38,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 
 #: Where blocks are stored, any number of them for an entry of the batch.
 STORE = Spec(("B*", "z", "S", "h", "w"), last="w")
@@ -59,11 +58,9 @@ class EmbedCall(NamedTuple):
     out: Tensor | None
 
     def num_blocks(self) -> int:
-        """Returns the number of blocks of the window."""
         return self.latents.shape[2] if self.latent_index is None else self.latent_index.shape[0]
 
     def result(self) -> tuple[int, int, int]:
-        """Returns the shape of the tokens."""
         batch, _, _, height, width = self.latents.shape
         channels, _, _, p, q = self.weight.shape
         return batch, self.num_blocks() * (height // p) * (width // q), channels
@@ -73,101 +70,79 @@ class EmbedCall(NamedTuple):
         latents, weight, reference = self.latents, self.weight, self.reference
         check_tensor("latents", latents, STORE)
         device, (batch, z, num_latents, height, width) = latents.device, latents.shape
-        check_tensors(self, device, reference=Spec((batch, "z", "S", height, width), last="w"))
         check_tensor("weight", weight, Spec(("C", "C_in", 1, "p", "q"), whole=True), device)
         channels, in_channels, _, p, q = weight.shape
         if height % p or width % q:
             raise ValueError(f"latents: {height} x {width} is not a multiple of weight's patch {p} x {q}")
-        check_tensors(self, device, bias=Spec((channels,), weight.dtype, whole=True))
+        given = Spec((batch, "z", "S", height, width), last="w")
+        check_tensors(self, device, bias=Spec((channels,), weight.dtype, whole=True), reference=given)
+        z_ref, num_given = (0, 0) if reference is None else reference.shape[1:3]
         if self.latent_index is not None:
-            has_given = reference is not None and reference.shape[1] == z
-            check_index("latent_index", self.latent_index, None, -1 if has_given else 0, num_latents - 1, device)
-        num_blocks, mask_channels = self.num_blocks(), self._check_reference(z, in_channels)
-        if mask_channels and self.mask is None:
-            raise ValueError(
-                f"mask: expected float32 [{num_blocks}] for weight's {mask_channels} mask channels, got None"
-            )
-        if self.mask is not None and not mask_channels:
-            raise ValueError(f"mask: expected None, since weight ({in_channels} channels) has no mask channels")
-        check_tensors(self, device, mask=Spec((num_blocks,), torch.float32, whole=True))
-        if self.out is not None:
-            check_tensor("out", self.out, Spec(self.result(), weight.dtype, last="its last axis"), device)
-
-    def _check_reference(self, z: int, in_channels: int) -> int:
-        """Checks the reference and returns the number of mask channels."""
-        if self.reference is None:
-            if self.reference_index is not None:
-                raise ValueError("reference_index: expected None, since there is no reference")
-            if in_channels != z:
-                raise ValueError(
-                    f"weight: expected {z} channels, those of latents, got {in_channels}; more need a reference"
-                )
-            return 0
-        z_ref, num_references = self.reference.shape[1:3]
+            least = -1 if z_ref == z else 0
+            check_index("latent_index", self.latent_index, None, least, num_latents - 1, device)
+        num_blocks = self.num_blocks()
         if self.reference_index is not None:
-            check_index(
-                "reference_index", self.reference_index, self.num_blocks(), 0, num_references - 1, self.latents.device
-            )
-        elif num_references < self.num_blocks():
+            if reference is None:
+                raise ValueError("reference_index: expected None, since there is no reference")
+            check_index("reference_index", self.reference_index, num_blocks, 0, num_given - 1, device)
+        elif reference is not None and num_given < num_blocks:
             raise ValueError(
-                f"reference: expected at least {self.num_blocks()} blocks without reference_index, got {num_references}"
+                f"reference: expected at least {num_blocks} blocks without reference_index, got {num_given}"
             )
-        if in_channels == z:
-            if z_ref != z:
-                raise ValueError(
-                    f"reference: expected {z} channels as latents, got {z_ref}; weight takes latents alone"
-                )
-            return 0
-        if in_channels < z + z_ref:
+        mask_channels = 0 if in_channels == z else in_channels - z - z_ref
+        if mask_channels < 0 or (reference is None and in_channels != z):
+            more = "; more need a reference" if reference is None else f", or at least {z} + {z_ref} with the reference"
+            raise ValueError(f"weight: expected {z} channels, those of latents{more}, got {in_channels}")
+        if reference is not None and in_channels == z != z_ref:
+            raise ValueError(f"reference: expected {z} channels as latents, got {z_ref}; weight takes latents alone")
+        if (self.mask is None) != (mask_channels == 0):
+            expected = f"float32 [{num_blocks}]" if mask_channels else "None"
             raise ValueError(
-                f"weight: expected {z} channels (latents), or at least {z} + {z_ref} (latents, mask, reference),"
-                f" got {in_channels}"
+                f"mask: expected {expected} for weight's {mask_channels} mask channels,"
+                f" got {'None' if self.mask is None else 'a tensor'}"
             )
-        return in_channels - z - z_ref
+        check_tensors(self, device, mask=Spec((num_blocks,), torch.float32, whole=True))
+        check_tensors(self, device, out=Spec(self.result(), weight.dtype, last="its last axis"))
+
+    def check_written(self) -> None:
+        check_written(self, ("out",))
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
         return kernel_obstacle(self)
 
     def by_torch(self) -> Tensor:
-        """Computes the formula above in PyTorch, differentiable."""
+        """Computes the formula above in PyTorch, differentiable; tokens are NaN for an index that names no block."""
         if self.out is not None:
-            check_written(self, ("out",))
-        tokens = embed_window_reference(self)
+            self.check_written()
+        weight, reference, latent_index = self.weight, self.reference, self.latent_index
+        x, inside = _gather(self.latents, latent_index, self.num_blocks(), weight.dtype)
+        if reference is not None:
+            given, known = _gather(reference, self.reference_index, self.num_blocks(), weight.dtype)
+            if latent_index is not None and given.shape[1] == x.shape[1]:
+                replaced = latent_index == -1
+                x = torch.where(replaced[:, None, None], given, x)
+                inside = inside | (replaced & known)
+            if weight.shape[1] != self.latents.shape[1]:
+                parts = [x, given]
+                if self.mask is not None:
+                    channels = weight.shape[1] - x.shape[1] - given.shape[1]
+                    shown = self.mask.to(weight.dtype)[:, None, None].expand(len(x), channels, -1, *x.shape[3:])
+                    parts.insert(1, shown)
+                x, inside = torch.cat(parts, dim=1), inside & known
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        patches = rearrange(
+            x.to(wide), "b c t (y p) (x q) -> b t (y x) (c p q)", p=weight.shape[3], q=weight.shape[4]
+        )  # [B, T, tokens of a block, K]
+        tokens = F.linear(patches, weight.flatten(1).to(wide), None if self.bias is None else self.bias.to(wide))
+        if latent_index is not None or self.reference_index is not None:
+            tokens = tokens.masked_fill(~inside[:, None, None], float("nan"))
+        tokens = tokens.flatten(1, 2).to(weight.dtype)
         return tokens if self.out is None else self.out.copy_(tokens)
 
     def by_kernel(self) -> Tensor:
-        """Computes the call by the fused kernel."""
         out = self.weight.new_empty(self.result()) if self.out is None else self.out
         _embed_window_op(*self[:-1], out)
         return out
-
-
-def embed_window_reference(call: EmbedCall) -> Tensor:
-    """Returns the tokens of a checked call by PyTorch, differentiable; NaN for an index that names no block."""
-    weight, reference, latent_index = call.weight, call.reference, call.latent_index
-    x, inside = _gather(call.latents, latent_index, call.num_blocks(), weight.dtype)
-    if reference is not None:
-        given, known = _gather(reference, call.reference_index, call.num_blocks(), weight.dtype)
-        if latent_index is not None and given.shape[1] == x.shape[1]:
-            replaced = latent_index == -1
-            x = torch.where(replaced[:, None, None], given, x)
-            inside = inside | (replaced & known)
-        if weight.shape[1] != call.latents.shape[1]:
-            parts = [x, given]
-            if call.mask is not None:
-                channels = weight.shape[1] - x.shape[1] - given.shape[1]
-                shown = call.mask.to(weight.dtype)[:, None, None].expand(len(x), channels, -1, *x.shape[3:])
-                parts.insert(1, shown)
-            x, inside = torch.cat(parts, dim=1), inside & known
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    patches = rearrange(
-        x.to(wide), "b c t (y p) (x q) -> b t (y x) (c p q)", p=weight.shape[3], q=weight.shape[4]
-    )  # [B, T, tokens of a block, K]
-    tokens = F.linear(patches, weight.flatten(1).to(wide), None if call.bias is None else call.bias.to(wide))
-    if latent_index is not None or call.reference_index is not None:
-        tokens = tokens.masked_fill(~inside[:, None, None], float("nan"))
-    return tokens.flatten(1, 2).to(weight.dtype)
 
 
 def _gather(store: Tensor, index: Tensor | None, num_blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -180,18 +155,12 @@ def _gather(store: Tensor, index: Tensor | None, num_blocks: int, dtype: torch.d
 
 # The operator writes into ``out`` and returns nothing, so that the public function's allocation is the only one and
 # torch.compile sees it.
-@registered_operator(
+_embed_window_op = kernel_operator(
     "embed_window",
     "(Tensor latents, Tensor weight, Tensor? bias, Tensor? reference, Tensor? latent_index, Tensor? reference_index,"
     " Tensor? mask, Tensor(a!) out)",
     EmbedCall,
 )
-def _embed_window_op(call: EmbedCall) -> None:
-    check_written(call, ("out",))
-    if call.out.numel():
-        from .embed_window_kernel import launch_embed_window
-
-        launch_embed_window(call)
 
 
 @public_operator()
@@ -244,21 +213,3 @@ def embed_window(
     Source: patch embedding of Wan's DiT (arXiv 2503.20314); windows of SwiftI2V's CSG (arXiv 2605.06356).
     """
     return compute(EmbedCall(latents, weight, bias, reference, latent_index, reference_index, mask, out), backend)
-
-
-def cost(
-    batch: int, tokens: int, features: int, width: int, mask_features: int = 0, itemsize: int = 2, store: int = 4
-) -> Cost:
-    """Returns the least cost of one window.
-
-    Args:
-        batch: entries of the batch.
-        tokens: tokens of an entry: blocks times patches of a block.
-        features: K, channels of the weight times pixels of a patch.
-        width: C.
-        mask_features: how many of the features are of the mask, which is not read.
-        itemsize: bytes of an element of the weight.
-        store: bytes of an element of the stores.
-    """
-    read = batch * tokens * (features - mask_features) * store + width * (features + 1) * itemsize
-    return Cost(2 * batch * tokens * features * width, read, batch * tokens * width * itemsize)

@@ -5,7 +5,7 @@
 * **The channels of one tile of tokens are computed side by side**, so that the pixels gathered by one program are in
   the cache for the next.
 
-Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases embed_window``.
+What the compiler made of it: ``python -m bench compile --cases embed_window``.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ class EmbedConfig:
     def heuristic(cls, capability: int | None, width: int, itemsize: int) -> EmbedConfig:
         """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
-        Args:
-            capability: two digits, None for the interpreter.
-            width: C, channels of a token.
-            itemsize: bytes of an element of the weight.
+        ``itemsize`` is that of the weight. A capability of None is the interpreter's.
         """
         if capability is None:
             return cls(32, 64, 32, 4, 1)
@@ -142,7 +139,7 @@ def embed_window_fwd_kernel(
     tl.store(p_out, acc.to(OUT.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def launch_embed_window(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes ``out`` of a checked ``EmbedCall``, which is not empty."""
     latents, weight, reference = call.latents, call.weight, call.reference
     batch, length, width = call.out.shape

@@ -41,9 +41,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, concrete
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
-from ..common.registration import registered_operator
+from ..common.registration import kernel_operator
 from ..norm.adaln import layer_norm_reference
 from .embed_window import STORE
 
@@ -102,10 +101,7 @@ class ProjectCall(NamedTuple):
                     raise ValueError(f"latent_index: expected distinct targets, got {self.latent_index.tolist()}")
         elif num_blocks != num_slots:
             raise ValueError(f"x: expected {num_slots} blocks as out without latent_index, got {num_blocks}")
-        self._check_step()
-
-    def _check_step(self) -> None:
-        step, device = self.step, self.out.device
+        step = self.step
         if not isinstance(self.factor, (int, float, torch.SymFloat, type(None))):
             raise TypeError(f"step: expected None, a number or a tensor, got {type(self.factor).__name__}")
         if step is not None and (step.shape not in ((), (1,)) or step.dtype not in _STEPS or step.device != device):
@@ -114,8 +110,10 @@ class ProjectCall(NamedTuple):
                 f" on {step.device}"
             )
 
+    def check_written(self) -> None:
+        check_written(self, ("out",))
+
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
         if (reason := kernel_obstacle(self[:9])) is not None:
             return reason
         if self.weight.shape[0] > MAX_FEATURES:
@@ -123,60 +121,48 @@ class ProjectCall(NamedTuple):
         return None
 
     def by_torch(self) -> Tensor:
-        """Computes the call in PyTorch, differentiable."""
-        check_written(self, ("out",))
-        return project_step_reference(self)
+        """Computes the formula above in PyTorch, differentiable; velocity is NaN for a row that is not there."""
+        self.check_written()
+        x, shift, scale, out, block_map = self.x, self.shift, self.scale, self.out, self.block_map
+        num_slots, height, width = out.shape[2:]
+        ph, pw = self.patch_size[1:]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        blocks = x.unflatten(1, (-1, (height // ph) * (width // pw)))  # [B, T, tokens of a block, C]
+        if block_map is not None:
+            rows = block_map.clamp(0, shift.shape[1] - 1)
+            shift, scale = shift.index_select(1, rows), scale.index_select(1, rows)
+        y = layer_norm_reference(blocks.to(wide), None, None, self.eps)
+        y = (y * (1 + scale.to(wide).unsqueeze(2)) + shift.to(wide).unsqueeze(2)).to(x.dtype)
+        velocity = F.linear(y.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        if block_map is not None:
+            velocity = velocity.masked_fill((block_map != rows)[:, None, None], float("nan"))
+        pattern = "b t (y x) (p q c) -> b c t (y p) (x q)"
+        velocity = rearrange(velocity, pattern, y=height // ph, p=ph, q=pw)
+        step = self.factor if self.step is None else self.step
+        num_blocks = blocks.shape[1]
+        slots = torch.arange(num_blocks, device=x.device) if self.latent_index is None else self.latent_index.long()
+        # One block after the other, without asking the device which are targets: the others rewrite what they read.
+        for i in range(num_blocks):
+            slot = slots[i : i + 1]
+            inside = slot.clamp(0, num_slots - 1)
+            before = out.index_select(2, inside)
+            after = velocity[:, :, i : i + 1]
+            if step is not None:
+                after = before.to(torch.promote_types(out.dtype, wide)) + step * after
+            out.index_copy_(2, inside, torch.where(slot == inside, after.to(out.dtype), before))
+        return out
 
     def by_kernel(self) -> Tensor:
-        """Computes the call by the fused kernel."""
         _project_step_op(*self)
         return self.out
 
 
-def project_step_reference(call: ProjectCall) -> Tensor:
-    """Writes a checked call's ``out`` by PyTorch, differentiable, and returns it."""
-    x, shift, scale, out, block_map = call.x, call.shift, call.scale, call.out, call.block_map
-    num_slots, height, width = out.shape[2:]
-    ph, pw = call.patch_size[1:]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    blocks = x.unflatten(1, (-1, (height // ph) * (width // pw)))  # [B, T, tokens of a block, C]
-    if block_map is not None:
-        rows = block_map.clamp(0, shift.shape[1] - 1)
-        shift, scale = shift.index_select(1, rows), scale.index_select(1, rows)
-    y = layer_norm_reference(blocks.to(wide), None, None, call.eps)
-    y = (y * (1 + scale.to(wide).unsqueeze(2)) + shift.to(wide).unsqueeze(2)).to(x.dtype)
-    velocity = F.linear(y.to(wide), call.weight.to(wide), None if call.bias is None else call.bias.to(wide))
-    if block_map is not None:
-        velocity = velocity.masked_fill((block_map != rows)[:, None, None], float("nan"))
-    pattern = "b t (y x) (p q c) -> b c t (y p) (x q)"
-    velocity = rearrange(velocity, pattern, y=height // ph, p=ph, q=pw)
-    step = call.factor if call.step is None else call.step
-    num_blocks = blocks.shape[1]
-    slots = torch.arange(num_blocks, device=x.device) if call.latent_index is None else call.latent_index.long()
-    # One block after the other, without asking the device which of them are targets: the others rewrite what they read.
-    for i in range(num_blocks):
-        slot = slots[i : i + 1]
-        inside = slot.clamp(0, num_slots - 1)
-        before = out.index_select(2, inside)
-        after = velocity[:, :, i : i + 1]
-        if step is not None:
-            after = before.to(torch.promote_types(out.dtype, wide)) + step * after
-        out.index_copy_(2, inside, torch.where(slot == inside, after.to(out.dtype), before))
-    return out
-
-
-@registered_operator(
+_project_step_op = kernel_operator(
     "project_step",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor shift, Tensor scale, Tensor(a!) out, Tensor? latent_index,"
     " Tensor? block_map, Tensor? step, float? factor, SymInt[] patch_size, float eps)",
     ProjectCall,
 )
-def _project_step_op(call: ProjectCall) -> None:
-    check_written(call, ("out",))
-    if call.out.numel():
-        from .project_step_kernel import launch_project_step
-
-        launch_project_step(call)
 
 
 @public_operator()
@@ -239,22 +225,3 @@ def project_step(
     tensor, factor = (step, None) if isinstance(step, Tensor) else (None, step)
     call = ProjectCall(x, weight, bias, shift, scale, out, latent_index, block_map, tensor, factor, patch_size, eps)
     return compute(call, backend)
-
-
-def cost(
-    batch: int, tokens: int, width: int, features: int, itemsize: int = 2, store: int = 4, update: bool = True
-) -> Cost:
-    """Returns the least cost of one call.
-
-    Args:
-        batch: entries of the batch.
-        tokens: tokens of an entry in target blocks.
-        width: C.
-        features: N.
-        itemsize: bytes of an element of ``x``.
-        store: bytes of an element of ``out``.
-        update: whether there is a step, which also reads the latents.
-    """
-    latents = batch * tokens * features * store
-    read = (batch * tokens * width + features * (width + 1)) * itemsize + (latents if update else 0)
-    return Cost(2 * batch * tokens * width * features, read, latents)

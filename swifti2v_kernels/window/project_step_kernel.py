@@ -5,7 +5,7 @@
   statistics merge means and centred sums of chunks: squares minus the square of the sum would cancel.
 * **Velocities are transposed** before the update: neighbouring tokens are neighbours in the store, features are not.
 
-Timed on an NVIDIA H200 only. What the compiler made of it: ``python -m bench compile --cases project_step``.
+What the compiler made of it: ``python -m bench compile --cases project_step``.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ class ProjectConfig:
     def heuristic(cls, capability: int | None, block_n: int, itemsize: int) -> ProjectConfig:
         """Returns the configuration used where no measured one exists; the compile report checks each for spills.
 
-        Args:
-            capability: two digits, None for the interpreter.
-            block_n: features, rounded up to a power of two.
-            itemsize: bytes of an element of ``x``.
+        ``block_n`` are the features, rounded up to a power of two. A capability of None is the interpreter's.
         """
         if capability is None:
             return cls(16, 32, 4, 1)
@@ -163,7 +160,7 @@ def project_step_fwd_kernel(
         _write(fourth, o_n + 3, p_m, m_m, BIAS, out_strides, factor, N, Z, PATCH_W, UPDATE)
 
 
-def launch_project_step(call: Any) -> None:
+def launch(call: Any) -> None:
     """Writes the target blocks of ``out`` of a checked ``ProjectCall``, which is not empty."""
     x, shift, scale, out, (_, patch_h, patch_w) = call.x, call.shift, call.scale, call.out, call.patch_size
     batch, length, width = x.shape

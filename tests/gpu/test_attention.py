@@ -1,4 +1,7 @@
-"""Segment attention on hardware: every kernel that the card has, against float64, up to the longest sequences."""
+"""Segment attention on hardware: every kernel that the card has, against float64, up to the longest sequences.
+
+Its named calls are checked by ``python -m bench operators``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from bench.attention.providers import own_kernel
 from bench.records.outcome import Unavailable
 from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
 from tests.support.attention_oracle import cat_attention
-from tests.support.operator_cases import cases_of
 from tests.support.tolerances import HARDWARE_LSE, KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -43,33 +45,6 @@ def qkv(
 def check(out: Tensor, expected: Tensor) -> None:
     assert torch.isfinite(out).all()
     assert relative_error(out, expected) < KERNEL[str(out.dtype).removeprefix("torch.")]
-
-
-@pytest.mark.parametrize("case", cases_of(segment_attention), ids=lambda case: case.name)
-def test_every_case_of_the_compile_report_runs(case) -> None:
-    (q, sources), options = case.inputs(torch.device("cuda"))
-    generator = torch.Generator("cuda").manual_seed(0)
-    for x in [*(q if isinstance(q, list) else [q]), *(x for pair in sources for x in pair)]:
-        x.normal_(0.1, 0.8, generator=generator)
-    queries = q if isinstance(q, list) else [q]
-    attends = options.get("attends") or [range(len(sources))] * len(queries)
-    result = segment_attention(q, sources, **{**options, "return_lse": True})
-    outs, lses = result if isinstance(q, list) else ([result[0]], [result[1]])
-    lengths = options.get("valid_lengths") or [None] * len(sources)
-    for view, out, lse, seen in zip(queries, outs, lses, attends, strict=True):
-        mask = None
-        if options.get("window"):
-            window = options["window"]
-            block = torch.arange(view.shape[1], device="cuda") // window.block_len
-            distance = block.unsqueeze(0) - block.unsqueeze(1)
-            near = (distance >= -window.left) & (distance <= window.right)
-            others = sum(k.shape[1] for k, _ in sources[1:])
-            mask = torch.cat((near, near.new_ones(view.shape[1], others)), dim=1).unsqueeze(0)
-        expected, expected_lse = cat_attention(
-            view, [sources[j] for j in seen], valid_lengths=[lengths[j] for j in seen], mask=mask
-        )
-        check(out, expected)
-        assert (lse - expected_lse).abs().max() < HARDWARE_LSE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -144,15 +119,6 @@ def test_compiled_module_equals_eager() -> None:
     q, k, v = qkv(300)
     compiled = torch.compile(lambda q, k, v: segment_attention(2 * q, [(k, v), (k[:, :50], v[:, :50])]), fullgraph=True)
     assert relative_error(compiled(q, k, v), segment_attention(2 * q, [(k, v), (k[:, :50], v[:, :50])])) < 1e-3
-
-
-def test_the_choice_is_this_card_s() -> None:
-    q, k, v = qkv(300)
-    choice = explain(segment_attention, q, [(k, v), (k, v)])
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert choice.implementation == ("hopper" if hopper else "portable")
-    dense = explain(segment_attention, q, [(k, v)]).implementation
-    assert dense in ("sdpa-cudnn", "sdpa-flash", "hopper", "portable")
 
 
 @pytest.mark.parametrize(("shift", "longer"), [(1, 0), (4, 0), (0, 4), (1, 4), (8, 0)])

@@ -11,7 +11,6 @@ from model import SegmentPlan, sample_latents
 from model.csg.sampler import MODES
 from model.csg.schedule import flow_sigmas
 from model.generate import main as generate
-from tests.support.bench_session import rows_of
 from tests.support.tolerances import ACROSS_DEVICES, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -43,9 +42,3 @@ def test_generate_and_bench_run_on_the_gpu(photo, tmp_path):
     assert (tmp_path / "clip.mp4").stat().st_size > 0
     options = ["--whole", "--quick", "--preset", "tiny", "--size", "256x160", "--out", str(tmp_path / "bench")]
     assert bench(["csg", *options]) == 0
-
-
-def test_one_layer_of_the_dit_is_timed_on_the_gpu(tmp_path):
-    assert bench(["dit", "--quick", "--milliseconds", "20", "--out", str(tmp_path)]) == 0
-    for table in ("operators", "layer"):
-        assert {row["status"] for row in rows_of(tmp_path, table) if row["ours"]} == {"ok"}

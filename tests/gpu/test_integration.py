@@ -60,19 +60,14 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_is(name: str, offload: str 
     assert torch.equal(hosts.run(module, on_gpu), theirs)
 
 
-@pytest.mark.parametrize(
-    "base", [{"z_dim": 16}, {"z_dim": 48, "is_residual": True, "patch_size": 2}], ids=["2.1", "2.2"]
-)
-def test_the_vae_in_bfloat16(base: dict[str, Any], hosts: Any) -> None:
+def test_the_vae_in_bfloat16(hosts: Any) -> None:
     import diffusers
 
     from swifti2v_kernels.integrations.diffusers import accelerate
 
     torch.manual_seed(0)
-    extra = {"decoder_base_dim": 32, "in_channels": 12, "out_channels": 12} if "patch_size" in base else {}
-    statistics = {"latents_mean": [0.0] * base["z_dim"], "latents_std": [1.0] * base["z_dim"]}
-    vae = diffusers.AutoencoderKLWan(base_dim=16, **base, **extra, **statistics).eval()
-    latents = torch.randn(1, base["z_dim"], 3, 8, 8)
+    vae = diffusers.AutoencoderKLWan(base_dim=16, z_dim=16).eval()
+    latents = torch.randn(1, 16, 3, 8, 8)
     with torch.no_grad():
         exact = vae.decode(latents, return_dict=False)[0]
         vae = vae.to("cuda", torch.bfloat16)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from bench.harness.timing import limited, without_tf32
-from bench.memory.meter import CudaMeter
+from bench.harness.timing import limited
 from bench.vae.measure import release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
-from model.memory.vae_plan import Request, device_capability, predict
+from model.machine.cards import device_capability
+from model.memory.vae_plan import Request, predict
 from model.weights.load import random_weights
-from tests.support.tolerances import BFLOAT16_MODEL, relative_error
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -72,29 +71,12 @@ def test_encoded_tiles_are_the_whole_frame(version: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("version", CONFIGS)
-def test_bfloat16_is_near_float32(version: str) -> None:
-    z = latents(version, 2, 320, 176)
-    with without_tf32():
-        expected = model(version, "decode", torch.float32).decode(z)
-    assert relative_error(model(version, "decode", torch.bfloat16).decode(z), expected) < BFLOAT16_MODEL
-
-
-def held_at_the_peak(run: Callable[[], None]) -> str:
-    """Returns what was held at the peak, which a wrong prediction is told with."""
-    meter = CudaMeter(DEVICE)
-    with meter.watch():
-        run()
-    held = "; ".join(f"{label}: {size:,} in {count}" for label, size, count in meter.course.holders(20))
-    return f"held at the peak: {held}"
-
-
-@pytest.mark.parametrize("version", CONFIGS)
 @pytest.mark.parametrize("part", ["decode", "encode"])
 @pytest.mark.parametrize("plan", [VAEPlan(), VAEPlan(2, 2, frames=2), VAEPlan(2, 4, chunk=None, park=True)], ids=str)
 def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VAEPlan) -> None:
     """The predicted peak at 720p is within the 10 % that are promised."""
     width, height, config = 1280, 704, CONFIGS[version]
-    request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3, 1)
+    request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3)
     before = torch.cuda.memory_allocated()  # workspaces of libraries, and graphs of other tests
     vae = model(version, part, torch.bfloat16)
     given = latents(version, 6, width, height) if part == "decode" else torch.rand(1, 3, 21, height, width)
@@ -112,7 +94,7 @@ def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VA
     torch.cuda.reset_peak_memory_stats()
     run()
     measured = torch.cuda.max_memory_allocated() - before - (given.nbytes if given.is_cuda else 0)
-    assert predict(request, plan).total == pytest.approx(measured, rel=0.1), held_at_the_peak(run)
+    assert predict(request, plan).total == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(("part", "dtype"), [("decode", torch.bfloat16), ("encode", torch.float32)])

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.operators.discover import all_cases, operator_name
 from swifti2v_kernels import __version__, pretend_gpu
 from swifti2v_kernels.__main__ import KERNELS, describe_device, describe_kernels, main, version
+from swifti2v_kernels.common.case import all_cases
 
 CPU = torch.device("cpu")
-OPERATORS = {operator_name(case) for case in all_cases()}
+CASES = Counter(case.operator.__name__ for case in all_cases())
 
 
 def by_operator(lines: list[str]) -> dict[str, list[str]]:
@@ -34,11 +32,12 @@ def test_without_a_gpu_every_operator_says_why_no_kernel_serves_it(capsys: pytes
     head, kernels = out.split(f"{KERNELS}\n")
     values = dict(line.split(":", 1) for line in head.splitlines())
     assert values["swifti2v_kernels"].split(",")[0].strip() == __version__
-    assert values["torch"].strip() == torch.__version__
+    assert values["torch"].strip() == version("torch") == torch.__version__
+    assert version("no_such_package") == "cannot be imported: No module named 'no_such_package'"
     assert values["device"].strip().startswith("cpu: ")
-    assert "H200" in values["measured tables"]
+    assert "H200" in values["measured on"]
     said = by_operator(kernels.splitlines())
-    assert set(said) == OPERATORS
+    assert set(said) == set(CASES)
     reason = "(kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got cpu)"
     assert all("torch: reference" in line and line.endswith(reason) for lines in said.values() for line in lines)
 
@@ -48,16 +47,15 @@ def test_on_a_gpu_every_choice_is_counted(capability: int) -> None:
     """Every call of a GPU of this capability is counted by its choice; nothing is launched."""
     with pretend_gpu(capability):
         said = by_operator(describe_kernels(CPU))
-    assert set(said) == OPERATORS
+    assert set(said) == set(CASES)
     attention = "\n".join(said["segment_attention"])
     assert ("triton: hopper (warp-specialised for capability 9.0)" in attention) == (capability == 90)
     assert "triton: portable" in attention
     if capability == 90:
         assert "the Hopper kernel does not take it: " in attention
-    cases = {name: sum(operator_name(case) == name for case in all_cases()) for name in OPERATORS}
     for name, lines in said.items():
         counts = [int(line.split()[0]) for line in lines if " calls: " in line]
-        assert (len(counts), sum(counts)) == ((len(lines), cases[name]) if len(lines) > 1 else (0, 0))
+        assert (len(counts), sum(counts)) == ((len(lines), CASES[name]) if len(lines) > 1 else (0, 0))
     float8 = "\n".join(said["norm_modulate"])
     assert ("float8" in float8) == (capability == 86)
 
@@ -68,7 +66,7 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(torch.device("cuda:1")) == "cuda:1: NVIDIA H200, compute capability 9.0, 150.3 GB"
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "abacus", "meta", "cpu:x"])
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
 def test_a_device_that_is_not_there_is_one_line(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--device", device])
@@ -85,30 +83,4 @@ def test_what_fails_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys: py
     head, kernels = capsys.readouterr().out.split(f"{KERNELS}\n")
     assert "SWIFTI2V_BACKEND=abacus" in head
     failed = "failed: ValueError: SWIFTI2V_BACKEND: expected one of auto, torch, triton, got 'abacus'"
-    assert [line.split(maxsplit=1)[1] for line in kernels.splitlines()] == [failed] * len(OPERATORS)
-
-
-def test_a_package_that_is_not_there_is_told() -> None:
-    assert version("torch") == torch.__version__
-    assert version("no_such_package") == "cannot be imported: No module named 'no_such_package'"
-
-
-@pytest.mark.slow
-def test_the_environment_is_told() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "SWIFTI2V_BACKEND": "torch"}
-    command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "SWIFTI2V_BACKEND=torch, TRITON_INTERPRET=1" in done.stdout
-    kernels = by_operator(done.stdout.split(f"{KERNELS}\n")[1].splitlines())
-    assert set(kernels) == OPERATORS
-    assert all("(SWIFTI2V_BACKEND is 'torch')" in line for lines in kernels.values() for line in lines)
-
-
-@pytest.mark.slow
-def test_a_reader_that_goes_leaves_no_traceback() -> None:
-    command = [sys.executable, "-m", "swifti2v_kernels", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        _, err = process.communicate()
-    assert (process.returncode, err) == (1, "")
+    assert [line.split(maxsplit=1)[1] for line in kernels.splitlines()] == [failed] * len(CASES)

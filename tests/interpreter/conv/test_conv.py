@@ -33,8 +33,7 @@ from tests.support.conv_oracle import convolved, normed, scattered, upsampled, w
 from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error
 
 TORCH = [torch.float64, torch.float32, torch.bfloat16]
-DTYPES = {"kernel": [torch.float32, torch.float16, torch.bfloat16], "cpu": TORCH, "cudnn": TORCH}
-EACH = [(path, dtype) for path, dtypes in DTYPES.items() for dtype in dtypes]
+KERNELS = [("kernel", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 both = pytest.mark.parametrize("backend", ["triton", "torch"])
 
 
@@ -83,7 +82,7 @@ def check_in_place(
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("length", [1e-15, 1e-11, 1e-8, 1e-4])
+@pytest.mark.parametrize("length", [1e-15, 1e-8])
 def test_pixels_of_any_length_are_normed_to_one(length: float, backend: str) -> None:
     """The floor of the length is 1e-12, in all three operators: far above it, short pixels are as long as others."""
     x = length * F.normalize(scattered((1, 1, 3, 4, 16), torch.float32), dim=-1)
@@ -189,13 +188,21 @@ def test_any_cut_in_space_gives_the_same_numbers() -> None:
             assert torch.equal(tile, big[:, :, 2 * y0 : 2 * y1, 2 * x0 : 2 * x1])
 
 
-def test_a_frame_that_needs_64_bits() -> None:
+def test_frames_that_need_64_bits() -> None:
     """A column stride of 2**29 elements puts the fifth column beyond 2**31; untouched pages cost no memory."""
-    buffer = torch.empty(2**31 + 2**29 + 64, dtype=torch.float16)
-    x = buffer.as_strided((1, 1, 1, 6, 8), (0, 0, 0, 2**29, 1))
-    x.copy_(torch.randn(x.shape))
-    weight, bias = weights(8, 8, (1, 1, 3), torch.float16)
-    assert relative_error(causal_conv3d(x, weight, bias), convolved(x, weight, bias)) < KERNEL["float16"]
+
+    def far(channels: int, dtype: torch.dtype) -> Tensor:
+        buffer = torch.empty(2**31 + 2**29 + 64, dtype=dtype)
+        return buffer.as_strided((1, 1, 1, 6, channels), (0, 0, 0, 2**29, 1))
+
+    x, past = (far(8, torch.float16).copy_(torch.randn(1, 1, 1, 6, 8)) for _ in range(2))
+    (weight, bias), gamma, out = weights(8, 8, (2, 1, 3), torch.float16), torch.ones(8).half(), far(8, torch.float16)
+    _, z = causal_conv3d(x, weight, bias, past=past, out=out, norm_weight=gamma, normed=far(8, torch.float16))
+    assert relative_error(out, convolved(x, weight, bias, past)) < KERNEL["float16"]
+    assert relative_error(z, normed(out, gamma)) < KERNEL["float16"]
+    frames = frames_out(x, weight[:3], None, far(3, torch.uint8), past=past)
+    expected = convolved(x, weight[:3], None, past) * 127.5 + 128
+    assert ((frames - expected.floor().clamp(0, 255)).abs() <= 1).all()
 
 
 UPSAMPLINGS = [
@@ -233,7 +240,7 @@ def test_upsampling_one_pixel_to_one() -> None:
     assert relative_error(y, upsampled(x, weight[:, :, 0], bias, (1, 0, 0, 1))) < KERNEL["float32"]
 
 
-FRAMES = [*EACH, *(("cudnn without 3D", dtype) for dtype in TORCH)]
+FRAMES = [*KERNELS, *((path, dtype) for path in ("cpu", "cudnn", "cudnn without 3D") for dtype in TORCH)]
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -279,8 +286,8 @@ def test_numbers_become_the_bytes_of_their_pixels(backend: str) -> None:
     assert frames_out(x, weight, None, wide, backend=backend)[..., 0, :].isnan().all()
 
 
-@pytest.mark.parametrize(("path", "dtype"), EACH[:6], ids=str)
-@pytest.mark.parametrize("channels", [1, 12, 96, 384])
+@pytest.mark.parametrize(("path", "dtype"), [*KERNELS, *(("cpu", dtype) for dtype in TORCH)], ids=str)
+@pytest.mark.parametrize("channels", [1, 12, 384])
 def test_norm_against_float64(channels: int, path: str, dtype: torch.dtype) -> None:
     x, gamma = scattered((2, 2, 3, 5, channels), dtype), torch.rand(channels).to(dtype) + 0.5
     x[:, :, 1, 2] = 0
@@ -299,25 +306,24 @@ def test_norm_against_float64(channels: int, path: str, dtype: torch.dtype) -> N
 def test_schemas_and_fakes_hold() -> None:
     x, past = torch.randn(2, 1, 2, 4, 5, 16).unbind()
     (weight, bias), gamma = weights(16, 16, (3, 3, 3), torch.float32), torch.rand(16)
-    y, z = torch.empty(2, 1, 2, 4, 5, 16).unbind()
-    y, z = y.clone(), z.clone()
-    rest = ([1, 1, 1], [1, 1, 1, 1])
-    torch.library.opcheck(_causal_conv3d_op, (x.clone(), weight, bias, past.clone(), *rest, None, gamma, y, z))
-    torch.library.opcheck(_causal_conv3d_op, (x.clone(), weight, None, None, *rest, y, None, z, None))
+    y, z, frames = torch.empty(1, 2, 4, 5, 16), torch.empty(1, 2, 4, 5, 16), torch.zeros(1, 2, 4, 5, 3)
+    stride, padding = [1, 1, 1], [1, 1, 1, 1]
     phases, big = fold_upsample_weight(weight[:, :, 0]), torch.empty(1, 2, 8, 10, 16)
-    torch.library.opcheck(_upsample_conv2d_op, (x.clone(), phases, bias, None, None, [1, 1, 1, 1], big, None))
-    kernel, frames = weight[:3].contiguous(memory_format=torch.channels_last_3d), torch.zeros(1, 2, 4, 5, 3)
-    arguments = (x.clone(), kernel, None, None, [1, 1, 1, 1], 1, frames)
-    torch.library.opcheck(_frames_out_op, arguments)
-    torch.library.opcheck(_rms_norm_silu_op, (x.clone(), gamma, y))
-
-
-@both
-def test_they_compile_as_one_graph_within_a_foreign_module(backend: str) -> None:
-    (weight, bias), gamma = weights(16, 16, (3, 3, 3), torch.float32), torch.rand(16)
-    phases = fold_upsample_weight(weight[:, :, 0])
     head = weight[:3].contiguous(memory_format=torch.channels_last_3d)
-    by = {"backend": backend}
+    for operator, arguments in (
+        (_causal_conv3d_op, (x.clone(), weight, bias, past.clone(), stride, padding, None, gamma, y, z)),
+        (_causal_conv3d_op, (x.clone(), weight, None, None, stride, padding, y, None, z, None)),
+        (_upsample_conv2d_op, (x.clone(), phases, bias, None, None, padding, big, None)),
+        (_frames_out_op, (x.clone(), head, None, None, padding, 1, frames)),
+        (_rms_norm_silu_op, (x.clone(), gamma, y)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_they_compile_as_one_graph_within_a_foreign_module() -> None:
+    (weight, bias), gamma = weights(16, 16, (3, 3, 3), torch.float32), torch.rand(16)
+    phases, by = fold_upsample_weight(weight[:, :, 0]), {"backend": "triton"}
+    head = weight[:3].contiguous(memory_format=torch.channels_last_3d)
 
     def foreign(x: Tensor, frames: Tensor) -> list[Tensor]:
         y, z = causal_conv3d(x + 1, weight, bias, residual=x, norm_weight=gamma, past=x[:, :1], **by)
@@ -326,10 +332,10 @@ def test_they_compile_as_one_graph_within_a_foreign_module(backend: str) -> None
         frames_out(big, head, None, frames, **by)
         return [y, big, frames + 1]
 
-    x, frames, expected_frames = torch.randn(1, 2, 4, 5, 16), torch.zeros(1, 2, 4, 10, 3), torch.zeros(1, 2, 4, 10, 3)
-    expected = foreign(x, expected_frames)
-    actual = torch.compile(foreign, fullgraph=True, backend="aot_eager")(x, frames)
-    for a, e in zip((*actual, frames), (*expected, expected_frames), strict=True):
+    x, frames = torch.randn(1, 2, 4, 5, 16), torch.zeros(2, 1, 2, 4, 10, 3)
+    expected = foreign(x, frames[0])
+    actual = torch.compile(foreign, fullgraph=True, backend="aot_eager")(x, frames[1])
+    for a, e in zip((*actual, frames[1]), (*expected, frames[0]), strict=True):
         assert relative_error(a, e) < OPERATOR["float32"]
 
 
@@ -337,11 +343,10 @@ def test_what_has_no_kernel_takes_the_reference() -> None:
     x, (weight, bias) = torch.randn(1, 5, 3, 3, 8), weights(8, 8, (4, 1, 1), torch.float32)
     choice = explain(causal_conv3d, x, weight, bias)
     assert str(choice) == "torch: reference (kernels exist for up to 3 taps in time, got 4)"
-    assert relative_error(causal_conv3d(x, weight, bias), convolved(x, weight, bias)) < 1e-6
     reason = explain(rms_norm_silu, torch.zeros(1, 1, 1, 1, 5000), torch.zeros(5000)).reason
     assert reason == "kernels exist for up to 4096 channels, got 5000"
     frames, kernel = torch.zeros(1, 1, 14, 14, 3), weights(3 * 49, 8, (1, 1, 1), torch.float32)[0]
     reason = explain(frames_out, torch.zeros(1, 1, 2, 2, 8), kernel, None, frames, patch_size=7).reason
     assert reason == "kernels exist for up to 128 features, got 147"
-    with pytest.raises(ValueError, match="backend: 'triton' cannot take this call: kernels exist for up to 3 taps"):
-        causal_conv3d(x, weight, bias, backend="triton")
+    far = torch.empty(2**30 + 16).as_strided((1, 1, 2, 1, 8), (0, 0, 2**30, 8, 1))
+    assert "strides below 2**30 elements" in explain(frames_out, far, kernel[:3], None, frames[:, :, :2, :1]).reason

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from swifti2v_kernels import (
 from swifti2v_kernels.linear.dequantize_rows import _dequantize_rows_op
 from swifti2v_kernels.linear.quantize_rows import _quantize_rows_op
 from swifti2v_kernels.norm.adaln import AdalnCall, _adaln_op
-from swifti2v_kernels.norm.adaln_kernel import launch_adaln
+from swifti2v_kernels.norm.adaln_kernel import launch as launch_adaln
 from tests.support.quantized_oracle import excess, ties, true_scales
 from tests.support.tolerances import relative_error
 
@@ -33,7 +31,7 @@ LAST_BIT = 4e-7
 
 def inside(values: Tensor) -> Tensor:
     """Returns the same rows as a view of a larger buffer of NaN."""
-    buffer = torch.full((1, values.shape[1] + 2, values.shape[2] + 8), float("nan")).to(values.dtype)
+    buffer = torch.full((len(values), values.shape[1] + 2, values.shape[2] + 8), float("nan")).to(values.dtype)
     view = buffer[:, 1:-1, 8:]
     view.copy_(values)
     return view
@@ -127,69 +125,39 @@ def test_rows_of_any_width_are_decoded_where_they_stand(
     assert torch.equal(dequantize_rows(values, one, dtype=torch.float32, backend=backend), values.float() / 4)
 
 
-def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    batch, blocks, block_len, channels = shape
-    x, update = (3 * torch.randn(2, batch, blocks * block_len + 1, channels) + 1).to(dtype)[:, :, 1:]
-    shift, scale, gate = torch.randn(batch, 2, 6, channels).unbind(2)[:3]
-    rows = torch.randint(0, 2, (blocks,), dtype=torch.int32)
-    return {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale, "block_map": rows}
-
-
 @both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 96), (2, 3, 5, 10), (1, 2, 3, 1536)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 96), (3, 5, 10), (2, 3, 1536)], ids=str)
 def test_norms_are_rounded_once_to_the_nearest_codes(
-    shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype, backend: str
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: torch.dtype, backend: str
 ) -> None:
-    """Codes are the nearest to the float32 row, to float32's error: never to a row in x's dtype."""
-    given = tokens(shape, dtype)
-    x, update, gate, shift, scale, block_map = given.values()
-    rest = {"block_map": block_map, "quantize": kind, "backend": backend}
-    wide = (shift.double(), scale.double())
-    results = [(norm_modulate(x, shift, scale, norm="rms", **rest), x, "rms")]
-    x_new, y = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
-    assert torch.equal(x_new, gated_residual_norm_modulate(x, update, gate, block_map=block_map, backend=backend)[0])
-    results.append((y, x_new, "layer"))
-    for (values, scales), of, norm in results:
-        expected = norm_modulate(of.double(), *wide, block_map=block_map, norm=norm, backend="torch")
-        assert values.shape == x.shape
-        assert scales.shape == x.shape[:2]
-        assert relative_error(scales, true_scales(expected, kind)) < 1e-6
+    """Codes are the nearest to the float32 row, to float32's error: never to a row in x's dtype.
+
+    Norms write where they are told, within a larger buffer, and nothing else.
+    """
+    blocks, block_len, channels = shape
+    x, update = (3 * torch.randn(2, 1, blocks * block_len + 1, channels) + 1).to(dtype)[:, :, 1:]
+    gate, shift, scale = torch.randn(1, 2, 3, channels).unbind(2)
+    block_map = torch.randint(0, 2, (blocks,), dtype=torch.int32)
+    out = QuantizedRows(inside(torch.zeros(x.shape).to(kind)), torch.empty(x.shape[:2]))
+    around = out.values._base.view(torch.uint8).clone()
+    rest = {"block_map": block_map, "quantize": kind, "out": out, "backend": backend}
+    stream = gated_residual_norm_modulate(x, update, gate, block_map=block_map, backend=backend)[0]
+    wide = {"shift": shift.double(), "scale": scale.double(), "block_map": block_map, "backend": "torch"}
+    for norm in ("rms", "layer"):
+        if norm == "rms":
+            assert norm_modulate(x, shift, scale, norm=norm, **rest) is out
+        else:
+            x, y = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
+            assert y is out
+            assert torch.equal(x, stream)
+        expected = norm_modulate(x.double(), norm=norm, **wide)
+        assert relative_error(out.scales, true_scales(expected, kind)) < 1e-6
         # A float32 row is 1e-6 of its largest number off, which is 448 or 127.
-        assert excess(values, scales, expected) < 1e-6 * (448 if kind == torch.float8_e4m3fn else 127)
-
-
-@both
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_quantised_norm_is_that_of_the_float32_row(kind: torch.dtype, backend: str) -> None:
-    """The quantised norm is not that of the bfloat16 row, which other code would store in between."""
-    x = torch.randn(1, 8, 300).bfloat16()
-    actual = norm_modulate(x, quantize=kind, backend=backend)
-    float32 = quantize_rows(norm_modulate(x.float(), backend=backend), kind, backend=backend)
-    twice = quantize_rows(norm_modulate(x, backend=backend), kind, backend=backend)
-    assert (actual.values.float() != float32.values.float()).sum() <= 2
-    assert (actual.values.float() != twice.values.float()).sum() > 20
-
-
-@both
-def test_norms_write_where_they_are_told_and_nothing_else(backend: str) -> None:
-    given = tokens((2, 3, 5, 96), torch.bfloat16)
-    x, update, gate, shift, scale, block_map = given.values()
-    rest = {"block_map": block_map, "quantize": torch.float8_e4m3fn, "backend": backend}
-    expected = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest)
-    values = torch.zeros(2, 17, 104, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    scales = torch.full((2, 17), -1.0)
-    out = QuantizedRows(values[:, 1:-1, 8:], scales[:, 1:-1])
-    results = gated_residual_norm_modulate(x, update, gate, shift, scale, **rest, out=out, inplace=True)
-    assert results[0] is x
-    assert results[1] is out
-    assert torch.equal(x, expected[0])
-    assert torch.equal(out.values.float(), expected[1].values.float())
-    assert torch.equal(out.scales, expected[1].scales)
-    assert (scales[:, [0, -1]] == -1).all()
-    assert values.float()[:, [0, -1]].count_nonzero() == 0
-    assert values.float()[..., :8].count_nonzero() == 0
+        assert excess(*out, expected) < 1e-6 * (448 if kind == torch.float8_e4m3fn else 127)
+        around[:, 1:-1, 8:] = out.values.view(torch.uint8)
+        assert torch.equal(out.values._base.view(torch.uint8), around)
 
 
 def test_a_token_of_no_row_has_no_scale() -> None:
@@ -228,18 +196,16 @@ def test_schemas_and_fakes_hold() -> None:
     torch.library.opcheck(_adaln_op, (x, None, *rest, None, values, scales))
 
 
-@both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_they_compile_as_one_graph(kind: torch.dtype, backend: str) -> None:
+def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
     """A foreign module compiles as one graph with them, into new tensors and into slices of its own."""
 
     def module(x: Tensor, update: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
-        out, by = QuantizedRows(values[:, :6], scales[:, :6]), {"backend": backend}
+        out, by = QuantizedRows(values[:, :6], scales[:, :6]), {"backend": "triton"}
         stream, y = gated_residual_norm_modulate(2 * x, update, quantize=kind, out=out, inplace=True, **by)
-        z = norm_modulate(stream, quantize=kind, **by)
         rows = quantize_rows(stream, kind, **by)
         read = dequantize_rows(*y, **by), dequantize_rows(*rows, dtype=torch.float32, **by)
-        return [stream, scales + 1, z.scales, *read]
+        return [stream, scales + 1, *read]
 
     x, update = torch.randn(2, 1, 6, 96, dtype=torch.float16)
     memory = [(torch.zeros(1, 8, 96).to(kind), torch.zeros(1, 8)) for _ in range(2)]

@@ -1,22 +1,20 @@
-"""The DiT on the kernels: CSG against the PyTorch path, the model against diffusers, and what a step allocates."""
+"""The DiT on the kernels: CSG against the PyTorch path, and what a step allocates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from model import DiTConfig, SegmentPlan, WanDiT, load_dit, sample_latents
+from model import DiTConfig, SegmentPlan, WanDiT, sample_latents
 from model.csg.denoiser import Denoiser
 from model.csg.sampler import MODES
 from model.csg.schedule import flow_sigmas
 from model.weights.load import random_weights
 from swifti2v_kernels.attention import segment_attention as attention
 from swifti2v_kernels.attention.arguments import check_call
-from tests.model.dit.test_model import image_tokens, saved_diffusers_dit
-from tests.support.tolerances import BFLOAT16_MODEL, KERNEL_PARITY, PARITY, relative_error
+from tests.support.tolerances import PARITY, relative_error
 
 CONFIG = DiTConfig(
     num_heads=2, head_dim=64, num_layers=2, ffn_dim=64, in_channels=12, out_channels=4, text_dim=16, freq_dim=32
@@ -46,32 +44,6 @@ def test_csg_is_the_same_on_the_kernels(mode: str, monkeypatch: pytest.MonkeyPat
     assert {len(sources) for sources in launches} == ({1, 2} if mode == "causal" else {1})
 
 
-VARIANTS = {
-    "wan2.2 A14B, Stage II": {"in_channels": 36},
-    "wan2.1 I2V with CLIP": {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 128, "num_layers": 1},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_kernels_equal_diffusers(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model with a timestep per block equals diffusers in float32.
-
-    In bfloat16 it is as near to float32 as diffusers' own bfloat16 is (twice).
-    """
-    theirs = saved_diffusers_dit(tmp_path, attention_head_dim=64, **VARIANTS[variant])
-    monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
-    latents, image = torch.randn(1, 36, 3, 4, 6), image_tokens(theirs.config, 1)
-    text = torch.randn(1, 512 if image is not None else 40, 32)  # diffusers finds the image tokens before the last 512
-    timestep = torch.tensor([[0.0, 500.0, 500.0]])
-    with torch.no_grad():
-        expected = theirs(latents, timestep.repeat_interleave(6, dim=1), text, image).sample
-        actual = load_dit(tmp_path)(latents, timestep, text, image)
-        assert relative_error(actual, expected) < KERNEL_PARITY
-        half = load_dit(tmp_path, dtype=torch.bfloat16)(latents, timestep, text, image)
-    assert half.dtype == torch.bfloat16
-    assert relative_error(half, expected) < BFLOAT16_MODEL
-
-
 def allocated(step: Callable[[], None]) -> list[int]:
     """Returns the bytes of every allocation during ``step``, also inside operators, from the allocator itself."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -80,33 +52,34 @@ def allocated(step: Callable[[], None]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
+def denoiser(dit: WanDiT, causal: bool = False) -> tuple[Denoiser, torch.Tensor]:
+    """Returns a denoiser at its first window, and the latents that it denoises."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = (1, 4, 3, 4, 6), (1, 4, 5, 4, 6), (1, 7, 16)
+    latents, reference, text = (torch.randn(*shape, generator=draw) for shape in shapes)
+    options = {"latents": latents, "reference": reference, "sigmas": [1.0, 0.5, 0.0], "max_blocks": 5}
+    made = Denoiser(dit, text, None, **options)
+    if causal:
+        made.open([2, 3, 4], [0, 1, 2], [0.0] * 3, remembered=[0, 1])
+    else:
+        made.open([0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [1.0, 1.0, 0.0, 0.0, 0.0])
+    return made, latents
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_a_step_allocates_nothing(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step allocates nothing but the scalars that torch makes of Python numbers on the CPU, up to 8 bytes each."""
     monkeypatch.setenv("SWIFTI2V_BACKEND", "triton")
-    latents, reference = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 4, 5, 4, 6)
     with torch.no_grad():
-        denoiser = Denoiser(
-            random_weights(WanDiT, CONFIG, 1),
-            torch.randn(1, 7, 16),
-            None,
-            latents=latents,
-            reference=reference,
-            sigmas=[1.0, 0.5, 0.0],
-            max_blocks=5,
-        )
-        if causal:
-            denoiser.open([2, 3, 4], [0, 1, 2], [0.0] * 3, remembered=[0, 1])
-        else:
-            denoiser.open([0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [1.0, 1.0, 0.0, 0.0, 0.0])
+        steps, latents = denoiser(random_weights(WanDiT, CONFIG, 1), causal)
         before = latents.clone()
         # The probe sees allocations inside operators: this one makes a float32 copy of its inputs.
         assert max(allocated(lambda: attention.segment_attention_reference(*PROBE))) > 1000
-        sizes = allocated(lambda: denoiser.step(0))
+        sizes = allocated(lambda: steps.step(0))
     assert not torch.equal(latents, before)
     assert sum(sizes) <= 64
     tokens, config = 5 * 6, CONFIG
-    assert denoiser.workspace.nbytes == 4 * (4 * tokens * config.dim + tokens * (2 * config.dim + config.dim))
+    assert steps.workspace.nbytes == 4 * (4 * tokens * config.dim + tokens * (2 * config.dim + config.dim))
 
 
 PROBE = (check_call(torch.ones(1, 9, 1, 64), [(torch.ones(1, 9, 1, 64),) * 2]), True)

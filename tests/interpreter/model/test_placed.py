@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.csg.denoiser import Denoiser
 from model.dit.model import WanDiT
 from model.streaming.placement import Placement
 from model.weights.load import random_weights
 from tests.interpreter.model import test_dit as test_model
-from tests.interpreter.model.test_dit import allocated
+from tests.interpreter.model.test_dit import allocated, denoiser
 from tests.support.tolerances import KERNEL_PARITY, relative_error
 
 #: One block more than there are slots.
@@ -20,27 +19,8 @@ CONFIG = replace(test_model.CONFIG, num_layers=3)
 PLACEMENTS = [
     Placement(resident=0),
     pytest.param(Placement(resident=1, quantize="float8"), marks=pytest.mark.slow),
-    pytest.param(Placement(quantize="float8", matmul="8bit"), marks=pytest.mark.slow),
     pytest.param(Placement(resident=0, quantize="int8", matmul="8bit"), marks=pytest.mark.slow),
 ]
-
-
-def denoiser(placement: Placement) -> tuple[Denoiser, torch.Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    latents, reference, text = (
-        torch.randn(*shape, generator=draw) for shape in ((1, 4, 3, 4, 6), (1, 4, 5, 4, 6), (1, 7, 16))
-    )
-    made = Denoiser(
-        random_weights(WanDiT, CONFIG, 1, placement=placement),
-        text,
-        None,
-        latents=latents,
-        reference=reference,
-        sigmas=[1.0, 0.5, 0.0],
-        max_blocks=5,
-    )
-    made.open([0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [1.0, 1.0, 0.0, 0.0, 0.0])
-    return made, latents
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
@@ -55,7 +35,7 @@ def test_a_step_is_that_of_the_torch_path_and_allocates_nothing(
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SWIFTI2V_BACKEND", backend)
         with torch.no_grad():
-            steps, latents = denoiser(placement)
+            steps, latents = denoiser(random_weights(WanDiT, CONFIG, 1, placement=placement))
             sizes = allocated(lambda: steps.step(0))  # noqa: B023
         found[backend] = latents.clone()
     # Of the kernels, which ran last: scalars that torch makes of Python numbers on the CPU. The interpreter needs

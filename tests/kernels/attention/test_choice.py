@@ -14,8 +14,9 @@ from torch import Tensor
 from swifti2v_kernels.attention import choice
 from swifti2v_kernels.attention.arguments import check_call
 from swifti2v_kernels.attention.choice import choose_kernel, torch_takes
-from swifti2v_kernels.common import tables
-from tests.support.bench_session import CPU
+from swifti2v_kernels.common import configs
+from tests.support.attention_oracle import cat_attention
+from tests.support.tolerances import OPERATOR, relative_error
 
 #: Buffers start at a multiple of at least 64 bytes.
 BUFFER = torch.zeros(1 << 16, dtype=torch.float32)
@@ -66,7 +67,7 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
         seconds = {"swifti2v": 2.0, "sdpa-cudnn": 2.0, "sdpa-flash": 2.0, fastest: 1.0}
         entries = [{"capability": capability, "card": "card", "dtype": "bfloat16", "head_dim": 128, "tokens": 9,
                     "seconds": seconds}]  # fmt: skip
-    monkeypatch.setattr(tables, "load_table", lambda name: entries)
+    monkeypatch.setattr(configs, "load_table", lambda name: entries)
 
     def chosen(*views: Tensor) -> str:
         q, k, v = (x.as_subclass(OnGpu) for x in views)
@@ -76,6 +77,7 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
     untaken = {"hopper", "portable"}
     usual = fastest or ("sdpa-cudnn" if capability >= 90 else "sdpa-flash")
     assert chosen(good, good, good) in (untaken if usual == "swifti2v" else {usual})
+    assert choose_kernel(check_call(good, [(good, good)]), False)[0] in untaken  # on a CPU
     for bad in (
         view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1), 1),
         view(torch.bfloat16, (2, 9, 3, 128), (9 * 388, 388, 128, 1)),
@@ -85,8 +87,8 @@ def test_torch_s_attention_is_never_chosen_for_views_that_are_not_aligned(
             assert chosen(*[bad if i == j else good for j in range(3)]) in untaken
 
 
-def test_a_call_on_a_cpu_is_never_torch_s_by_this_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "capability_of", lambda device: 89)
-    q = view(torch.bfloat16, (2, 9, 3, 128), (9 * 384, 384, 128, 1))
-    assert q.device == CPU
-    assert choose_kernel(check_call(q, [(q, q)]), False)[0] == "portable"
+def test_torch_s_attention_computes_a_dense_call() -> None:
+    q, k, v = torch.randn(3, 2, 7, 3, 16).unbind(0)
+    for name in ("sdpa-cudnn", "sdpa-flash"):
+        out = choice.sdpa(name, q, k, v, 0.3)
+        assert relative_error(out, cat_attention(q, [(k, v)], scale=0.3)[0]) < OPERATOR["float32"]

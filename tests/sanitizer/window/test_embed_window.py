@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from swifti2v_kernels.window.embed_window import EmbedCall
-from swifti2v_kernels.window.embed_window_kernel import launch_embed_window
+from swifti2v_kernels.window.embed_window_kernel import launch as launch_embed_window
 from swifti2v_kernels.window.project_step import ProjectCall
-from swifti2v_kernels.window.project_step_kernel import launch_project_step
+from swifti2v_kernels.window.project_step_kernel import launch as launch_project_step
 from tests.support.tolerances import KERNEL, relative_error
 from tests.support.window_oracle import convolved, int32, stepped
 

@@ -1,6 +1,6 @@
 """Out-of-bounds accesses, races and reads of unwritten memory in the kernels of 8-bit rows (see conftest.py).
 
-Tensors are exactly as long as what they hold: one row or channel more would be out of bounds.
+Tensors are exactly as long as what they hold: one row or channel more would be out of bounds. Tiles are not full.
 """
 
 from __future__ import annotations
@@ -10,34 +10,41 @@ import torch
 
 from swifti2v_kernels import QuantizedRows, gated_residual, norm_modulate
 from swifti2v_kernels.linear.dequantize_rows import DequantizeCall
-from swifti2v_kernels.linear.dequantize_rows_kernel import launch_dequantize_rows
+from swifti2v_kernels.linear.dequantize_rows_kernel import launch as launch_dequantize_rows
 from swifti2v_kernels.linear.quantize_rows import QuantizeCall
-from swifti2v_kernels.linear.quantize_rows_kernel import launch_quantize_rows
+from swifti2v_kernels.linear.quantize_rows_kernel import launch as launch_quantize_rows
 from swifti2v_kernels.linear.rows import quantized_reference
+from swifti2v_kernels.linear.scaled_linear import ScaledCall
+from swifti2v_kernels.linear.scaled_linear_kernel import ScaledConfig
+from swifti2v_kernels.linear.scaled_linear_kernel import launch as launch_scaled_linear
 from swifti2v_kernels.norm.adaln import AdalnCall
-from swifti2v_kernels.norm.adaln_kernel import launch_adaln
-from tests.support.tolerances import relative_error
+from swifti2v_kernels.norm.adaln_kernel import launch as launch_adaln
+from tests.support.quantized_oracle import multiplied
+from tests.support.tolerances import KERNEL, relative_error
 
-KINDS = [torch.float8_e4m3fn, torch.int8]
+kinds = pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
 
 
 def rows(*shape: int, kind: torch.dtype) -> QuantizedRows:
+    """Returns memory that a kernel has to write."""
     return QuantizedRows(torch.empty(shape, dtype=kind, device="cuda"), torch.empty(shape[:-1], device="cuda"))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("length", "channels"), [(1, 96), (45, 96), (3, 5000), (5, 1)])
+def made(count: int, channels: int, kind: torch.dtype) -> QuantizedRows:
+    return QuantizedRows(*(part.to("cuda") for part in quantized_reference(torch.randn(count, channels), kind)))
+
+
+@kinds
+@pytest.mark.parametrize(("length", "channels"), [(45, 96), (3, 5000), (5, 1)])
 def test_quantising_stays_inside(length: int, channels: int, kind: torch.dtype) -> None:
     """Programs of many rows, of which the last has fewer, and of one row stay inside."""
-    x = torch.randn(length, channels).to("cuda", torch.bfloat16)
-    out = rows(length, channels, kind=kind)
+    x, out = torch.randn(length, channels).to("cuda", torch.bfloat16), rows(length, channels, kind=kind)
     launch_quantize_rows(QuantizeCall(x, *out))
-    expected = quantized_reference(x, kind)
-    assert torch.equal(out.scales, expected.scales)
-    assert torch.equal(out.values.float(), expected.values.float())
+    for a, b in zip(out, quantized_reference(x, kind), strict=True):
+        assert torch.equal(a.float(), b.float())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, torch.float8_e5m2], ids=str)
+@kinds
 @pytest.mark.parametrize(("length", "channels"), [(1, 1), (9, 512), (17, 700)])
 def test_dequantising_stays_inside(length: int, channels: int, kind: torch.dtype) -> None:
     """Tiles that are full, and tiles that lack rows, channels or both, stay inside; a scale of one number too."""
@@ -49,7 +56,7 @@ def test_dequantising_stays_inside(length: int, channels: int, kind: torch.dtype
         assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@kinds
 @pytest.mark.parametrize(("block_len", "channels"), [(5, 96), (1, 10)])
 def test_quantised_norms_stay_inside(block_len: int, channels: int, kind: torch.dtype) -> None:
     x, update = torch.randn(2, 2, 3 * block_len, channels).to("cuda", torch.bfloat16)
@@ -63,3 +70,24 @@ def test_quantised_norms_stay_inside(block_len: int, channels: int, kind: torch.
     assert relative_error(out.scales, expected.scales) < 1e-6
     # A few numbers in the middle between two codes may go to the other, a step of at most 1/8 of the number away.
     assert relative_error(out.values, expected.values) < 1e-2
+
+
+@kinds
+@pytest.mark.parametrize(("tokens", "channels", "columns"), [(1, 16, 16), (19, 80, 48), (33, 64, 112)], ids=str)
+def test_products_stay_inside(
+    tokens: int, channels: int, columns: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles are small, so that several programs meet."""
+    monkeypatch.setattr(ScaledConfig, "heuristic", classmethod(lambda cls, *args: ScaledConfig(16, 16, 32, 4, 2)))
+    x, weight, bias = made(tokens, channels, kind), made(columns, channels, kind), torch.randn(columns).to("cuda")
+    out = torch.empty(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    launch_scaled_linear(ScaledCall(*x, *weight, bias, True, out))
+    assert relative_error(out, multiplied(x, weight, bias, "gelu_tanh")) < KERNEL["bfloat16"]
+
+
+def test_parts_of_buffers_stay_inside() -> None:
+    """The last rows of a buffer with longer rows stay inside, with every other scale, no bias, and what ships."""
+    x = QuantizedRows(made(7, 48, torch.int8).values[2:, 16:], torch.randn(5, 2).to("cuda")[:, 1])
+    weight, out = made(16, 32, torch.int8), torch.empty(5, 16, device="cuda")
+    launch_scaled_linear(ScaledCall(*x, *weight, None, False, out))
+    assert relative_error(out, multiplied(x, weight)) < KERNEL["float32"]
