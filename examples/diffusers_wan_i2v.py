@@ -20,7 +20,7 @@ transformer = WanTransformer3DModel(
 pipe = WanImageToVideoPipeline(
     tokenizer=None,
     text_encoder=None,
-    vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    vae=AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
     scheduler=FlowMatchEulerDiscreteScheduler(),
     transformer=transformer,
 )

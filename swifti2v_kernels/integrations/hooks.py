@@ -42,17 +42,12 @@ def watched(module: nn.Module, *apart: nn.Module) -> bool:
 
 def hook_kinds(module: nn.Module) -> set[str]:
     """Returns the class names of the hooks that accelerate and diffusers have on ``module``."""
-    return {type(hook).__name__ for hook in hooks_of(module)}
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """Returns the hooks that accelerate and diffusers have on ``module``."""
     registry = getattr(module, "_diffusers_hook", None)
     found = list(registry.hooks.values()) if registry is not None else []
     outer = getattr(module, "_hf_hook", None)
     if outer is not None:
         found += getattr(outer, "hooks", [outer])
-    return found
+    return {type(hook).__name__ for hook in found}
 
 
 def forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:

@@ -18,6 +18,8 @@ BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
 PART_TOKENS = 4096
 #: Norms of the hosts by class name: diffusers' two, and the original Wan code's, which a probe has looked at.
 _PLAIN = {"FP32LayerNorm": "layer", "WanLayerNorm": "layer", "RMSNorm": "rms"}
+#: Norms of queries and keys, by class name.
+_RMS = ("RMSNorm", "MochiRMSNorm", "WanRMSNorm")
 
 
 def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
@@ -34,6 +36,24 @@ def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
     return {"norm": kind, "weight": weight, "bias": bias, "eps": norm.eps}
 
 
+def rms_parameters(norm: nn.Module | None, x: Tensor) -> tuple[Tensor, float] | None:
+    """Returns weight and epsilon of an RMSNorm that the fused operator can take over for ``x``, else None.
+
+    A module with hooks is called, since its weight may be on another device until then.
+    """
+    if norm is None or type(norm).__name__ not in _RMS or hooked(norm):
+        return None
+    weight = norm.weight
+    if weight is None or getattr(norm, "bias", None) is not None or weight.device != x.device:
+        return None
+    return weight, torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+
+
+def alike(first: tuple[Tensor, float] | None, second: tuple[Tensor, float] | None) -> bool:
+    """Returns whether one launch can norm queries and keys with these :func:`rms_parameters`."""
+    return bool(first and second) and (first[0].dtype, first[1]) == (second[0].dtype, second[1])
+
+
 def modulated_norm(
     x: Tensor,
     norm: nn.Module,
@@ -42,22 +62,20 @@ def modulated_norm(
     block_map: Tensor | None = None,
     wide: bool = False,
 ) -> Tensor:
-    """Returns ``norm(x) * (1 + scale) + shift`` in the dtype of ``x``; without shift and scale the norm alone.
+    """Returns ``norm(x) * (1 + scale) + shift`` in the dtype of ``x [B, L, C]``; without the two the norm alone.
 
-    Args:
-        x: ``[B, L, C]``.
-        norm: a module, which is called if it is not a plain one.
-        shift: modulation rows ``[B, R, C]``, or None.
-        scale: modulation rows ``[B, R, C]``, or None.
-        block_map: the row of each block, as for :func:`swifti2v_kernels.norm_modulate`.
-        wide: whether the host gives its norm ``x`` in float32.
+    Their rows ``[B, R, C]`` belong to blocks by ``block_map``, as for :func:`swifti2v_kernels.norm_modulate`. A norm
+    that is not a plain one is called; ``wide`` says that the host gives it ``x`` in float32.
     """
     options = plain_norm(norm)
     if options is not None:
         return norm_modulate(x, shift, scale, block_map=block_map, **options)
     y = norm(x.float() if wide else x)
     if shift is not None and scale is not None:
-        shift, scale = (_by_token(rows, block_map, x.shape[1]) for rows in (shift, scale))
+        if block_map is not None:
+            shift, scale = (rows[:, block_map.long()] for rows in (shift, scale))
+        if shift.shape[1] > 1:
+            shift, scale = (r.repeat_interleave(x.shape[1] // r.shape[1], dim=1) for r in (shift, scale))
         y = y * (1 + scale) + shift
     return y.to(x.dtype)
 
@@ -77,7 +95,8 @@ def residual_norm(
 
     ``inplace``: ``x`` is overwritten.
     """
-    update, options = like(update, x), plain_norm(norm)
+    # Under autocast a module's output is not in the dtype of the stream.
+    update, options = update.to(x.dtype), plain_norm(norm)
     if options is not None:
         return gated_residual_norm_modulate(
             x, update, gate, shift, scale, block_map=block_map, inplace=inplace, **options
@@ -85,11 +104,6 @@ def residual_norm(
     # A hook may keep what the norm is given, so that is not overwritten.
     x = gated_residual(x, update, gate, block_map=None if gate is None else block_map)
     return x, modulated_norm(x, norm, shift, scale, block_map, wide)
-
-
-def _by_token(rows: Tensor, block_map: Tensor | None, length: int) -> Tensor:
-    rows = rows if block_map is None else rows[:, block_map.long()]
-    return rows if rows.shape[1] == 1 else rows.repeat_interleave(length // rows.shape[1], dim=1)
 
 
 def cross_layer(
@@ -108,12 +122,12 @@ def cross_layer(
     """
     update = attentions[0](modulated_norm(x, norms[0], row(0), row(1), wide=wide))
     if norms[1] is None or (isinstance(norms[1], nn.Identity) and not hooked(norms[1])):
-        x = y = gated_residual(x, like(update, x), row(2))
+        x = y = gated_residual(x, update.to(x.dtype), row(2))
     else:
         x, y = residual_norm(x, update, row(2), norms[1], wide=wide)
     update, inplace = attentions[1](y), may_overwrite(*watched)
     x, y = residual_norm(x, update, None, norms[2], row(3), row(4), wide=wide, inplace=inplace)
-    update = like(in_parts(feed_forward, y, modules=[feed_forward]), x)
+    update = in_parts(feed_forward, y, modules=[feed_forward]).to(x.dtype)
     return gated_residual(x, update, row(5), inplace=may_overwrite(norms[2]))
 
 
@@ -140,7 +154,7 @@ def joint_layer(streams: Sequence[Stream], attention: nn.Module, **options: Any)
     for s, update in zip(streams, updates, strict=True):
         (*_, gate), (shift, scale, gate_ff) = s.first, s.second
         x, y = residual_norm(s.x, update, gate, s.norm2, shift, scale, s.block_map)
-        update = like(in_parts(s.feed_forward, y, modules=[s.feed_forward]), x)
+        update = in_parts(s.feed_forward, y, modules=[s.feed_forward]).to(x.dtype)
         results.append(gated_residual(x, update, gate_ff, block_map=s.block_map, inplace=may_overwrite(s.norm2)))
     return tuple(results)
 
@@ -153,12 +167,9 @@ def may_overwrite(*producers: nn.Module | None) -> bool:
 def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     """Returns ``function(y, *others)``, made for PART_TOKENS tokens at a time, so that its intermediates stay small.
 
-    Args:
-        function: a function of each token by itself; ``[B, L, C]`` to the same shape.
-        y: ``[B, L, ...]``. It is **overwritten** and returned, if anything is done in parts.
-        *others: ``[B, L, ...]`` each.
-        modules: those that ``function`` calls. With hooks on them, which would run once a part, with gradients, or
-            under ``torch.compile``, everything is computed at once.
+    The function is one of each token by itself, ``[B, L, C]`` to the same shape; ``y`` is **overwritten** if parts are
+    made. With hooks on the ``modules`` that it calls, which would run once a part, with gradients, or under
+    ``torch.compile``, everything is computed at once.
     """
     if y.shape[1] <= PART_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked_inside(*modules):
         return function(y, *others)
@@ -182,8 +193,3 @@ def modulation_rows(table: Tensor, temb: Tensor) -> Callable[[int], Tensor]:
 def token_rows(x: Tensor) -> Tensor:
     """Returns ``x`` with contiguous channels: what comes from a patch embedding is a transposed view."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def like(update: Tensor, x: Tensor) -> Tensor:
-    """Returns ``update`` in the dtype of ``x``: under autocast a module's output is not in that of the stream."""
-    return update if update.dtype == x.dtype else update.to(x.dtype)

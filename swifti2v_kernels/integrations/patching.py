@@ -8,24 +8,21 @@ own ``forward`` stood, so hooks may come before or after it and may go again.
 
 from __future__ import annotations
 
-import copy
+import importlib.metadata
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from .calls import COMPILED, AttentionCalls, any_traced
 from .hooks import forward_slots, own_forward
 from .obstacles import in_model
-from .probing import disproofs, one_line
-from .recipe import CALLS, HostChanged, Patch, Recipe
-
-#: Attribute of a patched root module that holds what was done to it.
-_RECORD = "_swifti2v_patches"
+from .probing import disproofs
+from .recipe import PATCH, HostChanged, Patch, Recipe
+from .sdpa import AttentionCalls
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,13 @@ class Report:
     """An account of what was replaced, and of what was not and why; printed, it is a table.
 
     Printed again after a run, it also counts the calls: served by our operators, handed back to the host and why.
-    Modules of which no call has finished are named.
+    Modules of which no call was counted are named: they were not called, compiled, or parts of a layer that was served.
 
     Attributes:
         title: the first line.
         dry_run: whether nothing was replaced; ``replaced`` is then what would be.
         replaced: the kinds of modules that were replaced, by what.
         left: the kinds of modules that were not, with the reason.
-        roots: the models that were changed.
         planned: the models by name, with what is replaced in each; None for one whose host moves it as it runs.
         calls: the counts of attention calls by what served them, where a host's attention function is replaced.
     """
@@ -59,7 +55,6 @@ class Report:
     dry_run: bool = False
     replaced: list[Line] = field(default_factory=list)
     left: list[Line] = field(default_factory=list)
-    roots: list[nn.Module] = field(default_factory=list, repr=False)
     planned: list[tuple[str, nn.Module | None, list[Patch]]] = field(default_factory=list, repr=False)
     calls: AttentionCalls | None = None
 
@@ -69,7 +64,7 @@ class Report:
         Returns:
             A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
         """
-        return restore_module(*self.roots)
+        return restore_module(*(root for _, root, _ in self.planned if root is not None and not self.dry_run))
 
     def obstacles(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say where no kernel runs, by where the models are now."""
@@ -82,35 +77,26 @@ class Report:
     def outcomes(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say what has become of the calls of each kind of module until now."""
         for component, _, patches in self.planned:
-            served = [patch for patch in patches if None in patch.calls]
             for recipe in {patch.recipe.host: patch.recipe for patch in patches}.values():
                 kind = [patch for patch in patches if patch.recipe.host == recipe.host]
+                rows = []
                 for reason, n in sum((patch.calls for patch in kind), Counter()).most_common():
-                    some = [patch for patch in kind if reason in patch.calls]
+                    verb = "handed back" if reason else "called" if recipe.served_apart else "served"
                     calls = f"{n} call{'s' * (n > 1)}"
-                    if reason is not None:
-                        yield "handed back", _line(some, component, f"{calls}: {reason}")
-                    else:
-                        yield "called" if recipe.served_apart else "served", _line(some, component, calls)
-                idle = [patch for patch in kind if not patch.calls]
-                # A layer of a VAE computes with the weights of its parts and calls none of them.
-                if parts := [patch for patch in idle if any(map(patch.is_in, served))]:
-                    yield "served", _line(parts, component, "as parts of layers that were")
-                    idle = [patch for patch in idle if patch not in parts]
-                if idle:
-                    names = [patch.name.removeprefix(f"{component}.") for patch in idle]
-                    text = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                    if any_traced():
-                        yield "not counted", _line(idle, component, f"{text}: no counted call; {COMPILED}")
-                    else:
-                        yield "never called", _line(idle, component, text)
+                    text = f"{calls}: {reason}" if reason else calls
+                    rows.append((verb, text, [patch.name for patch in kind if reason in patch.calls]))
+                if idle := [patch.name for patch in kind if not patch.calls]:
+                    text = ", ".join(name.removeprefix(f"{component}.") for name in idle[:4])
+                    rows.append(("not counted", f"{text} and {len(idle) - 4} more" if len(idle) > 4 else text, idle))
+                for verb, text, names in rows:
+                    yield verb, Line(names[0] if len(names) == 1 else component, recipe.host, len(names), text)
 
     def __str__(self) -> str:
         rows = [("would replace" if self.dry_run else "replaced", line) for line in self.replaced]
         rows += [("left", line) for line in self.left]
         rows += self.obstacles()
         outcomes = [] if self.dry_run else list(self.outcomes())
-        called = any(verb != "never called" for verb, _ in outcomes)
+        called = any(verb != "not counted" for verb, _ in outcomes)
         lines = [self.title, *(table(rows + outcomes * called) or ["  nothing here is known"])]
         if outcomes and not called:
             lines.append("  no call so far; after a run this report says which were served")
@@ -131,7 +117,6 @@ def plan_patches(
     root: nn.Module,
     recipes: Sequence[Recipe],
     wanted: Mapping[str, bool],
-    host_version: str,
     earlier: Mapping[nn.Module, str] | None = None,
 ) -> tuple[list[Patch], list[Line], list[Line]]:
     """Plans the replacement of everything in ``root`` that recipes know; only looks, with arguments as elsewhere here.
@@ -140,7 +125,7 @@ def plan_patches(
     with the model's name. Returned are the patches, the lines of what they replace, and those of what is left.
 
     Raises:
-        HostChanged: a module is of a known kind but lacks an attribute, or its ``forward`` takes other parameters.
+        HostChanged: a module of the host's package lacks an attribute, or its ``forward`` takes other parameters.
     """
     by_host = {recipe.host: recipe for recipe in recipes}
     fitting: list[tuple[str, nn.Module, Recipe]] = []
@@ -155,114 +140,104 @@ def plan_patches(
             elif owner is not None:
                 reason = f"the same modules as in {owner}"
             elif recipe is None:
-                ours = CALLS in module.__dict__
-                reason = "accelerated already" if ours else "no replacement for this attention processor"
+                reason = "no replacement for this attention processor"
             elif not wanted[recipe.feature]:
                 reason = f"{recipe.feature}=False"
             else:
-                reason = _unfit(path, module, recipe, host_version)
+                reason = _unfit(path, module, recipe)
             if reason is None:
                 fitting.append((path, module, recipe))
             elif reason:
                 left.append(Line(path, kind.__name__, 1, reason))
     unproved = disproofs((m, r.counted_forward, r.probe) for _, m, r in fitting if r.forward and r.probe)
     left += [Line(path, recipe.host, 1, unproved[m]) for path, m, recipe in fitting if m in unproved]
-    patches = [_make_patch(path, module, recipe) for path, module, recipe in fitting if module not in unproved]
-    return (
-        patches,
-        _grouped([Line(p.name, p.recipe.host, 1, p.recipe.by) for p in patches], component),
-        _grouped(left, component),
-    )
+    patches = [_patch(path, module, recipe) for path, module, recipe in fitting if module not in unproved]
+    replaced = [Line(patch.name, patch.recipe.host, 1, patch.recipe.by) for patch in patches]
+    return patches, _grouped(replaced, component), _grouped(left, component)
 
 
-def apply_patches(*plans: tuple[nn.Module, Sequence[Patch]]) -> None:
-    """Applies the patches of all roots, or none if one fails, and remembers them in their roots."""
+def apply_patches(patches: Sequence[Patch]) -> None:
+    """Applies all patches, or none if one fails."""
     done: list[Patch] = []
     try:
-        for patch in (patch for _, patches in plans for patch in patches):
+        for patch in patches:
             patch.apply()
             done.append(patch)
     except BaseException:
         for patch in reversed(done):
             patch.undo()
         raise
-    for root, patches in plans:
-        if patches:
-            root.__dict__[_RECORD] = _Record(patches)
 
 
-class _Record(list[Patch]):
-    """The patches of a module: they go with a copy of it, not into a pickle, where their functions would be missing."""
+def models_in(given: Any, argument: str) -> dict[str, nn.Module]:
+    """Returns ``given`` if it is a module, else the modules that it has as components or attributes, by name.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
-        return _Record(copy.deepcopy(patch, memo) for patch in self)
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an accelerated module cannot be pickled: restore() it first, or save its state_dict()")
-
-
-def models_in(given: Any, parts: Mapping[str, Any], expected: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields ``given`` if it is a module, else those of its ``parts`` that are, by name.
-
-    What ``torch.compile`` returns wraps a model, which is yielded.
+    What is no module but has one as its ``model`` stands for that, and what ``torch.compile`` returns for what it
+    wraps.
 
     Raises:
-        TypeError: ``given`` is no module and has no parts; ``expected`` begins the message.
+        TypeError: there is none; the message names the ``argument``.
     """
+    parts = getattr(given, "components", None)
+    parts = parts if isinstance(parts, dict) else getattr(given, "__dict__", {})
     if isinstance(given, nn.Module):
         parts = {type(getattr(given, "_orig_mod", given)).__name__: given}
-    if not parts:
-        raise TypeError(f"{expected}, got {type(given).__name__}")
+    found = {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            yield name, getattr(part, "_orig_mod", part)
+            found[name] = getattr(part, "_orig_mod", part)
+        elif isinstance(inner := getattr(part, "model", None), nn.Module):
+            found[f"{name}.model"] = inner
+    if not found:
+        got = type(given).__name__
+        raise TypeError(f"{argument}: expected a torch module, or an object that holds some, got {got}")
+    return found
 
 
 def patch_models(
     report: Report,
-    models: Iterable[tuple[str, nn.Module]],
+    models: Mapping[str, nn.Module],
     recipes: Sequence[Recipe],
     wanted: Mapping[str, bool],
-    host_version: str,
-    look: Callable[[str, nn.Module], list[Line]] = lambda name, root: [],
 ) -> None:
-    """Replaces everything known in several models, or nothing in any of them, and fills the report.
+    """Replaces everything known in several models, or nothing in any of them; fills the report and prints it.
 
-    Args:
-        report: the report to fill; with its ``dry_run`` nothing else is done.
-        models: the models by name. One that is patched already is restored first, so that its own code is seen; if this
-            call fails, it stays restored.
-        recipes: the kinds of modules that are known.
-        wanted: whether each feature was asked for.
-        host_version: the host and its version, for the error.
-        look: a host's own checks of a model, and what it names as left.
+    With the report's ``dry_run`` nothing else is done. A model that is patched already is restored first, so that its
+    own code is seen; if this call fails, it stays restored. ``wanted`` says of each feature whether it was asked for.
 
     Raises:
-        HostChanged: from :func:`plan_patches` or ``look``, before anything is touched.
+        HostChanged: from :func:`plan_patches`, before anything is touched.
     """
-    plans: list[tuple[nn.Module, list[Patch]]] = []
-    names: dict[nn.Module, str] = {}
     owners: dict[nn.Module, str] = {}
-    for name, root in models:
-        if root in names:
-            report.left.append(Line(name, type(root).__name__, 0, f"the same model as {names[root]}"))
-            continue
-        names[root] = name
+    for name, root in models.items():
         if is_patched(root):
             if report.dry_run:
                 report.left.append(Line(name, type(root).__name__, 0, "accelerated already"))
                 continue
             restore_module(root)
-        patches, replaced, left = plan_patches(name, root, recipes, wanted, host_version, owners)
+        patches, replaced, left = plan_patches(name, root, recipes, wanted, owners)
         owners |= {module: owners.get(module, name) for module in root.modules()}
-        left += look(name, root)
-        plans.append((root, patches))
         report.planned.append((name, root, patches))
         report.replaced += replaced
         report.left += left or ([] if replaced else [Line(name, type(root).__name__, 0, "not known")])
     if not report.dry_run:
-        apply_patches(*plans)
-        report.roots = [root for root, _ in plans]
+        apply_patches([patch for _, _, patches in report.planned for patch in patches])
+    print(report)
+
+
+def restore(model: Any) -> Report:
+    """Undoes an ``accelerate``: afterwards a model computes with the host's own code, bit for bit as before.
+
+    Args:
+        model: the pipeline or model that was accelerated, or a part of it that was accelerated by itself.
+
+    Returns:
+        A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
+
+    Raises:
+        TypeError: there is no torch module in ``model``.
+    """
+    return restore_module(*models_in(model, "model").values(), title=f"restored {type(model).__name__}")
 
 
 def restore_module(*roots: nn.Module, title: str = "restored") -> Report:
@@ -271,70 +246,48 @@ def restore_module(*roots: nn.Module, title: str = "restored") -> Report:
     The report returned names what is not where it was put: others have replaced it, or a chain of hooks hides it. That
     is remembered, so that it can be tried again.
     """
-    report = Report(title)
+    report, text = Report(title), "replaced or wrapped by others since; left as it is"
     for module in (module for root in roots for module in root.modules()):
-        kept = [patch for patch in reversed(module.__dict__.pop(_RECORD, [])) if not patch.undo()]
-        if kept:
-            module.__dict__[_RECORD] = _Record(reversed(kept))
-        text = "replaced or wrapped by others since; left as it is"
-        report.left += [Line(p.name, p.recipe.host, 1, text) for p in kept]
+        patch = module.__dict__.get(PATCH)
+        if patch is not None and not patch.undo():
+            report.left.append(Line(patch.name, patch.recipe.host, 1, text))
     return report
 
 
 def is_patched(root: nn.Module) -> bool:
-    """Returns whether patches of this module, or of one within it, are remembered."""
-    return any(_RECORD in module.__dict__ for module in root.modules())
+    """Returns whether this module, or one within it, has a patch."""
+    return any(PATCH in module.__dict__ for module in root.modules())
 
 
-def _unfit(path: str, module: nn.Module, recipe: Recipe, host_version: str) -> str | None:
+def _unfit(path: str, module: nn.Module, recipe: Recipe) -> str | None:
     """Returns why a module of a known kind is left, or None.
 
     Raises:
         HostChanged: the module is the host's, and not what its replacement was written for.
     """
-    if (elsewhere := _defined_elsewhere(module, recipe)) is not None:
-        return elsewhere
-    unlike = recipe.unlike(module)
-    if unlike is not None and not recipe.common:
-        raise HostChanged(
-            f"{host_version} is not what the replacement of {recipe.host} was written for: {path} has {unlike};"
-            " nothing was changed"
-        )
-    try:
-        reason = recipe.fits(module) or unlike
-    # A module of the same name may be anything.
-    except Exception as error:
-        return f"it could not be looked at: {one_line(error)}"
-    # Something else is in the place of the class's own forward, which cannot be entered.
-    if reason is None and recipe.processor is None and own_forward(module) is None and any(forward_slots(module)):
-        return "accelerated already" if CALLS in module.__dict__ else "its forward has been replaced already"
-    return reason
-
-
-def _make_patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
-    if recipe.processor is not None:
-        return Patch(path, module, recipe, module.processor, recipe.processor(module.processor))
-    original = MethodType(type(module).forward, module)
-    parts = tuple(map(type, module.modules())) if recipe.feature == "vae" else ()
-    return Patch(path, module, recipe, original, MethodType(recipe.counted_forward, module), parts=parts)
-
-
-def _defined_elsewhere(module: nn.Module, recipe: Recipe) -> str | None:
-    """Returns why a module's class, or the ``forward`` put into it, is not the host's own code; None if it is."""
-    if recipe.package is None:
-        return None
     owner: type = type(module.processor) if recipe.processor else type(module)
     function = owner.__call__ if recipe.processor else owner.forward
     for where in (owner.__module__, inspect.unwrap(function).__module__):
-        if where.split(".")[0] != recipe.package:
+        if recipe.package not in (None, where.split(".")[0]):
             return f"not the code of {recipe.package}: it comes from {where}"
-    return None
+    unlike = recipe.unlike(module)
+    if unlike is not None and recipe.package is not None:
+        version = importlib.metadata.version(recipe.package)
+        raise HostChanged(
+            f"{recipe.package} {version} is not what the replacement of {recipe.host} was written for: {path} has"
+            f" {unlike}; nothing was changed"
+        )
+    reason = recipe.fits(module) or unlike
+    # Something else is in the place of the class's own forward, which cannot be entered.
+    if reason is None and recipe.processor is None and own_forward(module) is None and any(forward_slots(module)):
+        return "its forward has been replaced already"
+    return reason
 
 
-def _line(patches: Sequence[Patch], component: str, text: str) -> Line:
-    """Returns a line for patches of one kind; a single one has its full name."""
-    name = patches[0].name if len(patches) == 1 else component
-    return Line(name, patches[0].recipe.host, len(patches), text)
+def _patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
+    original = module.processor if recipe.processor else MethodType(type(module).forward, module)
+    ours = recipe.processor(original) if recipe.processor else MethodType(recipe.counted_forward, module)
+    return Patch(path, module, recipe, original, ours, parts=tuple(map(type, module.modules())))
 
 
 def _grouped(lines: Sequence[Line], component: str) -> list[Line]:

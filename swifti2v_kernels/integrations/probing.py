@@ -15,21 +15,10 @@ import inspect
 import math
 import sys
 import zlib
-from collections.abc import (
-    Callable,
-    Collection,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    MutableSequence,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +26,9 @@ from torch import Tensor, nn
 from ..common.dispatch import use_backend
 
 Forward = Callable[..., Any]
-#: What a computation gave, by what it means if another one gives something else.
-Outcome = Mapping[str, Any]
 
-#: What a difference in the result means, and in what was given after the call.
-RETURNS = "its forward returns something else"
-CHANGES = "its forward leaves what it is given in another state"
+#: What is said of a module whose trial shows a difference: in what it returns, changes, or keeps for the next call.
+DIFFERS = "its forward does something else"
 #: Attributes by which ComfyUI's modules say that their weights are lent for every call, with the values of those whose
 #: weights are not.
 LENDING: dict[str, Any] = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -56,20 +42,19 @@ _EXACT = 1e-3
 _FEW = 1024
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Computations that must give the same.
+class Trial(NamedTuple):
+    """A computation that must give the same with the host's forward and with ours.
 
     Args:
-        host: the host's own.
-        ours: those with the replacement in them.
+        run: computes something by the forwards that it is given, and returns all that must be the same.
         tolerance: the error allowed, relative to the largest value. A trial in 16 bits shows dtypes, and needs an exact
             one beside it.
+        in_turn: whether ``run`` takes two forwards in turn too, ours and the host's, which must go on from each other.
     """
 
-    host: Callable[[], Outcome]
-    ours: Sequence[Callable[[], Outcome]]
+    run: Callable[..., Any]
     tolerance: float
+    in_turn: bool = False
 
 
 #: Gives the trials for a module and the ``forward`` that is to replace its own.
@@ -87,36 +72,51 @@ def disproofs(modules: Iterable[tuple[nn.Module, Forward, Probe]]) -> dict[nn.Mo
             if form not in reasons:
                 reasons[form] = _disproof(module, forward, probe)
         except Exception as error:
-            reasons[form] = f"its forward could not be tried: {one_line(error)}"
+            reasons[form] = f"its forward could not be tried: {_one_line(error)}"
         if (reason := reasons[form]) is not None:
             found[module] = reason
     return found
 
 
 def twin(module: nn.Module, dtype: torch.dtype, stand_ins: Sequence[str] = ()) -> Any:
-    """Returns a module of the same classes, attributes and modes, without hooks, with random weights.
+    """Returns a copy of a module without hooks, with random weights.
 
     Without ``stand_ins`` it has fewer channels: sizes of weights, and attributes that are such a size or its root, are
-    smaller by one factor.
-
-    Args:
-        module: the module; neither it nor anything in it is changed.
-        dtype: dtype of the weights.
-        stand_ins: names of children that are only called. A cheap function takes the place of their ``forward``, which
-            depends on all its arguments and, if there are several, gives small tokens too. Weights take no memory.
+    smaller by one factor. They are the names of children that are only called: a cheap function takes the place of
+    their ``forward``, which depends on all its arguments and, if there are several, gives small tokens too. Their
+    weights take no memory.
     """
     generator = torch.Generator().manual_seed(0)
     number = (lambda value: value) if stand_ins else _smaller(module)
-
-    def draw(t: Tensor) -> Tensor:
-        return _random(t, [number(n) for n in t.shape], dtype, generator)
-
-    parts = {}
-    for seed, name in enumerate(stand_ins):
-        if (child := module._modules.get(name)) is not None:
-            parts[name] = _bare(child, lambda t: torch.zeros((), dtype=dtype).expand(t.shape), number)
-            parts[name].forward = _stand_in(child, seed)
-    return _bare(module, draw, number, parts)
+    children = {name: child for name in stand_ins if (child := module._modules.get(name)) is not None}
+    called = {id(p) for child in children.values() for p in child.parameters()}
+    # What the copy has in place of an object: other weights, and nothing of hooks and loans.
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in (*vars(part).items(), *part._parameters.items(), *part._buffers.items()):
+            if isinstance(value, Tensor):
+                shape = [number(n) for n in value.shape]
+                idle = id(value) in called
+                new = torch.zeros((), dtype=dtype).expand(shape) if idle else _random(value, shape, dtype, generator)
+                memo[id(value)] = nn.Parameter(new, requires_grad=False) if name in part._parameters else new
+            elif name in _HOOKS or name.startswith(_PATCHES):
+                memo[id(value)] = None
+            elif name in _FRESH and name.endswith("_hooks"):
+                memo[id(value)] = {}
+            elif name in LENDING and isinstance(value, list):
+                memo[id(value)] = []
+            elif name not in _FRESH and not isinstance(value, (nn.Module, MethodType, Collection)):
+                memo[id(value)] = value  # such as a lock, a process group, or what keeps the weights of other modules
+    made = copy.deepcopy(module, memo)
+    for part in made.modules():
+        own = {name: number(value) for name, value in _own_attributes(part).items()}
+        lending = {name: value for name, value in LENDING.items() if hasattr(part, name)}
+        for name in vars(part).keys() - _FRESH - own.keys():
+            del part.__dict__[name]
+        part.__dict__ |= own | lending
+    for seed, (name, child) in enumerate(children.items()):
+        made._modules[name].forward = _stand_in(child, seed)
+    return made
 
 
 def magnitudes(count: int) -> Tensor:
@@ -125,33 +125,32 @@ def magnitudes(count: int) -> Tensor:
 
 
 def _disproof(module: nn.Module, forward: Forward, probe: Probe) -> str | None:
-    failure, proved = None, False
+    failure, proved, host = None, False, type(module).forward
     with _apart():
-        for trial in probe(module, forward):
+        for run, tolerance, in_turn in probe(module, forward):
             # What the host does not take, such as a dtype, proves nothing; there must be something that it takes.
             try:
-                expected = _alone(trial.host)
+                expected = _alone(run, host)
             except Exception as error:
                 failure = failure or error
                 continue
-            for run in trial.ours:
+            for codes in ((forward,), (forward, host), (host, forward)) if in_turn else ((forward,),):
                 try:
-                    actual = _alone(run)
+                    actual = _alone(run, *codes)
                 except Exception as error:
-                    return f"{RETURNS}: ours raises {one_line(error)}"
-                for words, value in expected.items():
-                    if (what := _difference(value, actual[words], trial.tolerance)) is not None:
-                        return f"{words}: {what}"
-            proved = proved or trial.tolerance <= _EXACT
+                    return f"{DIFFERS}: ours raises {_one_line(error)}"
+                if not _same(expected, actual, tolerance):
+                    return DIFFERS
+            proved = proved or tolerance <= _EXACT
     if not proved:
         raise failure or ValueError("there is no trial")
     return None
 
 
-def _alone(run: Callable[[], Outcome]) -> Outcome:
+def _alone(run: Callable[..., Any], *codes: Forward) -> Any:
     # Dropout is the same in all runs. Only the CPU's random numbers are the caller's again after a trial.
     torch.default_generator.manual_seed(0)
-    return run()
+    return run(*codes)
 
 
 @contextmanager
@@ -159,46 +158,27 @@ def _apart() -> Iterator[None]:
     """Keeps what runs in the block from the caller's settings, and the caller's random numbers from the block."""
     # A mode, which every call of torch passes through; it would take a third of the time.
     device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    # A host's function may be a compiled one, which would be compiled again for the shapes here. Whoever has none has
+    # A host's function may be a compiled one, which would be compiled anew for the shapes here. Whoever has none has
     # not imported the compiler, which takes seconds.
-    stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
-    with (
-        torch.no_grad(),
-        device,
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        use_backend("torch"),
-        stance("force_eager") if stance else nullcontext(),
-    ):
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with torch.no_grad(), device, no_autocast, torch.random.fork_rng(devices=[]), use_backend("torch"), eager:
         yield
 
 
-def _difference(host: Any, ours: Any, tolerance: float) -> str | None:
+def _same(host: Any, ours: Any, tolerance: float) -> bool:
     if isinstance(host, Tensor) and isinstance(ours, Tensor):
-        if host.shape != ours.shape:
-            return "another shape"
-        if host.dtype != ours.dtype:
-            return f"{host.dtype}, not {ours.dtype}"
-        if torch.equal(host, ours):
-            return None
+        if host.shape != ours.shape or host.dtype != ours.dtype:
+            return False
         a, b = (x.to(torch.complex128 if x.is_complex() else torch.float64) for x in (host, ours))
         limit = tolerance * a.nan_to_num().abs().max().item()
-        return None if torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True) else "other values"
+        return torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True)
     if isinstance(host, (tuple, list)) and type(host) is type(ours) and len(host) == len(ours):
-        found = (_difference(a, b, tolerance) for a, b in zip(host, ours, strict=True))
-        return next((what for what in found if what is not None), None)
-    if type(host) is type(ours) and host == ours:
-        return None
-    return f"{_described(host)}, not {_described(ours)}"
+        return all(_same(a, b, tolerance) for a, b in zip(host, ours, strict=True))
+    return type(host) is type(ours) and host == ours
 
 
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "a tensor"
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list, dict)) else repr(value)[:60]
-
-
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Returns the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
@@ -224,41 +204,6 @@ def _smaller(module: nn.Module) -> Callable[[Any], Any]:
         return value / factor**0.5 if is_root else value
 
     return number
-
-
-def _bare(
-    module: nn.Module,
-    fill: Callable[[Tensor], Tensor],
-    number: Callable[[Any], Any],
-    parts: Mapping[str, nn.Module] | None = None,
-) -> Any:
-    def own(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return fill(value)
-        if type(value) in (tuple, set):
-            return type(value)(map(own, value))
-        if isinstance(value, Collection):
-            value = copy.copy(value)
-            if isinstance(value, (MutableMapping, MutableSequence)):
-                for key in list(value) if isinstance(value, MutableMapping) else range(len(value)):
-                    value[key] = own(value[key])
-            return value
-        # A method that somebody has put over one of the class.
-        bound = isinstance(value, MethodType) and value.__self__ is module
-        return MethodType(value.__func__, result) if bound else number(value)
-
-    result = type(module).__new__(type(module))
-    nn.Module.__init__(result)
-    result.__dict__ |= {name: own(value) for name, value in _own_attributes(module).items()}
-    result.__dict__ |= {name: value for name, value in LENDING.items() if hasattr(result, name)}
-    result.__dict__["training"] = module.training
-    for name, p in module._parameters.items():
-        result._parameters[name] = None if p is None else nn.Parameter(fill(p), requires_grad=False)
-    for name, buffer in module._buffers.items():
-        result._buffers[name] = None if buffer is None else fill(buffer)
-    for name, child in module._modules.items():
-        result._modules[name] = (parts or {}).get(name) or (None if child is None else _bare(child, fill, number))
-    return result
 
 
 def _random(t: Tensor, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -13,15 +13,18 @@ reading it, which would stop the GPU.
 Not seen: calls in other threads, and those inside functions that a mode sees as a whole
 (``torch.nn.MultiheadAttention``, ``torch.jit`` code, compiled C++). ``torch.compile`` takes the mode as part of the
 state that it guards: a compiled model is compiled once more inside the block and has its own graph back after it. Its
-calls are served and not counted (:mod:`~swifti2v_kernels.integrations.calls`), which the printed counts say. Dynamo
-breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True`` may refuse there.
+calls are served and not counted: what traced code reads is guarded, so a count that grows would have it compiled anew
+at every call. Dynamo breaks graphs at some tensor methods (``unflatten``) under any mode, so ``fullgraph=True`` may
+refuse there.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +35,52 @@ from torch.overrides import TorchFunctionMode
 from ..attention.segment_attention import segment_attention
 from ..common.dispatch import BACKENDS, explain
 from ..common.tracing import constant_when_traced
-from .calls import AttentionCalls
+
+
+@dataclass
+class AttentionCalls:
+    """Counts of a model's attention calls outside compiled code; printed, one line for each kind of call.
+
+    Attributes:
+        implementations: the calls that our operator served, by the implementation that computed them.
+        not_served: the other calls, by the reason; they went where they would have gone anyway.
+    """
+
+    implementations: Counter[str] = field(default_factory=Counter)
+    not_served: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def served(self) -> int:
+        """The number of calls that our operator served."""
+        return self.implementations.total()
+
+    @property
+    def kinds(self) -> int:
+        """The number of kinds of calls, which is 0 if no call was counted."""
+        return len(self.implementations) + len(self.not_served)
+
+    def serve(self, implementation: str) -> None:
+        """Counts a call that our operator serves by this implementation."""
+        if not torch.compiler.is_compiling():
+            self.implementations[implementation] += 1
+
+    def decline(self, reason: str) -> None:
+        """Counts a call that goes where it would have gone anyway."""
+        if not torch.compiler.is_compiling():
+            self.not_served[reason] += 1
+
+    def refuses(self, *reasons: tuple[bool, str]) -> bool:
+        """Returns whether one of these reasons holds, whose call goes where it would have gone; counts the first."""
+        reason = next((reason for holds, reason in reasons if holds), None)
+        if reason is not None:
+            self.decline(reason)
+        return reason is not None
+
+    def __str__(self) -> str:
+        rows = [(n, f"served by {name}") for name, n in self.implementations.most_common()]
+        rows += [(n, f"not served: {reason}") for reason, n in self.not_served.most_common()]
+        rows = rows or [(0, "counted; calls in compiled code are not")]
+        return "\n".join(["attention calls", *(f"{n:>8}  {text}" for n, text in rows)])
 
 
 @contextmanager
@@ -91,16 +139,10 @@ def attend(
     valid_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | None:
-    """Returns attention ``[B, L, H, D]`` by our operator, or None if it cannot serve the call; counted either way.
+    """Returns attention ``[B, L, H, D]`` by our operator, or None if it cannot serve the call; ``calls`` counts either.
 
-    Args:
-        q: queries ``[B, L, H, D]``, of any kind that a host may have.
-        k: keys, likewise.
-        v: values, likewise.
-        calls: the counts that the call is added to.
-        scale: factor on the logits; default ``D ** -0.5``.
-        valid_lengths: None or integers ``[B]``, how many keys of each entry count.
-        backend: ``auto``, ``torch`` or ``triton``, as for :func:`replace_sdpa`.
+    Queries, keys and values ``[B, L, H, D]`` may be of any kind that a host has, ``valid_lengths`` are integers ``[B]``
+    (how many keys of each entry count), and ``backend`` is as for :func:`replace_sdpa`.
     """
     reason = _misfit(q, k, v, scale)
     if reason is None:
@@ -115,10 +157,7 @@ def attend(
 
 
 class _Routing(TorchFunctionMode):
-    """The mode that routes calls, for one thread.
-
-    A mode is a thread's own, hooks are not: a forward in another thread must not open this one.
-    """
+    """The mode that routes the calls of one thread."""
 
     def __init__(self, calls: AttentionCalls, backend: str, everywhere: bool) -> None:
         super().__init__()
@@ -128,7 +167,7 @@ class _Routing(TorchFunctionMode):
         self.thread = _thread()
 
     def step(self, by: int) -> None:
-        """Counts a forward of the module that begins or ends, from a hook, and changes nothing."""
+        """Counts a forward of the module that begins or ends in this thread, from a hook, and changes nothing."""
         if _thread() == self.thread:
             self.depth += by
 
@@ -140,43 +179,40 @@ class _Routing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not self.depth:
-            return func(*args, **kwargs)
-        out = _sdpa(self.calls, self.backend, *args, **kwargs)
+        routed = func is F.scaled_dot_product_attention and self.depth
+        out = self._serve(*args, **kwargs) if routed else None
         return func(*args, **kwargs) if out is None else out
+
+    def _serve(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """Returns the attention ``[B, H, L, D]`` of a call of torch's function, or None if ours cannot serve it."""
+        if self.calls.refuses(
+            (attn_mask is not None, "attn_mask is given"),
+            (is_causal, "is_causal"),
+            (dropout_p > 0, "dropout_p is not 0"),
+            (enable_gqa and query.shape[-3] != key.shape[-3], "enable_gqa: fewer heads of keys than of queries"),
+            (not query.ndim == key.ndim == value.ndim == 4, "not [B, H, L, D]"),
+        ):
+            return None
+        q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+        out = attend(q, k, v, self.calls, scale=scale, backend=self.backend)
+        return None if out is None else out.transpose(1, 2)
 
 
 # Constant for a trace; another thread has another stack of modes, so it does not take the same graph.
 @constant_when_traced
 def _thread() -> int:
     return threading.get_ident()
-
-
-def _sdpa(
-    calls: AttentionCalls,
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """Returns the attention ``[B, H, L, D]`` of a call of torch's function, or None if our operator cannot serve it."""
-    if calls.refuses(
-        (attn_mask is not None, "attn_mask is given"),
-        (is_causal, "is_causal"),
-        (dropout_p > 0, "dropout_p is not 0"),
-        (enable_gqa and query.shape[-3] != key.shape[-3], "enable_gqa: fewer heads of keys than of queries"),
-        (not query.ndim == key.ndim == value.ndim == 4, "not [B, H, L, D]"),
-    ):
-        return None
-    q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
-    out = attend(q, k, v, calls, scale=scale, backend=backend)
-    return None if out is None else out.transpose(1, 2)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from swifti2v_kernels.integrations.diffusers import accelerate, restore
-from swifti2v_kernels.integrations.diffusers.wan import WanProcessor
 from swifti2v_kernels.integrations.patching import is_patched
 from tests.support.diffusers_models import MODELS, make, run
 from tests.support.tolerances import PARITY, relative_error
@@ -110,7 +109,8 @@ def test_one_model_under_two_names_is_patched_once_and_keeps_its_hooks() -> None
         add_hook_to_module(block, Watch())
     pipe = diffusers.WanPipeline(None, None, vae=None, scheduler=None, transformer=module, transformer_2=module)
     report = accelerate(pipe)
-    assert [(x.component, x.text) for x in report.left] == [("transformer_2", "the same model as transformer")]
+    text = "the same modules as in transformer"
+    assert {(x.component, x.text) for x in report.left} == {("transformer_2", text)}
     for _ in range(2):
         calls.clear()
         assert relative_error(run(module, inputs), expected) < PARITY
@@ -182,7 +182,6 @@ def test_a_chosen_attention_backend_is_respected_and_handed_back(computed: list[
         attn.set_attention_backend("native")
     (line,) = (line for line in accelerate(module, norms=False).left if "backend" in line.text)
     assert (line.count, line.text) == (2, "the attention backend native was chosen for it")
-    restore(module)
     module.reset_attention_backend()
     accelerate(module)
     computed.clear()
@@ -191,16 +190,6 @@ def test_a_chosen_attention_backend_is_respected_and_handed_back(computed: list[
     assert [backend.value for backend in computed] == ["native"] * 4
     restore(module)
     assert attention[0].processor._attention_backend.value == "native"
-    module.reset_attention_backend()
-    accelerate(module)
-    attention[0].set_attention_backend("native")
-    run(module, inputs)
-    module.reset_attention_backend()
-    computed.clear()
-    run(module, inputs)
-    assert not computed
-    restore(module)
-    assert attention[0].processor._attention_backend is None
 
 
 def test_projections_that_diffusers_fuses_in_between() -> None:
@@ -217,20 +206,6 @@ def test_projections_that_diffusers_fuses_in_between() -> None:
     assert torch.equal(run(module, inputs), expected)
 
 
-def test_parts_and_wholes() -> None:
-    """A layer accelerated by itself is restored with its model, and patched anew with it."""
-    module, inputs = make(WAN)
-    expected = run(module, inputs)
-    accelerate(module.blocks[0])
-    restore(module)
-    assert not is_patched(module)
-    accelerate(module.blocks[0])
-    report = accelerate(module)
-    assert sorted((x.host, x.count) for x in report.replaced) == [("WanAttnProcessor", 4), ("WanTransformerBlock", 2)]
-    restore(module)
-    assert torch.equal(run(module, inputs), expected)
-
-
 def test_pickling_is_refused_with_a_reason_and_states_are_not(tmp_path: Any) -> None:
     module, inputs = make(WAN)
     expected = run(module, inputs)
@@ -242,12 +217,3 @@ def test_pickling_is_refused_with_a_reason_and_states_are_not(tmp_path: Any) -> 
     assert torch.equal(run(again, inputs), expected)
     restore(module)
     assert torch.equal(run(pickle.loads(pickle.dumps(module)), inputs), expected)
-
-
-def test_a_processor_of_theirs_is_left_alone() -> None:
-    module, _ = make(WAN)
-    module.blocks[0].attn1.set_processor(WanProcessor(None))
-    assert {x.text for x in accelerate(module, norms=False).left} == {
-        "no replacement for this attention processor",
-        "norms=False",
-    }

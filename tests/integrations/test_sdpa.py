@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 
-from swifti2v_kernels.integrations.calls import COMPILED
 from swifti2v_kernels.integrations.sdpa import replace_sdpa
 from tests.support.tolerances import PARITY, relative_error
 
 
-def qkv(*shape: int, **options: Any) -> list[Tensor]:
+def qkv(*shape: int, **options: bool) -> list[Tensor]:
     return [torch.randn(shape or (2, 3, 7, 8), **options) for _ in range(3)]
 
 
@@ -64,6 +63,7 @@ REASONS = {
     ),
     "not [B, H, L, D]": lambda q, k, v: ((q[0], k[0], v[0]), {}),
     "a subclass of Tensor": lambda q, k, v: ((q, k, v.as_subclass(Labelled)), {}),
+    "q, k and v differ in dtype or device": lambda q, k, v: ((q, k.double(), v), {}),
     "q, k and v differ in batch, heads or head_dim": lambda q, k, v: ((q, k, v[..., :4]), {}),
     "no keys or no channels": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
     "channels that are not contiguous": lambda q, k, v: ((q, k, v.mT.contiguous().mT), {}),
@@ -76,22 +76,18 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_cannot_be_served_is_torchs_own_result_and_counted_by_reason(reason):
     args, kwargs = REASONS[reason](*qkv())
-    torch.manual_seed(0)
-    expected = F.scaled_dot_product_attention(*args, **kwargs)
-    torch.manual_seed(0)
-    with replace_sdpa() as calls:
-        actual = F.scaled_dot_product_attention(*args, **kwargs)
-    assert torch.equal(actual, expected)
+    results = []
+    for routing in (contextlib.nullcontext(), replace_sdpa()):
+        torch.manual_seed(0)
+        with routing as calls:
+            try:
+                results.append(F.scaled_dot_product_attention(*args, **kwargs))
+            except RuntimeError as error:
+                results.append(str(error))
+    assert torch.equal(*results) if isinstance(results[0], Tensor) else results[0] == results[1]
     assert calls.served == 0
     assert dict(calls.not_served) == {reason: 1}
     assert f"1  not served: {reason}" in str(calls)
-
-
-def test_errors_of_torch_stay_torchs():
-    q, k, v = qkv()
-    with replace_sdpa(backend="torch") as calls, pytest.raises(RuntimeError, match="dtype"):
-        F.scaled_dot_product_attention(q, k.double(), v)
-    assert dict(calls.not_served) == {"q, k and v differ in dtype or device": 1}
 
 
 def test_kernels_asked_for_by_name_where_there_are_none_are_an_error():
@@ -131,38 +127,26 @@ def test_an_exception_closes_the_routing_and_removes_the_hooks():
     assert not calls.not_served
 
 
-def test_blocks_nest_and_the_inner_passes_on_what_it_cannot_serve():
-    q, k, v = qkv()
-    with replace_sdpa(backend="torch") as outer, replace_sdpa() as inner:
-        F.scaled_dot_product_attention(q, k, v)
-    assert (outer.served, inner.served) == (1, 0)
-    assert inner.not_served.total() == 1
-
-
-def test_other_threads_are_neither_routed_nor_open_the_block():
+def test_a_forward_in_another_thread_does_not_open_the_block():
     model, x = Attention(), torch.randn(2, 7, 16)
     inside, leave = threading.Event(), threading.Event()
 
-    def hold(module: nn.Module, args: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            inside.set()
-            assert leave.wait(20)
+    def hold(*_):
+        inside.set()
+        leave.wait(20)
 
     with replace_sdpa(model, backend="torch") as calls:
         model.register_forward_pre_hook(hold)
         thread = threading.Thread(target=model, args=(x,))
         thread.start()
         assert inside.wait(20)
-        F.scaled_dot_product_attention(*qkv())  # while the other thread is in the module's forward
+        F.scaled_dot_product_attention(*qkv())
         leave.set()
         thread.join()
-        assert calls.served == 0
-        assert not calls.not_served
-        model(x)
-    assert calls.served == 1
+    assert not calls.kinds
 
 
-def test_compiled_before_or_inside_the_block_it_is_compiled_once_more_and_said_not_to_be_counted():
+def test_compiled_before_or_inside_the_block_it_is_compiled_once_more_and_not_counted():
     """Counts in compiled code would have it compiled at every run; as printed they say that they lack its calls."""
     model, x = Attention(), torch.randn(2, 7, 16)
     graphs = CompileCounterWithBackend("aot_eager")
@@ -174,8 +158,7 @@ def test_compiled_before_or_inside_the_block_it_is_compiled_once_more_and_said_n
                 assert relative_error(compiled(x), expected) < PARITY
         assert torch.equal(compiled(x), expected)
     assert graphs.frame_count == 2
-    assert not calls.kinds
-    assert str(calls).splitlines() == ["attention calls", f"       ?  {COMPILED}"]
+    assert str(calls).splitlines() == ["attention calls", "       0  counted; calls in compiled code are not"]
 
 
 def test_autocast_casts_as_before():
@@ -198,23 +181,6 @@ def test_served_by_the_reference_it_is_differentiable():
     assert calls.served == 1
     for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < PARITY
-
-
-@torch.no_grad()
-def test_a_diffusers_model_as_it_is():
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    config = {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
-    model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=24, num_layers=2, **config)
-    inputs = torch.randn(1, 4, 2, 4, 6), torch.tensor([3.0]), torch.randn(1, 5, 16)
-    expected = model(*inputs).sample
-    with replace_sdpa(model, backend="torch") as calls:
-        actual = model(*inputs).sample
-    assert calls.served == 4
-    assert not calls.not_served
-    assert relative_error(actual, expected) < PARITY
-    assert torch.equal(model(*inputs).sample, expected)
 
 
 @pytest.mark.parametrize(

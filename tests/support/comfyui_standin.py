@@ -248,14 +248,12 @@ def run(model: ModelPatcher, *inputs: Tensor) -> Tensor:
         return model.model.diffusion_model(*inputs, transformer_options=model.model_options["transformer_options"])
 
 
-def sample(model: ModelPatcher, *inputs: Tensor, steps: int = 1, after: Callable[[int], None] | None = None) -> Tensor:
-    """Samples with a model as comfy/samplers.py does, its wrappers around; ``after`` is called after every step."""
+def sample(model: ModelPatcher, *inputs: Tensor, steps: int = 1) -> Tensor:
+    """Samples with a model as comfy/samplers.py does, its wrappers around."""
 
     def outer_sample(x: Tensor, *others: Tensor) -> Tensor:
-        for i in range(steps):
+        for _ in range(steps):
             x = run(model, x, *others)
-            if after is not None:
-                after(i)
         return x
 
     wrappers = [w for keyed in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).values() for w in keyed]

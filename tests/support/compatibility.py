@@ -68,81 +68,61 @@ def host_version(item: pytest.Item) -> str:
 
 
 class Recorder:
-    """Collects the outcomes of a session."""
+    """Collects the outcomes of a session by model, feature and version."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[tuple[str, str, str], str] = {}
+        self.outcomes: dict[tuple[str, str, str], set[str]] = {}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-        """Notes the outcome of a test: a pair has passed if all of its tests have; with one skipped it is not known."""
+        """Notes the outcome of a test."""
         outcome: Any = yield
         report = outcome.get_result()
-        if report.when != "call" and report.passed:
-            return
-        for model, feature in pairs(item):
-            key = (model, feature, host_version(item))
-            # Of passed, skipped, failed the last in this order counts.
-            self.outcomes[key] = min(
-                self.outcomes.get(key, "passed"), report.outcome, key=("failed", "skipped", "passed").index
-            )
+        if report.when == "call" or not report.passed:
+            for model, feature in pairs(item):
+                self.outcomes.setdefault((model, feature, host_version(item)), set()).add(report.outcome)
 
     def pytest_sessionfinish(self) -> None:
-        """Adds the outcomes to the file and writes the page anew."""
+        """Puts pairs whose tests have all passed into the file, takes others out, and makes the page."""
         rows = {(r["model"], r["feature"], r["version"]): r for r in load()}
         torch_version = importlib.metadata.version("torch").split("+")[0]
-        for (model, feature, version), outcome in self.outcomes.items():
-            rows.pop((model, feature, version), None)
-            if outcome == "skipped":
-                continue
-            rows[model, feature, version] = {
-                "model": model,
-                "feature": feature,
-                "version": version,
-                "torch": torch_version,
-                "passed": outcome == "passed",
-            }
-        ordered = sorted(rows.values(), key=lambda r: (r["model"], r["feature"], r["version"]))
+        for key, outcomes in self.outcomes.items():
+            rows.pop(key, None)
+            if outcomes == {"passed"}:
+                rows[key] = dict(zip(("model", "feature", "version", "torch"), (*key, torch_version), strict=True))
+        ordered = [rows[key] for key in sorted(rows)]
         write_text(STORE, "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
         write_text(PAGE, render(ordered))
 
 
-def load() -> list[dict[str, Any]]:
+def load() -> list[dict[str, str]]:
     """Returns the rows kept so far."""
-    return json.loads(STORE.read_text()) if STORE.exists() else []
+    return json.loads(STORE.read_text())
 
 
-def render(rows: list[dict[str, Any]]) -> str:
+def render(rows: list[dict[str, str]]) -> str:
     """Returns the text of the page."""
-    features = sorted({row["feature"] for row in rows}, key=_order)
+    features = sorted({row["feature"] for row in rows}, key=_FEATURES.index)
     tested = sorted({row["version"] for row in rows} - {"yes"}, key=_version)
     lines = ["| " + " | ".join(["model", *features]) + " |", "|" + "---|" * (len(features) + 1)]
     for model in sorted({row["model"] for row in rows}):
-        own = [row for row in rows if row["model"] == model]
-        cells = [_cell([row for row in own if row["feature"] == feature], tested) for feature in features]
+        cells = []
+        for feature in features:
+            passed = {row["version"] for row in rows if (row["model"], row["feature"]) == (model, feature)}
+            versions = sorted(passed, key=_version)
+            together = len(versions) > 1 and versions == tested[tested.index(versions[0]) :][: len(versions)]
+            cells.append(f"{versions[0]} to {versions[-1]}" if together else ", ".join(versions))
         lines.append("| " + " | ".join([model, *cells]) + " |")
-    versions = ", ".join(sorted({row["torch"] for row in rows}))
-    return _HEAD + "\n".join(lines) + f"\n\nTested: diffusers {', '.join(tested)}; torch {versions}.\n"
-
-
-def _cell(rows: list[dict[str, Any]], tested: list[str]) -> str:
-    passed = sorted((row["version"] for row in rows if row["passed"]), key=_version)
-    failed = [f"FAILED under {row['version']}" for row in rows if not row["passed"]]
-    together = len(passed) > 1 and passed == tested[tested.index(passed[0]) :][: len(passed)]
-    return ", ".join([*([f"{passed[0]} to {passed[-1]}"] if together else passed), *failed])
+    torch_versions = ", ".join(sorted({row["torch"] for row in rows}))
+    return _HEAD + "\n".join(lines) + f"\n\nTested: diffusers {', '.join(tested)}; torch {torch_versions}.\n"
 
 
 def _version(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-_ORDER = (
+#: In the order of the columns.
+_FEATURES = (
     *("attention", "norms", "no concatenation", "VAE encode", "VAE decode", "CSG", "restore", "model offload"),
     *("sequential offload", "group offload", "LoRA", "torch.compile"),
 )
-
-
-def _order(feature: str) -> int:
-    if feature not in _ORDER:
-        raise pytest.UsageError(f"compatibility: unknown feature {feature!r}; one of {', '.join(_ORDER)}")
-    return _ORDER.index(feature)

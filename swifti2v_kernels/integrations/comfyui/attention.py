@@ -10,7 +10,6 @@ before it runs. So the node promises nothing, and after every sampling run the l
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import logging
 from collections.abc import Callable
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import obstacles
-from ..calls import AttentionCalls, any_traced
-from ..recipe import HostChanged
-from ..sdpa import attend
-from .host import need, told_after
+from ..recipe import check
+from ..sdpa import AttentionCalls, attend
 
 KEY = "optimized_attention_override"
+CHANGED = "this version of ComfyUI is not what the node was written for"
 _WRAPPER = "swifti2v_attention"
 _ATTENTION_MODULE = "comfy.ldm.modules.attention"
 
@@ -49,25 +47,23 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
     Raises:
         HostChanged: this version of ComfyUI has no such override, or its patcher another interface.
     """
-    need(model, "MODEL", "clone", "model_options", "model")
-    need(importlib.import_module(_ATTENTION_MODULE), _ATTENTION_MODULE, "wrap_attn")
-    if "transformer_options" not in model.model_options:
-        raise HostChanged(
-            "this version of ComfyUI is not what the node was written for: MODEL.model_options has no"
-            " 'transformer_options'; nothing was changed"
-        )
-    calls = AttentionCalls()
-    patched = model.clone()
-    options = patched.model_options["transformer_options"]
+    wrappers = "add_wrapper_with_key", "remove_wrappers_with_key"
+    check(f"{CHANGED}: MODEL", model, "clone", "model_options", "model", *wrappers)
+    check(f"{CHANGED}: {_ATTENTION_MODULE}", importlib.import_module(_ATTENTION_MODULE), "wrap_attn")
+    calls, patched = AttentionCalls(), model.clone()
+    options = patched.model_options.get("transformer_options", {})
     override = make_override(calls, options.get(KEY), backend)
     # New dictionaries, however deep this version's clone is.
     patched.model_options = {**patched.model_options, "transformer_options": {**options, KEY: override}}
     name = type(getattr(model.model, "diffusion_model", model.model)).__name__
-    told = _tell_totals(patched, calls, name)
+    outer = importlib.import_module("comfy.patcher_extension").WrappersMP.OUTER_SAMPLE
+    # A node of ours before this one is offered what is left, and would report that.
+    patched.remove_wrappers_with_key(outer, _WRAPPER)
+    patched.add_wrapper_with_key(outer, _WRAPPER, _telling(calls, name))
     _log.info(
-        "SwiftI2V attention: calls that %s makes of ComfyUI's optimized attention will be offered to the kernels; %s",
+        "SwiftI2V attention: calls that %s makes of ComfyUI's optimized attention will be offered to the kernels;"
+        " totals follow after each run",
         name,
-        "totals follow after each run" if told else "this version of ComfyUI lets no node show totals after a run",
     )
     device = getattr(model, "load_device", None)
     if backend != "torch" and device is not None and (reason := obstacles.on_device(device)) is not None:
@@ -75,32 +71,27 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
     return patched, calls
 
 
-def _tell_totals(patched: Any, calls: AttentionCalls, name: str) -> bool:
-    """Puts a report after every sampling run of a patcher; returns whether this version of ComfyUI lets it."""
-    try:
-        outer = importlib.import_module("comfy.patcher_extension").WrappersMP.OUTER_SAMPLE
-        # A node of ours before this one is offered what is left, and would report that.
-        patched.remove_wrappers_with_key(outer, _WRAPPER)
-        add = patched.add_wrapper_with_key
-    except (ImportError, AttributeError):
-        return False
+def _telling(calls: AttentionCalls, name: str) -> Callable[..., Any]:
+    """Returns the wrapper of a sampling run that reports the run's calls."""
 
-    def end(before: AttentionCalls, finished: bool) -> None:
-        run = calls.since(before)
-        if not run.kinds and finished and not any_traced():
-            _log.warning(
-                "SwiftI2V attention: %s never called the override in this run, so nothing was accelerated. Its"
-                " attention does not pass through the override, or another node has put its own there, or no step was"
-                " made.",
-                name,
-            )
-        else:
-            what = "in this run" if finished else "in this run, which was broken off"
-            _log.info("SwiftI2V attention of %s, %s: %s", name, what, run)
+    def told(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = copy.deepcopy(calls)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            implementations = calls.implementations - before.implementations
+            made = AttentionCalls(implementations, calls.not_served - before.not_served)
+            if made.kinds:
+                _log.info("SwiftI2V attention of %s, in this run: %s", name, made)
+            else:
+                _log.warning(
+                    "SwiftI2V attention: no call of the override by %s was counted in this run, so nothing was"
+                    " accelerated, unless it is compiled. Its attention does not pass through the override, or another"
+                    " node has put its own there, or no step was made.",
+                    name,
+                )
 
-    begin = functools.partial(copy.deepcopy, calls)
-    add(outer, _WRAPPER, told_after(lambda run, *args, **kwargs: run(*args, **kwargs), begin, end))
-    return True
+    return told
 
 
 def make_override(calls: AttentionCalls, previous: Override | None, backend: str = "auto") -> Override:

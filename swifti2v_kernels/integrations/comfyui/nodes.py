@@ -7,10 +7,24 @@ from typing import Any
 from .attention import accelerate_attention
 from .vae import accelerate_vae
 
-_ENABLED = ("BOOLEAN", {"default": True, "tooltip": "Off: the input is passed on as it is."})
+
+class _Node:
+    """The common part of the nodes: one input of the kind of their output, and a switch."""
+
+    CATEGORY = "SwiftI2V"
+    FUNCTION = "patch"
+    RETURN_TYPES: tuple[str, ...]
+    TOOLTIP: str
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Returns the inputs as ComfyUI wants them described."""
+        (kind,) = cls.RETURN_TYPES
+        enabled = {"default": True, "tooltip": "Off: the input is passed on as it is."}
+        return {"required": {kind.lower(): (kind, {"tooltip": cls.TOOLTIP}), "enabled": ("BOOLEAN", enabled)}}
 
 
-class SwiftI2VAttention:
+class SwiftI2VAttention(_Node):
     """The node that takes a ``MODEL`` and returns one whose attention is on our kernels."""
 
     DESCRIPTION = (
@@ -18,23 +32,16 @@ class SwiftI2VAttention:
         " where they went before, to an attention node before this one or to ComfyUI's own. After each run the log"
         " counts both, and warns if the model never called the kernels."
     )
-    CATEGORY = "SwiftI2V"
     RETURN_TYPES = ("MODEL",)
+    TOOLTIP = "A Wan model, or any other that uses ComfyUI's optimized attention."
     OUTPUT_TOOLTIPS = ("The model with its attention on the kernels; the input itself is not changed.",)
-    FUNCTION = "patch"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Returns the inputs as ComfyUI wants them described."""
-        tooltip = "A Wan model, or any other that uses ComfyUI's optimized attention."
-        return {"required": {"model": ("MODEL", {"tooltip": tooltip}), "enabled": _ENABLED}}
 
     def patch(self, model: Any, enabled: bool) -> tuple[Any]:
         """Returns the model for the node's output: a clone on our kernels, or the input itself where it is off."""
         return (accelerate_attention(model)[0] if enabled else model,)
 
 
-class SwiftI2VVAE:
+class SwiftI2VVAE(_Node):
     """The node that takes a ``VAE`` and returns one whose layers are on our kernels, if it is Wan's."""
 
     DESCRIPTION = (
@@ -42,15 +49,9 @@ class SwiftI2VVAE:
         " on as it is, and named in the log. After each run the log counts the calls of these layers, and those of them"
         " that ComfyUI computed, with the reason."
     )
-    CATEGORY = "SwiftI2V"
     RETURN_TYPES = ("VAE",)
+    TOOLTIP = "A Wan VAE, version 2.1 or 2.2."
     OUTPUT_TOOLTIPS = ("The VAE on the kernels; it shares its weights with the input, which is not changed.",)
-    FUNCTION = "patch"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Returns the inputs as ComfyUI wants them described."""
-        return {"required": {"vae": ("VAE", {"tooltip": "A Wan VAE, version 2.1 or 2.2."}), "enabled": _ENABLED}}
 
     def patch(self, vae: Any, enabled: bool) -> tuple[Any]:
         """Returns the VAE for the node's output: one on our kernels, or the input where it is off or not Wan's."""

@@ -17,7 +17,8 @@ from torch import nn
 
 from .. import obstacles
 from ..patching import Line, Report, plan_patches, table
-from .host import need, told_after
+from ..recipe import check
+from .attention import CHANGED
 
 _log = logging.getLogger(__name__)
 
@@ -41,19 +42,19 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
     Raises:
         HostChanged: this version of ComfyUI has another interface.
     """
-    need(vae, "VAE", "first_stage_model")
-    module = vae.first_stage_model
-    patches, report = _plan(module) if isinstance(module, nn.Module) else ({}, _unknown(module))
+    check(f"{CHANGED}: VAE", vae, "first_stage_model")
+    patches, report = _plan(vae.first_stage_model)
     if not patches:
         _log.info("%s", report)
         return vae, report
-    need(vae, "VAE", "patcher")
-    need(vae.patcher, "VAE.patcher", "clone", "add_object_patch")
+    check(f"{CHANGED}: VAE", vae, "patcher")
+    check(f"{CHANGED}: VAE.patcher", vae.patcher, "clone", "add_object_patch")
     patched = copy.copy(vae)
     patched.patcher = vae.patcher.clone()
     for name, forward in patches.items():
         patched.patcher.add_object_patch(name, forward)
-    patched.__class__ = _telling(type(vae), report)
+    if not hasattr(type(vae), "_swifti2v_runs"):
+        patched.__class__ = _telling(type(vae), report)
     _log.info("%s", report)
     device = getattr(vae, "device", None)
     if device is not None and (reason := obstacles.on_device(device)) is not None:
@@ -62,43 +63,37 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
 
 
 def _telling(kind: type, report: Report) -> type:
-    """Returns a class like ``kind`` whose runs are followed by a report of their calls; ``kind`` if it is one."""
-    if hasattr(kind, "_swifti2v_report"):
-        return kind
-    patches = [patch for _, _, patches in report.planned for patch in patches]
-
-    def begin() -> None:
-        for patch in patches:
-            patch.calls.clear()
-            patch.count()
+    """Returns a class like ``kind`` whose runs are followed by a report of their calls."""
 
     def telling(name: str) -> Callable[..., Any]:
-        def end(_: None, finished: bool) -> None:
-            rows = [row for row in report.outcomes() if row[0] != "never called"]
-            what = f"{report.title}, {name}{'' if finished else ', which was broken off'}"
-            if rows:
-                _log.info("%s", "\n".join([what, *table(rows)]))
-            elif finished:
-                _log.warning("%s: none of the replaced layers was called, so nothing was accelerated", what)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for _, _, patches in report.planned:
+                for patch in patches:
+                    patch.calls.clear()
+            try:
+                return getattr(kind, name)(*args, **kwargs)
+            finally:
+                rows = [row for row in report.outcomes() if row[0] != "not counted"]
+                none = ["  no call of a replaced layer was counted"]
+                _log.info("%s", "\n".join([f"{report.title}, {name}", *(table(rows) or none)]))
 
-        return told_after(getattr(kind, name), begin, end)
+        return run
 
     runs = {name: telling(name) for name in _RUNS if hasattr(kind, name)}
-    return type(kind.__name__, (kind,), {**runs, "__module__": kind.__module__, "_swifti2v_report": report})
+    return type(kind.__name__, (kind,), {**runs, "__module__": kind.__module__, "_swifti2v_runs": tuple(runs)})
 
 
-def _plan(module: nn.Module) -> tuple[dict[str, MethodType], Report]:
+def _plan(module: Any) -> tuple[dict[str, MethodType], Report]:
+    name = type(module).__name__
+    title, other = f"SwiftI2V VAE: {name}", Line("first_stage_model", name, 0, "not a Wan VAE; left as it is")
+    if not isinstance(module, nn.Module):
+        return {}, Report(title, left=[other])
     if module not in _PLANS:
         from ..wan_vae.recipes import ORIGINAL_RECIPES
 
-        name = type(module).__name__
-        patches, replaced, left = plan_patches(name, module, ORIGINAL_RECIPES, {"vae": True}, "ComfyUI")
-        report = Report(f"SwiftI2V VAE: {name}", replaced=replaced, left=left) if patches else _unknown(module)
-        report.planned.append((name, None, patches))
+        patches, replaced, left = plan_patches(name, module, ORIGINAL_RECIPES, {"vae": True})
+        for patch in patches:
+            patch.count()
+        report = Report(title, replaced=replaced, left=left if patches else [other], planned=[(name, None, patches)])
         _PLANS[module] = {f"{patch.name[len(name) + 1 :]}.forward": patch.replacement for patch in patches}, report
     return _PLANS[module]
-
-
-def _unknown(module: Any) -> Report:
-    name = type(module).__name__
-    return Report(f"SwiftI2V VAE: {name}", left=[Line("first_stage_model", name, 0, "not a Wan VAE; left as it is")])

@@ -12,13 +12,10 @@ are Wan (2.1, 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
-from ..patching import Report, models_in, patch_models, restore_module
+from ..patching import Report, models_in, patch_models, restore
 from ..recipe import HostChanged
 from .csg import DiffusersWanWindow
 
@@ -49,10 +46,10 @@ def accelerate(
 
     Returns:
         A report of what was replaced, and of what was not and why. Printed again after a run, it counts the calls:
-        served, handed back to diffusers and why, never called. Its ``restore()`` undoes it.
+        served, handed back to diffusers and why. Its ``restore()`` undoes it.
 
     Raises:
-        TypeError: neither a pipeline nor a module.
+        TypeError: there is no torch module in it.
         HostChanged: this version of diffusers differs from what a replacement was written for, in an attribute that the
             message names. Nothing is changed then.
 
@@ -70,31 +67,7 @@ def accelerate(
 
     families = (wan.RECIPES, hunyuan_video.RECIPES, ltx_video.RECIPES, cogvideox.RECIPES, mochi.RECIPES, WAN_VAE)
     recipes = [replace(recipe, package="diffusers") for family in families for recipe in family]
-    version = f"diffusers {diffusers.__version__}"
     wanted = {"attention": attention, "norms": norms, "vae": vae}
-    report = Report(f"swifti2v_kernels in {type(pipe_or_module).__name__} ({version})", dry_run)
-    patch_models(report, _models(pipe_or_module), recipes, wanted, version)
-    print(report)
+    report = Report(f"swifti2v_kernels in {type(pipe_or_module).__name__} (diffusers {diffusers.__version__})", dry_run)
+    patch_models(report, models_in(pipe_or_module, "pipe_or_module"), recipes, wanted)
     return report
-
-
-def restore(pipe_or_module: Any) -> Report:
-    """Undoes :func:`accelerate`: afterwards a model computes with diffusers' own code, bit for bit as before.
-
-    Args:
-        pipe_or_module: the pipeline or model that was accelerated, or a part of it that was accelerated by itself.
-
-    Returns:
-        A report whose ``left`` names what somebody else has replaced in the meantime, and which is therefore left.
-
-    Raises:
-        TypeError: neither a pipeline nor a module.
-    """
-    roots = dict(_models(pipe_or_module)).values()
-    return restore_module(*roots, title=f"restored {type(pipe_or_module).__name__}")
-
-
-def _models(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:
-    components = getattr(pipe_or_module, "components", None)
-    expected = "pipe_or_module: expected a diffusers pipeline or a torch module"
-    return models_in(pipe_or_module, components if isinstance(components, dict) else {}, expected)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import Rope3D, norm_rope, qk_norm_rope, rope_from_tokens
-from ..hooks import hook_kinds, hooked, only_moves
-from ..norms import may_overwrite
+from ..hooks import hook_kinds, only_moves
+from ..norms import alike, may_overwrite, rms_parameters
 from ..recipe import is_taken
 
 #: An attention module's projections and norms for its first stream, and those for the text of a joint attention.
@@ -53,12 +53,10 @@ class Processor:
     def declines(self, attn: nn.Module, *shared: nn.Module | None) -> str | None:
         """Returns why diffusers' own processor is to be called instead, or None.
 
-        Args:
-            attn: the attention module.
-            shared: modules that diffusers calls once for all tokens and we for each stream: whatever hooks on them do
-                to the tokens, they must see all of them.
+        ``shared`` are modules that diffusers calls once for all tokens and we for each stream: whatever hooks on them
+        do to the tokens, they must see all of them.
         """
-        if (reason := _other_choice(self)) is not None:
+        if (reason := other_choice(self)) is not None:
             return reason
         # This hook skips attention by catching the call of torch's that is in diffusers' own processor.
         if "AttentionProcessorSkipHook" in hook_kinds(attn):
@@ -73,12 +71,8 @@ class Processor:
                 setattr(self.original, name, getattr(self, name))
 
 
-def backend_is_free(attn: nn.Module) -> str | None:
-    """Returns why an attention module is left alone, a backend or parallelism chosen for it before, or None."""
-    return _other_choice(attn.processor)
-
-
-def _other_choice(processor: Any) -> str | None:
+def other_choice(processor: Any) -> str | None:
+    """Returns why diffusers' own processor is to compute, a backend or parallelism that was chosen, or None."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     backend = getattr(processor, "_attention_backend", None)
@@ -97,14 +91,23 @@ def heads_of(x: Tensor, attn: nn.Module) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
 
 
-def project(attn: nn.Module, x: Tensor, names: Sequence[str], rope: Rope3D | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values ``[B, L, H, D]`` of ``x [B, L, C]``, the first two normed and rotated.
+def project(
+    attn: nn.Module, x: Tensor, names: Sequence[str], rope: Rope3D | None, context: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries of ``x [B, L, C]``, keys and values of it or of ``context``, as ``[B, L, H, D]``.
 
-    ``names``: the attributes of the three projections and of the two norms, such as :data:`OWN`.
+    The first two are normed and rotated, by one launch if possible. ``names``: the attributes of the three projections
+    and of the two norms, such as :data:`OWN`.
     """
     to_q, to_k, to_v, norm_q, norm_k = (getattr(attn, name) for name in names)
-    q, k = norm_rotate_pair(to_q(x), to_k(x), norm_q, norm_k, attn.heads, rope, may_overwrite(to_q, to_k))
-    return q, k, heads_of(to_v(x), attn)
+    context = x if context is None else context
+    q, k, inplace = to_q(x), to_k(context), may_overwrite(to_q, to_k)
+    first, second = rms_parameters(norm_q, q), rms_parameters(norm_k, k)
+    if alike(first, second) and q.shape[2] == k.shape[2]:
+        q, k = qk_norm_rope(q, k, first[0], second[0], rope, attn.heads, eps=first[1], inplace=inplace)
+    else:
+        q, k = norm_rotate(q, norm_q, attn.heads, rope, inplace), norm_rotate(k, norm_k, attn.heads, rope, inplace)
+    return q, k, heads_of(to_v(context), attn)
 
 
 def project_out(attn: nn.Module, out: Tensor) -> Tensor:
@@ -129,54 +132,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def rms_parameters(norm: nn.Module | None, x: Tensor) -> tuple[Tensor, float] | None:
-    """Returns weight and epsilon of an RMSNorm that the fused operator can take over for ``x``, else None.
-
-    A module with hooks is called, since its weight may be on another device until then.
-    """
-    if norm is None or type(norm).__name__ not in ("RMSNorm", "MochiRMSNorm") or hooked(norm):
-        return None
-    weight = norm.weight
-    if weight is None or getattr(norm, "bias", None) is not None or weight.device != x.device:
-        return None
-    return weight, torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-
-
-def norm_rotate_pair(
-    q: Tensor,
-    k: Tensor,
-    norm_q: nn.Module | None,
-    norm_k: nn.Module | None,
-    heads: int,
-    rope: Rope3D | None,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns queries and keys ``[B, L, H*D]`` normed and rotated as ``[B, L, H, D]``, by one launch if possible.
-
-    ``inplace``: they are overwritten (:func:`may_overwrite`).
-    """
-    first, second = rms_parameters(norm_q, q), rms_parameters(norm_k, k)
-    same = first is not None and second is not None and q.shape[2] == k.shape[2] and first[1] == second[1]
-    if first is None or second is None or not same or first[0].dtype != second[0].dtype:
-        return norm_rotate(q, norm_q, heads, rope, inplace), norm_rotate(k, norm_k, heads, rope, inplace)
-    return qk_norm_rope(q, k, first[0], second[0], rope, heads, eps=first[1], inplace=inplace)
-
-
 def norm_rotate(x: Tensor, norm: nn.Module | None, heads: int, rope: Rope3D | None, inplace: bool) -> Tensor:
     """Returns a projection's output ``[B, L, H*D]``, normed and rotated, as ``[B, L, H, D]``.
 
-    The norm is over the width or per head.
+    The norm is over the width or per head. ``inplace``: ``x`` is overwritten (:func:`may_overwrite`).
     """
     parameters = rms_parameters(norm, x)
     if parameters is not None:
-        weight, eps = parameters
-        return norm_rope(x, weight, rope, heads, eps=eps, inplace=inplace)
+        return norm_rope(x, parameters[0], rope, heads, eps=parameters[1], inplace=inplace)
     weight = getattr(norm, "weight", None)
-    over_width = weight is not None and weight.shape[-1] == x.shape[2] and heads > 1
-    if norm is None:
-        y = x.unflatten(2, (heads, -1))
+    if norm is not None and weight is not None and weight.shape[-1] == x.shape[2] and heads > 1:
+        y = norm(x).unflatten(2, (heads, -1))
     else:
-        y = norm(x).unflatten(2, (heads, -1)) if over_width else norm(x.unflatten(2, (heads, -1)))
+        y = x.unflatten(2, (heads, -1))
+        y = y if norm is None else norm(y)
     return y if rope is None else rotate(y, *rope.t.unsqueeze(1).unbind(-1))
 
 

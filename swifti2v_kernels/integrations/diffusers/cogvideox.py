@@ -25,8 +25,8 @@ class CogVideoXProcessor(Processor):
         image_rotary_emb: Rotary = None,
     ) -> tuple[Tensor, Tensor] | str:
         """Computes the attention that diffusers' ``CogVideoXAttnProcessor2_0`` computes."""
-        if attention_mask is not None or attn.is_cross_attention:
-            return "cross-attention" if attention_mask is None else "attention_mask is given"
+        if attention_mask is not None:
+            return "attention_mask is given"
         if (reason := self.declines(attn, *(getattr(attn, name) for name in OWN), *attn.to_out)) is not None:
             return reason
         streams = (encoder_hidden_states, None), (hidden_states, token_rope(image_rotary_emb))
@@ -61,7 +61,7 @@ RECIPES = (
         "CogVideoXAttnProcessor2_0",
         "attention",
         "segment_attention over text and video (LayerNorm and rotation of q, k: PyTorch)",
-        (*OWN, "to_out", "heads", "is_cross_attention"),
+        (*OWN, "to_out", "heads"),
         processor=CogVideoXProcessor,
     ),
     Recipe(

@@ -7,18 +7,15 @@ puts the rotary positions of a window's frames where they belong in the clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...csg.plan import Window
-from ..recipe import HostChanged, lacks
+from ..recipe import HostChanged, check
+from .wan import TEXT_TOKENS
 
-#: Text tokens of a Wan transformer with a CLIP branch: it tells image tokens from text by their distance from the end.
-_TEXT_TOKENS = 512
 #: The noisiest timestep of Wan.
 _TIMESTEPS = 1000
 #: Attributes of the transformer that are read, dotted.
@@ -67,26 +64,24 @@ class DiffusersWanWindow:
         *,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        for need in _NEEDS:
-            if lacks(transformer, need):
-                raise HostChanged(
-                    f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
-                    f" adapter was written for: it has no attribute {need!r}"
-                )
+        message = f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
+        check(f"{message} adapter was written for: it", transformer, *_NEEDS)
         config: Any = transformer.config
         if config.patch_size[0] != 1:
             raise ValueError(f"transformer: expected a patch of one latent frame, got {tuple(config.patch_size)}")
-        if text.ndim != 3 or (config.added_kv_proj_dim is not None and text.shape[1] != _TEXT_TOKENS):
-            length = "L" if config.added_kv_proj_dim is None else _TEXT_TOKENS
+        if text.ndim != 3 or (config.added_kv_proj_dim is not None and text.shape[1] != TEXT_TOKENS):
+            length = "L" if config.added_kv_proj_dim is None else TEXT_TOKENS
             raise ValueError(f"text: expected [B, {length}, text_dim], got {tuple(text.shape)}")
         if (image is None) != (config.image_dim is None):
-            raise ValueError(
-                "image: expected None, since the transformer has no image embedding"
-                if config.image_dim is None
-                else f"image: expected CLIP tokens [B, L, {config.image_dim}], got None"
-            )
+            if config.image_dim is None:
+                raise ValueError("image: expected None, since the transformer has no image embedding")
+            raise ValueError(f"image: expected CLIP tokens [B, L, {config.image_dim}], got None")
         self.transformer, self.text, self.image, self.attention_kwargs = transformer, text, image, attention_kwargs
-        self._positions = _Positions(transformer.rope, config.patch_size)
+        self._blocks: tuple[int, ...] = ()
+        self._placed = False
+        # Left out of a compiled graph, which would otherwise hold the positions and be traced anew for every window.
+        # One object for all calls, by which such a graph knows it again.
+        self._hook = torch.compiler.disable(self._place)
 
     @property
     def mask_channels(self) -> int | None:
@@ -139,9 +134,15 @@ class DiffusersWanWindow:
         per_block = [0.0] * len(window.conditioning) + [_TIMESTEPS * sigma] * len(window.noisy)
         timestep = torch.tensor(per_block, dtype=torch.float32, device=latents.device)
         timestep = timestep.repeat_interleave(tokens).expand(batch, -1)
-        text, image = (self._context(x, latents) for x in (self.text, self.image))
-        with self._positions(window.blocks):
-            return self.transformer(
+        copies = batch // self.text.shape[0], 1, 1
+        text, image = (
+            None if x is None else x.to(latents.device, self.transformer.dtype).repeat(*copies)
+            for x in (self.text, self.image)
+        )
+        self._blocks, self._placed = window.blocks, False
+        handle = self.transformer.rope.register_forward_hook(self._hook)
+        try:
+            velocity = self.transformer(
                 hidden_states=latents.to(self.transformer.dtype),
                 timestep=timestep,
                 encoder_hidden_states=text,
@@ -149,57 +150,33 @@ class DiffusersWanWindow:
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
             )[0]
-
-    def _context(self, x: Tensor | None, latents: Tensor) -> Tensor | None:
-        if x is None:
-            return None
-        return x.to(latents.device, self.transformer.dtype).repeat(latents.shape[0] // self.text.shape[0], 1, 1)
-
-
-class _Positions:
-    """A context in which a module ``rope`` returns the tables of frames at given blocks instead of 0, 1, 2, ..."""
-
-    def __init__(self, rope: nn.Module, patch: Sequence[int]) -> None:
-        self.rope, self.patch = rope, tuple(patch)
-        self.blocks: tuple[int, ...] = ()
-        self.hooked = False
-        # Left out of a compiled graph, which would otherwise hold the positions and be traced anew for every window.
-        # One object for all calls, by which such a graph knows it again.
-        self._hook = torch.compiler.disable(self._replace)
-
-    @contextmanager
-    def __call__(self, blocks: tuple[int, ...]) -> Iterator[None]:
-        self.blocks, self.hooked = blocks, False
-        handle = self.rope.register_forward_hook(self._hook)
-        try:
-            yield
         finally:
             handle.remove()
-        if not self.hooked:
+        if not self._placed:
             raise HostChanged(
                 "transformer: its module rope was not called, so the window's blocks had no true positions; if it is"
                 " compiled as a whole, compile its layers instead (compile_repeated_blocks)"
             )
+        return velocity
 
-    def _replace(self, module: Any, inputs: Any, output: Any) -> tuple[Tensor, ...]:
-        self.hooked = True
+    def _place(self, rope: Any, inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        """Returns the tables of the window's blocks instead of those of 0, 1, 2, ..., as a hook of ``rope``."""
+        self._placed, blocks = True, list(self._blocks)
         if not isinstance(output, tuple):
             raise HostChanged(f"transformer: expected rope to return a tuple, got {type(output).__name__}")
         # One token a frame, up to the last: the module's own rows for time, wherever its tables are kept.
-        frames = module.forward(output[0].new_empty(1, 1, max(self.blocks) + 1, *self.patch[1:]))
+        patch = self.transformer.config.patch_size
+        frames = rope.forward(output[0].new_empty(1, 1, max(blocks) + 1, *patch[1:]))
         # Rows and columns have 2 * (D // 6) channels each, time the rest.
-        t_dim = module.attention_head_dim - 4 * (module.attention_head_dim // 6)
-        return tuple(_in_place_of_time(x, y, self.blocks, t_dim) for x, y in zip(output, frames, strict=True))
-
-
-def _in_place_of_time(table: Tensor, frames: Tensor, blocks: Sequence[int], t_dim: int) -> Tensor:
-    """Returns ``table`` ``[1, tokens, 1, D]`` with the rows of ``blocks`` in its first ``t_dim`` columns."""
-    num_blocks = len(blocks)
-    if table.ndim != 4 or table.shape[1] % num_blocks or frames.shape != (1, max(blocks) + 1, *table.shape[2:]):
-        raise HostChanged(
-            f"transformer: expected rope to return tables [1, tokens, 1, D], got {tuple(table.shape)}"
-            f" and {tuple(frames.shape)}"
-        )
-    by_frame = table.unflatten(1, (num_blocks, -1)).clone()
-    by_frame[..., :t_dim] = frames[:, list(blocks), None, :, :t_dim]
-    return by_frame.flatten(1, 2)
+        t_dim = rope.attention_head_dim - 4 * (rope.attention_head_dim // 6)
+        tables = []
+        for table, rows in zip(output, frames, strict=True):
+            if table.ndim != 4 or table.shape[1] % len(blocks) or rows.shape != (1, max(blocks) + 1, *table.shape[2:]):
+                raise HostChanged(
+                    f"transformer: expected rope to return tables [1, tokens, 1, D], got {tuple(table.shape)}"
+                    f" and {tuple(rows.shape)}"
+                )
+            by_block = table.unflatten(1, (len(blocks), -1)).clone()
+            by_block[..., :t_dim] = rows[:, blocks, None, :, :t_dim]
+            tables.append(by_block.flatten(1, 2))
+        return tuple(tables)

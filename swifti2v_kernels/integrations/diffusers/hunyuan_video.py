@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ... import gated_residual, segment_attention
 from ..hooks import only_moves, watched
-from ..norms import BY, Stream, in_parts, joint_layer, like, modulated_norm, token_rows
+from ..norms import BY, Stream, in_parts, joint_layer, modulated_norm, token_rows
 from ..recipe import Recipe
-from .attention import ADDED, OWN, Processor, Rotary, backend_is_free, prefix_lengths, project, project_out, token_rope
+from .attention import ADDED, OWN, Processor, Rotary, other_choice, prefix_lengths, project, project_out, token_rope
 
 
 class HunyuanVideoProcessor(Processor):
@@ -46,9 +46,9 @@ class HunyuanVideoProcessor(Processor):
         lengths = None if attention_mask is None else prefix_lengths(attention_mask[:, 0, 0, x.shape[1] :])
         out, text_out = segment_attention([q, text_q], [(k, v), (text_k, text_v)], valid_lengths=[None, lengths])
         del q, k, v  # not needed while the results are projected
-        out = out.flatten(2) if getattr(attn, "to_out", None) is None else project_out(attn, out)
+        out = out.flatten(2) if attn.to_out is None else project_out(attn, out)
         text_out = text_out.flatten(2)
-        if getattr(attn, "to_add_out", None) is not None:
+        if attn.to_add_out is not None:
             text_out = attn.to_add_out(text_out)
         return out, text_out
 
@@ -125,19 +125,8 @@ def _single_layer(
     results = []
     for (x, gate, block_map), y, update in zip(streams, normed, updates, strict=True):
         update = in_parts(mlp, y, update, modules=[self.attn, self.proj_mlp, self.act_mlp, self.proj_out])
-        results.append(gated_residual(x, like(update, x), gate, block_map=block_map))
+        results.append(gated_residual(x, update.to(x.dtype), gate, block_map=block_map))
     return tuple(results)
-
-
-def _plain_norm(layer: nn.Module) -> str | None:
-    norm = layer.norm1 if hasattr(layer, "norm1") else layer.norm
-    return None if getattr(norm, "emb", None) is None else "its first norm embeds the timestep itself"
-
-
-def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
-    """Returns the attributes that are read of an attention module; in a dual layer, also those for the text."""
-    dual = getattr(attn, "add_q_proj", None) is not None
-    return (*OWN, "heads", *ADDED, "to_add_out") if dual else (*OWN, "heads", "add_q_proj")
 
 
 _DUAL = (
@@ -151,12 +140,12 @@ RECIPES = (
         "HunyuanVideoAttnProcessor2_0",
         "attention",
         "qk_norm_rope, segment_attention over video and text",
-        _attention_needs,
+        (*OWN, *ADDED, "heads", "to_out", "to_add_out"),
         processor=HunyuanVideoProcessor,
-        fits=backend_is_free,
+        fits=lambda attn: other_choice(attn.processor),
     ),
     *(
-        Recipe(f"HunyuanVideo{kind}TransformerBlock", "norms", BY, needs, forward, fits=_plain_norm)
+        Recipe(f"HunyuanVideo{kind}TransformerBlock", "norms", BY, needs, forward)
         for single, needs, forward in (("", _DUAL, _dual_layer), ("Single", _SINGLE, _single_layer))
         for kind in (single, f"TokenReplace{single}")
     ),

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ... import norm_rope, rope_from_tokens, segment_attention
-from ..norms import BY, cross_layer, may_overwrite, modulation_rows, token_rows
+from ..norms import BY, cross_layer, may_overwrite, modulation_rows, rms_parameters, token_rows
 from ..recipe import Recipe
 from .attention import (
     OWN,
     Processor,
     Rotary,
-    backend_is_free,
     heads_of,
-    norm_rotate_pair,
+    other_choice,
     prefix_lengths,
+    project,
     project_out,
-    rms_parameters,
     rotate,
 )
 
@@ -44,15 +43,16 @@ class LTXVideoProcessor(Processor):
         if reason is not None:
             return reason
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        norms, inplace = (attn.norm_q, attn.norm_k), may_overwrite(attn.to_q, attn.to_k)
         if image_rotary_emb is None:
-            q, k = norm_rotate_pair(q, k, *norms, attn.heads, None, inplace)
+            q, k, v = project(attn, hidden_states, OWN, None, context)
         else:
-            both = zip((q, k), norms, strict=True)
-            q, k = (heads_of(_norm_rotate(x, norm, image_rotary_emb, inplace), attn) for x, norm in both)
+            q, k = (
+                heads_of(_norm_rotate(to(x), norm, image_rotary_emb, may_overwrite(to)), attn)
+                for to, x, norm in ((attn.to_q, hidden_states, attn.norm_q), (attn.to_k, context, attn.norm_k))
+            )
+            v = heads_of(attn.to_v(context), attn)
         lengths = None if attention_mask is None else _text_lengths(attention_mask)
-        out = segment_attention(q, [(k, heads_of(v, attn))], valid_lengths=[lengths])
+        out = segment_attention(q, [(k, v)], valid_lengths=[lengths])
         del q, k, v  # not needed while the result is projected
         return project_out(attn, out)
 
@@ -114,13 +114,9 @@ RECIPES = (
         "qk_norm_rope, segment_attention",
         (*OWN, "to_out", "heads"),
         processor=LTXVideoProcessor,
-        fits=backend_is_free,
+        fits=lambda attn: other_choice(attn.processor),
     ),
     Recipe(
-        "LTXVideoTransformerBlock",
-        "norms",
-        BY,
-        ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table"),
-        _layer,
+        "LTXVideoTransformerBlock", "norms", BY, ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table"), _layer
     ),
 )

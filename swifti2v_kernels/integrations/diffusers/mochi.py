@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import gated_residual, gated_residual_norm_modulate, norm_modulate, segment_attention
 from ..hooks import only_moves
-from ..norms import BY, in_parts, like, token_rows
+from ..norms import BY, in_parts, token_rows
 from ..recipe import Recipe
 from .attention import ADDED, OWN, Processor, Rotary, prefix_lengths, project, project_out, rotate
 
@@ -94,19 +94,13 @@ class _Stream:
 
     def rest(self, x: Tensor, update: Tensor, norms: tuple[Any, Any, Any], feed_forward: nn.Module) -> Tensor:
         # Hooks may keep what modules return, so only sums of our own are overwritten.
-        update = norm_modulate(like(update, x), norm="rms", eps=norms[0].eps)
+        update = norm_modulate(update.to(x.dtype), norm="rms", eps=norms[0].eps)
         x, y = gated_residual_norm_modulate(
             x, update, self.gate, self.shift, self.scale_mlp, norm="rms", eps=norms[1].eps
         )
         update = in_parts(feed_forward, y, modules=[feed_forward])
-        update = norm_modulate(like(update, x), norm="rms", eps=norms[2].eps)
+        update = norm_modulate(update.to(x.dtype), norm="rms", eps=norms[2].eps)
         return gated_residual(x, update, self.gate_mlp, inplace=not torch.is_grad_enabled())
-
-
-def _attention_needs(attn: nn.Module) -> tuple[str, ...]:
-    """Returns the attributes that are read of an attention module; in the last layer no text comes out again."""
-    last = getattr(attn, "context_pre_only", True)
-    return (*OWN, "to_out", "heads", "context_pre_only", *ADDED, *(() if last else ("to_add_out",)))
 
 
 RECIPES = (
@@ -114,8 +108,9 @@ RECIPES = (
         "MochiAttnProcessor2_0",
         "attention",
         "segment_attention over video and text, norm_rope (rotation, an angle per head: PyTorch)",
-        _attention_needs,
+        (*OWN, "to_out", "heads", "context_pre_only", *ADDED),
         processor=MochiProcessor,
+        fits=lambda attn: None if attn.context_pre_only or hasattr(attn, "to_add_out") else "no attribute 'to_add_out'",
     ),
     Recipe(
         "MochiTransformerBlock",

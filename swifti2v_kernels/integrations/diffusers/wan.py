@@ -7,19 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import segment_attention
-from ..norms import BY, cross_layer, may_overwrite, modulation_rows, token_rows
+from ..norms import BY, cross_layer, modulation_rows, token_rows
 from ..recipe import Recipe
-from .attention import (
-    OWN,
-    Processor,
-    Rotary,
-    backend_is_free,
-    heads_of,
-    norm_rotate,
-    norm_rotate_pair,
-    project_out,
-    token_rope,
-)
+from .attention import OWN, Processor, Rotary, heads_of, norm_rotate, other_choice, project, project_out, token_rope
 
 #: Tokens of the text; what is before them in the context are image tokens. A constant in diffusers too.
 TEXT_TOKENS = 512
@@ -37,49 +27,34 @@ class WanProcessor(Processor):
         rotary_emb: Rotary = None,
     ) -> Tensor | str:
         """Computes the attention that diffusers' ``WanAttnProcessor`` computes."""
-        reason = "attention_mask is given" if attention_mask is not None else self.declines(attn)
-        if reason is not None:
+        if attention_mask is not None or attn.fused_projections:
+            return "attention_mask is given" if attention_mask is not None else "its projections are fused"
+        if (reason := self.declines(attn)) is not None:
             return reason
         image, context = None, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attn.add_k_proj is not None and encoder_hidden_states is not None:
             image, context = context.tensor_split([context.shape[1] - TEXT_TOKENS], dim=1)
-        q, k, v = _projections(attn, hidden_states, context)
-        inplace = may_overwrite(*(getattr(attn, name, None) for name in ("to_q", "to_k", "to_qkv", "to_kv")))
-        q, k = norm_rotate_pair(q, k, attn.norm_q, attn.norm_k, attn.heads, token_rope(rotary_emb), inplace)
-        out = segment_attention(q, [(k, heads_of(v, attn))])
+        q, k, v = project(attn, hidden_states, OWN, token_rope(rotary_emb), context)
+        out = segment_attention(q, [(k, v)])
         if image is not None:
-            fused = attn.fused_projections
-            k, v = attn.to_added_kv(image).chunk(2, -1) if fused else (attn.add_k_proj(image), attn.add_v_proj(image))
-            k = norm_rotate(k, attn.norm_added_k, attn.heads, None, inplace=False)
+            k, v = (
+                norm_rotate(attn.add_k_proj(image), attn.norm_added_k, attn.heads, None, False),
+                attn.add_v_proj(image),
+            )
             out = out + segment_attention(q, [(k, heads_of(v, attn))])
         del q, k, v  # not needed while the result is projected
         return project_out(attn, out)
 
 
-def _projections(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-    if not attn.fused_projections:
-        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
-    if not attn.is_cross_attention:
-        return attn.to_qkv(x).chunk(3, dim=-1)
-    return attn.to_q(x), *attn.to_kv(context).chunk(2, dim=-1)
-
-
-def _layer(self: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    """Computes a layer from the first norm to the last residual, ``[B, L, C]`` to ``[B, L, C]``.
-
-    Both kinds, Wan's and VACE's, have that in common.
-    """
+def _layer(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
     # A timestep per token: [B, L, 6, C].
     row = modulation_rows(self.scale_shift_table[0], temb if temb.ndim == 4 else temb.unsqueeze(1))
     norms = self.norm1, self.norm2, self.norm3
-    attentions = (lambda y: self.attn1(y, None, None, rotary_emb), lambda y: self.attn2(y, context, None, None))
-    return cross_layer(token_rows(x), row, norms, attentions, self.ffn, (self.norm2, self.attn2))
-
-
-def _wan_layer(
-    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
-) -> Tensor:
-    return _layer(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+    attentions = (
+        lambda y: self.attn1(y, None, None, rotary_emb),
+        lambda y: self.attn2(y, encoder_hidden_states, None, None),
+    )
+    return cross_layer(token_rows(hidden_states), row, norms, attentions, self.ffn, (self.norm2, self.attn2))
 
 
 def _vace_layer(
@@ -105,8 +80,8 @@ RECIPES = (
         "qk_norm_rope, segment_attention",
         (*OWN, "to_out", "heads", "add_k_proj", "fused_projections"),
         processor=WanProcessor,
-        fits=backend_is_free,
+        fits=lambda attn: other_choice(attn.processor),
     ),
-    Recipe("WanTransformerBlock", "norms", BY, _LAYER, _wan_layer),
+    Recipe("WanTransformerBlock", "norms", BY, _LAYER, _layer),
     Recipe("WanVACETransformerBlock", "norms", BY, (*_LAYER, "proj_in", "proj_out"), _vace_layer),
 )

@@ -7,7 +7,6 @@ dtype of the projection, which is what the original's attention rounds to.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from types import FunctionType
@@ -16,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...norm.qk_norm_rope import norm_rope, qk_norm_rope
+from ...norm.qk_norm_rope import qk_norm_rope
 from ...norm.rope import Rope3D
-from ..calls import AttentionCalls
-from ..hooks import hooked
-from ..norms import cross_layer
-from ..sdpa import attend
+from ..norms import alike, cross_layer, may_overwrite, modulation_rows, rms_parameters
+from ..sdpa import AttentionCalls, attend
 
 #: The function in the original's attention module, and the name that its other modules import it under.
 FUNCTION = "flash_attention"
 HALF = (torch.float16, torch.bfloat16)
-
-Forward = Callable[..., Any]
 
 
 class Attention:
@@ -54,9 +49,7 @@ class Attention:
             q_scale: float | None = None,
             causal: bool = False,
             window_size: tuple[int, int] = (-1, -1),
-            deterministic: bool = False,
-            dtype: torch.dtype = torch.bfloat16,
-            version: int | None = None,
+            **others: Any,
         ) -> Tensor:
             if not self.calls.refuses(
                 (q_lens is not None, "q_lens is given"),
@@ -66,14 +59,13 @@ class Attention:
                 (q.shape[2] != k.shape[2], "fewer heads of keys than of queries"),
             ):
                 # As the host computes it: in 16 bits, and back to the dtype of the queries.
-                half = v.dtype if v.dtype in HALF else dtype
+                half = v.dtype if v.dtype in HALF else others.get("dtype", torch.bfloat16)
                 halves = [q.to(half) if q_scale is None else q.to(half) * q_scale, k.to(half), v.to(half)]
                 out = self._serve(*halves, k_lens, softmax_scale)
                 if out is not None:
                     return out.to(q.dtype)
-            options = {"softmax_scale": softmax_scale, "q_scale": q_scale, "causal": causal, "window_size": window_size}
-            options |= {"deterministic": deterministic, "dtype": dtype, "version": version}
-            return host(q, k, v, q_lens, k_lens, dropout_p, **options)
+            others |= {"softmax_scale": softmax_scale, "q_scale": q_scale, "causal": causal, "window_size": window_size}
+            return host(q, k, v, q_lens=q_lens, k_lens=k_lens, dropout_p=dropout_p, **others)
 
         return flash_attention
 
@@ -83,13 +75,39 @@ class Attention:
         The other names of its module are those of the moment when it is first called.
         """
         if host_class not in self._forwards:
-            original = own_forward(host_class)
+            original: Any = host_class.forward
             names = {**original.__globals__, FUNCTION: self.function(original.__globals__[FUNCTION])}
             code, defaults, closure = original.__code__, original.__defaults__, original.__closure__
             forward = FunctionType(code, names, original.__name__, defaults, closure)
             forward.__kwdefaults__ = original.__kwdefaults__
             self._forwards[host_class] = forward
         return self._forwards[host_class]
+
+    def cross_attention(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the ``forward`` of a cross-attention by itself, with our ``flash_attention`` in it."""
+        return self.forward(type(module))(module, *args, **kwargs)
+
+    def self_attention(
+        self, module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor
+    ) -> Tensor | str:
+        """Replaces the ``forward`` of ``WanSelfAttention``: norm and rotation of q and k in one pass, then ours.
+
+        What it does not take is for :meth:`forward`.
+        """
+        grids = {tuple(grid) for grid in grid_sizes.tolist()}
+        if len(grids) != 1 or math.prod(grid := grids.pop()) != x.shape[1]:
+            return "norm and rotation: grids that differ, or padding after them"
+        norm_q, norm_k = rms_parameters(module.norm_q, x), rms_parameters(module.norm_k, x)
+        if not alike(norm_q, norm_k):
+            return "norm and rotation: its norms have hooks, are elsewhere or not as in Wan"
+        if (rope := _tables(freqs, grid, module.head_dim, x.device)) is None:
+            return "norm and rotation: its tables are not as in Wan"
+        options = {"eps": norm_q[1], "inplace": may_overwrite(module.q, module.k)}
+        q, k = qk_norm_rope(module.q(x), module.k(x), norm_q[0], norm_k[0], rope, module.num_heads, **options)
+        out = self.forward(type(module)).__globals__[FUNCTION](
+            q, k, module.v(x).unflatten(2, q.shape[2:]), k_lens=seq_lens, window_size=module.window_size
+        )
+        return module.o(out.flatten(2))
 
     def _serve(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor | None:
         valid = None if lengths is None else torch.as_tensor(lengths)
@@ -99,54 +117,6 @@ class Attention:
             k, v = k[:, :end], v[:, :end]
         valid = None if valid is None else valid.to(q.device)
         return attend(q, k, v, self.calls, scale=scale, valid_lengths=valid, backend=self.backend)
-
-
-def own_forward(host_class: type[nn.Module]) -> FunctionType:
-    """Returns the class's ``forward`` without its decorators."""
-    return inspect.unwrap(host_class.forward)  # type: ignore[return-value]
-
-
-def cross_attention_forward(attention: Attention) -> Forward:
-    """Returns the host's own ``forward`` of a cross-attention, with our ``flash_attention`` in it.
-
-    It is for ``WanT2VCrossAttention``, ``WanI2VCrossAttention`` and ``WanCrossAttention``.
-    """
-
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return attention.forward(type(module))(module, *args, **kwargs)
-
-    return forward
-
-
-def self_attention_forward(attention: Attention) -> Forward:
-    """Returns a ``forward`` for ``WanSelfAttention``: norm and rotation of q and k in one pass, then our function.
-
-    What it does not take is for :meth:`Attention.forward`.
-    """
-
-    def forward(module: Any, x: Tensor, seq_lens: Tensor, grid_sizes: Tensor, freqs: Tensor) -> Tensor | str:
-        grids = {tuple(grid) for grid in grid_sizes.tolist()}
-        if len(grids) != 1 or math.prod(grid := grids.pop()) > x.shape[1]:
-            return "norm and rotation: grids that differ or have more tokens than there are"
-        if (eps := _norm_eps(module, x)) is None:
-            return "norm and rotation: its norms have hooks, are elsewhere or not as in Wan"
-        if (rope := _tables(freqs, grid, module.head_dim, x.device)) is None:
-            return "norm and rotation: its tables are not as in Wan"
-        q, k = _normed(module, module.q(x), module.k(x), rope, eps)
-        out = attention.forward(type(module)).__globals__[FUNCTION](
-            q, k, module.v(x).unflatten(2, q.shape[2:]), k_lens=seq_lens, window_size=module.window_size
-        )
-        return module.o(out.flatten(2))
-
-    return forward
-
-
-def _norm_eps(module: Any, x: Tensor) -> float | None:
-    """Returns the epsilon of the norms of queries and keys, or None where the fused operator cannot take them over."""
-    norms = module.norm_q, module.norm_k
-    if any(type(norm).__name__ != "WanRMSNorm" or hooked(norm) or norm.weight.device != x.device for norm in norms):
-        return None
-    return norms[0].eps if norms[0].eps == norms[1].eps and norms[0].weight.dtype == norms[1].weight.dtype else None
 
 
 def _tables(freqs: Tensor, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope3D | None:
@@ -161,27 +131,6 @@ def _tables(freqs: Tensor, grid: tuple[int, int, int], head_dim: int, device: to
     return Rope3D(
         *(torch.view_as_real(x[:n]).to(device, torch.float32).contiguous() for x, n in zip(axes, grid, strict=True))
     )
-
-
-def _normed(module: Any, q: Tensor, k: Tensor, rope: Rope3D, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns q and k normed and rotated, ``[B, L, H*D]`` to ``[B, L, H, D]``.
-
-    Tokens after the grid are padding, which is normed and not rotated.
-    """
-    weights, heads = (module.norm_q.weight, module.norm_k.weight), module.num_heads
-    tokens, length = math.prod(table.shape[0] for table in rope), q.shape[1]
-    # Both are fresh outputs of their projections; with gradients they are left as they are.
-    inplace = not torch.is_grad_enabled()
-    if tokens == length:
-        return qk_norm_rope(q, k, *weights, rope, heads, eps=eps, inplace=inplace)
-    q_head, k_head = qk_norm_rope(q[:, :tokens], k[:, :tokens], *weights, rope, heads, eps=eps, inplace=inplace)
-    tails = [
-        norm_rope(x[:, tokens:], weight, None, heads, eps=eps, inplace=inplace)
-        for x, weight in zip((q, k), weights, strict=True)
-    ]
-    if inplace:
-        return q.unflatten(2, (heads, -1)), k.unflatten(2, (heads, -1))
-    return torch.cat((q_head, tails[0]), dim=1), torch.cat((k_head, tails[1]), dim=1)
 
 
 def layer_forward(
@@ -199,15 +148,13 @@ def layer_forward(
     ``e`` is ``[B, 6, C]`` (2.1) or ``[B, L, 6, C]`` (2.2), float32. The residual stream has the dtype that the host's
     sums have from the first one on, float32 beside a float32 ``e``.
     """
-    if hooked(module.norm1) or hooked(module.norm2):
-        return "a hook on norm1 or norm2"
-    table = module.modulation if e.ndim == 3 else module.modulation.unsqueeze(0)
-    table = (table + e).unsqueeze(2) if e.ndim == 3 else table + e
-    rows = table.unbind(1 if e.ndim == 3 else 2)
-    x = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous()
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return "gradient checkpointing"
+    row = modulation_rows(module.modulation[0], e if e.ndim == 4 else e.unsqueeze(1))
+    x = x.to(torch.promote_types(x.dtype, torch.result_type(module.modulation, e))).contiguous()
     norms = module.norm1, module.norm3, module.norm2
     attentions = (
         lambda y: module.self_attn(y, seq_lens, grid_sizes, freqs),
         lambda y: module.cross_attn(y, context, context_lens),
     )
-    return cross_layer(x, rows.__getitem__, norms, attentions, module.ffn, (module.norm3, module.cross_attn))
+    return cross_layer(x, row, norms, attentions, module.ffn, (module.norm3, module.cross_attn))

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import AttentionCalls
-from ..probing import CHANGES, RETURNS, Forward, Outcome, Trial, magnitudes, twin
-from .dit import Attention, self_attention_forward
+from ..probing import Forward, Trial, magnitudes, twin
+from ..sdpa import AttentionCalls
+from .dit import Attention
 
 #: Tokens, the last two of which are padding.
 _TOKENS, _GRID = 14, (2, 2, 3)
@@ -53,23 +53,21 @@ class _Tried(Attention):
 def self_attention_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     """Yields the trials of ``WanSelfAttention``, in float32 and as under autocast, with padding and without."""
     made = twin(module, torch.float32, ("q", "k", "v", "o"))
-    x = _tokens(made.num_heads * made.head_dim)
     angles = torch.rand(max(_GRID), made.head_dim // 2, generator=_generator(), dtype=torch.float64)
-    freqs = torch.polar(torch.ones_like(angles), 3 * angles)
-    grids = torch.tensor([_GRID, _GRID])
-    padded, full = (x, torch.tensor([12, 9]), grids, freqs), (x[:1, :12], torch.tensor([12]), grids[:1], freqs)
+    freqs, grids = torch.polar(torch.ones_like(angles), 3 * angles), torch.tensor([_GRID, _GRID])
 
-    def run(ours: bool, casts: bool, tensors: tuple[Tensor, ...]) -> Outcome:
-        tried, given = _Tried(), [t.clone() for t in tensors]
+    def run(casts: bool, padded: bool, code: Forward) -> Any:
+        tried, x = _Tried(), _tokens(made.num_heads * made.head_dim)
+        given = (x, torch.tensor([12, 9]), grids) if padded else (x[:1, :12], torch.tensor([12]), grids[:1])
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):
-            out = self_attention_forward(tried)(made, *given) if ours else ""
+            out = tried.self_attention(made, *given, freqs) if code is forward else ""
             # What ours does not take is the host's.
-            out = tried.forward(type(module))(made, *given) if isinstance(out, str) else out
-        return {RETURNS: out, "it calls flash_attention in another way": tried.seen, CHANGES: given}
+            out = tried.forward(type(module))(made, *given, freqs) if isinstance(out, str) else out
+        return out, tried.seen, given
 
     for casts, tolerance in ((False, _EXACT), (True, _ROUNDED)):
-        for given in (padded, full):
-            yield Trial(partial(run, False, casts, given), [partial(run, True, casts, given)], tolerance)
+        for padded in (True, False):
+            yield Trial(partial(run, casts, padded), tolerance)
 
 
 def layer_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
@@ -78,25 +76,23 @@ def layer_probe(module: nn.Module, forward: Forward) -> Iterator[Trial]:
     ``e`` is as in 2.1 or as in 2.2, which also has no lengths of the context; a host takes one of them.
     """
     made = twin(module, torch.float32, ("self_attn", "cross_attn", "ffn"))
-    x = _tokens(made.modulation.shape[-1])
     grids, freqs = torch.tensor([_GRID, _GRID]), torch.ones(3, 2, dtype=torch.complex128)
-    context, lengths = 0.5 * x[:, :5], torch.tensor([5, 3])
 
-    def run(call: Forward, *given: Tensor | None) -> Outcome:
-        mine = [None if t is None else t.clone() for t in given]
-        return {RETURNS: call(made, *mine), CHANGES: mine}
+    def run(per_token: bool, dtype: torch.dtype, case: str, code: Forward) -> Any:
+        x = _tokens(made.modulation.shape[-1])
+        shape = (2, *([_TOKENS] if per_token else []), 6, x.shape[2])
+        e = 0.5 * torch.randn(shape, generator=_generator(), dtype=torch.float32)
+        context, y, lengths = 0.5 * x[:, :5], x.to(dtype), torch.tensor([5, 3]) if case == "text lengths" else None
+        given = y, e, torch.tensor([12, 9]), grids, freqs, context, lengths
+        if case == "no padding":
+            one = e[:1, :12] if per_token else e[:1]
+            given = y[:1, :12], one, torch.tensor([12]), grids[:1], freqs, context[:1], None
+        return code(made, *given), given
 
-    for shape in ((), (_TOKENS,)):
-        e = 0.5 * torch.randn(2, *shape, 6, x.shape[2], generator=_generator(), dtype=torch.float32)
-        one = e[:1] if e.ndim == 3 else e[:1, :12]
+    for per_token in (False, True):
         for dtype, tolerance in ((torch.float32, _EXACT), (torch.bfloat16, _ROUNDED)):
-            y = x.to(dtype)
-            for given in (
-                (y, e, torch.tensor([12, 9]), grids, freqs, context, lengths),
-                (y, e, torch.tensor([12, 9]), grids, freqs, context, None),
-                (y[:1, :12], one, torch.tensor([12]), grids[:1], freqs, context[:1], None),
-            ):
-                yield Trial(partial(run, type(module).forward, *given), [partial(run, forward, *given)], tolerance)
+            for case in ("text lengths", "no text lengths", "no padding"):
+                yield Trial(partial(run, per_token, dtype, case), tolerance)
 
 
 def _generator() -> torch.Generator:

@@ -72,15 +72,25 @@ def residual_block(
     x: Tensor, block: ResidualBlock, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool = True
 ) -> Tensor:
     """Computes norm, SiLU and convolution twice and adds the (projected) input."""
+
+    def cached(hidden: Tensor, conv: nn.Conv3d, **options: Any) -> Tensor:
+        index = feat_idx[0]
+        slot = None if feat_cache is None else feat_cache[index]
+        y = convolve(hidden, conv, slot, **options)
+        if feat_cache is not None:
+            # These frames belong to nobody else.
+            feat_cache[index] = _next_slot(hidden, slot if joins else None, own=True)
+            feat_idx[0] += 1
+        return y
+
     frames = to_frames(x)
     hidden = rms_norm_silu(frames, _gain(block.norm1, frames))
-    second = {"norm_weight": _gain(block.norm2, frames), "keep_sum": False}
-    hidden = _cached(hidden, block.conv1, feat_cache, feat_idx, joins, **second)
-    options: dict[str, Any] = {"residual": frames}
-    if block.shortcut is not None:
-        projected = convolve(frames, block.shortcut, None)
-        options = {"residual": projected, "out": None if torch.is_grad_enabled() else projected}
-    return from_frames(_cached(hidden, block.conv2, feat_cache, feat_idx, joins, **options))
+    hidden = cached(hidden, block.conv1, norm_weight=_gain(block.norm2, frames), keep_sum=False)
+    if block.shortcut is None:
+        return from_frames(cached(hidden, block.conv2, residual=frames))
+    projected = convolve(frames, block.shortcut, None)
+    out = None if torch.is_grad_enabled() else projected
+    return from_frames(cached(hidden, block.conv2, residual=projected, out=out))
 
 
 def resample(
@@ -90,39 +100,41 @@ def resample(
 
     Of the layer, ``mode``, the convolution ``resample[1]`` and, in a ``3d`` mode, ``time_conv`` are read.
     """
-    frames, conv = to_frames(x), layer.resample[1]
-    in_time = feat_cache is not None and layer.mode.endswith("3d")
-    if layer.mode.startswith("up"):
-        if in_time:
-            frames = _double_frames(frames, layer.time_conv, feat_cache, feat_idx, joins)
+    frames, conv, slot = to_frames(x), layer.resample[1], None
+    grows, in_time = layer.mode.startswith("up"), feat_cache is not None and layer.mode.endswith("3d")
+    index = feat_idx[0]
+    if in_time:
+        slot = feat_cache[index]
+        feat_idx[0] += 1
+    if grows:
+        if in_time and slot is None:
+            feat_cache[index] = FIRST
+        elif in_time:
+            slot = None if isinstance(slot, str) else slot
+            feat_cache[index] = _next_slot(frames, slot if joins else None, own=False)
+            frames = _double_frames(frames, layer.time_conv, slot)
         with lent(conv, frames) as (weight, bias):
             return from_frames(upsample_conv2d(frames, fold_upsample_weight(weight), bias))
     with lent(conv, frames) as (weight, bias):
         frames = causal_conv3d(frames, channels_last(weight), bias, stride=(1, 2, 2), padding=(0, 1, 0, 1))
-    return from_frames(_halve_frames(frames, layer.time_conv, feat_cache, feat_idx) if in_time else frames)
+    if in_time:
+        # The caller has the frames too.
+        feat_cache[index] = from_frames(frames[:, -1:].clone(memory_format=torch.contiguous_format))
+        if slot is not None:
+            past = to_frames(slot.to(frames))[:, -1:]
+            with lent(layer.time_conv, frames) as (weight, bias):
+                stride = layer.time_conv.stride
+                frames = causal_conv3d(frames, channels_last(weight), bias, past=past, stride=stride)
+    return from_frames(frames)
 
 
 def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: Any) -> Tensor:
-    """Computes one of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`.
-
-    Where the host pads no frames in time, its convolution begins at the first frame that it is given: that one is then
-    the past of the others.
-    """
+    """Computes one of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
     before = time_padding(conv)
     past = None if slot is None or before == 0 else to_frames(slot.to(frames))[:, -before:]
-    lead = conv.kernel_size[0] - conv.stride[0] - before
-    if lead > 0:
-        past, frames = frames[:, :lead], frames[:, lead:]
     with lent(conv, frames) as (weight, bias):
-        return causal_conv3d(
-            frames,
-            channels_last(weight),
-            bias,
-            past=past,
-            stride=conv.stride,
-            padding=frame_padding(conv),
-            **options,
-        )
+        options |= {"past": past, "stride": conv.stride, "padding": frame_padding(conv)}
+        return causal_conv3d(frames, channels_last(weight), bias, **options)
 
 
 def normalize(x: Tensor, norm: nn.Module) -> Tensor | None:
@@ -142,19 +154,6 @@ def _gain(norm: nn.Module, like: Tensor) -> Tensor:
     return norm.gamma.flatten().to(like.dtype)
 
 
-def _cached(
-    frames: Tensor, conv: nn.Conv3d, feat_cache: FeatCache, feat_idx: MutableSequence[int], joins: bool, **options: Any
-) -> Tensor:
-    """Computes :func:`convolve` with the next slot, on frames that belong to nobody else."""
-    if feat_cache is None:
-        return convolve(frames, conv, None, **options)
-    slot = feat_cache[feat_idx[0]]
-    y = convolve(frames, conv, slot, **options)
-    feat_cache[feat_idx[0]] = _next_slot(frames, slot if joins else None, own=True)
-    feat_idx[0] += 1
-    return y
-
-
 def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
     """Returns the last frames of a clip so far, without keeping alive what else is in their memory."""
     if frames.shape[1] < HISTORY and slot is not None:
@@ -168,16 +167,7 @@ def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
     return from_frames(last)
 
 
-def _double_frames(
-    frames: Tensor, conv: nn.Conv3d, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int], joins: bool
-) -> Tensor:
-    index = feat_idx[0]
-    feat_idx[0] += 1
-    slot = feat_cache[index]
-    if slot is None:
-        feat_cache[index] = FIRST
-        return frames
-    slot = None if isinstance(slot, str) else slot
+def _double_frames(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None) -> Tensor:
     past = None if slot is None else to_frames(slot.to(frames))[:, -HISTORY:]
     batch, count, height, width, channels = frames.shape
     out = frames.new_empty(batch, 2 * count, height, width, channels)
@@ -186,19 +176,4 @@ def _double_frames(
         for i, half in enumerate(channels_last(weight).chunk(2)):
             # Each half of the features is every second frame and is written there.
             causal_conv3d(frames, half, biases[i], past=past, out=out[:, i::2])
-    feat_cache[index] = _next_slot(frames, slot if joins else None, own=False)
     return out
-
-
-def _halve_frames(
-    frames: Tensor, conv: nn.Conv3d, feat_cache: MutableSequence[Any], feat_idx: MutableSequence[int]
-) -> Tensor:
-    slot = feat_cache[feat_idx[0]]
-    # The caller has the frames too.
-    feat_cache[feat_idx[0]] = from_frames(frames[:, -1:].clone(memory_format=torch.contiguous_format))
-    feat_idx[0] += 1
-    if slot is None:
-        return frames
-    with lent(conv, frames) as (weight, bias):
-        past = to_frames(slot.to(frames))[:, -1:]
-        return causal_conv3d(frames, channels_last(weight), bias, past=past, stride=conv.stride)

@@ -2,7 +2,7 @@
 
 Nothing is kept between calls: offloading moves weights, casting hooks change their dtype, and an adapter may replace
 the whole module. Whether a module's weights may be read past its own ``forward`` is therefore asked at every call
-(:func:`unreadable`); if not, the caller goes the host's way, through the module.
+(:func:`obstacle`); if not, the caller goes the host's way, through the module.
 
 ComfyUI keeps weights elsewhere too, but has a function that lends them (``comfy.ops.cast_bias_weight``), which
 :func:`lent` uses.
@@ -23,28 +23,38 @@ from torch import Tensor, nn
 from ...common.registration import PACKAGE
 from ..hooks import hooked
 from ..probing import LENDING
+from ..recipe import PATCH
 
 
-def unreadable(x: Tensor, *modules: nn.Module) -> str | None:
-    """Returns why weights of ``modules`` may not be read without calling these, for an operator on ``x``, or None."""
-    reasons = ("a hook on a layer inside" if _is_wrapped(module) else apart(x, module) for module in modules)
-    return next(filter(None, reasons), None)
+def obstacle(layer: nn.Module, x: Tensor, *parts: nn.Module | None) -> str | None:
+    """Returns why ``layer`` is to be computed by its modules, not by us with the weights of ``parts``, or None.
 
-
-def watched(layer: nn.Module) -> bool:
-    """Returns whether something happens when a module within ``layer`` is called, such as an activation.
-
-    We do not call these.
+    Hooks of the layer itself are around our forward and have done their work.
     """
-    return any(_is_wrapped(module) for module in layer.modules() if module is not layer)
+    inside = tuple(layer.modules())
+    if any(_is_wrapped(module) for module in inside[1:]):
+        return "a hook on a layer inside"
+    # An adapter in the place of a convolution shows its weight and computes more.
+    if (patch := getattr(layer, PATCH, None)) is not None and (
+        patch.parts != tuple(map(type, inside)) or any("_conv_forward" in vars(part) for part in inside)
+    ):
+        return "a part of it was replaced"
+    return next(filter(None, (_apart(x, part) for part in parts if part is not None)), None)
 
 
-def apart(x: Tensor, module: nn.Module) -> str | None:
+def _is_wrapped(module: nn.Module) -> bool:
+    """Returns whether something happens when ``module`` is called that reading its weights would miss."""
+    forward = module.__dict__.get("forward")
+    ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{PACKAGE}.integrations.")
+    return hooked(module) or (forward is not None and not ours)
+
+
+def _apart(x: Tensor, module: nn.Module) -> str | None:
     """Returns why the module's own parameters cannot be used with ``x`` as they are, or after its host's cast.
 
     None if they can: they are on the device of ``x`` in its dtype, or in another that autocast casts.
     """
-    casts = _autocasts(x)
+    casts = torch.is_autocast_enabled(x.device.type)
     if _is_lent(module):
         if _lender() is None:
             return "this version of ComfyUI does not lend its weights"
@@ -54,16 +64,14 @@ def apart(x: Tensor, module: nn.Module) -> str | None:
             continue
         if type(p) not in (Tensor, nn.Parameter):
             return f"quantised weights, {type(p).__name__}"
-        if p.device != x.device:
-            return f"weights on {p.device} for frames on {x.device}"
-        if not casts and p.dtype != x.dtype:
-            return f"weights in {p.dtype} for frames in {x.dtype}"
+        if p.device != x.device or (p.dtype != x.dtype and not casts):
+            return f"weights in {p.dtype} on {p.device} for frames in {x.dtype} on {x.device}"
     return None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Returns a context without autocast, since the operators take all their tensors in one dtype."""
-    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @contextlib.contextmanager
@@ -86,17 +94,6 @@ def channels_last(weight: Tensor) -> Tensor:
     """
     weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
     return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """Returns whether something happens when ``module`` is called that reading its weights would miss."""
-    forward = module.__dict__.get("forward")
-    ours = isinstance(forward, MethodType) and forward.__func__.__module__.startswith(f"{PACKAGE}.integrations.")
-    return hooked(module) or (forward is not None and not ours)
-
-
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _is_lent(module: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -16,7 +14,7 @@ from swifti2v_kernels.integrations.diffusers import DiffusersWanWindow
 from swifti2v_kernels.integrations.recipe import HostChanged
 from tests.kernels.csg.test_sampler import PLANS, SIGMAS, run
 from tests.model.dit.test_model import BASE, saved_diffusers_dit
-from tests.support.tolerances import BFLOAT16_MODEL, PARITY, relative_error
+from tests.support.tolerances import PARITY, relative_error
 
 TEXT = torch.linspace(-1, 1, 512 * 32).view(1, 512, 32)
 I2V = {"in_channels": 36}
@@ -47,27 +45,6 @@ def test_wan_of_diffusers_equals_our_own_model_and_sampler(config, plan, tmp_pat
     assert relative_error(clip, expected) < PARITY
 
 
-def test_end_to_end_of_wan_equals_our_own(tmp_path):
-    theirs, ours = saved_diffusers_dit(tmp_path, **I2V), load_dit(tmp_path)
-    reference = torch.randn(1, 16, 5, 4, 6)
-    options = {"plan": SegmentPlan(5), "mode": "end_to_end"}
-    clip, expected = run(DiffusersWanWindow(theirs, TEXT), reference, **options), reference.clone()
-    list(sample_latents(ours, expected, TEXT, sigmas=SIGMAS, seed=5, **options))
-    assert relative_error(clip, expected) < PARITY
-    assert relative_error(run(DiffusersWanWindow(theirs, TEXT), reference, plan=SegmentPlan(5)), clip) > 100 * PARITY
-
-
-def test_wan_in_bfloat16_stays_near_float32(tmp_path):
-    saved_diffusers_dit(tmp_path, **I2V)
-    full, half = (
-        WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype).eval()
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    reference = torch.randn(1, 16, 8, 4, 6)
-    expected = run(DiffusersWanWindow(full, TEXT), reference)
-    assert relative_error(run(DiffusersWanWindow(half, TEXT), reference), expected) < BFLOAT16_MODEL
-
-
 def test_wan_takes_a_batch_with_one_text_or_several():
     transformer, reference = wan(**CLIP), torch.randn(2, 16, 5, 4, 6)
     texts, images = torch.randn(2, 512, 32), torch.randn(2, 257, 20)
@@ -82,71 +59,34 @@ def test_wan_takes_a_batch_with_one_text_or_several():
         assert relative_error(shared[part], alone) < PARITY
 
 
-def state(transformer):
-    """Returns what code can change in a model: hooks and attributes of every module, and its weights."""
-    modules = {
-        name: (
-            {key: id(value) for key, value in vars(module).items() if not key.startswith("_")},
-            list(module._forward_hooks),
-            list(module._forward_pre_hooks),
-        )
-        for name, module in transformer.named_modules()
-    }
-    tensors = itertools.chain(transformer.named_parameters(), transformer.named_buffers())
-    return modules, {name: tensor.clone() for name, tensor in tensors}
-
-
-def unchanged(before, after):
-    return before[0] == after[0] and all(torch.equal(tensor, after[1][name]) for name, tensor in before[1].items())
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["finished", "raised"])
-def test_the_users_model_is_as_before(fails):
+def test_the_users_model_is_as_before_also_after_an_error():
     transformer = wan()
     arguments = torch.randn(1, 16, 4, 4, 6), torch.tensor([500.0]), TEXT
     with torch.no_grad():
-        before, expected = state(transformer), transformer(*arguments).sample
-    model = DiffusersWanWindow(transformer, TEXT)
-    if fails:
+        expected = transformer(*arguments).sample
 
-        def breaks(*_):
-            assert len(transformer.rope._forward_hooks) == 1  # in the middle of a call
-            raise RuntimeError("out of luck")
+    def breaks(*_):
+        assert len(transformer.rope._forward_hooks) == 1  # in the middle of a call
+        raise RuntimeError("out of luck")
 
-        handle = transformer.blocks[1].register_forward_hook(breaks)
-        with pytest.raises(RuntimeError, match="out of luck"):
-            run(model, torch.randn(1, 16, 8, 4, 6))
-        handle.remove()
-    else:
-        run(model, torch.randn(1, 16, 8, 4, 6))
-    assert unchanged(before, state(transformer))
+    handle = transformer.blocks[1].register_forward_hook(breaks)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(DiffusersWanWindow(transformer, TEXT), torch.randn(1, 16, 8, 4, 6))
+    handle.remove()
+    assert not transformer.rope._forward_hooks
     with torch.no_grad():
         assert torch.equal(transformer(*arguments).sample, expected)
-
-
-class Counted:
-    """An attention processor of the user's own."""
-
-    def __init__(self, inner) -> None:
-        self.inner, self.calls = inner, 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        return self.inner(*args, **kwargs)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "change",
-    ["processors", "offloading", *(pytest.param(c, marks=pytest.mark.slow) for c in ("compiled blocks", "compiled"))],
+    ["offloading", *(pytest.param(c, marks=pytest.mark.slow) for c in ("compiled blocks", "compiled"))],
 )
 def test_wan_may_have_been_changed_by_others(change):
     transformer, reference = wan(), torch.randn(1, 16, 8, 4, 6)
     expected = run(DiffusersWanWindow(transformer, TEXT), reference)
-    if change == "processors":
-        processor = Counted(transformer.blocks[0].attn1.processor)
-        transformer.set_attn_processor(processor)
-    elif change == "offloading":
+    if change == "offloading":
         cpu_offload(transformer, torch.device("cpu"), offload_buffers=True)
         assert transformer.proj_out.weight.is_meta
     elif change == "compiled blocks":
@@ -154,8 +94,6 @@ def test_wan_may_have_been_changed_by_others(change):
     else:
         transformer = torch.compile(transformer, backend="eager")
     assert relative_error(run(DiffusersWanWindow(transformer, TEXT), reference), expected) < PARITY
-    if change == "processors":
-        assert processor.calls == 4 * len(PLANS[0]) * (len(SIGMAS) - 1)
 
 
 @pytest.mark.slow
@@ -200,19 +138,10 @@ def test_rotary_tables_of_another_form_are_refused(forward, message):
     assert not transformer.rope._forward_hooks
 
 
-def test_a_call_without_true_positions_is_an_error():
+def test_a_call_without_true_positions_is_an_error(monkeypatch):
     """A transformer that calls ``rope`` past its hooks is an error; every segment would be the clip's first to it."""
-
-    class Rope(nn.Module):
-        def __init__(self, rope):
-            super().__init__()
-            self.rope, self.attention_head_dim = rope, rope.attention_head_dim
-
-        def __call__(self, x):
-            return self.rope(x)
-
     transformer = wan()
-    transformer.rope = Rope(transformer.rope)
+    monkeypatch.setattr(type(transformer.rope), "__call__", lambda self, x: self.forward(x))
     with pytest.raises(HostChanged, match="rope was not called, so the window's blocks had no true positions"):
         run(DiffusersWanWindow(transformer, TEXT), torch.randn(1, 16, 8, 4, 6))
     assert not transformer.rope._forward_hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re
@@ -99,10 +98,8 @@ def test_no_input_is_overwritten(name: str) -> None:
     module, inputs, _ = make(name)
     accelerate(module)
     before = copy.deepcopy(inputs)
-    first, second = run(module, inputs), run(module, inputs)
-    assert torch.equal(first, second)
-    for key, value in before.items():
-        assert not isinstance(value, Tensor) or torch.equal(value, inputs[key])
+    assert torch.equal(run(module, inputs), run(module, inputs))
+    assert all(torch.equal(value, inputs[key]) for key, value in before.items() if isinstance(value, Tensor))
 
 
 @every_family
@@ -227,21 +224,10 @@ def test_compiled_before_it_is_accelerated() -> None:
     """The wrapper of ``torch.compile`` is looked through, and its graphs are made anew."""
     module, inputs, expected = make("Wan 2.1 text-to-video")
     compiled = torch.compile(module, backend="eager")
-    assert relative_error(run(compiled, inputs), expected) < PARITY
-    report = accelerate(compiled)
-    assert sum(line.count for line in report.replaced) == 6
-    assert relative_error(run(compiled, inputs), expected) < PARITY
-    restore(compiled)
-    assert relative_error(run(compiled, inputs), expected) < PARITY
-
-
-def test_fused_projections_before_and_after() -> None:
-    for name in ("Wan 2.1 text-to-video", "Wan 2.1 image-to-video (CLIP)"):
-        module, inputs, expected = make(name)
-        accelerate(module)
-        for change in (module.fuse_qkv_projections, module.unfuse_qkv_projections):
-            change()
-            assert relative_error(run(module, inputs), expected) < PARITY
+    for change in (lambda model: None, accelerate, restore):
+        change(compiled)
+        assert untouched(module) == (change is not accelerate)
+        assert relative_error(run(compiled, inputs), expected) < PARITY
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:
@@ -284,7 +270,7 @@ def test_changed_internals_are_named_and_nothing_is_patched(host: str, monkeypat
     name = next(n for n, model in MODELS.items() if any(kind(m) == host for m in model.make(HEAD_DIM[n]).modules()))
     module, inputs, expected = make(name)
     target = [m for m in module.modules() if kind(m) == host][-1]
-    for need in recipe.needs(target) if callable(recipe.needs) else recipe.needs:
+    for need in recipe.needs:
         *path, last = need.split(".")
         owner = target.get_submodule(".".join(path))
         if last in owner.__dict__ or last in {**owner._modules, **owner._parameters}:
@@ -306,28 +292,26 @@ def test_changed_internals_are_named_and_nothing_is_patched(host: str, monkeypat
 
     more.__module__ = original.__module__  # the host's own code, in another version
     monkeypatch.setattr(cls, method, more)
-    with pytest.raises(HostChanged, match=f"no parameter '{recipe.parameters[0].name}'"):
+    with pytest.raises(HostChanged, match=r"a parameter 'new_option' in its .* that is not known"):
         accelerate(module)
     assert untouched(module)
 
 
 @pytest.mark.parametrize("lost", ["attention_kwargs", "image_rotary_emb"])
-def test_a_host_may_lack_options_at_the_end_alone(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_may_lack_options_at_the_end_alone(lost: str) -> None:
     """An option that a version does not have yet is never given; without one in between, others take its place."""
     module, _, _ = make("CogVideoX")
-    kind = type(module.transformer_blocks[0])
-    inner, signature = kind.forward, inspect.signature(kind.forward)
+    (recipe,) = (recipe for recipe in cogvideox.RECIPES if recipe.host == "CogVideoXBlock")
+    block = module.transformer_blocks[0]
+    signature = inspect.signature(type(block).forward)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> None:
+        """Has the host's signature without the option."""
 
-    forward.__module__ = inner.__module__
     left = [p for p in signature.parameters.values() if p.name != lost]
     forward.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
-    monkeypatch.setattr(kind, "forward", forward)
-    changed = pytest.raises(HostChanged, match="no parameter 'image_rotary_emb' in its forward")
-    with contextlib.nullcontext() if lost == "attention_kwargs" else changed:
-        accelerate(module)
+    block.__class__ = type("CogVideoXBlock", (type(block),), {"forward": forward})
+    assert recipe.unlike(block) == (None if lost == "attention_kwargs" else f"no parameter {lost!r} in its forward")
 
 
 def test_what_others_replaced_is_left_and_named() -> None:
@@ -346,9 +330,9 @@ def test_unknown_modules_are_named_and_left() -> None:
     report = accelerate(nn.Linear(2, 3))
     assert not report.replaced
     assert str(report).split()[-5:] == ["left", "Linear", "Linear", "not", "known"]
-    with pytest.raises(TypeError, match="pipe_or_module: expected a diffusers pipeline or a torch module, got str"):
+    with pytest.raises(TypeError, match="pipe_or_module: expected a torch module, or an object that"):
         accelerate("Wan")
-    with pytest.raises(TypeError, match="pipe_or_module"):
+    with pytest.raises(TypeError, match="model: expected a torch module"):
         restore(None)
 
 
@@ -448,14 +432,3 @@ def test_hooks_on_a_feed_forward_see_it_whole_and_once(monkeypatch: pytest.Monke
     module.blocks[0].ffn.net[2].register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
     assert relative_error(run(module, inputs), expected) < PARITY
     assert seen == [(2, 18, 48)]
-
-
-def test_modulation_is_summed_as_in_diffusers() -> None:
-    """Sums of a 16-bit timestep embedding and a table of either precision are float32, as in diffusers."""
-    temb = torch.randn(2, 5, 6, 24).bfloat16()
-    for table in (torch.randn(6, 24), torch.randn(6, 24).bfloat16()):
-        row = norms.modulation_rows(table, temb)
-        expected = table.float() + temb.float()
-        for i in range(6):
-            assert row(i).dtype == torch.float32
-            assert torch.equal(row(i), expected[:, :, i])

@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +38,7 @@ def wan_pipeline(**options: Any) -> diffusers.WanImageToVideoPipeline:
         text_encoder=UMT5EncoderModel(
             UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
-        vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        vae=diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         transformer=transformer(),
         transformer_2=transformer(),
@@ -75,23 +74,6 @@ def test_a_pipeline_gives_the_same_video_and_is_restored(capsys: pytest.CaptureF
     assert components == {"transformer", "transformer_2", "vae", "text_encoder"}
     assert ("text_encoder", "UMT5EncoderModel", "not known") in {(x.component, x.host, x.text) for x in report.left}
     assert "text_encoder" in capsys.readouterr().out
-    assert relative_error(frames(pipe), expected) < PARITY
-    restore(pipe)
-    assert torch.equal(frames(pipe), expected)
-
-
-@pytest.mark.compatibility("model offload", model="Wan pipeline (two experts, VAE 2.1)")
-@pytest.mark.parametrize("first", ["accelerate", "offload"])
-def test_an_offloaded_pipeline(first: str) -> None:
-    """The hooks that ``enable_model_cpu_offload`` puts on are kept; that method itself wants an accelerator."""
-    pipe = wan_pipeline()
-    expected = frames(pipe)
-    if first == "accelerate":
-        accelerate(pipe)
-    for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
-        cpu_offload_with_hook(part, execution_device="cpu")
-    if first == "offload":
-        accelerate(pipe)
     assert relative_error(frames(pipe), expected) < PARITY
     restore(pipe)
     assert torch.equal(frames(pipe), expected)
@@ -139,15 +121,3 @@ def test_all_models_of_a_pipeline_or_none() -> None:
     pipe.transformer_2.blocks[1].attn2.norm_k = lost
     assert not any(is_patched(part) for part in (pipe.transformer, pipe.transformer_2, pipe.vae))
     assert torch.equal(frames(pipe), expected)
-
-
-def test_the_last_call_decides() -> None:
-    pipe = wan_pipeline()
-    accelerate(pipe)
-    report = accelerate(pipe.transformer, norms=False)
-    assert {line.host for line in report.replaced} == {"WanAttnProcessor"}
-    assert "forward" not in pipe.transformer.blocks[0].__dict__
-    assert "forward" in pipe.transformer_2.blocks[0].__dict__
-    report.restore()
-    assert not is_patched(pipe.transformer)
-    assert is_patched(pipe.transformer_2)

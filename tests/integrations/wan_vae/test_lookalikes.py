@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import nn
 
 from swifti2v_kernels.common.dispatch import default_backend
 from swifti2v_kernels.integrations.patching import plan_patches
+from swifti2v_kernels.integrations.probing import DIFFERS
 from swifti2v_kernels.integrations.wan import accelerate
 from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
 from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
-from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, cached, imitate, wan_vae
+from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, imitate, wan_vae
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def coded(vae: Any) -> torch.Tensor:
 
 def plan(root: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     """Returns how many modules of each kind are to be replaced, and why others are left."""
-    _, replaced, left = plan_patches("vae", root, ORIGINAL_RECIPES, {"vae": True}, "the host")
+    _, replaced, left = plan_patches("vae", root, ORIGINAL_RECIPES, {"vae": True})
     return {line.host: line.count for line in replaced}, {line.host: line.text for line in left}
 
 
@@ -46,23 +46,6 @@ def layer(forward: Callable[..., Any]) -> Callable[..., Any]:
 def scaled_branch(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
     h = self.shortcut(x)
     return h + 0.7 * (ResidualBlock.forward(self, x, *cache) - h)
-
-
-def other_order(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
-    norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-    y = norm2(cached(conv1, silu(norm1(x)), *cache))
-    return silu(cached(conv2, y, *cache)) + self.shortcut(x)
-
-
-def one_slot(self: Any, x: torch.Tensor, feat_cache: Any, feat_idx: Any) -> torch.Tensor:
-    """Keeps both convolutions' frames in one slot."""
-    if feat_cache is None:
-        return ResidualBlock.forward(self, x)
-    slots = feat_cache[feat_idx[0]] or [None, None]
-    y = ResidualBlock.forward(self, x, slots, [0])
-    feat_cache[feat_idx[0]] = slots
-    feat_idx[0] += 1
-    return y
 
 
 def slots_in_reverse(self: Any, x: torch.Tensor, feat_cache: Any, feat_idx: Any) -> torch.Tensor:
@@ -81,9 +64,10 @@ def smooth(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
     return y + 0.1 * y.roll(1, dims=-1) if self.mode.startswith("up") else y
 
 
-def frames_in_other_order(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+def changed_input(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
     y = Resample.forward(self, x, *cache)
-    return y.flip(2) if self.mode == "upsample3d" and cache[0] is not None else y
+    x.zero_()
+    return y
 
 
 def first_frame_repeated(self: Any, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
@@ -96,51 +80,28 @@ def needs_a_gpu(self: Any, x: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no GPU here\nand more")
 
 
-RETURNS = "its forward returns something else:"
-VALUES = f"{RETURNS} other values"
-#: The kind that each imitates, its forward, and how what a report says begins.
+#: The kind that each imitates, and its forward; DiffSynth-Studio's layers hand cache and index back.
 LOOKALIKES = {
-    "scaled branch": ("ResidualBlock", layer(scaled_branch), VALUES),
-    "other order": ("ResidualBlock", layer(other_order), VALUES),
-    "one slot": ("ResidualBlock", layer(one_slot), "its cache is kept in another way: 2, not 3"),
-    "slots in reverse": ("ResidualBlock", layer(slots_in_reverse), RETURNS),
-    "smooth": ("Resample", layer(smooth), VALUES),
-    "frames in other order": ("Resample", layer(frames_in_other_order), VALUES),
-    "first frame repeated": ("CausalConv3d", first_frame_repeated, VALUES),
-    "epsilon": (
-        "RMS_norm",
-        lambda self, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gamma,
-        VALUES,
-    ),
-    "float32": (
-        "RMS_norm",
-        lambda self, x: RMS_norm.forward(self, x.float()),
-        f"{RETURNS} torch.float32, not torch.bfloat16",
-    ),
-}
-#: The same for what the stand-in's own VAE cannot run with; DiffSynth-Studio's layers hand cache and index back.
-LOOKALIKES_ALONE = {
-    "hands back, block": (
-        "ResidualBlock",
-        layer(lambda self, x, *cache: (ResidualBlock.forward(self, x, *cache), *cache)),
-        f"{RETURNS} a tuple of 3, not a tensor",
-    ),
-    "hands back, resampling": (
-        "Resample",
-        layer(lambda self, x, *cache: (Resample.forward(self, x, *cache), *cache)),
-        f"{RETURNS} a tuple of 3, not a tensor",
-    ),
-    "needs a GPU": ("RMS_norm", needs_a_gpu, "its forward could not be tried: RuntimeError: no GPU here"),
+    "scaled branch": ("ResidualBlock", layer(scaled_branch)),
+    "slots in reverse": ("ResidualBlock", layer(slots_in_reverse)),
+    "smooth": ("Resample", layer(smooth)),
+    "changed input": ("Resample", layer(changed_input)),
+    "first frame repeated": ("CausalConv3d", first_frame_repeated),
+    "epsilon": ("RMS_norm", lambda self, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gamma),
+    "float32": ("RMS_norm", lambda self, x: RMS_norm.forward(self, x.float())),
+    "hands back": ("Resample", layer(lambda self, x, *cache: (Resample.forward(self, x, *cache), *cache))),
+    "needs a GPU": ("RMS_norm", needs_a_gpu),
 }
 
 
-@pytest.mark.parametrize("case", [*half(LOOKALIKES), *LOOKALIKES_ALONE])
+@pytest.mark.parametrize("case", half(LOOKALIKES))
 def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(case):
     """The residual block and whatever else calls the imitated module is left too, and the rest is replaced."""
-    vae, (kind, forward, reason) = wan_vae(), (LOOKALIKES | LOOKALIKES_ALONE)[case]
+    vae, (kind, forward), runs = wan_vae(), LOOKALIKES[case], case not in ("hands back", "needs a GPU")
     imitate(vae, kind, forward)
-    expected = coded(vae) if case in LOOKALIKES else None
+    expected = coded(vae) if runs else None
     report = accelerate(vae)
+    reason = "its forward could not be tried: RuntimeError: no GPU here" if case == "needs a GPU" else DIFFERS
     texts = [line.text for line in report.left if line.host == kind]
     assert texts
     assert all(text.startswith(reason) for text in texts)
@@ -174,24 +135,16 @@ class Weight(torch.Tensor):
         raise NotImplementedError(func)
 
 
-def zero(layers: nn.Module) -> None:
-    for p in layers.parameters():
-        nn.init.zeros_(p)
-
-
-def stored(layers: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Gives the convolutions weights of another kind."""
+def quantised(layers: nn.Module) -> None:
     for conv in layers.modules():
         if isinstance(conv, CausalConv3d):
-            conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
+            conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Weight), requires_grad=False)
 
 
 WEIGHTS = {
     "meta": lambda layers: layers.to("meta"),
-    "float16": lambda layers: layers.half(),
     "float8": lambda layers: layers.to(torch.float8_e4m3fn),
-    "zero": zero,
-    "quantised": lambda layers: stored(layers, lambda weight: weight.as_subclass(Weight)),
+    "quantised": quantised,
 }
 
 
@@ -202,7 +155,7 @@ def test_whatever_weights_a_layer_has_its_code_is_tried(weights):
     WEIGHTS[weights](layers)
     WEIGHTS[weights](lookalikes)
     assert plan(layers) == ({"ResidualBlock": 1, "Resample": 1, "CausalConv3d": 4, "RMS_norm": 2}, {})
-    assert plan(lookalikes)[1] == {"ResidualBlock": "its forward returns something else: other values"}
+    assert plan(lookalikes)[1] == {"ResidualBlock": DIFFERS}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +182,7 @@ def test_sizes_of_channels_alone_are_no_other_form():
 
 
 def test_a_trial_leaves_no_trace():
-    """No hook runs, and weights, gradients, attributes, flags, random numbers and settings are what they were."""
+    """No hook runs, and weights, gradients, attributes, random numbers and settings are what they were."""
     vae = wan_vae().train()
 
     def refuse(*args: Any) -> None:
@@ -247,16 +200,14 @@ def test_a_trial_leaves_no_trace():
     for p in vae.parameters():
         p.grad = torch.ones_like(p)
     before = [dict(vars(module)) for module in vae.modules()]
-    shallow = [{k: copy.copy(v) for k, v in vars(m).items() if isinstance(v, (list, dict))} for m in vae.modules()]
     versions = [(p._version, p.grad._version, p.requires_grad) for p in vae.parameters()]
-    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    state = torch.random.get_rng_state()
     plan(vae)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert (torch.get_num_threads(), default_backend(), torch.is_grad_enabled()) == (threads, "auto", True)
+    assert (default_backend(), torch.is_grad_enabled()) == ("auto", True)
     assert [(p._version, p.grad._version, p.requires_grad) for p in vae.parameters()] == versions
-    for module, attributes, containers in zip(vae.modules(), before, shallow, strict=True):
-        assert vars(module) == attributes
-        assert {k: v for k, v in vars(module).items() if k in containers} == containers
+    assert [vars(module) for module in vae.modules()] == before
+    assert all(module.notes == [1] for module in vae.modules())
 
 
 def test_modules_with_equal_twins_are_tried_once(monkeypatch):
@@ -276,15 +227,11 @@ def test_modules_with_equal_twins_are_tried_once(monkeypatch):
 #: A kind, and inputs for which it computes something else.
 RARE = {
     "one frame": (CausalConv3d, lambda x, slot: x.shape[2] == 1),
-    "four frames": (CausalConv3d, lambda x, slot: x.shape[2] == 4),
     "one entry": (CausalConv3d, lambda x, slot: len(x) == 1),
     "float32": (CausalConv3d, lambda x, slot: x.dtype == torch.float32),
     "8 columns": (CausalConv3d, lambda x, slot: x.shape[-1] >= 8),
-    "norm of one frame": (RMS_norm, lambda x: x.ndim == 5 and x.shape[2] == 1),
-    "layer of one frame": (ResidualBlock, lambda x, cache, index: cache is None and x.shape[2] == 1),
     "layer of three frames": (ResidualBlock, lambda x, cache, index: x.shape[2] == 3),
     "chunk of four frames": (ResidualBlock, lambda x, cache, index: cache and x.shape[2] == 4),
-    "cached entry": (ResidualBlock, lambda x, cache, index: cache and len(x) == 1),
 }
 
 
@@ -299,23 +246,10 @@ def test_what_differs_for_some_inputs_alone_is_found_out(case):
     signatures = {
         ResidualBlock: lambda self, x, feat_cache=None, feat_idx=[0]: forward(self, x, feat_cache, feat_idx),
         CausalConv3d: lambda self, x, cache_x=None: forward(self, x, cache_x),
-        RMS_norm: lambda self, x: forward(self, x),
     }
     layers = nn.ModuleList([ResidualBlock(4, 8)])
     imitate(layers, kind.__name__, signatures[kind])
-    assert plan(layers)[1][kind.__name__] == "its forward returns something else: other values"
-
-
-def test_a_layer_that_changes_its_input_is_left():
-    def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
-        y = ResidualBlock.forward(self, x, feat_cache, feat_idx)
-        x.zero_()
-        return y
-
-    layers = nn.ModuleList([ResidualBlock(4, 8)])
-    imitate(layers, "ResidualBlock", forward)
-    text = "its forward leaves what it is given in another state: other values"
-    assert plan(layers)[1] == {"ResidualBlock": text}
+    assert plan(layers)[1][kind.__name__] == DIFFERS
 
 
 def test_values_of_integers_and_modes_are_other_forms():
@@ -330,35 +264,11 @@ def test_values_of_integers_and_modes_are_other_forms():
     layers[2].train()
     replaced, left = plan(layers)
     assert replaced["ResidualBlock"] == 1
-    assert left == {"ResidualBlock": "its forward returns something else: other values"}
+    assert left == {"ResidualBlock": DIFFERS}
 
 
 def test_dropout_of_a_layer_in_training_is_no_difference():
     assert not plan(nn.ModuleList([ResidualBlock(4, 8, dropout=0.5)]).train())[1]
-
-
-def test_what_cannot_be_looked_at_is_left_with_the_reason():
-    class RMS_norm(nn.Module):
-        """The norm of ComfyUI's refiner VAE of HunyuanVideo has no more attributes."""
-
-        def __init__(self):
-            super().__init__()
-            self.scale, self.gamma = 2.0, nn.Parameter(torch.ones(4, 1, 1, 1))
-
-        def forward(self, x):
-            return nn.functional.normalize(x, dim=1) * self.scale * self.gamma
-
-    members = {"forward": RMS_norm.forward, "gamma": property(lambda self: 1 / 0)}
-    broken = type("RMS_norm", (nn.Module,), members)()
-    assert plan(nn.ModuleList([RMS_norm()])) == ({"RMS_norm": 1}, {})
-    reason = "it could not be looked at: ZeroDivisionError: division by zero"
-    assert plan(nn.ModuleList([broken]))[1] == {"RMS_norm": reason}
-
-
-def test_integer_weights_are_named():
-    layers = nn.ModuleList([ResidualBlock(4, 8)])
-    stored(layers, lambda weight: weight.to(torch.int8))
-    assert plan(layers)[1] == {"ResidualBlock": "integer weights", "CausalConv3d": "integer weights"}
 
 
 class Halved(nn.Module):
@@ -372,30 +282,13 @@ class Halved(nn.Module):
         return 0.5 * self.norm(x)
 
 
-class Adapted(CausalConv3d):
-    def forward(self, x, cache_x=None):
-        return 1.5 * super().forward(x, cache_x)
-
-
-def adapt(parts: nn.Sequential) -> None:
-    parts[6].__class__ = Adapted
-
-
-def pad_otherwise(parts: nn.Sequential) -> None:
-    parts[6]._conv_forward = lambda x, *others: nn.Conv3d._conv_forward(parts[6], x.roll(1, dims=-1), *others)
-
-
 SWAPS = {
-    "no norm": lambda parts: parts.__setitem__(0, nn.Identity()),
     "wrapped norm": lambda parts: parts.__setitem__(0, Halved(parts[0])),
-    "activation": lambda parts: parts.__setitem__(1, nn.GELU()),
     "dropout": lambda parts: parts.__setitem__(5, nn.Hardtanh(-0.1, 0.1)),
-    "adapter": adapt,
-    "method": pad_otherwise,
 }
 
 
-@pytest.mark.parametrize("swap", half(SWAPS))
+@pytest.mark.parametrize("swap", SWAPS)
 def test_a_part_that_is_replaced_later_is_the_hosts(swap):
     vae, theirs = (wan_vae() for _ in range(2))
     theirs.load_state_dict(vae.state_dict())
