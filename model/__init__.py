@@ -3,7 +3,7 @@
 One room a subject, in reading order; what comes later imports what comes before:
 
     config, sizes    configurations of the models; allowed widths, heights and numbers of frames
-    machine          host memory, counted memory, sizes and times
+    machine          cards, host memory, counted memory, sizes and times
     io               photographs, video files, files that are whole or not there
     dit              the diffusion transformer
     vae              the autoencoder, whole or in exact tiles
@@ -18,26 +18,16 @@ One room a subject, in reading order; what comes later imports what comes before
 On top are the commands ``generate``, ``plan`` and ``inspect``.
 """
 
-from __future__ import annotations
-
-import importlib
-
-from model.cli.interruption import end_if_interrupted
-
-end_if_interrupted(__name__)
-
-TYPE_CHECKING = False  # type checkers take this name for true; importing it from typing takes a while
-if TYPE_CHECKING:
-    from model.config import DiTConfig, VAEConfig
-    from model.csg.sampler import SegmentPlan, sample_latents
-    from model.dit.model import WanDiT
-    from model.errors import InputError
-    from model.memory.vae_plan import plan_vae
-    from model.streaming.placement import Placement
-    from model.vae.model import WanVAE
-    from model.vae.tiles import VAEPlan
-    from model.weights.load import load_dit, load_vae
-    from model.weights.lora import LoRA, apply_loras, merge_loras
+from model.config import DiTConfig, VAEConfig
+from model.csg.sampler import SegmentPlan, sample_latents
+from model.dit.model import WanDiT
+from model.errors import InputError
+from model.memory.vae_plan import plan_vae
+from model.streaming.placement import Placement
+from model.vae.model import WanVAE
+from model.vae.tiles import VAEPlan
+from model.weights.load import load_dit, load_vae
+from model.weights.lora import LoRA, merge_loras
 
 __all__ = [
     "DiTConfig",
@@ -49,37 +39,9 @@ __all__ = [
     "VAEPlan",
     "WanDiT",
     "WanVAE",
-    "apply_loras",
     "load_dit",
     "load_vae",
     "merge_loras",
     "plan_vae",
     "sample_latents",
 ]
-
-#: The module of each public name, imported when the name is first asked for: then a command that is interrupted before
-#: torch is there ends in one line.
-_MODULES = {
-    "model.config": ("DiTConfig", "VAEConfig"),
-    "model.csg.sampler": ("SegmentPlan", "sample_latents"),
-    "model.dit.model": ("WanDiT",),
-    "model.errors": ("InputError",),
-    "model.memory.vae_plan": ("plan_vae",),
-    "model.streaming.placement": ("Placement",),
-    "model.vae.model": ("WanVAE",),
-    "model.vae.tiles": ("VAEPlan",),
-    "model.weights.load": ("load_dit", "load_vae"),
-    "model.weights.lora": ("LoRA", "apply_loras", "merge_loras"),
-}
-
-
-def __getattr__(name: str) -> object:
-    for module, names in _MODULES.items():
-        if name in names:
-            globals()[name] = getattr(importlib.import_module(module), name)
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from model.errors import InputError
@@ -13,37 +14,59 @@ MASK_CHANNELS = 4
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
+def _expect(fits: bool, name: str, wanted: str, got: Any) -> None:
+    if not fits:
+        raise InputError(f"{name}: expected {wanted}, got {got!r}")
+
+
 def check_count(name: str, value: Any) -> int:
     """Returns ``value`` if it is an integer of at least 1.
 
     Raises:
         InputError: it is not; the message names ``name``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _expect(fits, name, "an integer of at least 1", value)
     return value
 
 
 def _check_list(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"{name}: expected a list, got {value!r}")
+    _expect(isinstance(value, (list, tuple)), name, "a list", value)
     return tuple(value)
 
 
-def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-        raise InputError(f"{name}: expected a finite number (of float32), got {value!r}")
-    return value
+def _check_number(name: str, value: Any) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    _expect(fits, name, "a finite number (of float32)", value)
 
 
 def _check_above_zero(name: str, value: Any) -> None:
-    if _check_number(name, value) < _SMALLEST:
-        raise InputError(f"{name}: expected a number above 0 (at least {_SMALLEST:.2g}), got {value!r}")
+    _check_number(name, value)
+    _expect(value >= _SMALLEST, name, f"a number above 0 (at least {_SMALLEST:.2g})", value)
 
 
 def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{name}: expected true or false, got {value!r}")
+    _expect(isinstance(value, bool), name, "true or false", value)
+
+
+_CHECKS = {"int": check_count, "bool": _check_flag, "float": _check_number}
+#: What config.json calls a field that has another name here.
+_NAMES = {"residual": "is_residual", "temporal_downsample": "temperal_downsample"}
+
+
+def _check_fields(config: DiTConfig | VAEConfig) -> None:
+    """Checks that each value of a configuration, or of a list in it, is what its field's type says.
+
+    Raises:
+        InputError: one is not; the message names the field.
+    """
+    for field in fields(config):
+        name, value = _NAMES.get(field.name, field.name), getattr(config, field.name)
+        kind = re.sub(r"tuple\[(\w+).*", r"\1", field.type).removesuffix(" | None")
+        check = _check_above_zero if name in ("eps", "latents_std") else _CHECKS[kind]
+        if value is not None or not field.type.endswith("None"):
+            for one in _check_list(name, value) if field.type.startswith("tuple") else (value,):
+                check(name, one)
 
 
 @dataclass(frozen=True)
@@ -76,31 +99,11 @@ class DiTConfig:
         return self.num_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        for name in (
-            *("num_heads", "head_dim", "num_layers", "ffn_dim"),
-            *("in_channels", "out_channels", "text_dim", "freq_dim"),
-        ):
-            check_count(name, getattr(self, name))
-        for name in ("image_dim", "pos_embed_seq_len"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name in ("cross_attn_norm", "added_kv"):
-            _check_flag(name, getattr(self, name))
-        _check_above_zero("eps", self.eps)
-        if len(_check_list("patch_size", self.patch_size)) != 3:
-            raise InputError(f"patch_size: expected 3 integers, got {self.patch_size}")
-        for size in self.patch_size:
-            check_count("patch_size", size)
-        if self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
-            raise InputError(
-                f"patch_size: a temporal patch of 1 and a square one in space are supported, got {self.patch_size}"
-            )
-        if self.head_dim < 6 or self.head_dim % 2:
-            raise InputError(
-                f"head_dim: expected an even number of at least 6 (three axes of rotation), got {self.head_dim}"
-            )
-        if self.freq_dim % 2:
-            raise InputError(f"freq_dim: expected an even number (cosines and sines), got {self.freq_dim}")
+        _check_fields(self)
+        patch, head = self.patch_size, self.head_dim
+        _expect(len(patch) == 3 and patch[0] == 1 and patch[1] == patch[2], "patch_size", "[1, p, p]", patch)
+        _expect(head >= 6 and head % 2 == 0, "head_dim", "an even number of at least 6 (three axes of rotation)", head)
+        _expect(self.freq_dim % 2 == 0, "freq_dim", "an even number (cosines and sines)", self.freq_dim)
         if self.added_kv and self.image_dim is None:
             raise InputError("added_kv_proj_dim is set but image_dim is not: there would be nothing to attend to")
 
@@ -114,8 +117,7 @@ class DiTConfig:
         heads = check_count("num_attention_heads", config.get("num_attention_heads", 40))
         head_dim = check_count("attention_head_dim", config.get("attention_head_dim", 128))
         added = config.get("added_kv_proj_dim")
-        if added is not None and added != heads * head_dim:
-            raise InputError(f"added_kv_proj_dim: expected the model width {heads * head_dim}, got {added}")
+        _expect(added in (None, heads * head_dim), "added_kv_proj_dim", f"the model width {heads * head_dim}", added)
         in_channels = config.get("in_channels", 16)
         # What diffusers takes where nothing is said is not all what Wan2.1 T2V-1.3B has.
         given = {"num_layers": 40, "ffn_dim": 13824, **config}
@@ -175,31 +177,15 @@ class VAEConfig:
     latents_std: tuple[float, ...] = VAE_LATENT_STATISTICS[16][1]
 
     def __post_init__(self) -> None:
-        for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size", "pixel_channels"):
-            check_count(name, getattr(self, name))
-        if len(_check_list("dim_mult", self.dim_mult)) < 2:
-            raise InputError(f"dim_mult: expected at least two stages, got {len(self.dim_mult)}")
-        for factor in self.dim_mult:
-            check_count("dim_mult", factor)
-        _check_flag("is_residual", self.residual)
-        for flag in _check_list("temperal_downsample", self.temporal_downsample):
-            _check_flag("temperal_downsample", flag)
-        for name, check in (("latents_mean", _check_number), ("latents_std", _check_above_zero)):
-            numbers = _check_list(name, getattr(self, name))
-            if len(numbers) != self.z_dim:
-                raise InputError(f"{name}: expected {self.z_dim} numbers (z_dim), got {len(numbers)}")
-            for number in numbers:
-                check(name, number)
-        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise InputError(
-                f"temperal_downsample: expected {len(self.dim_mult) - 1} entries for {len(self.dim_mult)} stages,"
-                f" got {len(self.temporal_downsample)}"
-            )
-        if self.pixel_channels != 3 * self.patch_size**2:
-            raise InputError(
-                f"pixel_channels: expected {3 * self.patch_size**2} (RGB at patch_size {self.patch_size}),"
-                f" got {self.pixel_channels}"
-            )
+        _check_fields(self)
+        stages, times, folded = len(self.dim_mult), len(self.temporal_downsample), 3 * self.patch_size**2
+        _expect(stages >= 2, "dim_mult", "at least two stages", stages)
+        for name in ("latents_mean", "latents_std"):
+            count = len(getattr(self, name))
+            _expect(count == self.z_dim, name, f"{self.z_dim} numbers (z_dim)", count)
+        _expect(times == stages - 1, "temperal_downsample", f"{stages - 1} entries for {stages} stages", times)
+        rgb = f"{folded} (RGB at patch_size {self.patch_size})"
+        _expect(self.pixel_channels == folded, "pixel_channels", rgb, self.pixel_channels)
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -207,8 +193,7 @@ class VAEConfig:
         down = [self.base_dim * factor for factor in (1, *self.dim_mult)]
         up = [self.decoder_base_dim * factor for factor in (self.dim_mult[-1], *reversed(self.dim_mult))]
         if not self.residual:
-            if min(up[1:-1]) < 2:
-                raise InputError(f"decoder_base_dim, dim_mult: expected stages of 2 channels or more, got {up[1:-1]}")
+            _expect(min(up[1:-1]) >= 2, "decoder_base_dim, dim_mult", "stages of 2 channels or more", up[1:-1])
             return
         # In space a cell has 2 x 2 pixels, and in time 2 frames where a stage changes their number.
         cells = [4 * (2 if temporal else 1) for temporal in self.temporal_downsample]
@@ -243,15 +228,12 @@ class VAEConfig:
         Raises:
             InputError: a value is of the wrong kind, or means something that is not built here.
         """
-        if config.get("attn_scales"):
-            raise InputError(f"attn_scales: only [] is supported, got {config['attn_scales']}")
+        _expect(not config.get("attn_scales"), "attn_scales", "[]", config.get("attn_scales"))
         patch_size = check_count("patch_size", config.get("patch_size") or 1)
-        folded, given = 3 * patch_size**2, config.get("in_channels", 3)
-        if given != folded or config.get("out_channels", 3) != folded:
-            raise InputError(
-                f"in_channels, out_channels: expected {folded} (RGB at patch_size {patch_size}),"
-                f" got {given} and {config.get('out_channels', 3)}"
-            )
+        folded = 3 * patch_size**2
+        for name in ("in_channels", "out_channels"):
+            given = config.get(name, 3)
+            _expect(given == folded, name, f"{folded} (RGB at patch_size {patch_size})", given)
         lists = ("dim_mult", "latents_mean", "latents_std")
         given = {name: config[name] for name in ("base_dim", "z_dim", "num_res_blocks") if name in config}
         given |= {name: _check_list(name, config[name]) for name in lists if name in config}
@@ -295,7 +277,7 @@ _VAE_22 = VAEConfig(
     latents_mean=VAE_LATENT_STATISTICS[48][0],
     latents_std=VAE_LATENT_STATISTICS[48][1],
 )
-_DIT_1B = DiTConfig()
+_STAGE_TWO_1B = stage_two_config(DiTConfig())
 _DIT_5B = DiTConfig(num_heads=24, ffn_dim=14336, in_channels=48, out_channels=48)
 _DIT_14B = DiTConfig(num_heads=40, ffn_dim=13824, num_layers=40, in_channels=36)
 _DIT_TINY = DiTConfig(num_heads=2, head_dim=64, num_layers=2, ffn_dim=256, text_dim=64, freq_dim=64)
@@ -303,38 +285,30 @@ _DIT_TINY = DiTConfig(num_heads=2, head_dim=64, num_layers=2, ffn_dim=256, text_
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         "both stages tiny, Wan2.1 VAE shape; for CPUs",
-        stage_one=stage_two_config(_DIT_TINY),
-        stage_two=stage_two_config(_DIT_TINY),
-        vae=VAEConfig(base_dim=4, decoder_base_dim=4),
+        stage_two_config(_DIT_TINY),
+        stage_two_config(_DIT_TINY),
+        VAEConfig(base_dim=4, decoder_base_dim=4),
         width=256,
         height=144,
     ),
     "tiny-vae22": Preset(
         "both stages tiny, Wan2.2 VAE shape; for CPUs",
-        stage_one=replace(_DIT_TINY, in_channels=48, out_channels=48),
-        stage_two=stage_two_config(replace(_DIT_TINY, out_channels=48)),
-        vae=replace(_VAE_22, base_dim=4, decoder_base_dim=4),
+        replace(_DIT_TINY, in_channels=48, out_channels=48),
+        stage_two_config(replace(_DIT_TINY, out_channels=48)),
+        replace(_VAE_22, base_dim=4, decoder_base_dim=4),
         width=256,
         height=160,
         fps=24,
     ),
-    "1.3b": Preset(
-        "Stage I and Stage II of 1.3B, Wan2.1 VAE",
-        stage_one=stage_two_config(_DIT_1B),
-        stage_two=stage_two_config(_DIT_1B),
-        vae=VAEConfig(),
-    ),
+    "1.3b": Preset("Stage I and Stage II of 1.3B, Wan2.1 VAE", _STAGE_TWO_1B, _STAGE_TWO_1B, VAEConfig()),
     "14b-1.3b": Preset(
-        "Stage I of 14B (Wan2.2 I2V-A14B shape), Stage II of 1.3B, Wan2.1 VAE",
-        stage_one=_DIT_14B,
-        stage_two=stage_two_config(_DIT_1B),
-        vae=VAEConfig(),
+        "Stage I of 14B (Wan2.2 I2V-A14B shape), Stage II of 1.3B, Wan2.1 VAE", _DIT_14B, _STAGE_TWO_1B, VAEConfig()
     ),
     "5b": Preset(
         "Stage I and Stage II of 5B (Wan2.2 TI2V shape), Wan2.2 VAE",
-        stage_one=_DIT_5B,
-        stage_two=stage_two_config(_DIT_5B),
-        vae=_VAE_22,
+        _DIT_5B,
+        stage_two_config(_DIT_5B),
+        _VAE_22,
         fps=24,
     ),
 }

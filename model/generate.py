@@ -6,25 +6,14 @@ import argparse
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.cli.options import (
-    LORAS,
-    MACHINE,
-    MEMORY,
-    MODEL,
-    RUNS,
-    SEGMENTS,
-    CommandParser,
-    Settings,
-    add_options,
-    run_command,
-)
+from model.cli.options import GROUPS, CommandParser, Settings, add_options, run_command
 from model.cli.request import ClipSettings, resumed
 from model.config import PRESETS
 from model.errors import InputError, require
@@ -74,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(parser, None, MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS)
+    add_options(parser, None, *GROUPS)
     return parser
 
 
@@ -87,8 +76,7 @@ class Progress(Watcher):
     """
 
     def __init__(self, device: torch.device, totals: Mapping[str, int]):
-        self.timer = StageTimer(device)
-        self._device, self._totals = device, totals
+        self.timer, self._device, self._totals = StageTimer(device), device, totals
         self._bar: Any = None
 
     @property
@@ -99,17 +87,19 @@ class Progress(Watcher):
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Charges the time of the ``with`` body to a stage, under its bar."""
-        with self.timer.stage(name), self.bar(name) if name in self._totals else nullcontext():
+        with self.timer.stage(name), self._shown(name):
             yield
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yields the items and times the making of each, under the bar of the stage."""
-        with self.bar(name) if name in self._totals else nullcontext():
+        with self._shown(name):
             yield from self.timer.iterate(name, items)
 
     @contextmanager
-    def bar(self, name: str) -> Iterator[None]:
-        """Shows the bar of a stage while it runs."""
+    def _shown(self, name: str) -> Iterator[None]:
+        if name not in self._totals:
+            yield
+            return
         tqdm = require("tqdm", "generate").tqdm
         with tqdm(total=self._totals[name], desc=name, unit="step", dynamic_ncols=True) as self._bar:
             yield
@@ -164,9 +154,7 @@ def run(settings: Settings) -> None:
         if again:
             state.restore("inputs", inputs)
         elif state is None:
-            if clip.restart:
-                RunState.discard(folder)
-            state = held.enter_context(RunState.create(folder, description))
+            state = held.enter_context(RunState.create(folder, description, clip.restart))
             state.save("inputs", inputs)
         make_film(clip, plan, inputs, state, progress)
     peak, what = peak_memory(clip.torch_device)
@@ -238,7 +226,7 @@ def make_inputs(
         text = given
         if text is not None:
             note = f"embeddings from {clip.text_embeddings}"
-        elif clip.text_encoder is not None:
+        elif components.text_encoder is not None:
             text = encoded_prompt(clip, device if plan.text_on_device else torch.device("cpu"))
             note = f"prompt {clip.prompt!r} encoded by UMT5"
         else:
@@ -266,13 +254,13 @@ def encoded_prompt(clip: ClipSettings, place: torch.device) -> Tensor:
     Raises:
         InputError: the DiTs read another width.
     """
+    text = None
     try:
         text = encode_prompt(clip.prompt, clip.components.weights, dtype=encoder_dtype(clip.torch_device), device=place)
     except RuntimeError as error:
         if place.type == "cpu" or full_memory(error) != "device":
             raise
-        text = None
-    if text is None:
+    if text is None:  # only here, after the handler: the exception would keep alive what was on the card
         release(place)
         print("the text encoder ran out of the card's memory; it runs on the CPU")
         return encoded_prompt(clip, torch.device("cpu"))
@@ -305,41 +293,35 @@ def make_film(
     for part, given in clip.loras.items():
         for lora in given:
             print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
-    low, segments = clip.motion_pixels, len(clip.plan)
+    (width, height), segments = clip.motion_pixels, len(clip.plan)
+    largest = max(len(window.blocks) for window in clip.plan)
     print(
-        f"{clip.size}, {clip.frames} frames = {clip.plan.num_blocks} blocks;"
-        f" Stage I at {low[0]}x{low[1]};"
-        f" Stage II {clip.mode}: {segments} segment{'' if segments == 1 else 's'}, windows of at most"
-        f" {clip.window_blocks} blocks;"
-        f" {device.type}, {str(clip.torch_dtype).removeprefix('torch.')}"
+        f"{clip.size}, {clip.frames} frames = {clip.plan.num_blocks} blocks; Stage I at {width}x{height}; Stage II"
+        f" {clip.mode}: {segments} segment{'s' * (segments != 1)}, windows of at most {largest} blocks; {device.type},"
+        f" {str(clip.torch_dtype).removeprefix('torch.')}"
     )
     print(plan)
     writer = VideoWriter(clip.out, *clip.pixels, clip.fps, pieces=state.folder, run=state.digest)
     for problem in writer.damaged:
         print(problem)
-    found = ""
+    found, whole = "", False
     try:
         with writer:
             make_clip(clip.components, job, plan, state, writer, progress)
+        whole = True
     except NotFiniteError as error:
         found = str(error)
-    except BaseException:
-        _tell_stopped(writer, state)
-        raise
+    finally:
+        if not whole:
+            frames = writer.film_frames
+            kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
+            print(f"\nstopped{kept}; --resume {state.folder} goes on")
     # Only here, after the handler: what the exception keeps alive includes bars, which would be drawn after the line.
     if found:
-        _tell_stopped(writer, state)
         raise InputError(f"{found}; likely cause: {likely_cause(clip)}")
     print(f"wrote {clip.out}: {clip.size}, {writer.num_frames} frames at {clip.fps} a second")
     if not clip.keep_state:
         state.remove()
-
-
-def _tell_stopped(writer: VideoWriter, state: RunState) -> None:
-    """Prints what there is of a run that stops."""
-    frames = writer.film_frames
-    kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
-    print(f"\nstopped{kept}; --resume {state.folder} goes on")
 
 
 def likely_cause(clip: ClipSettings) -> str:
@@ -351,10 +333,8 @@ def likely_cause(clip: ClipSettings) -> str:
         return f"the LoRAs or their strengths: {', '.join(loras)}"
     if clip.quantize in ("float8", "int8") or clip.matmul == "8bit":
         return "--quantize or --matmul, which change numbers"
-    text = "" if clip.text_embeddings is None else f", or embeddings in {clip.text_embeddings} that are too large"
-    return (
-        "the random weights of this seed" if clip.weights is None else f"unsuitable weights in {clip.weights}"
-    ) + text
+    weights = "the random weights of this seed" if clip.weights is None else f"unsuitable weights in {clip.weights}"
+    return weights if clip.text_embeddings is None else f"{weights}, or too large embeddings in {clip.text_embeddings}"
 
 
 def main(argv: list[str] | None = None) -> int:

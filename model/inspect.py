@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from model.weights.files import PICKLES, WeightFiles, looking_at, open_weights, 
 from model.weights.keys import PARTS, is_original, strip_prefix
 from model.weights.load import dit_config, inspect_dit, inspect_vae
 from model.weights.lora import LoRAFit
-from model.weights.lora_files import LoRAFile, open_lora
-from model.weights.recognise import Kind, check_encoder, describe_dit, describe_vae, recognise
+from model.weights.lora_files import open_lora
+from model.weights.recognise import Kind, describe_dit, describe_vae, recognise
 from model.weights.scaled import ScaledTensor, plain_weights, quantisation_problem
 
 EXAMPLES = """\
@@ -46,6 +46,12 @@ _PIPELINE = (
 )
 _COMFYUI = ("model.diffusion_model.", "first_stage_model.")
 _LISTED = 20
+_LOADED_BY = {
+    "DiT": "load_dit",
+    "VAE": "load_vae",
+    "text encoder": "encode_prompt, as text_encoder of a weights directory",
+    "image encoder": "encode_image, as image_encoder of a weights directory",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Report:
     """A report on one checkpoint; ``problem`` says why it does not load."""
 
     path: str
+    problem: str | None = None
     kind: str = "unknown"
     description: str = ""
     #: The configuration of a model; ranks and targets of a LoRA.
@@ -63,23 +70,32 @@ class Report:
     dtypes: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     bytes: int = 0
-    loads: bool = False
     loaded_by: str | None = None
-    problem: str | None = None
     #: What of a LoRA that loads is left out.
     warning: str | None = None
-    exit_code: int = 2
+
+    @property
+    def loads(self) -> bool:
+        """True if it loads."""
+        return self.problem is None
+
+    @property
+    def exit_code(self) -> int:
+        """The command's exit code for it alone."""
+        return 0 if self.loads else 2 if self.kind == "unknown" else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as plain data."""
+        return asdict(self) | {"loads": self.loads, "exit_code": self.exit_code}
 
     def __str__(self) -> str:
         """Returns the report as a few aligned lines."""
-        dtypes = ", ".join(f"{count:,} {name}" for name, count in self.dtypes.items())
-        loads = f"yes, by {self.loaded_by}" if self.loads else f"NO: {self.problem}"
         rows = {
             "what": f"{self.kind}{', ' if self.description else ''}{self.description}",
             "layout": "; ".join(self.layout),
-            "tensors": dtypes,
+            "tensors": ", ".join(f"{count:,} {name}" for name, count in self.dtypes.items()),
             "size": f"{self.parameters:,} parameters, {format_bytes(self.bytes)}" if self.tensors else "",
-            "loads": loads,
+            "loads": f"yes, by {self.loaded_by}" if self.loads else f"NO: {self.problem}",
             "warning": self.warning or "",
         }
         return printable("\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)]))
@@ -95,133 +111,97 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, str
         strict: for a LoRA: whether all of its keys must fit.
 
     Raises:
-        InputError: ``dit`` is given and does not load, or ``path`` is no LoRA.
+        InputError: ``dit`` is given and does not load.
     """
     try:
         files = open_weights(path)
         plain = plain_weights(files)
     except InputError as error:
-        return Report(str(path), problem=str(error))
+        return Report(str(path), str(error))
     # A file that holds both is its DiT.
     for part in ("DiT", "VAE"):
         keys = strip_prefix(plain, part)
         kind = recognise(keys, files.config)
         if kind is not None:
             break
-    if dit is not None and (kind is None or kind.part != "LoRA"):
-        raise InputError(f"for: expected a LoRA to hold against a DiT, got {path}: {kind.name if kind else 'unknown'}")
-    facts = {
-        "path": str(path),
-        "files": len(files.files),
-        "tensors": len(files.tensors),
-        "dtypes": dict(Counter(tensor.dtype for tensor in files.tensors.values()).most_common()),
-        "parameters": sum(tensor.stored.numel for tensor in plain.values()),
-        "bytes": sum(tensor.nbytes for tensor in files.tensors.values()),
-        "layout": tuple(_layout(files, plain, keys, kind)),
-    }
-    if kind is None:
-        example = next(iter(keys), "nothing")
-        return Report(**facts, problem=f"unknown: its tensors are named like {example}")
-    if kind.part == "LoRA":
-        return _report_lora(path, facts, dit, expert, strict)
-    return _report_model(path, kind, files, plain, facts)
-
-
-def _report_model(
-    path: Path, kind: Kind, files: WeightFiles, plain: Mapping[str, ScaledTensor], facts: Mapping[str, Any]
-) -> Report:
-    description, details, problem = "", {}, kind.lacks
-    if problem is None and kind.part not in ("DiT", "VAE"):
-        problem = quantisation_problem(plain.values())
-    loaded_by = {
-        "DiT": "load_dit",
-        "VAE": "load_vae",
-        "text encoder": "encode_prompt, as text_encoder of a weights directory",
-        "image encoder": "encode_image, as image_encoder of a weights directory",
-    }.get(kind.part or "")
-    if problem is None:
-        try:
-            if kind.part == "DiT":
-                config = dit_config(path)
-                description, details = describe_dit(config), asdict(config)
-                inspect_dit(path)
-            elif kind.part == "VAE":
-                config = inspect_vae(path)
-                description, details = describe_vae(config), asdict(config)
-            else:
-                description = check_encoder({key: tensor.shape for key, tensor in plain.items()}, files.config)
-        except InputError as error:
-            problem = _shortened(str(error))
-            if path.is_file() and "-of-" in path.name:
-                problem = "one shard of several; name their directory or .index.json"
-    loads = problem is None
-    return Report(
-        **facts,
-        kind=kind.name,
-        description=description,
-        details=details,
-        loads=loads,
-        loaded_by=loaded_by if loads else None,
-        problem=problem,
-        exit_code=0 if loads else 1,
+    report = Report(
+        str(path),
+        files=len(files.files),
+        tensors=len(files.tensors),
+        dtypes=dict(Counter(tensor.dtype for tensor in files.tensors.values()).most_common()),
+        parameters=sum(tensor.stored.numel for tensor in plain.values()),
+        bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
+        layout=tuple(_layout(files, plain, keys, kind)),
     )
+    if dit is not None and (kind is None or kind.part != "LoRA"):
+        name = "unknown" if kind is None else kind.name
+        return replace(report, problem=f"for: expected a LoRA to hold against a DiT, got {path}: {name}")
+    if kind is None:
+        return replace(report, problem=f"unknown: its tensors are named like {next(iter(keys), 'nothing')}")
+    report = replace(report, kind=kind.name)
+    if kind.part == "LoRA":
+        return _lora_report(report, path, dit, expert, strict)
+    return _model_report(report, path, kind, files, plain)
 
 
-def _report_lora(path: Path, facts: Mapping[str, Any], dit: Path | None, expert: int, strict: bool) -> Report:
-    shapes = None if dit is None else _shapes(dit)
-    facts = {**facts, "kind": "LoRA", "exit_code": 1}
+def _model_report(
+    report: Report, path: Path, kind: Kind, files: WeightFiles, plain: Mapping[str, ScaledTensor]
+) -> Report:
+    if kind.lacks is not None:
+        return replace(report, problem=kind.lacks)
+    try:
+        if kind.part == "DiT":
+            config = dit_config(path)
+            report = replace(report, description=describe_dit(config), details=asdict(config))
+            inspect_dit(path)
+        elif kind.part == "VAE":
+            config = inspect_vae(path)
+            report = replace(report, description=describe_vae(config), details=asdict(config))
+        elif (problem := quantisation_problem(plain.values())) is not None:
+            return replace(report, problem=problem)
+    except InputError as error:
+        # All tensors may be listed; the first 20 say enough.
+        first, more = str(error).split("; ")[:_LISTED], str(error).split("; ")[_LISTED:]
+        problem = "; ".join([*first, *([f"and {len(more)} more"] if more else [])])
+        if path.is_file() and "-of-" in path.name:
+            problem = "one shard of several; name their directory or .index.json"
+        return replace(report, problem=problem)
+    return replace(report, loaded_by=_LOADED_BY[kind.part])
+
+
+def _lora_report(report: Report, path: Path, dit: Path | None, expert: int, strict: bool) -> Report:
+    shapes = None
+    if dit is not None:
+        with torch.device("meta"):
+            model = WanDiT(inspect_dit(dit))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
         file = open_lora(path, expert)
     except InputError as error:
-        return Report(**facts, problem=str(error))
+        return replace(report, problem=str(error))
     fit = LoRAFit(file, shapes, strict=strict, model=str(dit or "any Wan DiT"))
-    facts["details"] = _lora_details(file)
-    facts["description"] = _describe_lora(facts["details"])
-    facts["layout"] = (file.naming, *facts["layout"])
-    if fit.problem is not None:
-        return Report(**facts, problem=fit.problem)
-    facts["exit_code"] = 0
-    fits = "" if dit is None else f"; it fits {dit}"
-    loaded_by = f"load_dit(loras=...), merge_loras and apply_loras{fits}"
-    return Report(**facts, loads=True, loaded_by=loaded_by, warning=fit.warning)
-
-
-def _shapes(dit: Path) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = WanDiT(inspect_dit(dit))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _lora_details(file: LoRAFile) -> dict[str, Any]:
-    """Returns ranks and targets of a LoRA, and the model width that they are for."""
-    everything = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
-    return {
+    deltas = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
+    targets = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in file.deltas)
+    details = {
         "ranks": dict(sorted(file.ranks.items())),
-        "differences": sum(delta.rank is None for _, delta in everything),
-        "targets": dict(sorted(Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in file.deltas).items())),
-        "widths": sorted(
-            {
-                delta.factors[0].shape[0]
-                for name, delta in everything
-                if delta.rank and re.search(r"attn[12]\.to_", name)
-            }
-        ),
+        "differences": sum(delta.rank is None for _, delta in deltas),
+        "targets": dict(sorted(targets.items())),
+        # Of the models that it is for.
+        "widths": sorted({d.factors[0].shape[0] for name, d in deltas if d.rank and re.search(r"attn[12]\.to_", name)}),
         "left_out": file.left_out,
     }
-
-
-def _describe_lora(details: Mapping[str, Any]) -> str:
-    targets = (
-        name.removesuffix(".weight") + (f" x{count}" if count > 1 else "") for name, count in details["targets"].items()
-    )
     parts = [
         ", ".join(f"rank {rank} x{count}" for rank, count in details["ranks"].items()),
         f"{details['differences']} whole differences" if details["differences"] else "",
         f"for width {', '.join(map(str, details['widths']))}" if details["widths"] else "",
-        f"{details['left_out']} tensors of the other expert left out" if details["left_out"] else "",
-        f"on {', '.join(targets)}",
+        f"{file.left_out} tensors of the other expert left out" if file.left_out else "",
+        "on " + ", ".join(f"{n.removesuffix('.weight')} x{count}" for n, count in details["targets"].items()),
     ]
-    return "; ".join(part for part in parts if part)
+    report = replace(report, description="; ".join(filter(None, parts)), details=details, problem=fit.problem)
+    if not report.loads:
+        return report
+    loaded_by = f"load_dit(loras=...) and merge_loras{'' if dit is None else f'; it fits {dit}'}"
+    return replace(report, loaded_by=loaded_by, warning=fit.warning)
 
 
 def _layout(
@@ -246,13 +226,6 @@ def _layout(
     return [*naming, f"sharded in {len(files.files)} files" if len(files.files) > 1 else "one file"]
 
 
-def _shortened(problem: str) -> str:
-    """Returns the text with its list of tensors cut to the first 20."""
-    parts = problem.split("; ")
-    more = len(parts) - _LISTED
-    return "; ".join(parts[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
-
-
 def checkpoints_in(path: Path) -> list[Path]:
     """Returns the checkpoints of a directory: its own, those of a pipeline's parts, and single files; or the path.
 
@@ -275,25 +248,6 @@ def checkpoints_in(path: Path) -> list[Path]:
         return [path, *(file for file in singles if file not in own and "-of-" not in file.name), *parts]
 
 
-def _reports(path: Path, dit: Path | None, expert: int, strict: bool) -> list[Report]:
-    """Returns a report for each checkpoint.
-
-    Among several, one that cannot be compared with ``dit`` has a report that says so; alone it is an error.
-    """
-    paths = checkpoints_in(path)
-    if dit is not None:
-        inspect_dit(dit)
-    reports = []
-    for checkpoint in paths:
-        try:
-            reports.append(inspect_checkpoint(checkpoint, dit, expert, strict))
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            reports.append(Report(str(checkpoint), problem=str(error)))
-    return reports
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line of ``python -m model.inspect``."""
     parser = CommandParser(
@@ -310,9 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
     )
     add_option(parser, "strict_loras")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object instead of text, with an error if there is nothing to tell"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
 
@@ -320,16 +272,13 @@ def run(path: Path, dit: Path | None, expert: int, strict: bool, as_json: bool) 
     """Prints the reports and returns the exit code, the largest of all checkpoints.
 
     Raises:
-        InputError: there is nothing to tell; as JSON it is printed too.
+        InputError: there is nothing to tell, or ``dit`` does not load.
     """
-    try:
-        reports = _reports(path, dit, expert, strict)
-    except InputError as error:
-        if as_json:
-            print(json.dumps({"path": str(path), "error": str(error)}, indent=2))
-        raise
+    if dit is not None:
+        inspect_dit(dit)
+    reports = [inspect_checkpoint(checkpoint, dit, expert, strict) for checkpoint in checkpoints_in(path)]
     if as_json:
-        print(json.dumps({"path": str(path), "checkpoints": [asdict(report) for report in reports]}, indent=2))
+        print(json.dumps({"path": str(path), "checkpoints": [report.to_json() for report in reports]}, indent=2))
     else:
         print("\n\n".join(map(str, reports)))
     return max(report.exit_code for report in reports)

@@ -1,3 +1,1 @@
-"""Shared parts of the commands: ``options`` (their parsing, errors as one line), ``request`` (resolved options) and
-``interruption`` (what comes while torch is imported).
-"""
+"""Shared parts of the commands: ``options`` (their parsing, errors as one line) and ``request`` (resolved options)."""

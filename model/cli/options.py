@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from model.cli.interruption import work_interruptible
 from model.config import PRESETS
 from model.csg.sampler import MODES, SegmentPlan, plan_segments
 from model.csg.schedule import MOST_STEPS, SHIFTS
@@ -34,6 +33,8 @@ from swifti2v_kernels import default_backend
 
 #: Bytes of a file's name and of a path at most, some less than systems take (4096): names are appended to folders.
 _NAME_MAX, _PATH_MAX = 255, 3800
+#: Characters of a message at most, and error numbers of a disk that is full or must not be written to.
+_MOST_TOLD, _DISK_IS_FULL = 4000, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 #: Random weights of three models take this seed and the next two, and torch one below 2**64.
 MOST_SEED = 2**64 - 3
 #: Frames a second at most: far more than are shown, and few enough for every player's clock.
@@ -64,25 +65,24 @@ def run_command(command: Callable[[], int | None]) -> int:
 
     Any other exception is a defect of this project or of the machine and keeps its traceback.
     """
+    code, told = 1, ""
     try:
-        default_backend()
-    except ValueError as error:  # a word that names no backend
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        with work_interruptible(), no_interruption_lost(), warnings_in_lines():
-            return command() or 0
+        try:
+            default_backend()
+        except ValueError as error:  # a word that names no backend
+            raise InputError(str(error)) from error
+        with no_interruption_lost(), warnings_in_lines():
+            code = command() or 0
+            sys.stdout.flush()  # here, where an interruption and a reader that is gone are handled
+            return code
     except InputError as error:
-        print(_told(f"error: {error}"), file=sys.stderr)
-        return 2
+        code, told = 2, f"error: {error}"
     except NoMemoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        told = f"error: {error}"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory; try a smaller --size or fewer --frames ({error})", file=sys.stderr)
-        return 1
+        told = f"error: out of memory; try a smaller --size or fewer --frames ({error})"
     except BrokenPipeError:
         # Whoever read the output has gone. Nothing more can be said, also not when Python flushes it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,11 +90,11 @@ def run_command(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
-        print(f"error: disk: {error.strerror}: {error.filename or 'a file'}", file=sys.stderr)
-        return 1
+        told = f"error: disk: {error.strerror}: {error.filename or 'a file'}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        code, told = 130, "interrupted"
+    print(_told(told), file=sys.stderr)
+    return code
 
 
 @contextmanager
@@ -117,33 +117,25 @@ def warnings_in_lines() -> Iterator[None]:
 def no_interruption_lost() -> Iterator[None]:
     """Raises an interruption once more if it met a finalizer while the body runs.
 
-    A finalizer and a weak reference's callback have no caller to raise to: Python prints what they raise and goes on,
-    and a run that was told to stop would not.
+    A finalizer and a weak reference's callback, which planning has one of a tensor, have no caller to raise to: Python
+    prints what they raise and goes on, and a run that was told to stop would not.
     """
-    before, timers = sys.unraisablehook, []
+    before = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
             before(unraisable)
             return
-        # It is raised later and from another thread: here and now it would meet the hook, which has no caller either.
-        timers.append(threading.Timer(0.02, _thread.interrupt_main))
-        timers[-1].daemon = True
-        timers[-1].start()
+        # Later and from another thread: here and now it would meet the hook, which has no caller either.
+        timer = threading.Timer(0.02, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = before
-        for timer in timers:
-            timer.cancel()
-
-
-#: Characters of a message at most.
-_MOST_TOLD = 4000
-#: Error numbers of a disk that is full, or that must not be written to.
-_DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -166,20 +158,18 @@ def pick_device(name: str) -> torch.device:
     Raises:
         InputError: the device is not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
+    if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device: expected auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda was asked for, but torch sees no GPU")
-    return torch.device(name)
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns the dtype called ``name``; ``"auto"`` is bfloat16 on CUDA, float32 on the CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return getattr(torch, name)
 
 
 def count(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -222,22 +212,21 @@ def parse_path(text: str) -> Path:
     """Parses the name of a file or folder (an argparse type), which need not be there."""
     problem = None
     if not text.strip():
-        problem = "expected a name"
+        problem = "a name"
     elif re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text):
-        problem = "expected a name in UTF-8 without control characters"
+        problem = "a name in UTF-8 without control characters"
     elif max(len(part.encode()) for part in text.split(os.sep)) > _NAME_MAX:
-        problem = f"expected names of at most {_NAME_MAX} bytes"
+        problem = f"names of at most {_NAME_MAX} bytes"
     elif len(os.path.abspath(text).encode()) > _PATH_MAX:
-        problem = f"expected a path of at most {_PATH_MAX} bytes"
-    else:
-        try:
+        problem = f"a path of at most {_PATH_MAX} bytes"
+    try:
+        if problem is None:
             os.stat(text)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            problem = f"expected a name that can be looked up ({error.strerror})"
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            problem = f"a name that can be looked up ({error.strerror})"
     if problem is not None:
-        raise argparse.ArgumentTypeError(f"{problem}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
     return Path(text)
 
 
@@ -259,13 +248,20 @@ def parse_prompt(text: str) -> str:
 
 
 #: Titles of the groups of options in the help.
-MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS = "model", "segments", "machine", "memory", "LoRAs", "a run that goes on"
+GROUPS = ("model", "segments", "machine", "memory", "LoRAs", "a run that goes on")
+MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS = GROUPS
 _ABOUT = {
     MEMORY: "weights, tiles and formats are chosen so that a run fits; python -m model.plan shows how",
     LORAS: "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated",
     RUNS: "what is made is kept in a folder until the video is complete",
 }
 _STEPS = count(1, MOST_STEPS)
+_QUANTIZE = """\
+form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which change numbers
+(default auto: none or file)"""
+_STRICT = """\
+refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out with a warning, as
+long as half of the file fits"""
 
 
 def _option(group: str | None, default: Any, help: str, flag: str | None = None, **how: Any) -> Any:
@@ -301,9 +297,7 @@ class Settings:
     mode: str = _option(None, "bidirectional", "how Stage II runs (default bidirectional)", choices=MODES)
 
     preset: str | None = _option(MODEL, None, f"one of {', '.join(PRESETS)}; see below")
-    weights: Path | None = _option(
-        MODEL, None, "checkpoints; without them the weights are random", type=parse_path, metavar="DIR"
-    )
+    weights: Path | None = _option(MODEL, None, "checkpoints (default: random weights)", type=parse_path, metavar="DIR")
     seed: int = _option(MODEL, 0, "seed of the noise and of random weights (default 0)", type=count(0, MOST_SEED))
     steps: int = _option(MODEL, 4, "denoising steps of Stage II (default 4)", type=_STEPS)
     stage1_steps: int = _option(MODEL, 4, "denoising steps of Stage I (default 4)", type=_STEPS)
@@ -319,56 +313,24 @@ class Settings:
     device: str = _option(MACHINE, "auto", "auto, cpu or cuda (default auto)")
     dtype: str = _option(MACHINE, "auto", "dtype of the DiTs", choices=("auto", "float32", "bfloat16", "float16"))
     vae_memory: str = _option(
-        MACHINE,
-        "auto",
-        "what the VAE may take, such as 4GB: it then works in exact tiles (default: what the card leaves)",
-        metavar="SIZE",
+        MACHINE, "auto", "what the VAE may take, such as 4GB, in exact tiles (default: what there is)", metavar="SIZE"
     )
     cuda_graph: bool = _option(
-        MACHINE,
-        True,
-        "launch every step anew instead of replaying it as a CUDA graph (which has no effect on a CPU)",
-        "--no-cuda-graph",
-        action="store_false",
+        MACHINE, True, "launch every step anew, not as a CUDA graph", "--no-cuda-graph", action="store_false"
     )
 
-    vram: str = _option(
-        MEMORY, "auto", "memory of the card, such as 12GB; auto: what the GPU has (default auto)", metavar="SIZE"
-    )
-    ram: str = _option(
-        MEMORY, "auto", "memory of the machine; none: no limit (default auto: what there is)", metavar="SIZE"
-    )
-    quantize: str = _option(
-        MEMORY,
-        "auto",
-        "form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which"
-        " change numbers (default auto: none or file)",
-        choices=("auto", *QUANTIZE),
-    )
-    matmul: str = _option(
-        MEMORY,
-        "plain",
-        "how layer weights are multiplied: plain: in --dtype; 8bit, which changes numbers (default plain)",
-        choices=MATMUL,
-    )
+    vram: str = _option(MEMORY, "auto", "memory of the card, such as 12GB (default auto: all of it)", metavar="SIZE")
+    ram: str = _option(MEMORY, "auto", "memory of the machine; none: no limit (default auto: all)", metavar="SIZE")
+    quantize: str = _option(MEMORY, "auto", _QUANTIZE, choices=("auto", *QUANTIZE))
+    matmul: str = _option(MEMORY, "plain", "in --dtype, or 8bit, which changes numbers (default plain)", choices=MATMUL)
 
     stage1_loras: Sequence[str] = _loras("stage1", "--stage1-lora")
     stage1_low_noise_loras: Sequence[str] = _loras("stage1_low_noise", "--stage1-low-noise-lora")
     stage2_loras: Sequence[str] = _loras("stage2", "--stage2-lora")
-    strict_loras: bool = _option(
-        LORAS,
-        False,
-        "refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out"
-        " with a warning, as long as half of the file fits",
-        action="store_true",
-    )
+    strict_loras: bool = _option(LORAS, False, _STRICT, action="store_true")
 
-    resume: Path | None = _option(
-        RUNS, None, "go on with the run in DIR; PHOTO and --out are its own", type=parse_path, metavar="DIR"
-    )
-    state: Path | None = _option(
-        RUNS, None, "the folder (default: FILE.run beside FILE.mp4)", type=parse_path, metavar="DIR"
-    )
+    resume: Path | None = _option(RUNS, None, "go on with the run in DIR", type=parse_path, metavar="DIR")
+    state: Path | None = _option(RUNS, None, "default: FILE.run beside FILE.mp4", type=parse_path, metavar="DIR")
     keep_state: bool = _option(RUNS, False, "leave the folder when the video is complete", action="store_true")
     restart: bool = _option(RUNS, False, "begin anew where the folder holds an unfinished run", action="store_true")
 
@@ -384,9 +346,9 @@ def flag_of(name: str) -> str:
 def add_option(parser: argparse._ActionsContainer, name: str, **default: Any) -> None:
     """Adds the option of one field of :class:`Settings`, with another ``default`` if one is given."""
     one = OPTIONS[name]
-    flag, how = one.metadata["flag"] or flag_of(name), {"default": one.default, **one.metadata["how"], **default}
-    if how["default"] == ():
-        how["default"] = []  # argparse appends to nothing else
+    # argparse appends to lists alone.
+    start = [] if one.default == () else one.default
+    flag, how = one.metadata["flag"] or flag_of(name), {"default": start, **one.metadata["how"], **default}
     parser.add_argument(flag, **({"dest": name} if flag.startswith("-") else {}), **how)
 
 
@@ -405,19 +367,7 @@ def parse_ram(text: str) -> int | None:
     Raises:
         InputError: another form.
     """
-    if text == "none":
-        return None
-    return machine_memory() if text == "auto" else parse_bytes("ram", text)
-
-
-def memory_limits(given: Settings) -> dict[str, int | None]:
-    """Returns the bytes of ``--ram`` and ``--vae-memory`` as :class:`~model.memory.request.MemoryRequest` takes them.
-
-    Raises:
-        InputError: one is no size.
-    """
-    vae = None if given.vae_memory == "auto" else parse_bytes("vae-memory", given.vae_memory)
-    return {"ram": parse_ram(given.ram), "vae_limit": vae}
+    return None if text == "none" else machine_memory() if text == "auto" else parse_bytes("ram", text)
 
 
 def segment_plan(given: Settings, num_blocks: int) -> SegmentPlan:
@@ -436,13 +386,12 @@ def parse_lora(text: str, expert: int = 1, strict: bool = False) -> LoRA:
         InputError: the text after the colon is no finite number.
     """
     path, colon, strength = text.rpartition(":")
-    whole = not colon or os.path.exists(text)
+    if not colon or os.path.exists(text):
+        path, strength = text, "1"
     try:
-        file = parse_path(text if whole else path)
+        file = parse_path(path)
     except argparse.ArgumentTypeError as error:
         raise InputError(f"lora: {error}") from error
-    if whole:
-        return LoRA(file, expert=expert, strict=strict)
     try:
         return LoRA(file, number(-MOST_STRENGTH, MOST_STRENGTH)(strength), expert, strict)
     except (argparse.ArgumentTypeError, ValueError) as error:

@@ -20,7 +20,7 @@ from model.cli.options import (
     build_components,
     chosen_loras,
     flag_of,
-    memory_limits,
+    parse_ram,
     parse_size,
     pick_device,
     pick_dtype,
@@ -30,11 +30,10 @@ from model.config import get_preset
 from model.csg.sampler import SegmentPlan, plan_for
 from model.csg.schedule import flow_sigmas
 from model.errors import InputError, one_line
+from model.machine.cards import chosen_gpu, device_options
 from model.machine.measure import parse_bytes
-from model.memory.cards import chosen_gpu
 from model.memory.report import MemoryPlan, describe_placement
-from model.memory.request import DiTRequest, MemoryRequest
-from model.memory.vae_places import USABLE, Card
+from model.memory.request import USABLE, DiTRequest, MemoryRequest
 from model.pipeline.components import LORA_PARTS, Components
 from model.resume.fingerprint import fingerprint, fingerprint_file, fingerprint_random
 from model.resume.state import device_name
@@ -44,7 +43,6 @@ from model.weights.files import open_weights
 from model.weights.load import DIT_PARTS, VAE_PARTS, part_of_pipeline
 from model.weights.lora import LoRA
 from model.weights.lora_files import open_lora
-from swifti2v_kernels.common import cards
 
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
 TEXT_ENCODER_BYTES = 11_360_000_000
@@ -52,6 +50,8 @@ TEXT_ENCODER_BYTES = 11_360_000_000
 #: say where things are. What these are is told by fingerprints, so that a run can go on elsewhere.
 _PATHS = ("photo", "out", "weights", "text_embeddings")
 CHANGEABLE = (*_PATHS, *(f"{part}_loras" for part in LORA_PARTS), "device", "vram", "ram", "vae_memory", "cuda_graph")
+#: The options that a run is kept with: all but those about the state of a run.
+_STORED = {name: one for name, one in OPTIONS.items() if one.metadata["group"] != RUNS}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,11 @@ class ClipSettings(Settings):
         defaults = get_preset(self.preset if self.preset is not None else "tiny" if self.weights is None else "1.3b")
         device = pick_device(self.device)
         dtype = pick_dtype(self.dtype, device)
-        limits = memory_limits(self)
-        limits["vram"] = None if self.vram == "auto" else parse_bytes("vram", self.vram)
+        limits = {
+            "ram": parse_ram(self.ram),
+            "vae_limit": None if self.vae_memory == "auto" else parse_bytes("vae-memory", self.vae_memory),
+            "vram": None if self.vram == "auto" else parse_bytes("vram", self.vram),
+        }
         size = None if self.size is None else parse_size(self.size)
         loras = chosen_loras(self)
         models = build_components(self, device, dtype, loras)
@@ -114,40 +117,22 @@ class ClipSettings(Settings):
             limits=limits,
         )
 
-    @property
-    def window_blocks(self) -> int:
-        """The number of latent frames of the largest window."""
-        return max(len(window.blocks) for window in self.plan)
-
-    @property
-    def text_encoder(self) -> Path | None:
-        """The directory of the text encoder among the weights, if there is one."""
-        folder = None if self.components.weights is None else self.components.weights / "text_encoder"
-        return folder if folder is not None and folder.is_dir() else None
-
-    def memory(self) -> MemoryRequest:
-        """Returns the request to the memory planner, from the models, ``--vram``, ``--ram``, ``--vae-memory`` and the
-        machine."""
-        card = Card.of(self.torch_device)
-        # What others hold of the card is not there to be planned with.
-        free = None if card is None else min(card.memory, int(torch.cuda.mem_get_info(self.torch_device)[0] / USABLE))
-        limits = self.limits | {"vram": self.limits["vram"] or free}
-        return request_for(
-            self.components,
-            size=self.pixels,
-            num_frames=self.frames,
-            plan=self.plan,
-            gpu=chosen_gpu(None, limits["vram"] or 0),
-            text_encoder=self.text_embeddings is None and self.text_encoder is not None,
-            mode=self.mode,
-            steps=self.steps,
-            stage_one_steps=self.stage1_steps,
-            dtype=self.torch_dtype,
-            **limits,
-            capability=None if card is None else card.capability,
-            quantize=self.quantize,
-            matmul=self.matmul,
-        )
+    def memory(self, **machine: Any) -> MemoryRequest:
+        """Returns the request to the memory planner, from models, options and the machine, or from another ``machine``
+        that is given as options of :func:`request_for`."""
+        if not machine:
+            machine = device_options(self.torch_device)
+            if machine["vram"] is not None:
+                # What others hold of the card is not there to be planned with.
+                free = int(torch.cuda.mem_get_info(self.torch_device)[0] / USABLE)
+                machine["vram"] = min(machine["vram"], free)
+            vram = self.limits["vram"] or machine["vram"]
+            machine |= {"vram": vram, "gpu": chosen_gpu(None, vram or 0)}
+        text = self.text_embeddings is None and self.components.text_encoder is not None
+        clip = {"size": self.pixels, "num_frames": self.frames, "plan": self.plan, "mode": self.mode}
+        work = {"steps": self.steps, "stage_one_steps": self.stage1_steps, "dtype": self.torch_dtype}
+        forms = {"quantize": self.quantize, "matmul": self.matmul, "text_encoder": text}
+        return request_for(self.components, **{**clip, **work, **forms, **self.limits, **machine})
 
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
         """Returns the job of these settings, as :class:`model.resume.state.RunState` keeps it.
@@ -196,15 +181,15 @@ class ClipSettings(Settings):
                 "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
                 "backend": os.environ.get("SWIFTI2V_BACKEND", "auto"),
                 "cuda_graph": self.cuda_graph,
-                "plan": {part: describe_placement(stage.config, stage.placement) for part, stage in stages.items()},
-                "vae": memory.to_json()["vae"],
+                "plan": {part: describe_placement(stage) for part, stage in stages.items()},
+                "vae": memory.vae_plans.to_json(),
             },
             "arguments": self._arguments(),
         }
 
     def _arguments(self) -> dict[str, Any]:
         """Returns the options as :func:`resumed` reads them: paths are text that means the same from any folder."""
-        found = {name: getattr(self, name) for name in _stored_options()}
+        found = {name: getattr(self, name) for name in _STORED}
         for name in _PATHS:
             found[name] = None if found[name] is None else str(found[name].absolute())
         return found | {
@@ -226,9 +211,6 @@ def request_for(
     components: Components,
     *,
     size: tuple[int, int],
-    num_frames: int,
-    plan: SegmentPlan,
-    gpu: cards.Card,
     from_files: bool | None = None,
     text_encoder: bool = False,
     **options: Any,
@@ -238,10 +220,9 @@ def request_for(
     Args:
         components: the models.
         size: (width, height) of the clip.
-        num_frames, plan, gpu: as for :class:`~model.memory.request.MemoryRequest`.
         from_files: whether layers can be read from files in every pass; None: where there are checkpoints.
         text_encoder: whether the run has UMT5.
-        options: other fields of the request.
+        options: the other fields of the request.
 
     Raises:
         InputError: something does not fit.
@@ -261,9 +242,6 @@ def request_for(
         motion_vae=None if components.stage_one_vae is None else components.stage_one_vae_config,
         size=size,
         motion_size=stage_one_size(*size, multiple),
-        num_frames=num_frames,
-        plan=plan,
-        gpu=gpu,
         from_files=components.weights is not None if from_files is None else from_files,
         text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,
         **options,
@@ -275,17 +253,10 @@ def _encoder_bytes(components: Components, capability: int | None) -> int:
 
     Without a GPU it runs in float32 (model/pipeline/encoders.py).
     """
-    itemsize, folder = 2 if capability else 4, None
-    if components.weights is not None and (components.weights / "text_encoder").is_dir():
-        folder = components.weights / "text_encoder"
-    if folder is None:
+    itemsize = 2 if capability else 4
+    if components.text_encoder is None:
         return TEXT_ENCODER_BYTES // 2 * itemsize
-    return itemsize * sum(tensor.numel for tensor in open_weights(folder).tensors.values())
-
-
-def _stored_options() -> dict[str, Field[Any]]:
-    """Returns the options that a run is kept with: all but those about the state of a run."""
-    return {name: one for name, one in OPTIONS.items() if one.metadata["group"] != RUNS}
+    return itemsize * sum(tensor.numel for tensor in open_weights(components.text_encoder).tensors.values())
 
 
 def resumed(given: Settings, job: Mapping[str, Any]) -> Settings:
@@ -298,24 +269,22 @@ def resumed(given: Settings, job: Mapping[str, Any]) -> Settings:
     Raises:
         InputError: another option was given, which would be another run, or the job is none of this program.
     """
-    options = _stored_options()
-    new = {name for name, one in options.items() if getattr(given, name) not in (one.default, [])}
-    other = [flag_of(name) for name in options if name in new and name not in CHANGEABLE]
+    new = {name: getattr(given, name) for name, one in _STORED.items() if getattr(given, name) not in (one.default, [])}
+    other = [flag_of(name) for name in new if name not in CHANGEABLE]
     if other:
         raise InputError(
             f"resume: the run has its options; got {', '.join(other)} too. New may be those of the machine and of"
             " places: PHOTO, --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
         )
     stored = job.get("arguments", {})
-    different = stored.keys() ^ options.keys()
+    different = stored.keys() ^ _STORED.keys()
     if different:
         raise InputError(
             f"resume: the stored run and this program differ in options: {', '.join(map(one_line, sorted(different)))}"
         )
     if not isinstance(job.get("inputs", {}).get("photo"), str):
         raise InputError("resume: the stored run has no fingerprint of its photograph")
-    found = {name: _stored_option(options[name], value) for name, value in stored.items()}
-    return replace(given, **{name: value for name, value in found.items() if name not in new})
+    return replace(given, **{name: _stored_option(_STORED[name], value) for name, value in stored.items()} | new)
 
 
 def _stored_option(option: Field[Any], stored: Any) -> Any:

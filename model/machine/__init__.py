@@ -1,1 +1,1 @@
-"""The machine that runs: ``host`` memory, memory ``counted`` without a device, ``measure`` (times, sizes, peaks)."""
+"""The machine: ``cards``, ``host`` memory, memory ``counted`` without a device, ``measure`` (times, sizes, peaks)."""

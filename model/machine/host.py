@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import re
+import os
 import warnings
 import weakref
 from collections import defaultdict
@@ -130,34 +130,21 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def machine_memory(root: Path = Path("/")) -> int | None:
-    """Returns bytes of this machine's memory, or of the process's control group where that has less.
-
-    None means that the system does not tell.
+def machine_memory(root: Path = Path("/")) -> int:
+    """Returns bytes of this machine's memory, or of the process's control group (version 2) where that has less.
 
     Args:
         root: the folder in which ``proc`` and ``sys`` are.
     """
-    sizes = []
-    for line in _lines(root / "proc/meminfo"):
-        if match := re.match(r"MemTotal:\s+(\d+) kB", line):
-            sizes.append(1024 * int(match[1]))
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
-        number, names, path = line.split(":", 2)
-        if number == "0":  # version 2: the limits of the groups above hold too
-            own = groups / path.lstrip("/")
-            inside = [own, *own.parents][: len(Path(path.lstrip("/")).parts) + 1]
-            files = [folder / "memory.max" for folder in inside]
-        elif "memory" in names.split(","):
-            files = [
-                groups / "memory" / path.lstrip("/") / "memory.limit_in_bytes",
-                groups / "memory/memory.limit_in_bytes",
-            ]
-        else:
-            continue
-        sizes += [int(text) for file in files for text in _lines(file) if text.isdecimal()]
-    return min(sizes, default=None)
+        if line.startswith("0::"):
+            own = groups / line[3:].lstrip("/")
+            # The limits of the groups above hold too.
+            inside = [folder for folder in (own, *own.parents) if folder.is_relative_to(groups)]
+            sizes += [int(text) for folder in inside for text in _lines(folder / "memory.max") if text.isdecimal()]
+    return min(sizes)
 
 
 def _lines(path: Path) -> list[str]:

@@ -133,6 +133,14 @@ def format_enough(count: float) -> str:
     return format_bytes(math.ceil(count / unit) * unit)
 
 
+def format_seconds(seconds: float) -> str:
+    """Returns ``about 13 minutes``: seconds as rough as an estimate is."""
+    for size, unit in ((3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}s"
+    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "about a second"
+
+
 def parse_bytes(name: str, text: str) -> int:
     """Returns the bytes that a text names: ``"4GB"`` is 4 * 10**9, ``"4GiB"`` 4 * 2**30, ``"2000000"`` as many.
 

@@ -18,11 +18,10 @@ from math import prod
 import torch
 
 from model.config import DiTConfig
-from model.memory.dit_bytes import image_tokens, passes_of
+from model.memory.dit_bytes import StageChoice, image_tokens, passes_of
 from model.memory.request import MemoryRequest
 from model.memory.vae_plan import PlannedVAE, operations
 from model.pipeline.encoders import TEXT_LENGTH
-from model.streaming.placement import PlacedBytes
 from swifti2v_kernels.common.cards import CARDS, Card
 
 #: The measured rates.
@@ -44,11 +43,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The seconds of the clip: layers' copies run beside work, those of tiles do not."""
-        together = ("Stage I", "Stage II")
-        return sum(
-            max(work, self.copies[name]) if name in together else work + self.copies[name]
-            for name, work in self.work.items()
-        )
+        phases = [(name.startswith("Stage"), work, self.copies[name]) for name, work in self.work.items()]
+        return sum(max(work, copies) if together else work + copies for together, work, copies in phases)
 
     def ratio(self, phase: str) -> float:
         """Returns the seconds of a phase's copies over those of its work: below 1, the work of layers hides them."""
@@ -57,27 +53,26 @@ class Estimate:
 
 def estimate(
     r: MemoryRequest,
-    dits: Mapping[str, tuple[DiTConfig, PlacedBytes]],
+    dits: Mapping[str, StageChoice],
     vaes: Iterable[PlannedVAE],
     copied: Mapping[str, int],
 ) -> Estimate:
     """Estimates the seconds of a plan on the card of its request, without loading, encoders of text and image, file.
 
-    It is given the DiT and its bytes by stage, the plans of the VAE in its four places, and the bytes that are copied
+    It is given the placed DiT by stage, the plans of the VAE in its four places, and the bytes that are copied
     between device and host memory by phase.
     """
     work, copies = dict.fromkeys(copied, 0.0), {name: size / (1e9 * r.gpu.host) for name, size in copied.items()}
-    masked = r.stage_one.config.in_channels != r.stage_one.config.out_channels
     for phase, planned in zip(("condition", "reference", "reference", "decode"), vaes, strict=True):
-        blocks = 1 if phase == "condition" and not masked else r.plan.num_blocks
+        blocks = 1 if phase == "condition" and not r.masked else r.plan.num_blocks
         # The encoder in float32 runs on cuDNN and is timed by itself; in 16 bits its layers are the decoder's.
         part = "encode" if (planned.request.part, planned.request.dtype) == ("encode", torch.float32) else "decode"
         work[phase] += vae_operations(planned, blocks) / _rate(r.gpu, part)
-    for phase, (config, placed) in dits.items():
+    for phase, stage in dits.items():
         passes = list(passes_of(r, phase == "Stage I"))
-        work[phase] = sum(n * dit_operations(config, *given) for n, *given in passes)
+        work[phase] = sum(n * dit_operations(stage.config, *given) for n, *given in passes)
         work[phase] /= _rate(r.gpu, "dit") * 2 / r.dtype.itemsize
-        copies[phase] += sum(n for n, *_ in passes) * placed.read / FILE_RATE
+        copies[phase] += sum(n for n, *_ in passes) * stage.placed.read / FILE_RATE
     return Estimate(work, copies)
 
 

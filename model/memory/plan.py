@@ -29,13 +29,11 @@ import torch
 
 from model.errors import InputError
 from model.machine.measure import format_bytes, format_enough
-from model.memory.dit_bytes import passes_of
+from model.memory.dit_bytes import StageChoice, passes_of
 from model.memory.estimate import FILE_RATE, estimate
-from model.memory.report import MemoryPlan, Phase, StagePlan
-from model.memory.request import HOST_USABLE, MemoryRequest
-from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, Choices, ReferenceChoice, Search, vae_held, vae_idle
-from model.memory.stage_choice import StageChoice
-from model.memory.vae_places import USABLE, PipelinePlans
+from model.memory.report import MemoryPlan, Phase, PipelinePlans
+from model.memory.request import HOST_USABLE, USABLE, MemoryRequest
+from model.memory.search import PROCESS_BYTES, TEXT_WORK_BYTES, Choices, Search
 
 #: The bytes to which the least host memory that would do is looked for.
 RAM_STEP = 10_000_000
@@ -82,10 +80,7 @@ def find_plan(request: MemoryRequest) -> MemoryPlan | None:
 
 
 def smallest_plan(request: MemoryRequest) -> MemoryPlan | None:
-    """Returns the plan that takes least of the device in every phase and that the host memory allows, or None.
-
-    What the card has does not matter.
-    """
+    """Returns the plan that takes least in every phase, on any card, and that the host memory allows, or None."""
     search = Search(replace(request, vram=None))
     return _plan(search, search.least(), None)
 
@@ -94,64 +89,39 @@ def _plan(search: Search, choices: Choices | None, limit: int | None) -> MemoryP
     """Returns the plan of choices within ``limit`` bytes on the device; None for no choices."""
     if choices is None:
         return None
-    condition, one, reference, clip = choices
-    request, vaes = search.request, (condition, reference.motion, reference.encode, clip.decode)
-    text = search.text_fits(math.inf if limit is None else limit)
-    dits = {"Stage I": one.placed, "Stage II": clip.stage.placed}
-    beside = vae_idle("decoder", clip.decode) | {"clip": clip.clip}
-    decode = {f"DiT: {name}": size for name, size in clip.stage.held.items()} | vae_held("decoder", clip.decode)
-    copied = {
-        name: placed.copied * sum(n for n, *_ in passes_of(request, name == "Stage I")) for name, placed in dits.items()
-    }
-    phases = (
-        _phase("condition", search.condition_held(condition), condition.host, condition.copied),
-        _phase("Stage I", one.held, one.placed.host + search.vae_bytes(), copied["Stage I"]),
-        _phase("reference", reference.held, reference.host, reference.motion.copied + reference.encode.copied),
-        _phase("Stage II", clip.stage.held | beside, clip.stage.placed.host + clip.decode.host, copied["Stage II"]),
-        _phase("decode", decode | {"clip": clip.clip}, clip.stage.placed.host + clip.decode.host, clip.decode.copied),
-    )
-    configs = {"Stage I": search.one.config, "Stage II": search.two.config}
-    return MemoryPlan(
-        request,
-        StagePlan(search.one.config, one.placement, one.placed),
-        StagePlan(search.two.config, clip.stage.placement, clip.stage.placed),
-        PipelinePlans(*(use.planned for use in vaes)),
-        text,
-        (*_text_phase(search, text), *phases),
-        estimate(
-            request,
-            {name: (configs[name], placed) for name, placed in dits.items()},
-            [use.planned for use in vaes],
-            {phase.name: phase.copied for phase in phases},
-        ),
-        tuple(_notes(search, one, reference, clip.stage, text)),
-    )
-
-
-def _text_phase(search: Search, on_device: bool) -> Iterator[Phase]:
-    size = search.request.text_encoder_bytes
-    if size:
-        held = {"text encoder": size, "its activations": TEXT_WORK_BYTES} if on_device else {}
-        where = "the device" if on_device else "the CPU, since the device has too little for it"
-        yield Phase("text", held, PROCESS_BYTES + search.text_host, 0, f"runs on {where}")
-
-
-def _phase(name: str, held: Mapping[str, int], host: int, copied: int) -> Phase:
-    return Phase(name, held, PROCESS_BYTES + host, copied, _most(held))
-
-
-def _most(held: Mapping[str, int]) -> str:
-    name = max(held, key=lambda name: held[name])
-    return f"most memory: {name}, {format_bytes(held[name])}"
-
-
-def _notes(search: Search, one: StageChoice, reference: ReferenceChoice, two: StageChoice, text: bool) -> Iterator[str]:
-    request = search.request
+    condition, one, reference, two, decode = choices
+    request, vaes = search.request, PipelinePlans(condition, reference.motion, reference.encode, decode)
+    text = limit is None or request.text_encoder_bytes + TEXT_WORK_BYTES <= limit
     stages = {"Stage I": one, "Stage II": two}
+    copied = {
+        name: stage.placed.copied * sum(n for n, *_ in passes_of(request, name == "Stage I"))
+        for name, stage in stages.items()
+    }
+    beside = {"other weights": search.vae_bytes() - condition.peak.weights, "clip": search.condition_clip}
+    clip, clip_host = {"clip": search.clip_bytes(decode.plan.park)}, two.placed.host + decode.host
+    dit = {f"DiT: {name}": size for name, size in two.held.items()}
+    phases = [
+        Phase("condition", condition.held | beside, condition.host, condition.copied),
+        Phase("Stage I", one.held, one.placed.host + search.vae_bytes(), copied["Stage I"]),
+        Phase("reference", reference.held, reference.host, reference.motion.copied + reference.encode.copied),
+        Phase("Stage II", two.held | decode.idle | clip, clip_host, copied["Stage II"]),
+        Phase("decode", dit | decode.held | clip, clip_host, decode.copied),
+    ]
+    seconds = estimate(request, stages, vaes, {phase.name: phase.copied for phase in phases})
+    if request.text_encoder_bytes:
+        held = {"text encoder": request.text_encoder_bytes, "its activations": TEXT_WORK_BYTES}
+        where = "the device" if text else "the CPU, since the device has too little for it"
+        phases.insert(0, Phase("text", held if text else {}, request.text_encoder_bytes, 0, f"runs on {where}"))
+    with_process = tuple(replace(phase, host=PROCESS_BYTES + phase.host) for phase in phases)
+    notes = tuple(_notes(request, stages, vaes, text))
+    return MemoryPlan(request, *stages.values(), vaes, text, with_process, seconds, notes)
+
+
+def _notes(request: MemoryRequest, stages: Mapping[str, StageChoice], vaes: PipelinePlans, text: bool) -> Iterator[str]:
     for name, choice in stages.items():
-        if choice.rank:
+        if choice.changed:
             yield f"{name}: float8, since its weights fit the host memory in no form that keeps numbers as they are"
-    if reference.encode.planned.request.dtype != torch.float32:
+    if vaes.encode_dtype != torch.float32:
         yield "the reference is encoded in bfloat16, since float32 does not fit"
     if any(choice.placed.read for choice in stages.values()):
         yield f"files are assumed to be read at {FILE_RATE / 1e9:g} GB/s, and to hold the form that layers are kept in"
@@ -166,10 +136,9 @@ def _refusal(request: MemoryRequest) -> str:
     """Returns why no plan fits: what limits, the smallest plan, and what helps."""
     free = replace(request, ram=None)
     if request.vae_limit is not None and smallest_plan(free) is None:
-        plans = smallest_plan(replace(free, vae_limit=None))
-        least = 0 if plans is None else max(used.peak.total for used in vars(plans.vae_plans).values())
-        shown = f"; those of the smallest plan take up to {format_bytes(least)}" if least else ""
-        return f"vae-memory: {format_bytes(request.vae_limit or 0)} are too little for any tiles{shown}"
+        least = max(used.peak.total for used in smallest_plan(replace(free, vae_limit=None)).vae_plans)
+        told = f"vae-memory: {format_bytes(request.vae_limit)} are too little for any tiles"
+        return f"{told}; those of the smallest plan take up to {format_bytes(least)}"
     # More host memory helps where a plan would then fit the card; else a larger card has to.
     enough = None if request.ram is None else find_plan(free)
     if enough is not None:
@@ -178,25 +147,23 @@ def _refusal(request: MemoryRequest) -> str:
             middle = (low + ram) // 2
             found = find_plan(replace(request, ram=middle))
             low, ram, enough = (middle, ram, enough) if found is None else (low, middle, found)
-        return _too_little(request, "ram", request.ram, HOST_USABLE, enough.host_peak, enough)
+        return _too_little("ram", enough, request)
     smallest = smallest_plan(request) or smallest_plan(free)
-    if smallest is None:
-        raise AssertionError("without limits there is a plan")
-    return _too_little(request, "vram", request.vram, USABLE, smallest.peak, smallest)
+    return _too_little("vram", smallest, request)
 
 
-def _too_little(
-    request: MemoryRequest, name: str, given: int | None, share: float, needed: int, smallest: MemoryPlan
-) -> str:
+def _too_little(name: str, smallest: MemoryPlan, request: MemoryRequest) -> str:
+    given, share, needed = request.ram, HOST_USABLE, smallest.host_peak
+    if card := name == "vram":
+        given, share, needed = request.vram, USABLE, smallest.peak
     helps = ["a smaller --size", "fewer --frames"]
     if request.mode == "end_to_end":
         helps.insert(0, "--mode bidirectional")
-    if name == "ram":
-        if not request.from_files:
-            helps.append("--weights, whose layers can be read from files in every pass")
-        if request.quantize in ("none", "file"):
-            helps.append("--quantize auto or float8")
-    where = smallest.limiting if name == "vram" else max(smallest.phases, key=lambda phase: phase.host)
+    if not card and not request.from_files:
+        helps.append("--weights, whose layers can be read from files in every pass")
+    if not card and request.quantize in ("none", "file"):
+        helps.append("--quantize auto or float8")
+    where = smallest.limiting if card else max(smallest.phases, key=lambda phase: phase.host)
     if where.name == "text":
         helps = ["--text-embeddings in place of a text encoder (for model.plan: --no-text-encoder)"]
     return (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from model.config import DiTConfig
-from model.machine.measure import format_bytes
+import torch
+
+from model.machine.measure import format_bytes, format_seconds
+from model.memory.dit_bytes import StageChoice
 from model.memory.estimate import Estimate
-from model.memory.request import HOST_USABLE, MemoryRequest
-from model.memory.vae_places import USABLE, PipelinePlans
+from model.memory.request import HOST_USABLE, USABLE, MemoryRequest
 from model.memory.vae_plan import PlannedVAE
-from model.streaming.placement import PlacedBytes, Placement
+from model.vae.tiles import VAEPlans
 
 #: The version of what :meth:`MemoryPlan.to_json` returns.
 SCHEMA_VERSION = 3
@@ -24,28 +25,69 @@ class Phase:
     """A phase of a plan, predicted.
 
     ``held`` has the bytes on the device at the worst moment, by name, and ``device`` their sum. ``host`` is the
-    process's memory, ``copied`` the bytes of all copies between the two, and ``limit`` says what the peak is made of.
+    process's memory, ``copied`` the bytes of all copies between the two, and ``note`` what is to be said of it.
     """
 
     name: str
     held: Mapping[str, int]
     host: int
     copied: int
-    limit: str
+    note: str = ""
 
     @property
     def device(self) -> int:
         """The bytes on the device at the worst moment."""
         return sum(self.held.values())
 
+    @property
+    def limit(self) -> str:
+        """The largest part of the peak, in words."""
+        most = max(self.held, key=lambda name: self.held[name], default="")
+        return self.note or f"most memory: {most}, {format_bytes(self.held[most])}"
 
-@dataclass(frozen=True)
-class StagePlan:
-    """The plan of a stage's DiT: where its layers are, and what that takes."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the phase as plain data."""
+        sizes = {"device": self.device, "held": dict(self.held), "host": self.host, "copied": self.copied}
+        return {"name": self.name, "limit": self.limit} | {f"{name}_bytes": size for name, size in sizes.items()}
 
-    config: DiTConfig
-    placement: Placement
-    placed: PlacedBytes
+
+class PipelinePlans(NamedTuple):
+    """The plans of the VAE in its four places in a clip.
+
+    They are: the photograph and grey frames at Stage I's size, encoded; Stage I's result, decoded at its size; the
+    motion at the target size, encoded; and the clip, decoded while Stage II makes it.
+    """
+
+    condition: PlannedVAE
+    motion: PlannedVAE
+    reference: PlannedVAE
+    decode: PlannedVAE
+
+    @property
+    def encode_dtype(self) -> torch.dtype:
+        """The dtype that the reference is encoded in: float32, unless that does not fit."""
+        return self.reference.request.dtype
+
+    @property
+    def tiles(self) -> VAEPlans:
+        """The tiles of all four places, as the pipeline takes them."""
+        return VAEPlans(*(planned.plan for planned in self), self.encode_dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the decisions and the peak of each place as plain data."""
+        return {
+            place: asdict(used.plan) | {"dtype": used.request.dtype_name, "peak_bytes": used.peak.total}
+            for place, used in self._asdict().items()
+        }
+
+    def __str__(self) -> str:
+        parts = []
+        for name, planned in (("reference", self.reference), ("decode", self.decode)):
+            plan, request = planned.plan, planned.request
+            tiles = "untiled" if plan.tiles == 1 else f"{plan.rows} x {plan.columns} exact tiles"
+            host = ", tiles wait in host memory" if plan.park else ""
+            parts.append(f"{name} {request.dtype_name}, {tiles}{host}")
+        return f"VAE: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +95,8 @@ class MemoryPlan:
     """A memory plan; ``print`` it for a table. All its numbers are predicted."""
 
     request: MemoryRequest
-    stage_one: StagePlan
-    stage_two: StagePlan
+    stage_one: StageChoice
+    stage_two: StageChoice
     vae_plans: PipelinePlans
     text_on_device: bool
     phases: tuple[Phase, ...]
@@ -64,7 +106,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The bytes on the device in the phase that takes most."""
-        return max(phase.device for phase in self.phases)
+        return self.limiting.device
 
     @property
     def host_peak(self) -> int:
@@ -92,23 +134,34 @@ class MemoryPlan:
         return next(phase for phase in self.phases if phase.name == name)
 
     def __str__(self) -> str:
-        return _text(self)
+        return "\n".join(_lines(self))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data: bytes, the estimated seconds, and everything that was decided."""
-        return _data(self)
+        request = self.request
+        data = {"schema": SCHEMA_VERSION, "basis": "predicted", "gpu": request.gpu.name, "mode": request.mode}
+        data |= {"width": request.size[0], "height": request.size[1], "frames": request.num_frames}
+        data |= {f"{name}_bytes": getattr(request, name) for name in ("vram", "usable", "ram", "usable_host")}
+        data |= {"peak_bytes": self.peak, "host_peak_bytes": self.host_peak, "seconds": self.seconds}
+        data |= {"limiting": self.limiting.name, "text_on_device": self.text_on_device}
+        for name, stage, phase in (("one", self.stage_one, "Stage I"), ("two", self.stage_two, "Stage II")):
+            data[f"stage_{name}"] = {
+                "placement": asdict(stage.placement),
+                "layers": stage.layers,
+                "bytes": asdict(stage.placed) | {"device": stage.placed.device, "host": stage.placed.host},
+                "copies_to_work": self.estimate.ratio(phase),
+            }
+        phases = [phase.to_json() for phase in self.phases]
+        return data | {"vae": self.vae_plans.to_json(), "phases": phases, "notes": list(self.notes)}
 
 
-def describe_placement(config: DiTConfig, placement: Placement) -> str:
+def describe_placement(stage: StageChoice) -> str:
     """Returns a placement in words: ``18 of 40 layers on the device, 22 from pinned host memory; as they are``."""
-    homes = placement.homes(config.num_layers)
-    count = {home: homes.count(home) for home in ("device", "host", "file")}
-    parts = [f"{count['device']} of {config.num_layers} layers on the device"]
-    parts += [f"{count['host']} from pinned host memory"] * bool(count["host"])
-    parts += [f"{count['file']} from files"] * bool(count["file"])
-    where = (
-        f"all {config.num_layers} layers on the device" if count["device"] == config.num_layers else ", ".join(parts)
-    )
+    layers, placement, number = stage.layers, stage.placement, stage.config.num_layers
+    share = "all" if layers["device"] == number else f"{layers['device']} of"
+    where = f"{share} {number} layers on the device"
+    where += f", {layers['host']} from pinned host memory" if layers["host"] else ""
+    where += f", {layers['file']} from files" if layers["file"] else ""
     form = {
         "none": "as they are",
         "file": "in 8 bits where the checkpoint has them so",
@@ -118,101 +171,31 @@ def describe_placement(config: DiTConfig, placement: Placement) -> str:
     return f"{where}; {form}{', matmuls in 8 bits' if placement.matmul == '8bit' else ''}"
 
 
-def _text(plan: MemoryPlan) -> str:
+def _lines(plan: MemoryPlan) -> Iterator[str]:
     request = plan.request
     (width, height), (low_width, low_height) = request.size, request.motion_size
+    yield f"memory plan: {width}x{height}, {request.num_frames} frames, Stage I at {low_width}x{low_height}"
     card = host = ""
     if request.vram is not None:
-        card = f" of {format_bytes(request.usable or 0)} ({USABLE:.0%} of {format_bytes(request.vram)})"
+        card = f" of {format_bytes(request.usable)} ({USABLE:.0%} of {format_bytes(request.vram)})"
     if request.ram is not None:
-        host = f" of {format_bytes(request.usable_host or 0)} ({HOST_USABLE:.0%} of {format_bytes(request.ram)})"
-    lines = [
-        f"memory plan: {width}x{height}, {request.num_frames} frames, Stage I at {low_width}x{low_height}",
-        f"  predicted peak         {format_bytes(plan.peak)}{card}, in {plan.limiting.name}",
-        f"  predicted host memory  {format_bytes(plan.host_peak)}{host}",
-        f"  predicted time         {_time(plan)}",
-        f"  Stage I   {describe_placement(plan.stage_one.config, plan.stage_one.placement)}",
-        f"  Stage II  {describe_placement(plan.stage_two.config, plan.stage_two.placement)}",
-        f"  {plan.vae_plans}",
-    ]
+        host = f" of {format_bytes(request.usable_host)} ({HOST_USABLE:.0%} of {format_bytes(request.ram)})"
+    yield f"  predicted peak         {format_bytes(plan.peak)}{card}, in {plan.limiting.name}"
+    yield f"  predicted host memory  {format_bytes(plan.host_peak)}{host}"
+    time = "none: seconds are predicted for GPUs"
+    if request.capability is not None:
+        article = "an" if request.gpu.name[0] in "AHLR" else "a"
+        time = f"{format_seconds(plan.seconds)} on {article} {request.gpu.name}, predicted; {NOT_PREDICTED}"
+    yield f"  predicted time         {time}"
+    yield f"  Stage I   {describe_placement(plan.stage_one)}"
+    yield f"  Stage II  {describe_placement(plan.stage_two)}"
+    yield f"  {plan.vae_plans}"
     if request.text_encoder_bytes:
-        lines.append(f"  text encoder on the {'device' if plan.text_on_device else 'CPU'}")
-    lines.append(f"  {'phase':<10}{'device':>9}{'host':>9}{'copies':>9}  what limits it (all predicted)")
+        yield f"  text encoder on the {'device' if plan.text_on_device else 'CPU'}"
+    yield f"  {'phase':<10}{'device':>9}{'host':>9}{'copies':>9}  what limits it (all predicted)"
     for phase in plan.phases:
         copies = f"{plan.estimate.ratio(phase.name):.2f}" if plan.estimate.copies.get(phase.name) else "-"
         sizes = f"{format_bytes(phase.device):>9}{format_bytes(phase.host):>9}"
-        lines.append(f"  {phase.name:<10}{sizes}{copies:>9}  {phase.limit}")
-    lines.append("  copies: their time over that of the phase's work; work hides those of layers, up to 1")
-    return "\n".join([*lines, *(f"  note: {note}" for note in plan.notes)])
-
-
-def _time(plan: MemoryPlan) -> str:
-    if plan.request.capability is None:
-        return "none: seconds are predicted for GPUs"
-    return f"{about(plan.seconds)} on {an(plan.request.gpu.name)}, predicted; {NOT_PREDICTED}"
-
-
-def about(seconds: float) -> str:
-    """Returns ``about 13 minutes``: seconds as rough as an estimate is."""
-    for size, unit in ((3600, "hour"), (60, "minute")):
-        if seconds >= 1.5 * size:
-            return f"about {seconds / size:.0f} {unit}s"
-    return f"about {max(seconds, 1):.0f} seconds" if seconds >= 1.5 else "about a second"
-
-
-def an(card: str) -> str:
-    """Returns the name of a card with its article."""
-    return f"{'an' if card[0] in 'AHLR' else 'a'} {card}"
-
-
-def _data(plan: MemoryPlan) -> dict[str, Any]:
-    request = plan.request
-    return {
-        "schema": SCHEMA_VERSION,
-        "basis": "predicted",
-        "gpu": request.gpu.name,
-        "width": request.size[0],
-        "height": request.size[1],
-        "frames": request.num_frames,
-        "mode": request.mode,
-        "vram_bytes": request.vram,
-        "usable_bytes": request.usable,
-        "ram_bytes": request.ram,
-        "usable_host_bytes": request.usable_host,
-        "peak_bytes": plan.peak,
-        "host_peak_bytes": plan.host_peak,
-        "seconds": plan.seconds,
-        "limiting": plan.limiting.name,
-        "text_on_device": plan.text_on_device,
-        "stage_one": _stage_data(plan.stage_one, plan.estimate.ratio("Stage I")),
-        "stage_two": _stage_data(plan.stage_two, plan.estimate.ratio("Stage II")),
-        "vae": {place: vae_data(planned) for place, planned in vars(plan.vae_plans).items()},
-        "phases": [
-            {
-                "name": phase.name,
-                "device_bytes": phase.device,
-                "held_bytes": dict(phase.held),
-                "host_bytes": phase.host,
-                "copied_bytes": phase.copied,
-                "limit": phase.limit,
-            }
-            for phase in plan.phases
-        ],
-        "notes": list(plan.notes),
-    }
-
-
-def vae_data(planned: PlannedVAE) -> dict[str, Any]:
-    """Returns a plan of the VAE as plain data."""
-    dtype = str(planned.request.dtype).removeprefix("torch.")
-    return asdict(planned.plan) | {"dtype": dtype, "peak_bytes": planned.peak.total}
-
-
-def _stage_data(stage: StagePlan, ratio: float) -> dict[str, Any]:
-    homes = stage.placement.homes(stage.config.num_layers)
-    return {
-        "placement": asdict(stage.placement),
-        "layers": {home: homes.count(home) for home in ("device", "host", "file")},
-        "bytes": asdict(stage.placed) | {"device": stage.placed.device, "host": stage.placed.host},
-        "copies_to_work": ratio,
-    }
+        yield f"  {phase.name:<10}{sizes}{copies:>9}  {phase.limit}"
+    yield "  copies: their time over that of the phase's work; work hides those of layers, up to 1"
+    yield from (f"  note: {note}" for note in plan.notes)

@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 import torch
 
 from model.config import DiTConfig, VAEConfig
-from model.csg.sampler import MODES, SegmentPlan, plan_for
+from model.csg.sampler import SegmentPlan, plan_for
 from model.errors import InputError
-from model.memory.vae_places import USABLE
-from model.sizes import check_frames, check_size, size_multiple
-from model.streaming.placement import MATMUL, NO_TENSORS, QUANTIZE
+from model.streaming.placement import NO_TENSORS, QUANTIZE
 from swifti2v_kernels.common.cards import Card
 
 #: ``auto``: what the checkpoint has; see :func:`model.memory.plan.plan_memory`.
 QUANTIZE_CHOICES = ("auto", *QUANTIZE)
 #: The lowest compute capability, as two digits, of cards that multiply float8.
 FLOAT8_MATMUL = 89
+#: The share of a card's memory that is planned with: the rest is the CUDA context, what libraries take beside the
+#: allocator, and fragmentation.
+USABLE = 0.88
 #: Share of a machine's memory that is planned with: the rest is the system's and other programs'.
 HOST_USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class DiTRequest:
-    """A DiT to be planned for: its shape, and the tensors that its checkpoint holds in 8 bits
-    (:func:`model.streaming.placement.layer_layout`)."""
+    """A DiT to be planned for: its shape, and the tensors of its checkpoint in 8 bits, with their dtypes, by name."""
 
     config: DiTConfig
     stored: Mapping[str, str] = field(default_factory=lambda: NO_TENSORS)
@@ -37,25 +37,19 @@ class MemoryRequest:
     """A clip and a machine that a plan is made for.
 
     Args:
-        stage_one, stage_two: the DiTs.
-        vae: the VAE of Stage II.
+        stage_one, stage_two, low_noise: the DiTs; the last is Wan2.2 A14B's second expert.
+        vae, motion_vae: the VAE of Stage II, and that of Stage I where it is another one.
         size, motion_size: (width, height) of the target and of Stage I.
-        num_frames: the number of frames of the clip.
-        plan: its segments.
+        num_frames, plan: the number of frames of the clip, and its segments.
         gpu: the card whose seconds are predicted.
-        low_noise: Wan2.2 A14B's second expert.
-        motion_vae: Stage I's VAE where it is another one.
         mode: one of :data:`model.csg.sampler.MODES`.
         steps, stage_one_steps: denoising steps of the two stages.
         dtype: the dtype of the DiTs and of the decoders.
-        vram: bytes of the card; None: no limit.
-        ram: bytes of the machine's memory; None: no limit.
+        vram, ram, vae_limit: bytes of the card, of the machine, and for the VAE alone; None: no limit.
         capability: compute capability as two digits; None: a CPU.
-        quantize: ``auto`` or one of :data:`model.streaming.placement.QUANTIZE`.
-        matmul: one of :data:`model.streaming.placement.MATMUL`.
+        quantize: one of :data:`QUANTIZE_CHOICES`; ``matmul``: one of :data:`model.streaming.placement.MATMUL`.
         from_files: whether the DiTs come from checkpoints, from which layers can be read in every pass.
         text_encoder_bytes: the bytes of its weights; 0: the run has none.
-        vae_limit: bytes for the VAE alone; None: no limit of its own.
         less: bytes that single phases may take at most, by name, where these have run out of memory.
 
     Raises:
@@ -87,17 +81,6 @@ class MemoryRequest:
     less: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("quantize", QUANTIZE_CHOICES), ("matmul", MATMUL), ("mode", MODES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("vram", "ram", "vae_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}: expected None or at least 1 byte, got {getattr(self, name)}")
-        for name in ("steps", "stage_one_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.text_encoder_bytes < 0:
-            raise InputError(f"text_encoder_bytes: expected at least 0, got {self.text_encoder_bytes}")
         if self.matmul == "8bit" and self.quantize in ("none", "file"):
             raise InputError(f"matmul: 8bit goes with quantize auto, float8 or int8, got {self.quantize}")
         too_old = self.capability is not None and self.capability < FLOAT8_MATMUL
@@ -106,13 +89,6 @@ class MemoryRequest:
                 f"matmul: 8bit of float8 needs compute capability {FLOAT8_MATMUL / 10}, this card has"
                 f" {(self.capability or 0) / 10}; --quantize int8 runs here"
             )
-        check_size(*self.size, size_multiple(self.vae, self.stage_two.config))
-        check_size(*self.motion_size, size_multiple(self.stage_one_vae, self.stage_one.config))
-        blocks = check_frames(self.num_frames, self.vae.temporal_stride)
-        if blocks != self.plan.num_blocks:
-            raise InputError(
-                f"plan: expected the {blocks} blocks of {self.num_frames} frames, got {self.plan.num_blocks}"
-            )
         object.__setattr__(self, "plan", plan_for(self.mode, self.plan))
 
     @property
@@ -120,13 +96,23 @@ class MemoryRequest:
         """The configuration of Stage I's VAE."""
         return self.motion_vae or self.vae
 
+    @property
+    def masked(self) -> bool:
+        """True if Stage I's DiT has mask channels, and so is conditioned on a whole clip."""
+        return self.stage_one.config.in_channels != self.stage_one.config.out_channels
+
+    def latent_size(self, first: bool) -> tuple[int, int]:
+        """Returns rows and columns of a latent frame of Stage I (``first``) or of Stage II."""
+        vae, (width, height) = (self.stage_one_vae, self.motion_size) if first else (self.vae, self.size)
+        return height // vae.spatial_stride, width // vae.spatial_stride
+
     def room(self, limit: float, *phases: str) -> float:
         """Returns the bytes of the device for phases that share a choice: the smallest limit of any of them."""
         return min(limit, *(self.less.get(phase, limit) for phase in phases))
 
     @property
     def usable(self) -> int | None:
-        """The bytes of the card that are planned with (:data:`model.memory.vae_places.USABLE` of it)."""
+        """The bytes of the card that are planned with (:data:`USABLE` of it)."""
         return None if self.vram is None else int(USABLE * self.vram)
 
     @property

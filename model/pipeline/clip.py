@@ -98,13 +98,8 @@ def make_condition(
 
     At the end Stage I's DiT and the VAE's encoder are released.
 
-    Args:
-        components: the models.
-        job: the clip that is wanted.
-        watcher: is told of each stage and step.
-        motion: Stage I's latents ``[1, z, T, h, w]``, if an earlier run has made them.
-        reference: the reference ``[1, z, T, h, w]``, if an earlier run has made it; then only the VAE is loaded.
-        on_motion: is given Stage I's latents if this run makes them.
+    An earlier run may have made Stage I's latents (``motion``) or the ``reference``, both ``[1, z, T, h, w]``; with the
+    second only the VAE is loaded. ``on_motion`` is given Stage I's latents if this run makes them.
     """
     watcher = watcher or Watcher()
     device, plans = job.text.device, job.vae_plans
@@ -138,13 +133,8 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
     """Runs Stage I: its condition is encoded before its DiT is loaded, for which the VAEs make room if they must."""
     device = job.text.device
     with watcher.stage("Stage I"):
-        condition = motion_condition(
-            vae_one,
-            components.stage_one_config,
-            job.low_picture.to(device),
-            job.plan.num_blocks,
-            job.vae_plans.condition,
-        )
+        picture, blocks = job.low_picture.to(device), job.plan.num_blocks
+        condition = motion_condition(vae_one, components.stage_one_config, picture, blocks, job.vae_plans.condition)
         host = (job.waiting(True) or Host(device, True)) if job.vae_waits else None
         parameters = [p for vae in vaes for p in vae.parameters()] if host else []
         for p in parameters:
@@ -184,14 +174,9 @@ def make_frames(
 ) -> Iterator[Tensor]:
     """Yields frames ``[F, H, W, 3]`` uint8 on the device: the anchor's, then each segment's as soon as it is done.
 
-    Args:
-        components: the models.
-        job: the clip that is wanted.
-        condition: as returned by :func:`make_condition`.
-        watcher: is told of each stage and step.
-        done: blocks ``[1, z, m, h, w]`` of the first segments, which an earlier run has made; they are decoded again,
-            since what the decoder remembers of them is not kept.
-        on_segment: is given the number of every other segment, from 1, and its blocks, before they are decoded.
+    ``done`` is blocks ``[1, z, m, h, w]`` of the first segments, which an earlier run has made; they are decoded again,
+    since what the decoder remembers of them is not kept. ``on_segment`` is given the number of every other segment,
+    from 1, and its blocks, before they are decoded.
     """
     watcher = watcher or Watcher()
     steps, windows = len(job.sigmas_two) - 1, list(job.plan)
@@ -208,19 +193,9 @@ def make_frames(
         if len(earlier) == len(windows):
             return
         dit = _loaded(watcher, components.stage_two)
-        sampled = sample_latents(
-            dit,
-            reference,
-            job.text,
-            job.image_two,
-            plan=job.plan,
-            sigmas=job.sigmas_two,
-            seed=job.seed,
-            mode=job.mode,
-            cuda_graph=job.cuda_graph,
-            on_step=on_step,
-            done=len(earlier),
-        )
+        options = {"plan": job.plan, "sigmas": job.sigmas_two, "seed": job.seed, "mode": job.mode}
+        options |= {"cuda_graph": job.cuda_graph, "on_step": on_step, "done": len(earlier)}
+        sampled = sample_latents(dit, reference, job.text, job.image_two, **options)
         for number, blocks in enumerate(watcher.iterate("Stage II", sampled), start=len(earlier) + 1):
             if on_segment is not None:
                 on_segment(number, blocks)

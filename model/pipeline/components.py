@@ -79,6 +79,12 @@ class Components:
             stage_two=functools.partial(self.stage_two, stage_two),
         )
 
+    @property
+    def text_encoder(self) -> Path | None:
+        """The directory of the text encoder among the weights, if there is one."""
+        folder = None if self.weights is None else self.weights / "text_encoder"
+        return folder if folder is not None and folder.is_dir() else None
+
     def check_image_encoder(self) -> None:
         """Raises :class:`InputError` if a DiT reads CLIP tokens and there is no image encoder."""
         if self.weights is not None and (self.weights / "image_encoder").is_dir():
@@ -88,12 +94,8 @@ class Components:
                 raise InputError(f"weights: {stage} reads CLIP tokens, but there is no image_encoder in {self.weights}")
 
     def clip_tokens(self, stage: str, photo: Any, device: torch.device) -> Tensor | None:
-        """Returns CLIP tokens ``[1, 257, image_dim]`` of a PIL image, or None if the stage's DiT reads none.
-
-        Args:
-            stage: ``"stage1"`` or ``"stage2"``.
-            photo: the image in its own size.
-            device: the device that encodes.
+        """Returns CLIP tokens ``[1, 257, image_dim]`` of a PIL image in its own size, or None if the DiT of ``stage1``
+        or ``stage2`` reads none.
 
         Raises:
             InputError: the DiT reads tokens, and there is no image encoder or one of another width.
@@ -135,11 +137,8 @@ class Components:
     ) -> Components:
         """Returns the models of a directory laid out as in :data:`LAYOUT`: all are checked here, none is read yet.
 
-        Args:
-            path: the directory.
-            dtype: dtype of the DiTs' large matrices and of the decoder.
-            device: the device of the models.
-            loras: by part (:data:`LORA_PARTS`), what is merged into a DiT as it is read.
+        ``dtype`` is that of the DiTs' large matrices and of the decoder; ``loras`` has, by part (:data:`LORA_PARTS`),
+        what is merged into a DiT as it is read.
 
         Raises:
             InputError: a part is missing or does not fit, or a LoRA does not fit its part.

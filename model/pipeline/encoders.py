@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,28 @@ def encode_prompt(
     Raises:
         InputError: transformers is missing, the directory does not hold an encoder, or what it gives is not finite.
     """
-    transformers = require("transformers", "text")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(weights / "tokenizer", local_files_only=True)
-        encoder = transformers.UMT5EncoderModel.from_pretrained(
-            weights / "text_encoder", dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"weights: no UMT5 encoder in {weights}: {str(error).splitlines()[0]}") from error
+    parts = {"tokenizer": "AutoTokenizer", "text_encoder": "UMT5EncoderModel"}
+    tokenizer, encoder = _loaded(parts, "no UMT5 encoder", weights, dtype, device)
     tokens = tokenizer(clean_prompt(prompt), max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    encoder = encoder.to(device).eval()
     with torch.inference_mode():
         # Without padding: the masked run of the padded sequence gives the same embedding.
         states = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
     check_finite(f"weights: {weights / 'text_encoder'} in {_name(dtype)}, whose weights may be damaged", states)
     return _pad(states.float())
+
+
+def _loaded(
+    parts: Mapping[str, str], lacking: str, weights: Path, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Any, Any]:
+    """Returns a preprocessor and an encoder, by folder their classes of transformers; says what is lacking."""
+    transformers = require("transformers", "text")
+    (first, preprocessor), (second, model) = parts.items()
+    try:
+        made = getattr(transformers, preprocessor).from_pretrained(weights / first, local_files_only=True)
+        encoder = getattr(transformers, model).from_pretrained(weights / second, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"weights: {lacking} in {weights}: {str(error).splitlines()[0]}") from error
+    return made, encoder.to(device).eval()
 
 
 def load_text_embedding(path: Path, text_dim: int) -> Tensor:
@@ -117,17 +125,11 @@ def encode_image(
     Raises:
         InputError: transformers is missing, the directory does not hold an encoder, or what it gives is not finite.
     """
-    transformers = require("transformers", "text")
-    try:
-        processor = transformers.CLIPImageProcessor.from_pretrained(weights / "image_processor", local_files_only=True)
-        encoder = transformers.CLIPVisionModel.from_pretrained(
-            weights / "image_encoder", dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"weights: Stage I needs a CLIP encoder in {weights}: {str(error).splitlines()[0]}") from error
+    parts = {"image_processor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModel"}
+    processor, encoder = _loaded(parts, "Stage I needs a CLIP encoder", weights, dtype, device)
     pixels = processor(images=image, return_tensors="pt").pixel_values.to(device, dtype)
     with torch.inference_mode():
-        tokens = encoder.to(device).eval()(pixels, output_hidden_states=True).hidden_states[-2]
+        tokens = encoder(pixels, output_hidden_states=True).hidden_states[-2]
     check_finite(f"weights: {weights / 'image_encoder'} in {_name(dtype)}, whose weights may be damaged", tokens)
     return tokens.float()
 

@@ -31,24 +31,17 @@ from model.vae.upsampled import UpsampledFrames, interpolation_matrix
 
 #: The number that makes Stage I's noise differ from Stage II's, which is drawn from the same seed.
 STAGE = 1
+#: The noise level below which Wan2.2 A14B's second expert takes the steps.
+BOUNDARY = 0.9
 
 
 def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks: int, plan: VAEPlan = WHOLE) -> Tensor:
-    """Returns the latents that Stage I is conditioned on.
+    """Returns the latents ``[1, z, num_blocks, h, w]``, float32, that Stage I is conditioned on.
 
     A DiT with ``2z + 4`` input channels is conditioned as Wan I2V: mask and the encoded clip ``[picture, grey, ...]``
     on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep
-    0.
-
-    Args:
-        vae: Stage I's VAE.
-        config: the configuration of Stage I's DiT.
-        picture: the input image at Stage I's size, ``[1, 3, 1, H, W]`` in -1..1.
-        num_blocks: latent frames of the clip.
-        plan: how the frames are encoded.
-
-    Returns:
-        ``[1, z, num_blocks, h, w]`` float32.
+    0. VAE and configuration are Stage I's, and ``picture`` is the input image at its size, ``[1, 3, 1, H, W]`` in
+    -1..1.
 
     Raises:
         InputError: the DiT does not take latents of the VAE's number of channels.
@@ -70,29 +63,21 @@ def make_motion(
     sigmas: Sequence[float],
     seed: int,
     low_noise_dit: Callable[[], WanDiT] | None = None,
-    boundary: float = 0.9,
     on_step: Callable[[int, int], None] | None = None,
     cuda_graph: bool = True,
 ) -> Tensor:
-    """Runs Stage I: generates the motion reference at low resolution, all blocks in one window.
+    """Runs Stage I: the motion reference at low resolution, ``[1, z, num_blocks, h, w]`` float32, in one window.
 
     Args:
         dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert), which is released when its steps are done.
-        condition: latents ``[1, z, num_blocks, h, w]`` as returned by :func:`motion_condition`.
-        text: embeddings ``[1, L, text_dim]``.
-        image: CLIP tokens ``[1, 257, image_dim]`` for a DiT with an image embedding, else None.
+        condition: as returned by :func:`motion_condition`.
+        text, image, cuda_graph: as for :func:`model.csg.sampler.sample_latents`.
         sigmas: noise levels from 1 to 0 (:func:`model.csg.schedule.flow_sigmas`).
         seed: seed of the noise, which is drawn per block.
         low_noise_dit: makes Wan2.2 A14B's second expert, which takes over when the first one is released.
-        boundary: the noise level below which the second expert takes the steps.
         on_step: called after every step with step and number of steps, from 1.
-        cuda_graph: as for :func:`model.csg.sampler.sample_latents`.
-
-    Returns:
-        ``[1, z, num_blocks, h, w]`` float32.
 
     Raises:
-        InputError: a model does not take latents of that many channels, or the two take different ones.
         NotFiniteError: the result is NaN or infinite; the message names the step.
     """
     z, num_blocks = condition.shape[1:3]
@@ -100,30 +85,18 @@ def make_motion(
     steps = range(len(sigmas) - 1)
     experts = [(dit, steps)]
     if low_noise_dit is not None:
-        high = [i for i in steps if sigmas[i] >= boundary]
+        high = [i for i in steps if sigmas[i] >= BOUNDARY]
         experts = [(dit, steps[: len(high)]), (low_noise_dit, steps[len(high) :])]
-    in_channels: int | None = None
-    finite = Finite("Stage I")
+    finite, masked = Finite("Stage I"), True
     for load, own_steps in experts:
         if not own_steps:
             continue
         model = load()
-        check_channels(model.config, z)
-        given, in_channels = model.config.in_channels, in_channels or model.config.in_channels
-        if given != in_channels:
-            raise InputError(f"low_noise_dit: both experts must take the same channels, got {given} and {in_channels}")
-        denoiser = Denoiser(
-            model,
-            text,
-            image,
-            latents=x,
-            reference=condition,
-            sigmas=sigmas,
-            max_blocks=num_blocks,
-            cuda_graph=cuda_graph,
-        )
+        options = {"sigmas": sigmas, "max_blocks": num_blocks, "cuda_graph": cuda_graph}
+        denoiser = Denoiser(model, text, image, latents=x, reference=condition, **options)
         slots = list(range(num_blocks))
-        if in_channels == z:
+        masked = model.config.in_channels != z
+        if not masked:
             denoiser.open(slots, [-1, *slots[1:]], [0.0] * num_blocks)
         else:
             denoiser.open(slots, slots, [1.0] + [0.0] * (num_blocks - 1))
@@ -136,7 +109,7 @@ def make_motion(
         model.settle()
         del model, denoiser
         release(x.device)
-    if in_channels == z:
+    if not masked:
         x[:, :, 0] = condition[:, :, 0]
     return x
 
@@ -160,13 +133,10 @@ def make_reference(
     then the whole motion is decoded first, at its own size, and kept in host memory.
 
     Args:
-        motion: Stage I's latents ``[1, z_low, T, h, w]``.
-        motion_vae: Stage I's VAE, which decodes the motion.
-        vae: Stage II's VAE, which encodes the reference; often the same.
+        motion, motion_vae: Stage I's latents ``[1, z_low, T, h, w]`` and VAE, which decodes them as ``motion_plan``.
+        vae: Stage II's VAE, which encodes the reference as ``plan``; often the same.
         picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
         on_block: called after every block with block and number of blocks, from 1.
-        plan: how frames of the target size are encoded.
-        motion_plan: how the motion is decoded.
         host: the memory that keeps what waits; by default as the plan says.
 
     Returns:
@@ -219,18 +189,11 @@ def make_reference(
 def decode_frames(
     vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE, host: Host | None = None
 ) -> Iterator[Tensor]:
-    """Yields the frames of the anchor block and then those of every segment as soon as it is there.
+    """Yields frames of the anchor block ``[1, z, 1, h, w]``, then of every segment ``[1, z, m, h, w]`` as soon as it is
+    there.
 
-    Args:
-        vae: Stage II's VAE.
-        anchor: block 0, ``[1, z, 1, h, w]``.
-        segments: the blocks of each segment, ``[1, z, m, h, w]``.
-        plan: how frames are decoded.
-        host: the memory that keeps what waits; by default as the plan says.
-
-    Yields:
-        Frames ``[F, H, W, 3]`` uint8 of one block; with a plan that parks, of a segment, since its tiles wait once for
-        each of these.
+    They are ``[F, H, W, 3]`` uint8 of one block; with a plan that parks, of a segment, since its tiles wait once for
+    each of these. ``host`` is the memory that keeps what waits, by default as the plan says.
     """
     pieces = chain([anchor], segments)
     if not plan.park:

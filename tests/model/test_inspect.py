@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from diffusers import WanVACETransformer3DModel
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -19,10 +18,10 @@ from model.inspect import checkpoints_in, inspect_checkpoint, main
 from model.weights.load import random_weights
 from model.weights.recognise import describe_dit, describe_vae
 from tests.conftest import TINY_DIT
-from tests.model.dit.test_model import BASE, saved_diffusers_dit
+from tests.model.dit.test_model import saved_diffusers_dit
 from tests.model.pipeline.test_encoders import save_text_encoder
 from tests.model.vae.test_model import saved_diffusers_vae
-from tests.support.original_names import float8_with_scales, original_dit, original_module, original_vae
+from tests.support.original_names import float8_with_scales, original_dit, original_vae
 
 DIT = DiTConfig(num_heads=1, num_layers=2, ffn_dim=96, in_channels=36, text_dim=32, freq_dim=64)
 CLIP_DIT = replace(DIT, image_dim=20, added_kv=True)
@@ -56,8 +55,7 @@ def test_an_original_file_with_prefix_and_scaled_float8(tmp_path):
     report = inspect_checkpoint(file)
     assert (report.kind, report.loads, report.exit_code, report.problem) == ("Wan DiT", True, 0, None)
     assert report.loaded_by == "load_dit"
-    shape = "width 128, 2 layers, 36 -> 16 channels"
-    assert report.description == f"I2V with CLIP (Wan2.1), own size ({shape})"
+    assert report.description == "I2V with CLIP (Wan2.1), own size (width 128, 2 layers, 36 -> 16 channels)"
     assert report.details["image_dim"] == 20
     assert report.dtypes == {"float32": len(stored) - 25, "float8_e4m3fn": 25}
     assert report.tensors == len(stored)
@@ -107,12 +105,10 @@ VARIANTS = {
     "T2V, 1.3B": DiTConfig(),
     "T2V (Wan2.1, or an expert of Wan2.2 T2V-A14B), 14B": replace(PRESETS["14b-1.3b"].stage_one, in_channels=16),
     "I2V without CLIP (an expert of Wan2.2 I2V-A14B), 14B": PRESETS["14b-1.3b"].stage_one,
-    "I2V with CLIP (Wan2.1), 14B": replace(PRESETS["14b-1.3b"].stage_one, image_dim=1280, added_kv=True),
     "I2V with CLIP, first and last frame (Wan2.1 FLF2V), 14B": replace(
         PRESETS["14b-1.3b"].stage_one, image_dim=1280, added_kv=True, pos_embed_seq_len=514
     ),
     "Wan2.2 TI2V, 5B": PRESETS["5b"].stage_one,
-    "I2V without CLIP (Stage II of SwiftI2V), 5B": PRESETS["5b"].stage_two,
     "I2V without CLIP (Stage II of SwiftI2V), 1.3B": PRESETS["1.3b"].stage_two,
     "another input than latents, mask and reference: for load_dit, not for model.generate, 1.3B": DiTConfig(
         in_channels=48
@@ -129,32 +125,24 @@ def test_published_variants_are_told_apart(words):
 def test_encoders_as_transformers_saves_them_and_as_others_ship_them(tmp_path):
     _, model = save_text_encoder(tmp_path)
     report = inspect_checkpoint(tmp_path / "text_encoder")
-    assert (report.kind, report.description, report.exit_code) == ("UMT5 text encoder", "width 16, 2 layers", 0)
+    assert (report.kind, report.exit_code) == ("UMT5 text encoder", 0)
     assert report.loaded_by == "encode_prompt, as text_encoder of a weights directory"
     state = {key: tensor for key, tensor in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
     alone = saved(tmp_path / "umt5.safetensors", state | {"spiece_model": torch.zeros(9).byte()})
     report = inspect_checkpoint(alone)
     assert (report.kind, report.exit_code) == ("UMT5 text encoder", 1)
     assert report.problem == (
-        "expected a directory as transformers saves it, its config.json with model_type 'umt5', got none"
-    )
-    config = json.loads((tmp_path / "text_encoder" / "config.json").read_text())
-    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
-    report = inspect_checkpoint(tmp_path / "text_encoder")
-    assert (report.exit_code, report.problem) == (
-        1,
-        "weights: config.json says 3 layers of width 16, the tensors are 2 layers of width 16",
+        "expected a directory as transformers saves it, its config.json with model_type 'umt5', got None"
     )
     vision = CLIPVisionConfig(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
     CLIPVisionModel(vision).save_pretrained(tmp_path / "image_encoder")
     report = inspect_checkpoint(tmp_path / "image_encoder")
-    assert (report.kind, report.description, report.exit_code) == ("CLIP image encoder", "width 20, 3 layers", 0)
-    one_bias = {key: tensor for key, tensor in state.items() if "1.layer.0.SelfAttention.rel" not in key}
-    report = inspect_checkpoint(saved(tmp_path / "t5.safetensors", one_bias))
-    assert (report.kind, report.exit_code) == ("T5 text encoder", 1)
-    theirs = {"token_embedding.weight": torch.zeros(7, 4), "blocks.0.pos_embedding.embedding.weight": torch.zeros(3, 2)}
-    report = inspect_checkpoint(saved(tmp_path / "wan_t5.safetensors", theirs))
-    assert (report.kind, report.exit_code) == ("UMT5 text encoder, names of the Wan repositories", 1)
+    assert (report.kind, report.exit_code) == ("CLIP image encoder", 0)
+    settings = tmp_path / "image_encoder" / "config.json"
+    settings.write_text(settings.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    assert inspect_checkpoint(tmp_path / "image_encoder").problem == "config.json says 4 layers, the tensors are 3"
+    theirs = saved(tmp_path / "wan_t5.safetensors", {"token_embedding.weight": torch.zeros(7, 4)})
+    assert (inspect_checkpoint(theirs).kind, inspect_checkpoint(theirs).exit_code) == ("UMT5 text encoder", 1)
 
 
 def test_a_lora_its_ranks_and_targets_and_whether_it_fits(tmp_path, capsys):
@@ -175,18 +163,16 @@ def test_a_lora_its_ranks_and_targets_and_whether_it_fits(tmp_path, capsys):
         "widths": [128],
         "left_out": 0,
     }
-    assert report.layout[0] == "names of the Wan repositories, as LightX2V and ComfyUI write them"
     assert main([str(file), "--for", str(dit), "--json"]) == 0
     (printed,) = json.loads(capsys.readouterr().out)["checkpoints"]
-    assert printed["loaded_by"] == f"load_dit(loras=...), merge_loras and apply_loras; it fits {dit}"
+    assert printed["loaded_by"] == f"load_dit(loras=...) and merge_loras; it fits {dit}"
     small = saved(tmp_path / "small.safetensors", original(replace(DIT, num_layers=1)))
     assert main([str(file), "--for", str(small), "--strict-loras"]) == 1
     printed = capsys.readouterr().out
     assert f"loads   NO: 4 keys do not fit {small} (3 of 5 pairs and differences do; all must" in printed
     assert "diffusion_model.blocks.1.ffn.0.lora_up.weight (the model has no blocks.1.ffn.net.0.proj.weight)" in printed
     assert main([str(dit), "--for", str(dit)]) == 2
-    message = f"error: for: expected a LoRA to hold against a DiT, got {dit}: Wan DiT\n"
-    assert capsys.readouterr().err == message
+    assert f"NO: for: expected a LoRA to hold against a DiT, got {dit}: Wan DiT\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="not a Wan DiT checkpoint"):
         inspect_checkpoint(file, saved(tmp_path / "none.safetensors", {"a": torch.zeros(1)}))
 
@@ -282,11 +268,7 @@ def test_what_a_file_is_and_what_keeps_it_from_loading_is_said(name, tmp_path):
         assert word in str(report)
 
 
-def test_a_vace_model_that_diffusers_saved(tmp_path):
-    options = {"vace_layers": [0], "vace_in_channels": 16}
-    WanVACETransformer3DModel(**BASE, **options).save_pretrained(tmp_path / "vace")
-    report = inspect_checkpoint(tmp_path / "vace")
-    assert (report.kind, report.exit_code) == ("Wan VACE", 1)
+def test_another_class_of_diffusers_is_called_by_its_name(tmp_path):
     (tmp_path / "other").mkdir()
     saved(tmp_path / "other" / "diffusion_pytorch_model.safetensors", {"a": torch.zeros(1)})
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLMochi"}))
@@ -302,7 +284,7 @@ def test_unreadable_and_unknown_files_exit_with_2(tmp_path, capsys):
     for name, message in (
         ("broken.safetensors", "is not a readable safetensors file"),
         ("other.safetensors", "unknown: its tensors are named like a"),
-        ("wan.gguf", "is not a readable GGUF file: its header goes on beyond byte 4"),
+        ("wan.gguf", "is not a readable GGUF file: it ends at byte 4"),
         ("nowhere", "does not exist"),
     ):
         assert main([str(tmp_path / name)]) == 2
@@ -326,11 +308,8 @@ def test_a_directory_is_all_of_its_checkpoints_and_the_worst_exit_code(tmp_path,
     wan = tmp_path / "wan"
     wan.mkdir()
     saved(wan / "diffusion_pytorch_model.safetensors", original())
-    torch.save(original_vae(random_weights(WanVAE, VAE_21, 0).state_dict(), 2, False), wan / "Wan2.1_VAE.pth")
-    assert [path.name for path in checkpoints_in(wan)] == ["wan", "Wan2.1_VAE.pth"]
-    assert main([str(wan)]) == 0
-    assert capsys.readouterr().out.count("loads   yes") == 2
     saved(wan / "lora.safetensors", {"x.lora_A.weight": torch.zeros(2, 2)})
+    assert [path.name for path in checkpoints_in(wan)] == ["wan", "lora.safetensors"]
     assert main([str(wan)]) == 1
     (wan / "broken.safetensors").write_bytes(b"")
     assert main([str(wan)]) == 2
@@ -339,10 +318,8 @@ def test_a_directory_is_all_of_its_checkpoints_and_the_worst_exit_code(tmp_path,
 def test_only_headers_are_read(tmp_path, monkeypatch):
     """No tensor of a whole model is asked for; of a LoRA its alphas are."""
     state = original()
-    factors = lora(state, "blocks.0.self_attn.q")
-    factors[f"diffusion_model.{original_module('blocks.0.attn1.to_q')}.alpha"] = torch.tensor(2.0)
-    stored, _ = float8_with_scales(state)
-    files = [saved(tmp_path / "lora.safetensors", factors), saved(tmp_path / "wan.safetensors", stored)]
+    factors = lora(state, "blocks.0.self_attn.q") | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.0)}
+    files = [saved(tmp_path / "lora.safetensors", factors), saved(tmp_path / "wan.safetensors", state)]
     read, handle = [], safetensors.safe_open
 
     class Recorder:
@@ -357,19 +334,7 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
             return self._handle.get_tensor(key)
 
     monkeypatch.setattr("safetensors.safe_open", Recorder)
-    for file in files:
-        assert inspect_checkpoint(file, files[1] if file == files[0] else None).exit_code == 0
+    assert inspect_checkpoint(files[0], files[1]).exit_code == inspect_checkpoint(files[1]).exit_code == 0
     assert read == ["diffusion_model.blocks.0.self_attn.q.alpha"]
     load_dit(files[1])
     assert len(read) > len(state)
-
-
-def test_the_command_shows_its_help_and_asks_for_a_path(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    helped = capsys.readouterr().out
-    for part in ("examples:", "few_step_lora.safetensors --for DIR/stage1", "exit code: 0 it loads"):
-        assert part in helped
-    with pytest.raises(SystemExit) as refused:
-        main([])
-    assert (refused.value.code, capsys.readouterr().err.count("\n")) == (2, 1)

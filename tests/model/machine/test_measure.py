@@ -19,15 +19,9 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (text, "such as 12GB, 12GiB or 500MB, got")
-        for text in ("", "four", "4GG", "-1GB", "4ib", "٤GB", "12\u212a", "nan")
-    ]
-    + [
-        ("8", r".*, got '8', which is bytes; did you mean 8GB\?$"),
-        ("0.5", "from 1MB to 1000TB, such as 12GB, got '0.5'$"),
-    ]
-    + [(text, "from 1MB to 1000TB") for text in ("0", "0.0000001GB", "1001TB", "9" * 400, "9" * 5000 + "GB")],
+    [(text, "such as 12GB, 12GiB or 500MB, got") for text in ("", "4GG", "-1GB", "12\u212a")]
+    + [(text, "from 1MB to 1000TB") for text in ("0", "1001TB", "9" * 400)]
+    + [("8", r".*, got '8', which is bytes; did you mean 8GB\?$")],
 )
 def test_other_sizes_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^limit: expected a size {message}"):

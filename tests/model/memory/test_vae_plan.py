@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.dit.count import peak_of_events
 from bench.vae.layers import all_kernels
 from model import InputError, VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
@@ -27,30 +24,28 @@ SMALL = {
 #: Two stages, for plans on a CPU, where more operators are counted.
 SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
 REAL = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
-CPU = torch.device("cpu")
 GB = 10**9
 
 
 def request(version: str, part: str, piece: int) -> Request:
     config = SMALL[version]
     stride = config.spatial_stride
-    return Request(config, part, 4 * stride, 3 * stride, torch.float32, None, piece, 1)
+    return Request(config, part, 4 * stride, 3 * stride, torch.float32, None, piece)
 
 
 def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
     """Runs three pieces of a clip and drops their results."""
-    config, piece = wanted.config, wanted.piece
+    config, piece, rate = wanted.config, wanted.piece, wanted.config.temporal_stride
     if wanted.part == "decode":
-        rows, columns = wanted.latent_size
-        for frames in vae.decode_frames((torch.randn(1, config.z_dim, piece, rows, columns) for _ in range(3)), plan):
-            del frames
-        return
-    rate = config.temporal_stride
-    sizes = [rate * piece - (rate - 1), rate * piece, rate * piece]
-    # One picture for all frames: a clip of pixels would count as the model's.
-    picture = torch.rand(1, 3, 1, wanted.height, wanted.width)
-    for latents in vae.encode_stream((picture.expand(-1, -1, n, -1, -1) for n in sizes), plan):
-        del latents
+        shape = (1, config.z_dim, piece, *wanted.latent_size)
+        results = vae.decode_frames((torch.randn(shape) for _ in range(3)), plan)
+    else:
+        # One picture for all frames: a clip of pixels would count as the model's.
+        picture = torch.rand(1, 3, 1, wanted.height, wanted.width)
+        sizes = [rate * piece - (rate - 1), rate * piece, rate * piece]
+        results = vae.encode_stream((picture.expand(-1, -1, n, -1, -1) for n in sizes), plan)
+    for result in results:
+        del result
 
 
 @pytest.mark.parametrize(
@@ -66,11 +61,11 @@ def run(vae: WanVAE, wanted: Request, plan: VAEPlan) -> None:
     ids=str,
 )
 def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEPlan, piece: int) -> None:
-    """The prediction is within 1 % of live tensors of a real run, and within the promised 10 % of the allocator."""
+    """The prediction is within 1 % of live tensors of a real run."""
     wanted = request(version, part, piece)
     vae = random_weights(WanVAE, wanted.config, 0)
     weights = vae.weights_of(part)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events, TensorMemory(weights) as memory:
+    with TensorMemory(weights) as memory:
         run(vae, wanted, plan)
     predicted = predict(wanted, plan)
     # The picture or the latents that are handed over are the caller's, and not predicted.
@@ -78,8 +73,6 @@ def test_the_prediction_is_what_tensors_take(version: str, part: str, plan: VAEP
     assert predicted.total == pytest.approx(memory.peak - given, rel=0.01)
     assert predicted.weights == sum(p.numel() * 4 for p in weights)
     assert min(predicted.state, predicted.features, predicted.result, predicted.working) > 0
-    measured = peak_of_events(events.profiler.kineto_results.events())
-    assert predicted.total - predicted.weights == pytest.approx(measured - given, rel=0.1)
 
 
 @pytest.mark.slow
@@ -98,7 +91,7 @@ def test_2k_fits_in_4_gb(version: str, piece: int) -> None:
 def test_the_peak_does_not_depend_on_the_clip(version: str) -> None:
     """The peak does not grow with the length of a piece where tiles wait in host memory."""
     plan = VAEPlan(4, 4, frames=2, chunk=None, park=True)
-    base = Request(REAL[version], "decode", 2560, 1408, torch.bfloat16, 90, 4, 1)
+    base = Request(REAL[version], "decode", 2560, 1408, torch.bfloat16, 90, 4)
     peaks = {predict(replace(base, piece=piece), plan).total for piece in (4, 21, 161)}
     assert len(peaks) == 1
 
@@ -109,35 +102,24 @@ def test_more_memory_is_used_for_fewer_tiles() -> None:
     plans = [plan_vae(REAL["2.1"], "decode", 2560, 1408, limit=limit) for limit in limits]
     tiles = [planned.plan.tiles for planned in plans]
     assert tiles == sorted(tiles)
+    sizes = ((2560, 1408), (1408, 2560))
+    wide, tall = (plan_vae(REAL["2.1"], "decode", *size, limit=4 * GB).plan for size in sizes)
+    assert (wide.rows, wide.columns) == (tall.columns, tall.rows)
+    assert wide.rows < wide.columns
     assert plans[0].plan == VAEPlan()
-    assert all(planned.limit is None or planned.peak.total <= planned.limit for planned in plans)
+    assert all(planned.peak.total <= limit for planned, limit in zip(plans[1:], limits[1:], strict=True))
     assert [planned.plan.park for planned in plans[:3]] == [False] * 3
-    redundancies = [planned.redundancy for planned in plans]
-    assert redundancies[0] == 1
-    assert redundancies == sorted(redundancies)
+    assert plans[0].redundancy == 1
     # The work of halos: 3 % for 2 x 2 tiles of 2K, as the areas of all layers say.
-    two = PlannedVAE(VAEPlan(2, 2), plans[0].request, None)
+    two = PlannedVAE(VAEPlan(2, 2), plans[0].request)
     assert two.redundancy == pytest.approx(1.03, abs=0.01)
 
 
-@pytest.mark.slow
-def test_portrait_is_cut_the_other_way() -> None:
-    wide, tall = (
-        plan_vae(REAL["2.1"], "decode", *size, limit=4 * GB, piece=21).plan for size in ((2560, 1408), (1408, 2560))
-    )
-    assert (wide.rows, wide.columns) == (tall.columns, tall.rows)
-    assert wide.rows < wide.columns
-
-
 def test_a_cpu_has_no_other_memory() -> None:
-    config = SHORT
-    whole = predict(Request(config, "decode", 96, 64, torch.float32, None, 3, 1), VAEPlan()).total
-    planned = plan_vae(config, "decode", 96, 64, dtype=torch.float32, limit=whole - 1, capability=None)
+    whole = predict(Request(SHORT, "decode", 96, 64, torch.float32, None, 3), VAEPlan()).total
+    planned = plan_vae(SHORT, "decode", 96, 64, dtype=torch.float32, limit=whole - 1, capability=None)
     assert not planned.plan.park
-    assert planned.plan != VAEPlan()
     assert planned.peak.total < whole
-    with pytest.raises(InputError, match="park: expected False or None on a CPU"):
-        plan_vae(config, "decode", 96, 64, capability=None, park=True)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +139,6 @@ def test_bad_requests_are_named(options: dict[str, object], message: str) -> Non
         plan_vae(SHORT, part, width, height, **given)
 
 
-def test_the_smallest_plan_that_is_named_fits() -> None:
-    config = SHORT
-    with pytest.raises(InputError) as refused:
-        plan_vae(config, "encode", 96, 64, limit=10**5, capability=90)
-    needed = float(str(refused.value).split("needs ")[1].split(" MB")[0])
-    assert plan_vae(config, "encode", 96, 64, limit=int((needed + 0.1) * 10**6), capability=90).plan.park
-
-
-def test_plans_are_plain_data() -> None:
-    assert dataclasses.astuple(VAEPlan(2, 3, 1, None, True)) == (2, 3, 1, None, True)
-
-
 @pytest.mark.parametrize("version", SMALL)
 @pytest.mark.parametrize("part", ["decode", "encode"])
 def test_closed_forms_are_what_a_run_counts(version: str, part: str) -> None:
@@ -180,10 +150,8 @@ def test_closed_forms_are_what_a_run_counts(version: str, part: str) -> None:
             if part == "encode":
                 vae.encode(torch.empty(1, 3, 4 * blocks - 3, 128, 256, device="meta"))
             else:
-                for _ in vae.decode_frames(
-                    [torch.empty(1, wanted.config.z_dim, blocks, *wanted.latent_size, device="meta")]
-                ):
-                    pass
+                latents = torch.empty(1, wanted.config.z_dim, blocks, *wanted.latent_size, device="meta")
+                list(vae.decode_frames([latents]))
         totals.append(counter.get_total_flops())
     rows, columns = wanted.latent_size
     assert rows * columns * sum(operations(wanted.config, part)) == pytest.approx(totals[1] - totals[0], rel=0.02)

@@ -15,8 +15,6 @@ from torch import Tensor
 from model.config import PRESETS
 from model.csg.sampler import SegmentPlan, plan_for, sample_latents
 from model.csg.schedule import flow_sigmas
-from model.memory.plan import plan_memory
-from model.memory.request import DiTRequest, MemoryRequest
 from model.pipeline.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.pipeline.components import Components
 from model.pipeline.encoders import empty_text
@@ -24,14 +22,13 @@ from model.pipeline.stages import decode_frames, make_motion, make_reference, mo
 from model.vae.model import WanVAE
 from model.vae.tiles import VAEPlan, VAEPlans
 from model.weights.load import random_weights
-from swifti2v_kernels.common.cards import CARDS
 from tests.model.vae.test_tiles import OtherMemory
 from tests.support.bench_session import CPU
-from tests.support.memory_requests import predict_nothing
 from tests.support.tolerances import PARITY, relative_error
 
 SIZE, LOW, BLOCKS = (48, 32), (32, 16), 5
 PARKED = VAEPlan(1, 2, chunk=None, park=True)
+PLANS = VAEPlans(*[VAEPlan()] * 4, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +41,6 @@ def components(**changes: Any) -> Components:
     return replace(Components.from_preset("tiny", 0, torch.float32, CPU), **changes)
 
 
-def plans(plan: VAEPlan | None = None) -> VAEPlans:
-    """Returns the VAE's plans for the clip; reference and decoder follow ``plan`` if it is given."""
-    chosen = PRESETS["tiny"]
-    request = MemoryRequest(
-        DiTRequest(chosen.stage_one), DiTRequest(chosen.stage_two), chosen.vae, SIZE, LOW, 4 * BLOCKS - 3,
-        SegmentPlan(BLOCKS), CARDS["H200"], dtype=torch.float32, capability=None,
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        predict_nothing(patch)
-        found = plan_memory(request).vae_plans.tiles
-    return found if plan is None else found._replace(reference=plan, decode=plan)
-
-
 def picture(width: int, height: int) -> Tensor:
     return torch.linspace(-1, 1, 3 * height * width).view(1, 3, 1, height, width)
 
@@ -65,7 +49,7 @@ def job(mode: str = "bidirectional", **changes: Any) -> ClipJob:
     plan = plan_for(mode, SegmentPlan(BLOCKS))
     text = empty_text(PRESETS["tiny"].stage_two.text_dim)
     sigmas = {"sigmas_one": flow_sigmas(2, 5.0), "sigmas_two": flow_sigmas(3, 4.0)}
-    given = {"plan": plan, "vae_plans": plans(), "seed": 7, "mode": mode, **sigmas, **changes}
+    given = {"plan": plan, "vae_plans": PLANS, "seed": 7, "mode": mode, **sigmas, **changes}
     return ClipJob(picture(*SIZE), picture(*LOW), text, **given)
 
 
@@ -166,7 +150,7 @@ def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Te
         asked.append((park, OtherMemory()))
         return asked[-1][1]
 
-    reference, frames = whole(components(), job(vae_plans=plans(PARKED), host=host))
+    reference, frames = whole(components(), job(vae_plans=PLANS._replace(reference=PARKED, decode=PARKED), host=host))
     assert [park for park, _ in asked] == [True, True]
     # The reference comes in one piece, after which nothing has to be remembered.
     assert [memory.parked > 0 for _, memory in asked] == [False, True]
@@ -178,21 +162,6 @@ def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Te
     asked.clear()
     whole(components(), job(host=lambda park: asked.append((park, OtherMemory()))))
     assert [park for park, _ in asked] == [False, False]
-
-
-def test_a_reference_by_tiles_that_wait_holds_the_motion_in_the_given_memory() -> None:
-    class Counted(OtherMemory):
-        made: list[tuple[int, ...]] = []  # noqa: RUF012
-
-        def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
-            self.made.append(tuple(shape))
-            return super().empty(shape, dtype)
-
-    vae, motion = components().vae(), torch.randn(1, 16, 3, 4, 4)
-    memory = Counted()
-    found = make_reference(motion, vae, vae, picture(*SIZE), plan=PARKED, host=memory)
-    assert (1, 3, 9, 32, 32) in memory.made  # nine frames at the motion's own size
-    assert relative_error(found, make_reference(motion, vae, vae, picture(*SIZE))) < PARITY
 
 
 # What a watcher is told, and when
@@ -230,6 +199,7 @@ def test_models_are_there_only_while_they_are_needed() -> None:
     """Stage I's DiT is released before its second expert is loaded, both before the reference is made, its VAE and
     the encoder after it."""
     alive: dict[str, weakref.ref[Any]] = {}
+    found: list[tuple[str, set[str]]] = []
 
     def kept(name: str, make: Any) -> Any:
         def build() -> Any:
@@ -239,30 +209,30 @@ def test_models_are_there_only_while_they_are_needed() -> None:
 
         return build
 
-    class Census(Watcher):
-        found: list[tuple[str, set[str]]] = []  # noqa: RUF012
+    def note(where: str) -> None:
+        found.append((where, {known for known, model in alive.items() if model() is not None}))
 
+    class Census(Watcher):
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
-            self.found.append((name, {known for known, model in alive.items() if model() is not None}))
+            note(name)
             yield
 
         def step(self, name: str, done: int, total: int, where: str) -> None:
             if name == "Stage I":
-                self.found.append((where, {known for known, model in alive.items() if model() is not None}))
+                note(where)
 
     parts = components()
     parts = replace(
         parts, stage_one=kept("DiT", parts.stage_one), low_noise=kept("expert", low_noise_expert),
         vae=kept("VAE", parts.vae), stage_one_vae=kept("VAE of Stage I", other_vae),
     )  # fmt: skip
-    census = Census()
     # Two steps at or above the boundary of 0.9, and one below.
-    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), census)
+    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), Census())
+    note("end")
     vaes = {"VAE", "VAE of Stage I"}
-    assert census.found == [
+    assert found == [
         ("load", set()), ("Stage I", vaes), ("load", vaes), ("step 1/3", vaes | {"DiT"}), ("step 2/3", vaes | {"DiT"}),
-        ("load", vaes), ("step 3/3", vaes | {"expert"}), ("reference", vaes),
+        ("load", vaes), ("step 3/3", vaes | {"expert"}), ("reference", vaes), ("end", {"VAE"}),
     ]  # fmt: skip
-    assert {name for name, model in alive.items() if model() is not None} == {"VAE"}
     assert condition.vae.encoder is None

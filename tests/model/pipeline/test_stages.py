@@ -76,28 +76,6 @@ def test_stage_one_conditions_as_ti2v_where_there_are_no_extra_channels(tiny_vae
     assert torch.equal(motion[:, :, :1], image)
 
 
-def test_the_low_noise_expert_takes_over_below_the_boundary(tiny_vae):
-    used = []
-    experts = [random_weights(WanDiT, TINY_DIT, seed) for seed in (1, 2)]
-    for name, expert in zip(("high", "low"), experts, strict=True):
-        run = expert.run
-        expert.run = lambda *a, name=name, run=run, **k: used.append(name) or run(*a, **k)
-    start = motion_condition(tiny_vae, TINY_DIT, PICTURE, 2)
-    options = {"sigmas": flow_sigmas(4, 5.0), "seed": 4}
-    make_motion(lambda: experts[0], start, TEXT, low_noise_dit=lambda: experts[1], **options)
-    assert used == ["high", "high", "low", "low"]  # 1000 and 937.5 above 900; 833.3 and 625 below
-
-
-def test_experts_of_different_kinds_are_refused_and_those_of_different_sizes_are_not(tiny_vae):
-    dit, other = (random_weights(WanDiT, replace(TINY_DIT, **c), 1) for c in ({}, {"in_channels": 4}))
-    start = motion_condition(tiny_vae, dit.config, PICTURE, 2)
-    options = {"sigmas": flow_sigmas(4, 5.0), "seed": 4}
-    with pytest.raises(InputError, match="low_noise_dit: both experts must take the same channels, got 4 and 12"):
-        make_motion(lambda: dit, start, TEXT, low_noise_dit=lambda: other, **options)
-    wider = random_weights(WanDiT, replace(TINY_DIT, ffn_dim=4 * TINY_DIT.ffn_dim), 1)
-    assert torch.isfinite(make_motion(lambda: dit, start, TEXT, low_noise_dit=lambda: wider, **options)).all()
-
-
 def test_decoded_frames_stream_and_equal_the_whole_decode(tiny_vae):
     latents = torch.randn(1, 4, 5, 2, 3)
     pulled = []
@@ -136,7 +114,7 @@ def test_a_wrong_size_is_answered_with_the_nearest(width, height, nearest):
         check_size(width, height, 16)
 
 
-@pytest.mark.parametrize(("given", "nearest"), [(80, 81), (1, 5), (0, 5), (-3, 5), (83, 81), (84, 85)])
+@pytest.mark.parametrize(("given", "nearest"), [(80, 81), (-3, 5), (83, 81)])
 def test_a_wrong_number_of_frames_is_answered_with_the_nearest(given, nearest):
     with pytest.raises(InputError, match=f"got {given}; nearest: {nearest}$"):
         check_frames(given)
