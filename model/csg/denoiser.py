@@ -18,7 +18,7 @@ from torch import Tensor
 from model.csg.schedule import NUM_TRAIN_TIMESTEPS
 from model.dit.model import WanDiT, WindowTensors
 from model.dit.parts import KeyValue
-from swifti2v_kernels import Rope3D, rope_3d
+from swifti2v_kernels import Rope3D, Window, rope_3d
 
 
 class StepGraphs:
@@ -120,11 +120,7 @@ class Denoiser:
         self._key: Hashable = None
 
     def open(
-        self,
-        blocks: Sequence[int],
-        slots: Sequence[int],
-        mask: Sequence[float],
-        remembered: Sequence[int] = (),
+        self, blocks: Sequence[int], slots: Sequence[int], mask: Sequence[float], remembered: Sequence[int] = ()
     ) -> None:
         """Makes a window the present one.
 
@@ -135,13 +131,7 @@ class Denoiser:
             mask: value of each block's mask channels.
             remembered: given blocks whose keys and values are computed here, at timestep 0 and without a view of the
                 window, and read by every step (the causal mode).
-
-        Raises:
-            ValueError: ``blocks``, ``slots`` and ``mask`` do not have one entry a block each.
         """
-        if not len(blocks) == len(slots) == len(mask) > 0:
-            given = f"{len(blocks)}, {len(slots)} and {len(mask)}"
-            raise ValueError(f"blocks, slots, mask: expected one entry a block each, got {given}")
         self._key = (tuple(slots), tuple(mask), len(remembered))
         if self._key not in self._kinds:
             memory = self.dit.new_memory(self.latents, len(remembered)) if remembered else None
@@ -154,16 +144,19 @@ class Denoiser:
             self._place(given.tensors, remembered)
             self.dit.run(given.tensors, self.context, self.modulation, self.workspace, keep=kind.memory)
 
-    def step(self, i: int) -> None:
-        """Runs step ``i`` of the schedule, from 0, on the present window, and updates its blocks in ``latents``.
+    def open_window(self, window: Window, mode: str = "bidirectional") -> None:
+        """Makes a clip's window the present one; its noisy blocks are denoised in the first slots of ``latents``.
 
-        Raises:
-            ValueError: no window is open, or the schedule has no such step.
+        In the mode ``causal`` conditioning blocks do not see the noisy ones, so their keys and values are made here.
         """
-        if self._key is None:
-            raise ValueError("step: expected a window; call open() first")
-        if not 0 <= i < len(self._deltas):
-            raise ValueError(f"i: expected 0..{len(self._deltas) - 1}, got {i}")
+        noisy, given = tuple(range(len(window.noisy))), len(window.conditioning)
+        if mode == "causal":
+            self.open(window.noisy, noisy, [0.0] * len(noisy), remembered=window.conditioning)
+        else:
+            self.open(window.blocks, [-1] * given + [*noisy], [1.0] * given + [0.0] * len(noisy))
+
+    def step(self, i: int) -> None:
+        """Runs step ``i`` of the schedule, from 0, on the present window, and updates its blocks in ``latents``."""
         kind = self._kinds[self._key]
         torch.mul(kind.noisy, i + 1, out=kind.tensors.modulation_index)
         kind.step.fill_(self._deltas[i])
@@ -180,15 +173,12 @@ class Denoiser:
         noisy = index([int(slot >= 0) for slot in slots])
         concatenates = self.dit.config.in_channels != self.latents.shape[1]
         window = WindowTensors(
-            latents=self.latents,
-            reference=self.reference,
-            latent_index=index(slots),
+            latents=self.latents, reference=self.reference, latent_index=index(slots),
             reference_index=index([0] * len(slots)),
             mask=torch.tensor(mask, dtype=torch.float32, device=device) if concatenates else None,
-            modulation_index=torch.zeros_like(noisy),
-            rope=self._rope(range(len(slots))),
+            modulation_index=torch.zeros_like(noisy), rope=self._rope(range(len(slots))),
             targets=tuple(i for i, slot in enumerate(slots) if slot >= 0),
-        )
+        )  # fmt: skip
         return _Kind(window, noisy, torch.zeros(1, dtype=torch.float32, device=device), memory)
 
     def _rope(self, blocks: Sequence[int]) -> Rope3D:

@@ -48,12 +48,9 @@ StepCallback = Callable[[int, int, int, int], None]
 
 
 def plan_segments(
-    num_blocks: int,
-    blocks_per_segment: int = 3,
-    neighbours_left: int = 1,
-    neighbours_right: int = 0,
+    num_blocks: int, blocks_per_segment: int = 3, neighbours_left: int = 1, neighbours_right: int = 0,
     anchor: bool = True,
-) -> SegmentPlan:
+) -> SegmentPlan:  # fmt: skip
     """Returns a :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
 
     Args:
@@ -160,25 +157,13 @@ def sample_latents(
         # The causal mode runs conditioning and noisy blocks in passes of their own.
         passes = [(w.conditioning, w.noisy) if mode == "causal" else (w.blocks,) for w in windows]
         denoiser = Denoiser(
-            dit,
-            text,
-            image,
-            latents=latents,
-            reference=reference,
-            sigmas=sigmas,
+            dit, text, image, latents=latents, reference=reference, sigmas=sigmas, cuda_graph=cuda_graph,
             max_blocks=max(len(blocks) for window in passes for blocks in window),
-            cuda_graph=cuda_graph,
-        )
+        )  # fmt: skip
         for segment, window in enumerate(windows[done:], start=done + 1):
-            num_given, num_noisy = len(window.conditioning), len(window.noisy)
-            x = latents[:, :, :num_noisy]
+            x = latents[:, :, : len(window.noisy)]
             x.copy_(block_noise(seed, STAGE, window.noisy, (z, height, width)))
-            noisy = tuple(range(num_noisy))
-            if mode == "causal":
-                # Conditioning blocks do not see the noisy ones, so their keys and values are made once a segment.
-                denoiser.open(window.noisy, noisy, [0.0] * num_noisy, remembered=window.conditioning)
-            else:
-                denoiser.open(window.blocks, [-1] * num_given + [*noisy], [1.0] * num_given + [0.0] * num_noisy)
+            denoiser.open_window(window, mode)
             finite = Finite(f"Stage II, segment {segment} of {len(windows)}")
             for step in range(len(sigmas) - 1):
                 denoiser.step(step)

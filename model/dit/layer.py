@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import DiTConfig
-from model.dit.parts import Attention, FeedForward, KeyValue, Tokens, linear_into, part_of
+from model.dit.parts import Attention, KeyValue, Tokens, feed_forward, linear_into, part_of
 from model.dit.workspace import Part, Workspace
 from swifti2v_kernels import QuantizedRows, Rope3D, gated_residual, gated_residual_norm_modulate
 
@@ -29,7 +29,7 @@ class DiTLayer(nn.Module):
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps, config.added_kv)
         self.norm2 = nn.LayerNorm(dim, eps=eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(dim, config.ffn_dim, dim)
+        self.ffn = feed_forward(dim, config.ffn_dim, dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,25 +46,6 @@ def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which the DiT parameter ``name`` is kept when the model is loaded in ``dtype``."""
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and any(part in name for part in FLOAT32_PARAMETERS) else dtype
-
-
-class LayerStream(Protocol):
-    """The source of the weights of layers that do not stay on the device
-    (:class:`model.streaming.stream.LayerStream`)."""
-
-    @property
-    def copies(self) -> bool:
-        """True where weights of layers are copied to the device in every pass."""
-
-    @property
-    def fixed(self) -> bool:
-        """True where all parameters are the model's own, and stay what they are."""
-
-    def walk(self) -> Iterator[nn.Module]:
-        """Yields the layers in order, each usable until the next one is asked for."""
-
-    def settle(self) -> None:
-        """Ends what is under way for a pass that does not come, so that the model can be let go."""
 
 
 class Context(NamedTuple):
@@ -116,9 +97,10 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(DiTLayer(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        #: What brings the layers' weights, and the dtype of their matmuls' inputs if that is an 8-bit one; see
-        #: ``model/streaming/placed.py``. None: weights are where the module is, and in its dtype.
-        self.stream: LayerStream | None = None
+        #: What brings the layers' weights (a ``LayerStream`` of ``model/streaming``, which builds on this file), and
+        #: the dtype of their matmuls' inputs if that is an 8-bit one. None: weights are where the module is, in its
+        #: dtype.
+        self.stream: Any = None
         self.eight_bits: torch.dtype | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -134,41 +135,16 @@ class Attention(nn.Module):
         return linear_into(self.to_out[0], out.flatten(2), workspace.take("a", *shape), workspace)
 
 
-class _Projection(nn.Module):
-    """A ``linear -> GELU`` under the name that diffusers gives it (``net.0.proj``)."""
-
-    def __init__(self, dim_in: int, dim_out: int, approximate: str):
-        super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out)
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
+def feed_forward(dim_in: int, hidden: int, dim_out: int, approximate: str = "tanh") -> nn.Sequential:
+    """Returns ``linear -> GELU -> linear``; the identity in the middle stands for diffusers' dropout."""
+    first = nn.Sequential(OrderedDict(proj=nn.Linear(dim_in, hidden), gelu=nn.GELU(approximate)))
+    return nn.Sequential(OrderedDict(net=nn.Sequential(first, nn.Identity(), nn.Linear(hidden, dim_out))))
 
 
-class FeedForward(nn.Module):
-    """A feed-forward ``linear -> GELU -> linear``; the identity in the middle stands for diffusers' dropout."""
-
-    def __init__(self, dim_in: int, hidden: int, dim_out: int, approximate: str = "tanh"):
-        super().__init__()
-        self.net = nn.Sequential(_Projection(dim_in, hidden, approximate), nn.Identity(), nn.Linear(hidden, dim_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[..., dim_in]`` to ``[..., dim_out]``."""
-        return self.net(x)
-
-
-class TwoLinears(nn.Module):
-    """The ``linear_1 -> activation -> linear_2`` of the timestep and text embedders."""
-
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim_out), nn.Linear(dim_out, dim_out)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[..., dim_in]`` to ``[..., dim_out]``."""
-        return self.linear_2(self.activation(self.linear_1(x)))
+def two_linears(dim_in: int, dim_out: int, activation: nn.Module) -> nn.Sequential:
+    """Returns the ``linear_1 -> activation -> linear_2`` of the timestep and text embedders."""
+    first, last = nn.Linear(dim_in, dim_out), nn.Linear(dim_out, dim_out)
+    return nn.Sequential(OrderedDict(linear_1=first, activation=activation, linear_2=last))
 
 
 class ImageEmbedder(nn.Module):
@@ -177,7 +153,7 @@ class ImageEmbedder(nn.Module):
     def __init__(self, image_dim: int, dim: int, pos_embed_seq_len: int | None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(image_dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
-        self.ff = FeedForward(image_dim, image_dim, dim, approximate="none")
+        self.ff = feed_forward(image_dim, image_dim, dim, approximate="none")
         self.pos_embed = None
         if pos_embed_seq_len is not None:
             self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_seq_len, image_dim))
@@ -196,9 +172,9 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim, nn.SiLU())
+        self.time_embedder = two_linears(config.freq_dim, config.dim, nn.SiLU())
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim, nn.GELU("tanh"))
+        self.text_embedder = two_linears(config.text_dim, config.dim, nn.GELU("tanh"))
         self.image_embedder = None
         if config.image_dim is not None:
             self.image_embedder = ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)

@@ -12,7 +12,7 @@ from pathlib import Path
 from model.errors import InputError
 
 #: The form of the names that :func:`temporary_name` gives.
-TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<pid>[0-9]+)\.tmp(?P<suffix>(\.[^.]*)?)", re.DOTALL)
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9]+\.tmp(?P<suffix>(\.[^.]*)?)", re.DOTALL)
 
 
 def temporary_name(path: Path) -> Path:
@@ -30,10 +30,7 @@ def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise InputError(f"{path} is a link, a folder or a device, expected a file")
-    # Windows has neither flag, and is the only one to have the third.
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextmanager
@@ -79,8 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink()
     try:
         yield temporary
-        # "r+": Windows flushes only what may be written.
-        with temporary.open("r+b") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         rename(temporary, path)
     finally:
@@ -100,9 +96,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names of the files in ``folder`` are on disk, where the system can tell (Windows cannot)."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
+    """Waits until the names of the files in ``folder`` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -110,28 +104,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_strays(folder: Path, is_own: Callable[[str], bool], locked: bool = False) -> None:
-    """Removes temporary files from a folder if they are for files of own names and their processes have ended.
-
-    Where the folder is ``locked`` by this process, nobody is at work there, whatever the number of the process.
-    """
+def remove_strays(folder: Path, is_own: Callable[[str], object]) -> None:
+    """Removes temporary files of own names, as killed processes leave them, from a folder where no other is at work."""
     for path in list(folder.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
-        is_stray = match and is_own(match["stem"] + match["suffix"]) and (locked or not _is_at_work(int(match["pid"])))
-        if is_stray and not path.is_symlink() and path.is_file():
+        if match and is_own(match["stem"] + match["suffix"]) and not path.is_symlink() and path.is_file():
             path.unlink(missing_ok=True)
-
-
-def _is_at_work(pid: int) -> bool:
-    """Returns whether another process of this number runs."""
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":
-        return True  # os.kill would end it
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from model.errors import InputError
 from model.io.durable import open_plain, writing
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 _HELD = re.compile(rb"(locked by process ([0-9]+)\n)?")
 
@@ -23,9 +19,8 @@ _HELD = re.compile(rb"(locked by process ([0-9]+)\n)?")
 class FileLock:
     """A lock on a small file of its own, which is there until :meth:`close` and says which process holds it.
 
-    What others have made is never written to: not through a link, and no file of another text or with a second name.
-    A file that a killed process left is taken over. Where there are no file locks (Windows, some network file systems)
-    nobody is kept out.
+    What others have made is never written to: not through a link, and no file of another text. A file that a killed
+    process left is taken over. Where there are no file locks (some network file systems) nobody is kept out.
 
     Args:
         path: the file; its folder is there.
@@ -40,7 +35,7 @@ class FileLock:
         self._path = path
         self._file: BinaryIO | None = None
         # Its last holder may remove the file between its opening and its locking here.
-        while fcntl is not None and self._file is None:
+        while self._file is None:
             with writing(f"{argument}: {path}"):
                 self._file = self._taken(argument, guarded)
 
@@ -57,13 +52,14 @@ class FileLock:
     def _taken(self, argument: str, guarded: Path) -> BinaryIO | None:
         """Returns the locked file; None if its holder has removed it meanwhile."""
         other = f"{argument}: {self._path} is not the lock that this program would make there: move it away"
-        try:
-            file = os.fdopen(open_plain(self._path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
-        except InputError as error:  # a link, a folder or a device
-            raise InputError(other) from error
-        try:
+        with ExitStack() as opened:
+            try:
+                file = os.fdopen(open_plain(self._path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
+            except InputError as error:  # a link, a folder or a device
+                raise InputError(other) from error
+            opened.enter_context(file)
             held = _HELD.fullmatch(file.read(64))
-            if held is None or os.fstat(file.fileno()).st_nlink > 1:
+            if held is None:
                 raise InputError(other)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,12 +70,9 @@ class FileLock:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
             if os.fstat(file.fileno()).st_nlink == 0:
-                file.close()
                 return None
             file.seek(0)
             file.truncate()
             file.write(f"locked by process {os.getpid()}\n".encode())
-        except BaseException:
-            file.close()
-            raise
-        return file
+            opened.pop_all()
+            return file

@@ -32,8 +32,9 @@ X264 = {"preset": "medium", "x264-params": "mbtree=0:stitchable=1:aud=1"}
 #: Frames by which packets are decoded before they are shown: x264's B-frames refer to other B-frames, but not these.
 REORDERED = 2
 _SEAL = b"sha256 of name, run and the bytes before this box: "
+_SEAL_BYTES = 8 + len(_SEAL) + 32
 #: The form of the names that :func:`piece_name` gives.
-_PIECE = re.compile(r"piece-([0-9]{4}|[1-9][0-9]{4,})\.mp4")
+PIECE = re.compile(r"piece-([0-9]{4,})\.mp4")
 
 
 def _box(content: bytes) -> bytes:
@@ -67,8 +68,6 @@ class VideoWriter:
 
     Attributes:
         film_frames: frames of the film that this writer has made so far, at :attr:`partial_path` or ``path``.
-        num_pieces, num_frames: finished pieces, and frames of these and of the one begun. A new writer counts those
-            that it found in ``pieces``, from the first on, up to one that is missing, damaged or encoded otherwise.
         damaged: a sentence about the damaged piece, if there is one. Entering the writer renames its file to
             ``piece-0002.mp4.damaged`` and deletes the pieces after it.
 
@@ -91,7 +90,6 @@ class VideoWriter:
         self._settings = width, height, fps, crf
         self.pieces, self._run = None if pieces is None else Path(pieces), run
         self._encoder: _Encoder | None = None
-        self._entered = self._joined = False
         self.film_frames = 0
         self.damaged: list[str] = []
         self._bad: int | None = None
@@ -99,16 +97,21 @@ class VideoWriter:
         self._finished: list[tuple[int, Path | bytes]] = []
         if self.pieces is not None:
             self._find(self.pieces)
-        self.num_frames = self._num_finished
 
     @property
     def num_pieces(self) -> int:
-        """The number of finished pieces."""
+        """The number of finished pieces.
+
+        A new writer counts those that it found, from the first on, up to one that is missing, damaged or encoded
+        otherwise.
+        """
         return len(self._finished)
 
     @property
-    def _num_finished(self) -> int:
-        return sum(frames for frames, _ in self._finished)
+    def num_frames(self) -> int:
+        """The number of frames of the finished pieces and of the one begun."""
+        begun = 0 if self._encoder is None else self._encoder.num_frames
+        return begun + sum(frames for frames, _ in self._finished)
 
     @property
     def partial_path(self) -> Path:
@@ -118,22 +121,12 @@ class VideoWriter:
     def keep(self, pieces: int) -> None:
         """Keeps the first ``pieces`` finished pieces, to go on after them, and drops the others.
 
-        Raises:
-            ValueError: there are fewer, or another one is begun.
+        There are as many, and no further one is begun.
         """
-        if not 0 <= pieces <= self.num_pieces:
-            raise ValueError(f"pieces: expected 0 to {self.num_pieces}, got {pieces}")
-        if self._encoder is not None:
-            raise ValueError("pieces: a further one is begun")
-        if pieces < self.num_pieces:
-            self._joined = False
         del self._finished[pieces:]
-        self.num_frames = self._num_finished
-        if self._entered:
-            self._drop_others()
+        self._drop_others()
 
     def __enter__(self) -> VideoWriter:
-        self._entered = True
         with writing(f"out: {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.pieces is not None:
@@ -148,7 +141,6 @@ class VideoWriter:
             if self._encoder is None:
                 self._encoder = _Encoder(self._av, *self._settings)
             self._encoder.write(pixels)
-            self.num_frames += 1
 
     def end_piece(self) -> None:
         """Makes the frames since the last piece a piece of the film, on disk; does nothing if there are none."""
@@ -156,7 +148,7 @@ class VideoWriter:
             return
         piece: Path | bytes = self._encoder.close()
         # The film first: it has every finished piece at any moment.
-        self._join(self.partial_path, [piece], _UNFINISHED)
+        self._join(self.partial_path, [piece])
         if self.pieces is not None:
             place = self.pieces / piece_name(self.num_pieces)
             with writing(f"run: {place}"), replacing(place) as temporary:
@@ -169,7 +161,6 @@ class VideoWriter:
         """Forgets the frames since the last piece, which are to be made again."""
         if self._encoder is not None:
             self._encoder.close()
-            self.num_frames = self._num_finished
             self._encoder = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -181,8 +172,8 @@ class VideoWriter:
             with writing(f"out: {self.path}"):
                 self.partial_path.unlink(missing_ok=True)
                 sync_folder(self.path.parent)
-        elif begun or (self.num_pieces and not (self._joined and self.partial_path.exists())):
-            self._join(self.partial_path, begun, _UNFINISHED)
+        elif begun or self.num_pieces:
+            self._join(self.partial_path, begun)
 
     def _drop_others(self) -> None:
         """Makes the counted pieces the only ones in the folder."""
@@ -197,13 +188,13 @@ class VideoWriter:
             else:
                 path.unlink()
 
-    def _join(self, film: Path, further: Iterable[bytes] = (), mark: bytes = b"") -> None:
-        """Makes the film of the finished pieces and further ones, and of a mark after them."""
+    def _join(self, film: Path, further: Iterable[bytes] = ()) -> None:
+        """Makes the film of the finished pieces and further ones; a partial one is marked as such."""
         with writing(f"out: {film}"), replacing(film) as temporary:
             _join(self._av, chain(self._read(), further), temporary, self._settings[2])
-            with temporary.open("ab") as file:
-                file.write(mark)
-        self._joined = True
+            if film == self.partial_path:
+                with temporary.open("ab") as file:
+                    file.write(_UNFINISHED)
         self.film_frames = self.num_frames
 
     def _read(self) -> Iterator[bytes]:
@@ -242,7 +233,7 @@ def piece_name(number: int) -> str:
 
 def _pieces(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.iterdir():
-        match = _PIECE.fullmatch(path.name)
+        match = PIECE.fullmatch(path.name)
         if match:
             yield int(match[1]), path
 
@@ -341,7 +332,7 @@ def _unsealed(path: Path, run: str) -> bytes:
     """
     with os.fdopen(open_plain(path), "rb") as file:
         sealed = file.read()
-    piece = sealed[: -len(_box(_SEAL)) - 32]
+    piece = sealed[:-_SEAL_BYTES]
     if _sealed(piece, path.name, run) != sealed:
         raise ValueError("sha256 differs")
     return piece

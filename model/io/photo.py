@@ -40,17 +40,16 @@ def open_image(path: str | Path) -> Any:
     The pixels are those that a colour-managed viewer shows. An ICC profile is converted by its relative colorimetric
     intent (its only table, if it has none for this intent) with black-point compensation. A profile that is damaged,
     or of another kind than the pixels, is ignored with a warning, as browsers do; so are colours other than sRGB that
-    a file declares without a profile. Grey of more than 8 bits is the value over the range of the file's bits, and of
-    floats 0 to 1.
+    a file declares without a profile. Grey of more than 8 bits is the value over the range of the file's bits.
 
     Raises:
         InputError: the file is missing, empty, damaged, not an image, or one whose pixels have no such meaning: a
-            camera's raw file, HDR, signed samples, floats outside 0 to 1.
+            camera's raw file, HDR, signed samples and floats.
     """
     pil = require("PIL.Image", "generate")
     path = Path(path)
     file, head = _decode(path)
-    profile = file.info.get("icc_profile") or _jpeg_2000_profile(head)
+    profile = file.info.get("icc_profile")
     if not profile:
         _check_declared_colours(path, head, file)
     image = _apply_exif(path, file, profile)
@@ -139,12 +138,12 @@ def _require_decoder(path: Path, head: bytes) -> None:
 
 
 def _check_tiff(path: Path, head: bytes, tags: Any) -> None:
-    """Refuses what Pillow would read wrongly: the preview of a camera's raw file, and signed samples."""
+    """Refuses what Pillow would read wrongly: the preview of a camera's raw file, and signed samples and floats."""
     # DNGVersion; NewSubfileType of a page that stands for a larger one (NEF, ARW); the mark of a CR2.
     if 50706 in tags or tags.get(254, 0) & 1 or head[8:10] == b"CR":
         raise InputError(f"image: {path} is a camera's raw file (or begins with a preview); export it as JPEG or PNG")
-    if 2 in tags.get(339, ()):
-        raise InputError(f"image: {path} has signed samples; allowed are unsigned integers, and floats from 0 to 1")
+    if {2, 3} & set(tags.get(339, ())):
+        raise InputError(f"image: {path} has samples that are signed or floats; allowed are unsigned integers")
 
 
 def _apply_exif(path: Path, file: Any, profile: bytes | None) -> Any:
@@ -167,34 +166,18 @@ def _apply_exif(path: Path, file: Any, profile: bytes | None) -> Any:
 def _scale_grey(path: Path, image: Any, file: Any) -> Any:
     """Returns grey of more than 8 bits as 8 bits, with alpha where a PNG has a transparent value."""
     pil = require("PIL.Image", "generate")
-    if file.format not in _DEEP_FORMATS:
+    if file.format not in _DEEP_FORMATS or image.mode == "F":
         raise InputError(f"image: {path} has grey of more than 8 bits in {file.format}; allowed are PNG and TIFF")
     values, tags = np.asarray(image), file.tag_v2 if file.format == "TIFF" else {}
-    if image.mode == "F":
-        if not np.isfinite(values).all():
-            raise InputError(f"image: {path} has float samples that are NaN or infinite; allowed are 0 to 1")
-        top = 1
-    else:
-        top = 2 ** tags.get(258, (16,))[0] - 1
-        if image.mode == "I":  # Pillow holds unsigned samples of 32 bits as signed ones
-            values = values.view(np.uint32)
-    levels = np.round(values * np.float32(255 / top))
-    if levels.min() < 0 or levels.max() > 255:
-        raise InputError(f"image: {path} has float samples from {values.min():g} to {values.max():g}; allowed: 0 to 1")
+    if image.mode == "I":  # Pillow holds unsigned samples of 32 bits as signed ones
+        values = values.view(np.uint32)
+    levels = np.round(values * np.float32(255 / (2 ** tags.get(258, (16,))[0] - 1)))
     if tags.get(262) == 0:  # WhiteIsZero, which Pillow leaves as it is beyond 8 bits
         levels = 255 - levels
     grey = pil.fromarray(levels.astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(pil.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey
-
-
-def _jpeg_2000_profile(head: bytes) -> bytes | None:
-    """Returns the ICC profile of a JPEG 2000 file, which Pillow does not look for."""
-    start = head.find(b"colr\x02") - 4
-    if head[4:8] != b"jP  " or start < 0:
-        return None
-    return head[start + 11 : start + int.from_bytes(head[start : start + 4], "big")]
 
 
 def _check_declared_colours(path: Path, head: bytes, file: Any) -> None:

@@ -34,22 +34,20 @@ from torch import Tensor
 
 import swifti2v_kernels
 from model.errors import InputError, printable
-from model.io.durable import open_plain, remove_strays, rename, replacing, sync_folder, writing
+from model.io.durable import open_plain, remove_strays, rename, sync_folder, write_text, writing
 from model.io.lock import FileLock
+from model.io.media import PIECE
 from model.resume.changes import Changes, changes_between
 from model.resume.files import DamagedError, Shapes, check_tensors, read_tensors, write_tensors
 
 #: Version of the layout of the folder and its files.
 SCHEMA = 2
 _BEFORE = ("inputs", "motion", "condition")
-_JOB, _LOCK, _FINISHED = "job.json", "lock", "finished"
-#: How these files begin, by which they are told from a user's of the same name.
-_JOB_BEGINS, _FINISHED_TEXT = b'{\n  "schema": ', b"what is left here can be deleted\n"
-_NUMBER = "([0-9]{4}|[1-9][0-9]{4,})"
-_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-(?!0000){_NUMBER}")
-_KNOWN = re.compile(rf"(({_TENSORS.pattern})\.safetensors|piece-{_NUMBER}\.mp4)(\.damaged)?")
-#: A job has fewer levels of lists and sections than this.
-_LEVELS = 20
+_JOB, _LOCK = "job.json", "lock"
+#: How a run's job begins, by which it is told from a user's file of its name.
+_JOB_BEGINS = b'{\n  "schema": '
+_TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-([0-9]{{4,}})")
+_KNOWN = re.compile(rf"{re.escape(_JOB)}|(({_TENSORS.pattern})\.safetensors|{PIECE.pattern})(\.damaged)?")
 
 
 class RunState:
@@ -73,38 +71,32 @@ class RunState:
         self._lock = lock
 
     @classmethod
-    def create(cls, folder: str | Path, job: Mapping[str, Any]) -> RunState:
+    def create(cls, folder: str | Path, job: Mapping[str, Any], restart: bool = False) -> RunState:
         """Begins a run in a folder.
 
         Args:
-            folder: is made if it is not there; it may hold other files, but no run.
+            folder: is made if it is not there; it may hold other files.
             job: everything that defines the run, as JSON has it, in sections (dictionaries);
                 ``model/resume/changes.py`` says which of them may differ when the run goes on. ``software`` is added.
+            restart: whether a run that is there is deleted, and not an error.
 
         Raises:
             InputError: there is a run already, something else has the name of a run's file, another process works
                 there, or the folder cannot be written.
         """
         folder = Path(folder)
-        _files(folder)
+        cls.holds(folder)  # nothing is made beside what is of no run
         with writing(f"run: {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
-            lock = held.enter_context(closing(_locked(folder)))
-            if _is_finished(folder):
-                # A run was being removed here, and its removal was broken off.
-                _discard(folder)
-            found = [path.name for path in _files(folder)]
-            if found:
-                raise InputError(
-                    f"run: {folder} already holds {', '.join(found[:3])}: resume that run or name another folder"
-                )
-            remove_strays(folder, _is_known, locked=True)
+            lock = held.enter_context(closing(FileLock(folder / _LOCK, "run", folder)))
+            if cls.holds(folder) and not restart:
+                raise InputError(f"run: {folder} already holds a run: resume it or name another folder")
+            _discard(folder)
             complete = _as_json({**job, "software": software()})
             text = json.dumps({"schema": SCHEMA, "sha256": _job_digest(complete), "job": complete}, indent=2)
             with writing(f"run: {folder}"):
-                with replacing(folder / _JOB) as temporary:
-                    temporary.write_text(text + "\n", encoding="utf-8")
+                write_text(folder / _JOB, text + "\n")
                 sync_folder(folder.absolute().parent)
             held.pop_all()
         return cls(folder, complete, lock)
@@ -121,14 +113,12 @@ class RunState:
         if not os.path.lexists(folder):
             raise InputError(f"run: {folder} does not exist")
         files = _files(folder)
-        if _is_finished(folder):
-            raise InputError(f"run: {folder} is finished, and its video complete; what is left there can be deleted")
         if folder / _JOB not in files:
             raise InputError(f"run: {folder} has no {_JOB}: no run was begun there")
         with ExitStack() as held:
-            lock = held.enter_context(closing(_locked(folder)))
+            lock = held.enter_context(closing(FileLock(folder / _LOCK, "run", folder)))
             job = _read_job(folder / _JOB)
-            remove_strays(folder, _is_known, locked=True)
+            remove_strays(folder, _KNOWN.fullmatch)
             held.pop_all()
         return cls(folder, job, lock)
 
@@ -166,11 +156,7 @@ class RunState:
         write_tensors(place, tensors, self.digest)
 
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes tensors that are the same as those saved before, made again, so that nothing is dropped.
-
-        Raises:
-            ValueError: ``name`` is none that :meth:`save` takes.
-        """
+        """Writes, as :meth:`save`, tensors that are those saved before, made again, so that nothing is dropped."""
         write_tensors(self._place(name), tensors, self.digest)
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
@@ -216,12 +202,7 @@ class RunState:
         return segments
 
     def remove(self) -> None:
-        """Deletes the run's files and closes it; the folder is deleted too unless it holds anything else.
-
-        First of all the run is marked as finished, so that one whose removal is broken off is not taken for another.
-        """
-        with writing(f"run: {self.folder}"), replacing(self.folder / _FINISHED) as temporary:
-            temporary.write_bytes(_FINISHED_TEXT)
+        """Deletes the run's files and closes it; the folder is deleted too unless it holds anything else."""
         _discard(self.folder)
         self.close()
         with suppress(OSError):  # it holds something else
@@ -229,35 +210,22 @@ class RunState:
 
     @staticmethod
     def holds(folder: str | Path) -> bool:
-        """Returns whether a folder, which may be missing, has a run that is not finished, in whatever state.
+        """Returns whether a folder, which may be missing, has a run, in whatever state.
 
         Raises:
             InputError: no run can be begun there, since something else has the name of a run's file.
         """
         folder = Path(folder)
         files = _files(folder)
-        if _is_finished(folder):
-            return False
-        job = folder / _JOB
-        # An empty job is what a disk that failed may leave.
-        if files and not (job in files and (_begins(job, _JOB_BEGINS) or job.stat().st_size == 0)):
+        begins = b""
+        if folder / _JOB in files:
+            with writing(f"run: {folder}"), (folder / _JOB).open("rb") as file:
+                begins = file.read(len(_JOB_BEGINS)) or _JOB_BEGINS  # empty, as a disk that failed may leave it
+        if files and begins != _JOB_BEGINS:
             raise InputError(
                 f"run: {folder} holds {files[0].name}, which is of no run: move it away or name another folder"
             )
         return bool(files)
-
-    @classmethod
-    def discard(cls, folder: str | Path) -> None:
-        """Deletes a run's files, if there are any, so that another run can begin in the folder.
-
-        Raises:
-            InputError: another process works on the run, it cannot be deleted, or the files are no run's.
-        """
-        folder = Path(folder)
-        if cls.holds(folder):
-            with closing(_locked(folder)):
-                cls.holds(folder)  # once more: another process may have worked there
-                _discard(folder)
 
     def _place(self, name: str) -> Path:
         _rank(name)
@@ -308,34 +276,18 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"run: {folder} is not a folder")
     with writing(f"run: {folder}"):
-        files = sorted(path for path in folder.iterdir() if _is_known(path.name))
+        files = sorted(path for path in folder.iterdir() if _KNOWN.fullmatch(path.name))
     for path in files:
         if path.is_symlink() or not path.is_file():
             raise InputError(f"run: {path} is a link, a folder or a device, where a run has a file: move it away")
-    finished = folder / _FINISHED
-    if finished in files and not _begins(finished, _FINISHED_TEXT):
-        raise InputError(f"run: {finished} is of no run: move it away or name another folder")
     return files
-
-
-def _is_finished(folder: Path) -> bool:
-    return _begins(folder / _FINISHED, _FINISHED_TEXT)
-
-
-def _begins(path: Path, beginning: bytes) -> bool:
-    """Returns whether there is a file that begins so."""
-    try:
-        with os.fdopen(open_plain(path), "rb") as file:
-            return file.read(len(beginning)) == beginning
-    except (OSError, InputError):
-        return False
 
 
 def _discard(folder: Path) -> None:
     with writing(f"run: {folder}"):
-        remove_strays(folder, _is_known, locked=True)
-        # Last of all go the job, and then the mark that the run is finished: until then they say what the rest is.
-        for path in sorted(_files(folder), key=lambda path: (path.name == _FINISHED, path.name == _JOB)):
+        remove_strays(folder, _KNOWN.fullmatch)
+        # Last of all goes the job: until then it says what the rest is.
+        for path in sorted(_files(folder), key=lambda path: path.name == _JOB):
             path.unlink()
 
 
@@ -345,11 +297,6 @@ def _rank(name: str) -> int:
     if match is None:
         raise ValueError(f"name: expected inputs, motion, condition or segment-0001 and so on, got {name!r}")
     return _BEFORE.index(name) - len(_BEFORE) if match[1] else int(match[2])
-
-
-def _is_known(name: str) -> bool:
-    """Returns whether a file of this name is part of a run."""
-    return name in (_JOB, _FINISHED) or _KNOWN.fullmatch(name) is not None
 
 
 def _consequence(name: str) -> str:
@@ -368,35 +315,18 @@ def _job_digest(job: dict[str, Any]) -> str:
 def _read_job(path: Path) -> dict[str, Any]:
     try:
         with os.fdopen(open_plain(path), encoding="utf-8") as file:
-            stored = json.load(file, parse_constant=_no_number)
-        if not isinstance(stored, dict) or not {"schema", "sha256", "job"} <= stored.keys():
-            raise ValueError("expected an object with schema, sha256 and job")
-        digest = _job_digest(stored["job"])
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"run: {path} is not readable: {error}") from error
-    if stored["schema"] != SCHEMA:
+            stored = json.load(file)
+        schema, digest, job = stored["schema"], stored["sha256"], stored["job"]
+        found = _job_digest(job)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"run: {path} is not readable as the job of a run: {error}") from error
+    if schema != SCHEMA:
         raise InputError(
-            f"run: {path} has schema version {stored['schema']!r}, this program reads {SCHEMA}: go on with the program"
-            " that began the run, or begin anew"
+            f"run: {path} has schema version {schema!r}, this program reads {SCHEMA}: go on with the program that began"
+            " the run, or begin anew"
         )
-    if stored["sha256"] != digest:
+    if digest != found:
         raise InputError(f"run: {path} is damaged or was edited (sha256 differs)")
-    job = stored["job"]
-    sections = isinstance(job, dict) and all(isinstance(section, dict) for section in job.values())
-    if not sections or not _is_shallow(job, _LEVELS):
-        raise InputError(f"run: {path} is not readable: expected a job of sections, each an object")
+    if not isinstance(job, dict) or not all(isinstance(section, dict) for section in job.values()):
+        raise InputError(f"run: {path} is not readable as the job of a run: expected sections, each an object")
     return job
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
-
-
-def _is_shallow(value: Any, levels: int) -> bool:
-    """Returns whether lists and objects are in each other by at most so many levels."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels >= 0 and all(_is_shallow(item, levels - 1) for item in inner)
-
-
-def _locked(folder: Path) -> FileLock:
-    return FileLock(folder / _LOCK, "run", folder)

@@ -58,7 +58,7 @@ class StreamCopies(DirectCopies):
         self._ready = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
         self._reads: list[Future[None] | None] = [None] * len(slots)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights") if staging else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         for slot, free in zip(self.slots, self._free, strict=True):
             # The slots' memory may still be read by work that was queued before, and its next owner has to wait for
             # the last copy.
@@ -70,8 +70,6 @@ class StreamCopies(DirectCopies):
         self.settle(slot)
         if isinstance(source, Tensor):
             self._copy(slot, source)
-        elif self._reader is None:
-            raise ValueError("source: expected a tensor, since there are no staging buffers to read into")
         else:
             self._reads[slot] = self._reader.submit(self._read, slot, source)
 

@@ -24,7 +24,6 @@ from model.vae.layers import (
     State,
     Tile,
     Upsample,
-    channels_last,
     resnets_need,
     run_resnets,
 )
@@ -185,7 +184,7 @@ class Decoder(nn.Module):
         tile.finite.note(x)
         padding = conv_padding(features.region, self._features(tile.core))
         frames_out(
-            x, channels_last(self.conv_out, tile.state), self.conv_out.bias, out[:, : x.shape[1]],
+            x, self.conv_out.weight, self.conv_out.bias, out[:, : x.shape[1]],
             past=tile.state.past.get(self.conv_out), padding=padding, patch_size=self.patch_size,
         )  # fmt: skip
         tile.state.remember(self.conv_out, x, self.conv_out.kernel_size[0] - 1)

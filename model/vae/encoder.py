@@ -72,19 +72,22 @@ class Encoder(nn.Module):
         super().__init__()
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         last = len(config.dim_mult) - 1
-        self.num_resnets, self.residual = config.num_res_blocks, config.residual
+        self.residual = config.residual
         self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
         self.down_blocks = nn.ModuleList()
+        #: The stages, whose layers lie in one list in Wan2.1 (diffusers' names).
+        self.stages: list[Stage] = []
         for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             down, temporal = i != last, i != last and config.temporal_downsample[i]
             if config.residual:
                 stage = ResidualDownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
                 self.down_blocks.append(stage)
+                self.stages.append(Stage(list(stage.resnets), stage.downsampler, stage))
                 continue
-            for j in range(config.num_res_blocks):
-                self.down_blocks.append(ResidualBlock(dim_in if j == 0 else dim_out, dim_out))
-            if down:
-                self.down_blocks.append(Downsample(dim_out, temporal))
+            resnets = [ResidualBlock(dim_out if j else dim_in, dim_out) for j in range(config.num_res_blocks)]
+            downsampling = [Downsample(dim_out, temporal)] if down else []
+            self.down_blocks.extend([*resnets, *downsampling])
+            self.stages.append(Stage(resnets, downsampling[0] if down else None, None))
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))
@@ -93,16 +96,6 @@ class Encoder(nn.Module):
     def feature_channels(self) -> int:
         """The number of channels of the features that the legs leave for the body."""
         return self.stages[-1].resnets[0].conv1.in_channels
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages, whose layers lie in one list in Wan2.1 (diffusers' names)."""
-        layers = list(self.down_blocks)
-        if self.residual:
-            return [Stage(list(stage.resnets), stage.downsampler, stage) for stage in layers]
-        size = self.num_resnets + 1
-        parts = [layers[i : i + size] for i in range(0, len(layers), size)]
-        return [Stage(p[: self.num_resnets], p[-1] if len(p) == size else None, None) for p in parts]
 
     def tile(self, core: Region, frames: int, state: State) -> Tile:
         """Returns the tile ``core`` of the latents, with the regions that each stage computes for it."""

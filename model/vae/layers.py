@@ -43,17 +43,11 @@ class Features:
 class State:
     """The history of a clip in the layers of one tile: their last frames, and frames that wait for a partner."""
 
-    #: Weights in the form that the operators take, by module; shared by all tiles of a stream.
-    prepared: dict[nn.Module, Tensor]
+    #: Folded weights of upsampling, by module; shared by all tiles of a stream.
+    folded: dict[nn.Module, Tensor]
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     waiting: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     started: set[nn.Module] = field(default_factory=set)
-
-    def weight(self, module: nn.Module, make: Callable[[], Tensor]) -> Tensor:
-        """Returns the weight of ``module`` as operators take it; ``make`` makes it at its first use."""
-        if module not in self.prepared:
-            self.prepared[module] = make()
-        return self.prepared[module]
 
     def remember(self, module: nn.Module, frames: Tensor, count: int) -> None:
         """Keeps the last ``count`` frames that ``module`` has read, without a copy where they fill their memory."""
@@ -127,23 +121,9 @@ class CausalConv3d(nn.Conv3d):
         ``options`` are those of :func:`swifti2v_kernels.causal_conv3d`.
         """
         padding = conv_padding(have, want, self.kernel_size[1] // 2)
-        weight = channels_last(self, state)
-        y = causal_conv3d(x, weight, self.bias, past=state.past.get(self), padding=padding, **options)
+        y = causal_conv3d(x, self.weight, self.bias, past=state.past.get(self), padding=padding, **options)
         state.remember(self, x, self.kernel_size[0] - 1)
         return y
-
-
-def channels_last(conv: nn.Conv2d | nn.Conv3d, state: State) -> Tensor:
-    """Returns the weight ``[C', C, kt, kh, kw]`` of a convolution with its channels last, as the operators read it.
-
-    Loaded weights are so already.
-    """
-
-    def make() -> Tensor:
-        weight = conv.weight if conv.weight.ndim == 5 else conv.weight.unsqueeze(2)
-        return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-
-    return state.weight(conv, make)
 
 
 class RMSNorm(nn.Module):
@@ -302,8 +282,7 @@ class Downsample(nn.Module):
         conv, later = self.resample[1], self.time_conv
 
         def halve(**options: Any) -> Any:
-            weight = channels_last(conv, state)
-            return causal_conv3d(x, weight, conv.bias, stride=(1, 2, 2), padding=padding, **options)
+            return causal_conv3d(x, conv.weight.unsqueeze(2), conv.bias, stride=(1, 2, 2), padding=padding, **options)
 
         if later is None:
             return halve(**options)
@@ -312,8 +291,8 @@ class Downsample(nn.Module):
             # The clip's first frame passes as it is and is the history of the next ones.
             state.remember(later, y, 1)
             return halve(**options) if options else y
-        weight, past = channels_last(later, state), state.past[later]
-        result = causal_conv3d(y, weight, later.bias, past=past, stride=(2, 1, 1), **options)
+        past = state.past[later]
+        result = causal_conv3d(y, later.weight, later.bias, past=past, stride=(2, 1, 1), **options)
         state.remember(later, y, 1)
         return result
 
@@ -342,9 +321,9 @@ class Upsample(nn.Module):
             # The first frame is neither doubled nor part of the history of the second.
             return x[:, :, rows, columns]
         batch, frames, _, _, channels = x.shape
-        weight, past = channels_last(conv, state), state.past.get(conv)
+        past = state.past.get(conv)
         out = x.new_empty(batch, 2 * frames, len(want.rows), len(want.columns), channels)
-        for i, (w, b) in enumerate(zip(weight.chunk(2), conv.bias.chunk(2), strict=True)):
+        for i, (w, b) in enumerate(zip(conv.weight.chunk(2), conv.bias.chunk(2), strict=True)):
             # Each half of the features is every second frame and is written there.
             causal_conv3d(x, w, b, past=past, padding=conv_padding(have, want, 0), out=out[:, i::2])
         state.remember(conv, x, 2)
@@ -356,6 +335,7 @@ class Upsample(nn.Module):
         ``options`` are those of :func:`swifti2v_kernels.upsample_conv2d`.
         """
         conv = self.resample[1]
-        phases = state.weight(conv, lambda: fold_upsample_weight(conv.weight))
+        if conv not in state.folded:
+            state.folded[conv] = fold_upsample_weight(conv.weight)
         padding = conv_padding(have.scaled(2), want)
-        return upsample_conv2d(x, phases, conv.bias, padding=padding, **options)
+        return upsample_conv2d(x, state.folded[conv], conv.bias, padding=padding, **options)

@@ -82,6 +82,7 @@ class WanVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.order_weights()
 
     @property
     def encode_dtype(self) -> torch.dtype:
@@ -109,7 +110,10 @@ class WanVAE(nn.Module):
         return self
 
     def order_weights(self) -> WanVAE:
-        """Puts the weights, in place, into the order that convolutions read, channels last, and returns the model."""
+        """Puts the weights, in place, into the order that convolutions read, channels last, and returns the model.
+
+        A new model has it; loading a state with ``assign=True`` and some of what moves a module lose it.
+        """
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for p in self.parameters():
             p.data = p.data.contiguous(memory_format=formats.get(p.ndim, torch.contiguous_format))
@@ -125,39 +129,16 @@ class WanVAE(nn.Module):
         self.encoder = self.quant_conv = None
 
     def encode(self, video: Tensor | FrameSource, plan: VAEPlan = WHOLE) -> Tensor:
-        """Encodes a video to latents: the mode of their distribution, normalised per channel.
+        """Encodes a video that is there as a whole, ``[B, 3, 1 + n * temporal_stride, H, W]``.
 
-        Args:
-            video: ``[B, 3, F, H, W]`` in -1..1, with ``F = 1 + n * temporal_stride`` frames and multiples of the
-                spatial stride as H and W.
-            plan: the tiles.
-
-        Returns:
-            ``[B, z, 1 + n, h, w]`` in the encoder's dtype.
-
-        Raises:
-            ValueError: the shape of ``video`` does not fit.
-            NotFiniteError: it holds NaN or infinity, or the latents do.
+        Arguments, result and errors are those of :meth:`encode_stream`.
         """
-        num_frames, stride = video.shape[2], self.config.temporal_stride
-        if (num_frames - 1) % stride:
-            raise ValueError(f"video: expected 1 + {stride}n frames, got {num_frames}")
         return next(self.encode_stream([video], plan))
 
     def decode(self, latents: Tensor, plan: VAEPlan = WHOLE) -> Tensor:
-        """Decodes latents to a video that is in memory as a whole; :meth:`decode_stream` gives it in pieces.
+        """Decodes latents to a video that is in memory as a whole, host memory with a plan that parks.
 
-        Args:
-            latents: ``[B, z, T, h, w]``.
-            plan: the tiles.
-
-        Returns:
-            ``[B, 3, F, H, W]`` in the decoder's dtype, clamped to -1..1, with ``F = 1 + (T - 1) * temporal_stride``;
-            in host memory with a plan that parks.
-
-        Raises:
-            ValueError: the shape of ``latents`` does not fit.
-            NotFiniteError: they hold NaN or infinity, or the features before the pixels do.
+        Arguments, result and errors are those of :meth:`decode_stream`.
         """
         return next(self.decode_stream([latents], plan))
 
@@ -167,13 +148,14 @@ class WanVAE(nn.Module):
         """Encodes a video piece by piece: yields latents as soon as their frames are there.
 
         Args:
-            pieces: parts of a video ``[B, 3, F, H, W]`` in -1..1; the first has ``1 + n * temporal_stride`` frames,
-                every other ``n * temporal_stride``.
+            pieces: parts of a video ``[B, 3, F, H, W]`` in -1..1, with multiples of the spatial stride as H and W; the
+                first has ``1 + n * temporal_stride`` frames, every other ``n * temporal_stride``.
             plan: the tiles that each piece is worked through in.
             host: the memory that keeps what waits; by default as the plan says.
 
         Yields:
-            ``[B, z, t, h, w]`` for each piece, in the encoder's dtype.
+            ``[B, z, t, h, w]`` for each piece, in the encoder's dtype: the mode of the latents' distribution,
+            normalised per channel.
 
         Raises:
             ValueError: the shape of a piece does not fit.
@@ -188,16 +170,14 @@ class WanVAE(nn.Module):
 
         Args:
             pieces: parts of latents ``[B, z, T, h, w]``, with any number of latent frames each.
-            plan: the tiles that each piece is worked through in.
-            host: the memory that keeps what waits; by default as the plan says.
+            plan, host: as for :meth:`encode_stream`.
 
         Yields:
             ``[B, 3, f, H, W]`` for each piece, in the decoder's dtype, clamped to -1..1, with the channels last in
-            memory.
+            memory: ``temporal_stride`` frames for each latent frame, but one for the clip's first.
 
         Raises:
-            ValueError: the shape of a piece does not fit.
-            NotFiniteError: a piece holds NaN or infinity, or what is made of it does.
+            ValueError, NotFiniteError: as for :meth:`encode_stream`; or features before the pixels are not finite.
         """
         frames = _Decoding(self, self.decoder, plan, host, self.decode_dtype).over(pieces)
         return (piece.permute(0, 4, 1, 2, 3) for piece in frames)
@@ -213,19 +193,6 @@ class WanVAE(nn.Module):
         config = self.config
         mean, std = (torch.tensor(v, device=device, dtype=dtype) for v in (config.latents_mean, config.latents_std))
         return mean, std
-
-
-def _marked(pieces: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yields each piece and whether it is known to be the last, which no piece of a generator is; keeps none."""
-    count = len(pieces) if isinstance(pieces, Sequence) else None
-    iterator, box, number = iter(pieces), [], 0
-    while True:
-        try:
-            box.append(next(iterator))
-        except StopIteration:
-            return
-        number += 1
-        yield box.pop(), number == count
 
 
 class _Stream:
@@ -247,11 +214,14 @@ class _Stream:
 
     def over(self, pieces: Iterable[Any]) -> Iterator[Tensor]:
         """Yields what becomes of each piece."""
-        for piece, is_last in _marked(pieces):
+        # The end of a generator is not known beforehand.
+        count, number = len(pieces) if isinstance(pieces, Sequence) else None, 0
+        for piece in pieces:
+            number += 1  # noqa: SIM113 (enumerate keeps what it has yielded)
             # Neither the piece nor its result has a name here: only the caller decides how long they live.
             box = [piece]
             del piece
-            yield self.run(box.pop(), is_last)
+            yield self.run(box.pop(), number == count)
 
     def begin(self, size: tuple[int, ...], expected: str) -> None:
         """Makes the tiles of latent frames of this size; later pieces must have the same."""

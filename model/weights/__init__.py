@@ -1,1 +1,1 @@
-"""Checkpoints: ``load``, ``files``, ``keys`` (their names), ``recognise``, ``float8``, ``lora`` and ``lora_files``."""
+"""Checkpoints: ``load``, ``files``, ``keys`` (their names), ``recognise``, ``scaled`` and ``lora``."""

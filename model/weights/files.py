@@ -92,7 +92,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Returns the object in ``folder/name``; empty without such a file.
 
     Raises:
-        InputError: the file is not JSON, holds no object, or gives one key twice.
+        InputError: the file is not JSON, or holds no object.
     """
     file = folder / name
     with looking_at(file):
@@ -104,20 +104,11 @@ def _json_object(file: Path, what: str) -> dict[str, Any]:
     """Returns the object in a file; it is ``what`` in errors."""
     _check_regular(file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"weights: {file} is not {what}: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"weights: {file} is not {what}: it holds {type(found).__name__}, expected an object")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it gives {key!r} twice")
-        found[key] = value
     return found
 
 
@@ -149,27 +140,26 @@ def weight_files(path: Path) -> list[Path]:
 
 def _files_of_directory(path: Path) -> list[Path]:
     # The plain name comes first: a directory may hold it beside a variant such as "...fp16.safetensors".
-    plain = [path / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin")]
-    for file in plain:
-        if file.exists():
-            return [file]
+    for suffix in (".safetensors", ".bin"):
+        if (path / f"diffusion_pytorch_model{suffix}").exists():
+            return [path / f"diffusion_pytorch_model{suffix}"]
     indices = sorted(path.glob(f"*{_INDEX}"), key=lambda file: (file.name.count("."), file.name))
     if indices:
         return _shards(indices[0])
-    suffixes = (".safetensors", *PICKLES, ".gguf")
-    names = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    names = sorted(path.iterdir())
     # A safetensors file comes before a pickle of the same, and either before a GGUF file.
     groups = [[f for f in names if f.suffix in group] for group in ((".safetensors",), PICKLES, (".gguf",))]
     found = next((group for group in groups if group), [])
     if not found:
-        raise InputError(f"weights: no safetensors or {', '.join(suffixes[1:])} file in {path}")
+        raise InputError(f"weights: no safetensors or {', '.join((*PICKLES, '.gguf'))} file in {path}")
     parts = [_PART.fullmatch(file.stem) for file in found]
+    listed = ", ".join(file.name for file in found)
     if len(found) > 1 and not all(parts):
-        raise InputError(f"weights: {path} holds several candidates, name one: {', '.join(f.name for f in found)}")
+        raise InputError(f"weights: {path} holds several candidates, name one: {listed}")
     counts = {int(part["count"]) for part in parts if part and part["count"]}
     if counts and counts != {len(found)}:
-        listed = " or ".join(map(str, sorted(counts)))
-        raise InputError(f"weights: {path} holds {len(found)} shards of {listed}: {', '.join(f.name for f in found)}")
+        expected = " or ".join(map(str, sorted(counts)))
+        raise InputError(f"weights: {path} holds {len(found)} shards of {expected}: {listed}")
     return found
 
 
@@ -180,7 +170,8 @@ def _shards(index: Path) -> list[Path]:
         raise InputError(f"weights: {index} is not a readable index of shards: {error!r}") from error
     if not names:
         raise InputError(f"weights: {index} names no shards")
-    outside = [name for name in names if not _is_inside(name)]
+    # Windows' rules know both slashes and drives.
+    outside = [name for name in names if not isinstance(name, str) or PureWindowsPath(name).name != name]
     if outside:
         listed = ", ".join(map(repr, outside))
         raise InputError(f"weights: {index} names {listed}; expected names of files in its own folder")
@@ -188,15 +179,6 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise InputError(f"weights: {index.parent} lacks the shards {', '.join(missing)}")
     return [index.parent / name for name in names]
-
-
-def _is_inside(name: Any) -> bool:
-    """Returns whether a name means something below the folder that it is looked up in, on any system."""
-    if not isinstance(name, str) or not name:
-        return False
-    # Windows' rules know both slashes and drives.
-    parts = PureWindowsPath(name)
-    return not parts.anchor and ".." not in parts.parts
 
 
 def _open(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -246,7 +228,12 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     except Exception as error:
         # What a file that is no pickle does to the unpickler depends on its bytes: KeyError, IndexError, struct.error,
         # UnicodeDecodeError and others were seen. Nothing but the reading of this file happens in here.
-        raise InputError(f"weights: {file} is no pickle of tensors alone: {_unpickling_reason(error)}") from error
+        held = re.search(r"GLOBAL (\S+)|(?:but )?got <class '([^']+)'>", str(error))
+        holds = f"it holds {printable(held[1] or held[2])}" if held else f"damaged, or code ({type(error).__name__})"
+        raise InputError(
+            f"weights: {file} is no pickle of tensors alone: {holds}; code is never run here, expected tensors, best as"
+            " safetensors"
+        ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
@@ -266,14 +253,3 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         )
         for key, tensor in tensors.items()
     }
-
-
-def _unpickling_reason(error: Exception) -> str:
-    """Returns in one line why a file was not unpickled, without torch's advice to trust it and run what it says."""
-    held = re.search(r"GLOBAL (\S+)|(?:but )?got <class '([^']+)'>", str(error))
-    if held:
-        name = printable(held[1] or held[2])
-        return f"it holds {name}, and code is never run here; expected tensors, best as safetensors"
-    if "Unsupported operand" in str(error):
-        return "it is damaged, or holds code, which is never run here; expected tensors, best as safetensors"
-    return f"it is damaged, or no such file at all ({type(error).__name__})"

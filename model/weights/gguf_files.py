@@ -1,8 +1,7 @@
 """GGUF files, as ComfyUI-GGUF and its kin convert diffusion models: tensors in blocks of few bits.
 
-The header is read here and trusted in nothing: counts, lengths, shapes and offsets are held against the file, which is
-memory-mapped, before anything is made of them. Blocks are multiplied out in float32 by the ``gguf`` package, a tensor
-(or the blocks of some of its rows) at a time; types that it does not multiply out are named.
+The package ``gguf`` reads the header of the memory-mapped file and multiplies blocks out in float32, a tensor (or some
+of its rows) at a time; types that it does not multiply out are named.
 
 GGUF writes sizes in reverse order and, in most programs, at most four of them, without leading ones. What is lost is
 told by ``comfy.gguf.orig_shape.<name>`` in the header, or else by what Wan's tensors are: a patch embedding has one
@@ -14,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from torch import Tensor
 from model.errors import InputError, require
 from model.weights.stored import StoredTensor
 
-#: Files are refused whose header goes on beyond this many bytes: those of Wan have 0.2 MB.
-_LONGEST_HEADER = 16 << 20
-_MOST_SIZES = 8
-#: struct's letters of the types of values in a header; 8 is a string and 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 #: Types that torch has, by the names that GGUF and torch give them.
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64} | {
     f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)
@@ -47,118 +40,54 @@ def open_gguf(file: Path) -> dict[str, StoredTensor]:
         InputError: the package ``gguf`` is not installed, the header says what cannot be, or the file ends early.
     """
     gguf = require("gguf", "gguf")
+
+    class Reader(gguf.GGUFReader):
+        """The package's reader, to which what lies beyond the end of a file is a value of no bytes, for ever."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, before what its header says")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        return _Header(file, np.asarray(np.memmap(file, mode="r", dtype=np.uint8)), gguf).tensors()
-    except InputError:
-        raise
-    except (OSError, ValueError, struct.error) as error:
+        reader = Reader(file)
+        if reader.byte_order != "I":
+            raise ValueError("expected little-endian numbers")
+        written = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
+        given = {tensor.name: reader.fields.get(_SHAPE + tensor.name) for tensor in reader.tensors}
+        shapes = {
+            name: _shape(name, written) if field is None else tuple(int(field.parts[i][0]) for i in field.data)
+            for name, field in given.items()
+        }
+        for name, shape in shapes.items():
+            if min(shape, default=0) < 0 or math.prod(shape) != math.prod(written[name]):
+                raise ValueError(f"{_SHAPE}{name} is {list(shape)}, and the tensor has {list(written[name])}")
+        return {tensor.name: _stored(file, tensor, shapes[tensor.name], gguf.quants) for tensor in reader.tensors}
+    except (OSError, ValueError, LookupError, OverflowError, RecursionError, AttributeError) as error:
+        # AttributeError: versions of the package before 0.16 with numpy 2, for numbers of the other byte order.
         raise InputError(f"weights: {file} is not a readable GGUF file: {error}") from error
 
 
-class _Header:
-    """A header that is read from its start to its end."""
+def _stored(file: Path, tensor: Any, shape: tuple[int, ...], quants: Any) -> StoredTensor:
+    kind = tensor.tensor_type
+    dtype = _PLAIN.get(kind.name)
+    if dtype is None and not _multiplies_out(kind):
+        raise ValueError(f"{tensor.name!r} is {kind.name}, which the package gguf does not multiply out")
 
-    def __init__(self, file: Path, data: np.ndarray, gguf: Any) -> None:
-        self._file, self._data, self._gguf, self._at = file, data, gguf, 0
+    def values(data: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        if dtype is not None:
+            return torch.from_numpy(np.array(data).reshape(-1).view(np.uint8)).view(dtype).reshape(shape)
+        with np.errstate(all="ignore"):  # what is not finite is named by who checks weights
+            return torch.from_numpy(quants.dequantize(data, kind)).reshape(shape)
 
-    def tensors(self) -> dict[str, StoredTensor]:
-        if bytes(self._data[:4]) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        self._at = 4
-        version, num_tensors, num_values = self._take("IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"version {version}, expected 2 or 3 in little-endian order")
-        values = {}
-        for _ in range(num_values):
-            key = self._string()
-            values[key] = self._value(key, *self._take("I"))
-        found: dict[str, tuple[tuple[int, ...], int, int]] = {}
-        for _ in range(num_tensors):
-            name = self._string()
-            (rank,) = self._take("I")
-            if rank > _MOST_SIZES:
-                raise ValueError(f"{name!r} has {rank} sizes, expected at most {_MOST_SIZES}")
-            *sizes, kind, offset = self._take(f"{rank}QIQ")
-            if name in found:
-                raise ValueError(f"it holds {name!r} twice")
-            found[name] = tuple(reversed(sizes)), kind, offset
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}, expected a power of 2 of at least 8")
-        start = -(-self._at // alignment) * alignment
-        return {
-            name: self._tensor(name, written, _shape(name, written, values, found), kind, start + offset)
-            for name, (written, kind, offset) in found.items()
-        }
+    def read_rows(start: int, stop: int) -> Tensor:
+        if tensor.data.shape[:1] != shape[:1]:  # it was written in another shape: a patch embedding or a table
+            return read()[start:stop]
+        return values(tensor.data[start:stop], (stop - start, *shape[1:]))
 
-    def _take(self, kinds: str) -> tuple[Any, ...]:
-        """Reads numbers that follow each other."""
-        taken = struct.Struct(f"<{kinds}")
-        return taken.unpack(self._bytes(taken.size))
-
-    def _bytes(self, count: int) -> bytes:
-        end = self._at + count
-        if end > min(len(self._data), _LONGEST_HEADER):
-            raise ValueError(f"its header goes on beyond byte {min(len(self._data), _LONGEST_HEADER)}")
-        taken, self._at = bytes(self._data[self._at : end]), end
-        return taken
-
-    def _string(self) -> str:
-        return self._bytes(*self._take("Q")).decode()
-
-    def _value(self, key: str, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind in _SCALARS:
-            return self._take(_SCALARS[kind])[0]
-        if kind != _ARRAY:
-            raise ValueError(f"{key!r} has the type {kind}, which GGUF has not")
-        inner, count = self._take("IQ")
-        if inner == _STRING:
-            for _ in range(count):
-                self._string()
-            return None
-        if inner not in _SCALARS:
-            raise ValueError(f"{key!r} is an array of type {inner}, expected numbers or strings")
-        values = self._bytes(count * struct.calcsize(_SCALARS[inner]))
-        return struct.unpack(f"<{count}{_SCALARS[inner]}", values) if key.startswith(_SHAPE) else None
-
-    def _tensor(self, name: str, written: tuple[int, ...], shape: tuple[int, ...], kind: int, at: int) -> StoredTensor:
-        types, sizes = self._gguf.GGMLQuantizationType, self._gguf.GGML_QUANT_SIZES
-        if kind not in types._value2member_map_ or types(kind) not in sizes:
-            raise ValueError(f"{name!r} has the type {kind}, which this version of the package gguf does not know")
-        block, block_nbytes = sizes[types(kind)]
-        numel, last = math.prod(written), written[-1] if written else 1
-        if last % block:
-            raise ValueError(
-                f"{name!r} has rows of {last} numbers, expected a multiple of {types(kind).name}'s {block}"
-            )
-        nbytes = numel // block * block_nbytes
-        if at + nbytes > len(self._data):
-            raise ValueError(f"{name!r} ends at byte {at + nbytes}, beyond the file's {len(self._data)}")
-        data, dtype = self._data[at : at + nbytes], _PLAIN.get(types(kind).name)
-        if dtype is None and not _multiplies_out(types(kind)):
-            raise ValueError(f"{name!r} is {types(kind).name}, which the package gguf does not multiply out")
-
-        def rows(start: int, stop: int) -> Tensor:
-            row = numel // shape[0] if shape and shape[0] else 0
-            first, end = (start * row, stop * row) if shape else (0, 1)
-            if dtype is not None:
-                flat = torch.from_numpy(data[first * dtype.itemsize : end * dtype.itemsize].copy()).view(dtype)
-            else:
-                begin = first // block
-                blocks = data[begin * block_nbytes : -(-end // block) * block_nbytes]
-                # The package works through some rows at a time: those of the file, where they are whole.
-                width = last // block * block_nbytes
-                blocks = blocks.reshape(-1, block_nbytes if len(blocks) % width else width)
-                with np.errstate(all="ignore"):  # what is not finite is named by who checks weights
-                    wide = self._gguf.quants.dequantize(blocks, types(kind)).reshape(-1)
-                flat = torch.from_numpy(wide[first - begin * block : end - begin * block])
-            return flat.reshape(stop - start, *shape[1:]) if shape else flat.reshape(())
-
-        name_of_dtype = types(kind).name if dtype is None else str(dtype).removeprefix("torch.")
-        whole = functools.partial(rows, 0, shape[0] if shape else 1)
-        return StoredTensor(self._file, name, shape, name_of_dtype, whole, rows, nbytes if dtype is None else None)
+    read = functools.partial(values, tensor.data, shape)
+    name = kind.name if dtype is None else str(dtype).removeprefix("torch.")
+    return StoredTensor(file, tensor.name, shape, name, read, read_rows, tensor.n_bytes if dtype is None else None)
 
 
 @functools.cache
@@ -171,20 +100,12 @@ def _multiplies_out(kind: Any) -> bool:
     return True
 
 
-def _shape(name: str, written: tuple[int, ...], values: dict[str, Any], found: dict[str, Any]) -> tuple[int, ...]:
-    """Returns the shape that a tensor had before it was written."""
-    given = values.get(_SHAPE + name)
-    if given is not None:
-        if not isinstance(given, tuple) or not all(type(size) is int and size >= 0 for size in given):
-            raise ValueError(f"{_SHAPE}{name} is {given!r}, expected sizes")
-        if math.prod(given) != math.prod(written):
-            raise ValueError(f"{_SHAPE}{name} is {list(given)}, and the tensor has {list(written)}")
-        return given
-    if name.endswith("patch_embedding.weight") and len(written) < 5:
-        (filters,) = found.get(name.replace("weight", "bias"), ((0,),))[0] or (0,)
-        each, rest = divmod(math.prod(written), max(filters, 1) * math.prod(_PATCH))
+def _shape(name: str, written: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape that a tensor had before it was written, by what Wan's tensors are."""
+    shape = written[name]
+    if name.endswith("patch_embedding.weight") and len(shape) < 5:
+        filters = math.prod(written.get(name.replace("weight", "bias"), (0,)))
+        each, rest = divmod(math.prod(shape), max(filters, 1) * math.prod(_PATCH))
         if filters and not rest:
             return filters, each, *_PATCH
-    if _TABLES.fullmatch(name) and len(written) == 2:
-        return 1, *written
-    return written
+    return (1, *shape) if _TABLES.fullmatch(name) and len(shape) == 2 else shape

@@ -33,28 +33,37 @@ PARTS = {
     "image encoder": ("clip_vision.",),
 }
 
-_DIT_RULES = [
-    (r"^(text|time)_embedding\.0\.", r"condition_embedder.\1_embedder.linear_1."),
-    (r"^(text|time)_embedding\.2\.", r"condition_embedder.\1_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
-    (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
-    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
-    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."),
-    (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-    (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
-    (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
-    (r"\.(attn[12])\.([qkv])\.", r".\1.to_\2."),
-    (r"\.(attn[12])\.o\.", r".\1.to_out.0."),
-    (r"\.attn2\.([kv])_img\.", r".attn2.add_\1_proj."),
-    (r"\.attn2\.norm_k_img\.", ".attn2.norm_added_k."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.head\.", "proj_out."),
-]
+_PROJECTIONS = {name: f"to_{name}" for name in "qkv"} | {"o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+#: The modules of a DiT's layer, by the names of the Wan repositories; and its table, which is a parameter.
+_LAYER = {
+    **{f"self_attn.{theirs}": f"attn1.{ours}" for theirs, ours in _PROJECTIONS.items()},
+    **{f"cross_attn.{theirs}": f"attn2.{ours}" for theirs, ours in _PROJECTIONS.items()},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+_EMBEDDER = "condition_embedder"
+#: The same for what is in no layer.
+_OUTER = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": f"{_EMBEDDER}.text_embedder.linear_1",
+    "text_embedding.2": f"{_EMBEDDER}.text_embedder.linear_2",
+    "time_embedding.0": f"{_EMBEDDER}.time_embedder.linear_1",
+    "time_embedding.2": f"{_EMBEDDER}.time_embedder.linear_2",
+    "time_projection.1": f"{_EMBEDDER}.time_proj",
+    "img_emb.proj.0": f"{_EMBEDDER}.image_embedder.norm1",
+    "img_emb.proj.1": f"{_EMBEDDER}.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": f"{_EMBEDDER}.image_embedder.ff.net.2",
+    "img_emb.proj.4": f"{_EMBEDDER}.image_embedder.norm2",
+    "img_emb.emb_pos": f"{_EMBEDDER}.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_TABLES = ("blocks.0.modulation", "head.modulation", "img_emb.emb_pos")
 
 _VAE_RULES = [
     (r"^conv1\.", "quant_conv."),
@@ -73,44 +82,21 @@ _VAE_RULES = [
 ]
 
 
-_ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
-_ORIGINAL_LAYER = (
-    *(f"self_attn.{name}" for name in _ATTENTION),
-    *(f"cross_attn.{name}" for name in (*_ATTENTION, "k_img", "v_img", "norm_k_img")),
-    "norm3",
-    "ffn.0",
-    "ffn.2",
-)
-_ORIGINAL_MODULES = (
-    "patch_embedding",
-    *(f"{name}_embedding.{i}" for name in ("text", "time") for i in (0, 2)),
-    "time_projection.1",
-    *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4)),
-    "head.head",
-    *(f"blocks.0.{name}" for name in _ORIGINAL_LAYER),
-)
-_BARE_PARAMETERS = ("blocks.0.modulation", "head.modulation", "img_emb.emb_pos")
-
-
-def _apply(rules: list[tuple[str, str]], key: str) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def dit_name(key: str) -> str:
-    """Returns this project's name for one DiT parameter under either naming."""
-    return _apply(_DIT_RULES, key)
+    """Returns this project's name for a DiT's parameter or module under either naming."""
+    layer, name = re.fullmatch(r"(?s)(blocks\.\d+\.|)(.*)", key).groups()
+    names = _LAYER if layer else _OUTER
+    if name in names:
+        return layer + names[name]
+    module, _, leaf = name.rpartition(".")
+    return f"{layer}{names[module]}.{leaf}" if module in names else key
 
 
-_MODULES = {dit_name(f"{name}.weight").removesuffix(".weight") for name in _ORIGINAL_MODULES}
-_PARAMETERS = {f"{name}.{kind}" for name in _MODULES for kind in ("weight", "bias")} | {
-    dit_name(name) for name in _BARE_PARAMETERS
+_THEIRS = (*_OUTER, *(f"blocks.0.{name}" for name in _LAYER))
+_PARAMETERS = {
+    dit_name(name) + leaf for name in _THEIRS for leaf in ([""] if name in _TABLES else [".weight", ".bias"])
 }
-_WITHOUT_DOTS = {
-    name.replace(".", "_"): name
-    for name in (*_MODULES, *_ORIGINAL_MODULES, *_BARE_PARAMETERS, *map(dit_name, _BARE_PARAMETERS), "blocks.0", "head")
-}
+_WITHOUT_DOTS = {name.replace(".", "_"): name for name in (*_THEIRS, *map(dit_name, _THEIRS), "blocks.0", "head")}
 
 
 def is_dit_parameter(name: str) -> bool:
@@ -156,9 +142,10 @@ def is_original(keys: Iterable[str]) -> bool:
     return any(mark in key for key in keys for mark in marks)
 
 
-def dit_key_map(keys: Iterable[str]) -> Callable[[str], str]:
-    """Returns a function from a checkpoint's DiT keys to this project's names."""
-    return dit_name if is_original(keys) else (lambda key: key)
+def _by_rules(key: str) -> str:
+    for pattern, replacement in _VAE_RULES:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
@@ -180,7 +167,7 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
             rf"(encoder\.downsamples|decoder\.upsamples)\.({_INDEX})(?:\.(?:down|up)samples\.({_INDEX}))?\.", key
         )
         if name is None:
-            return _apply(_VAE_RULES, key)
+            return _by_rules(key)
         side, stage, rest = name[1].split(".")[0], int(name[2]), key[name.end() :]
         resampler = name[0].rstrip(".") in resamplers
         blocks = "down_blocks" if side == "encoder" else "up_blocks"
@@ -192,7 +179,7 @@ def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
         else:
             part = "upsamplers.0" if resampler else f"resnets.{stage % per_stage}"
             place = f"{side}.{blocks}.{stage // per_stage}.{part}"
-        return _apply(_VAE_RULES, f"{place}.{rest}")
+        return _by_rules(f"{place}.{rest}")
 
     return rename
 

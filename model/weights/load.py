@@ -25,7 +25,7 @@ from model.streaming.placement import Placement
 from model.vae.model import WanVAE
 from model.weights.files import looking_at, open_weights
 from model.weights.keys import (
-    dit_key_map,
+    dit_name,
     infer_dit_config,
     infer_vae_config,
     is_original,
@@ -75,8 +75,7 @@ def load_dit(
     Raises:
         InputError: nothing loadable is there; tensors are missing, surplus or misshapen (all of them named); it has a
             quantisation that is not read here; a tensor holds NaN or infinity, or numbers that ``dtype`` cannot hold
-            (of a layer that ``placement`` leaves in its file: when it is first read); or a LoRA does not fit
-            (:class:`~model.weights.lora.LoRAMismatch`).
+            (of a layer that ``placement`` leaves in its file: when it is first read); or a LoRA does not fit.
     """
     checkpoint = _Checkpoint(path, WanDiT, config)
     model = checkpoint.check(loras, dtype)
@@ -223,7 +222,7 @@ class _Checkpoint:
         if found is not None and (found.part != part or found.lacks):
             raise InputError(f"weights: {self.path} is a {found.name}; {found.lacks or f'expected a Wan {part}'}")
         self._problem = quantisation_problem(plain[key] for key in stripped.values())
-        rename = (dit_key_map if kind is WanDiT else vae_key_map)(stripped)
+        rename = dit_name if kind is WanDiT else vae_key_map(stripped)
         self._checked: set[str] = set()
         self._tensors: dict[str, ScaledTensor] = {}
         for short, key in stripped.items():
@@ -257,22 +256,15 @@ class _Checkpoint:
             raise InputError(f"weights: {self.path} is {self._problem}")
         model, tensors = self._build(), self._tensors
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        held = [name for name in expected if name in tensors]
-        keys = {name: tensor.stored.key for name, tensor in tensors.items()}
-        problems = [
-            *(f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors),
-            *(f"surplus {key}" for name, key in keys.items() if name not in expected),
-            *(
-                f"misshapen {keys[name]}: {tensors[name].shape}, expected {expected[name]}"
-                for name in held
-                if tensors[name].shape != expected[name]
-            ),
-            *(
-                f"{keys[name]} is {tensors[name].stored.dtype}, expected floats"
-                for name in held
-                if not tensors[name].is_float
-            ),
-        ]
+        problems = [f"surplus {tensors[name].stored.key}" for name in tensors if name not in expected]
+        for name, shape in expected.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                problems.append(f"missing {name} {shape}")
+            elif tensor.shape != shape:
+                problems.append(f"misshapen {tensor.stored.key}: {tensor.shape}, expected {shape}")
+            elif not tensor.is_float:
+                problems.append(f"{tensor.stored.key} is {tensor.stored.dtype}, expected floats")
         if problems:
             named = f"{len(problems)} tensors: {'; '.join(problems)}"
             raise InputError(f"weights: {self.path} does not fit {self.kind.__name__}: {named}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -44,15 +44,12 @@ _PREFIXES = re.compile(
 )
 #: Modules that torch puts around others, also inside a model: by compiling, sharding, checkpointing.
 _WRAPPERS = re.compile(r"(?:\b|(?<=_))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
-_ADAPTER = r"(?:\.[^.]+)?"
-_PARTS = (
-    ("down", re.compile(rf"\.(?:lora_A|lora_down|lora\.down){_ADAPTER}\.weight$")),
-    ("up", re.compile(rf"\.(?:lora_B|lora_up|lora\.up){_ADAPTER}\.weight$")),
-    ("up_bias", re.compile(rf"\.(?:lora_B|lora_up){_ADAPTER}\.bias$")),
-    ("alpha", re.compile(r"\.alpha$")),
-    ("diff", re.compile(r"\.(?:diff|w_norm)$")),
-    ("diff_b", re.compile(r"\.(?:diff_b|b_norm)$")),
-    ("diff_m", re.compile(r"\.diff_m$")),
+#: The end of a key, which says what part of a module's LoRA a tensor is; PEFT may name the adapter before ``.weight``.
+_PART = re.compile(
+    r"\.(?:(?P<down>(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight)"
+    r"|(?P<up>(?:lora_B|lora_up|lora\.up)(?:\.[^.]+)?\.weight)"
+    r"|(?P<up_bias>(?:lora_B|lora_up)(?:\.[^.]+)?\.bias)"
+    r"|(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))$"
 )
 #: Adapters that are no low-rank sums: what they would add depends on more than two factors.
 _REFUSED = {
@@ -65,7 +62,6 @@ _REFUSED = {
     ".boft_": "BOFT",
     ".vera_lambda": "VeRA",
 }
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 #: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -73,33 +69,21 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weight
 
 @dataclass(frozen=True)
 class Delta:
-    """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or times a tensor (one).
-
-    ``path`` is the file, ``alpha`` the key of the alpha, if any.
-    """
+    """One addition to one parameter: ``scale`` times ``up @ down`` (two factors) or a tensor (one) of a file."""
 
     path: Path
     factors: tuple[StoredTensor, ...]
     scale: float = 1.0
-    alpha: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of the factors, in their order, and that of the alpha."""
-        return *(factor.key for factor in self.factors), *((self.alpha,) if self.alpha else ())
+        """The keys of the factors, in their order."""
+        return tuple(factor.key for factor in self.factors)
 
     @property
     def rank(self) -> int | None:
         """The inner width of ``up @ down``; None for a tensor alone."""
         return self.factors[1].shape[0] if len(self.factors) == 2 else None
-
-    @property
-    def has_product(self) -> bool:
-        """True where two factors have the same inner width, and for a tensor alone."""
-        if len(self.factors) == 1:
-            return True
-        up, down = self.factors
-        return up.numel == up.shape[0] * down.shape[0]
 
     def misfits(self, shape: tuple[int, ...]) -> list[str]:
         """Returns the keys that cannot be added to a parameter of this shape, with their shapes; none if they can."""
@@ -108,7 +92,7 @@ class Delta:
         else:
             up, down = self.factors
             columns = down.shape[0] * math.prod(shape[1:])
-            fits = len(shape) > 1 and self.has_product and up.shape[0] == shape[0] and down.numel == columns
+            fits = len(shape) > 1 and up.shape[0] == shape[0] and down.numel == columns
         if fits:
             return []
         return [f"{factor.key} ({list(factor.shape)} for a parameter of {list(shape)})" for factor in self.factors]
@@ -146,7 +130,6 @@ class LoRAFile:
     """
 
     path: Path
-    naming: str
     deltas: dict[str, list[Delta]]
     faults: tuple[str, ...]
     unmatched: tuple[tuple[str, ...], ...]
@@ -168,10 +151,11 @@ class LoRAFile:
         return Counter(delta.rank for deltas in self.deltas.values() for delta in deltas if delta.rank is not None)
 
 
-def is_lora(keys: Iterable[str]) -> bool:
+def is_lora(keys: Collection[str]) -> bool:
     """Returns whether a file with these keys is a LoRA (or another adapter of its kind)."""
-    certain = [pattern for part, pattern in _PARTS if part != "alpha"]
-    return any(any(pattern.search(key) for pattern in certain) or any(mark in key for mark in _REFUSED) for key in keys)
+    parts = (_PART.search(key) for key in keys)
+    certain = any(part is not None and part.lastgroup != "alpha" for part in parts)
+    return certain or any(mark in key for key in keys for mark in _REFUSED)
 
 
 def open_lora(path: Path, expert: int = 1) -> LoRAFile:
@@ -208,21 +192,17 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
     unmatched, faults = [(stray,) for stray in strays], []
     deltas: dict[str, list[Delta]] = defaultdict(list)
     for module, parts in modules.items():
-        faults += _take_unsound(parts)
-        for name, delta in _take_deltas(path, module, parts, config):
+        for name, delta in _take_deltas(path, module, parts, config, faults):
             if not is_dit_parameter(name):
                 unmatched.append(tuple(f"{key} (no parameter of a Wan DiT)" for key in delta.keys))
-            elif not delta.has_product:
-                shapes = " and ".join(str(list(factor.shape)) for factor in delta.factors)
-                faults += [f"{key} (factors of {shapes} have no product)" for key in delta.keys[:2]]
-            else:
-                # A pair and a difference of one weight may stand beside each other; two of a kind are two adapters.
-                for other in deltas[name]:
-                    if len(other.factors) == len(delta.factors):
-                        raise _several(path, other.keys[0], delta.keys[0])
-                deltas[name].append(delta)
+                continue
+            # A pair and a difference of one weight may stand beside each other; two of a kind are two adapters.
+            for other in deltas[name]:
+                if len(other.factors) == len(delta.factors):
+                    raise _several(path, other.keys[0], delta.keys[0])
+            deltas[name].append(delta)
         unmatched += [(f"{part.key} (its counterpart is missing)",) for part in parts.values()]
-    return LoRAFile(path, _naming(taken), dict(deltas), tuple(faults), tuple(unmatched), len(left_out))
+    return LoRAFile(path, dict(deltas), tuple(faults), tuple(unmatched), len(left_out))
 
 
 def _file(path: Path) -> Path:
@@ -244,16 +224,14 @@ def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, d
     unmatched = []
     for key, tensor in tensors.items():
         name = _split(key)[1]
-        for part, pattern in _PARTS:
-            match = pattern.search(name)
-            if match is not None:
-                parts = modules[dotted(name[: match.start()])]
-                if part in parts:
-                    raise _several(path, parts[part].key, key)
-                parts[part] = tensor
-                break
-        else:
+        found = _PART.search(name)
+        if found is None:
             unmatched.append(f"{key} (no part of a LoRA)")
+            continue
+        parts, part = modules[dotted(name[: found.start()])], found.lastgroup
+        if part in parts:
+            raise _several(path, parts[part].key, key)
+        parts[part] = tensor
     return modules, unmatched
 
 
@@ -269,75 +247,60 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _take_deltas(
-    path: Path, module: str, parts: dict[str, StoredTensor], config: AdapterConfig
+    path: Path, module: str, parts: dict[str, StoredTensor], config: AdapterConfig, faults: list[str]
 ) -> Iterator[tuple[str, Delta]]:
-    """Takes the parts of a module that add something, and yields their additions; the others stay in ``parts``."""
+    """Takes the parts of a module that add something, and yields their additions; the others stay in ``parts``.
+
+    Those that can fit no parameter are only added to ``faults``.
+    """
     weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
+
+    def is_sound(*factors: StoredTensor) -> bool:
+        found = _unsound(factors)
+        faults.extend(found)
+        return not found
+
     if {"up", "down"} <= parts.keys():
         up, down = parts.pop("up"), parts.pop("down")
-        alpha = parts.pop("alpha", None)
-        rank = down.shape[0]
-        if alpha is not None:
-            scale = _number(path, alpha) / rank
-        else:
-            # Names that are no parameter's are left out, and would be held against patterns at any length.
-            scale = config.scale(module, rank) if is_dit_parameter(weight) else 1.0
-        if abs(scale) > LARGEST_SCALE:
-            raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
-        yield weight, Delta(path, (up, down), scale, alpha and alpha.key)
-        if "up_bias" in parts:
-            yield bias, Delta(path, (parts.pop("up_bias"),), scale)
+        alpha, up_bias = parts.pop("alpha", None), parts.pop("up_bias", None)
+        if is_sound(up, down):
+            rank = down.shape[0]
+            if alpha is not None:
+                scale = _alpha(path, alpha) / rank
+            else:
+                # Names that are no parameter's are left out, and would be held against patterns at any length.
+                scale = config.scale(module, rank) if is_dit_parameter(weight) else 1.0
+            if abs(scale) > LARGEST_SCALE:
+                raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
+            yield weight, Delta(path, (up, down), scale)
+            if up_bias is not None and is_sound(up_bias):
+                yield bias, Delta(path, (up_bias,), scale)
     # A parameter of its own may be named in full, as in ``head.modulation.diff``.
     whole = dit_name(module) if is_dit_parameter(dit_name(module)) else weight
     for kind, name in (("diff", whole), ("diff_b", bias), ("diff_m", dit_name(f"{module}.modulation"))):
-        if kind in parts:
-            yield name, Delta(path, (parts.pop(kind),))
+        if kind in parts and is_sound(difference := parts.pop(kind)):
+            yield name, Delta(path, (difference,))
 
 
-def _take_unsound(parts: dict[str, StoredTensor]) -> list[str]:
-    """Takes the factors and differences that can fit no parameter, and returns their keys with the reasons.
-
-    The counterpart of such a factor goes with it, and so do their alpha and bias.
-    """
-    bad = {name: reason for name, part in parts.items() if (reason := _unsound(name, part)) is not None}
-    faults = [f"{parts[name].key} ({reason})" for name, reason in bad.items()]
-    with_it = ("up", "down", "up_bias", "alpha") if bad.keys() & {"up", "down"} else ()
-    for name in {*bad, *with_it}:
-        parts.pop(name, None)
+def _unsound(factors: Sequence[StoredTensor]) -> list[str]:
+    """Returns the keys of two factors, or of a difference, that can fit no parameter, with the reasons."""
+    least, faults = len(factors), []
+    for factor in factors:
+        if factor.dtype not in FLOATS:
+            faults.append(f"{factor.key} ({factor.dtype}, expected floats)")
+        elif len(factor.shape) < least or 0 in factor.shape:
+            faults.append(f"{factor.key} (shape {list(factor.shape)}, expected at least {least} sizes above 0)")
+    if not faults and least == 2 and factors[0].numel != factors[0].shape[0] * factors[1].shape[0]:
+        shapes = " and ".join(str(list(factor.shape)) for factor in factors)
+        faults = [f"{factor.key} (factors of {shapes} have no product)" for factor in factors]
     return faults
 
 
-def _unsound(name: str, tensor: StoredTensor) -> str | None:
-    """Returns why a tensor cannot be this part of any LoRA, or None."""
-    if name == "alpha":
-        return None
-    if tensor.dtype not in FLOATS:
-        return f"{tensor.dtype}, expected floats"
-    least = 2 if name in ("up", "down") else 1
-    if len(tensor.shape) < least or 0 in tensor.shape:
-        return f"shape {list(tensor.shape)}, expected at least {least} {'sizes' if least > 1 else 'size'} above 0"
-    return None
-
-
-def _number(path: Path, tensor: StoredTensor) -> float:
+def _alpha(path: Path, tensor: StoredTensor) -> float:
     try:
-        if tensor.numel != 1:
-            raise ValueError(f"expected one number, got {list(tensor.shape)}")
-        if tensor.dtype not in (*FLOATS, *_INTEGERS):
-            raise ValueError(f"expected a number, got {tensor.dtype}")
         return finite(tensor.read().item())
-    except ValueError as error:
-        raise InputError(f"lora: {path}: {tensor.key}: {error}") from error
-
-
-def _naming(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    if any(key.startswith(("lora_unet_", "lora_transformer_", "lycoris_")) for key in keys):
-        return "kohya, musubi, VideoX-Fun or LyCORIS (underscores)"
-    original = re.compile(r"diffusion_model\.|(self|cross)_attn\.|\.ffn\.[02]\.|time_projection\.|head\.")
-    if any(original.search(key) for key in keys):
-        return "names of the Wan repositories, as LightX2V and ComfyUI write them"
-    return "diffusers / PEFT"
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"lora: {path}: {tensor.key}: expected one finite number: {error}") from error
 
 
 def _plain_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import MASK_CHANNELS, DiTConfig, VAEConfig
-from model.errors import InputError
 from model.weights.lora_files import is_lora
 
 
@@ -42,16 +41,11 @@ _FAMILIES = (
     (r"^(blocks\.0\.attn\.qkv_x\.|time_embed\.pooler\.)", "Mochi", "joint text and video blocks"),
     (r"^double_blocks\.", "FLUX or a relative", "double blocks (double_blocks)"),
 )
-#: diffusers' classes, where a class tells what the keys may not.
-_CLASSES = {
-    "WanVACETransformer3DModel": "Wan VACE",
-    "WanAnimateTransformer3DModel": "Wan Animate",
-    "HunyuanVideoTransformer3DModel": "HunyuanVideo",
-    "LTXVideoTransformer3DModel": "LTX-Video",
-    "LTX2VideoTransformer3DModel": "LTX-2",
-    "CogVideoXTransformer3DModel": "CogVideoX",
-    "MochiTransformer3DModel": "Mochi",
-}
+#: The encoders, which transformers loads: keys that tell them, their names, their parts, and transformers' types.
+_ENCODERS = (
+    (r"(^|\.)SelfAttention\.q\.weight$|^token_embedding\.weight$", "UMT5 text encoder", "text encoder", "umt5"),
+    (r"class_embedding$|^visual\.cls_embedding$", "CLIP image encoder", "image encoder", "clip_vision_model"),
+)
 #: The parts that classes in config.json stand for. The Wan repositories have one config.json for all that lies beside
 #: it, the VAE and the encoders too, so that their class stands for none. The last one is VideoX-Fun's.
 _OUR_CLASSES = {
@@ -80,8 +74,8 @@ def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
             return Kind(name, None, f"{_OUR_DIT} {lacks}")
     given = config.get("_class_name")
     if given and given not in _OUR_CLASSES:
-        name = _CLASSES.get(given, f"{given} of diffusers")
-        return Kind(name, None, f"_class_name in config.json: expected one of {', '.join(_OUR_CLASSES)}, got {given!r}")
+        expected = f"expected one of {', '.join(_OUR_CLASSES)}"
+        return Kind(f"{given} of diffusers", None, f"_class_name in config.json: {expected}, got {given!r}")
     is_vae = any_key(r"^encoder\.(conv_in|conv1)\.weight$") and any_key(r"^(post_quant_conv|conv2)\.weight$")
     if is_wan or is_vae:
         part = "DiT" if is_wan else "VAE"
@@ -91,31 +85,20 @@ def recognise(keys: Collection[str], config: Mapping[str, Any]) -> Kind | None:
     for pattern, name, lacks in _FAMILIES:
         if any_key(pattern):
             return Kind(name, None, f"{_OUR_DIT} {lacks}")
-    return _encoder(any_key, config)
-
-
-def _encoder(any_key: Any, config: Mapping[str, Any]) -> Kind | None:
-    clip, wan = "clip_vision_model", ", names of the Wan repositories"
-    if any_key(r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\."):
-        if not any_key(r"(^|\.)encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\."):
-            return Kind("T5 text encoder", None, "Wan reads UMT5, which has position biases in every layer")
-        return Kind("UMT5 text encoder", "text encoder", _transformers("umt5", config))
-    if any_key(r"^token_embedding\.weight$") and any_key(r"^blocks\.0\.pos_embedding\."):
-        return Kind(f"UMT5 text encoder{wan}", "text encoder", _transformers("umt5", {}))
-    if any_key(r"(^|\.)embeddings\.class_embedding$"):
-        return Kind("CLIP image encoder", "image encoder", _transformers(clip, config))
-    if any_key(r"^visual\.(cls_embedding$|transformer\.0\.)"):
-        return Kind(f"CLIP image encoder{wan}", "image encoder", _transformers(clip, {}))
+    for pattern, name, part, wanted in _ENCODERS:
+        if any_key(pattern):
+            said = config.get("model_type")
+            missing = f"expected a directory as transformers saves it, its config.json with model_type {wanted!r}"
+            lacks = _lacking_layers(keys, config) if said == wanted else f"{missing}, got {said!r}"
+            return Kind(name, part, lacks)
     return None
 
 
-def _transformers(wanted: str, config: Mapping[str, Any]) -> str | None:
-    """Returns why transformers cannot load an encoder, or None."""
-    given = config.get("model_type")
-    if given == wanted:
-        return None
-    beside = f"model_type {given!r}" if given else "none"
-    return f"expected a directory as transformers saves it, its config.json with model_type {wanted!r}, got {beside}"
+def _lacking_layers(keys: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """Returns which layers an encoder of transformers, which would fill in random ones, lacks; None if none."""
+    layers = {match[1] for key in keys if (match := re.search(r"encoder\.(?:block|layers)\.(\d+)\.", key))}
+    wanted = config.get("num_layers", config.get("num_hidden_layers"))
+    return None if len(layers) == wanted else f"config.json says {wanted} layers, the tensors are {len(layers)}"
 
 
 def describe_dit(config: DiTConfig) -> str:
@@ -146,23 +129,3 @@ def describe_vae(config: VAEConfig) -> str:
         f"version {version} ({config.temporal_stride}x{config.spatial_stride}x{config.spatial_stride},"
         f" {config.z_dim} channels)"
     )
-
-
-def check_encoder(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str:
-    """Returns the size of a text or image encoder of transformers in words.
-
-    Raises:
-        InputError: the tensors are not those of the configuration; transformers would fill in random ones.
-    """
-    wanted = config.get("num_layers") if "d_model" in config else config.get("num_hidden_layers")
-    width = config.get("d_model", config.get("hidden_size"))
-    layers = {match[1] for key in shapes if (match := re.search(r"encoder\.(?:block|layers)\.(\d+)\.", key))}
-    norms = [shape for key, shape in shapes.items() if key.endswith(("final_layer_norm.weight", "class_embedding"))]
-    widths = {shape[0] for shape in norms if shape}
-    # A list, since what config.json says may be anything.
-    if len(layers) != wanted or list(widths) != [width]:
-        raise InputError(
-            f"weights: config.json says {wanted} layers of width {width}, the tensors are {len(layers)} layers of width"
-            f" {', '.join(map(str, sorted(widths))) or 'unknown'}"
-        )
-    return f"width {width}, {wanted} layers"

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.errors import InputError
+from model.errors import InputError, printable
 from model.weights.files import WeightFiles
 from model.weights.stored import StoredTensor
 
@@ -83,14 +83,10 @@ def check_holds(dtype: torch.dtype, found: float, name: str) -> None:
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """A tensor of a checkpoint, and the scale that it is to be multiplied by, if any.
-
-    ``form`` names the quantisation of a layer that has one, and ``problem`` is why it cannot be read.
-    """
+    """A tensor of a checkpoint, the scale that it is to be multiplied by, if any, and why it cannot be read, if so."""
 
     stored: StoredTensor
     scale: StoredTensor | None = None
-    form: str | None = None
     problem: str | None = None
 
     @property
@@ -100,8 +96,15 @@ class ScaledTensor:
 
     @property
     def is_float(self) -> bool:
-        """Tells whether what is read is floats, or becomes floats by its scale."""
+        """True where what is read is floats, or becomes floats by its scale."""
         return self.stored.is_float or self.scale is not None
+
+    @property
+    def form(self) -> str | None:
+        """The quantisation, if any, in words."""
+        if self.problem is not None or self.scale is None:
+            return self.problem
+        return f"{self.stored.dtype}, one scale a {'tensor' if self.scale.numel == 1 else 'row'}"
 
     @property
     def name(self) -> str:
@@ -194,8 +197,9 @@ def plain_weights(files: WeightFiles) -> dict[str, ScaledTensor]:
         if key.endswith(suffix) and (weight := f"{key.removesuffix(suffix)}.weight") in tensors
     }
     markers = [key for key in tensors if key.split(".")[-1] == _MARKER]
-    marked = tuple(key.removesuffix(_MARKER) for key in markers)
     described = {*scales.values(), *markers, *(key for key in tensors if key.endswith((_FORMAT, *_INPUT_SCALES)))}
+    # A marker announces scales for all weights beside it.
+    marked = tuple(key.removesuffix(_MARKER) for key in markers)
     by_config = files.config.get("quantization_config")
     method = by_config.get("quant_method", "unnamed") if isinstance(by_config, dict) else by_config
     plain = {}
@@ -203,18 +207,11 @@ def plain_weights(files: WeightFiles) -> dict[str, ScaledTensor]:
         if key in described:
             continue
         scale = tensors[scales[key]] if key in scales else None
-        given = named.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        problem = _problem(stored, scale, given, tensors)
-        announced = given if given is not None else _MARKER if key.startswith(marked) else None
-        if problem is None and scale is None and announced and _is_eight_bit_matrix(stored):
-            problem = f"{stored.dtype} without the scale that {announced} announces"
+        announced = named.get(key.removesuffix(".weight")) or (_MARKER if key.startswith(marked) else None)
+        problem = _problem(stored, scale, announced, tensors) if key.endswith(".weight") else None
         if problem is None and by_config:
             problem = f"{method!r} (quantization_config of config.json)"
-        form = problem
-        if form is None and (scale is not None or given is not None):
-            each = "no scale" if scale is None else f"one scale a {'tensor' if scale.numel == 1 else 'row'}"
-            form = f"{stored.dtype}, {each}"
-        plain[key] = ScaledTensor(stored, scale if problem is None else None, form, problem)
+        plain[key] = ScaledTensor(stored, scale, problem)
     return plain
 
 
@@ -223,40 +220,31 @@ def _is_eight_bit_matrix(stored: StoredTensor) -> bool:
 
 
 def _named_formats(files: WeightFiles) -> dict[str, str]:
-    """Returns ``{layer: format}`` for the layers whose format the file names."""
+    """Returns ``{layer: format}`` for the layers whose format the file names, and whether they were rotated before."""
     layers: dict[str, Any] = {}
     try:
         if _METADATA in files.metadata:
             layers.update(json.loads(files.metadata[_METADATA])["layers"])
         for key, stored in files.tensors.items():
             if key.endswith(_FORMAT):
-                if stored.dtype != "uint8":
-                    raise ValueError(f"{key} is {stored.dtype}, expected uint8")
                 if stored.numel > _LONGEST_FORMAT:
-                    raise ValueError(f"{key} has {stored.numel} bytes, expected at most {_LONGEST_FORMAT}")
+                    raise ValueError(f"{key} has {stored.numel} numbers, expected at most {_LONGEST_FORMAT}")
                 text = bytes(stored.read().to(torch.uint8).flatten().tolist())
                 layers[key.removesuffix(_FORMAT)] = json.loads(text)
-        return {layer: _format(entry) for layer, entry in layers.items()}
+        return {
+            layer: printable(str(entry["format"])) + (" with convrot" if entry.get("convrot") else "")
+            for layer, entry in layers.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"weights: {files.path}: how its layers are quantised is not readable: {error!r}") from error
 
 
-def _format(entry: Mapping[str, Any]) -> str:
-    """Returns the name of a layer's format, which says so if the weight was rotated before it was quantised."""
-    name = str(entry["format"])
-    if not name.isprintable():
-        raise ValueError(f"the format {name!r}")
-    return f"{name} with convrot" if entry.get("convrot") else name
-
-
 def _problem(
-    stored: StoredTensor, scale: StoredTensor | None, given: str | None, tensors: Collection[str]
+    stored: StoredTensor, scale: StoredTensor | None, announced: str | None, tensors: Collection[str]
 ) -> str | None:
-    """Returns the name of a quantisation that cannot be read, or None."""
-    if given is not None and given not in _READ_FORMATS:
-        return given
-    if not stored.key.endswith(".weight"):
-        return None
+    """Returns the name of a quantisation of a weight that cannot be read, or None."""
+    if announced not in (None, _MARKER, *_READ_FORMATS):
+        return announced
     for suffix, name in _COMPANIONS.items():
         if stored.key + suffix in tensors or stored.key.removesuffix(".weight") + suffix in tensors:
             return name
@@ -266,6 +254,8 @@ def _problem(
         return stored.dtype
     if scale is not None and (not scale.is_float or not _is_by_row(stored.shape, scale.shape)):
         return f"{stored.dtype} with {scale.dtype} scales of shape {list(scale.shape)}"
+    if scale is None and announced and _is_eight_bit_matrix(stored):
+        return f"{stored.dtype} without the scale that {announced} announces"
     return None
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -109,7 +107,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
 # Pieces
 
 
-@pytest.mark.parametrize("fps", [1, 7, 16, 23, 30, 60, 120])
+@pytest.mark.parametrize("fps", [7, 16])
 def test_a_film_of_pieces_is_one_continuous_video(tmp_path, fps):
     """A film has exact times, a key frame for each piece, tagged colours, and plays while it loads."""
     write_pieces(tmp_path / "clip.mp4", fps=fps)
@@ -122,31 +120,13 @@ def test_a_film_of_pieces_is_one_continuous_video(tmp_path, fps):
         context = stream.codec_context
         tags = [context.colorspace, context.color_primaries, context.color_trc, context.color_range]
     assert [frame.pts * frame.time_base for frame in read] == [Fraction(i, fps) for i in range(20)]
+    assert {int(frame.pict_type) for frame in read} == {1, 2, 3}  # also B-frames, for which all of this is hard
     assert [i for i, frame in enumerate(read) if frame.key_frame] == STARTS
     assert [int(tag) for tag in tags] == [1, 1, 1, 1]
     pixels = np.asarray([frame.to_ndarray(format="rgb24", src_colorspace="ITU709") for frame in read], np.float32)
     assert np.abs(pixels - np.asarray(moving(20), np.float32)).mean() < VIDEO_PIXELS
     film = (tmp_path / "clip.mp4").read_bytes()
     assert film.index(b"moov") < film.index(b"mdat")
-
-
-def test_nothing_is_encoded_again(tmp_path):
-    """The packets of a film are those of its pieces, and those of each piece are in order of decoding."""
-    write_pieces(tmp_path / "clip.mp4", pieces=tmp_path / "pieces")
-    packets = [], []
-    out_of_order = False
-    for kept, files in zip(packets, ([tmp_path / "clip.mp4"], sorted((tmp_path / "pieces").iterdir())), strict=True):
-        for file in files:
-            with av.open(str(file)) as container:
-                read = [packet for packet in container.demux(video=0) if packet.size]
-                times = [(packet.dts, packet.pts) for packet in read]
-                assert times == sorted(times)
-                assert all(dts <= pts for dts, pts in times)
-                out_of_order |= times != sorted(times, key=lambda both: both[1])
-                kept.extend(bytes(packet) for packet in read)
-    assert out_of_order  # B-frames, for which all of this is hard
-    assert len(packets[0]) == 20
-    assert packets[0] == packets[1]
 
 
 @pytest.mark.slow
@@ -214,7 +194,7 @@ def test_an_interruption_while_files_change_loses_and_doubles_no_frame(tmp_path,
         assert len(decode(tmp_path / film)[0]) == (3 if call < 6 else 6)
 
 
-def test_end_of_no_piece_and_a_film_that_was_whole_already(tmp_path):
+def test_a_film_that_was_whole_already_is_made_of_its_pieces(tmp_path):
     pieces = tmp_path / "pieces"
     film = write_pieces(tmp_path / "clip.mp4", pieces=pieces)
     (tmp_path / "clip.mp4").unlink()
@@ -245,25 +225,12 @@ def test_a_piece_of_another_run_or_number_is_not_taken_over(tmp_path):
     path, pieces, others = tmp_path / "clip.mp4", tmp_path / "pieces", tmp_path / "others"
     write_pieces(path, pieces=pieces, run="a" * 64)
     write_pieces(path, pieces=others, run="b" * 64)
-
-    def taken(*replaced):
-        kept = {place: place.read_bytes() for place, _ in replaced}
-        for (place, _), data in zip(replaced, [source.read_bytes() for _, source in replaced], strict=True):
-            place.write_bytes(data)
-        writer = VideoWriter(path, 48, 32, 16, pieces=pieces, run="a" * 64)
-        for place, data in kept.items():
-            place.write_bytes(data)
-        assert len(writer.damaged) == (writer.num_pieces < 4)
-        return writer.num_pieces
-
-    first, second, third, fourth = (pieces / f"piece-000{number}.mp4" for number in range(4))
-    assert taken() == 4
-    assert taken((second, third), (third, second)) == 1
-    assert taken((fourth, first)) == 3
-    foreign = others / "piece-0002.mp4"
-    assert foreign.stat().st_size == third.stat().st_size
-    assert taken((third, foreign)) == 2
     assert VideoWriter(path, 48, 32, 16, pieces=pieces).num_pieces == 0  # of no run
+    for source, taken in ((pieces / "piece-0000.mp4", 3), (others / "piece-0002.mp4", 2)):
+        place = pieces / f"piece-000{taken}.mp4"
+        place.write_bytes(source.read_bytes())
+        writer = VideoWriter(path, 48, 32, 16, pieces=pieces, run="a" * 64)
+        assert (writer.num_pieces, len(writer.damaged)) == (taken, 1)
 
 
 def test_a_piece_that_changes_while_the_film_is_made_does_not_get_into_it(tmp_path):
@@ -286,71 +253,44 @@ def test_pieces_of_another_video_are_not_taken_over(tmp_path, other):
     assert message.startswith("piece-0000.mp4 ")
 
 
-def test_what_is_kept_is_chosen_before_anything_is_written(tmp_path):
+def test_pieces_that_are_not_kept_are_dropped(tmp_path):
     pieces = tmp_path / "pieces"
     write_pieces(tmp_path / "clip.mp4", pieces=pieces)
-    writer = VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces)
-    with pytest.raises(ValueError, match="expected 0 to 4, got 5"):
-        writer.keep(5)
-    with writer:
+    with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16, pieces=pieces) as writer:
         writer.keep(3)
         assert names(pieces) == ["piece-0000.mp4", "piece-0001.mp4", "piece-0002.mp4"]
         writer.write(frames(1))
-        with pytest.raises(ValueError, match="a further one is begun"):
-            writer.keep(2)
     assert (writer.num_pieces, writer.num_frames) == (4, 16)
 
 
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for pid in (ended.pid, os.getppid()):
-        for name in (f".clip.{pid}.tmp.mp4", f".other.{pid}.tmp.mp4"):
-            (tmp_path / name).touch()
-    (tmp_path / f".clip.partial.{ended.pid}.tmp.mp4").touch()
-    (tmp_path / f".clip.{ended.pid}.mp4").touch()
-    (tmp_path / f".clip.partial.{os.getpid()}.tmp.mp4").symlink_to(tmp_path / f".other.{ended.pid}.tmp.mp4")
-    (tmp_path / f".clip.0{ended.pid}.tmp.mp4").mkdir()
+    for name in (".clip.12.tmp.mp4", ".clip.partial.12.tmp.mp4", ".other.12.tmp.mp4", ".clip.12.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / f".clip.partial.{os.getpid()}.tmp.mp4").symlink_to(tmp_path / ".other.12.tmp.mp4")
+    (tmp_path / ".clip.012.tmp.mp4").mkdir()
     with VideoWriter(tmp_path / "clip.mp4", 48, 32, 16) as writer:
         writer.write(frames(2))
-    others = [f".clip.{os.getppid()}.tmp.mp4", f".clip.{ended.pid}.mp4", f".clip.0{ended.pid}.tmp.mp4"]
-    others += [f".other.{pid}.tmp.mp4" for pid in (ended.pid, os.getppid())]
-    assert names(tmp_path) == sorted([*others, "clip.mp4"])
-    assert (tmp_path / f".other.{ended.pid}.tmp.mp4").read_bytes() == b""  # not written to through the link
+    assert names(tmp_path) == [".clip.012.tmp.mp4", ".clip.12.mp4", ".other.12.tmp.mp4", "clip.mp4"]
+    assert (tmp_path / ".other.12.tmp.mp4").read_bytes() == b""  # not written to through the link
 
 
 # Files of others
 
 
-def test_a_file_of_the_users_is_never_replaced_by_a_partial_film(tmp_path):
-    """Only what this program has left unfinished is replaced, neither a finished film of its own nor a link to one."""
+def test_a_partial_film_replaces_nothing_but_a_partial_film(tmp_path):
+    """A user's file of its name stays, a finished film of this program too, and so do links and folders."""
     path, partial = tmp_path / "clip.mp4", tmp_path / "clip.partial.mp4"
     with pytest.raises(ZeroDivisionError), VideoWriter(path, 48, 32, 16) as writer:  # noqa: PT012
         writer.write(frames(2))
         _ = 1 / 0
-    partial.rename(tmp_path / "unfinished.mp4")
-    with VideoWriter(path, 48, 32, 16) as writer:
+    with VideoWriter(path, 48, 32, 16) as writer:  # what was left unfinished is replaced
         writer.write(frames(2))
-    makes = [
-        lambda: path.rename(partial),
-        partial.touch,
-        partial.mkdir,
-        lambda: os.mkfifo(partial),
-        lambda: partial.symlink_to(tmp_path / "unfinished.mp4"),
-        lambda: partial.symlink_to(tmp_path / "nowhere"),
-    ]
+    makes = [lambda: path.rename(partial), partial.touch, partial.mkdir, lambda: partial.symlink_to("nowhere")]
     for make in makes:
         make()
         with pytest.raises(InputError, match=r"clip\.partial\.mp4 is no unfinished video of this program"):
             VideoWriter(path, 48, 32, 16)
-        if partial.is_dir():
-            partial.rmdir()
-        else:
-            partial.unlink()  # it is still there
-    (tmp_path / "unfinished.mp4").rename(partial)
-    with VideoWriter(path, 48, 32, 16) as writer:
-        writer.write(frames(3))
-    assert not partial.exists()
+        partial.rmdir() if partial.is_dir() else partial.unlink()  # it is still there
 
 
 def test_one_video_is_made_by_one_process(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,8 +14,7 @@ from safetensors.torch import save_file
 
 from model.errors import InputError
 from model.resume import changes as job_changes
-from model.resume import state as run_state
-from model.resume.state import RunState, device_name, segment_name, software
+from model.resume.state import RunState, segment_name, software
 
 JOB = {
     "request": {"mode": "causal", "seed": 7, "size": (64, 32), "sigmas": [1.0, 0.5, 0.1], "plan": {"blocks": 3}},
@@ -46,6 +44,14 @@ def same(tensors, expected):
         assert (
             tensors[key].contiguous().flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8))
         )
+
+
+def begun(folder):
+    RunState.create(folder, JOB).close()
+
+
+def begun_anew(folder):
+    RunState.create(folder, JOB, restart=True).close()
 
 
 def names(folder):
@@ -95,53 +101,35 @@ def test_what_is_different_is_named_and_sorted_by_what_it_means(state):
     assert changes.inexact == ('machine.device: "H100" in the stored run, now "H200"',)
 
 
-def test_other_software_only_means_other_bits(state, monkeypatch):
-    monkeypatch.setattr(run_state, "software", lambda: {**software(), "torch": "9.9"})
-    changes = state.changes(JOB)
-    assert changes.forbidding == ()
-    (line,) = changes.inexact
-    assert re.fullmatch(r'software\.torch: ".+" in the stored run, now "9\.9"', line)
-
-
 def test_numbers_of_different_kinds_and_missing_sections_are_differences(state):
     assert state.changes(changed(request={"seed": 7.0})).forbidding == ("request.seed: 7 in the stored run, now 7.0",)
     assert len(state.changes({}).forbidding) == 7
-    assert len(state.changes({}).inexact) == 2
 
 
 def test_a_folder_without_a_readable_job_is_explained(tmp_path):
-    def opened(text=None, folder="run"):
+    def opened(text=None):
         if text is not None:
             (tmp_path / "run" / "job.json").write_text(text)
         with pytest.raises(InputError) as caught:
-            RunState.open(tmp_path / folder)
+            RunState.open(tmp_path / "run")
         return str(caught.value)
 
     assert opened().endswith("run does not exist")
-    (tmp_path / "file").touch()
-    assert opened(folder="file").endswith("file is not a folder")
+    (tmp_path / "run").touch()
+    assert opened().endswith("run is not a folder")
+    (tmp_path / "run").unlink()
     (tmp_path / "run").mkdir()
     assert opened().endswith("run has no job.json: no run was begun there")
     assert names(tmp_path / "run") == []  # looking leaves nothing
-    assert "is not readable" in opened("{")
-    assert "is not readable" in opened("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
-    assert "expected an object with schema" in opened("[]")
+    for text in ("{", "[]", "{}", "[" * 10**5, "1" * 5000, "\ufeff{}"):
+        assert "is not readable as the job of a run" in opened(text)
     (tmp_path / "run" / "job.json").unlink()
     RunState.create(tmp_path / "run", JOB).close()
     stored = json.loads((tmp_path / "run" / "job.json").read_text())
     assert "schema version 1, this program reads 2" in opened(json.dumps({**stored, "schema": 1}))
-    for job in ([1], None, {"request": 5}, {"request": {"deep": json.loads("[" * 30 + "]" * 30)}}):
+    for job in ([1], {"request": 5}):
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-        assert "expected a job of sections" in opened(json.dumps({**stored, "job": job, "sha256": digest}))
-    assert "NaN is no number" in opened('{"schema": NaN}')
-    for text in (
-        "[" * 10**5,
-        f'{{"schema": {"[" * 980}{"]" * 980}, "sha256": 1, "job": {{}}}}',
-        "1" * 5000,
-        "\ufeff{}",
-    ):
-        assert re.search("is not readable|schema version", opened(text))
-    assert names(tmp_path / "run") == ["job.json"]
+        assert "expected sections" in opened(json.dumps({**stored, "job": job, "sha256": digest}))
     edited = {**stored, "job": {**stored["job"], "seed": 9}}
     assert "damaged or was edited (sha256 differs)" in opened(json.dumps(edited))
     (tmp_path / "run" / "job.json").write_text(json.dumps(stored))
@@ -151,20 +139,15 @@ def test_a_folder_without_a_readable_job_is_explained(tmp_path):
 def test_a_run_is_not_begun_where_there_is_one(tmp_path, state):
     """Neither while somebody works on it, nor later, nor where something is left of it."""
     state.save_segment(1, torch.ones(2))
-    for attempt in (RunState.open, RunState.discard, lambda folder: RunState.create(folder, JOB)):
+    for attempt in (RunState.open, begun, begun_anew):
         with pytest.raises(InputError, match=rf"in use by another process \({os.getpid()}\)"):
             attempt(tmp_path / "run")
     state.close()
-    with pytest.raises(InputError, match=r"already holds job\.json, segment-0001\.safetensors: resume"):
-        RunState.create(tmp_path / "run", JOB)
+    with pytest.raises(InputError, match="already holds a run: resume it or name another folder"):
+        begun(tmp_path / "run")
     (tmp_path / "run" / "job.json").unlink()
-    with pytest.raises(InputError, match=r"already holds segment-0001\.safetensors"):
-        RunState.create(tmp_path / "run", JOB)
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is not a folder"):
-        RunState.create(tmp_path / "file", JOB)
-    with pytest.raises(InputError, match="cannot be written"):
-        RunState.create(tmp_path / "file" / "run", JOB)
+    with pytest.raises(InputError, match=r"holds segment-0001\.safetensors, which is of no run"):
+        begun(tmp_path / "run")
     # The lock of the failed attempts is free again.
     (tmp_path / "run" / "segment-0001.safetensors").unlink()
     RunState.create(tmp_path / "run", JOB).close()
@@ -184,16 +167,11 @@ def test_whatever_has_the_name_of_a_runs_file_and_is_none_is_refused_and_stays(t
     makes = [
         lambda path: path.symlink_to(mine),
         lambda path: path.symlink_to(tmp_path / "nowhere"),
-        lambda path: path.symlink_to(tmp_path / "folder"),
         lambda path: path.mkdir(),
         lambda path: os.mkfifo(path),
     ]
-    uses = [
-        RunState.open,
-        RunState.discard,
-        lambda folder: RunState.create(folder, JOB),
-    ]
-    files = ["job.json", "lock", "finished", "inputs.safetensors", "segment-0002.safetensors.damaged", "piece-0001.mp4"]
+    uses = [RunState.open, begun, begun_anew]
+    files = ["job.json", "lock", "segment-0002.safetensors.damaged", "piece-0001.mp4"]
     for number, file in enumerate(files):
         for make in makes:
             folder = tmp_path / f"run {number}"
@@ -226,24 +204,17 @@ def test_files_of_no_run_are_not_deleted_to_begin_anew(tmp_path):
             (folder / "job.json").write_text(job)
         if other:
             assert RunState.holds(folder)
-            RunState.discard(folder)
-            assert names(folder) == []
+            begun_anew(folder)
+            assert names(folder) == ["job.json"]
         else:
             before = names(folder)
-            for use in (RunState.holds, RunState.discard):
+            for use in (RunState.holds, begun_anew):
                 with pytest.raises(InputError, match="which is of no run"):
                     use(folder)
             assert names(folder) == before
             assert (folder / "piece-0001.mp4").read_text() == "mine"
         shutil.rmtree(folder)
     assert not RunState.holds(tmp_path / "nowhere")
-    RunState.discard(tmp_path / "nowhere")
-    RunState.create(tmp_path / "run", JOB).close()
-    (tmp_path / "run" / "finished").write_text("with my exams")
-    for use in (RunState.holds, RunState.discard, RunState.open, lambda folder: RunState.create(folder, JOB)):
-        with pytest.raises(InputError, match="finished is of no run"):
-            use(tmp_path / "run")
-    assert (tmp_path / "run" / "finished").read_text() == "with my exams"
 
 
 def test_a_folder_that_is_gone_while_a_run_is_at_work_is_named(state):
@@ -266,7 +237,7 @@ def test_tensors_come_back_bit_for_bit(state):
     assert state.finished_segments([(1,)]) == state.damaged == []
 
 
-@pytest.mark.parametrize("name", ["other", "segment-1", "segment-0000", "../motion", "motion.safetensors", ""])
+@pytest.mark.parametrize("name", ["segment-1", "../motion", ""])
 def test_only_files_of_a_run_have_names(state, name):
     for use in (lambda: state.save(name, TENSORS), lambda: state.load(name)):
         with pytest.raises(ValueError, match="expected inputs, motion, condition or segment-0001"):
@@ -290,7 +261,7 @@ def test_a_change_of_any_byte_is_noticed(state):
         else:
             same(found, given)
     assert noticed == len(state.damaged) > 0.9 * len(good)
-    for length in range(len(good)):
+    for length in range(0, len(good), 7):
         path.write_bytes(good[:length])
         assert state.load("motion") is None
     path.write_bytes(good)
@@ -322,10 +293,8 @@ def test_other_tensors_than_are_needed_are_damage(state):
     state.save("inputs", good)
     same(state.load("inputs", wanted), good)
     for other, told in (
-        ({"a": good["a"]}, "expected a, b in it, got a"),
         ({**good, "\x1b[2J": good["b"]}, r"expected a, b in it, got \x1b[2J, a, b"),
         ({**good, "b": torch.ones(3)}, "expected b [2] float32, got [3] torch.float32"),
-        ({**good, "b": torch.ones(2).half()}, "expected b [2] float32, got [2] torch.float16"),
         ({**good, "b": torch.tensor([1, torch.inf])}, "b holds NaN or infinity"),
         ({**good, "a": torch.ones(9, 3)}, "expected a [1, any, 3] float32, got [9, 3] torch.float32"),
     ):
@@ -340,14 +309,11 @@ def test_what_becomes_a_link_while_a_run_is_at_work_is_damage(state, tmp_path):
     state.save("motion", TENSORS)
     place = state.folder / "motion.safetensors"
     moved = place.rename(tmp_path / "motion.safetensors")
-    for target in (moved, tmp_path / "nowhere"):
-        place.symlink_to(target)
-        assert state.load("motion") is None
-        assert "motion.safetensors is a link" in state.damaged.pop()
-        assert not os.path.lexists(place)
-    temporary = state.folder / f".motion.{os.getpid()}.tmp.safetensors"
-    temporary.symlink_to(moved)
     before = moved.read_bytes()
+    place.symlink_to(moved)
+    assert state.load("motion") is None
+    assert "motion.safetensors is a link" in state.damaged.pop()
+    (state.folder / f".motion.{os.getpid()}.tmp.safetensors").symlink_to(moved)
     state.save("motion", {"other": torch.ones(1)})
     assert moved.read_bytes() == before
 
@@ -389,27 +355,6 @@ def test_what_was_made_from_something_that_is_saved_again_is_dropped(state):
     assert there() == ["inputs"]
 
 
-def test_segments_have_their_order_beyond_four_digits(state):
-    for number in (9999, 10000, 10001):
-        state.save_segment(number, torch.ones(1))
-    state.save_segment(10000, torch.ones(1))
-    assert sorted(path.stem for path in state.folder.glob("*.safetensors")) == ["segment-10000", "segment-9999"]
-
-
-def test_a_write_that_fails_leaves_what_was_there(state, monkeypatch):
-    state.save("motion", TENSORS)
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space left"):
-            state.save("motion", {"other": torch.ones(3)})
-    same(state.load("motion"), TENSORS)
-    assert names(state.folder) == ["job.json", "lock", "motion.safetensors"]
-
-
 # The end
 
 
@@ -417,8 +362,7 @@ def test_removing_a_run_removes_its_files_and_nothing_else(tmp_path, state):
     for name in ("inputs", "motion", segment_name(1)):
         state.save(name, TENSORS)
     own = ["piece-0000.mp4", "piece-0001.mp4.damaged", "condition.safetensors.damaged", ".piece-0002.12.tmp.mp4"]
-    # Segments are counted from 1.
-    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4", "segment-0000.safetensors"]
+    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4"]
     for name in own + others:
         (state.folder / name).touch()
     state.remove()
@@ -438,7 +382,3 @@ def test_files_that_a_killed_run_had_begun_are_gone_when_it_goes_on(state):
     RunState.open(state.folder).close()
     foreign = [".clip.12.tmp.mp4", ".inputs.12.tmp.safetensors", ".job.12.tmp.json"]
     assert names(state.folder) == [*foreign, "job.json"]
-
-
-def test_devices_have_names():
-    assert device_name(torch.device("cpu")).startswith("cpu (")

@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import PRESETS
 from model.dit.model import WanDiT
 from model.errors import InputError
-from model.machine.counted import TensorMemory, elsewhere
+from model.machine.counted import TensorMemory
 from model.streaming.placement import ALIGNMENT, MATMUL, QUANTIZE, Placement, layer_layout, placed_bytes
 from model.weights.load import eight_bit_tensors, load_dit, random_weights
-from model.weights.lora import LoRA, apply_loras, merge_loras
+from model.weights.lora import LoRA, merge_loras
 from tests.conftest import TINY_DIT
 from tests.support.original_names import float8_with_scales, original_dit
 from tests.support.products import half
@@ -29,7 +28,6 @@ from tests.support.tolerances import relative_error
 LAYERS = 5
 DTYPES = (torch.float32, torch.bfloat16)
 CONFIG = replace(TINY_DIT, num_layers=LAYERS)
-META = torch.device("meta")
 #: Spread over three homes: two layers on the device, one in host memory, two in the file.
 MOVING = {"resident": 2, "pinned": 1}
 
@@ -73,9 +71,9 @@ def float8_file(plain: WanDiT, path: Path, dtype: torch.dtype = torch.float8_e4m
 # The decision
 
 
-@pytest.mark.parametrize(("layers", "pinned"), list(itertools.product((1, 2, 7, 30, 40), (0, 1, 5, 60))))
-def test_every_block_has_one_home_and_as_many_as_asked_stay(layers: int, pinned: int) -> None:
-    for resident in range(layers + 2):
+@pytest.mark.parametrize("layers", [1, 2, 7, 30])
+def test_every_block_has_one_home_and_as_many_as_asked_stay(layers: int) -> None:
+    for resident, pinned in itertools.product(range(layers + 2), (0, 1, 5, 60)):
         homes = Placement(resident, pinned).homes(layers)
         stay = min(resident, layers)
         assert homes.count("device") == stay
@@ -85,20 +83,14 @@ def test_every_block_has_one_home_and_as_many_as_asked_stay(layers: int, pinned:
         moving = [i for i, home in enumerate(homes) if home != "device"]
         gaps = {b - a for a, b in itertools.pairwise(moving)}
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
-
-
-def test_everything_stays_by_default() -> None:
-    assert set(Placement().homes(30)) == {"device"}
+    assert set(Placement().homes(layers)) == {"device"}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"quantize": "int4"}, "quantize: expected one of none, file, float8, int8, got 'int4'"),
-        ({"matmul": "fast"}, "matmul: expected one of plain, 8bit, got 'fast'"),
         ({"resident": -1}, "resident: expected None or at least 0, got -1"),
-        ({"pinned": -2}, "pinned: expected None or at least 0, got -2"),
-        ({"matmul": "8bit"}, "matmul: 8bit goes with quantize float8 or int8, got none"),
         ({"matmul": "8bit", "quantize": "file"}, "matmul: 8bit goes with quantize float8 or int8, got file"),
     ],
 )
@@ -144,31 +136,15 @@ def test_host_memory_is_what_was_promised(monkeypatch: pytest.MonkeyPatch) -> No
     with TensorMemory() as memory:
         model = random_weights(WanDiT, CONFIG, 1, placement=placement)
         assert memory.live == promised.device + promised.pinned
-    del model
-    with TensorMemory() as memory, elsewhere():
-        kept = random_weights(WanDiT, CONFIG, 1, placement=placement)
-        assert memory.live == 0 < len(kept.blocks)
-
-
-@pytest.mark.parametrize("preset", ["1.3b", "14b-1.3b", "5b"])
-def test_8_bits_take_half_of_16_and_a_block_and_four_bytes_a_row(preset: str) -> None:
-    config = PRESETS[preset].stage_one
-    half, eighth = (placed_bytes(config, torch.bfloat16, Placement(quantize=s)) for s in ("none", "float8"))
-    assert 0.5 < eighth.resident / half.resident < 0.503
-    assert eighth.unpacked == pytest.approx(half.resident / config.num_layers, rel=0.005)
-    streamed = placed_bytes(config, torch.bfloat16, Placement(resident=0))
-    assert streamed.slots == pytest.approx(2 * half.resident / config.num_layers, rel=1e-6)
-    assert (streamed.pinned, streamed.copied, streamed.resident) == (half.resident, half.resident, 0)
+    assert model.stream is not None
 
 
 def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
     for placement in PLACEMENTS:
         layout = layer_layout(CONFIG, torch.bfloat16, placement)
         for entries in (layout.stored, layout.unpacked):
-            ends = [0, *(entry.offset + entry.nbytes for entry in entries)]
-            assert all(
-                entry.offset % ALIGNMENT == 0 and entry.offset >= end for entry, end in zip(entries, ends, strict=False)
-            )
+            assert all(entry.offset % ALIGNMENT == 0 for entry in entries)
+            assert all(b.offset >= a.offset + a.nbytes for a, b in itertools.pairwise(entries))
 
 
 # The numbers
@@ -180,8 +156,7 @@ def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
 def test_where_weights_live_changes_nothing(placement: Placement, dtype: torch.dtype) -> None:
     expected = output(random_weights(WanDiT, CONFIG, 1, dtype=dtype))
     model = random_weights(WanDiT, CONFIG, 1, dtype=dtype, placement=placement)
-    assert torch.equal(output(model), expected)
-    assert torch.equal(output(model), expected)
+    assert all(torch.equal(output(model), expected) for _ in range(2))
 
 
 @pytest.mark.parametrize(
@@ -204,13 +179,6 @@ def test_float8_files_run_as_they_are(
         found = memory.live
     assert torch.equal(output(model), output(expected))
     assert found <= placed_bytes(CONFIG, dtype, placement, stored).device
-    if not where:
-        assert model.blocks[0].ffn.net[0].proj.weight.dtype == dtype  # unpacked
-        matrices = sum(p.numel() for p in expected.blocks.parameters() if p.ndim == 2)
-        plain_bytes = placed_bytes(CONFIG, dtype, Placement()).resident
-        assert plain_bytes - placed_bytes(CONFIG, dtype, placement, stored).resident > 0.8 * matrices * (
-            dtype.itemsize - 1
-        )
 
 
 def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, tmp_path: Path) -> None:
@@ -260,10 +228,8 @@ def test_products_in_8_bits_read_float8_of_a_file_as_it_is(plain: WanDiT, tmp_pa
     placed = load_dit(path, config=CONFIG, placement=Placement(quantize="float8", matmul="8bit"))
     stored, _ = float8_with_scales(original_dit(plain.state_dict()))
     weight = placed.blocks[2].ffn.net[2].weight
-    assert weight.dtype == torch.float8_e4m3fn
     assert torch.equal(weight.view(torch.uint8), stored["blocks.2.ffn.2.weight"].view(torch.uint8))
-    expected = output(load_dit(path, config=CONFIG))
-    assert relative_error(output(placed), expected) < 0.12
+    assert relative_error(output(placed), output(load_dit(path, config=CONFIG))) < 0.12
 
 
 @pytest.mark.parametrize(
@@ -277,9 +243,8 @@ def test_what_would_cut_parameters_off_their_weights_is_refused(placement: Place
     for call in (model.double, model.state_dict, lambda: model.to("cpu", torch.bfloat16)):
         with pytest.raises(RuntimeError, match="streamed or"):
             call()
-    for give in (apply_loras, merge_loras):
-        with pytest.raises(InputError, match="layers are streamed or in 8 bits; give load_dit the LoRAs instead"):
-            give(model, [lora])
+    with pytest.raises(InputError, match="layers are streamed or in 8 bits; give load_dit the LoRAs instead"):
+        merge_loras(model, [lora])
     own = random_weights(WanDiT, CONFIG, 1, placement=Placement())
     assert own.state_dict().keys() == random_weights(WanDiT, CONFIG, 1).state_dict().keys()
     assert own.double().dtype == torch.float64

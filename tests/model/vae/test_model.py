@@ -16,7 +16,7 @@ RESIDUAL = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_s
 VERSIONS = {
     "2.1": TINY,
     "2.1, two blocks a stage": {"base_dim": 4, "z_dim": 4},
-    "2.1, diffusers' test model": {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "2.1, a decoder that widens": TINY | {"dim_mult": [4, 2, 1, 1]},
     "2.1, other temporal stages": TINY | {"temperal_downsample": [True, True, False]},
     "2.2": TINY | RESIDUAL | {"decoder_base_dim": 8, "z_dim": 8},
     "2.2, two blocks a stage": RESIDUAL | {"base_dim": 4, "z_dim": 6},
@@ -43,7 +43,7 @@ def statistics(model):
     )
 
 
-@pytest.mark.parametrize(("version", "size"), half(VERSIONS, [(2, 9, 3, 2), (1, 1, 2, 3), (1, 13, 1, 2)]), ids=str)
+@pytest.mark.parametrize(("version", "size"), half(VERSIONS, [(2, 9, 3, 2), (1, 1, 2, 3)]), ids=str)
 def test_equals_diffusers(version, size, tmp_path):
     batch, num_frames, rows, columns = size
     theirs = saved_diffusers_vae(tmp_path, **VERSIONS[version])
@@ -60,7 +60,7 @@ def test_equals_diffusers(version, size, tmp_path):
     assert relative_error(ours.decode(latents), expected) < PARITY
 
 
-@pytest.mark.parametrize(("version", "pieces"), half(VERSIONS, [(1, 1, 1, 1, 1), (1, 2, 2), (3, 2), (5,)]), ids=str)
+@pytest.mark.parametrize(("version", "pieces"), half(VERSIONS, [(1, 1, 1, 1, 1), (3, 2)]), ids=str)
 def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
     """A clip in pieces (counted in latent frames) equals the whole one; in float64 rounding hides no wrong cache."""
     saved_diffusers_vae(tmp_path, **VERSIONS[version])
@@ -74,11 +74,8 @@ def test_streaming_in_pieces_equals_the_whole_clip(version, pieces, tmp_path):
     assert [piece.shape[2] for piece in decoded] == frames
     assert [piece.shape[2] for piece in encoded] == list(pieces)
     # The reference is one call over all frames at once, with no cache involved.
-    whole_decode, whole_encode = next(vae.decode_stream([latents])), next(vae.encode_stream([video]))
-    assert relative_error(torch.cat(decoded, dim=2), whole_decode) < EXACT
-    assert relative_error(torch.cat(encoded, dim=2), whole_encode) < EXACT
-    assert relative_error(vae.decode(latents), whole_decode) < EXACT
-    assert relative_error(vae.encode(video), whole_encode) < EXACT
+    assert relative_error(torch.cat(decoded, dim=2), vae.decode(latents)) < EXACT
+    assert relative_error(torch.cat(encoded, dim=2), vae.encode(video)) < EXACT
 
 
 def test_streams_are_independent_of_each_other(tiny_vae):
@@ -96,7 +93,7 @@ def test_decode_is_clamped(tiny_vae):
 @pytest.mark.parametrize(
     ("part", "shape", "message"),
     [
-        ("encode", (1, 3, 6, 16, 16), r"expected 1 \+ 4n frames, got 6"),
+        ("encode", (1, 3, 6, 16, 16), r"expected 1 \+ 4n frames in this piece, got 6"),
         ("encode", (1, 3, 5, 16, 20), "multiples of 8, got 16 x 20"),
         ("encode", (1, 4, 5, 16, 16), r"expected \[B, 3, F, H, W\]"),
         ("decode", (1, 5, 1, 2, 2), r"latents: expected \[B, 4, T, h, w\]"),

@@ -11,8 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 
-from model import DiTConfig, InputError, LoRA, VAEConfig, WanDiT, WanVAE, load_dit, load_vae
-from model.resume.fingerprint import fingerprint
+from model import DiTConfig, InputError, LoRA, WanDiT, load_dit
 from model.streaming.placement import Placement
 from model.weights.files import open_weights
 from model.weights.load import inspect_dit, random_weights
@@ -60,56 +59,16 @@ def state():
     return original_dit(random_weights(WanDiT, CONFIG, 0).state_dict())
 
 
-def half(data, at):
-    return struct.unpack_from("<e", data, at)[0]
-
-
-def q8_0(data):
-    return [half(data, 0) * value for value in struct.unpack_from("<32b", data, 2)]
-
-
-def q4_0(data):
-    low, high = [byte & 15 for byte in data[2:]], [byte >> 4 for byte in data[2:]]
-    return [half(data, 0) * (value - 8) for value in low + high]
-
-
-def q4_k(data):
-    packed, values = data[4:16], []
-    for group in range(8):
-        if group < 4:
-            scale, least = packed[group] & 63, packed[group + 4] & 63
-        else:
-            scale = packed[group + 4] & 15 | packed[group - 4] >> 6 << 4
-            least = packed[group + 4] >> 4 | packed[group] >> 6 << 4
-        quarter = data[16 + group // 2 * 32 : 48 + group // 2 * 32]
-        bits = [byte >> 4 if group % 2 else byte & 15 for byte in quarter]
-        values += [half(data, 0) * scale * value - half(data, 2) * least for value in bits]
-    return values
-
-
-def q6_k(data):
-    values = [0.0] * 256
-    for i in range(256):
-        part, place = divmod(i, 128)
-        quarter, column = divmod(place, 32)
-        low = data[part * 64 + quarter % 2 * 32 + column] >> 4 * (quarter // 2) & 15
-        top = data[128 + part * 32 + column] >> 2 * quarter & 3
-        scale = struct.unpack_from("<b", data, 192 + i // 16)[0]
-        values[i] = half(data, 208) * scale * ((low | top << 4) - 32)
-    return values
-
-
-@pytest.mark.parametrize("formula", [q8_0, q4_0, q4_k, q6_k])
-def test_blocks_are_the_numbers_of_their_formula(formula, state, tmp_path):
-    """A matrix in blocks is what the formula of its type, written down anew, makes of every block."""
-    kind = formula.__name__.upper()
-    nbytes = gguf.GGML_QUANT_SIZES[Kind[kind]][1]
-    packed = blocks(kind, 256, 256)
-    file = write(tmp_path / "wan.gguf", plain(state) | {MATRIX: (packed, kind)})
-    numbers = [value for row in packed.reshape(-1, nbytes) for value in formula(bytes(row))]
-    expected = torch.tensor(numbers, dtype=torch.float64).reshape(256, 256)
+def test_blocks_are_the_numbers_of_their_formula(state, tmp_path):
+    """A matrix in blocks is what the formula of Q8_0, written down anew, makes of every block."""
+    packed = blocks("Q8_0", 256, 256)
+    file = write(tmp_path / "wan.gguf", plain(state) | {MATRIX: (packed, "Q8_0")})
+    numbers = []
+    for data in packed.reshape(-1, 34):
+        scale, *values = struct.unpack("<e32b", bytes(data))
+        numbers += [scale * value for value in values]
     read = load_dit(file).blocks[0].attn1.to_q.weight
-    torch.testing.assert_close(read.double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+    assert torch.equal(read, torch.tensor(numbers).reshape(256, 256))
     assert torch.equal(load_dit(file, dtype=torch.bfloat16).blocks[0].attn1.to_q.weight, read.bfloat16())
 
 
@@ -147,20 +106,22 @@ def test_a_file_of_many_types_loads_streams_and_is_inspected(state, tmp_path, in
     assert {kind: report["dtypes"][kind] for kind in counts} == {kind: count for kind, count in counts.items() if count}
     assert report["bytes"] == sum(array.nbytes for array, _ in (plain(state) | packed).values())
     assert report["parameters"] == sum(tensor.numel() for tensor in state.values())
-    before = fingerprint(tmp_path / "wan.gguf")
-    array = packed[matrices[0]][0].copy()
-    array[-1, -1] ^= 1
-    write(tmp_path / "wan.gguf", plain(state) | packed | {matrices[0]: (array, kinds[matrices[0]])})
-    assert fingerprint(tmp_path / "wan.gguf") != before
 
 
 SQUEEZED = "head.modulation"
 
 
 @pytest.mark.parametrize(
-    "way", ["five sizes", "as the header says", "flat", "four sizes", "a row a filter", "in blocks"]
+    ("way", "prefix"),
+    [
+        ("five sizes", ""),
+        ("as the header says", "model.diffusion_model."),
+        ("flat", ""),
+        ("four sizes", "model.diffusion_model."),
+        ("a row a filter", ""),
+        ("in blocks", ""),
+    ],
 )
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_patch_embeddings_and_tables_have_their_shapes_again(way, prefix, state, tmp_path):
     """A patch embedding that was stored flat, and tables without their leading one, have their shapes again."""
     name, tensors = "patch_embedding.weight", plain(state)
@@ -187,17 +148,6 @@ def test_patch_embeddings_and_tables_have_their_shapes_again(way, prefix, state,
     assert torch.equal(first, loaded[name][3:5])
 
 
-def test_a_vae_and_a_folder_load(state, tmp_path):
-    config = VAEConfig(base_dim=4, decoder_base_dim=8)
-    vae = random_weights(WanVAE, config, 0)
-    write(tmp_path / "vae.gguf", plain(vae.state_dict()), "pig")
-    loaded = load_vae(tmp_path).state_dict()
-    assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.items())
-    write(tmp_path / "wan.gguf", plain(state))
-    with pytest.raises(InputError, match=r"several candidates, name one: vae\.gguf, wan\.gguf"):
-        load_vae(tmp_path)
-
-
 def string(text):
     return struct.pack("<Q", len(text)) + text.encode()
 
@@ -213,54 +163,30 @@ def tensor(name, sizes, kind=0, offset=0):
     return string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
 
 
-NUMBER = struct.pack("<II", 4, 1)
+SHAPE = "comfy.gguf.orig_shape.a"
 HOSTILE = {
-    "empty": (b"", "not a readable GGUF file"),
-    "four letters": (b"GGUF", "its header goes on beyond byte 4"),
-    "another magic": (b"GGML" + bytes(60), "does not begin with GGUF"),
-    "another byte order": (header(version=3 << 24), "expected 2 or 3 in little-endian order"),
-    "endless tensors": (header(counts=(2**63, 0)), "its header goes on beyond byte"),
-    "endless values": (header(counts=(0, 2**64 - 1)), "its header goes on beyond byte"),
-    "an endless name": (header(end=struct.pack("<Q", 2**63), counts=(1, 0)), "its header goes on beyond byte"),
-    "an endless array": (
-        header([("a", struct.pack("<IIQ", 9, 4, 2**60))]),
-        "its header goes on beyond byte",
-    ),
-    "endless strings": (header([("a", struct.pack("<IIQ", 9, 8, 2**60))]), "its header goes on beyond byte"),
-    "arrays of arrays": (header([("a", struct.pack("<IIQIQ", 9, 9, 1, 9, 1))]), "is an array of type 9"),
-    "an unknown value": (header([("a", struct.pack("<I", 77))]), "has the type 77, which GGUF has not"),
-    "an unknown type": (header(tensors=[tensor("a", [4], 999)], end=bytes(64)), "has the type 999"),
-    "many sizes": (header(tensors=[tensor("a", [1] * 9)], end=bytes(64)), "has 9 sizes"),
-    "huge sizes": (header(tensors=[tensor("a", [2**62, 2**62])], end=bytes(64)), "beyond the file's"),
-    "a far offset": (header(tensors=[tensor("a", [4], 0, 2**63)], end=bytes(64)), "beyond the file's"),
-    "half a block": (header(tensors=[tensor("a", [33], 8)], end=bytes(64)), "expected a multiple of Q8_0's 32"),
-    "twice": (header(tensors=[tensor("a", [4])] * 2, end=bytes(64)), "holds 'a' twice"),
-    "an odd name": (header(tensors=[tensor("a\x1b[2J", [4])], end=bytes(64)), r"expected printable characters"),
-    "no text": (header(end=struct.pack("<Q", 2) + b"\xff\xfe" + bytes(99), counts=(1, 0)), "not a readable GGUF file"),
-    "alignment of 0": (
-        header([("general.alignment", struct.pack("<II", 4, 0))], [tensor("a", [4])]),
-        "general.alignment is 0",
-    ),
-    "another shape": (
-        header([("comfy.gguf.orig_shape.a", struct.pack("<IIQ2i", 9, 5, 2, 2, 3))], [tensor("a", [4])], end=bytes(64)),
-        r"orig_shape.a is [2, 3], and the tensor has [4]",
-    ),
-    "no shape": (
-        header([("comfy.gguf.orig_shape.a", NUMBER)], [tensor("a", [4])]),
-        "orig_shape.a is 1, expected sizes",
-    ),
+    "four letters": b"GGUF",
+    "another byte order": header(version=3 << 24),
+    "endless tensors": header(counts=(2**63, 0)),
+    "an endless array": header([("a", struct.pack("<IIQ", 9, 4, 2**60))], end=bytes(64)),
+    "arrays in arrays": header([("a", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000)], end=bytes(64)),
+    "an unknown type": header(tensors=[tensor("a", [4], 999)], end=bytes(64)),
+    "huge sizes": header(tensors=[tensor("a", [2**62, 2**62])], end=bytes(64)),
+    "a far offset": header(tensors=[tensor("a", [4], 0, 2**63)], end=bytes(64)),
+    "twice": header(tensors=[tensor("a", [4])] * 2, end=bytes(64)),
+    "an odd name": header(tensors=[tensor("a\x1b[2J", [4])], end=bytes(64)),
+    "another shape": header([(SHAPE, struct.pack("<IIQ2i", 9, 5, 2, 2, 3))], [tensor("a", [4])], end=bytes(64)),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_headers_are_refused_at_once(kind, tmp_path, inspected):
     """A header that claims more than the file has is refused in one line, before anything of that size is made."""
-    content, message = HOSTILE[kind]
     file = tmp_path / "wan.gguf"
-    file.write_bytes(content)
-    with pytest.raises(InputError) as error:
+    file.write_bytes(HOSTILE[kind])
+    words = "expected printable characters" if kind == "an odd name" else "is not a readable GGUF file"
+    with pytest.raises(InputError, match=words) as error:
         load_dit(file)
-    assert message in str(error.value)
     assert str(file) in str(error.value)
     assert str(error.value).isprintable()
     assert inspected(file)[0] == 2
@@ -271,7 +197,7 @@ def test_a_truncated_file_is_refused_when_it_is_opened(state, tmp_path):
     whole = file.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 2000, 30):
         file.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"wan\.gguf is not a readable GGUF file: .*beyond"):
+        with pytest.raises(InputError, match=r"wan\.gguf is not a readable GGUF file: it ends at"):
             inspect_dit(file)
 
 
@@ -282,12 +208,4 @@ def test_integers_and_types_without_a_formula_are_named(state, tmp_path, monkeyp
         load_dit(file)
     write(file, plain(state) | {MATRIX: (np.zeros((256, 292), np.uint8), "Q8_K")})
     with pytest.raises(InputError, match=f"'{MATRIX}' is Q8_K, which the package gguf does not multiply out"):
-        load_dit(file)
-
-
-def test_a_scale_of_blocks_that_is_not_finite_is_named(state, tmp_path):
-    packed = blocks("Q8_0", 256, 256)
-    packed[7, 34:36] = 0x00, 0x7E
-    file = write(tmp_path / "wan.gguf", plain(state) | {MATRIX: (packed, "Q8_0")})
-    with pytest.raises(InputError, match=rf"wan\.gguf: {MATRIX} holds NaN or infinity"):
         load_dit(file)

@@ -44,8 +44,14 @@ def same_state(loaded, model):
     return all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module._orig_mod.dit."])
-@pytest.mark.parametrize("config", [CLIP_DIT, DiTConfig(num_heads=2, num_layers=1, ffn_dim=8, cross_attn_norm=False)])
+@pytest.mark.parametrize(
+    ("prefix", "config"),
+    [
+        ("", CLIP_DIT),
+        ("model.diffusion_model.", DiTConfig(num_heads=2, num_layers=1, ffn_dim=8, cross_attn_norm=False)),
+        ("module._orig_mod.dit.", CLIP_DIT),
+    ],
+)
 def test_original_dit_file_loads_and_its_config_is_inferred(config, prefix, tmp_path):
     model = random_weights(WanDiT, config, 0)
     original = original_dit(model.state_dict())
@@ -63,29 +69,30 @@ def test_original_dit_directory_with_shards_and_config(tmp_path):
     shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
     for file, part in shards.items():
         save_file({name: original[name] for name in part}, tmp_path / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
     with pytest.raises(InputError, match="number of heads cannot be read"):
         load_dit(tmp_path)
-    assert same_state(load_dit(tmp_path, config=TINY_DIT), model)
+    assert same_state(load_dit(index, config=TINY_DIT), model)
     config = {"_class_name": "WanModel", "model_type": "i2v", "num_heads": 2, "eps": 1e-6, "num_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
-    with pytest.raises(InputError, match=r"num_layers: config\.json says 3, the tensors are 2"):
-        load_dit(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "CausalWanModel"}))
-    with pytest.raises(InputError, match=r"_class_name in config\.json: expected one of .*, got 'CausalWanModel'"):
-        load_dit(tmp_path)
+    for change, message in (
+        ({"num_layers": 3}, r"num_layers: config\.json says 3, the tensors are 2"),
+        ({"_class_name": "CausalWanModel"}, r"_class_name in config\.json: expected one of .*, got 'CausalWanModel'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=message):
+            load_dit(tmp_path)
     for name in ("WanModel", "WanTransformer3DModel", "Wan2_2Transformer3DModel"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": name}))
         assert load_dit(tmp_path).config == TINY_DIT
     assert same_state(load_dit(tmp_path), model)
-    index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    assert same_state(load_dit(index_file), model)
     save_file(original, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
     with pytest.raises(InputError, match="in more than one file"):
         load_dit(tmp_path)
+    # Without an index, shards that are missing may hold whole layers, which nobody would miss.
+    index.unlink()
     (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="lacks the shards diffusion_pytorch_model-00002-of-00002"):
+    with pytest.raises(InputError, match="holds 1 shards of 2: diffusion_pytorch_model-00001-of-00002"):
         load_dit(tmp_path)
 
 
@@ -93,10 +100,15 @@ def json_tensor(value):
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("by_row", [False, True], ids=["scale a tensor", "scale a row"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("generation", ["scale_weight", "weight_scale", "header"])
+@pytest.mark.parametrize(
+    ("generation", "dtype", "by_row", "prefix"),
+    [
+        ("scale_weight", torch.float8_e4m3fn, False, "model.diffusion_model."),
+        ("weight_scale", torch.float8_e5m2, True, ""),
+        ("header", torch.float8_e4m3fn, True, "model.diffusion_model."),
+        ("header", torch.float8_e5m2, False, ""),
+    ],
+)
 def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_row, prefix, tmp_path):
     """ComfyUI's float8 files of all three generations load: a marker, a tensor of JSON a layer, header metadata."""
     model = random_weights(WanDiT, CLIP_DIT, 0)
@@ -122,27 +134,21 @@ def test_float8_with_scales_is_their_product_rounded_once(generation, dtype, by_
 
 def test_plain_float8_and_scales_of_one_that_mean_nothing(tmp_path):
     """Files cast to float8, biases too, load, and so do layers kept in 16 bits with a scale that means nothing."""
-    state = original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict())
+    state = original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict())
     cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
-    assert equals(loaded(tmp_path, cast, config=TINY_DIT), cast)
+    assert equals(loaded(tmp_path, cast), cast)
     kept = {name: tensor.bfloat16() for name, tensor in state.items()}
     more = {"blocks.0.ffn.0.scale_weight": torch.ones(1), "scaled_fp8": torch.zeros(0)}
-    assert equals(loaded(tmp_path, kept | more, config=TINY_DIT), kept)
+    assert equals(loaded(tmp_path, kept | more), kept)
 
 
-def test_a_scale_may_have_more_dimensions_than_its_weight(tmp_path):
-    """A scale of one number may have any shape."""
+def test_float8_shards_have_their_scales_in_any_file_and_shape(tmp_path):
     stored, meant = float8_with_scales(original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict()))
     shaped = {name: x.view(1, 1, 1) if name.endswith("scale_weight") else x for name, x in stored.items()}
-    assert equals(loaded(tmp_path, shaped), meant)
-
-
-def test_float8_shards_have_their_scales_in_any_file(tmp_path):
-    stored, meant = float8_with_scales(original_dit(random_weights(WanDiT, TINY_DIT, 0).state_dict()))
-    names = sorted(stored)
     for i in range(2):
-        save_file({name: stored[name] for name in names[i::2]}, tmp_path / f"wan-0000{i + 1}-of-00002.safetensors")
-    assert equals(load_dit(tmp_path, config=TINY_DIT), meant)
+        part = sorted(shaped)[i::2]
+        save_file({name: shaped[name] for name in part}, tmp_path / f"wan-0000{i + 1}-of-00002.safetensors")
+    assert equals(load_dit(tmp_path), meant)
 
 
 @pytest.mark.parametrize(("index", "dtype"), [(True, torch.int8), (False, torch.float8_e4m3fn)])
@@ -194,17 +200,14 @@ HALF = "8 bits with a scale for 12 matrices and without one for 12"
     ("lacking", "more", "named"),
     [
         (".1.", {}, rf"{HALF} \(blocks\.1\.\w+\.\w+\.weight and 11 more\)"),
-        (".ffn.0.", {}, r"a scale for 22 matrices and without one for 2 \(blocks\.0\.ffn\.0\.weight and 1 more\)"),
         (
             ".1.",
             {"scaled_fp8": torch.zeros(2)},
-            "float8_e4m3fn without the scale that scaled_fp8 announces in .* and 11",
+            "float8_e4m3fn without the scale that scaled_fp8 announces in",
         ),
-        ("", {"scaled_fp8": torch.zeros(2)}, "float8_e4m3fn without the scale that scaled_fp8 announces in .* and 23"),
         ("", "formats", "float8_e4m3fn without the scale that float8_e4m3fn announces in .* and 23 more"),
         ("", {}, r"q\.weight holds the largest number of float8_e4m3fn, as weights do that have a scale; expected"),
         (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": torch.float16}, None),
-        (".0.self_attn.q.", {"blocks.0.self_attn.q.weight": None}, "surplus blocks.0.self_attn.q.scale_weight"),
         ("none", {"blocks.0.norm3.weight": torch.float8_e5m2, "patch_embedding.weight": torch.float8_e5m2}, None),
         ("none", {"text_encoders.x.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, None),
     ],
@@ -217,24 +220,19 @@ def test_scales_are_there_for_all_matrices_in_float8_or_for_none(lacking, more, 
     scales without a trace is known by numbers that fill the range of float8.
     """
     stored, _ = float8_with_scales(original_dit(random_weights(WanDiT, CLIP_DIT, 0).state_dict()))
+    prefix, metadata = "model.diffusion_model.", {}
     scales = [name for name in stored if name.endswith(".scale_weight")]
-    metadata = {}
     if more == "formats":
-        entries = {name.removesuffix(".scale_weight"): {"format": "float8_e4m3fn"} for name in scales}
-        more, metadata = {}, {"_quantization_metadata": json.dumps({"layers": entries})}
-    orphans = [name for name, value in more.items() if value is None]
-    stored = {
-        k: v for k, v in stored.items() if not (k in scales and lacking in k and not orphans) and k not in orphans
-    }
+        layers = {prefix + name.removesuffix(".scale_weight"): {"format": "float8_e4m3fn"} for name in scales}
+        more, metadata = {}, {"_quantization_metadata": json.dumps({"layers": layers})}
+    stored = {name: value for name, value in stored.items() if name not in scales or lacking not in name}
     for name, value in more.items():
-        if value is not None:
-            stored[name] = stored[name].to(value) if isinstance(value, torch.dtype) else value
-    file = {name if "encoders" in name else f"model.diffusion_model.{name}": value for name, value in stored.items()}
-    metadata = {name: text.replace("blocks", "model.diffusion_model.blocks") for name, text in metadata.items()}
+        stored[name] = stored[name].to(value) if isinstance(value, torch.dtype) else value
+    file = {name if "encoders" in name else prefix + name: value for name, value in stored.items()}
     if named is None:
         loaded(tmp_path, file, metadata)
         return
-    with pytest.raises(InputError, match=named.replace("blocks", "model.diffusion_model.blocks")):
+    with pytest.raises(InputError, match=named.replace("blocks", r"model\.diffusion_model\.blocks")):
         loaded(tmp_path, file, metadata)
 
 
@@ -256,11 +254,6 @@ FLOAT8 = {"blocks.0.ffn.0.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn
             {},
             r"float8_e4m3fn with float32 scales of shape \[2, 2\] in blocks.0.ffn.0;",
         ),
-        (
-            {**FLOAT8, "blocks.0.ffn.0.weight_scale": torch.ones(64, 2, dtype=torch.uint8)},
-            {},
-            r"float8_e4m3fn with uint8 scales of shape \[64, 2\]",
-        ),
     ],
 )
 def test_other_quantisations_are_named(tensors, metadata, named, tmp_path):
@@ -270,13 +263,7 @@ def test_other_quantisations_are_named(tensors, metadata, named, tmp_path):
         loaded(tmp_path, {**state, **tensors}, header, config=TINY_DIT)
 
 
-def test_quantisations_of_other_programs_are_named(tmp_path):
-    saved_diffusers_dit(tmp_path / "dit")
-    file = tmp_path / "dit" / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
-    with pytest.raises(InputError, match=r"'torchao' \(quantization_config of config.json\)"):
-        load_dit(tmp_path / "dit")
+def test_a_description_of_quantised_layers_that_cannot_be_read_is_refused(tmp_path):
     state = random_weights(WanDiT, TINY_DIT, 0).state_dict()
     with pytest.raises(InputError, match=r"how its layers are quantised is not readable"):
         loaded(tmp_path, state, {"_quantization_metadata": "{"}, config=TINY_DIT)
@@ -333,57 +320,13 @@ def test_pipeline_directory_and_variant_file_are_found(tmp_path):
     assert same_state(load_dit(tmp_path / "half"), load_dit(tmp_path))
 
 
-def test_every_tensor_that_does_not_fit_is_named_in_one_error(tmp_path):
-    state = {name: tensor.clone() for name, tensor in random_weights(WanDiT, TINY_DIT, 0).state_dict().items()}
-    del state["blocks.1.attn1.to_q.bias"], state["proj_out.bias"]
-    state["blocks.0.extra"] = torch.zeros(3)
-    state["blocks.0.ffn.net.2.weight"] = torch.zeros(48, 63)
-    with pytest.raises(InputError) as error:
-        loaded(tmp_path, state, config=TINY_DIT)
-    for part in (
-        "4 tensors",
-        "missing blocks.1.attn1.to_q.bias (48,)",
-        "missing proj_out.bias (16,)",
-        "surplus blocks.0.extra",
-        "misshapen blocks.0.ffn.net.2.weight: (48, 63), expected (48, 64)",
-    ):
-        assert part in str(error.value)
-
-
-def test_wrong_files_are_explained(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
-    (tmp_path / "model.ckpt.txt").write_text("no")
+def test_other_models_are_told_from_the_one_that_was_meant(tmp_path):
     saved_diffusers_vae(tmp_path / "vae", base_dim=3, z_dim=4)
-    saved_diffusers_vae(tmp_path / "config", base_dim=3, z_dim=4)
-    (tmp_path / "config" / "config.json").write_text("{")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for load, name, message in (
-        (load_dit, "nowhere", "does not exist"),
-        (load_dit, "empty", "no safetensors or"),
-        (load_dit, "broken.safetensors", "not a readable safetensors file"),
-        (load_dit, "model.ckpt.txt", r"neither \.safetensors nor one of"),
-        (load_dit, "vae", "is a Wan VAE; expected a Wan DiT"),
-        (load_vae, "config", "not readable JSON"),
-        (load_vae, "other.safetensors", r"not a Wan VAE checkpoint: tensor 'encoder\.conv_in\.weight' is missing"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load(tmp_path / name)
-
-
-def test_unsupported_configurations_are_named(tmp_path):
-    with pytest.raises(InputError, match="attn_scales"):
-        VAEConfig.from_diffusers({"attn_scales": [0.5]})
-    with pytest.raises(InputError, match=r"latents_mean: expected 4 numbers \(z_dim\), got 16"):
-        VAEConfig.from_diffusers({"z_dim": 4})
-    for patch in ([2, 2, 2], [1, 2, 4]):
-        with pytest.raises(InputError, match="patch_size"):
-            DiTConfig.from_diffusers({"patch_size": patch})
-    for given in ({"head_dim": 7}, {"head_dim": 4}, {"freq_dim": 3}, {"eps": 1e-50}, {"eps": 1e300}):
-        with pytest.raises(InputError, match=f"{next(iter(given))}: expected "):
-            DiTConfig(**given)
-    with pytest.raises(InputError, match="added_kv_proj_dim"):
-        DiTConfig.from_diffusers({"added_kv_proj_dim": 7})
+    with pytest.raises(InputError, match="is a Wan VAE; expected a Wan DiT"):
+        load_dit(tmp_path / "vae")
+    with pytest.raises(InputError, match=r"not a Wan VAE checkpoint: tensor 'encoder\.conv_in\.weight' is missing"):
+        load_vae(tmp_path / "other.safetensors")
 
 
 def test_random_weights_depend_on_the_seed_alone():

@@ -63,8 +63,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("writer", ["diffusers model", "diffusers pipeline", "peft"])
+@pytest.mark.parametrize(
+    ("writer", "config"),
+    [("peft", "alpha"), ("peft", "patterns"), ("diffusers model", "patterns"), ("diffusers pipeline", "rslora")],
+)
 def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config, tmp_path):
     """PEFT adapters equal their model, with alpha in the header (diffusers) or in adapter_config.json (PEFT)."""
     theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
@@ -72,7 +74,6 @@ def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config,
     if writer == "peft":
         theirs = get_peft_model(theirs, CONFIGS[config])
         theirs.save_pretrained(path)
-        assert (path / "adapter_config.json").exists()
     else:
         theirs.add_adapter(CONFIGS[config])
         theirs.save_lora_adapter(path)
@@ -83,40 +84,13 @@ def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config,
         WanPipeline.save_lora_weights(path, layers, transformer_lora_adapter_metadata=metadata)
         assert all(key.startswith("transformer.") for key in load_file(*path.iterdir()))
     ours = load_dit(tmp_path / "dit")
-    before = state_of(ours)
     assert not agrees(ours, theirs)
     merge_loras(ours, [LoRA(path)])
     assert agrees(ours, theirs)
-    assert not same(before, ours)
     assert same(ours.state_dict(), load_dit(tmp_path / "dit", loras=[LoRA(path)]))
 
 
-def test_several_at_once_with_strengths_equal_diffusers_fusing_them(tmp_path):
-    """A T2V LoRA with alphas and an I2V one equal diffusers on an I2V model; only one has image keys and values."""
-    theirs = saved_diffusers_dit(tmp_path / "dit", **I2V)
-    ours = load_dit(tmp_path / "dit")
-    first = spelled(factors(ours, MODULES), prefix="transformer.")
-    first |= {f"transformer.{module}.alpha": torch.tensor(1.5) for module in MODULES}
-    image = [f"blocks.{i}.attn2.add_{name}_proj" for i in range(2) for name in "kv"]
-    second = spelled(factors(ours, [*MODULES[:3], *image], rank=5, seed=1), prefix="transformer.")
-    files = [saved(tmp_path / "first.safetensors", first), saved(tmp_path / "second.safetensors", second)]
-    alphas = {key: tensor.item() for key, tensor in first.items() if key.endswith("alpha")}
-    factored = {key: tensor for key, tensor in first.items() if key not in alphas}
-    theirs.load_lora_adapter(factored, network_alphas=alphas, adapter_name="first")
-    theirs.load_lora_adapter(second, adapter_name="second")
-    theirs.set_adapters(["first", "second"], [0.7, -0.4])
-    merge_loras(ours, [LoRA(files[0], 0.7), LoRA(files[1], -0.4)])
-    assert agrees(ours, theirs)
-    theirs.fuse_lora()
-    theirs.unload_lora()
-    fused = theirs.state_dict()
-    assert fused.keys() == ours.state_dict().keys()
-    for name, tensor in ours.state_dict().items():
-        assert relative_error(tensor, fused[name]) < OPERATOR["float32"], name
-
-
-@pytest.mark.parametrize("alpha", [None, 8.0], ids=["no alpha", "alpha"])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize(("strength", "alpha"), [(1.0, None), (0.6, 8.0)])
 def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
     """Factors, biases, norms and the modulation tables equal a merge written out, and nothing else changes."""
     saved_diffusers_dit(tmp_path / "dit")
@@ -136,41 +110,32 @@ def flat(module):
     return module.replace(".", "_")
 
 
-DOWN_UP = {"down": "lora_down", "up": "lora_up"}
+def half_dotted(module):
+    return original_module(module).replace("blocks.", "blocks_")
+
+
+def compiled(module):
+    return re.sub(r"^(blocks\.\d)", r"\1._orig_mod", original_module(module))
+
+
+#: Prefix, names of the two factors, and the function that spells a module.
 SPELLINGS = {
-    "PEFT": {},
-    "diffusers": {"prefix": "transformer."},
-    "PEFT of a pipeline": {"prefix": "base_model.model.transformer."},
-    "PEFT, adapter named": {"prefix": "base_model.model.", "down": "lora_A.default", "up": "lora_B.default"},
-    "LightX2V": {"prefix": "diffusion_model.", **DOWN_UP, "name": original_module},
-    "ComfyUI": {"prefix": "model.diffusion_model.", "name": original_module},
-    "ComfyUI's wrapper": {"prefix": "diffusion_model.model.", **DOWN_UP, "name": original_module},
-    "DiffSynth": {"down": "lora_A.default", "up": "lora_B.default", "name": original_module},
-    "UniAnimate": {
-        "prefix": "pipe.dit.",
-        "down": "lora_down.default",
-        "up": "lora_up.default",
-        "name": original_module,
-    },
-    "dit": {"prefix": "dit.", "name": original_module},
-    "several GPUs": {"prefix": "module.", "name": original_module},
-    "compiled": {"prefix": "_orig_mod.", "name": original_module},
-    "PEFT, compiled": {"prefix": "base_model.model._orig_mod."},
-    "compiled layers": {
-        "prefix": "module.",
-        "name": lambda module: re.sub(r"^(blocks\.\d)", r"\1._orig_mod", original_module(module)),
-    },
-    "musubi": {"prefix": "lora_unet_", **DOWN_UP, "name": kohya},
-    "VideoX-Fun": {"prefix": "lora_unet__", **DOWN_UP, "name": kohya},
-    "half-dotted": {
-        "prefix": "lora_unet_",
-        **DOWN_UP,
-        "name": lambda module: original_module(module).replace("blocks.", "blocks_"),
-    },
-    "kohya, diffusers' names": {"prefix": "lora_unet_", **DOWN_UP, "name": flat},
-    "kohya, of a transformer": {"prefix": "lora_transformer_", **DOWN_UP, "name": flat},
-    "LyCORIS": {"prefix": "lycoris_", **DOWN_UP, "name": flat},
-}
+    "PEFT": ("", "lora_A", "lora_B", str),
+    "PEFT of a pipeline": ("base_model.model.transformer.", "lora_A", "lora_B", str),
+    "PEFT, adapter named": ("base_model.model.", "lora_A.default", "lora_B.default", str),
+    "PEFT, compiled": ("base_model.model._orig_mod.", "lora_A", "lora_B", str),
+    "LightX2V": ("diffusion_model.", "lora_down", "lora_up", original_module),
+    "ComfyUI": ("model.diffusion_model.", "lora_A", "lora_B", original_module),
+    "ComfyUI's wrapper": ("diffusion_model.model.", "lora_down", "lora_up", original_module),
+    "UniAnimate": ("pipe.dit.", "lora_down.default", "lora_up.default", original_module),
+    "dit": ("dit.", "lora_A", "lora_B", original_module),
+    "compiled layers": ("module.", "lora_A", "lora_B", compiled),
+    "musubi": ("lora_unet_", "lora_down", "lora_up", kohya),
+    "VideoX-Fun": ("lora_unet__", "lora_down", "lora_up", kohya),
+    "half-dotted": ("lora_unet_", "lora_down", "lora_up", half_dotted),
+    "kohya, of a transformer": ("lora_transformer_", "lora_down", "lora_up", flat),
+    "LyCORIS": ("lycoris_", "lora_down", "lora_up", flat),
+}  # fmt: skip
 EVERY_MODULE = replace(TINY_DIT, in_channels=36, image_dim=20, added_kv=True, pos_embed_seq_len=514)
 
 
@@ -182,10 +147,9 @@ def test_every_spelling_of_every_module_is_the_same_merge(spelling, tmp_path):
     modules = [name.removesuffix(".weight") for name, tensor in dit.named_parameters() if tensor.ndim > 1]
     modules = [module for module in modules if not module.endswith(("scale_shift_table", "pos_embed"))]
     assert len(modules) == len(MODULES) + len(OUTER) + 4 + 2
-    pairs, given = factors(dit, modules, rank=3), SPELLINGS[spelling]
-    state = spelled(pairs, **given)
-    named = given.get("name", lambda module: module)
-    state |= {f"{given.get('prefix', '')}{named(module)}.alpha": torch.tensor(2.0) for module in modules}
+    pairs, (prefix, _, _, named) = factors(dit, modules, rank=3), SPELLINGS[spelling]
+    state = spelled(pairs, *SPELLINGS[spelling])
+    state |= {f"{prefix}{named(module)}.alpha": torch.tensor(2.0) for module in modules}
     merge_loras(dit, [LoRA(saved(tmp_path / "lora.safetensors", state), 0.5)])
     for name, tensor in dit.state_dict().items():
         if name.removesuffix(".weight") in pairs:
