@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__ini
 
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.9"]
 GENERATE = ["av>=13", "pillow>=10.3", "safetensors>=0.4", "tqdm>=4.60"]
-GGUF = ["gguf>=0.10"]
+GGUF = ["gguf>=0.13"]
 HEIF = ["pillow-heif>=1"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]
 BENCH = [*GENERATE, "jinja2>=3.1", "jsonschema>=4.18", "nvidia-ml-py>=12"]

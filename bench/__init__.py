@@ -7,7 +7,3 @@ campaign, hardware                       everything in one run on a rented card;
 records, report                          results as files, compared, and as pages
 harness                                  what every benchmark runs in
 """
-
-from model.cli.interruption import end_if_interrupted
-
-end_if_interrupted(__name__)

@@ -16,7 +16,6 @@ examples:
   python -m bench campaign                   everything that this card can answer, in nine minutes
   python -m bench report                     one page of the results in the repository
   python -m bench compare A.json B.json      two cards, or two commits
-  python -m bench dit --base HEAD~1          this tree against another revision
 """
 
 

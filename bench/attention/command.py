@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench.attention.measure import by_rows, described, table_entries
+from bench.attention.measure import by_rows, copied_bytes, table_entries
 from bench.attention.providers import QUICK_SHAPES, SHAPES, providers
-from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
 from bench.operators.compare import compare_case
-from bench.operators.discover import cases_of
-from bench.operators.measure import check_cases
-from bench.operators.peers import Peer
 from bench.records.package_tables import provenance, write_entries
 from model.errors import InputError, require
 from swifti2v_kernels.common.case import Case
-from swifti2v_kernels.common.target import interpreting
 
 IDENTITY = ("shape", "provider")
 METRICS = ("seconds", "launch_seconds", "tflops", "fraction_of_matmul", "error", "peak_bytes", "copied_bytes")
@@ -26,7 +21,6 @@ examples:
   python -m bench attention                    all shapes and implementations (minutes on a GPU)
   python -m bench attention --quick            one window, with one and with three sources
   python -m bench attention --shapes "2560x1408" --update-table
-  python -m bench attention                    without CUDA: what it would run, and a reduced check in the interpreter
 
 --update-table writes the measured times of dense calls to swifti2v_kernels/configs/attention.json, by which
 segment_attention chooses between its own kernel and torch's.
@@ -46,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Measures every shape by every implementation; without CUDA it lists what would run, and runs a reduced check."""
+    """Measures every shape by every implementation, on CUDA alone."""
     shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.shapes in s.name]
     if not shapes:
         names = ", ".join(s.name for s in SHAPES)
@@ -58,53 +52,28 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError("update-table: expected a CUDA device, since the table holds measurements")
     if session.cuda:
         _measure(args, session, shapes)
-    elif interpreting():
-        cases = [case for case in cases_of("segment_attention") if case.real is not None]
-        if check_cases(session, cases):
-            raise InputError(f"our kernel is wrong; see the table in {session.folder}")
     else:
-        _count(args, session, shapes)
-        run_interpreted(session, "our kernel on shrunken shapes")
-
-
-def _providers(args: argparse.Namespace) -> list[Peer]:
-    return [p for p in providers(args.quick) if p.ours or matches(args.only, p.name)]
+        session.section.note(
+            "no CUDA device: nothing is timed; python -m bench operators checks the kernels without one"
+        )
 
 
 def _measure(args: argparse.Namespace, session: Session, shapes: list[Case]) -> None:
-    found, timer, entries = _providers(args), session.timer(args.milliseconds), []
-    ceilings = session.ceilings()
-    note = "With several sources the others concatenate first; their bytes are named, and the time is in theirs."
+    found = [p for p in providers(args.quick) if p.ours or matches(args.only, p.name)]
+    timer, ceilings, entries = session.timer(args.milliseconds), session.ceilings(), []
     table = session.section.table(
         "attention", "attention in bf16", identity=IDENTITY, metrics=METRICS,
-        columns=(*IDENTITY, "seconds", *METRICS[2:]), note=note,
+        columns=(*IDENTITY, "seconds", *METRICS[2:]),
+        note="With several sources the others concatenate first; their bytes are named, and the time is in theirs.",
     )  # fmt: skip
+    stamp = {"provenance": provenance(session.environment)}
     for shape in require("tqdm", "bench").tqdm(shapes, unit="shape", dynamic_ncols=True, disable=None):
-        call = described(shape)
         for row in compare_case(shape, found, session.device, timer, ceilings, by_rows, shared=True):
-            copied = 0 if row["ours"] else call["copied_bytes"]
-            table.add(row | {"sources": len(call["keys"]), "copied_bytes": copied})
-        stamp = {"provenance": provenance(session.environment)}
+            table.add(row | {"copied_bytes": 0 if row["ours"] else copied_bytes(shape)})
         entries = [entry | stamp for entry in table_entries(session.environment, table.rows, shapes)]
         session.section.package_entries("attention", entries)
     if args.update_table:
         session.say(f"table updated: {write_entries({'attention': entries})}")
-
-
-def _count(args: argparse.Namespace, session: Session, shapes: list[Case]) -> None:
-    session.say("no CUDA device: nothing is timed. On one, these shapes would run")
-    session.say(f"by each of: {'; '.join(p.name for p in _providers(args))}")
-    metrics = ("flops", "bytes", "copied_bytes")
-    columns = ("shape", "heads", "head_dim", "queries", "keys", *metrics)
-    table = session.section.table(
-        "shapes", "what a GPU would be asked", identity=("shape",), metrics=metrics, columns=columns
-    )
-    for shape in shapes:
-        assert shape.real is not None
-        call, cost = described(shape), shape.real.cost
-        row = {"shape": shape.name, "basis": "counted", "flops": cost.flops, "bytes": cost.bytes, **call}
-        row["keys"] = " + ".join(f"{n:,}" for n in call["keys"])
-        table.add(row | {"copied_bytes": call["copied_bytes"] or None})
 
 
 BENCHMARK = Benchmark(

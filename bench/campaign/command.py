@@ -6,10 +6,10 @@ import argparse
 import sys
 import time
 
-from bench.campaign.parts import PARTS, QUICK, chosen
+from bench.campaign.parts import PARTS, QUICK
 from bench.campaign.run import run_parts, save_result
 from bench.harness.environment import capture
-from bench.harness.registry import MINUTES, Benchmark
+from bench.harness.registry import MINUTES, Benchmark, names
 from bench.harness.session import RESULT, default_folder
 from bench.records.markdown import format_section
 from bench.records.read import SHIPPED
@@ -33,9 +33,16 @@ parts, in order of value:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command alone."""
-    parser.add_argument("--parts", metavar="NAME,...", help="only these (default all)")
-    parser.add_argument("--minutes", type=MINUTES, help="for all parts together (default 9, with --quick 4)")
+    """Adds the options of this command."""
+    known = [part.name for part in PARTS]
+    parser.add_argument(
+        "--parts", type=names(known), default=tuple(known), metavar="NAME,...", help="only these (default all)"
+    )
+    parser.add_argument(
+        "--quick", dest="parts", action="store_const", const=QUICK, help=f"the same as --parts {','.join(QUICK)}"
+    )
+    parser.add_argument("--minutes", type=MINUTES, default=9.0, help="for all parts together (default 9)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument("--dry-run", action="store_true", help="every part at toy size on a CPU")
     parser.add_argument("--out", type=parse_path, metavar="DIR", help="results folder (default out/campaign-DATE-TIME)")
     parser.add_argument("--save", action="store_true", help="copy the result to bench/results")
@@ -47,8 +54,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: an option does not fit, there is no card, or in a dry run a part failed.
     """
-    parts = chosen(",".join(QUICK) if args.quick and args.parts is None else args.parts)
-    minutes = (4.0 if args.quick else 9.0) if args.minutes is None else args.minutes
+    parts = [part for part in PARTS if part.name in args.parts]
     device = pick_device("cpu" if args.dry_run else "auto")
     if device.type != "cuda" and not args.dry_run:
         raise InputError("campaign: expected a CUDA device; --dry-run runs every part at toy size on a CPU")
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     make_folder(folder)
     record = Record(folder / RESULT, capture(device))
     # A dry run is no measurement: it takes as long as it takes.
-    deadline = start + 60 * (60 if args.dry_run else minutes)
+    deadline = start + 60 * (60 if args.dry_run else args.minutes)
     failed: list[str] = []
 
     def say(text: str) -> None:
@@ -90,5 +96,4 @@ BENCHMARK = Benchmark(
     add_arguments=add_arguments,
     run=run,
     order=50,
-    quick=f"only the parts {', '.join(QUICK)}, unless --parts names others",
 )

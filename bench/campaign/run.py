@@ -1,13 +1,13 @@
 """Runs the parts one after another, each in a process of its own, and keeps what each has found as soon as it is done.
 
 A part that takes too long is interrupted as by a user, then killed; one that crashes takes nothing with it. Parts that
-are complete in the folder already are not run again.
+are complete in the folder already are not run again; of two attempts at a part the better section is kept.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.campaign.parts import PARTS, Part
 from bench.harness.session import RESULT
-from bench.records.read import ROOT, read_json
-from bench.records.write import Record, dumps, now
+from bench.records.read import ROOT, folder_name, read_json
+from bench.records.write import Record, dumps, new_section
 from model.errors import InputError
 from model.io.durable import write_text
 
@@ -34,43 +34,43 @@ def run_parts(
 
     Args:
         parts: what to run, in order.
-        record: the campaign's file, a section a part.
+        record: the campaign's file, a section a part; what an earlier campaign has left in the folder is kept.
         folder: each part's own results go to a folder in it.
         dry: whether the parts run at toy size, without time limits of their own.
         deadline: a monotonic time after which no part is begun and the running one is interrupted.
         say: prints a line.
     """
-    failed = []
+    failed, kept = [], record.data["sections"]
+    earlier = _sections(record.path)
     for part in PARTS:
-        _recover(folder / part.name)
-    found = {part.name: _section(folder / part.name) for part in PARTS}
-    for part in PARTS:
-        # Parts that this call does not ask for are kept too: the file holds all that the folder does.
-        known = found[part.name]
-        if known is not None:
-            _keep(record, part, known)
+        # A campaign that was killed has left the running part's own file.
+        for section in (earlier.get(part.name), _section_of(folder / part.name)):
+            if section is not None:
+                kept[part.name] = _better(section, kept.get(part.name))
+    if kept:
+        record.save()
     for part in parts:
-        known = found[part.name]
-        if known is not None and known["status"] == "complete":
+        if part.name in kept and kept[part.name]["status"] == "complete":
             say(f"{part.name}: there already")
             continue
-        left = deadline - time.monotonic()
+        left, reason = deadline - time.monotonic(), "the time given was over"
         if left < GRACE:
             say(f"{part.name}: not reached")
-            if known is None:
-                _keep(record, part, _missing(part, "not reached", "the time given was over"))
+            kept.setdefault(part.name, new_section(part.answers, "not reached", reason=reason))
+            record.save()
             continue
         say(f"{part.name}: {part.answers}")
         start, place = time.monotonic(), folder / part.name
-        earlier = _set_aside(place) if known is not None else None
+        (place / RESULT).unlink(missing_ok=True)
         outcome: str | None = "interrupted"
         try:
             outcome = _run(part, place, dry, left if dry else min(part.seconds, left))
         finally:
-            section = _finished(part, place, outcome)
-            if earlier is not None:
-                section = _better(place, section, earlier, known)
-            _keep(record, part, section)
+            section = _section_of(place) or new_section(part.answers, "failed", reason="it wrote nothing")
+            if section["status"] != "complete":
+                section["reason"] = outcome or section["reason"]
+            kept[part.name] = section = _better(section, kept.get(part.name))
+            record.save()
         if section["status"] == "failed":
             failed.append(part.name)
         note = "" if section["status"] == "complete" else f", {section['status']}: {section['reason']}"
@@ -78,52 +78,21 @@ def run_parts(
     return failed
 
 
-def _set_aside(place: Path) -> Path:
-    """Copies what an earlier attempt has left, and takes its result away so that a new one can go on in its place."""
-    earlier, half = _aside(place), place.with_name(f".{place.name}")
-    for former in (earlier, half):
-        shutil.rmtree(former, ignore_errors=True)
-    shutil.copytree(place, half)
-    half.rename(earlier)  # whole, or not there
-    (place / RESULT).unlink()
-    return earlier
-
-
-def _aside(place: Path) -> Path:
-    return place.with_name(f"{place.name}-earlier")
-
-
-def _recover(place: Path) -> None:
-    """Finds the earlier attempt that a killed campaign has set aside, and keeps the better of the two."""
-    earlier = _aside(place)
-    known = _section(earlier)
-    if known is not None:
-        _better(place, _section(place) or {"status": "failed", "tables": []}, earlier, known)
-
-
-def _finished(part: Part, place: Path, outcome: str | None) -> dict[str, Any]:
-    """Returns the section of a part that has ended, well or not."""
-    section = _section(place)
-    if section is None:
-        return _missing(part, "failed", outcome or "it wrote nothing")
-    if section["status"] != "complete":
-        section["reason"] = outcome or section["reason"]
-    return section
-
-
-def _better(place: Path, section: dict[str, Any], earlier: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Returns the complete one of two attempts, or the one with more results; removes the other's files."""
-    if section["status"] == "complete" or _results(section) > _results(known):
-        shutil.rmtree(earlier)
+def _better(section: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the complete one of two attempts, or the one with more results."""
+    if earlier is None or section["status"] == "complete" or not _results(earlier):
         return section
-    shutil.rmtree(place)
-    earlier.rename(place)
-    return known
+    return section if _results(section) > _results(earlier) else earlier
+
+
+def _results(section: dict[str, Any]) -> int:
+    return sum(row["status"] == "ok" for table in section["tables"] for row in table["rows"])
 
 
 def _run(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
     """Runs the part's process; returns why it did not end by itself or well, or None."""
-    command = [sys.executable, "-m", "bench", *(part.toy if dry else part.arguments), "--out", str(folder.resolve())]
+    given = shlex.split(part.toy if dry else part.command)
+    command = [sys.executable, "-m", "bench", *given, "--out", str(folder.resolve())]
     command += ["--device", "cpu"] if dry else []
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
@@ -163,42 +132,28 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _section(folder: Path) -> dict[str, Any] | None:
-    path = folder / RESULT
+def _section_of(folder: Path) -> dict[str, Any] | None:
+    """Returns the only section of a part's own file, or None where there is no file."""
+    return next(iter(_sections(folder / RESULT).values()), None)
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """Returns the sections of a file by name; none where there is no file."""
     if not path.exists():
-        return None
-    found = read_json(path)
+        return {}
     try:
-        (section,) = found["sections"].values()
-        status, _ = section["status"], section["tables"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: expected the result of one part; remove {folder} or name another --out") from error
-    if status == "running":  # its process was killed
-        section |= {"status": "interrupted", "reason": "it was cut short"}
-    return section
-
-
-def _results(section: dict[str, Any]) -> int:
-    return sum(row["status"] == "ok" for table in section["tables"] for row in table["rows"])
-
-
-def _missing(part: Part, status: str, reason: str) -> dict[str, Any]:
-    return {
-        "title": part.answers, "status": status, "reason": reason, "started": now(), "seconds": None, "settings": {},
-        "ceilings": None, "machine": None, "tables": [], "timelines": [], "verdicts": [], "notes": [],
-        "package_entries": {},
-    }  # fmt: skip
-
-
-def _keep(record: Record, part: Part, section: dict[str, Any]) -> None:
-    record.data["sections"][part.name] = section
-    record.save()
+        sections = dict(read_json(path)["sections"])
+        for section in sections.values():
+            running = section["status"] == "running"  # its process was killed
+            section |= {"status": "interrupted", "reason": "it was cut short"} if running else {}
+            _results(section)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected a result; remove {path.parent} or name another --out") from error
+    return sections
 
 
 def save_result(record: Record, folder: Path) -> Path:
     """Copies the campaign's file to ``folder/<gpu>/<date>-<commit>.json``; returns that path."""
-    from bench.records.read import folder_name
-
     environment = record.data["environment"]
     commit = (environment["git"] or {}).get("commit") or "unknown"
     path = folder / folder_name(environment["device"]) / f"{environment['date'][:10]}-{commit[:7]}.json"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
 
 from bench.cost.configuration import Configuration
 from bench.cost.pipeline import parts, predict
-from bench.cost.profiles import PROFILES, get_profile
-from bench.harness.registry import STEPS, Benchmark
+from bench.harness.registry import STEPS, Benchmark, names
 from bench.harness.session import Session
 from model.cli.options import not_negative, parse_size, positive
 from model.config import PRESETS
@@ -25,9 +24,8 @@ STAGED = ("stage1_steps", "blocks", "left", "right", "mode")
 EXAMPLES = """\
 examples:
   python -m bench cost                                  the presets and the 14B end to end, on every card
-  python -m bench cost --preset 5b --steps 8 --guidance --gpus H200,4090
+  python -m bench cost --preset 5b --steps 8 --guidance --gpus "H200,RTX 4090"
   python -m bench cost --preset 1.3b --frames 161 --blocks 5 --left 2
-  python -m bench cost --profile "reference, FlashAttention-3"
 
 Everything here is predicted from shapes; no GPU is used. The assumptions are printed with the figures.
 """
@@ -49,34 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--right", type=not_negative, metavar="N", help="blocks after a segment that its window shows (default 0)"
     )
     parser.add_argument("--mode", choices=MODES, help="mode of Stage II (default bidirectional)")
-    parser.add_argument("--gpus", metavar="NAME,...", help=f"some of {', '.join(CARDS)} (default all)")
-    parser.add_argument("--profile", default="swifti2v", help=f"one of {'; '.join(PROFILES)} (default %(default)s)")
+    parser.add_argument(
+        "--gpus", metavar="NAME,...", type=names(CARDS), default=",".join(CARDS),
+        help=f"some of {', '.join(CARDS)} (default all)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Fills the tables of parts and predictions."""
-    profile = get_profile(args.profile)
-    gpus = _gpus(args.gpus)
     chosen = _configurations(args)
     _parts(session, chosen)
-    _predictions(session, chosen, gpus, profile.name)
-
-
-def _gpus(text: str | None) -> list[str]:
-    """Returns the cards that a text names, each by a part of its name; all cards if there is no text.
-
-    Raises:
-        InputError: a name fits no card, or several.
-    """
-    if text is None:
-        return list(CARDS)
-    found = []
-    for name in text.split(","):
-        same = [gpu for gpu in CARDS if name.strip().lower() in gpu.lower()]
-        if len(same) != 1:
-            raise InputError(f"gpus: expected some of {', '.join(CARDS)}, got {name.strip()!r}")
-        found += same
-    return list(dict.fromkeys(found))
+    _predictions(session, chosen, args.gpus)
 
 
 def _configurations(args: argparse.Namespace) -> dict[str, Configuration]:
@@ -97,20 +78,14 @@ def _configurations(args: argparse.Namespace) -> dict[str, Configuration]:
         if given:
             names = ", ".join(name.replace("_", "-") for name in given)
             raise InputError(f"preset: end-to-end is one stage in one window, without {names}")
-        return {"14B end to end": baseline(**changes)}
+        return {"14B end to end": Configuration.end_to_end(**changes)}
     return {args.preset: Configuration.for_preset(args.preset, **changes)}
-
-
-def baseline(**changes: Any) -> Configuration:
-    """Returns a stand-in for the paper's baseline: 14B end to end at the target size, 50 steps with guidance."""
-    preset = PRESETS["14b-1.3b"]
-    return Configuration.end_to_end(preset.stage_one, preset.vae, **changes)
 
 
 def headline() -> dict[str, Configuration]:
     """Returns the configurations of tables by default, by name: the presets for GPUs, and the 14B end to end."""
     found = {name: Configuration.for_preset(name) for name, preset in PRESETS.items() if preset.width == 2560}
-    return {**found, "14B end to end": baseline()}
+    return {**found, "14B end to end": Configuration.end_to_end()}
 
 
 def _parts(session: Session, chosen: dict[str, Configuration]) -> None:
@@ -122,26 +97,26 @@ def _parts(session: Session, chosen: dict[str, Configuration]) -> None:
     )  # fmt: skip
     for name, configuration in chosen.items():
         for part in parts(configuration):
-            flops = dict(part.flops)
+            flops = part.work.flops
             row = {"configuration": name, "stage": part.stage, "part": part.name, "flops": part.work.total_flops}
             row |= {"linear_flops": flops.get("linear"), "convolution_flops": flops.get("convolution")}
             row["attention_flops"] = sum(n for kind, n in flops.items() if "attention" in kind) or None
-            row |= {"bytes": part.bytes, "peak_bytes": part.peak_bytes, "basis": "counted"}
+            row |= {"bytes": part.work.bytes, "peak_bytes": part.peak_bytes, "basis": "counted"}
             table.add(row)
 
 
-def _predictions(session: Session, chosen: dict[str, Configuration], gpus: list[str], profile: str) -> None:
+def _predictions(session: Session, chosen: dict[str, Configuration], gpus: Sequence[str]) -> None:
     metrics = ("total_seconds", *STAGES.values(), "peak_bytes")
     table = session.section.table(
-        "predictions", f"predicted seconds of a clip, profile {profile}", identity=("configuration", "gpu", "profile"),
+        "predictions", "predicted seconds of a clip", identity=("configuration", "gpu", "profile"),
         metrics=metrics, columns=("configuration", "gpu", *metrics),
     )  # fmt: skip
     assumptions: dict[str, None] = {}
     for name, configuration in chosen.items():
         for gpu in gpus:
-            found = predict(configuration, CARDS[gpu], get_profile(profile))
+            found = predict(configuration, CARDS[gpu])
             assumptions |= dict.fromkeys(found.assumptions)
-            row = {"configuration": name, "gpu": gpu, "profile": profile, "total_seconds": found.seconds}
+            row = {"configuration": name, "gpu": gpu, "profile": "swifti2v", "total_seconds": found.seconds}
             row |= {STAGES[stage]: seconds for stage, seconds in found.by_stage.items()}
             row |= {"peak_bytes": found.peak_bytes, "basis": "predicted", "basis_note": BY_MODEL}
             if not all(part.fits or part.streamed for part in found.parts):

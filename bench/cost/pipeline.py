@@ -17,25 +17,26 @@ state beside Stage II, Stage II beside the decoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from bench.cost import dit, vae
-from bench.cost.configuration import DTYPES, Configuration
-from bench.cost.dit import whole_step, window_passes
-from bench.cost.profiles import NARROW, WIDE, Profile, seconds
-from bench.cost.work import Matmul, Traffic, Work, total
-from model.config import DiTConfig, VAEConfig
+from bench.cost.configuration import Configuration
+from bench.cost.profiles import NARROW, RATES, WIDE, seconds
+from bench.cost.work import Matmul, Work, total
+from model.config import DiTConfig
 from model.errors import InputError
-from model.memory.dit_bytes import DiTMemory, dit_memory
-from model.memory.vae_places import USABLE
+from model.memory.dit_bytes import dit_memory, tokens_per_block
+from model.memory.request import USABLE
 from model.memory.vae_plan import PlannedVAE, half_bytes, plan_vae, state_bytes
 from model.streaming.placement import Placement, placed_bytes
 from swifti2v_kernels.common.cards import Card
 
 STAGES = ("Stage I", "reference", "Stage II", "decode")
+#: Of DiTs and decoders, and of encoders.
+DTYPES = {"dit": torch.bfloat16, "decode": torch.bfloat16, "encode": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Part:
 
     ``peak_bytes`` is all that is on the card while it runs, and ``weight_bytes`` its share of DiT weights, each of
     which is read once in every one of ``forwards``. ``host_bytes`` are copied between the card and host memory, where
-    states of tiles wait. ``note`` says how the VAE works through the frames.
+    states of tiles wait. ``note`` says how the VAE works through the frames. Predicted are ``seconds``, whether it
+    ``fits`` the card, and whether its weights do not and are ``streamed`` from host memory in every forward.
     """
 
     name: str
@@ -56,72 +58,86 @@ class Part:
     forwards: int = 0
     host_bytes: int = 0
     note: str = ""
-
-    @property
-    def flops(self) -> Mapping[str, int]:
-        """The operations by kind (``bench.cost.work.KINDS``), halos of tiles included."""
-        return self.work.flops
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that this project's operators move, operands of matmuls included."""
-        return self.work.bytes
-
-
-@dataclass(frozen=True)
-class PredictedPart:
-    """A part on a card. ``streamed`` says that its weights do not fit and come from host memory in every forward."""
-
-    part: Part
-    seconds: float
-    fits: bool
-    streamed: bool
+    seconds: float = 0.0
+    fits: bool = True
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted seconds of a configuration on a card, and its assumptions, a sentence each."""
+    """The predicted parts of a configuration on a card, and the assumptions, a sentence each."""
 
-    configuration: Configuration
-    gpu: Card
-    profile: Profile
-    parts: tuple[PredictedPart, ...]
+    parts: tuple[Part, ...]
     assumptions: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
         """The seconds of all parts."""
-        return sum(predicted.seconds for predicted in self.parts)
+        return sum(part.seconds for part in self.parts)
 
     @property
     def by_stage(self) -> dict[str, float]:
         """The seconds of each of :data:`STAGES` that the configuration has."""
-        stages = dict.fromkeys(predicted.part.stage for predicted in self.parts)
-        return {s: sum(p.seconds for p in self.parts if p.part.stage == s) for s in stages}
+        stages = dict.fromkeys(part.stage for part in self.parts)
+        return {stage: sum(part.seconds for part in self.parts if part.stage == stage) for stage in stages}
 
     @property
     def peak_bytes(self) -> int:
         """The highest peak of any part."""
-        return max(predicted.part.peak_bytes for predicted in self.parts)
+        return max(part.peak_bytes for part in self.parts)
 
 
-def whole_work(configuration: Configuration, config: DiTConfig, latent_size: tuple[int, int], steps: int) -> Work:
+def parts(c: Configuration, card: Card | None = None) -> list[Part]:
+    """Returns the parts of a clip in their order.
+
+    Args:
+        c: models and clip.
+        card: the card, of whose memory :data:`model.memory.request.USABLE` is planned with: the VAE works in tiles
+            where it must. None, or where no tiles fit: untiled.
+    """
+    size, latent = (c.width, c.height), _latent_size(c, (c.width, c.height))
+    held, weights = _dit_bytes(c, c.stage_two, latent, c.stage_one is None)
+    if c.stage_one is None:
+        work = whole_work(c, c.stage_two, latent, c.steps)
+        before = [_condition(c, card, "reference", c.stage_two, size, weights)]
+    else:
+        work = segments_work(c, latent)
+        before = [*_stage_one(c, card, c.stage_one), *_reference(c, card)]
+    decode, planned = _vae(
+        c, card, "decode", "decode", "decode", size, weights + held, len(c.plan) + 1, piece=c.blocks_per_segment
+    )
+    denoise = Part(
+        "denoise", "Stage II", (1 + c.guidance) * work, 2,
+        weights + held + planned.peak.weights + planned.peak.state, weights,
+        (1 + c.guidance) * (c.steps + (c.mode == "causal")) * len(c.plan),
+    )  # fmt: skip
+    return [*before, denoise, decode]
+
+
+def whole_work(c: Configuration, config: DiTConfig, latent_size: tuple[int, int], steps: int) -> Work:
     """Returns the work of all blocks in one window, as ``model.pipeline.stages.make_motion`` takes them, unguided."""
-    itemsize = configuration.dtype.itemsize
-    step = whole_step(config, configuration.plan.num_blocks, latent_size, itemsize)
-    return dit.context(config, itemsize=itemsize) + dit.modulation(config, steps + 1, itemsize) + steps * step
+    tokens = tokens_per_block(config, latent_size)
+    # A DiT without mask channels is given its first block.
+    targets = c.plan.num_blocks - (config.in_channels == config.out_channels)
+    step = dit.forward(config, c.plan.num_blocks * tokens, targets=targets * tokens)
+    return dit.context(config) + dit.modulation(config, steps + 1) + steps * step
 
 
-def segments_work(configuration: Configuration, latent_size: tuple[int, int]) -> Work:
+def segments_work(c: Configuration, latent_size: tuple[int, int]) -> Work:
     """Returns the work of all windows and steps of Stage II, as ``model.csg.sampler.sample_latents`` takes them.
 
     Guidance is not included.
     """
-    config, itemsize, steps = configuration.stage_two, configuration.dtype.itemsize, configuration.steps
-    works = [dit.context(config, itemsize=itemsize), dit.modulation(config, steps + 1, itemsize)]
-    for window in configuration.plan:
-        once, step = window_passes(config, window, configuration.mode, latent_size, itemsize)
-        works += [once, steps * step]
+    works = [dit.context(c.stage_two), dit.modulation(c.stage_two, c.steps + 1)]
+    tokens = tokens_per_block(c.stage_two, latent_size)
+    for window in c.plan:
+        given, noisy = len(window.conditioning) * tokens, len(window.noisy) * tokens
+        if c.mode == "causal":
+            works.append(dit.forward(c.stage_two, given, targets=0))
+            step = dit.forward(c.stage_two, noisy, remembered=given)
+        else:
+            step = dit.forward(c.stage_two, given + noisy, targets=noisy)
+        works.append(c.steps * step)
     return total(works)
 
 
@@ -137,210 +153,136 @@ def resize_work(low: tuple[int, int], size: tuple[int, int], num_frames: int) ->
         Matmul("resize", 2 * 3 * frames * height * w * width, w),
     )
     moved = 4.0 * 3 * frames * (w * h + 2 * w * height + 3 * width * height)
-    return Work(matmuls, between=Traffic.same(moved))
+    return Work(matmuls, fused=moved, separate=moved)
 
 
-def parts(configuration: Configuration, *, memory: int | None = None, capability: int = 90) -> list[Part]:
-    """Returns the parts of a clip in their order.
+def _dit_bytes(
+    c: Configuration, config: DiTConfig, latent_size: tuple[int, int], whole: bool, steps: int | None = None
+) -> tuple[int, int]:
+    """Returns the bytes that a DiT holds beside its weights, and these; ``whole`` is a stage of one window."""
+    held = dit_memory(
+        config, c.plan, latent_size, steps=steps or c.steps, dtype=DTYPES["dit"],
+        causal=c.mode == "causal", whole=whole, contexts=1 if steps else 1 + c.guidance,
+    )  # fmt: skip
+    return sum(held.values()), placed_bytes(config, DTYPES["dit"], Placement()).device
 
-    Args:
-        configuration: models and clip.
-        memory: bytes of the card, of which :data:`model.memory.vae_places.USABLE` are planned with: the VAE works in
-            tiles where it must. None, or where no tiles fit: untiled.
-        capability: compute capability of the card as two digits, which decides what computes the VAE's layers.
+
+def _stage_one(c: Configuration, card: Card | None, config: DiTConfig) -> list[Part]:
+    latent = _latent_size(c, c.motion_size)
+    held, weights = _dit_bytes(c, config, latent, True, c.stage_one_steps)
+    condition = _condition(c, card, "Stage I", config, c.motion_size, weights)
+    peak = weights + held + sum(half_bytes(c.vae, half, DTYPES[half]) for half in ("encode", "decode"))
+    work = whole_work(c, config, latent, c.stage_one_steps)
+    return [condition, Part("motion", "Stage I", work, 2, peak, weights, c.stage_one_steps)]
+
+
+def _reference(c: Configuration, card: Card | None) -> list[Part]:
+    size = c.width, c.height
+    # Both are one stream, so one is on the card beside the other.
+    low, planned = _vae(c, card, "low decode", "reference", "decode", c.motion_size, 0, c.plan.num_blocks)
+    encode, _ = _vae(c, card, "encode", "reference", "encode", size, planned.peak.total, 1)
+    return [low, replace(encode, work=encode.work + resize_work(c.motion_size, size, c.num_frames))]
+
+
+def _condition(
+    c: Configuration, card: Card | None, stage: str, config: DiTConfig, size: tuple[int, int], beside: int
+) -> Part:
+    """Returns the encoding of the picture and grey frames beside the DiT; without mask channels, of the picture."""
+    masked = config.in_channels != config.out_channels
+    frames, pieces = (c.num_frames, c.plan.num_blocks) if masked else (1, 1)
+    return _vae(c, card, "condition", stage, "encode", size, beside, pieces, frames=frames)[0]
+
+
+def _vae(
+    c: Configuration, card: Card | None, name: str, stage: str, half: str, size: tuple[int, int], beside: int,
+    pieces: int, *, piece: int = 1, frames: int | None = None,
+) -> tuple[Part, PlannedVAE]:  # fmt: skip
+    """Returns one half of the VAE with ``beside`` bytes of something else on the card, and its plan.
+
+    The clip, or the first ``frames`` of it, comes in so many ``pieces`` of ``piece`` latent frames.
     """
-    limit = None if memory is None else int(USABLE * memory)
-    return _Planner(configuration, limit, capability).parts()
+    dtype = DTYPES[half]
+    planned, taken = _planned(c, card, half, size, beside, piece)
+    work = vae.work(c.vae, half, *size, frames or c.num_frames, dtype.itemsize)
+    note, copied = "", 0
+    if planned.plan.tiles > 1:
+        work, note = planned.redundancy * work, f"{planned.plan.rows} x {planned.plan.columns} exact tiles"
+        note += f", {planned.redundancy:.2f} times the work of whole frames"
+    if planned.plan.park:
+        # The states of all tiles are together those of the whole frame: fetched and parked once a piece, unless one
+        # piece is all there is.
+        copied = (2 * pieces - 1) * state_bytes(planned.request) if pieces > 1 else 0
+        note += f", {copied / 1e9:.0f} GB copied to host memory and back"
+    peak = taken + planned.peak.total
+    return Part(name, stage, work, dtype.itemsize, peak, host_bytes=copied, note=note), planned
 
 
-@dataclass(frozen=True)
-class _Planner:
-    configuration: Configuration
-    limit: int | None
-    capability: int
-
-    def parts(self) -> list[Part]:
-        c = self.configuration
-        size, latent = (c.width, c.height), _latent_size(c.vae, (c.width, c.height))
-        held, weights = self._memory(c.stage_two, latent, c.stage_one is None)
-        if c.stage_one is None:
-            work = whole_work(c, c.stage_two, latent, c.steps)
-            before = [self._condition("reference", c.stage_two, c.vae, size, weights)]
-        else:
-            work = segments_work(c, latent)
-            before = [*self._stage_one(c.stage_one), *self._reference()]
-        decode, planned = self._vae(
-            "decode", "decode", c.vae, "decode", size, weights + held.total, len(c.plan) + 1, piece=c.blocks_per_segment
-        )
-        passes = (1 + c.guidance) * (c.steps + (c.mode == "causal"))
-        denoise = Part(
-            "denoise",
-            "Stage II",
-            (1 + c.guidance) * work,
-            c.dtype.itemsize,
-            weights + held.total + planned.peak.weights + planned.peak.state,
-            weights,
-            passes * len(c.plan),
-        )
-        return [*before, denoise, decode]
-
-    def _memory(
-        self, config: DiTConfig, latent_size: tuple[int, int], whole: bool, steps: int | None = None
-    ) -> tuple[DiTMemory, int]:
-        """Returns what a DiT holds beside its weights, and these; ``whole`` is a stage of one window."""
-        c = self.configuration
-        held = dit_memory(
-            config, c.plan, latent_size, steps=steps or c.steps, dtype=c.dtype,
-            causal=c.mode == "causal", whole=whole, contexts=1 if steps else 1 + c.guidance,
-        )  # fmt: skip
-        return held, placed_bytes(config, c.dtype, Placement()).device
-
-    def _stage_one(self, config: DiTConfig) -> list[Part]:
-        c = self.configuration
-        latent = _latent_size(c.motion_vae, c.motion_size)
-        held, weights = self._memory(config, latent, True, c.stage_one_steps)
-        condition = self._condition("Stage I", config, c.motion_vae, c.motion_size, weights)
-        coders = half_bytes(c.motion_vae, "encode", c.encode_dtype) + half_bytes(c.motion_vae, "decode", c.dtype)
-        motion = Part(
-            "motion",
-            "Stage I",
-            whole_work(c, config, latent, c.stage_one_steps),
-            c.dtype.itemsize,
-            weights + held.total + coders,
-            weights,
-            c.stage_one_steps,
-        )
-        return [condition, motion]
-
-    def _reference(self) -> list[Part]:
-        c = self.configuration
-        size = c.width, c.height
-        # Both are one stream, so one is on the card beside the other.
-        low, planned = self._vae("low decode", "reference", c.motion_vae, "decode", c.motion_size, 0, c.plan.num_blocks)
-        encode, _ = self._vae("encode", "reference", c.vae, "encode", size, planned.peak.total, 1)
-        return [low, replace(encode, work=encode.work + resize_work(c.motion_size, size, c.num_frames))]
-
-    def _condition(
-        self, stage: str, dit_config: DiTConfig, config: VAEConfig, size: tuple[int, int], beside: int
-    ) -> Part:
-        """Returns the encoding of the picture and grey frames beside the DiT; without mask channels, of the picture."""
-        c = self.configuration
-        frames, pieces = (
-            (c.num_frames, c.plan.num_blocks) if dit_config.in_channels != dit_config.out_channels else (1, 1)
-        )
-        return self._vae("condition", stage, config, "encode", size, beside, pieces, frames=frames)[0]
-
-    def _vae(
-        self,
-        name: str,
-        stage: str,
-        config: VAEConfig,
-        half: str,
-        size: tuple[int, int],
-        beside: int,
-        pieces: int,
-        *,
-        piece: int = 1,
-        frames: int | None = None,
-    ) -> tuple[Part, PlannedVAE]:
-        """Returns one half of the VAE with ``beside`` bytes of something else on the card, and its plan.
-
-        The clip, or the first ``frames`` of it, comes in so many ``pieces`` of ``piece`` latent frames."""
-        c = self.configuration
-        dtype = c.dtype if half == "decode" else c.encode_dtype
-        planned, taken = self._plan(config, half, size, dtype, beside, piece)
-        work = vae.work(config, half, *size, frames or c.num_frames, dtype.itemsize)
-        note, copied = "", 0
-        if planned.plan.tiles > 1:
-            work, note = planned.redundancy * work, f"{planned.plan.rows} x {planned.plan.columns} exact tiles"
-            note += f", {planned.redundancy:.2f} times the work of whole frames"
-        if planned.plan.park:
-            # The states of all tiles are together those of the whole frame: fetched and parked once a piece, unless one
-            # piece is all there is.
-            copied = (2 * pieces - 1) * state_bytes(planned.request) if pieces > 1 else 0
-            note += f", {copied / 1e9:.0f} GB copied to host memory and back"
-        peak = taken + planned.peak.total
-        return Part(name, stage, work, dtype.itemsize, peak, host_bytes=copied, note=note), planned
-
-    def _plan(
-        self, config: VAEConfig, half: str, size: tuple[int, int], dtype: torch.dtype, beside: int, piece: int
-    ) -> tuple[PlannedVAE, int]:
-        """Returns the first plan that fits, and the bytes beside it: none if it must be; untiled if no plan fits."""
-        options = {"dtype": dtype, "capability": self.capability, "piece": piece}
-        for taken in dict.fromkeys((beside, 0)) if self.limit is not None else ():
-            if self.limit <= taken:
-                continue
-            try:
-                return plan_vae(config, half, *size, limit=self.limit - taken, **options), taken
-            except InputError:  # no tiles are small enough
-                continue
-        return plan_vae(config, half, *size, **options), beside
+def _planned(
+    c: Configuration, card: Card | None, half: str, size: tuple[int, int], beside: int, piece: int
+) -> tuple[PlannedVAE, int]:
+    """Returns the first plan that fits, and the bytes beside it: none if it must be; untiled if no plan fits."""
+    options = {"dtype": DTYPES[half], "capability": 90 if card is None else card.capability, "piece": piece}
+    for taken in dict.fromkeys((beside, 0)) if card is not None else ():
+        limit = int(USABLE * card.memory_bytes) - taken
+        if limit <= 0:
+            continue
+        try:
+            return plan_vae(c.vae, half, *size, limit=limit, **options), taken
+        except InputError:  # no tiles are small enough
+            continue
+    return plan_vae(c.vae, half, *size, **options), beside
 
 
-def _latent_size(config: VAEConfig, size: tuple[int, int]) -> tuple[int, int]:
-    return size[1] // config.spatial_stride, size[0] // config.spatial_stride
+def _latent_size(c: Configuration, size: tuple[int, int]) -> tuple[int, int]:
+    return size[1] // c.vae.spatial_stride, size[0] // c.vae.spatial_stride
 
 
-def predict(configuration: Configuration, gpu: Card, profile: Profile) -> Prediction:
-    """Predicts the seconds of every part on ``gpu`` by code of ``profile``, and returns the assumptions too.
+def predict(c: Configuration, gpu: Card) -> Prediction:
+    """Predicts the seconds of every part on ``gpu``, and returns the assumptions too.
 
     A part that does not fit is predicted as if it did; but where it fits without weights, these come from host memory
     once in every forward, and the part takes that long if its matmuls take less.
     """
-    usable = int(USABLE * gpu.memory_bytes)
-    predicted = []
-    for part in parts(configuration, memory=gpu.memory_bytes, capability=gpu.capability):
-        needed, fits = seconds(part.work, gpu, profile, part.itemsize), part.peak_bytes <= usable
+    usable, predicted = int(USABLE * gpu.memory_bytes), []
+    for part in parts(c, gpu):
+        needed, fits = seconds(part.work, gpu, part.itemsize), part.peak_bytes <= usable
         streamed = not fits and part.weight_bytes > 0 and part.peak_bytes - part.weight_bytes <= usable
         if streamed:
             needed = max(needed, part.forwards * part.weight_bytes / (1e9 * gpu.host))
         needed += part.host_bytes / (1e9 * gpu.host)
-        predicted.append(PredictedPart(part, needed, fits, streamed))
-    sentences = (*_general(configuration, gpu, profile), *_particular(gpu, predicted))
-    return Prediction(configuration, gpu, profile, tuple(predicted), sentences)
+        predicted.append(replace(part, seconds=needed, fits=fits, streamed=streamed))
+    return Prediction(tuple(predicted), (*_general(c, gpu), *_particular(gpu, predicted)))
 
 
-def _general(c: Configuration, gpu: Card, profile: Profile) -> list[str]:
-    rates, names = profile.rates_for(gpu), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    long, narrow, wide = rates.attention.points[-1][1], rates.convolution.at(NARROW), rates.convolution.at(WIDE)
+def _general(c: Configuration, gpu: Card) -> list[str]:
+    rates = RATES[gpu.architecture]
     guided = "with guidance (two forwards a step)" if c.guidance else "without guidance"
-    stages = f"Stage II ({c.mode.replace('_', ' ')}) takes {c.steps} steps {guided}."
-    if c.stage_one is None:
-        stages = f"All blocks are denoised in one window, in {c.steps} steps {guided}."
-    else:
-        stages = f"Stage I takes {c.stage_one_steps} steps without guidance, {stages}"
-    sentences = [
-        f"All seconds are predicted, for {profile.description}, on {gpu.name} ({gpu.source}).",
+    stages = f"All blocks are denoised in one window, in {c.steps} steps {guided}."
+    if c.stage_one is not None:
+        stages = f"Stage I takes {c.stage_one_steps} steps without guidance, Stage II ({c.mode.replace('_', ' ')})"
+        stages += f" takes {c.steps} steps {guided}."
+    known = "fitted to a 2K clip on an H200" if gpu.architecture == "hopper" else "assumed to be those of bf16"
+    return [
+        f"All seconds are predicted, for the kernels and the model of this project, on {gpu.name} ({gpu.source}).",
         f"Rates on {gpu.architecture} are {rates.basis}: of {gpu.bf16:g} TFLOP/s dense bf16 long attention reaches"
-        f" {long:.2f}, linear layers {rates.linear:.2f}, convolutions of up to {NARROW} channels {narrow:.2f} and from"
-        f" {WIDE} on {wide:.2f}; of {gpu.bandwidth:g} TB/s the rest reaches {rates.bandwidth:.2f}.",
+        f" {rates.attention[-1][1]:.2f}, linear layers {rates.linear:.2f}, convolutions of up to {NARROW} channels"
+        f" {rates.narrow:.2f} and from {WIDE} on {rates.wide:.2f}; of {gpu.bandwidth:g} TB/s the rest reaches"
+        f" {rates.bandwidth:.2f}.",
         "Matmuls hide the traffic of their operands; what moves between matmuls is added; nothing else overlaps, and"
         " launches cost nothing.",
         stages,
-        "Operations and memory are those of this project's model, whatever the code.",
-        f"DiTs and decoders work in {names[c.dtype]}, encoders in {names[c.encode_dtype]}; float32 runs as TF32.",
+        "DiTs and decoders work in bfloat16, encoders in float32; float32 runs as TF32.",
         "Encoders of text and image, reading weights and writing the file are not included.",
+        f"Convolutions in float32 are cuDNN's; their fractions of the TF32 peak are {known}.",
     ]
-    if not profile.folded:
-        sentences.append("Frames are enlarged before they are convolved, 36/16 of the operations of folded upsampling.")
-    if c.encode_dtype == torch.float32:
-        known = "fitted to a 2K clip on an H200" if gpu.architecture == "hopper" else "assumed to be those of bf16"
-        sentences.append(f"Convolutions in float32 are cuDNN's; their fractions of the TF32 peak are {known}.")
-    return sentences
 
 
-def _particular(gpu: Card, predicted: list[PredictedPart]) -> list[str]:
-    sentences = []
-    for entry in predicted:
-        part, where = entry.part, f"{entry.part.stage}, {entry.part.name}"
+def _particular(gpu: Card, predicted: list[Part]) -> Iterator[str]:
+    for part in predicted:
+        where = f"{part.stage}, {part.name}"
         if part.note:
-            sentences.append(f"{where}: {part.note}.")
-        if not entry.fits:
-            how = (
-                "its weights come from host memory in every forward" if entry.streamed else "predicted as if it fitted"
-            )
-            need = (
-                f"needs {part.peak_bytes / 1e9:.1f} GB and {USABLE * gpu.memory:.1f} of {gpu.memory:g} are planned with"
-            )
-            sentences.append(f"{where}: {need}; {how}.")
-    return sentences
+            yield f"{where}: {part.note}."
+        if not part.fits:
+            how = "its weights come from host memory in every forward" if part.streamed else "predicted as if it fitted"
+            need = f"needs {part.peak_bytes / 1e9:.1f} GB and {USABLE * gpu.memory:.1f} of {gpu.memory:g} are planned"
+            yield f"{where}: {need} with; {how}."

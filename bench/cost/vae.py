@@ -5,8 +5,7 @@ a frame and before a clip count. A clip of ``F = 1 + 4 (T - 1)`` frames, T of la
 between. Three things deserve a word:
 
 * Nearest upsampling is folded into the 3x3 convolution after it, as the kernels of this project do it: 4 of 36 taps
-  for each of the four phases, 16 of 36 operations. Code that enlarges first has :data:`bench.cost.work.UNFOLDED`
-  times as many.
+  for each of the four phases, 16 of 36 operations.
 * A temporal up- or downsampling passes the clip's first frame as it is.
 * Attention, in the middle, is one head over the n pixels of a latent frame: ``4 n^2 C``, and ``8 n C^2`` for its
   projections.
@@ -18,24 +17,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from bench.cost.work import Matmul, Traffic, Work
+from bench.cost.work import Matmul, Work
 from model.config import VAEConfig
-from model.errors import InputError
 from model.sizes import check_frames
 
 #: The most channels with which a convolution also norms what it stores: ``swifti2v_kernels``' own number.
 MAX_OWNED_CHANNELS = 192
-#: Bytes that eager code moves between matmuls in 16 bits, for every element that a causal convolution reads: casts of
-#: the norm, SiLU, concatenation of history, padding, copies into the layout of cuDNN.
-EAGER_CONVOLUTION = 58.0
-#: The same for every element that a convolution of one tap reads; and for an upsampling: for every element before it,
-#: every one of the enlarged frame (which passes through float32), and every one of its result.
-EAGER_POINT = 6.0
-EAGER_UPSAMPLE = (6.0, 14.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,6 @@ class Convolution:
     frames of the one before.
     """
 
-    name: str
     kernel: tuple[int, int, int]
     channels: int
     columns: int
@@ -103,14 +93,9 @@ class Convolution:
         return Work(
             (Matmul(self.kind, self.flops, extent),),
             float(itemsize * (self.inputs + self.history + written + prod(self.kernel) * self.channels * self.columns)),
-            Traffic(float(itemsize * apart), float(itemsize * separate), itemsize / 2 * self._eager()),
+            float(itemsize * apart),
+            float(itemsize * separate),
         )
-
-    def _eager(self) -> float:
-        if self.kind == "upsample":
-            before, enlarged, after = EAGER_UPSAMPLE
-            return before * self.inputs + 4 * enlarged * self.inputs + after * self.columns * self.pixels
-        return self.inputs * (EAGER_POINT if prod(self.kernel) == 1 else EAGER_CONVOLUTION)
 
 
 @dataclass(frozen=True)
@@ -122,95 +107,84 @@ class _Frames:
     width: int
     calls: int
 
-    def convolution(
-        self, name: str, kernel: tuple[int, int, int], channels: int, columns: int, **more: Any
-    ) -> Convolution:
+    def convolution(self, kernel: tuple[int, int, int], channels: int, columns: int, **more: Any) -> Convolution:
         """Returns a convolution whose result is these frames."""
         size = {"frames": self.frames, "height": self.height, "width": self.width, "calls": self.calls}
-        return Convolution(name, kernel, channels, columns, **size, **more)
+        return Convolution(kernel, channels, columns, **size, **more)
 
-    def block(self, name: str, channels: int, columns: int, norm: bool = True) -> Iterator[Convolution]:
+    def block(self, channels: int, columns: int, norm: bool = True) -> Iterator[Convolution]:
         """Yields the convolutions of a residual block; ``norm`` says that a norm follows it."""
-        yield self.convolution(f"{name}.conv1", (3, 3, 3), channels, columns, norm=True, sum_kept=False)
+        yield self.convolution((3, 3, 3), channels, columns, norm=True, sum_kept=False)
         if channels != columns:
-            yield self.convolution(f"{name}.conv_shortcut", (1, 1, 1), channels, columns)
-        yield self.convolution(f"{name}.conv2", (3, 3, 3), columns, columns, norm=norm, residual=True)
+            yield self.convolution((1, 1, 1), channels, columns)
+        yield self.convolution((3, 3, 3), columns, columns, norm=norm, residual=True)
 
     def middle(self, channels: int) -> Iterator[Convolution]:
-        """Yields the residual blocks around the attention, which is :func:`attention`."""
-        yield from self.block("mid_block.0", channels, channels, norm=False)
-        yield from self.block("mid_block.1", channels, channels)
+        """Yields the residual blocks around the attention, which is :func:`_attention`."""
+        yield from self.block(channels, channels, norm=False)
+        yield from self.block(channels, channels)
 
 
-def decoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
-    """Returns the convolutions of the decoder for a clip of ``num_frames`` frames of width x height pixels.
+def _decoder(config: VAEConfig, at: _Frames) -> tuple[list[Convolution], int]:
+    """Returns the convolutions of the decoder, and the elements that the shortcuts around its stages move.
 
-    Raises:
-        InputError: the size or the number of frames does not fit the VAE.
+    A shortcut, which has no parameters (Wan2.2), copies a stage's input to its place in the output.
     """
-    at = _latents(config, width, height, num_frames)
     z, dims = config.z_dim, [config.decoder_base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
     doubles = (*reversed(config.temporal_downsample), False)
-    last = len(config.dim_mult) - 1
-    layers = [at.convolution("post_quant_conv", (1, 1, 1), z, z)]
-    layers.append(at.convolution("conv_in", (3, 3, 3), z, dims[0], norm=True))
-    layers += at.middle(dims[0])
+    last, moved = len(config.dim_mult) - 1, 0
+    layers = [at.convolution((1, 1, 1), z, z), at.convolution((3, 3, 3), z, dims[0], norm=True), *at.middle(dims[0])]
     for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
         channels = dim_in if config.residual or i == 0 else dim_in // 2
         for j in range(config.num_res_blocks + 1):
             # After the last block of a stage, the upsampling reads the sum itself.
             norm = j < config.num_res_blocks or i == last
-            layers += at.block(f"up_blocks.{i}.{j}", channels if j == 0 else dim_out, dim_out, norm)
+            layers += at.block(channels if j == 0 else dim_out, dim_out, norm)
         if i == last:
             break
         if doubles[i] and at.frames > 1:
-            rest = _Frames(at.frames - 1, at.height, at.width, at.calls - 1)
-            layers.append(rest.convolution(f"up_blocks.{i}.time_conv", (3, 1, 1), dim_out, 2 * dim_out))
+            rest = replace(at, frames=at.frames - 1, calls=at.calls - 1)
+            layers.append(rest.convolution((3, 1, 1), dim_out, 2 * dim_out))
         at = _Frames(2 * at.frames - 1 if doubles[i] else at.frames, 2 * at.height, 2 * at.width, at.calls)
         columns = dim_out if config.residual else dim_out // 2
         options = {"kind": "upsample", "norm": True, "residual": config.residual}
-        layers.append(at.convolution(f"up_blocks.{i}.resample", (1, 3, 3), dim_out, columns, **options))
-    layers.append(at.convolution("conv_out", (3, 3, 3), dims[-1], config.pixel_channels, kind="last_convolution"))
-    return layers
+        layers.append(at.convolution((1, 3, 3), dim_out, columns, **options))
+        moved += 2 * columns * layers[-1].pixels
+    layers.append(at.convolution((3, 3, 3), dims[-1], config.pixel_channels, kind="last_convolution"))
+    return layers, moved
 
 
-def encoder(config: VAEConfig, width: int, height: int, num_frames: int) -> list[Convolution]:
-    """Returns the convolutions of the encoder; arguments and errors as for :func:`decoder`."""
-    calls = _latents(config, width, height, num_frames).calls
+def _encoder(config: VAEConfig, at: _Frames, num_frames: int) -> tuple[list[Convolution], int]:
+    """Returns the convolutions of the encoder, and the elements that the shortcuts around its stages move.
+
+    A shortcut puts a stage's input into cells (read and written) and averages these.
+    """
+    calls, moved = at.calls, 0
     dims = [config.base_dim * m for m in (1, *config.dim_mult)]
     last = len(config.dim_mult) - 1
-    at = _Frames(num_frames, height // config.patch_size, width // config.patch_size, calls)
-    layers = [at.convolution("conv_in", (3, 3, 3), config.pixel_channels, dims[0], norm=True)]
+    scale = config.spatial_stride // config.patch_size
+    at = _Frames(num_frames, scale * at.height, scale * at.width, calls)
+    layers = [at.convolution((3, 3, 3), config.pixel_channels, dims[0], norm=True)]
     for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
+        moved += 3 * dim_in * at.frames * at.height * at.width
         for j in range(config.num_res_blocks):
             norm = j + 1 < config.num_res_blocks or i == last
-            layers += at.block(f"down_blocks.{i}.{j}", dim_in if j == 0 else dim_out, dim_out, norm)
+            layers += at.block(dim_in if j == 0 else dim_out, dim_out, norm)
         if i == last:
             break
-        at = _Frames(at.frames, at.height // 2, at.width // 2, calls)
+        at = replace(at, height=at.height // 2, width=at.width // 2)
         options = {"norm": True, "stride": (1, 2, 2), "residual": config.residual}
-        layers.append(at.convolution(f"down_blocks.{i}.resample", (1, 3, 3), dim_out, dim_out, **options))
+        layers.append(at.convolution((1, 3, 3), dim_out, dim_out, **options))
+        moved += dim_out * layers[-1].pixels
         if config.temporal_downsample[i] and at.frames > 1:
             half = (at.frames - 1) // 2
-            at = _Frames(half, at.height, at.width, calls - 1)
-            layers.append(at.convolution(f"down_blocks.{i}.time_conv", (3, 1, 1), dim_out, dim_out, stride=(2, 1, 1)))
-            at = _Frames(half + 1, at.height, at.width, calls)
+            later = replace(at, frames=half, calls=calls - 1)
+            layers.append(later.convolution((3, 1, 1), dim_out, dim_out, stride=(2, 1, 1)))
+            at = replace(at, frames=half + 1)
     layers += at.middle(dims[-1])
-    layers.append(at.convolution("conv_out", (3, 3, 3), dims[-1], 2 * config.z_dim))
-    layers.append(at.convolution("quant_conv", (1, 1, 1), 2 * config.z_dim, 2 * config.z_dim))
-    return layers
-
-
-def attention(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
-    """Returns the work of the attention over each latent frame in ``part``, with its norm, projections and sum."""
-    at = _latents(config, width, height, num_frames)
-    base = config.decoder_base_dim if part == "decode" else config.base_dim
-    channels = base * config.dim_mult[-1]
-    pixels = at.height * at.width
-    flops, projections = 4 * at.frames * pixels**2 * channels, 8 * at.frames * pixels * channels**2
-    matmuls = (Matmul("frame_attention", flops, channels), Matmul("linear", projections, channels))
-    row = float(itemsize * at.frames * pixels * channels)
-    return Work(matmuls, 10 * row + itemsize * 4 * channels**2, Traffic.same(5 * row))
+    layers.append(at.convolution((3, 3, 3), dims[-1], 2 * config.z_dim))
+    layers.append(at.convolution((1, 1, 1), 2 * config.z_dim, 2 * config.z_dim))
+    return layers, moved
 
 
 def work(config: VAEConfig, part: str, width: int, height: int, num_frames: int, itemsize: int = 2) -> Work:
@@ -221,39 +195,22 @@ def work(config: VAEConfig, part: str, width: int, height: int, num_frames: int,
         part: ``decode`` or ``encode``.
         width, height, num_frames: the size of the clip in pixels.
         itemsize: bytes of an activation.
-
-    Raises:
-        InputError: the part is unknown, or the size or number of frames does not fit the VAE.
     """
-    if part not in ("decode", "encode"):
-        raise InputError(f"part: expected decode or encode, got {part!r}")
-    layers = (decoder if part == "decode" else encoder)(config, width, height, num_frames)
-    result = attention(config, part, width, height, num_frames, itemsize)
+    frames = 1 if num_frames == 1 else check_frames(num_frames, config.temporal_stride)
+    at = _Frames(frames, height // config.spatial_stride, width // config.spatial_stride, frames)
+    layers, shortcuts = _decoder(config, at) if part == "decode" else _encoder(config, at, num_frames)
+    base = config.decoder_base_dim if part == "decode" else config.base_dim
+    result = _attention(at, base * config.dim_mult[-1], itemsize)
     for layer in layers:
         result += layer.work(itemsize)
-    return result + Work(between=Traffic.same(float(_shortcuts(config, layers, itemsize))))
+    moved = float(itemsize * shortcuts) if config.residual else 0.0
+    return result + Work(fused=moved, separate=moved)
 
 
-def _shortcuts(config: VAEConfig, layers: list[Convolution], itemsize: int) -> int:
-    """Returns the bytes of the parameter-free shortcuts around the stages of Wan2.2.
-
-    In the decoder each stage's input is copied to its place in the output. In the encoder it is put into cells (read
-    and written) and these are averaged.
-    """
-    if not config.residual:
-        return 0
-    moved = 0
-    for layer in layers:
-        if layer.name.endswith("resample"):
-            moved += layer.columns * layer.pixels * (2 if layer.kind == "upsample" else 1)
-        elif layer.name.startswith("down_blocks") and layer.name.endswith(".0.conv1"):
-            moved += 3 * layer.inputs
-    return itemsize * moved
-
-
-def _latents(config: VAEConfig, width: int, height: int, num_frames: int) -> _Frames:
-    stride = config.spatial_stride
-    if width < 1 or height < 1 or width % stride or height % stride:
-        raise InputError(f"size: width and height must be multiples of {stride}, got {width}x{height}")
-    frames = 1 if num_frames == 1 else check_frames(num_frames, config.temporal_stride)
-    return _Frames(frames, height // stride, width // stride, frames)
+def _attention(at: _Frames, channels: int, itemsize: int) -> Work:
+    """Returns the work of the attention over each latent frame, with its norm, projections and sum."""
+    pixels = at.height * at.width
+    flops, projections = 4 * at.frames * pixels**2 * channels, 8 * at.frames * pixels * channels**2
+    matmuls = (Matmul("frame_attention", flops, channels), Matmul("linear", projections, channels))
+    row = float(itemsize * at.frames * pixels * channels)
+    return Work(matmuls, 10 * row + itemsize * 4 * channels**2, 5 * row, 5 * row)

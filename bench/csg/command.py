@@ -76,7 +76,6 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
         session.say(
             "random weights: the clips show the path, not quality; time and memory do not depend on the weights"
         )
-    session.say(passes.headline())
     settings = passes.settings()
     session.section.set(settings=settings)
     note = (
@@ -87,10 +86,10 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
     table = session.section.table(
         "whole", "Stage II, whole passes", identity=IDENTITY, metrics=METRICS, columns=COLUMNS, note=note
     )
-    with require("tqdm", "generate").tqdm(total=passes.num_passes, unit="pass", dynamic_ncols=True) as bar:
-        for num_frames in passes.lengths:
-            passes.measure(num_frames, session.folder, table, bar)
-    session.draw("plan", windows(passes.plan(max(passes.lengths))))
+    with require("tqdm", "generate").tqdm(passes.lengths, unit="clip", dynamic_ncols=True) as bar:
+        for num_frames in bar:
+            passes.measure(num_frames, session.folder, table, bar.set_description)
+    session.draw("plan", windows(passes.plan(passes.lengths[-1])))
 
 
 def _extrapolate(args: argparse.Namespace, session: Session) -> None:
@@ -104,18 +103,17 @@ def _extrapolate(args: argparse.Namespace, session: Session) -> None:
     if not session.cuda:
         session.say("no CUDA device: the same paths at toy sizes; no card is timed")
         found, check = [setup.reduced() for setup in found], check.reduced()
-    deadline = None if args.minutes is None else start + 60 * args.minutes
-    dtype = pick_dtype(args.dtype, session.device)
-    timer = session.timer(100)
     session.ceilings()
-    layers = (1, 3) if session.cuda else (1, 2)
-    measurement = Measurement(session.section, session.device, dtype, timer, deadline, layers)
+    ablated = max(found, key=lambda setup: setup.width) if args.ablations else None
     session.section.note("Random weights at the real sizes: time and memory do not depend on them.")
     session.section.set(settings={**session.section.data["settings"], "frames": found[0].num_frames})
     total = 2 * len(found) + 1 + args.ablations
     with require("tqdm", "bench").tqdm(total=total, unit="clip", dynamic_ncols=True, disable=None) as bar:
-        ablated = max(found, key=lambda setup: setup.width) if args.ablations else None
-        measurement.run(found, check, ablated, bar.set_description, bar.update)
+        Measurement(
+            session.section, session.device, pick_dtype(args.dtype, session.device), session.timer(100),
+            deadline=None if args.minutes is None else start + 60 * args.minutes,
+            layers=(1, 3) if session.cuda else (1, 2), progress=bar.set_description,
+        ).run(found, check, ablated, bar.update)  # fmt: skip
 
 
 def _one_length(text: str | None) -> int:

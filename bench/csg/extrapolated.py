@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
-from bench.csg.vae_time import FRAMES, VAEClock, file_seconds, plan_vaes, segments
+from bench.csg.vae_time import VAEClock, plan_vaes
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
 from bench.harness.timing import Timer, time_one
 from bench.records.outcome import FAILURES, failure
 from bench.records.write import Section, Table
+from model.config import DiTConfig
 from model.csg.sampler import SegmentPlan, Window, sample_latents
 from model.csg.schedule import flow_sigmas
 from model.dit.model import WanDiT
@@ -31,16 +32,16 @@ from model.machine.host import release
 from model.pipeline.encoders import empty_text
 from model.sizes import size_multiple, stage_one_size
 from model.weights.load import random_weights
+from swifti2v_kernels.common.shapes import WINDOWS
 
-STAGES = ("Stage I", "reference", "Stage II", "decode", "file")
 TWO_STAGE = "two stages, CSG"
 END_TO_END = f"end-to-end, {BASELINE_STEPS} steps, guidance"
 END_TO_END_FEW = "end-to-end, {} steps"
 FLASH_2 = f"{END_TO_END}, FlashAttention-2"
 #: The paper's figures for 2560x1408, 81 frames, on an H800.
 PAPER_SECONDS, PAPER_BASELINE_SECONDS = 111.0, 22_400.0
-#: Queries of the FlashAttention-2 call that is timed.
-FLASH_QUERIES = 14_080
+#: Queries of the FlashAttention-2 call that is timed: those of a block at 2560x1408.
+FLASH_QUERIES = WINDOWS["CSG window 2560x1408, 1.3B"].block_len
 VALIDATION_TARGET = 0.05
 
 
@@ -54,20 +55,21 @@ class Measurement:
     timer: Timer
     deadline: float | None = None
     layers: tuple[int, int] = (1, 3)
+    #: Is told what is measured now.
+    progress: Callable[[str], object] = field(default=lambda text: None)
     _known: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stage_metrics = ("seconds", "share", "peak_bytes")
-        clip_metrics = (
-            "total_seconds", "speedup", "attention_seconds", "linear_seconds", "other_seconds", "peak_bytes", "tokens",
-        )  # fmt: skip
         identity = ("model", "size", "method")
         self.stages = self.section.table(
-            "stages", "time by stage, one clip", identity=(*identity, "stage"), metrics=stage_metrics,
-            note="Device time, but the file's, which is the CPU's. Peak memory: all that is allocated in the stage.",
+            "stages", "time by stage, one clip", identity=(*identity, "stage"),
+            metrics=("seconds", "share", "peak_bytes"),
+            note="Device time. Peak memory: all that is allocated in the stage.",
         )  # fmt: skip
         self.clips = self.section.table(
-            "clips", "end-to-end against two stages with CSG, one clip", identity=identity, metrics=clip_metrics,
+            "clips", "end-to-end against two stages with CSG, one clip", identity=identity,
+            metrics=("total_seconds", "speedup", "attention_seconds", "linear_seconds", "other_seconds", "peak_bytes",
+                     "tokens"),
             note=(
                 "Device time without the file. Attention, linear and other are those of the DiT at the target size."
                 f" Times faster: than {END_TO_END}, of the same model and size. Tokens: of the largest window."
@@ -83,15 +85,7 @@ class Measurement:
             metrics=("seconds", "whole_seconds", "difference"),
         )  # fmt: skip
 
-    @property
-    def late(self) -> bool:
-        """True when the time is over."""
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-    def run(
-        self, setups: Sequence[Setup], check: Setup, ablated: Setup | None, progress: Callable[[str], None],
-        advance: Callable[[], object],
-    ) -> None:  # fmt: skip
+    def run(self, setups: Sequence[Setup], check: Setup, ablated: Setup | None, advance: Callable[[], object]) -> None:
         """Measures every model at every size, ``check`` whole against its extrapolation, the ablations of ``ablated``.
 
         A run that is cut short has ratios and verdicts of what there is.
@@ -99,99 +93,91 @@ class Measurement:
         The largest size comes first; of it CSG by the smallest model and end-to-end by the largest, since these are
         what the paper compares, and then the check.
         """
-        tasks = []
+        tasks: list[Callable[[], None]] = []
         for size in dict.fromkeys(setup.size for setup in sorted(setups, key=lambda setup: -setup.width)):
             found = sorted((s for s in setups if s.size == size), key=lambda setup: setup.dit.dim)
-            tasks += [(self._two_stage, found[0], TWO_STAGE), (self._end_to_end, found[-1], END_TO_END)]
-            tasks += [(self._end_to_end, setup, END_TO_END) for setup in found[:-1]]
-            tasks += [(self._two_stage, setup, TWO_STAGE) for setup in found[1:]]
+            tasks += [functools.partial(self._clip, TWO_STAGE, found[0])]
+            tasks += [functools.partial(self._clip, END_TO_END, setup) for setup in (found[-1], *found[:-1])]
+            tasks += [functools.partial(self._clip, TWO_STAGE, setup) for setup in found[1:]]
+        tasks.insert(2, functools.partial(self.validate, check))
+        if ablated is not None:
+            tasks.append(functools.partial(self.ablation, ablated))
         try:
-            for i, (measure, setup, method) in enumerate(tasks):
-                if i == 2:
-                    self.validate(check, progress)
-                    advance()
-                key = {"model": setup.model, "size": setup.size, "method": method}
-                self._attempt(self.clips, key, functools.partial(measure, setup, progress))
-                advance()
-            if len(tasks) <= 2:
-                self.validate(check, progress)
-                advance()
-            if ablated is not None:
-                self.ablation(ablated, progress)
+            for task in tasks:
+                task()
                 advance()
         finally:
             self._finish()
 
-    def _two_stage(self, setup: Setup, progress: Callable[[str], None]) -> None:
+    def _clip(self, method: str, setup: Setup) -> None:
+        measure = self._two_stage if method == TWO_STAGE else self._end_to_end
+        key = {"model": setup.model, "size": setup.size, "method": method}
+        self._attempt(self.clips, key, lambda: measure(setup))
+
+    def _two_stage(self, setup: Setup) -> None:
         key = {"model": setup.model, "size": setup.size, "method": TWO_STAGE}
-        rows: list[dict[str, Any]] = []
-
-        def stage(name: str, seconds: float, peak: int | None, note: str) -> None:
-            row = key | {"stage": name, "seconds": seconds, "peak_bytes": peak}
-            rows.append(row | {"basis": "extrapolated", "basis_note": note} if note else row)
-
-        progress(f"{setup.name}: Stage I")
-        low = self._stage_one(setup)
-        stage("Stage I", setup.steps * low.step_seconds, low.peak_bytes, f"{low.note}, 1 of {setup.steps} steps")
-        progress(f"{setup.name}: Stage II")
-        plan = SegmentPlan(setup.num_blocks)
-        clock = self._clock(setup)
-        total, times = plan_seconds(clock, plan, setup.steps)
-        del clock
-        release(self.device)
-        note = f"{times[0][1].note}, 1 of {setup.steps} steps, {len(times)} of {len(plan)} windows"
+        self.progress(f"{setup.name}: Stage I")
+        stride = setup.vae.spatial_stride
+        width, height = stage_one_size(setup.width, setup.height, size_multiple(setup.vae, setup.stage_one))
+        low = self._whole_window(setup, setup.stage_one, (height // stride, width // stride), self.layers, False)
+        self.progress(f"{setup.name}: Stage II")
+        total, times, note = self._segments(setup, SegmentPlan(setup.num_blocks))
         largest = max((found for _, found in times), key=lambda found: found.tokens)
-        stage("Stage II", total, largest.peak_bytes, note)
-        progress(f"{setup.name}: VAE")
-        around, written, note_vae = self._around(setup)
-        for name, (seconds, peak) in around.items():
-            stage(name, seconds, peak, note_vae)
-        device_seconds = sum(row["seconds"] for row in rows)
-        if written is not None:
-            stage("file", written, None, f"from {FRAMES[1]} of {setup.num_frames} frames")
-        for row in sorted(rows, key=lambda row: STAGES.index(row["stage"])):
-            self.stages.add(row | ({"share": row["seconds"] / device_seconds} if row["stage"] != "file" else {}))
-        peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"]]
-        self.clips.add(
-            key
-            | {"total_seconds": device_seconds, "peak_bytes": max(peaks, default=None), "tokens": largest.tokens}
-            | _shared(total, times)
-            | {"basis": "extrapolated", "basis_note": note}
-        )
+        self.progress(f"{setup.name}: VAE")
+        reference, decode, vae_note = self._around(setup)
+        found = {
+            "Stage I": (setup.steps * low.step_seconds, low.peak_bytes, f"{low.note}, 1 of {setup.steps} steps"),
+            "reference": (*reference, vae_note),
+            "Stage II": (total, largest.peak_bytes, note),
+            "decode": (*decode, vae_note),
+        }
+        whole = sum(seconds for seconds, _, _ in found.values())
+        for stage, (seconds, peak, basis) in found.items():
+            row = key | {"stage": stage, "seconds": seconds, "share": seconds / whole, "peak_bytes": peak}
+            self.stages.add(row | {"basis": "extrapolated", "basis_note": basis})
+        row = key | {"total_seconds": whole, "tokens": largest.tokens, "basis": "extrapolated", "basis_note": note}
+        row["peak_bytes"] = max((peak for _, peak, _ in found.values() if peak), default=None)
+        # Stage II by attention, linear and other, of all windows.
+        weights = [count * window.step_seconds for count, window in times]
+        for part in largest.shares:
+            of = sum(w * window.shares[part] for w, (_, window) in zip(weights, times, strict=True))
+            row[f"{part}_seconds"] = total * of / sum(weights)
+        self.clips.add(row)
 
-    def _around(self, setup: Setup) -> tuple[dict[str, tuple[float, int | None]], float | None, str]:
-        """Returns reference and decode, the file, and a note; models whose VAE works in the same way share them."""
+    def _around(self, setup: Setup) -> tuple[tuple[float, int | None], tuple[float, int | None], str]:
+        """Returns reference, decode and a note; models whose VAE works in the same way share them."""
         plans = plan_vaes(setup, self.device, self.dtype)
         key = (setup.size, setup.num_frames, plans)
         if key not in self._known:
             clock = VAEClock(setup, plans, self.device)
-            found = {"reference": clock.reference(), "decode": clock.decode()}
-            note = clock.note
+            self._known[key] = clock.extrapolated(clock.reference), clock.extrapolated(clock.decode), clock.note
             del clock
             release(self.device)
-            self._known[key] = found, file_seconds(setup), note
         return self._known[key]
 
-    def _end_to_end(self, setup: Setup, progress: Callable[[str], None]) -> None:
-        progress(f"{setup.name}: end-to-end")
-        found = self._whole_window(setup)
+    def _end_to_end(self, setup: Setup) -> None:
+        self.progress(f"{setup.name}: end-to-end")
+        # The step of a large window takes long, and its layers are alike: two of them.
+        found = self._whole_window(setup, setup.dit, setup.latent_size, (1, 2), True)
         key = {"model": setup.model, "size": setup.size}
         forwards = {END_TO_END: 2 * BASELINE_STEPS, END_TO_END_FEW.format(setup.steps): setup.steps}
         for method, count in forwards.items():
             total = count * found.step_seconds
-            note = f"{found.note}, 1 of {count} forwards"
             row = key | {"method": method, "total_seconds": total, "peak_bytes": found.peak_bytes}
-            row |= {"tokens": found.tokens, "basis": "extrapolated", "basis_note": note}
-            self.clips.add(row | {f"{part}_seconds": share * total for part, share in found.shares.items()})
+            row |= {"tokens": found.tokens, "basis": "extrapolated"}
+            row |= {f"{part}_seconds": share * total for part, share in found.shares.items()}
+            self.clips.add(row | {"basis_note": f"{found.note}, 1 of {count} forwards"})
         if self.device.type == "cuda" and found.shares:
-            self._guard(self.clips, key | {"method": FLASH_2}, functools.partial(self._flash_two, setup, found))
+            flash = functools.partial(self._flash_two, setup, found)
+            self._attempt(self.clips, key | {"method": FLASH_2}, flash, begun=True)
 
     def _flash_two(self, setup: Setup, found: WindowTime) -> None:
         """Adds the baseline with torch's FlashAttention-2, timed on a part of the queries with all of the keys."""
-        heads, head_dim = setup.dit.num_heads, setup.dit.head_dim
         queries = min(FLASH_QUERIES, found.tokens)
-        q = torch.randn(1, heads, queries, head_dim, device=self.device, dtype=self.dtype)
-        k, v = (torch.randn(1, heads, found.tokens, head_dim, device=self.device, dtype=self.dtype) for _ in range(2))
+        q, k, v = (
+            torch.randn(1, setup.dit.num_heads, n, setup.dit.head_dim, device=self.device, dtype=self.dtype)
+            for n in (queries, found.tokens, found.tokens)
+        )
 
         def call() -> torch.Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -206,114 +192,87 @@ class Measurement:
         note = f"the row above, its attention replaced by torch's FlashAttention-2 on {queries:,} of its queries"
         self.clips.add(row | {"basis_note": note})
 
-    def ablation(self, setup: Setup, progress: Callable[[str], None], chosen: Sequence[Variant] | None = None) -> None:
+    def ablation(self, setup: Setup, chosen: Sequence[Variant] | None = None) -> None:
         """Measures Stage II with the clip cut in other ways."""
-        clock = None
+
+        def measure(variant: Variant, key: dict[str, str]) -> None:
+            total, times, note = self._segments(setup, variant.plan, variant.mode, split=False)
+            largest = max((found for _, found in times), key=lambda found: found.tokens)
+            row = key | {"stage_two_seconds": total, "tokens": largest.tokens, "peak_bytes": largest.peak_bytes}
+            self.ablations.add(row | {"basis": "extrapolated", "basis_note": note})
+
         for variant in chosen or variants(setup.num_blocks):
             key = {"model": setup.model, "size": setup.size, "variant": variant.name}
-            progress(f"{setup.name}: {variant.name}")
-
-            def measure(variant: Variant = variant, key: dict[str, Any] = key) -> None:
-                nonlocal clock
-                clock = clock or self._clock(setup)
-                total, times = plan_seconds(clock, variant.plan, setup.steps, variant.mode, split=False)
-                largest = max((found for _, found in times), key=lambda found: found.tokens)
-                note = f"{largest.note}, 1 of {setup.steps} steps, {len(times)} of {len(variant.plan)} windows"
-                row = key | {"stage_two_seconds": total, "tokens": largest.tokens, "peak_bytes": largest.peak_bytes}
-                self.ablations.add(row | {"basis": "extrapolated", "basis_note": note})
-
-            self._attempt(self.ablations, key, measure)
+            self.progress(f"{setup.name}: {variant.name}")
+            self._attempt(self.ablations, key, functools.partial(measure, variant, key))
         first = self.ablations.rows[0]
         for row in self.ablations.rows:
             if first["status"] == row["status"] == "ok":
                 row["ratio"] = row["stage_two_seconds"] / first["stage_two_seconds"]
         self.ablations.save()
-        del clock
-        release(self.device)
 
-    def validate(self, setup: Setup, progress: Callable[[str], None]) -> None:
+    def validate(self, setup: Setup) -> None:
         """Measures a clip whole, and what few layers, steps and latent frames say of it."""
-        key = {"model": setup.model, "size": setup.size}
+
+        def compared(key: dict[str, str], measure: Callable[[Setup], tuple[float, float, str]]) -> None:
+            extrapolated, whole, note = measure(setup)
+            row = key | {"seconds": extrapolated, "whole_seconds": whole, "basis": "extrapolated", "basis_note": note}
+            self.validation.add(row | {"difference": abs(extrapolated / whole - 1)})
+
         for what, measure in (("Stage II, CSG", self._whole_stage_two), ("decode", self._whole_decode)):
-            progress(f"{setup.name}: {what}, whole")
-
-            def one(what: str = what, measure: Callable[[Setup], tuple[float, float, str]] = measure) -> None:
-                extrapolated, whole, note = measure(setup)
-                row = key | {"what": what, "seconds": extrapolated, "whole_seconds": whole, "basis": "extrapolated"}
-                self.validation.add(row | {"basis_note": note, "difference": abs(extrapolated / whole - 1)})
-
-            self._attempt(self.validation, key | {"what": what}, one)
+            self.progress(f"{setup.name}: {what}, whole")
+            key = {"model": setup.model, "size": setup.size, "what": what}
+            self._attempt(self.validation, key, functools.partial(compared, key, measure))
 
     def _whole_stage_two(self, setup: Setup) -> tuple[float, float, str]:
         plan = SegmentPlan(setup.num_blocks)
-        clock = self._clock(setup)
-        extrapolated, times = plan_seconds(clock, plan, setup.steps, split=False)
-        del clock
-        release(self.device)
+        extrapolated, times, _ = self._segments(setup, plan, split=False)
         dit = random_weights(WanDiT, setup.dit, 0, dtype=self.dtype, device=self.device)
-        rows, columns = setup.latent_size
-        text = empty_text(setup.dit.text_dim).to(self.device)
-        reference = torch.randn(1, setup.dit.out_channels, setup.num_blocks, rows, columns, device=self.device)
-
-        def run() -> float:
+        size = (setup.dit.out_channels, setup.num_blocks, *setup.latent_size)
+        text, reference = empty_text(setup.dit.text_dim).to(self.device), torch.randn(1, *size, device=self.device)
+        sigmas = flow_sigmas(setup.steps, 5.0)
+        for _ in range(2):  # the first compiles
             start = time.perf_counter()
-            for segment in sample_latents(
-                dit, reference.clone(), text, plan=plan, sigmas=flow_sigmas(setup.steps, 5.0), seed=0
-            ):
+            for segment in sample_latents(dit, reference.clone(), text, plan=plan, sigmas=sigmas, seed=0):
                 del segment
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        run()  # compiles
-        return extrapolated, run(), f"{times[0][1].note}, 1 of {setup.steps} steps"
+        return extrapolated, time.perf_counter() - start, f"{times[0][1].note}, 1 of {setup.steps} steps"
 
     def _whole_decode(self, setup: Setup) -> tuple[float, float, str]:
         clock = VAEClock(setup, plan_vaes(setup, self.device, self.dtype), self.device)
-        extrapolated, _ = clock.decode()
-        rows, columns = setup.latent_size
-        latents = torch.randn(1, setup.vae.z_dim, setup.num_blocks, rows, columns, device=self.device)
-        start = time.perf_counter()
-        with torch.no_grad():
-            for frames in clock.vae.decode_frames(segments(latents), clock.plans.decode.plan):
-                del frames
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return extrapolated, time.perf_counter() - start, clock.note
+        extrapolated, _ = clock.extrapolated(clock.decode)
+        return extrapolated, clock.seconds(clock.decode, setup.num_blocks), clock.note
 
-    def _stage_one(self, setup: Setup) -> WindowTime:
-        """Measures one step of Stage I's DiT on all blocks at its size."""
-        width, height = stage_one_size(setup.width, setup.height, size_multiple(setup.vae, setup.stage_one))
-        stride = setup.vae.spatial_stride
-        size = height // stride, width // stride
-        clock = WindowClock(setup.stage_one, size, setup.num_blocks, self.device, self.dtype, layers=self.layers)
+    def _whole_window(
+        self, setup: Setup, config: DiTConfig, latent_size: tuple[int, int], layers: tuple[int, int], split: bool
+    ) -> WindowTime:
+        """Measures one step of a DiT on all blocks."""
+        clock = WindowClock(config, latent_size, setup.num_blocks, self.device, self.dtype, layers)
         blocks = tuple(range(setup.num_blocks))
-        found = clock.measure(Window(blocks[:1], blocks[1:]), split=False)
+        found = clock.measure(Window(blocks[:1], blocks[1:]), split=split)
         del clock
         release(self.device)
         return found
 
-    def _whole_window(self, setup: Setup) -> WindowTime:
-        blocks = tuple(range(setup.num_blocks))
-        # The step of a large window takes long, and its layers are alike: two of them.
-        clock = self._clock(setup, layers=(1, 2))
-        found = clock.measure(Window(blocks[:1], blocks[1:]))
+    def _segments(
+        self, setup: Setup, plan: SegmentPlan, mode: str = "bidirectional", split: bool = True
+    ) -> tuple[float, list[tuple[int, WindowTime]], str]:
+        """Returns the seconds of Stage II, the kinds of its windows, and a note."""
+        clock = WindowClock(setup.dit, setup.latent_size, setup.num_blocks, self.device, self.dtype, self.layers)
+        total, times = plan_seconds(clock, plan, setup.steps, mode, split)
         del clock
         release(self.device)
-        return found
+        return total, times, f"{times[0][1].note}, 1 of {setup.steps} steps, {len(times)} of {len(plan)} windows"
 
-    def _clock(self, setup: Setup, layers: tuple[int, int] | None = None) -> WindowClock:
-        return WindowClock.of(setup, self.device, self.dtype, layers=layers or self.layers)
+    def _attempt(self, table: Table, key: dict[str, Any], measure: Callable[[], None], begun: bool = False) -> None:
+        """Calls ``measure``, unless the time is over and it is not a part of what was begun.
 
-    def _attempt(self, table: Table, key: dict[str, Any], measure: Callable[[], None]) -> None:
-        """Calls ``measure`` unless the time is over; adds a row that says why nothing was measured."""
-        if self.late:
+        Adds a row that says why nothing was measured.
+        """
+        if not begun and self.deadline is not None and time.monotonic() > self.deadline:
             table.add(key | {"status": "not reached", "reason": "the time given was over"})
             return
-        self._guard(table, key, measure)
-
-    def _guard(self, table: Table, key: dict[str, Any], measure: Callable[[], None]) -> None:
-        """Calls ``measure``, however late it is; adds a row that says why it failed."""
         try:
             measure()
         except (InputError, *FAILURES) as error:
@@ -327,9 +286,8 @@ class Measurement:
         rows = [row for row in self.clips.rows if row["status"] == "ok"]
         base = {(r["model"], r["size"]): r["total_seconds"] for r in rows if r["method"] == END_TO_END}
         for row in rows:
-            reference = base.get((row["model"], row["size"]))
-            if reference:
-                row["speedup"] = reference / row["total_seconds"]
+            if (row["model"], row["size"]) in base:
+                row["speedup"] = base[row["model"], row["size"]] / row["total_seconds"]
         paper = {"model": "SwiftI2V (paper, H800)", "size": "2K", "basis": "reported", "basis_note": "arXiv 2605.06356"}
         self.clips.add(paper | {"method": TWO_STAGE, "total_seconds": PAPER_SECONDS,
                                 "speedup": PAPER_BASELINE_SECONDS / PAPER_SECONDS})  # fmt: skip
@@ -337,30 +295,18 @@ class Measurement:
         self.section.verdicts(verdicts(rows, self.validation.rows))
 
 
-def _shared(total: float, times: Sequence[tuple[int, WindowTime]]) -> dict[str, float]:
-    """Returns Stage II's seconds by attention, linear and other, of all windows."""
-    weights = [count * found.step_seconds for count, found in times]
-    shared: dict[str, float] = {}
-    for weight, (_, found) in zip(weights, times, strict=True):
-        for part, share in found.shares.items():
-            shared[f"{part}_seconds"] = shared.get(f"{part}_seconds", 0.0) + share * total * weight / sum(weights)
-    return shared
-
-
 def verdicts(clips: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the ratios of the largest model end-to-end over smaller ones in two stages, and how scaling holds."""
     found: list[dict[str, Any]] = []
     at = {(r["model"], r["size"], r["method"]): r["total_seconds"] for r in clips}
-    sizes = list(dict.fromkeys(row["size"] for row in clips))
-    for size in sizes:
+    for size in dict.fromkeys(row["size"] for row in clips):
         for method in (END_TO_END, FLASH_2):
             for model in ("1.3b", "5b"):
                 base, ours = at.get(("14b", size, method)), at.get((model, size, TWO_STAGE))
                 if base and ours:
-                    what = f"14b {method} over {model} {TWO_STAGE}"
                     ratio, wanted = base / ours, 404.0 if size == "2K" else None
-                    found.append({"what": what, "shape": size, "unit": "x", "value": ratio, "wanted": wanted,
-                                  "met": None if wanted is None else ratio >= wanted,
+                    found.append({"what": f"14b {method} over {model} {TWO_STAGE}", "shape": size, "unit": "x",
+                                  "value": ratio, "wanted": wanted, "met": None if wanted is None else ratio >= wanted,
                                   "basis": "extrapolated"})  # fmt: skip
     for row in validation:
         if row["status"] == "ok":

@@ -39,12 +39,6 @@ class Setup:
         return self.height // self.vae.spatial_stride, self.width // self.vae.spatial_stride
 
     @property
-    def tokens_per_block(self) -> int:
-        """The DiT's tokens for one block."""
-        rows, columns = self.latent_size
-        return rows // self.dit.patch_size[1] * (columns // self.dit.patch_size[2])
-
-    @property
     def name(self) -> str:
         """The model and the size, for progress and messages."""
         return f"{self.model}, {self.size}"

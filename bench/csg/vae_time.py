@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from bench.csg.setups import Setup
 from model.csg.sampler import SegmentPlan
-from model.io.media import VideoWriter
+from model.machine.cards import device_options
 from model.machine.host import release
 from model.memory.plan import plan_memory
+from model.memory.report import PipelinePlans
 from model.memory.request import DiTRequest, MemoryRequest
-from model.memory.vae_places import PipelinePlans, device_options
 from model.pipeline.stages import make_reference
 from model.sizes import size_multiple, stage_one_size
 from model.vae.model import WanVAE
@@ -24,8 +21,6 @@ from model.weights.load import random_weights
 
 #: Latent frames that are run: the anchor, and one or two segments of three after it.
 BLOCKS, SEGMENT = (4, 7), 3
-#: Frames that are written.
-FRAMES = (4, 12)
 #: Runs longer than so many seconds are not repeated.
 LONG = 2.0
 
@@ -42,7 +37,7 @@ def plan_vaes(setup: Setup, device: torch.device, dtype: torch.dtype) -> Pipelin
 
 
 class VAEClock:
-    """Times the reference and the decode of one setup.
+    """Runs and times the reference and the decode of one setup.
 
     Args:
         setup: gives the sizes and the VAE.
@@ -55,81 +50,52 @@ class VAEClock:
         self.vae = random_weights(WanVAE, setup.vae, 0, device=device).to_dtypes(decode=plans.decode.request.dtype)
         self.vae.to_dtypes(encode=plans.encode_dtype)
 
-    def reference(self) -> tuple[float, int | None]:
-        """Returns the seconds to make the reference of the whole clip, and the peak of memory in bytes."""
-        z, (rows, columns) = self.setup.vae.z_dim, self.plans.motion.request.latent_size
+    @torch.no_grad()
+    def reference(self, blocks: int) -> None:
+        """Makes the reference of so many latent frames."""
+        motion = torch.randn(
+            1, self.setup.vae.z_dim, blocks, *self.plans.motion.request.latent_size, device=self.device
+        )
         picture = torch.zeros(1, 3, 1, self.setup.height, self.setup.width, device=self.device)
-
-        def run(blocks: int) -> None:
-            motion = torch.randn(1, z, blocks, rows, columns, device=self.device)
-            plans = {"plan": self.plans.reference.plan, "motion_plan": self.plans.motion.plan}
-            make_reference(motion, self.vae, self.vae, picture, **plans)
-
-        return self._extrapolated(run)
-
-    def decode(self) -> tuple[float, int | None]:
-        """Returns the seconds to decode the whole clip, and the peak of memory in bytes."""
-        rows, columns = self.setup.latent_size
-        self.vae.drop_encoder()
-
-        def run(blocks: int) -> None:
-            latents = torch.randn(1, self.setup.vae.z_dim, blocks, rows, columns, device=self.device)
-            for frames in self.vae.decode_frames(segments(latents), self.plans.decode.plan):
-                del frames
-
-        return self._extrapolated(run)
+        plans = {"plan": self.plans.reference.plan, "motion_plan": self.plans.motion.plan}
+        make_reference(motion, self.vae, self.vae, picture, **plans)
 
     @torch.no_grad()
-    def _extrapolated(self, run: Callable[[int], None]) -> tuple[float, int | None]:
+    def decode(self, blocks: int) -> None:
+        """Decodes so many latent frames, the anchor and then segment by segment; frames are dropped as they come."""
+        self.vae.drop_encoder()
+        latents = torch.randn(1, self.setup.vae.z_dim, blocks, *self.setup.latent_size, device=self.device)
+        segments = latents[:, :, :1], *latents[:, :, 1:].split(SEGMENT, dim=2)
+        for frames in self.vae.decode_frames(segments, self.plans.decode.plan):
+            del frames
+
+    def extrapolated(self, run: Callable[[int], None]) -> tuple[float, int | None]:
+        """Returns the seconds in which one of the above is done for the whole clip, and the peak in bytes."""
         release(self.device)
         cuda = self.device.type == "cuda"
         run(BLOCKS[0])  # compiles
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = [self._least(lambda blocks=blocks: run(blocks)) for blocks in BLOCKS]
+        seconds = []
+        for blocks in BLOCKS:
+            seconds.append(self.seconds(run, blocks))
+            if seconds[-1] < LONG:
+                seconds[-1] = min(seconds[-1], self.seconds(run, blocks))
         peak = torch.cuda.max_memory_allocated() if cuda else None
         return extrapolated(BLOCKS, seconds, self.setup.num_blocks), peak
 
-    def _least(self, run: Callable[[], None]) -> float:
-        """Returns the fewer seconds of two runs, or those of one that takes long."""
-        seconds = []
-        while not seconds or (len(seconds) < 2 and max(seconds) < LONG):
-            start = time.perf_counter()
-            run()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    def seconds(self, run: Callable[[int], None], blocks: int) -> float:
+        """Returns the seconds of one run."""
+        start = time.perf_counter()
+        run(blocks)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     @property
     def note(self) -> str:
         """A note that says from how many latent frames the times are extrapolated."""
         return f"from {BLOCKS[1]} of {self.setup.num_blocks} latent frames"
-
-
-def segments(latents: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Splits latents ``[B, z, T, h, w]`` as the pipeline decodes them: the anchor, then segment by segment."""
-    return latents[:, :, :1], *latents[:, :, 1:].split(SEGMENT, dim=2)
-
-
-def file_seconds(setup: Setup) -> float | None:
-    """Returns the seconds in which the file of a clip is written, on the CPU; None where PyAV is not installed."""
-    if importlib.util.find_spec("av") is None:
-        return None
-    frames = torch.randint(0, 255, (max(FRAMES), setup.height // 8, setup.width // 8, 3), dtype=torch.uint8)
-    # Smooth pictures, as videos are: noise would take x264 many times as long.
-    frames = torch.nn.functional.interpolate(
-        frames.permute(0, 3, 1, 2).float(), (setup.height, setup.width), mode="bilinear"
-    )
-    frames = frames.permute(0, 2, 3, 1).to(torch.uint8)
-    seconds = []
-    with tempfile.TemporaryDirectory() as room:
-        for count in (1, *FRAMES):  # the first loads the encoder
-            start = time.perf_counter()
-            with VideoWriter(Path(room) / f"{count}.mp4", setup.width, setup.height, 16) as writer:
-                writer.write(frames[:count])
-            seconds.append(time.perf_counter() - start)
-    return extrapolated(FRAMES, seconds[1:], setup.num_frames)
 
 
 def extrapolated(counts: Sequence[int], seconds: Sequence[float], total: int) -> float:

@@ -12,12 +12,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from bench.csg.setups import Setup
 from bench.dit.split import split_seconds
 from model.config import DiTConfig
 from model.csg.denoiser import Denoiser
@@ -25,11 +23,10 @@ from model.csg.sampler import SegmentPlan, Window
 from model.csg.schedule import flow_sigmas
 from model.dit.model import WanDiT
 from model.machine.host import release
+from model.memory.dit_bytes import tokens_per_block
 from model.pipeline.encoders import empty_text
 from model.weights.load import random_weights
 
-#: Numbers of layers that are run.
-LAYERS = (1, 3)
 #: Operations beyond which a step is run once and not captured as a graph: some seconds on a fast card.
 LARGE = 5e14
 REPEATS = 2
@@ -76,48 +73,32 @@ class WindowClock:
         num_blocks: int,
         device: torch.device,
         dtype: torch.dtype,
-        layers: tuple[int, int] = LAYERS,
+        layers: tuple[int, int],
     ):
         self.config, self.latent_size, self.num_blocks, self.device = config, latent_size, num_blocks, device
-        self.layers = (layers[0], min(layers[1], config.num_layers))
-        if config.num_layers <= layers[1]:
-            self.layers = (config.num_layers, config.num_layers)
+        self.layers = layers if config.num_layers > layers[1] else (config.num_layers, config.num_layers)
         self.dit = random_weights(WanDiT, replace(config, num_layers=self.layers[1]), 0, dtype=dtype, device=device)
         self.text = empty_text(config.text_dim).to(device)
-
-    @classmethod
-    def of(cls, setup: Setup, device: torch.device, dtype: torch.dtype, **options: Any) -> WindowClock:
-        """Returns a clock for the DiT of a setup at its own size."""
-        return cls(setup.dit, setup.latent_size, setup.num_blocks, device, dtype, **options)
 
     @torch.no_grad()
     def measure(self, window: Window, mode: str = "bidirectional", split: bool = True) -> WindowTime:
         """Measures one window; with ``split`` also how a step's time is shared."""
-        per_block = self._tokens_per_block()
-        tokens = per_block * len(window.blocks)
+        tokens = tokens_per_block(self.config, self.latent_size) * len(window.blocks)
         large = 4 * tokens**2 * self.config.dim * self.layers[1] > LARGE
         found, shares, peak = [], {}, None
-        for i, count in enumerate(dict.fromkeys(self.layers)):
+        for count in dict.fromkeys(self.layers):
             release(self.device)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            last = i + 1 == len(set(self.layers))
-            denoiser = self._denoiser(count, window, mode, graph=not large)
-            if large:
-                self._warm(denoiser)
-                timed, shares = self._once(denoiser, window, mode, split and last)
-            else:
-                timed = self._often(denoiser, window, mode)
-            found.append(timed)
+            # The step of a large window takes long: one gives both its time and its shares.
+            shared = split and count == self.layers[1]
+            *seconds, shares = self._measured(count, window, mode, large, shared and large)
+            found.append(seconds)
             if self.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated() + self._missing_bytes(count)
-            del denoiser
-        if split and not large:
-            denoiser = self._denoiser(self.layers[1], window, mode, graph=False)
-            _open(denoiser, window, mode)
-            denoiser.step(0)
-            shares = self._shares(lambda: denoiser.step(0))
-        opened, step = (self._extrapolated([pair[j] for pair in found]) for j in range(2))
+            if shared and not large:
+                *_, shares = self._measured(count, window, mode, True, True)
+        opened, step = (self._extrapolated([seconds[i] for seconds in found]) for i in range(2))
         return WindowTime(tokens, opened, step, shares, peak, self.layers[1], self.config.num_layers)
 
     def _extrapolated(self, seconds: Sequence[float]) -> float:
@@ -127,45 +108,37 @@ class WindowClock:
         # Opening a window does not depend on the layers, but for the causal mode: then noise may turn it over.
         return t_a + (self.config.num_layers - a) * max(t_b - t_a, 0.0) / (b - a)
 
-    def _denoiser(self, count: int, window: Window, mode: str, graph: bool) -> Denoiser:
+    def _measured(
+        self, count: int, window: Window, mode: str, once: bool, split: bool
+    ) -> tuple[float, float, dict[str, float]]:
+        """Returns the seconds to open the window and to step, and how a step's time is shared.
+
+        Run ``once`` it is not captured, after a small window for which kernels are compiled; else it is the median of
+        a few runs, warm and captured as a graph.
+        """
         rows, columns = self.latent_size
-        z = self.config.out_channels
         options = {"device": self.device, "dtype": torch.float32}
-        latents = torch.randn(1, z, max(len(window.noisy), 1), rows, columns, **options)
-        reference = torch.randn(1, z, self.num_blocks, rows, columns, **options)
-        causal = mode == "causal"
-        return Denoiser(
+        blocks = [window.conditioning, window.noisy] if mode == "causal" else [window.blocks]
+        denoiser = Denoiser(
             shortened(self.dit, count), self.text, None,
-            latents=latents, reference=reference, sigmas=flow_sigmas(4, 5.0), cuda_graph=graph,
-            max_blocks=max(len(window.conditioning), len(window.noisy)) if causal else len(window.blocks),
+            latents=torch.randn(1, self.config.out_channels, max(len(window.noisy), 1), rows, columns, **options),
+            reference=torch.randn(1, self.config.out_channels, self.num_blocks, rows, columns, **options),
+            sigmas=flow_sigmas(4, 5.0), cuda_graph=not once, max_blocks=max(map(len, blocks)),
         )  # fmt: skip
-
-    def _warm(self, denoiser: Denoiser) -> None:
-        """Compiles what a large window needs on a small one."""
-        _open(denoiser, Window((), (0,)), "bidirectional")
-        denoiser.step(0)
-
-    def _once(
-        self, denoiser: Denoiser, window: Window, mode: str, split: bool
-    ) -> tuple[tuple[float, float], dict[str, float]]:
-        opened = self._seconds(lambda: _open(denoiser, window, mode))
-        seconds: list[float] = []
+        for warm in [Window((), (0,))] if once else [window, window]:
+            denoiser.open_window(warm, mode)
+            denoiser.step(0)
+        steps: list[float] = []
 
         def step() -> None:
-            seconds.append(self._seconds(lambda: denoiser.step(0)))
+            steps.append(self._seconds(lambda: denoiser.step(0)))
 
+        repeats = range(1 if once else REPEATS)
+        opened = statistics.median(self._seconds(lambda: denoiser.open_window(window, mode)) for _ in repeats)
         shares = self._shares(step) if split else {}
-        if not split:
+        for _ in () if split else repeats:
             step()
-        return (opened, seconds[-1]), shares
-
-    def _often(self, denoiser: Denoiser, window: Window, mode: str) -> tuple[float, float]:
-        """Returns the median seconds of a few runs, warm and captured as a graph."""
-        for _ in range(2):
-            _open(denoiser, window, mode)
-            denoiser.step(0)
-        opened = statistics.median(self._seconds(lambda: _open(denoiser, window, mode)) for _ in range(REPEATS))
-        return opened, statistics.median(self._seconds(lambda: denoiser.step(0)) for _ in range(REPEATS))
+        return opened, statistics.median(steps), shares
 
     def _seconds(self, call: Callable[[], None]) -> float:
         if self.device.type != "cuda":
@@ -185,22 +158,17 @@ class WindowClock:
         total = sum(groups.values())
         if not total:
             return {}
-        attention = sum(seconds for group, seconds in groups.items() if "attention" in group)
-        linear = groups.get("linear", 0.0)
-        return {"attention": attention / total, "linear": linear / total, "other": 1 - (attention + linear) / total}
+        attention = sum(seconds for group, seconds in groups.items() if "attention" in group) / total
+        linear = groups.get("linear", 0.0) / total
+        return {"attention": attention, "linear": linear, "other": 1 - attention - linear}
 
     def _missing_bytes(self, count: int) -> int:
         """Returns the bytes of weights, text keys and values, and modulation of the layers that were not run."""
-        layer = self.dit.blocks[0]
-        weights = sum(p.nbytes for p in layer.parameters())
+        weights = sum(p.nbytes for p in self.dit.blocks[0].parameters())
         kept = 2 * self.text.shape[1] * self.config.dim * self.dit.dtype.itemsize
         rows = 5 * 6 * self.config.dim * 4
         loaded = self.config.num_layers - self.layers[1]
         return loaded * weights + (self.config.num_layers - count) * (kept + rows)
-
-    def _tokens_per_block(self) -> int:
-        (rows, columns), patch = self.latent_size, self.config.patch_size
-        return rows // patch[1] * (columns // patch[2])
 
 
 def shortened(dit: WanDiT, count: int) -> WanDiT:
@@ -209,15 +177,6 @@ def shortened(dit: WanDiT, count: int) -> WanDiT:
     short._modules = {**dit._modules, "blocks": nn.ModuleList(list(dit.blocks)[:count])}
     short.config = replace(dit.config, num_layers=count)
     return short
-
-
-def _open(denoiser: Denoiser, window: Window, mode: str) -> None:
-    """Opens a window as ``model.csg.sampler`` opens a segment."""
-    given, noisy = len(window.conditioning), tuple(range(len(window.noisy)))
-    if mode == "causal":
-        denoiser.open(window.noisy, noisy, [0.0] * len(noisy), remembered=window.conditioning)
-    else:
-        denoiser.open(window.blocks, [-1] * given + [*noisy], [1.0] * given + [0.0] * len(noisy))
 
 
 def plan_seconds(

@@ -9,26 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.dit.count import layer_rows, op_rows
 from bench.dit.layer import LAYER_PROVIDERS, TIMESTEPS, LayerProvider
-from bench.dit.measure import check_layers, measure_layer, targets
+from bench.dit.measure import measure_layer, targets
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
-from bench.harness.interpreted import run_interpreted
 from bench.harness.registry import MILLISECONDS, Benchmark, matches
 from bench.harness.session import Session
-from bench.harness.timing import Timer
+from bench.harness.timing import Ceilings, Timer
 from bench.operators.compare import compare_case
-from bench.operators.discover import all_cases, cases_of, operator_name
-from bench.operators.measure import check_cases
+from bench.operators.discover import all_cases, operator_name
 from bench.operators.peers import PEERS, Peer, peers_of
-from bench.records.write import Table
 from model.errors import InputError, require
-from swifti2v_kernels import linear_gelu, scaled_linear, segment_attention
+from swifti2v_kernels import linear_gelu, segment_attention
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
 from swifti2v_kernels.common.shapes import WINDOWS, Model
-from swifti2v_kernels.common.target import interpreting
 from swifti2v_kernels.linear.linear_gelu import cost as linear_cost
 
 PARTS = ("ops", "layer", "all")
@@ -70,7 +65,6 @@ examples:
   python -m bench dit --quick                  one case of every operator, one shape, one timestep
   python -m bench dit --part ops --ops norm    cases of operators whose name contains "norm"
   python -m bench dit --part layer --shapes 5B
-  python -m bench dit                          without CUDA: bytes counted, and a reduced check in the interpreter
 
 Reported are time, GB/s and their fraction of a copy, error against float64 and memory; of the layer also its parts.
 The figures to be reached: memory-bound operators at 85 % of the copy, the layer at 1.25 times the speed of diffusers'
@@ -98,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Measures operators and layers; without CUDA it counts them and runs a reduced check."""
+    """Measures operators and layers, on CUDA alone."""
     shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.part != "ops"]
     cases = compared_cases() if args.part != "layer" else []
     names = dict.fromkeys([*(s.name for s in shapes), *(c.real.shape for c in cases if c.real)])
@@ -118,116 +112,60 @@ def run(args: argparse.Namespace, session: Session) -> None:
     if args.quick:
         ops = list({case.operator: case for case in ops}.values())
     if session.cuda:
-        layers = [p for p in LAYER_PROVIDERS if shapes and (p.ours or matches(args.only, p.name))]
-        measure_all(
-            session,
-            shapes,
-            [(case, [p for p in peers_of(case) if p.ours or matches(args.only, p.name)]) for case in ops],
-            layers,
-            [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")],
-            session.timer(args.milliseconds),
-            # A layer takes tens of milliseconds: enough calls for a median.
-            layer_timer=session.timer(5 * args.milliseconds),
-        )
-    elif interpreting():
-        _interpreted(session, shapes, ops, args)
+        found = [(case, [p for p in peers_of(case) if p.ours or matches(args.only, p.name)]) for case in ops]
+        measure_ops(session, found, session.timer(args.milliseconds), session.ceilings())
+        layers = [p for p in LAYER_PROVIDERS if p.ours or matches(args.only, p.name)]
+        timesteps = [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")]
+        # A layer takes tens of milliseconds: enough calls for a median.
+        timer = session.timer(5 * args.milliseconds)
+        measure_layers(session, shapes, layers, timesteps, timer)
     else:
-        session.say("no CUDA device: nothing is timed. On one, these would run")
-        if ops:
-            count_ops(session, ops)
-        run_interpreted(session, "our kernels on shrunken shapes")
+        session.section.note(
+            "no CUDA device: nothing is timed; python -m bench operators checks the kernels without one"
+        )
 
 
-def measure_all(
+def measure_ops(session: Session, ops: Sequence[tuple[Case, Sequence[Peer]]], timer: Timer, ceilings: Ceilings) -> None:
+    """Measures cases by their implementations; after each case the results folder holds what there is so far."""
+    if not ops:
+        return
+    table = session.section.table(
+        "operators", "operators of the DiT, bf16", identity=("shape", "op", "provider"), metrics=OP_METRICS,
+        columns=("shape", "op", "provider", *OP_METRICS[:8]),
+        note="GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"
+        " included.",
+    )  # fmt: skip
+    for case, peers in require("tqdm", "bench").tqdm(ops, unit="operator", dynamic_ncols=True, disable=None):
+        for row in compare_case(case, peers, session.device, timer, ceilings):
+            table.add(row | {"op": case.name})
+        session.section.verdicts(targets(table.rows, []))
+
+
+def measure_layers(
     session: Session,
     shapes: Sequence[Shape],
-    ops: Sequence[tuple[Case, Sequence[Peer]]],
     layers: Sequence[LayerProvider],
     timesteps: Sequence[str],
     timer: Timer,
-    *,
-    layer_timer: Timer | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    **ceilings: int,
 ) -> None:
-    """Measures everything by every implementation; after each row the results folder holds what there is so far."""
-    section, device = session.section, session.device
-    found = session.ceilings(None if session.cuda else timer, **ceilings)
-    tables: list[Table] = []
-    if ops:
-        note = (
-            "GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"
-            " included."
-        )
-        tables.append(section.table(
-            "operators", "operators of the DiT, bf16", identity=("shape", "op", "provider"), metrics=OP_METRICS,
-            columns=("shape", "op", "provider", *OP_METRICS[:8]), note=note,
-        ))  # fmt: skip
-    progress = require("tqdm", "bench").tqdm
-    for case, peers in progress(ops, unit="operator", dynamic_ncols=True, disable=None):
-        for row in compare_case(case, peers, device, timer, found):
-            tables[-1].add(row | {"op": case.name})
-        section.verdicts(targets(tables[-1].rows, []))
-    if layers:
-        note = (
-            "Text keys and values are made once a clip by ours and in every call by diffusers. One timestep is"
-            " diffusers' best case; per block, it is given modulation per token (not counted as activation). Peak"
-            " memory is that of activations."
-        )
-        tables.append(section.table(
-            "layer", "one layer of the DiT, bf16", identity=("shape", "timesteps", "provider"), metrics=LAYER_METRICS,
-            columns=("shape", "tokens", "timesteps", "provider", *LAYER_METRICS[:8]), note=note,
-        ))  # fmt: skip
-        kinds = [(shape, kind) for shape in shapes for kind in timesteps]
-        for shape, kind in progress(kinds, unit="layer", dynamic_ncols=True, disable=None):
-            with torch.no_grad():
-                for row in measure_layer(shape, kind, layers, dtype, device, layer_timer or timer):
-                    tables[-1].add(row)
-            section.verdicts(targets(tables[0].rows if ops else [], tables[-1].rows))
-
-
-def count_ops(session: Session, ops: Sequence[Case]) -> None:
-    """Adds a table of the least traffic of every operator, and of what plain PyTorch moves."""
-    note = (
-        "Least traffic is the operator's own cost(). Eager: every operator of the plain PyTorch code reads its operands"
-        " once and writes its results once."
-    )
+    """Measures layers by all implementations; after each the results folder holds what there is so far."""
+    if not shapes:
+        return
+    verdicts = session.section.data["verdicts"]
     table = session.section.table(
-        "counted operators", "operators of the DiT, bf16, by counting", identity=("shape", "op"),
-        metrics=("flops", "bytes", "eager_bytes", "ratio"), note=note,
+        "layer", "one layer of the DiT, bf16", identity=("shape", "timesteps", "provider"), metrics=LAYER_METRICS,
+        columns=("shape", "tokens", "timesteps", "provider", *LAYER_METRICS[:8]),
+        note="Text keys and values are made once a clip by ours and in every call by diffusers. One timestep is"
+        " diffusers' best case; per block, it is given modulation per token (not counted as activation). Peak memory is"
+        " that of activations.",
     )  # fmt: skip
-    # Plain PyTorch's 8-bit matmul is one of torch's own on a GPU, and not what would be counted.
-    ops = [case for case in ops if case.operator is not scaled_linear]
-    for case, row in zip(ops, op_rows(ops), strict=True):
-        table.add({**row, "basis": "counted", "implementations": "; ".join(p.name for p in peers_of(case))})
-
-
-def _interpreted(session: Session, shapes: list[Shape], ops: list[Case], args: argparse.Namespace) -> None:
-    """Checks one case of every operator, counts the layer with our kernels' operators, and checks it, shrunken."""
-    operators = {case.operator for case in ops}
-    cases = [case for case in (*cases_of(quick=True), LINEAR_GELU) if case.operator in operators]
-    wrong = sorted(check_cases(session, cases)) if cases else []
-    if shapes:
-        metrics = ("flops", "peak_bytes", "streams", "ratio", "other_bytes", "linear_bytes")
-        note = (
-            "Predicted by counting (bench/dit/count.py): ours and eager operator by operator at the real size, without"
-            " what an operator allocates inside itself; torch.compile from a small layer of the same proportions that"
-            " Inductor compiled for the CPU. Activations include the residual stream and all of our workspace; ratio is"
-            " over the compiled layer's."
-        )
-        table = session.section.table(
-            "counted layer", "one layer of the DiT, bf16, by counting", identity=("shape", "timesteps", "provider"),
-            metrics=metrics, columns=("shape", "tokens", "timesteps", "provider", *metrics), note=note,
-        )  # fmt: skip
-        for row in layer_rows(shapes, with_compiled=not args.quick):
-            table.add(row)
-        table = session.section.table(
-            "interpreted", "our layer in Triton's interpreter (one to three heads, 60 tokens), against float64",
-            identity=("op", "shape", "dtype"), metrics=("error", "limit"),
-        )  # fmt: skip
-        wrong += check_layers(shapes, table)
-    if wrong:
-        raise InputError(f"our kernels are wrong: {', '.join(wrong)}")
+    kinds = [(shape, kind) for shape in shapes for kind in timesteps]
+    for shape, kind in require("tqdm", "bench").tqdm(kinds, unit="layer", dynamic_ncols=True, disable=None):
+        with torch.no_grad():
+            for row in measure_layer(shape, kind, layers, dtype, session.device, timer):
+                table.add(row)
+        session.section.verdicts([*verdicts, *targets([], table.rows)])
 
 
 BENCHMARK = Benchmark(

@@ -11,25 +11,25 @@ rotary tables): the residual stream counts, and of ours the whole workspace.
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.dit.shapes import Shape
-from bench.operators.eager import EPS, by_block, rotary_tables, rotate
+from bench.operators.eager import EPS, rotary_tables
 from bench.operators.peers import library
 from model.dit.layer import DiTLayer
 from model.dit.model import FLOAT32_PARAMETERS
-from model.dit.workspace import Workspace, plan_parts
-from swifti2v_kernels import Rope3D, norm_modulate, rope_3d
+from model.dit.workspace import Part, Workspace, plan_parts
+from swifti2v_kernels import Rope3D, norm_modulate, rope_3d, use_backend
 from swifti2v_kernels.integrations.diffusers import accelerate
 
 TIMESTEPS = ("one", "per block")
@@ -53,11 +53,6 @@ class LayerInputs:
     def modulation(self) -> Tensor:
         """The layer's modulation, [1, 2, 6, C], in float32 at least."""
         return self.layer.scale_shift_table.unsqueeze(1) + self.rows
-
-    def tensors(self) -> list[Tensor]:
-        """Returns all tensors that are there before any call: inputs and weights."""
-        given = [self.x, self.text, self.rows, self.following, self.block_map]
-        return [*given, *self.rope, *self.layer.parameters()]
 
 
 def layer_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, timesteps: str) -> LayerInputs:
@@ -106,7 +101,7 @@ class OwnLayer:
         inputs, shape = self.inputs, self.inputs.shape
         self.drop()
         self.workspace = Workspace.plan(
-            shape.config, 1, shape.blocks, shape.block_len, dtype=inputs.x.dtype, device=inputs.x.device,
+            shape.config, 1, shape.blocks, shape.block_len, dtype=inputs.text.dtype, device=inputs.x.device,
             max_tokens=shape.part,
         )  # fmt: skip
         x, n = (self.workspace.take(name, *inputs.x.shape) for name in "xn")
@@ -191,13 +186,11 @@ Runner = OwnLayer | DiffusersLayer
 
 @dataclass(frozen=True)
 class LayerProvider:
-    """An implementation of the layer; ``kernels``: with our operators in it, ``ours``: the model's own layer."""
+    """An implementation of the layer; ``ours``: the model's own layer."""
 
     name: str
     prepare: Callable[[LayerInputs], Runner]
     ours: bool = False
-    kernels: bool = False
-    compiled: bool = False
 
 
 def _cudnn_first() -> AbstractContextManager[None]:
@@ -208,69 +201,27 @@ def _cudnn_first() -> AbstractContextManager[None]:
 COMPILED = "diffusers, torch.compile"
 ACCELERATED = "diffusers, accelerate()"
 LAYER_PROVIDERS = (
-    LayerProvider("swifti2v", OwnLayer, ours=True, kernels=True),
+    LayerProvider("swifti2v", OwnLayer, ours=True),
     LayerProvider("diffusers, eager", functools.partial(DiffusersLayer, False)),
-    LayerProvider(COMPILED, functools.partial(DiffusersLayer, True), compiled=True),
-    LayerProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True), compiled=True),
-    LayerProvider(ACCELERATED, functools.partial(DiffusersLayer, False, accelerated=True), kernels=True),
-    LayerProvider(
-        f"{ACCELERATED}, torch.compile",
-        functools.partial(DiffusersLayer, True, accelerated=True),
-        kernels=True,
-        compiled=True,
-    ),
+    LayerProvider(COMPILED, functools.partial(DiffusersLayer, True)),
+    LayerProvider(f"{COMPILED}, cuDNN attention", functools.partial(DiffusersLayer, True, cudnn=True)),
+    LayerProvider(ACCELERATED, functools.partial(DiffusersLayer, False, accelerated=True)),
+    LayerProvider(f"{ACCELERATED}, torch.compile", functools.partial(DiffusersLayer, True, accelerated=True)),
 )
 
 
-def exact_rows(inputs: LayerInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns, in float64 for the tokens ``rows``, the residual stream after the layer and its norm for the next."""
-    layer, heads = inputs.layer, inputs.shape.config.num_heads
-    modulation, following = inputs.modulation.double(), inputs.following.double()
-    x, text = inputs.x, inputs.text.double()
-    block_of = torch.arange(x.shape[1], device=x.device) // inputs.shape.block_len
-    cos, sin = (table.double() for table in rotary_tables(inputs.rope))
+def exact_rows(inputs: LayerInputs, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns, in float64 for some tokens, the residual stream after the layer and its norm for the next.
 
-    def linear(module: Any, y: Tensor) -> Tensor:
-        return F.linear(y, module.weight.double(), module.bias.double())
-
-    def normed(y: Tensor, shift: Tensor, scale: Tensor, tokens: Tensor) -> Tensor:
-        chosen = inputs.block_map[block_of[tokens]]
-        y = F.layer_norm(y, y.shape[2:], eps=EPS)
-        return y * (1 + by_block(scale, chosen).squeeze(2)) + by_block(shift, chosen).squeeze(2)
-
-    def split(y: Tensor, norm: Any) -> Tensor:
-        return F.rms_norm(y, y.shape[2:], norm.weight.double(), EPS).unflatten(2, (heads, -1))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Head by head: the weights of all heads at once would not fit.
-        out = []
-        for h in range(heads):
-            weights = (q[0, :, h] @ k[0, :, h].T * q.shape[3] ** -0.5).softmax(-1)
-            out.append(weights @ v[0, :, h])
-        return torch.stack(out, dim=1).flatten(1).unsqueeze(0)
-
-    everything = torch.arange(x.shape[1], device=x.device)
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
-    # Keys and values of all tokens are made in parts: the normed tokens of all at once would take too much.
-    pairs = []
-    for tokens in everything.split(8192):
-        n = normed(x[:, tokens].double(), shift, scale, tokens)
-        k = rotate(split(linear(layer.attn1.to_k, n), layer.attn1.norm_k), cos[:, tokens], sin[:, tokens])
-        pairs.append((k, linear(layer.attn1.to_v, n).unflatten(2, (heads, -1))))
-    k, v = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
-    gates = (by_block(table, inputs.block_map[block_of[rows]]).squeeze(2) for table in (gate, ff_gate))
-    y = x[:, rows].double()
-    q = linear(layer.attn1.to_q, normed(y, shift, scale, rows))
-    q = rotate(split(q, layer.attn1.norm_q), cos[:, rows], sin[:, rows])
-    y = y + next(gates) * linear(layer.attn1.to_out[0], attend(q, k, v))
-    query = y
-    if layer.norm2 is not None:
-        query = F.layer_norm(y, y.shape[2:], layer.norm2.weight.double(), layer.norm2.bias.double(), EPS)
-    q = split(linear(layer.attn2.to_q, query), layer.attn2.norm_q)
-    k = split(linear(layer.attn2.to_k, text), layer.attn2.norm_k)
-    v = linear(layer.attn2.to_v, text).unflatten(2, (heads, -1))
-    y = y + linear(layer.attn2.to_out[0], attend(q, k, v))
-    up, down = layer.ffn.net[0].proj, layer.ffn.net[2]
-    hidden = F.gelu(linear(up, normed(y, ff_shift, ff_scale, rows)), approximate="tanh")
-    y = y + next(gates) * linear(down, hidden)
-    return y, normed(y, following[:, :, 0], following[:, :, 1], rows)
+    They are made by the model's own layer on its PyTorch paths, which the test suite holds against diffusers'.
+    """
+    # The stream itself is widened where it is copied to the workspace: another copy would take a GB.
+    wide = {name: getattr(inputs, name).double() for name in ("text", "rows", "following")}
+    layer, size = copy.deepcopy(inputs.layer).double(), inputs.shape.block_len
+    with use_backend("torch"):
+        runner = OwnLayer(replace(inputs, layer=layer, **wide))
+        # The keys and values are those of all tokens, the rest of these alone: all would take minutes.
+        runner.parts = [Part(0, t, t + 1, t // size, t // size + 1) for t in tokens.tolist()]
+        runner.load()
+        x, n = runner.step()
+    return x[:, tokens], n[:, tokens]

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.dit.layer import (
-    COMPILED,
-    LAYER_PROVIDERS,
-    TIMESTEPS,
-    LayerInputs,
-    LayerProvider,
-    Runner,
-    exact_rows,
-    layer_inputs,
-)
+from bench.dit.layer import COMPILED, LayerInputs, LayerProvider, Runner, exact_rows, layer_inputs
 from bench.dit.shapes import Shape
 from bench.dit.split import split_seconds
 from bench.harness.timing import Timer, peak_of
 from bench.operators.check import relative_error
 from bench.operators.compare import Ready, compare, inputs_failed
-from bench.records.write import Table
 from swifti2v_kernels.common.shapes import WINDOWS
 
 #: Relative L2 error against float64 above which a layer is wrong, of what it adds to the residual stream, which is
@@ -67,7 +58,7 @@ def measure_layer(
         runners[provider.name] = runner
         return Ready(runner.step, error, LAYER_TOLERANCE, peak)
 
-    attempts = {p.name: lambda p=p: ready(p) for p in found}
+    attempts = {p.name: functools.partial(ready, p) for p in found}
     compare(rows, attempts, device, timer, load=lambda name: runners[name].load())
     for name, row in rows.items():
         if "seconds" in row:
@@ -94,30 +85,6 @@ def _split(runner: Runner, device: torch.device) -> dict[str, Any]:
     other = sum(found.values()) - attention - found.get("linear", 0.0)
     return {"split": found, "attention_seconds": attention, "linear_seconds": found.get("linear", 0.0),
             "other_seconds": other}  # fmt: skip
-
-
-def check_layers(shapes: Sequence[Shape], table: Table) -> list[str]:
-    """Adds a row of our layer for each shape, shrunken and interpreted, and dtype; returns which are wrong.
-
-    That the error is small in float32 checks the exact layer too.
-    """
-    wrong, device = [], torch.device("cpu")
-    own = next(p for p in LAYER_PROVIDERS if p.ours)
-    for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
-        for shape in shapes:
-            with torch.no_grad():
-                inputs = layer_inputs(shape.reduced(), device, dtype, TIMESTEPS[1])
-                tokens = torch.arange(inputs.shape.tokens)
-                runner = own.prepare(inputs)
-                runner.load()
-                error = _error(runner.step(), inputs, tokens, exact_rows(inputs, tokens))
-            row = {"op": "layer", "shape": shape.name, "dtype": str(dtype).removeprefix("torch."), "error": error}
-            row["limit"] = limit
-            if not error < limit:
-                row |= {"status": "wrong", "reason": f"more than {limit:.0e}"}
-                wrong.append(f"layer ({shape.name}, {row['dtype']})")
-            table.add(row)
-    return wrong
 
 
 def targets(ops: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

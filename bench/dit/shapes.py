@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from model.config import PRESETS, DiTConfig
 from model.dit.workspace import MAX_PART_TOKENS
 from swifti2v_kernels.common.shapes import MODELS, WINDOWS
-
-ITEMSIZE = 2  # bf16
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,6 @@ class Shape:
         length, dim = self.tokens, self.config.dim
         linear = 2 * length * dim * (6 * dim + 2 * self.config.ffn_dim)
         return linear + 4 * length * dim * (length + self.text)
-
-    def reduced(self) -> Shape:
-        """Returns the same structure with one to three heads and at most a few hundred tokens, for the interpreter."""
-        heads = max(1, self.config.num_heads // 12)
-        dim = heads * self.config.head_dim
-        hidden = round(self.config.ffn_dim * dim / self.config.dim)
-        small = replace(self.config, num_heads=heads, num_layers=1, ffn_dim=hidden, text_dim=16, freq_dim=32)
-        blocks = min(self.blocks, 4)
-        targets = max(1, min(self.targets, blocks - 1))
-        return Shape(self.name, small, blocks, 3, 5, targets, text=9, part=20)
 
 
 def _shape(name: str) -> Shape:

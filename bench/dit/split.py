@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -39,13 +40,16 @@ def split_seconds(
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     run = profile(activities=activities)
-    with _labelled(attentions):
-        with quiet_stderr():
+    with ExitStack() as stack:
+        for label, (owner, name) in attentions.items():
+            marked = record_function(_LABEL + label)(getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, marked))
+        with _quiet_stderr():
             run.start()
         step()
         if cuda:
             torch.cuda.synchronize()
-        with quiet_stderr():
+        with _quiet_stderr():
             run.stop()
     seconds: dict[str, float] = defaultdict(float)
     for event in run.events():
@@ -59,7 +63,7 @@ def split_seconds(
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[None]:
+def _quiet_stderr() -> Iterator[None]:
     """Silences the standard error while the block runs: torch 2.13's profiler announces its start and its end there."""
     sys.stderr.flush()
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -76,21 +80,3 @@ def _ancestry(event: Any) -> Iterator[str]:
     while event is not None:
         yield event.name
         event = event.cpu_parent
-
-
-@contextmanager
-def _labelled(attentions: Mapping[str, tuple[Any, str]]) -> Iterator[None]:
-    """Marks the calls of these methods of these objects for the profiler while the block runs."""
-    with ExitStack() as stack:
-        for label, (owner, name) in attentions.items():
-            setattr(owner, name, _marked(getattr(owner, name), _LABEL + label))
-            stack.callback(delattr, owner, name)
-        yield
-
-
-def _marked(method: Callable[..., Any], label: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with record_function(label):
-            return method(*args, **kwargs)
-
-    return call

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +19,8 @@ from model.errors import require
 
 #: New processes for what is left of a share, at most.
 RETRIES = 4
+#: Exit codes of pytest and of Python after Ctrl+C.
+INTERRUPTED = (2, 130, -2)
 LOST = "bench.hardware.lost_device"
 #: The files of hardware tests, in ``tests``.
 HARDWARE = "gpu/test_*.py"
@@ -40,41 +43,44 @@ def collect() -> list[str]:
     return names
 
 
-def run_tests(names: Sequence[str], shares: int, folder: Path, table: Table) -> Iterator[str]:
-    """Runs all tests in ``shares`` processes at once, adds a row for each and yields its name."""
-    waiting = [(list(names[i::shares]), 0) for i in range(shares) if names[i::shares]]
-    running: list[tuple[subprocess.Popen[bytes], Path, list[str], int]] = []
-    number = 0
-    while waiting or running:
-        while waiting:
-            share, tries = waiting.pop()
-            number += 1
-            path = folder / f"tests-{number}.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", LOST]
-            with path.with_suffix(".txt").open("w") as log:
-                process = subprocess.Popen(
-                    [*command, f"--junitxml={path}", *share], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-            running.append((process, path, share, tries))
-        for entry in list(running):
-            process, path, share, tries = entry
-            try:
-                process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                continue
-            running.remove(entry)
-            rows = read_junit(path)
-            for row in rows:
-                table.add(row)
-                yield str(row["test"])
-            left = [name for name in share if name not in {row["test"] for row in rows}]
-            if tries < RETRIES:
-                # Any of them may have ended a process without a report: halves part it from the others.
-                half = 0 if rows else len(left) // 2
-                waiting += [(part, tries + 1) for part in (left[:half], left[half:]) if part]
-            for name in left if tries >= RETRIES else ():
-                table.add({"test": name, "status": "not reached", "reason": f"process ended {tries + 1} times"})
-                yield name
+def run_tests(names: Sequence[str], shares: int, folder: Path, table: Table) -> None:
+    """Runs all tests in ``shares`` processes at once and adds a row for each."""
+    with ThreadPoolExecutor(shares) as pool:
+        jobs = [pool.submit(_run_share, names[i::shares], folder / f"tests-{i}") for i in range(shares)]
+        added = set()
+        try:
+            for job in as_completed(jobs):
+                added.add(job)
+                for row in job.result():
+                    table.add(row)
+        except KeyboardInterrupt:
+            # The processes were interrupted too, and end with what they have found.
+            for job in set(jobs) - added:
+                for row in job.result():
+                    table.add(row)
+            raise
+
+
+def _run_share(names: Sequence[str], place: Path, tries: int = 0) -> list[dict[str, object]]:
+    """Returns the rows of tests in a process of their own, and of what it left in new ones; ``place`` names files."""
+    if not names:
+        return []
+    if tries > RETRIES:
+        return [{"test": name, "status": "not reached", "reason": f"process ended {tries} times"} for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", LOST]
+    with place.with_suffix(".txt").open("w") as log:
+        report = place.with_suffix(".xml")
+        command += [f"--junitxml={report}", *names]
+        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    rows = read_junit(report)
+    left = [name for name in names if name not in {row["test"] for row in rows}]
+    if ended.returncode in INTERRUPTED:  # begins nothing anew
+        return rows + [{"test": name, "status": "not reached", "reason": "pytest was interrupted"} for name in left]
+    # Any of them may have ended a process without a report: halves part it from the others.
+    half = 0 if rows else len(left) // 2
+    for part, letter in ((left[:half], "a"), (left[half:], "b")):
+        rows += _run_share(part, place.with_name(f"{place.name}{letter}"), tries + 1)
+    return rows
 
 
 def read_junit(path: Path) -> list[dict[str, object]]:

@@ -46,16 +46,13 @@ def capture(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            **(
-                _told(
-                    device,
-                    lambda nvml, card: {
-                        "driver": nvml.nvmlSystemGetDriverVersion(),
-                        "power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
-                        "max_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(card, nvml.NVML_CLOCK_SM),
-                    },
-                )
-                or {}
+            **_ask(
+                device,
+                lambda nvml, card: {
+                    "driver": nvml.nvmlSystemGetDriverVersion(),
+                    "power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
+                    "max_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(card, nvml.NVML_CLOCK_SM),
+                },
             ),
         }
     return record
@@ -68,23 +65,24 @@ def device_name(device: torch.device) -> str:
 
 def machine_state(device: torch.device) -> dict[str, Any] | None:
     """Reads clocks, temperature, power and throttling of the card, or why NVML cannot tell; None without a card."""
-    return _told(
-        device,
-        lambda nvml, card: {
+
+    def read(nvml: Any, card: Any) -> dict[str, Any]:
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card)
+        return {
             "clock_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
             "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
             "temperature_celsius": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
             "power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000,
-            "throttling": [
-                name for bit, name in _THROTTLING.items() if nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card) & bit
-            ],
-        },
-    )
+            "throttling": [name for bit, name in _THROTTLING.items() if reasons & bit],
+        }
+
+    return _ask(device, read) or None
 
 
 def energy_joules(device: torch.device) -> float | None:
     """Returns the energy that the card has consumed since its driver was loaded, or None where that is not known."""
-    return _ask(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000)[0]
+    found = _ask(device, lambda nvml, card: {"millijoules": nvml.nvmlDeviceGetTotalEnergyConsumption(card)})
+    return found["millijoules"] / 1000 if "millijoules" in found else None
 
 
 def process_memory(device: torch.device) -> int | None:
@@ -92,8 +90,8 @@ def process_memory(device: torch.device) -> int | None:
 
     None without a GPU, and where NVML cannot tell (in containers it often sees other process numbers).
     """
-    processes = _ask(device, lambda nvml, card: nvml.nvmlDeviceGetComputeRunningProcesses(card))[0] or ()
-    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    found = _ask(device, lambda nvml, card: {"processes": nvml.nvmlDeviceGetComputeRunningProcesses(card)})
+    return next((one.usedGpuMemory for one in found.get("processes", ()) if one.pid == os.getpid()), None)
 
 
 def git_state() -> dict[str, Any] | None:
@@ -104,15 +102,14 @@ def git_state() -> dict[str, Any] | None:
     named = os.environ.get("SWIFTI2V_COMMIT")
     if named:
         return {"commit": named, "dirty": False}
-    root = Path(__file__).resolve().parent.parent.parent
+    root, found = Path(__file__).resolve().parent.parent.parent, []
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+            done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True)
+            found.append(done.stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "dirty": bool(changes.stdout.strip())}
+    return {"commit": found[0], "dirty": bool(found[1])}
 
 
 def _version(package: str) -> str | None:
@@ -131,15 +128,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _told(device: torch.device, read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any] | None:
-    found, error = _ask(device, read)
-    return found if error is None else {"nvml_error": error}
-
-
-def _ask(device: torch.device, read: Callable[[Any, Any], Any]) -> tuple[Any, str | None]:
-    """Returns what NVML says of the card, or None and why it cannot tell; both are None without a card."""
+def _ask(device: torch.device, read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what NVML says of the card, or ``nvml_error``, why it cannot tell; nothing without a card."""
     if device.type != "cuda":
-        return None, None
+        return {}
     import pynvml
 
     try:
@@ -147,8 +139,8 @@ def _ask(device: torch.device, read: Callable[[Any, Any], Any]) -> tuple[Any, st
         try:
             # The UUID names the device: torch's index counts visible devices only.
             card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            return read(pynvml, card), None
+            return read(pynvml, card)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        return None, str(error)
+        return {"nvml_error": str(error)}

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-from bench.harness.base import without_run_options
 from bench.harness.session import RESULT, Session
 from bench.records.read import ROOT
 from model.errors import InputError
@@ -25,12 +24,14 @@ def run_interpreted(session: Session, what: str) -> None:
     """
     session.say(f"checking {what} in Triton's interpreter")
     folder = session.folder / "interpreted"
-    command = [sys.executable, "-m", "bench", *without_run_options(session.args.argv), "--out", str(folder.resolve())]
-    command += ["--device", "cpu", "--json"]
+    path = folder / RESULT
+    path.unlink(missing_ok=True)  # of an earlier run
+    # Of options that are given twice the later one counts.
+    more = ["--out", str(folder.resolve()), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "bench", *session.args.argv, *more]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True
     )
-    path = folder / RESULT
     if path.exists():
         (section,) = json.loads(path.read_text())["sections"].values()
         session.section.set(tables=[*session.section.data["tables"], *section["tables"]])

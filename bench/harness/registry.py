@@ -1,17 +1,9 @@
 """The subcommands of ``python -m bench``: the ``BENCHMARK`` of every ``bench/*/command.py``.
 
-A new benchmark is a folder with one small file, beside what it measures:
-
-    BENCHMARK = Benchmark(
-        name="warmth", summary="...", description="...", examples="...",
-        add_arguments=lambda parser: None, measure=measure,
-    )
-
-    def measure(args, session): ...
-
+A new benchmark is a folder with one small file, beside what it measures; docs/contributing.md has an example. Its
 ``measure`` gets a :class:`bench.harness.session.Session`: the device, the results folder and the section to fill.
-Options that all of these have (``--device``, ``--out``, ``--json``, ``--quick``, ``--base``) come by themselves. A
-command that measures nothing itself gives ``run`` instead, and has ``--json`` and ``--quick``.
+Options that all of these have (``--device``, ``--out``, ``--json``, ``--quick``) come by themselves. A command that
+measures nothing itself gives ``run`` instead, and has its own options alone.
 """
 
 from __future__ import annotations
@@ -67,20 +59,9 @@ class Benchmark:
 
 @functools.cache
 def benchmarks() -> dict[str, Benchmark]:
-    """Returns all subcommands by name, in the order of ``--help``.
-
-    Raises:
-        TypeError: a ``command.py`` has no benchmark, or one that can do nothing.
-    """
-    found = []
-    for file in sorted(path for folder in bench.__path__ for path in Path(folder).glob("*/command.py")):
-        name = f"bench.{file.parent.name}.command"
-        benchmark = getattr(importlib.import_module(name), "BENCHMARK", None)
-        if not isinstance(benchmark, Benchmark):
-            raise TypeError(f"{name}: expected BENCHMARK = Benchmark(...)")
-        if (benchmark.measure is None) == (benchmark.run is None):
-            raise TypeError(f"{name}: expected either measure or run")
-        found.append(benchmark)
+    """Returns all subcommands by name, in the order of ``--help``."""
+    files = sorted(path for folder in bench.__path__ for path in Path(folder).glob("*/command.py"))
+    found = [importlib.import_module(f"bench.{file.parent.name}.command").BENCHMARK for file in files]
     return {b.name: b for b in sorted(found, key=lambda b: (b.order, b.name))}
 
 
@@ -97,15 +78,14 @@ def add_parser(commands: Any, benchmark: Benchmark) -> None:
         description=benchmark.description,
         epilog=benchmark.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --base finds itself on the command line
+        allow_abbrev=False,
     )
     benchmark.add_arguments(parser)
-    group = parser.add_argument_group("options of all benchmarks")
-    group.add_argument("--quick", action="store_true", help=benchmark.quick)
-    group.add_argument("--json", action="store_true", help="print JSON instead")
     if benchmark.measure is not None:
+        group = parser.add_argument_group("options of all benchmarks")
+        group.add_argument("--quick", action="store_true", help=benchmark.quick)
+        group.add_argument("--json", action="store_true", help="print JSON instead")
         group.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
         group.add_argument(
             "--out", type=parse_path, metavar="DIR", help=f"results folder (default out/{benchmark.name}-DATE-TIME)"
         )
-        group.add_argument("--base", metavar="REV", help="also run the git revision REV, in turns, and compare with it")

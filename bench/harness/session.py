@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from bench.harness.base import compare_with_base
 from bench.harness.environment import capture, machine_state
 from bench.harness.registry import Benchmark
 from bench.harness.timing import Ceilings, Timer, make_timer, measure_ceilings
@@ -74,10 +73,6 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
     if benchmark.run is not None:
         benchmark.run(args)
         return
-    assert benchmark.measure is not None
-    if args.base is not None:
-        compare_with_base(benchmark.name, args)
-        return
     require("tqdm", "bench")
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -85,23 +80,19 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
     folder = args.out or default_folder(benchmark.name)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     make_folder(folder)
-    earlier = (folder / RESULT).read_bytes() if (folder / RESULT).is_file() else None
     record = Record(folder / RESULT, capture(device))
     try:
         with record.section(benchmark.name, benchmark.title or benchmark.summary, _settings(args)) as section:
             section.data["machine"] = {"before": machine_state(device), "after": None}
             session = Session(args, device, folder, section, record.data["environment"])
+            assert benchmark.measure is not None
             benchmark.measure(args, session)
             section.data["machine"]["after"] = machine_state(device)
     except InputError:
-        # Bad input is found before anything is measured: then all is as it was, unless more is in the folder.
-        if not record.data["sections"][benchmark.name]["tables"]:
-            if earlier is not None:
-                record.path.write_bytes(earlier)
-            elif [*folder.iterdir()] == [record.path]:
-                record.path.unlink()
-                for place in made:
-                    place.rmdir()
+        # Bad input is found before anything is measured: then all is as it was.
+        if not any(folder.iterdir()):
+            for place in made:
+                place.rmdir()
         raise
     for name, chart in section_charts(section.data).items():
         session.draw(name, chart._replace(description=f"{chart.description}; {session.environment['device']}"))
@@ -125,7 +116,7 @@ def measured_on(environment: dict[str, Any]) -> str:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the command's options as JSON has them; files and folders by the last part of their names."""
-    hidden = ("command", "argv", "json", "out", "base")
+    hidden = ("command", "argv", "json", "out")
     found = {}
     for name, value in vars(args).items():
         value = ",".join(value) if isinstance(value, tuple) else value

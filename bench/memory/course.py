@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,16 +41,16 @@ class Course:
         return max(live for _, live in self.points)
 
     def peaks(self) -> dict[str, int]:
-        """Returns the most bytes that were alive at once after each mark; marks of one name count together."""
+        """Returns the most bytes that were alive at once in each stage; the segments of Stage II count together."""
         found: dict[str, int] = {}
         live, marks, current = self.base, list(self.marks), ""
         for event in self.events:
             while marks and marks[0][0] <= event.seconds:
-                current = marks.pop(0)[1]
+                current = marks.pop(0)[1].rstrip(" 0123456789")
                 found[current] = max(found.get(current, 0), live)
             live += event.size
             if current:
-                found[current] = max(found.get(current, 0), live)
+                found[current] = max(found[current], live)
         return found
 
     def holders(self, most: int = 12) -> list[tuple[str, int, int]]:
@@ -67,17 +66,12 @@ class Course:
                 before += event.size
             if live > top:
                 top, best, kept = live, dict(alive), before
-        held: Counter[str] = Counter()
-        count: Counter[str] = Counter()
+        held: dict[str, list[int]] = {"before the run": [kept]} if kept else {}
         for event in best.values():
-            held[event.label] += event.size
-            count[event.label] += 1
-        if kept:
-            held["before the run"], count["before the run"] = kept, 1
-        ranked = [(label, size, count[label]) for label, size in held.most_common()]
-        rest = ranked[most:]
-        if rest:
-            ranked = [*ranked[:most], ("everything else", sum(s for _, s, _ in rest), sum(n for _, _, n in rest))]
+            held.setdefault(event.label, []).append(event.size)
+        ranked = sorted(((label, sum(sizes), len(sizes)) for label, sizes in held.items()), key=lambda held: -held[1])
+        if rest := ranked[most:]:
+            ranked[most:] = [("everything else", sum(size for _, size, _ in rest), sum(count for *_, count in rest))]
         return ranked
 
     def thinned(self, most: int = 1500) -> list[tuple[float, int]]:

@@ -4,55 +4,49 @@ from __future__ import annotations
 
 import sys
 import time
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
 from bench.memory.course import Course, Event, from_trace, label_of
 from model.machine.counted import TensorMemory
-from model.machine.host import Host
 from model.machine.measure import StageTimer
-from model.memory.vae_plan import CountedHost
 from model.pipeline.clip import Item, Watcher
 
 #: Entries of the allocator's history that are kept: a clip at 2K has some 100,000.
 HISTORY = 1_000_000
 
 
-class Meter(Watcher, ABC):
-    """A watcher that times the stages and follows memory; ``course`` is complete after :meth:`watch`."""
+class Meter(Watcher):
+    """A watcher that times the stages; ``course`` has their marks, and after :meth:`watch` what memory did."""
 
     def __init__(self, device: torch.device):
         self.device, self.timer, self.course = device, StageTimer(device), Course()
-        self._start = 0.0
+        self._start = time.perf_counter()
         self._stages: list[str] = []
 
     def now(self) -> float:
         """Returns the seconds since the run began."""
         return time.perf_counter() - self._start
 
-    def mark(self, label: str) -> None:
-        """Marks that a stage or segment begins now."""
-        self.course.marks.append((self.now(), label))
-
-    @abstractmethod
-    def watch(self) -> AbstractContextManager[None]:
-        """Returns a context in which the run is followed."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Follows memory while the body runs."""
+        self._start = time.perf_counter()
+        yield
 
     @contextmanager
     def _within(self, label: str) -> Iterator[None]:
         """Marks when the body begins, and when the stage that it interrupts goes on."""
-        self.mark(label)
+        self.course.marks.append((self.now(), label))
         self._stages.append(label)
         try:
             yield
         finally:
             self._stages.pop()
             if self._stages:
-                self.mark(self._stages[-1])
+                self.course.marks.append((self.now(), self._stages[-1]))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -85,18 +79,17 @@ class CudaMeter(Meter):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.course.base = torch.cuda.memory_allocated()
-        self._start = time.perf_counter()
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
         try:
-            yield
+            with super().watch():
+                yield
         finally:
             try:
                 torch.cuda.synchronize()
-                snapshot = torch.cuda.memory._snapshot()
+                traces = torch.cuda.memory._snapshot()["device_traces"]
             finally:
                 torch.cuda.memory._record_memory_history(enabled=None)
-            index = torch.cuda.current_device()
-            self.course.events = from_trace(snapshot["device_traces"][index])
+            self.course.events = from_trace(traces[torch.cuda.current_device()])
 
 
 class CountingMeter(Meter):
@@ -113,13 +106,8 @@ class CountingMeter(Meter):
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Counts tensors while the body runs."""
-        self._start = time.perf_counter()
-        with self.memory:
+        with super().watch(), self.memory:
             yield
-
-    def host(self, park: bool) -> Host:
-        """Returns a host memory that does not count, for tensors without memory."""
-        return CountedHost(park)
 
 
 class _Logged(TensorMemory):
@@ -129,26 +117,22 @@ class _Logged(TensorMemory):
         super().__init__()
         self._course, self._now, self._kind = course, now, kind
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, before = storage._cdata, self.live
-        if storage.device.type != self._kind or key in self._sizes:
-            return
-        self._sizes[key] = self._counted(storage)
-        self.live += self._sizes[key]
-        self.peak = max(self.peak, self.live)
-        if self.live != before:
-            self._course.events.append(Event(self._now(), key, self._sizes[key], _caller()))
-        weakref.finalize(storage, self._forget, key)
+    def _counted(self, storage: torch.UntypedStorage) -> int:
+        size = super()._counted(storage) if storage.device.type == self._kind else 0
+        if size:
+            self._course.events.append(Event(self._now(), storage._cdata, size, _caller()))
+        return size
 
     def _forget(self, key: int) -> None:
-        size = self._sizes.pop(key, 0)
-        self.live -= size
+        size = self._sizes.get(key, 0)
+        super()._forget(key)
         if size:
             self._course.events.append(Event(self._now(), key, -size))
 
 
 def _caller() -> str:
-    frame, frames = sys._getframe(3), []
+    """Returns the place that ran the operator whose result is counted, without the four frames of the count."""
+    frame, frames = sys._getframe(4), []
     while frame is not None and len(frames) < 40:
         frames.append((frame.f_code.co_filename, frame.f_code.co_name))
         frame = frame.f_back

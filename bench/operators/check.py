@@ -45,8 +45,8 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     try:
         args, kwargs = randomised(case, device)
         expected, row["limit"] = exact(case.operator, args, kwargs)
-        with poisoned():
-            found = _result(case.operator, args, kwargs)
+        with poisoned(), torch.no_grad():
+            found = case.operator(*args, **kwargs)
         error = relative_error(numbers(found), expected)
     except Exception as error:  # compilers and launchers raise errors of their own kinds: all of them are findings
         return row | failure(error)
@@ -56,9 +56,11 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     return row | {"status": "ok"}
 
 
+@torch.no_grad()
 def exact(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], float]:
     """Returns the results of a call in float64, by the operator's PyTorch path, and the error that is allowed."""
-    expected, limit = _result(operator, *_double(operator, args, kwargs)), TOLERANCE[_coarsest((args, kwargs))]
+    wide_args, wide_kwargs = _double(operator, args, kwargs)
+    expected, limit = operator(*wide_args, **wide_kwargs), TOLERANCE[_coarsest((args, kwargs))]
     if any(isinstance(x, QuantizedRows) for x in leaves(expected)):
         limit = max(limit, EIGHT_BITS_LIMIT, EIGHT_BITS_SHARE * limit**0.5)
     return numbers(expected), limit
@@ -74,41 +76,32 @@ def randomised(case: Case, device: torch.device, real: bool = False) -> Argument
     """Returns a case's inputs, or those of its real size, with numbers that are not all alike."""
     torch.manual_seed(0)
     args, kwargs = (case.real if real and case.real else case).inputs(device)
-    _fill(case.operator, args, kwargs)
+    for name, value in inspect.signature(case.operator).bind(*args, **kwargs).arguments.items():
+        for leaf in leaves(value):
+            _fill(name, leaf)
     return args, kwargs
 
 
-def _fill(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Fills all floating-point inputs with numbers of usual size, weights scaled by their fan-in."""
-    bound = inspect.signature(operator).bind(*args, **kwargs)
-    for name, value in bound.arguments.items():
-        if isinstance(value, QuantizedRows):
-            _fill_rows(value, *((0, value.values.shape[-1] ** -0.5) if name in WEIGHTS else (0.1, 0.8)))
-            continue
-        for x in (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)):
-            if x.dtype == torch.int8:
-                x.random_(-127, 128)
-            elif not x.is_floating_point():
-                continue  # indices
-            elif x.itemsize == 1:
-                x.copy_(torch.empty_like(x, dtype=torch.float32).normal_(0.1, 0.8))
-            elif name in WEIGHTS and x.ndim > 1:
-                outputs = x.shape[1] if name == "phases" else x.shape[0]
-                fan_in = x.numel() // (outputs * (x.shape[0] if name == "phases" else 1))
-                x.normal_(0, fan_in**-0.5)
-            elif x.ndim == 0:
-                continue  # a step, or the like, whose value has a meaning
-            elif "rope" in name:
-                x.uniform_(-1, 1)
-            else:
-                x.normal_(0.1, 0.8)
-
-
-def _fill_rows(rows: QuantizedRows, mean: float, deviation: float) -> None:
-    """Fills rows with quantised numbers of usual size: random codes would be of any size."""
-    wide = torch.empty(rows.values.shape, device=rows.values.device).normal_(mean, deviation)
-    for x, made in zip(rows, quantized_reference(wide, rows.values.dtype), strict=True):
-        x.copy_(made)
+def _fill(name: str, x: Tensor | QuantizedRows) -> None:
+    """Fills an input with numbers of usual size, weights scaled by their fan-in; whole numbers are left alone."""
+    if isinstance(x, QuantizedRows):  # random codes would be of any size
+        wide = torch.empty(x.values.shape, device=x.values.device)
+        wide.normal_(*((0, wide.shape[-1] ** -0.5) if name in WEIGHTS else (0.1, 0.8)))
+        for part, made in zip(x, quantized_reference(wide, x.values.dtype), strict=True):
+            part.copy_(made)
+    elif x.dtype == torch.int8:
+        x.random_(-127, 128)
+    elif not x.is_floating_point():
+        return  # indices
+    elif x.itemsize == 1:
+        x.copy_(torch.empty_like(x, dtype=torch.float32).normal_(0.1, 0.8))
+    elif name in WEIGHTS and x.ndim > 1:
+        outputs = x.shape[0] * x.shape[1] if name == "phases" else x.shape[0]
+        x.normal_(0, (x.numel() // outputs) ** -0.5)
+    elif "rope" in name:
+        x.uniform_(-1, 1)
+    elif x.ndim > 0:  # a step, or the like, has a meaning
+        x.normal_(0.1, 0.8)
 
 
 def _double(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -127,21 +120,12 @@ def _double(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     for name, value in bound.arguments.items():
         if name not in FLOAT32:
             bound.arguments[name] = tree_map_only(Tensor, copy, value)
-    return bound.args, by_torch(operator, bound.kwargs)
-
-
-def by_torch(operator: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns keyword arguments of a call that asks for the operator's PyTorch path, where it has another."""
-    return kwargs | ({"backend": "torch"} if "backend" in inspect.signature(operator).parameters else {})
-
-
-def _result(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch.no_grad():
-        return operator(*args, **kwargs)
+    choice = {"backend": "torch"} if "backend" in inspect.signature(operator).parameters else {}
+    return bound.args, bound.kwargs | choice
 
 
 def leaves(result: Any) -> list[Tensor | QuantizedRows]:
-    """Returns the tensors that an operator returned, one by one."""
+    """Returns the tensors that an operator is given or returns, one by one."""
     flat, _ = tree_flatten(result, is_leaf=lambda x: isinstance(x, QuantizedRows))
     return [x for x in flat if isinstance(x, (Tensor, QuantizedRows))]
 

@@ -128,7 +128,7 @@ def compare(
         found = attempts[name]()
         row = {"error": found.error if math.isfinite(found.error) else None, "peak_bytes": found.peak_bytes}
         if not found.error < found.limit:
-            return row | {"status": "wrong", "reason": f"error {found.error:.1e} against float64; not timed"}
+            return row | {"status": "wrong", "reason": f"error {found.error:.1e}, allowed {found.limit:.0e}; not timed"}
         calls[name] = found.call
         return row | {"status": "ok"}
 

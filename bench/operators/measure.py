@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import statistics
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from bench.harness.session import Session
 from bench.harness.timing import Ceilings, Timer, peak_of, time_one
 from bench.operators.check import check_case, randomised
 from bench.operators.compare import rates
 from bench.operators.discover import all_cases, operator_name
-from bench.operators.host_time import host_seconds
 from bench.records.outcome import FAILURES, failure
 from bench.static.compile_only import quiet_exit
 from model.errors import require
@@ -25,6 +29,8 @@ from swifti2v_kernels.common.case import Case
 
 CHECK_IDENTITY, CHECK_METRICS = ("case",), ("error", "limit", "host_seconds")
 IDENTITY = ("case", "shape")
+#: Calls by which the host's time is measured.
+HOST_CALLS = 50
 METRICS = (
     "seconds", "launch_seconds", "bytes_per_second", "fraction_of_copy", "tflops", "fraction_of_matmul", "peak_bytes",
     "flops", "bytes",
@@ -82,6 +88,29 @@ def _checked(cases: Sequence[Case], device: torch.device, jobs: int) -> Iterator
 def _row(case: Case, device: torch.device) -> dict[str, Any]:
     row = check_case(case, device)
     return row | {"host_seconds": host_seconds(case, device)} if row["status"] == "ok" else row
+
+
+def host_seconds(case: Case, device: torch.device) -> float:
+    """Returns the median time of the host's share of a case's call, in seconds.
+
+    That are checks, the choice of what computes it, and the launcher up to the launch, in whose place nothing is done.
+    What torch computes in place of a kernel, it computes.
+    """
+    args, kwargs = case.inputs(device)
+    times = []
+    with ExitStack() as stack:
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(patch.object(kind, "run", _launch_nothing))
+        stack.enter_context(torch.no_grad())
+        for _ in range(HOST_CALLS):
+            begin = time.perf_counter()
+            case.operator(*args, **kwargs)
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _launch_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    return None
 
 
 def check_number(number: int, device: str) -> dict[str, Any]:

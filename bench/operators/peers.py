@@ -53,7 +53,8 @@ class Peer:
         """
         given = inspect.signature(case.operator).bind(*args, **options).arguments
         wanted = inspect.signature(self.function).parameters
-        named = {name: value for name, value in given.items() if name in wanted}
+        # The backend that a case asks for is ours.
+        named = {name: x for name, x in given.items() if name in wanted and (self.ours or name != "backend")}
         call = self.function(**named) if self.prepared else functools.partial(self.function, **named)
         return functools.partial(_compiled(call.func), *call.args, **call.keywords) if self.compiled else call
 
@@ -122,25 +123,6 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv3d(x, weight, bias, weight.shape[2:]).flatten(2).transpose(1, 2).contiguous()
 
 
-def _diffusers_project(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, out: Tensor, latent_index: Tensor,
-    block_map: Tensor, step: Tensor,
-) -> Call:  # fmt: skip
-    norm, (shift, scale) = _layer_norm(x), _per_token(x, block_map, shift, scale)
-    (targets,), (rows, columns) = (latent_index >= 0).nonzero(as_tuple=True), out.shape[3:]
-    slots = latent_index[targets].long()
-
-    def call() -> Tensor:
-        y = F.linear((norm(x.float()) * (1 + scale) + shift).type_as(x), weight, bias)
-        y = y.reshape(len(x), -1, rows // 2, columns // 2, 1, 2, 2, out.shape[1]).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        velocity = y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, targets]
-        # FlowMatchEulerDiscreteScheduler.step without its bookkeeping.
-        out[:, :, slots] = out[:, :, slots] + step * velocity
-        return out
-
-    return call
-
-
 def _diffusers_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Call:
     gelu = library("diffusers.models.activations").GELU(*weight.shape[::-1], approximate="tanh")
     gelu.proj.load_state_dict({"weight": weight, "bias": bias}, assign=True)
@@ -188,18 +170,25 @@ def _comfy_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Cal
     return lambda: dequantize(values, scales.unsqueeze(-1)).to(dtype)
 
 
-def _quantize(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    return kernels.quantize_rows(x, dtype, backend="torch")
-
-
-def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return kernels.dequantize_rows(values, scales, dtype=dtype, backend="torch")
+def _by_torch(operator: Callable[..., Any]) -> Peer:
+    """Returns the PyTorch path of an operator as its eager implementation."""
+    return Peer("eager", functools.partial(operator, backend="torch"))
 
 
 def _scaled(
     x: QuantizedRows, weight: QuantizedRows, bias: Tensor, activation: str | None, dtype: torch.dtype
 ) -> Tensor:
-    return kernels.scaled_linear(x, weight, bias, activation=activation, dtype=dtype, backend="torch")
+    """Multiplies by torch's own matmul in 8 bits, of which that of float8 takes a scale a row on 9.0 in every torch."""
+    float8 = x.values.dtype != torch.int8
+    if not x.values.is_cuda or (float8 and torch.cuda.get_device_capability(x.values.device) != (9, 0)):
+        return kernels.scaled_linear(x, weight, bias, activation=activation, dtype=dtype, backend="torch")
+    columns = weight.values.t()
+    if float8:
+        scales = x.scales.unsqueeze(1), weight.scales.unsqueeze(0)
+        y = torch._scaled_mm(x.values, columns, *scales, bias=bias, out_dtype=dtype)
+    else:
+        y = (torch._int_mm(x.values, columns) * x.scales.unsqueeze(1) * weight.scales + bias).to(dtype)
+    return y if activation is None else F.gelu(y, approximate="tanh")
 
 
 def _linear_16_bits(
@@ -266,17 +255,16 @@ PEERS: Mapping[Callable[..., Any], tuple[Peer, ...]] = {
         Peer("eager", eager.embed_window),
         Peer("diffusers", functools.partial(eager.embed_window, embed=_conv3d), "concatenation and Conv3d"),
     ),
-    kernels.project_step: _with_eager(
-        _ready("eager", eager.project_step),
-        _ready("diffusers", _diffusers_project, "the whole window's head"),
-    ),
+    kernels.project_step: _with_eager(_ready("eager", eager.project_step)),
     kernels.linear_gelu: _with_eager(Peer("eager", eager.linear_gelu), _ready("diffusers", _diffusers_gelu)),
     kernels.scaled_linear: _with_eager(
         Peer("eager", _scaled, "torch._scaled_mm or torch._int_mm where they take the call"),
         _ready("16 bits", _linear_16_bits, "a matmul of 16-bit operands"),
     ),
-    kernels.quantize_rows: _with_eager(Peer("eager", _quantize), _ready("comfy-kitchen", _comfy_quantize)),
-    kernels.dequantize_rows: _with_eager(Peer("eager", _dequantize), _ready("comfy-kitchen", _comfy_dequantize)),
+    kernels.quantize_rows: _with_eager(_by_torch(kernels.quantize_rows), _ready("comfy-kitchen", _comfy_quantize)),
+    kernels.dequantize_rows: _with_eager(
+        _by_torch(kernels.dequantize_rows), _ready("comfy-kitchen", _comfy_dequantize)
+    ),
     kernels.segment_attention: (
         _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
         _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 import torch
 
-from bench.harness.registry import TOKENS, Benchmark
+from bench.harness.registry import Benchmark, names
 from bench.harness.session import Session
 from bench.precision import encoder, layers, window
-from bench.precision.forms import COMPUTE, FORMS, chosen_forms
+from bench.precision.forms import BASELINE, COMPUTE, FORMS
 from bench.precision.weights import CheckpointWeights, SyntheticWeights, Weights
-from model.cli.options import MOST_SEED, count, parse_path, parse_size, positive
+from model.cli.options import parse_path, parse_size, positive
 from model.config import PRESETS, VAEConfig, get_preset
 from model.dit.model import WanDiT
 from model.errors import InputError
@@ -66,72 +66,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", type=parse_path, metavar="DIR", help="directory of checkpoints, as for the pipeline"
     )
     parser.add_argument(
-        "--kinds", metavar="KIND,KIND", help=f"kinds of weights without --weights: {', '.join(KINDS)} (default both)"
-    )
-    parser.add_argument(
-        "--forms", metavar="FORM,...", help=f"some of {', '.join(form.name for form in FORMS)} (default all)"
-    )
+        "--forms", metavar="FORM,...", type=names(FORMS), default=",".join(FORMS),
+        help=f"some of {', '.join(FORMS)} (default all)",
+    )  # fmt: skip
     parser.add_argument(
         "--layers", type=positive, metavar="N",
         help=f"layers of the window's DiT (default {CPU_LAYERS} on a CPU, all on CUDA and with --weights)",
     )  # fmt: skip
-    parser.add_argument(
-        "--tokens", type=TOKENS, help=f"tokens of one layer (default {CPU_TOKENS} on a CPU, {CUDA_TOKENS} on CUDA)"
-    )
     sizes = ("x".join(map(str, size)) for size in (CPU_SIZE, CUDA_SIZE))
     parser.add_argument(
         "--size", metavar="WxH", help="frames of the window (default {} on a CPU, {} on CUDA)".format(*sizes)
     )
-    parser.add_argument("--seed", type=count(0, MOST_SEED), default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Measures one layer of each shape and a window for every kind of weights, and the VAE's encoder."""
-    forms = chosen_forms(args.forms)
+    forms = [form for name, form in FORMS.items() if name == BASELINE or name in args.forms]
     model, vae, kinds, build = _checkpoint(args, session) if args.weights is not None else _synthetic(args, session)
     size = parse_size(args.size) if args.size else _default(args, session, QUICK_SIZE, CPU_SIZE, CUDA_SIZE)
     check_size(*size, size_multiple(vae, kinds[0].config))
-    note = "" if args.weights is not None else f" {STRUCTURED}"
-    if args.part in ("layers", "all"):
-        tokens = args.tokens or _default(args, session, QUICK_TOKENS, CPU_TOKENS, CUDA_TOKENS)
+    tokens = _default(args, session, QUICK_TOKENS, CPU_TOKENS, CUDA_TOKENS)
+    latent_size = size[1] // vae.spatial_stride, size[0] // vae.spatial_stride
+    parts = {
+        "layers": ("one linear layer", layers, lambda w: layers.layer_rows(w, model, forms, tokens)),
+        "window": (
+            "a window through the DiT", window, lambda w: window.window_rows(w, model, size, latent_size, forms)
+        ),
+        "encoder": ("the VAE's encoder", encoder, lambda w: encoder.encoder_rows(build, model, w.kind, size)),
+    }  # fmt: skip
+    for part, (title, module, rows) in parts.items():
+        if args.part not in (part, "all"):
+            continue
+        note = module.NOTE + ("" if args.weights or part == "encoder" else f" {STRUCTURED}")
+        columns = window.COLUMNS if part == "window" else ()
         table = session.section.table(
-            "layers", "one linear layer", identity=layers.IDENTITY, metrics=layers.METRICS, note=layers.NOTE + note
+            part, title, identity=module.IDENTITY, metrics=module.METRICS, columns=columns, note=note
         )
-        for weights in kinds:
-            session.say(f"{model}, {weights.kind} weights: one layer of each shape, {tokens} tokens")
+        for weights in kinds[:1] if part == "encoder" else kinds:
+            session.say(f"{model}, {weights.kind} weights: {title}")
             with torch.no_grad():
-                for row in layers.layer_rows(weights, model, forms, tokens, args.seed):
+                for row in rows(weights):
                     table.add(row)
-    if args.part in ("window", "all"):
-        table = session.section.table(
-            "window", "a window through the DiT", identity=window.IDENTITY, metrics=window.METRICS,
-            columns=window.COLUMNS, note=window.NOTE + note,
-        )  # fmt: skip
-        latent_size = size[1] // vae.spatial_stride, size[0] // vae.spatial_stride
-        for weights in kinds:
-            session.say(f"{model}, {weights.kind} weights: a window of {weights.config.num_layers} layers")
-            for row in window.window_rows(weights, model, size, latent_size, forms, args.seed):
-                table.add(row)
-    if args.part in ("encoder", "all"):
-        table = session.section.table(
-            "encoder", "the VAE's encoder", identity=encoder.IDENTITY, metrics=encoder.METRICS, note=encoder.NOTE
-        )
-        session.say(f"{model}: {encoder.FRAMES} frames through the VAE's encoder")
-        kind = "random" if args.weights is None else kinds[0].kind
-        for row in encoder.encoder_rows(build, model, kind, size):
-            table.add(row)
 
 
 def _synthetic(args: argparse.Namespace, session: Session) -> Subject:
     """Returns the model of a preset with synthetic weights.
 
     Raises:
-        InputError: a kind is unknown, or the preset has fewer layers.
+        InputError: the preset has fewer layers.
     """
-    kinds = KINDS if args.kinds is None else tuple(dict.fromkeys(kind.strip() for kind in args.kinds.split(",")))
-    wrong = [kind for kind in kinds if kind not in KINDS]
-    if wrong:
-        raise InputError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, wrong))}")
     name = args.preset or "1.3b"
     preset = get_preset(name)
     config = preset.stage_one if args.stage == 1 else preset.stage_two
@@ -139,13 +122,13 @@ def _synthetic(args: argparse.Namespace, session: Session) -> Subject:
         raise InputError(f"layers: expected at most {config.num_layers}, those of {name}, got {args.layers}")
     usual = _default(args, session, QUICK_LAYERS, CPU_LAYERS, config.num_layers)
     config = replace(config, num_layers=args.layers or min(usual, config.num_layers))
-    found: list[Weights] = [SyntheticWeights(kind, config, args.seed, session.device) for kind in kinds]
-    build = functools.partial(random_weights, WanVAE, preset.vae, args.seed, device=session.device)
+    found: list[Weights] = [SyntheticWeights(kind, config, session.device) for kind in KINDS]
+    build = functools.partial(random_weights, WanVAE, preset.vae, 0, device=session.device)
     return _named(name, args.stage), preset.vae, found, build
 
 
 def _checkpoint(args: argparse.Namespace, session: Session) -> Subject:
-    for option in ("preset", "kinds", "layers"):
+    for option in ("preset", "layers"):
         if getattr(args, option) is not None:
             raise InputError(f"{option}: expected nothing beside --weights, whose DiT is taken as it is")
 

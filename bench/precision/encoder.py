@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.assets import PHOTO
-from bench.precision.forms import add_ratios, errors_of
-from bench.records.outcome import FAILURES, failure
+from bench.precision.forms import compared
 from model.io.photo import fit_image, open_image
 from model.machine.host import release
 from model.vae.model import WanVAE
@@ -25,19 +25,16 @@ NOTE = (
     " torch is set to, on a GPU in TF32 unless told otherwise. The largest activation is that of the tensors that"
     f" operators hand to each other; float16 ends at {torch.finfo(torch.float16).max:,.0f}."
 )
-#: The last one, the coarsest, is the baseline of ``error_ratio``.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The coarsest, the baseline of ``error_ratio``, first.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FRAMES = 5
 #: Pixels that the pan moves a frame.
 PAN = 2
 
 
 class Largest(TorchDispatchMode):
-    """A mode that finds the largest magnitude that operators write in a dtype, as ``largest.value``.
-
-    It is used as ``with Largest(dtype) as largest: ...`` and sees the tensors that operators hand to each other, not
-    what they compute inside.
-    """
+    """A mode that finds, as ``value``, the largest magnitude in the tensors of a dtype that operators hand to each
+    other."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -76,42 +73,20 @@ def encoder_rows(
         size: width and height of the frames in pixels.
     """
     video = make_video(size)
-    base = {"model": model, "weights": weights, "size": f"{size[0]}x{size[1]}", "frames": FRAMES}
-    rows: list[dict[str, Any]] = []
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    try:
-        expected = _encode(build, torch.float64, video)
-    except FAILURES as error:
-        # Nothing can be compared without the latents in float64.
-        found = failure(error)
-        found["reason"] = f"float64: {found['reason']}"
-        yield from (base | {"form": name} | found for name in names.values())
-        return
     # The largest activation is that in bfloat16, which holds what float16 cannot.
     largest = Largest(torch.bfloat16)
-    for dtype in reversed(DTYPES):
-        row = base | {"form": names[dtype]}
+
+    def encoded(dtype: torch.dtype) -> Tensor:
+        vae = build().to(dtype)
+        device = vae.device
         try:
-            latents = _encode(build, dtype, video, largest if dtype == largest.dtype else None)
-            row |= errors_of(latents, expected)
-        except ValueError as error:  # the VAE's own check of its latents
-            row |= {"status": "wrong", "reason": str(error)}
-        except FAILURES as error:
-            row |= failure(error)
-        row["largest_activation"] = largest.value or None
-        rows.insert(0, row)
-    add_ratios(rows)
-    yield from rows
+            with largest if dtype == largest.dtype else nullcontext():
+                return vae.encode(video.to(device, dtype)).cpu()
+        finally:
+            del vae
+            release(device)
 
-
-def _encode(
-    build: Callable[[], WanVAE], dtype: torch.dtype, video: Tensor, watched: AbstractContextManager[Any] | None = None
-) -> Tensor:
-    vae = build().to(dtype)
-    device = vae.device
-    try:
-        with watched or nullcontext():
-            return vae.encode(video.to(device, dtype)).cpu()
-    finally:
-        del vae
-        release(device)
+    base = {"model": model, "weights": weights, "size": f"{size[0]}x{size[1]}", "frames": FRAMES}
+    made = {str(dtype).removeprefix("torch."): functools.partial(encoded, dtype) for dtype in DTYPES}
+    for row in compared(base, "float64", functools.partial(encoded, torch.float64), made):
+        yield row | {"largest_activation": largest.value or None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.errors import InputError
+from bench.records.outcome import FAILURES, failure
 from model.streaming.placement import Placement
 from swifti2v_kernels import dequantize_rows, quantize_rows, scaled_linear
 
@@ -26,11 +26,6 @@ class Form:
     name: str
     placement: Placement
 
-    @property
-    def eight_bits(self) -> torch.dtype | None:
-        """The 8-bit dtype of the weights; None where they are bfloat16."""
-        return {"float8": torch.float8_e4m3fn, "int8": torch.int8}.get(self.placement.quantize)
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Returns ``x @ weight^T + bias`` as a DiT of this form computes it.
 
@@ -42,39 +37,64 @@ class Form:
         Returns:
             ``[tokens, N]`` bfloat16.
         """
-        bias = bias.to(COMPUTE)
-        if self.eight_bits is None:
+        bias, eight_bits = bias.to(COMPUTE), {"float8": torch.float8_e4m3fn, "int8": torch.int8}
+        if self.placement.quantize not in eight_bits:
             return F.linear(x, weight.to(COMPUTE), bias)
-        rows = quantize_rows(weight, self.eight_bits)
+        dtype = eight_bits[self.placement.quantize]
+        rows = quantize_rows(weight, dtype)
         if self.placement.matmul == "plain":
             return F.linear(x, dequantize_rows(*rows, dtype=COMPUTE), bias)
-        return scaled_linear(quantize_rows(x, self.eight_bits), rows, bias, dtype=COMPUTE)
+        return scaled_linear(quantize_rows(x, dtype), rows, bias, dtype=COMPUTE)
 
 
-BASELINE = Form("bfloat16", Placement())
-FORMS = (
-    BASELINE,
-    Form("int8", Placement(quantize="int8")),
-    Form("float8", Placement(quantize="float8")),
-    Form("int8-matmul", Placement(quantize="int8", matmul="8bit")),
-    Form("float8-matmul", Placement(quantize="float8", matmul="8bit")),
-)
+BASELINE = "bfloat16"
+#: By name; the baseline of ``error_ratio`` first.
+FORMS = {
+    form.name: form
+    for form in (
+        Form(BASELINE, Placement()),
+        Form("int8", Placement(quantize="int8")),
+        Form("float8", Placement(quantize="float8")),
+        Form("int8-matmul", Placement(quantize="int8", matmul="8bit")),
+        Form("float8-matmul", Placement(quantize="float8", matmul="8bit")),
+    )
+}
 
 
-def chosen_forms(text: str | None) -> tuple[Form, ...]:
-    """Returns the forms that a text names, in the order of :data:`FORMS`, or all forms if there is no text.
+def compared(
+    base: Mapping[str, Any], exact: str, expected: Callable[[], Tensor], forms: Mapping[str, Callable[[], Tensor]]
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for every form: its distance from the expected result, also over that of the baseline.
 
-    The baseline is always among them.
+    What fails is a row; without the expected result, whose form is called ``exact``, all have failed.
 
-    Raises:
-        InputError: no form has one of the names.
+    Args:
+        base: the fields that all rows have.
+        exact: the name of the form of the expected result.
+        expected: makes it.
+        forms: by name what makes the results, the baseline first.
     """
-    known = [form.name for form in FORMS]
-    names = known if text is None else [name.strip() for name in text.split(",")]
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise InputError(f"forms: expected some of {', '.join(known)}, got {', '.join(map(repr, wrong))}")
-    return tuple(form for form in FORMS if form is BASELINE or form.name in names)
+    try:
+        reference = expected()
+    except FAILURES as error:
+        found = failure(error)
+        for name in forms:
+            yield {**base, "form": name, **found, "reason": f"{exact}: {found['reason']}"}
+        return
+    baseline = None
+    for name, make in forms.items():
+        row = {**base, "form": name}
+        try:
+            row |= errors_of(make(), reference)
+        except ValueError as error:  # a model's own check of its results
+            row |= {"status": "wrong", "reason": str(error)}
+        except FAILURES as error:
+            row |= failure(error)
+        if name == BASELINE:
+            baseline = row.get("error")
+        if baseline and "error" in row:
+            row["error_ratio"] = row["error"] / baseline
+        yield row
 
 
 def errors_of(found: Tensor, expected: Tensor) -> dict[str, Any]:
@@ -84,11 +104,3 @@ def errors_of(found: Tensor, expected: Tensor) -> dict[str, Any]:
     if not math.isfinite(error):
         return {"status": "wrong", "reason": "the result is not finite"}
     return {"error": error, "largest_error": (difference.abs().max() / expected.square().mean().sqrt()).item()}
-
-
-def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Gives each row its error over that of the baseline's row, which is among them."""
-    base = next(row for row in rows if row["form"] == BASELINE.name).get("error")
-    for row in rows:
-        if base and "error" in row:
-            row["error_ratio"] = row["error"] / base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.precision.forms import COMPUTE, Form, add_ratios, errors_of
+from bench.precision.forms import COMPUTE, Form, compared
 from bench.precision.weights import COLUMN_SPREAD, MODULATION, Drawing, Weights
-from bench.records.outcome import FAILURES, failure
 
 IDENTITY = ("model", "weights", "layer", "form")
 METRICS = ("error", "largest_error", "error_ratio")
@@ -24,36 +24,30 @@ NOTE = (
 )
 
 
-def layer_rows(weights: Weights, model: str, forms: Sequence[Form], tokens: int, seed: int) -> Iterator[dict[str, Any]]:
+def layer_rows(weights: Weights, model: str, forms: Sequence[Form], tokens: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of the table ``layers``, one for every linear layer in every form, the baseline included.
 
     The input of the feed-forward's second layer is the output of its first one, through its GELU.
     """
     linears = dict(zip(LAYERS, weights.linears(list(LAYERS.values())), strict=True))
     up, _ = linears["feed-forward up"]
-    x = activations(weights.kind, tokens, up.shape[1], seed).to(up.device, COMPUTE)
+    x = activations(weights.kind, tokens, up.shape[1]).to(up.device, COMPUTE)
     hidden = F.gelu(F.linear(x.float(), *linears["feed-forward up"]), approximate="tanh").to(COMPUTE)
     for layer, (weight, bias) in linears.items():
         given = hidden if layer == "feed-forward down" else x
-        expected = F.linear(*(t.double() for t in (given, weight, bias)))
-        rows = []
-        for form in forms:
-            row: dict[str, Any] = {"model": model, "weights": weights.kind, "form": form.name, "tokens": tokens}
-            row["layer"] = f"{layer} {weight.shape[0]}x{weight.shape[1]}"
-            try:
-                rows.append(row | errors_of(form.linear(given, weight, bias), expected))
-            except FAILURES as error:
-                rows.append(row | failure(error))
-        add_ratios(rows)
-        yield from rows
+        base = {"model": model, "weights": weights.kind, "tokens": tokens}
+        base["layer"] = f"{layer} {weight.shape[0]}x{weight.shape[1]}"
+        expected = functools.partial(F.linear, *(t.double() for t in (given, weight, bias)))
+        made = {form.name: functools.partial(form.linear, given, weight, bias) for form in forms}
+        yield from compared(base, "float64", expected, made)
 
 
-def activations(kind: str, tokens: int, channels: int, seed: int) -> Tensor:
+def activations(kind: str, tokens: int, channels: int) -> Tensor:
     """Returns activations as a norm with modulation gives them, ``[tokens, channels]`` float32 on the CPU.
 
     For random weights they are standard normal. Else channels differ in scale and mean, and one in 200 is an outlier.
     """
-    draw = Drawing(f"{seed} activations", torch.device("cpu"))
+    draw = Drawing("0 activations", torch.device("cpu"))
     x = draw.normal(tokens, channels)
     if kind == "random":
         return x

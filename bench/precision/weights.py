@@ -23,7 +23,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,51 +46,36 @@ SCALES = (1, 4)
 Linear = tuple[Tensor, Tensor]
 
 
-class Weights(Protocol):
-    """One DiT's weights before they are rounded, which every form is built of."""
-
-    kind: str
-    config: DiTConfig
-
-    def build(self, dtype: torch.dtype, placement: Placement) -> WanDiT:
-        """Returns the DiT with large matrices in ``dtype`` or in the form of ``placement``."""
-
-    def linears(self, names: Sequence[str]) -> list[Linear]:
-        """Returns linear layers of one DiT layer by their names in it, float32, on the device."""
-
-
 class StructuredTensors:
     """A :class:`model.streaming.placed.TensorSource` of structured weights.
 
-    A tensor depends on its name, its shape, the seed and the kind of device only, so that tensors can be asked for in
-    any order, by models of any number of layers, and again.
+    A tensor depends on its name, its shape and the kind of device only, so that tensors can be asked for in any order,
+    by models of any number of layers, and again.
 
     Args:
         shapes: the shapes of all tensors by name.
-        seed: the seed of all tensors.
         device: the device on which they are drawn.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, device: torch.device | str) -> None:
-        self.shapes, self.seed, self.device = shapes, seed, torch.device(device)
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device | str) -> None:
+        self.shapes, self.device = shapes, torch.device(device)
 
     def plain(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Returns a tensor by its name, in ``dtype``."""
-        return self._draw(name, self.shapes[name]).to(device, dtype)
+        return self._drawn(name, self.shapes[name]).to(device, dtype)
 
     def eight_bits(self, name: str, kind: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Returns a matrix by its name, as values ``[N, K]`` of ``kind`` and float32 scales ``[N]``, one a row."""
         return quantize_rows(self.plain(name, torch.float32, device), kind)
 
-    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        draw = Drawing(f"{self.seed} {name}", self.device)
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        draw = Drawing(f"0 {name}", self.device)
         if name.endswith(TABLE):
             table = MODULATION * draw.normal(*shape)
             if name.startswith("blocks."):
                 # A channel is multiplied by 1 + scale.
-                factors = self._outliers(shape[-1])
-                for row in SCALES:
-                    table[:, row] = (1 + table[:, row]) * factors - 1
+                factors = Drawing("0 channels", self.device).outliers(shape[-1])
+                table[:, SCALES] = (1 + table[:, SCALES]) * factors - 1
             return table
         if name.endswith("bias"):
             return BIAS * draw.normal(*shape)
@@ -101,9 +85,6 @@ class StructuredTensors:
             return structured_matrix(draw, *shape)
         # The other weights are never written in 8 bits, so they are random.
         return math.prod(shape[1:]) ** -0.5 * draw.normal(*shape)
-
-    def _outliers(self, channels: int) -> Tensor:
-        return Drawing(f"{self.seed} channels", self.device).outliers(channels)
 
 
 class Drawing:
@@ -149,22 +130,21 @@ def structured_matrix(draw: Drawing, rows: int, columns: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SyntheticWeights:
-    """The random or structured weights of a configuration."""
+    """The random or structured weights of a configuration, the same in every run."""
 
     kind: str
     config: DiTConfig
-    seed: int
     device: torch.device
 
     def build(self, dtype: torch.dtype, placement: Placement) -> WanDiT:
         """Returns the DiT with large matrices in ``dtype`` or in the form of ``placement``."""
         options = {"dtype": dtype, "device": self.device}
         if self.kind == "random":
-            return random_weights(WanDiT, self.config, self.seed, **options, placement=placement)
+            return random_weights(WanDiT, self.config, 0, **options, placement=placement)
         with torch.device("meta"):
             model = WanDiT(self.config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        return place(model, placement, StructuredTensors(shapes, self.seed, self.device), **options)
+        return place(model, placement, StructuredTensors(shapes, self.device), **options)
 
     def linears(self, names: Sequence[str]) -> list[Linear]:
         """Returns linear layers of the first DiT layer, float32, on the device."""
@@ -191,6 +171,10 @@ class CheckpointWeights:
             if i == self.config.num_layers // 2:
                 found = _linears(layer, names)
         return found
+
+
+#: One DiT's weights before they are rounded, which every form is built of.
+Weights = SyntheticWeights | CheckpointWeights
 
 
 def _linears(layer: torch.nn.Module, names: Sequence[str]) -> list[Linear]:

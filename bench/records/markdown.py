@@ -6,32 +6,32 @@ The page of results shows the same cells (:mod:`bench.report.grids`). Nothing is
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.records.comparison import count_verdicts, letter, only_changes, unmatched_lines
+from bench.records.comparison import first_of, letter
 from bench.records.metrics import column_label, column_scale, format_value, is_number
 from model.errors import printable
 
-WORDS = {"better": "better", "worse": "WORSE", "same": "same", "": ""}
+WORDS = {"worse": "WORSE"}
 
 
 class Cell(NamedTuple):
     """A cell: its text, the number or text that it sorts by (None sorts last), and what stands beside the text.
 
-    ``spread`` is from where to where a figure lies, and ``verdict`` a key of :data:`WORDS`; ``kind`` is ``figure``,
-    where the text is a quantity, ``words``, where it may be long, or empty.
+    ``spread`` is from where to where a figure lies; ``kind`` is ``figure``, where the text is a quantity, ``words``,
+    where it may be long, or empty.
     """
 
     text: str
     value: Any = None
     spread: str = ""
-    verdict: str = ""
     kind: str = ""
 
     def plain(self) -> str:
         """Returns all of it as one text."""
-        return f"{self.text}{f' ({self.spread})' if self.spread else ''} {WORDS[self.verdict]}".strip()
+        return f"{self.text} ({self.spread})" if self.spread else self.text
 
 
 def plain(text: str) -> str:
@@ -122,61 +122,53 @@ def format_section(section: Mapping[str, Any]) -> str:
     return "\n\n".join([*pieces, *map(plain, section["notes"])])
 
 
-# Comparisons
-
-
-def format_comparison(comparison: Mapping[str, Any], *, changes: bool = False) -> str:
-    """Returns a comparison; with ``changes`` only the tables of what is better, worse or failed."""
-    labels = comparison["labels"]
-    pieces = ["\n".join(f"- {letter(i)}: {plain(label)}" for i, label in enumerate(labels))]
+def format_comparison(comparison: Mapping[str, Any]) -> str:
+    """Returns a comparison: its files, warnings, tables, a sentence on each file, and what was not compared."""
+    letters = [letter(i) for i in range(len(comparison["labels"]))]
+    pieces = ["\n".join(f"- {at}: {plain(label)}" for at, label in zip(letters, comparison["labels"], strict=True))]
     pieces += [f"warning: {plain(warning)}" for warning in comparison["warnings"]]
-    for table in (only_changes(comparison) if changes else comparison)["tables"]:
-        cells = [[*(c.plain() for c in line), comparison_note(r)] for r, line in compared_lines(table, len(labels))]
-        text = markdown_table([*compared_heads(table, len(labels)), "note"], cells)
-        pieces.append(f"**{plain(table['section'])}: {plain(table['title'])}**\n\n{text}")
-    pieces.append("\n".join(summary(comparison, i) for i in range(1, len(labels))))
-    if lines := unmatched_lines(comparison, most=12):
+    for table in comparison["tables"]:
+        names = [name.replace("_", " ") for name in table["identity"]]
+        heads = [*names, "", *letters, *(f"{at} / A" for at in letters[1:]), "note"]
+        cells = [line for row in table["rows"] for line in _compared_lines(table, row)]
+        title = plain(f"{table['section']}: {table['title']}")
+        pieces.append(f"**{title}**\n\n{markdown_table(heads, cells)}")
+    pieces.append("\n".join(_summary(comparison, i) for i in range(1, len(letters))))
+    if lines := first_of(comparison["unmatched"], 12):
         pieces.append("not compared:\n" + "\n".join(f"- {plain(line)}" for line in lines))
     return "\n\n".join(pieces)
 
 
-def compared_heads(table: Mapping[str, Any], count: int, figure: str = "") -> list[str]:
-    """Returns the heads of a compared table: identity, the figure's name, each of ``count`` files, ratios over A."""
-    letters = [letter(i) for i in range(count)]
-    return [*(n.replace("_", " ") for n in table["identity"]), figure, *letters, *(f"{at} / A" for at in letters[1:])]
+def _compared_lines(table: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yields a line for each figure of a compared row; a row without figures is there once."""
+    head, note = list(map(str, row["key"].values())), _comparison_note(row)
+    if not row["values"]:
+        yield [*head, *[""] * 2 * len(row["statuses"]), note]
+    for name, values in row["values"].items():
+        metric = table["metrics"][name]
+        scale, unit = column_scale(values, metric["unit"])
+        figures = [format_value(value, metric["unit"], scale) for value in values]
+        pairs = zip(row["ratios"][name][1:], row["verdicts"][name][1:], strict=True)
+        words = [f"{'' if ratio is None else f'{ratio:.3f}'} {WORDS.get(v, v)}".strip() for ratio, v in pairs]
+        yield [*head, column_label(name, metric, unit), *figures, *words, note]
 
 
-def compared_lines(table: Mapping[str, Any], count: int) -> Iterator[tuple[Mapping[str, Any], list[Cell]]]:
-    """Yields each figure of a compared table as its row and its cells; a row without figures is there once."""
-    for row in table["rows"]:
-        head = [Cell(str(row["key"][name]), row["key"][name]) for name in table["identity"]]
-        if not row["values"]:
-            yield row, [*head, *[Cell("")] * (2 * count)]
-        for name, values in row["values"].items():
-            metric = table["metrics"][name]
-            scale, unit = column_scale(values, metric["unit"])
-            label = column_label(name, metric, unit)
-            figures = [Cell(format_value(v, metric["unit"], scale), v, kind="figure") for v in values]
-            pairs = zip(row["ratios"][name][1:], row["verdicts"][name][1:], strict=True)
-            ratios = [Cell("" if r is None else f"{r:.3f}", r, verdict=verdict) for r, verdict in pairs]
-            yield row, [*head, Cell(label, label), *figures, *ratios]
-
-
-def summary(comparison: Mapping[str, Any], index: int) -> str:
+def _summary(comparison: Mapping[str, Any], index: int) -> str:
     """Returns one file against the first, in a sentence."""
-    counts = count_verdicts(comparison, index)
+    rows = [row for table in comparison["tables"] for row in table["rows"]]
+    counts = Counter(verdicts[index] for row in rows for verdicts in row["verdicts"].values())
+    pairs = [(row["statuses"][0], row["statuses"][index]) for row in rows]
+    lost = sum(first == "ok" and other not in (None, "ok") for first, other in pairs)
+    gained = sum(other == "ok" and first not in (None, "ok") for first, other in pairs)
     text = (
         f"{letter(index)} against A: {counts['better']} figures better, {counts['worse']} worse,"
         f" {counts['same']} the same within their spread"
     )
-    pairs = [(row["statuses"][0], row["statuses"][index]) for table in comparison["tables"] for row in table["rows"]]
-    lost = sum(first == "ok" and other not in (None, "ok") for first, other in pairs)
-    gained = sum(other == "ok" and first not in (None, "ok") for first, other in pairs)
     text += f"; without a result here and not in A: {lost}" if lost else ""
     return text + (f"; without a result in A and not here: {gained}" if gained else "")
 
 
-def comparison_note(row: Mapping[str, Any]) -> str:
+def _comparison_note(row: Mapping[str, Any]) -> str:
     """Returns what must be said beside a compared row: failures with reasons, and bases other than measured."""
     failed = [
         f"{letter(i)}: {status}{f' ({reason})' if reason else ''}"

@@ -1,10 +1,5 @@
 """Result files as they are written: one document of sections, on disk again after every row.
 
-    record = Record(path, capture(device))
-    with record.section("attention", "Attention", settings) as section:
-        table = section.table("attention", "...", identity=("shape", "provider"), metrics=("seconds", "tflops"))
-        table.add({"shape": ..., "provider": ..., "status": "ok", "seconds": ...})
-
 The form is described, and on reading checked, by ``bench/results.schema.json`` (:mod:`bench.records.read`).
 """
 
@@ -13,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +30,8 @@ class Table:
     """A table of a result file: rows of one kind, added one by one."""
 
     def __init__(self, data: dict[str, Any], save: Callable[[], None]):
-        self.data, self._save = data, save
+        #: Called after rows that have been added were changed, ``save`` writes them.
+        self.data, self.save = data, save
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -48,32 +45,20 @@ class Table:
             ValueError: it lacks a field of the table's identity, repeats a row, or has an unknown status or basis.
         """
         row = {"status": "ok", "basis": "measured", **row}
-        key = [row.get(name) for name in self.data["identity"]]
+        low, high, middle = row.get("seconds_low"), row.get("seconds_high"), row.get("seconds")
+        if low and high and middle and (high - low) / middle > WIDE_SPREAD:
+            row.setdefault("warning", f"spread {100 * (high - low) / middle:.0f} %: not a basis for comparisons")
         missing = [name for name in self.data["identity"] if name not in row]
         if missing:
             raise ValueError(f"row: lacks {', '.join(missing)} of table {self.data['name']}")
+        key = [row[name] for name in self.data["identity"]]
         if any(key == [other[name] for name in self.data["identity"]] for other in self.rows):
             raise ValueError(f"row: {key} is in table {self.data['name']} already")
         if row["status"] not in STATUSES or row["basis"] not in BASES:
             raise ValueError(f"row: unknown status {row['status']!r} or basis {row['basis']!r}")
-        warning = spread_warning(row)
-        if warning and "warning" not in row:
-            row["warning"] = warning
         self.rows.append(row)
-        self._save()
+        self.save()
         return row
-
-    def save(self) -> None:
-        """Writes rows that were changed after they had been added."""
-        self._save()
-
-
-def spread_warning(row: Mapping[str, Any]) -> str | None:
-    """Returns the warning of a time whose spread is wide; None where it is not."""
-    low, high, middle = row.get("seconds_low"), row.get("seconds_high"), row.get("seconds")
-    if not low or not high or not middle or (high - low) / middle <= WIDE_SPREAD:
-        return None
-    return f"spread {100 * (high - low) / middle:.0f} %: not a basis for comparisons"
 
 
 class Section:
@@ -109,9 +94,8 @@ class Section:
         return Table(data, self._save)
 
     def set(self, **fields: Any) -> None:
-        """Sets fields of the section: ceilings, settings and the like."""
+        """Sets fields of the section: ceilings, settings and the like; the next row writes them."""
         self.data.update(fields)
-        self._save()
 
     def timeline(
         self, name: str, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], **details: Any
@@ -134,9 +118,8 @@ class Section:
         self._save()
 
     def note(self, text: str) -> None:
-        """Adds a sentence for people."""
+        """Adds a sentence for people; the next row, or the end, writes it."""
         self.data["notes"].append(text)
-        self._save()
 
     def package_entries(self, table: str, entries: Sequence[Mapping[str, Any]]) -> None:
         """Keeps choices for ``swifti2v_kernels/configs/<table>.json``; ``bench tune --from`` writes them there."""
@@ -145,18 +128,22 @@ class Section:
 
 
 class Record:
-    """A result file and its sections, on the disk after every change.
+    """A result file and its sections, on the disk after every row.
 
     Args:
-        path: where the file is; it is written at once, and again whole whenever something is added.
+        path: where the file is; it is written whole whenever something is added.
         environment: the result of :func:`bench.harness.environment.capture`.
+
+    Raises:
+        InputError: the file cannot be written; that is better known before anything is measured.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any]):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"out: cannot write {path}")
         self.path = path
         self.data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "environment": dict(environment)}
         self.data["sections"] = {}
-        self.save()
 
     def save(self) -> None:
         """Writes all that was recorded so far to the file."""
@@ -164,24 +151,34 @@ class Record:
 
     @contextmanager
     def section(self, name: str, title: str, settings: Mapping[str, Any]) -> Iterator[Section]:
-        """Adds a section that is complete when the block is; if that is cut short, what there is stays and says so."""
-        data: dict[str, Any] = {"title": title, "status": "running", "reason": None, "started": now(), "seconds": None}
-        data |= {"settings": dict(settings), "ceilings": None, "machine": None, "tables": [], "timelines": []}
-        data |= {"verdicts": [], "notes": [], "package_entries": {}}
-        self.data["sections"][name] = data
-        start = time.monotonic()
+        """Adds a section that is complete when the block is; if that is cut short, what there is stays and says so.
+
+        Bad input that is found before anything is measured leaves an earlier file as it was.
+        """
+        data = self.data["sections"][name] = new_section(title, "running", settings=dict(settings))
+        start, refused = time.monotonic(), False
         try:
             yield Section(data, self.save)
             data["status"] = "complete"
-        except KeyboardInterrupt:
-            data |= {"status": "interrupted", "reason": "interrupted"}
-            raise
         except BaseException as error:
-            data |= {"status": "failed", "reason": str(error)[:500] or type(error).__name__}
+            by_hand = isinstance(error, KeyboardInterrupt)
+            reason = "interrupted" if by_hand else str(error)[:500] or type(error).__name__
+            data |= {"status": "interrupted" if by_hand else "failed", "reason": reason}
+            refused = isinstance(error, InputError) and not data["tables"]
             raise
         finally:
             data["seconds"] = time.monotonic() - start
-            self.save()
+            if not refused:
+                self.save()
+
+
+def new_section(title: str, status: str, **fields: Any) -> dict[str, Any]:
+    """Returns the data of a section without results; ``fields`` replace its own."""
+    return {
+        "title": title, "status": status, "reason": None, "started": now(), "seconds": None, "settings": {},
+        "ceilings": None, "machine": None, "tables": [], "timelines": [], "verdicts": [], "notes": [],
+        "package_entries": {}, **fields,
+    }  # fmt: skip
 
 
 def now() -> str:
@@ -214,14 +211,3 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: cannot make the directory {folder}: {error.strerror}") from error
-
-
-def make_room(path: Path) -> None:
-    """Makes the folder of a file that is to be written.
-
-    Raises:
-        InputError: that is not possible, or a folder is in the file's place.
-    """
-    make_folder(path.parent)
-    if path.is_dir():
-        raise InputError(f"out: cannot write {path}: Is a directory")

@@ -2,113 +2,77 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from bench.records.comparison import letter
 from bench.records.metrics import is_number, significant
-from bench.report.figures import is_ours
-from bench.report.overview import Document, Tile, card_line
+from bench.report.figures import COMPARED, group_of, is_ours
+
+Document = Mapping[str, Any]
 
 
-class Answer(NamedTuple):
-    """The clip of one card: its row, and what it is faster than as (ratio, words)."""
-
-    at: int
-    section: str
-    label: str
-    row: Mapping[str, Any]
-    ratios: Sequence[tuple[float, str]]
-
-
-def answers(documents: Sequence[Document]) -> list[Answer]:
-    """Returns the clip of every card, from its newest file that has one; GPUs come first."""
+def clips_of(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Returns the clip of every card, from its newest file that has one: tiles, notes and card; GPUs come first."""
+    found: dict[str, dict[str, Any]] = {}
     in_time = sorted(enumerate(documents), key=lambda pair: pair[1]["environment"]["date"], reverse=True)
-    found: dict[str, Answer] = {}
-    for at, document in in_time:
-        answer = _two_stages(at, document) or _whole_pass(at, document)
-        if answer is not None:
-            found.setdefault(document["environment"]["device"], answer)
-    return sorted(found.values(), key=lambda a: documents[a.at]["environment"]["device_type"] == "cpu")
+    for i, document in sorted(in_time, key=lambda pair: pair[1]["environment"]["device_type"] == "cpu"):
+        device = document["environment"]["device"]
+        clip = _clip(document) if device not in found else None
+        if clip is not None:
+            found[device] = clip | {"card": card_line(document, letter(i) if len(documents) > 1 else "")}
+    return list(found.values())
 
 
-def _two_stages(at: int, document: Document) -> Answer | None:
-    """Returns the first clip of two stages, over the slowest end-to-end clip and over that of the same model."""
-    for section, rows in _timed_rows(document, "model", "size", "method"):
-        own = [row for row in rows if row["basis"] != "reported"]
-        ours = next((row for row in own if is_ours(row, row["method"])), None)
-        if ours is None:
-            continue
-        # Times faster are over end-to-end as the paper samples: what is faster than that is no baseline.
-        others = [row for row in own if not is_ours(row, row["method"]) and row["size"] == ours["size"]]
-        others = [row for row in others if (_speedup(row) or 0) <= 1]
-        slowest = max(others, key=lambda row: row["total_seconds"], default=None)
-        same = [r for r in others if _speedup(r) == 1 and r["model"] in (ours["model"], (slowest or {}).get("model"))]
-        baselines = [] if slowest is None else [slowest, *(row for row in same if row is not slowest)]
-        ratios = [
-            (r["total_seconds"] / ours["total_seconds"],
-             f"faster than {r['model']}, {r['method']}: {significant(r['total_seconds'])} s")
-            for r in baselines
-        ]  # fmt: skip
-        frames = document["sections"][section]["settings"].get("frames")
-        clip = f"one clip of {frames} frames" if isinstance(frames, int) else "one clip"
-        return Answer(at, section, f"{clip}: {ours['model']}, {ours['size']}, {ours['method']}", ours, ratios)
+def card_line(document: Document, at: str = "") -> dict[str, str]:
+    """Returns the card and the versions that a file's figures depend on; ``at``: the file's letter."""
+    environment, git = document["environment"], document["environment"]["git"] or {}
+    versions = {
+        "driver": environment.get("gpu", {}).get("driver"), "CUDA": environment.get("gpu", {}).get("cuda"),
+        "torch": environment["packages"].get("torch"), "Triton": environment["packages"].get("triton"),
+        "Python": environment.get("python"), "commit": (git.get("commit") or "")[:9], "": environment["date"][:10],
+    }  # fmt: skip
+    words = ", ".join(f"{name} {value}".strip() for name, value in versions.items() if value)
+    return {"device": environment["device"], "versions": words, "letter": at}
+
+
+def _clip(document: Document) -> dict[str, Any] | None:
+    """Returns our longest clip that is there in another way too, over the first of these ways: the baseline."""
+    for section in document["sections"].values():
+        for table in section["tables"]:
+            *work, way = table["identity"]
+            rows = [row for row in table["rows"] if row["status"] == "ok" and row["basis"] != "reported"]
+            timed = [row for row in rows if is_number(row.get("total_seconds")) and row["total_seconds"] > 0]
+            pairs = [
+                (ours, other)
+                for ours in timed
+                for other in timed
+                if is_ours(ours, ours[way]) and not is_ours(other, other[way])
+                if all(ours[name] == other[name] for name in work)
+            ]
+            if pairs and way in COMPARED:
+                return _told(section, table, *max(pairs, key=lambda pair: pair[0]["total_seconds"]))
     return None
 
 
-def _whole_pass(at: int, document: Document) -> Answer | None:
-    """Returns the longest clip that was measured whole, over the same clip end-to-end."""
-    for section, found in _timed_rows(document, "frames", "mode"):
-        rows = [row for row in found if row["frames"] == max(other["frames"] for other in found)]
-        ours = next((row for row in rows if is_ours(row, row["mode"])), None)
-        if ours is None:
-            continue
-        ratios = []
-        for row in rows:
-            if not is_ours(row, row["mode"]):
-                ratio = row["total_seconds"] / ours["total_seconds"]
-                ratios.append((ratio, f"faster than {row['mode']}: {significant(row['total_seconds'])} s"))
-        if _speedup(ours):
-            ratios.append((_speedup(ours), "faster than end-to-end in Stage II alone"))
-        settings = document["sections"][section]["settings"]
-        of = f"{settings.get('model', section)}, {settings.get('width')}x{settings.get('height')}"
-        return Answer(at, section, f"one clip of {ours['frames']} frames: {of}, {ours['mode']}", ours, ratios)
-    return None
-
-
-def _speedup(row: Mapping[str, Any]) -> float | None:
-    """Returns how many times faster a row's clip is; None where that is not known."""
-    value = row.get("speedup")
-    return value if is_number(value) and value > 0 else None
-
-
-def _timed_rows(document: Document, *identity: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Yields each section that has rows of whole clips, told apart by these fields, that were made and have a time."""
-    for name, section in document["sections"].items():
-        tables = [t for t in section["tables"] if t["identity"] == [*identity] and "total_seconds" in t["metrics"]]
-        rows = [row for table in tables for row in table["rows"]]
-        if timed := [row for row in rows if row["status"] == "ok" and (row.get("total_seconds") or 0) > 0]:
-            yield name, timed
-
-
-def clips_of(documents: Sequence[Document]) -> list[dict[str, Any]] | None:
-    """Returns the answers of all cards as they are shown; None where no file has a clip."""
-    return [_told(answer, documents) for answer in answers(documents)] or None
-
-
-def _told(answer: Answer, documents: Sequence[Document]) -> dict[str, Any]:
-    """Returns the seconds, the ratios, what they were extrapolated from, and the card."""
-    row, section = answer.row, documents[answer.at]["sections"][answer.section]
-    mark = row["basis"] if row["basis"] != "measured" else ""
-    tiles = [Tile(f"{significant(row['total_seconds'])} s", answer.label, mark)]
-    tiles += [Tile(f"{_ratio(ratio)}x", words, mark) for ratio, words in answer.ratios]
-    notes = [(f"{mark.capitalize()} {row['basis_note']}.", "")] if mark and row.get("basis_note") else []
+def _told(section: Mapping[str, Any], table: Mapping[str, Any], ours: Any, other: Any) -> dict[str, Any]:
+    """Returns the seconds, the ratio and what they were extrapolated from."""
+    seconds, theirs, known = ours["total_seconds"], other["total_seconds"], section["settings"]
+    # What rows do not say of the clip, settings do.
+    clip = [f"{known['frames']} frames"] if is_number(known.get("frames")) else []
+    clip += [f"{known.get('model', '')}, {known['width']}x{known.get('height')}"] if "width" in known else []
+    clip += [group_of(ours, table["identity"])]
+    mark = ours["basis"] if ours["basis"] != "measured" else ""
+    faster = f"faster than {other[table['identity'][-1]]}: {significant(theirs)} s"
+    tiles = [
+        {
+            "value": f"{significant(seconds)} s",
+            "words": f"one clip: {', '.join(clip)}",
+            "badge": mark,
+        },
+        {"value": f"{significant(theirs / seconds)}x", "words": faster, "badge": mark},
+    ]
+    notes = [(f"{mark.capitalize()} {ours['basis_note']}.", "")] if mark and ours.get("basis_note") else []
     if section["status"] != "complete":
         notes.append((f"The run is incomplete: {section.get('reason') or section['status']}.", "bad"))
-    card = card_line(documents[answer.at], answer.at if len(documents) > 1 else None)
-    return {"tiles": tiles, "card": card, "notes": notes}
-
-
-def _ratio(ratio: float) -> str:
-    """Returns a ratio as text with three digits."""
-    return f"{ratio:,.{max(0, min(2, 2 - math.floor(math.log10(ratio))))}f}"
+    return {"tiles": tiles, "notes": notes}

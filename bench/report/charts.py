@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bench.records.metrics import byte_scale, format_value, significant, time_scale
+from bench.records.metrics import column_scale, format_value, significant
 from bench.report.markup import TEMPLATES, tag
 from model.csg.sampler import SegmentPlan
 
@@ -156,12 +156,6 @@ def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, 
     marks.append(tag("polyline", points=" ".join(f"{x.at(a)},{y.at(b)}" for a, b in roof), class_="ceiling"))
     label = f"matmul {significant(matmul_tflops)} TFLOP/s"
     marks.append(_text(label, x.end, y.at(matmul_tflops) - 6, "ceiling-label", anchor="end"))
-    middle = math.sqrt(bottom * ridge)
-    at = x.at(middle), y.at(middle * copy_bytes_per_second / 1e12)
-    angle = round(math.degrees(math.atan2(y.at(roof[1][1]) - y.at(roof[0][1]), x.at(ridge) - x.at(bottom))), 1)
-    label = f"copy {copy_bytes_per_second / 1e9:,.0f} GB/s"
-    turned = f"rotate({angle} {at[0]} {at[1]})"
-    marks.append(_text(label, at[0], round(at[1] - 6, 1), "ceiling-label", anchor="middle", transform=turned))
     above = y.at(matmul_tflops)
     taken: list[tuple[float, float, float, float]] = [(x.end - 240, above - 20, x.end, above)]
     for point in sorted(points, key=lambda p: p.ours):
@@ -170,7 +164,8 @@ def roofline(title: str, points: Sequence[Point], copy_bytes_per_second: float, 
         marks.append(tag("circle", tag("title", point.tip), cx=at[0], cy=at[1], r=4.5, class_=kind))
         taken.append((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4))
     marks += _point_labels(points, x, y, taken)
-    words = f"{len(points)} rows; ridge at {ridge:,.0f} operations per byte; dashed: what was measured in the same run"
+    words = f"{len(points)} rows; dashed: a copy of {format_value(copy_bytes_per_second, 'B/s')} GB/s and the matmul,"
+    words += f" in the same run; they meet at {ridge:,.0f} operations per byte"
     return Chart("roofline", title, words, height, marks)
 
 
@@ -181,13 +176,12 @@ def _point_labels(points: Sequence[Point], x: Axis, y: Axis, taken: list[Any]) -
     marks = []
     for point in reversed(best.values()):
         px, py, width = x.at(point.intensity), y.at(point.tflops), len(point.label) * _CHARACTER * 0.92
-        for left, anchor in ((px + 8, "start"), (px - 8 - width, "end")):
+        for left in (px + 8, px - 8 - width):
             box = left, py - 6, left + width, py + 6
             free = not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
             if free and box[0] > x.start and box[2] < x.end and y.end < box[1] and box[3] < y.start:
                 taken.append(box)
-                at = left if anchor == "start" else left + width
-                marks.append(_text(point.label, at, py + 4, "", anchor=anchor))
+                marks.append(_text(point.label, left, py + 4, ""))
                 break
     return marks
 
@@ -206,11 +200,11 @@ def timeline(
     height, top = 270, 50
     seconds, sizes = [p[0] for p in points], [p[1] for p in points]
     counted = basis == "counted"
-    unit, unit_name = (1.0, "") if counted else time_scale([max(seconds)])
+    unit, unit_name = (1.0, "") if counted else column_scale([max(seconds) or 1.0], "s")
     over = "tensors made and freed, in order" if counted else f"time, {unit_name}"
     x = Axis(min(seconds), max(max(seconds), 1.001 * min(seconds) + 1e-9), 58, WIDTH - 24)
     y = Axis(0, 1.08 * max([*sizes, limit or 0, 1.0]), height - 40, top)
-    size, size_name = byte_scale([y.high])
+    size, size_name = column_scale([y.high], "bytes")
     shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)
     drawn = _grid(*shown, over, f"{size_name} allocated")
     line = [(x.at(s), y.at(b)) for s, b in thinned(points)]

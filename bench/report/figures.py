@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.records.metrics import METRICS, column_scale, format_value, is_number, significant, time_scale
+from bench.records.metrics import column_scale, format_value, is_number, significant
 from bench.report import charts
 from bench.report.charts import Bar, Chart, Point
 
@@ -54,7 +54,7 @@ def _bars(table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str
         value, ok = row.get(name), row["status"] == "ok"
         if not (is_number(value) if ok else failures):
             continue
-        text = _value_text(value, name, metric["unit"], unit) if ok else f"{row['status']}: {row.get('reason', '')}"
+        text = _value_text(value, metric, unit) if ok else f"{row['status']}: {row.get('reason', '')}"
         if ok and row["basis"] != "measured":
             text += f" {row['basis']}"
         label = str(row[field])
@@ -72,8 +72,8 @@ def _bars(table: Mapping[str, Any], field: str, name: str, ceilings: Mapping[str
     return charts.bars(f"{table['title']}: {metric['label']}", list(groups.items()), better, ceiling)
 
 
-def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str) -> str:
-    """Returns the words that a row shares with those that it is held against."""
+def group_of(row: Mapping[str, Any], identity: Sequence[str], field: str = "") -> str:
+    """Returns the words that tell a row apart, but those of ``field``: what it shares with others in its chart."""
     values = [(name, row[name]) for name in identity if name != field]
     return ", ".join(f"{value} {name}" if is_number(value) else str(value) for name, value in values)
 
@@ -113,10 +113,9 @@ def timeline_charts(section: Mapping[str, Any], label: str) -> list[Chart]:
     ]
 
 
-def _value_text(value: float, name: str, unit: str, scaled: tuple[float | None, str]) -> str:
-    """Returns a bar's value with its unit; ``scaled``: the unit that all bars have, of :func:`column_scale`."""
-    if unit == "s":
-        scale, word = time_scale([value])
-        return f"{significant(value / scale)} {word}"
-    words = {"TFLOP/s": " TFLOP/s", "1/s": f" {METRICS[name].label}" if name in METRICS else " /s"}
-    return f"{format_value(value, unit, scaled[0])}{words.get(unit, '')} {scaled[1]}".rstrip()
+def _value_text(value: float, metric: Mapping[str, Any], scaled: tuple[float | None, str]) -> str:
+    """Returns a bar's value with its unit; ``scaled``: the one of all bars, for bytes (:func:`column_scale`)."""
+    unit = metric["unit"]
+    scale, word = column_scale([value], unit) if unit == "s" else scaled
+    words = {"TFLOP/s": " TFLOP/s", "1/s": f" {metric['label']}"}.get(unit, "")
+    return f"{format_value(value, unit, scale)}{words} {word}".rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.records.markdown import Cell, cells_of, compared_heads, compared_lines, comparison_note, verdict_cells
+from bench.records.markdown import Cell, cells_of, verdict_cells
 from bench.records.metrics import is_number
 
 #: The meanings of a row's badges, in the order of the legend.
@@ -29,12 +29,11 @@ class Line(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A table of the page, by what it is called for who cannot see it; ``first`` is the head of the badges."""
+    """A table of the page, by what it is called for who cannot see it."""
 
     name: str
     heads: Sequence[str]
     lines: Sequence[Line]
-    first: str = "basis"
 
     @property
     def marked(self) -> bool:
@@ -48,7 +47,7 @@ class Grid(NamedTuple):
 
     def all_heads(self) -> Iterator[tuple[str, bool]]:
         """Yields the head of every column, and whether numbers stand below it."""
-        yield from [(self.first, False)] * self.marked
+        yield from [("basis", False)] * self.marked
         for i, head in enumerate(self.heads):
             yield head, any(is_number(line.cells[i].value) for line in self.lines)
         yield from [("note", False)] * self.noted
@@ -92,15 +91,3 @@ def verdict_grid(found: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Grid:
         badges = [words[verdict["met"]], (verdict["basis"],)]
         lines.append(Line(cells, badges, kind="" if measured else f"unmeasured {verdict['basis']}"))
     return Grid("figures to be reached", ["figure", "of", "found", "wanted", "section", "file"], lines)
-
-
-def comparison_grid(table: Mapping[str, Any], count: int) -> Grid:
-    """Returns rows of several files, side by side, with ratios over the first."""
-    lines = []
-    for row, cells in compared_lines(table, count):
-        bases = list(dict.fromkeys(basis for basis in row["bases"] if basis is not None))
-        kind = "" if bases == ["measured"] else f"unmeasured {bases[0] if len(bases) == 1 else ''}".strip()
-        note = comparison_note(row)
-        badges = [(basis,) for basis in bases] if row["values"] else []
-        lines.append(Line(cells, badges, [(note, "")] if note else (), kind if row["values"] else "failed"))
-    return Grid(f"comparison: {table['title']}", compared_heads(table, count, "figure"), lines)

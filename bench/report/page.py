@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.records.comparison import compare_documents, count_verdicts, labels_of, letter, unmatched_lines
-from bench.records.markdown import WORDS, summary
-from bench.report.answer import clips_of
+from bench.records.comparison import letter
+from bench.records.markdown import Cell
+from bench.records.read import ROOT
+from bench.report.answer import card_line, clips_of
 from bench.report.charts import WIDTH
 from bench.report.figures import bar_charts, roofline_chart, timeline_charts
-from bench.report.grids import BASES, comparison_grid, data_grid
+from bench.report.grids import BASES, Grid, Line, data_grid, verdict_grid
 from bench.report.markup import TEMPLATES
-from bench.report.overview import Document, card_line, files_of, verdicts_of
-from model.errors import InputError
 
-#: Sections before the figures to be reached: the clip and its memory, then kernels; and those that follow.
-FIRST = ("csg", "memory", "operators", "attention", "vae", "dit", "hosts")
-THEN = ("precision", "tune", "compile", "sanitize", "tests", "cost")
+Document = Mapping[str, Any]
+
+#: Sections before the figures to be reached: the clip and its memory, then kernels; the others follow.
+FIRST = ("csg", "memory", "operators", "attention", "vae", "dit")
 #: Bars beyond which a chart is folded away, and notes beyond which those of a section are.
 MANY_ROWS, MANY_NOTES = 40, 6
 
@@ -42,38 +42,28 @@ def build_page(paths: Sequence[Path], documents: Sequence[Document]) -> str:
     Args:
         paths: paths of the files, for their names.
         documents: what is in the files, as :func:`bench.records.read.read_result` returns it.
-
-    Raises:
-        InputError: there are none.
     """
-    if not documents:
-        raise InputError("files: expected at least one result file")
-    labels, clips = labels_of(paths, documents), clips_of(documents)
-    comparison = _comparison(documents, labels)
+    clips = clips_of(documents)
     titles = {n: section["title"] for document in reversed(documents) for n, section in document["sections"].items()}
-    names = list(dict.fromkeys(name for document in documents for name in document["sections"]))
-    known = [*FIRST, *THEN]
-    # What the page does not know comes last, as it was found.
-    ordered = sorted(names, key=lambda name: known.index(name) if name in known else len(known))
-    sections = {n: _section(n, titles[n], documents, (comparison or {"tables": []})["tables"]) for n in ordered}
+    names = dict.fromkeys(name for document in documents for name in document["sections"])
+    first = [name for name in FIRST if name in names]
     parts = [
         Part("clip", "clip", "One clip", clips),
-        *(part for name, part in sections.items() if name in FIRST),
-        Part("figures", "figures", "Figures to be reached", verdicts_of(documents)),
-        Part("comparison", "comparison", "Files against A", comparison and _compared(comparison)),
-        *(part for name, part in sections.items() if name not in FIRST),
-        Part("files", "files", "Files and machines", files_of(paths, documents, labels)),
+        *(_section(name, titles[name], documents) for name in first),
+        Part("figures", "figures", "Figures to be reached", _figures(documents)),
+        *(_section(name, titles[name], documents) for name in names if name not in first),
+        Part("files", "files", "Files and machines", _files(paths, documents)),
     ]
     newest = {d["environment"]["device"]: d for d in sorted(documents, key=lambda d: d["environment"]["date"])}
     text = TEMPLATES.get_template("page.html.j2").render(
-        parts=[part for part in parts if part.body is not None], bases=BASES, words=WORDS, width=WIDTH,
+        parts=[part for part in parts if part.body], bases=BASES, width=WIDTH,
         cards=[] if clips else [card_line(document) for document in newest.values()],
         many_rows=MANY_ROWS, many_notes=MANY_NOTES,
     )  # fmt: skip
     return f"{text.strip()}\n"
 
 
-def _section(name: str, title: str, documents: Sequence[Document], compared: Sequence[Mapping[str, Any]]) -> Part:
+def _section(name: str, title: str, documents: Sequence[Document]) -> Part:
     # What ran on a GPU comes first; files keep their letters.
     order = sorted(range(len(documents)), key=lambda i: documents[i]["environment"]["device_type"] == "cpu")
     having = {i: documents[i]["sections"][name] for i in order if name in documents[i]["sections"]}
@@ -88,9 +78,8 @@ def _section(name: str, title: str, documents: Sequence[Document], compared: Seq
              "grid": data_grid(t), "note": t.get("note")}
             for i, t in found.items()
         ]  # fmt: skip
-        same = [comparison_grid(c, len(documents)) for c in compared if (c["section"], c["table"]) == (name, table)]
         if found:
-            tables.append({"title": next(iter(found.values()))["title"], "panels": panels, "compared": same})
+            tables.append({"title": next(iter(found.values()))["title"], "panels": panels})
     body = {
         "states": [_state(section, letters[i]) for i, section in having.items()],
         "roofs": [chart for chart in roofs if chart is not None], "tables": tables,
@@ -100,31 +89,57 @@ def _section(name: str, title: str, documents: Sequence[Document], compared: Seq
 
 
 def _state(section: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """Returns how a section ended in one file, its notes and its settings."""
-    settings = {n: "default" if v is None else v for n, v in (section.get("settings") or {}).items()}
+    """Returns how a section ended in one file, its notes, its settings, and how the card was before and after."""
+    facts = _flat({**section["settings"], "": section.get("machine") or {}, "ceiling": section.get("ceilings") or {}})
+    notes = [(note, "") for note in section["notes"]]
+    throttled = ((section.get("machine") or {}).get("after") or {}).get("throttling")
+    notes += [(f"throttled: {', '.join(throttled)}", "bad")] if throttled else []
     return {
         "letter": at, "status": section["status"], "complete": section["status"] == "complete",
         "seconds": "" if section.get("seconds") is None else f", {section['seconds']:,.1f} s",
         "reason": section.get("reason") or "the run did not say why; what follows is what it had found",
-        "notes": [(note, "") for note in section["notes"]], "settings": settings,
+        "notes": notes, "facts": facts,
     }  # fmt: skip
 
 
-def _comparison(documents: Sequence[Document], labels: Sequence[str]) -> dict[str, Any] | None:
-    if len(documents) < 2:
-        return None
-    try:
-        return compare_documents(documents, labels)
-    except InputError as error:
-        # The files may well be of different subjects: then the page is simply all of them.
-        first, *rest = str(error).removeprefix("files: ").splitlines()
-        return {"tables": [], "warnings": [first], "unmatched": [], "labels": list(labels), "apart": rest}
+def _figures(documents: Sequence[Document]) -> dict[str, Any] | None:
+    """Returns the figures to be reached, of all files, the missed ones first; None where there are none."""
+    found = [
+        (letter(i), name, verdict)
+        for i, document in enumerate(documents)
+        for name, section in document["sections"].items()
+        for verdict in section["verdicts"]
+    ]
+    found.sort(key=lambda entry: {False: 0, True: 1, None: 2}[entry[2]["met"]])
+    counts = {word: sum(v["met"] is met for _, _, v in found) for word, met in (("missed", False), ("met", True))}
+    return {**counts, "grid": verdict_grid(found)} if found else None
 
 
-def _compared(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what to know before the files are compared, and what was not compared."""
-    common = [i for i in range(1, len(comparison["labels"])) if count_verdicts(comparison, i)]
-    return {
-        "summaries": [summary(comparison, i) for i in common], "warnings": comparison["warnings"],
-        "rest": [*comparison.get("apart", ()), *unmatched_lines(comparison)],
-    }  # fmt: skip
+def _files(paths: Sequence[Path], documents: Sequence[Document]) -> dict[str, Any]:
+    """Returns the files and the machines that they come from."""
+    lines, machines = [], []
+    for i, (path, document) in enumerate(zip(paths, documents, strict=True)):
+        environment, git = document["environment"], document["environment"]["git"] or {}
+        # Elsewhere the name alone, since folders are nobody's business.
+        file = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path.name
+        cells = [
+            letter(i), environment["device"], (git.get("commit") or "not known")[:9],
+            environment["date"].replace("T", " "), ", ".join(document["sections"]), str(file),
+        ]  # fmt: skip
+        notes = [("uncommitted changes", "warn")] if git.get("dirty") else []
+        lines.append(Line([Cell(text) for text in cells], notes=notes))
+        machines.append({"letter": letter(i), "label": environment["device"], "facts": _flat(environment)})
+    heads = ["", "machine", "commit", "date, UTC", "sections", "file"]
+    return {"grid": Grid("result files", heads, lines), "machines": machines}
+
+
+def _flat(data: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """Returns the values of nested objects by their names; what is not known is left out."""
+    found = {}
+    for key, value in data.items():
+        name = f"{of} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            found |= _flat(value, name)
+        elif value not in (None, []):
+            found[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return found

@@ -48,21 +48,18 @@ def _parts(document: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
         if (row["model"], row["size"]) == (_PRESET, "2K")
     }
     if stages:
-        decode, low = _operations("decode", _SIZE), _operations("decode", _low_size())
+        preset = get_preset(_PRESET)
+        low = stage_one_size(*_SIZE, size_multiple(preset.vae, preset.stage_one))
+        decode, motion = _operations("decode", _SIZE), _operations("decode", low)
         yield "decode", decode, stages["decode"]
-        yield "encode", _operations("encode", _SIZE), stages["reference"] - low / decode * stages["decode"]
-
-
-def _low_size() -> tuple[int, int]:
-    preset = get_preset(_PRESET)
-    return stage_one_size(*_SIZE, size_multiple(preset.vae, preset.stage_one))
+        yield "encode", _operations("encode", _SIZE), stages["reference"] - motion / decode * stages["decode"]
 
 
 def _operations(part: str, size: tuple[int, int]) -> int:
     """Returns the operations of half of the VAE over the whole clip."""
     dtype = torch.float32 if part == "encode" else torch.bfloat16
-    request = Request(get_preset(_PRESET).vae, part, *size, dtype, 90, 1, 1)
-    return vae_operations(PlannedVAE(VAEPlan(), request, None), _BLOCKS)
+    request = Request(get_preset(_PRESET).vae, part, *size, dtype, 90, 1)
+    return vae_operations(PlannedVAE(VAEPlan(), request), _BLOCKS)
 
 
 def _rows(document: Mapping[str, Any], section: str, name: str) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -34,11 +35,8 @@ def launched() -> Iterator[list[str]]:
         names.append(self.__name__)
         return stock(self, *args, **options)
 
-    JITFunction.run = run
-    try:
+    with patch.object(JITFunction, "run", run):
         yield names
-    finally:
-        JITFunction.run = stock
 
 
 def run_cases(numbers: list[int], device: torch.device, path: Path) -> None:

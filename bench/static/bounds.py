@@ -26,28 +26,14 @@ from bench.static.cubin import Analysis, Loop
 from swifti2v_kernels.common.cards import Card
 from swifti2v_kernels.common.cost import Work
 
+_ALU = (
+    "FMNMX", "FMNMX3", "IADD3", "LOP3", "SEL", "FSEL", "ISETP", "FSETP", "PRMT", "SHF", "MOV", "F2FP", "LEA", "VIADD",
+)  # fmt: skip
+#: The cycles that an instruction of one warp takes on a unit of its scheduler.
 _UNITS = {
     "fma": {"FFMA": 1, "FMUL": 1, "FADD": 1, "FFMA2": 2, "FMUL2": 2, "FADD2": 2, "IMAD": 2, "HFMA2": 2, "HMUL2": 2},
     "exponent": {"MUFU": 8, "F2F": 8, "I2F": 8, "F2I": 8},
-    "alu": dict.fromkeys(
-        (
-            "FMNMX",
-            "FMNMX3",
-            "IADD3",
-            "LOP3",
-            "SEL",
-            "FSEL",
-            "ISETP",
-            "FSETP",
-            "PRMT",
-            "SHF",
-            "MOV",
-            "F2FP",
-            "LEA",
-            "VIADD",
-        ),
-        2,
-    ),
+    "alu": dict.fromkeys(_ALU, 2),
     "shared": {"SHFL": 4, "LDSM": 16, "LDS": 8, "STS": 8, "STSM": 8},
 }
 _L2_BYTES_PER_CYCLE = 64
@@ -64,12 +50,6 @@ class Bound:
     limit: str
     fraction: float
     cycles: Mapping[str, float]
-    #: The tensor cores' rate for these operands over that for bf16.
-    rate: int = 1
-
-    def tflops(self, target: Card) -> float:
-        """Returns the bound as TFLOP/s on the target's card; 0 for kernels without matmul."""
-        return self.fraction * self.rate * target.bf16 if "tensor" in self.cycles else 0.0
 
 
 def occupancy(analysis: Analysis, shared_bytes: int, warps: int, target: Card) -> int:
@@ -109,8 +89,7 @@ def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Card) -> Bo
     parts = max(warps // 4, 1) if _BY_WARP & loop.mix.keys() else work.groups
     groups = programs * parts
     share = warps / parts / 4
-    rate = _rate(loop.mix, target)
-    tensor = work.fma / parts / (rate * target.limits.bf16_fma)
+    tensor = work.fma / parts / (_rate(loop.mix, target) * target.limits.bf16_fma)
     units = {unit: time * share for unit, time in _unit_times(loop.mix, target).items()}
     units["issue"] = loop.instructions * share
     alone = max(loop.stalls, *units.values())
@@ -119,7 +98,7 @@ def _loop(loop: Loop, work: Work, warps: int, programs: int, target: Card) -> Bo
     cycles["memory"] = programs * work.loaded / _L2_BYTES_PER_CYCLE
     cycles["latency"] = (tensor / 2 if loop.overlapped else tensor) + alone
     limit = max(cycles, key=lambda name: (cycles[name], name == "tensor"))
-    return Bound(limit, cycles["tensor"] / cycles[limit], cycles, rate)
+    return Bound(limit, cycles["tensor"] / cycles[limit], cycles)
 
 
 def _rate(mix: Mapping[str, int], target: Card) -> int:

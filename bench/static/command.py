@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from bench.harness.registry import JOBS, Benchmark
+from bench.harness.registry import JOBS, Benchmark, names
 from bench.harness.session import Session
 from bench.operators.discover import all_cases, cases_of
 from bench.static import report
@@ -25,8 +25,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that this benchmark alone has."""
+    known = [str(capability) for capability in TARGETS]
     parser.add_argument(
-        "--targets", metavar="CC,CC,...", help=f"capabilities of cards (default {','.join(map(str, TARGETS))})"
+        "--targets", metavar="CC,CC,...", type=names(known), help=f"capabilities of cards (default {','.join(known)})"
     )
     parser.add_argument("--cases", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument(
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Compiles the kernels, reads their binaries, and with ``--check`` fails if one has a fault."""
-    rows = report.compile_all(report.select_tasks(*_select(args), args.spread), args.jobs)
+    targets = [int(text) for text in args.targets or ()] or ([89, 90] if args.quick else list(TARGETS))
+    cases = [all_cases().index(case) for case in cases_of(args.cases or ("d128" if args.quick else ""))]
+    rows = report.compile_all(report.select_tasks(targets, cases, args.spread), args.jobs)
     table = session.section.table(
         "kernels", "every kernel, compiled", identity=report.IDENTITY, metrics=report.METRICS, columns=report.COLUMNS,
         note=report.NOTE,
@@ -60,17 +63,6 @@ def run(args: argparse.Namespace, session: Session) -> None:
         session.section.note(
             f"{len(rows)} kernels: no spills, shared memory within limits, MMA instructions as meant, none serialised"
         )
-
-
-def _select(args: argparse.Namespace) -> tuple[list[int], list[int]]:
-    text = args.targets or ("89,90" if args.quick else ",".join(map(str, TARGETS)))
-    targets = []
-    for part in text.split(","):
-        if not part.strip().isdigit() or int(part) not in TARGETS:
-            raise InputError(f"targets: expected some of {', '.join(map(str, TARGETS))}, got {part.strip()!r}")
-        targets.append(int(part))
-    cases = cases_of(args.cases or ("d128" if args.quick else ""))
-    return list(dict.fromkeys(targets)), [all_cases().index(case) for case in cases]
 
 
 BENCHMARK = Benchmark(

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from swifti2v_kernels.common.target import TARGETS, interpreting, pretend_gpu
 
@@ -41,39 +43,22 @@ class CompiledKernel:
     ptx: str = ""
 
 
-class _Driver:
-    """A driver that answers what Triton asks before a launch."""
+def _driver(capability: int) -> SimpleNamespace:
+    """Returns a driver that answers what Triton asks before a launch."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        target = TARGETS[capability]
-        properties = {
-            "max_shared_mem": target.limits.shared_per_block,
-            "multiprocessor_count": target.sms,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-        }
-        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.capability, 10)
-
-    def is_active(self) -> bool:
-        return True
+    card = TARGETS[capability]
+    properties = {"max_shared_mem": card.limits.shared_per_block, "multiprocessor_count": card.sms}
+    properties |= {"max_num_regs": 65536, "warpSize": 32}
+    return SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 0,
+        set_current_device=lambda device: None,
+        get_current_stream=lambda device=None: 0,
+        get_device_capability=lambda device=0: divmod(capability, 10),
+        is_active=lambda: True,
+    )
 
 
 def quiet_exit() -> None:
@@ -107,36 +92,27 @@ def compiled_for(capability: int, compile: bool = True) -> Iterator[list[Compile
         if not compile:
             return None
         touched.add(self)
-        kernel, error = None, None
+        constants = {k: v for k, v in options.items() if k in self.arg_names}
+        given = (self.__name__, constants, options.get("num_warps", 4), options.get("num_stages", 3))
         try:
             kernel = stock_run(self, *args, grid=grid, warmup=True, **options)
         except Exception as failure:  # whatever the compiler throws is a finding, reported with its case
-            error = f"{type(failure).__name__}: {failure}"
-        constants = {k: v for k, v in options.items() if k in self.arg_names}
-        given = (self.__name__, constants, options.get("num_warps", 4), options.get("num_stages", 3), error)
-        if kernel is None:
-            kernels.append(CompiledKernel(*given))
+            kernels.append(CompiledKernel(*given, f"{type(failure).__name__}: {failure}"))
             return None
-        warps = kernel.metadata.num_warps
-        ptx = kernel.asm["ptx"]
+        ptx, warps = kernel.asm["ptx"], re.search(r'ttg\.total-num-warps"? = (\d+)', kernel.asm["ttgir"])
         arch = ptx.split(".target ", 1)[1].split(",")[0].split()[0]
-        marker = "ttg.total-num-warps"
-        for line in kernel.asm["ttgir"].splitlines():
-            if marker in line:
-                warps = int(line.split(marker)[1].split("=")[1].split(":")[0].strip())
-                break
-        signature, shared = dict(kernel.src.signature), kernel.metadata.shared
-        kernels.append(CompiledKernel(*given, kernel.asm["cubin"], arch, signature, shared, warps, ptx))
+        kernels.append(CompiledKernel(
+            *given, None, kernel.asm["cubin"], arch, dict(kernel.src.signature), kernel.metadata.shared,
+            int(warps[1]) if warps else kernel.metadata.num_warps, ptx,
+        ))  # fmt: skip
         return kernel
 
     stock_driver = getattr(driver, "_active", None)
-    driver.set_active(_Driver(capability))
-    JITFunction.run = run
+    driver.set_active(_driver(capability))
     try:
-        with pretend_gpu(capability):
+        with pretend_gpu(capability), patch.object(JITFunction, "run", run):
             yield kernels
     finally:
-        JITFunction.run = stock_run
         driver._active = stock_driver  # reset_active() would look for a GPU
         for function in touched:
             function.device_caches.clear()  # they hold kernels of the pretended device

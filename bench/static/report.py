@@ -11,7 +11,7 @@ import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,6 @@ class Row:
     loop: Loop | None = None
     bound: str = ""
     bound_fraction: float | None = None
-    bound_tflops: float | None = None
     has_matmul: bool = False
     #: The key of ``EIGHT_BITS`` for operands of 8 bits; empty for those of 16.
     operands: str = ""
@@ -112,17 +111,11 @@ def compile_all(tasks: list[tuple[int, int]], jobs: int) -> list[Row]:
     size = min(CHUNK, -(-len(tasks) // jobs))
     by_target = {target: [case for other, case in tasks if other == target] for target in dict(tasks)}
     chunks = [(target, cases[i : i + size]) for target, cases in by_target.items() for i in range(0, len(cases), size)]
-    rows: list[list[Row]] = [[] for _ in chunks]
     context = multiprocessing.get_context("spawn")  # fork would copy Triton's and torch's threads
-    with (
-        tqdm(total=len(tasks), unit="kernel", dynamic_ncols=True, desc="compile", leave=False, disable=None) as bar,
-        ProcessPoolExecutor(min(jobs, len(chunks)), context, initializer=quiet_exit) as pool,
-    ):
-        futures = {pool.submit(compile_cases, *chunk): i for i, chunk in enumerate(chunks)}
-        for future in as_completed(futures):
-            rows[futures[future]] = future.result()
-            bar.update(len(chunks[futures[future]][1]))
-    return [row for chunk in rows for row in chunk]
+    with ProcessPoolExecutor(min(jobs, len(chunks)), context, initializer=quiet_exit) as pool:
+        found = pool.map(compile_cases, *zip(*chunks, strict=True))
+        bar = tqdm(found, total=len(chunks), desc="compile", dynamic_ncols=True, leave=False, disable=None)
+        return [row for rows in bar for row in rows]
 
 
 def compile_cases(capability: int, cases: list[int]) -> list[Row]:
@@ -162,7 +155,7 @@ def _row(case: Case, kernel: CompiledKernel, analysis: Analysis, target: Card) -
         analysis.spill_stores, kernel.shared_bytes, target.limits.shared_per_block, programs,
         "+".join(name for name in TENSOR_OPCODES if name in analysis.mix),
         max(analysis.loops, key=lambda x: x.instructions, default=None),
-        bound.limit if bound else "", bound.fraction if bound else None, bound.tflops(target) if bound else None,
+        bound.limit if bound else "", bound.fraction if bound else None,
         work.fma > 0, next((_OPERANDS[t] for t in kernel.signature.values() if t in _OPERANDS), ""),
         _waits(kernel, analysis, work.groups),
     )  # fmt: skip
@@ -208,5 +201,4 @@ def table_row(row: Row) -> dict[str, Any]:
     data |= {"main_loop": f"{row.loop.instructions} ({mix})" if row.loop else ""}
     if row.bound_fraction is None:
         return data
-    bound = f"{TARGETS[row.capability].name}, by {row.bound}"
-    return data | {"bound_fraction": row.bound_fraction, "bound": bound, "bound_tflops": row.bound_tflops}
+    return data | {"bound_fraction": row.bound_fraction, "bound": f"{TARGETS[row.capability].name}, by {row.bound}"}

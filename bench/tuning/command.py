@@ -7,27 +7,25 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
-from bench.harness.registry import CAPABILITY, JOBS, MINUTES, Benchmark
+from bench.harness.registry import JOBS, MINUTES, Benchmark
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
 from bench.records.read import read_result
 from bench.records.write import Table
 from bench.static.compile_only import quiet_exit
-from bench.tuning.search import Journal, Outcome, Search, compile_all, entry
+from bench.tuning.search import Outcome, Search, entry
 from bench.tuning.space import Target, shown, targets
 from model.cli.options import parse_path, positive
 from model.errors import InputError, require
-from swifti2v_kernels.common.target import TARGETS
+from swifti2v_kernels.common.target import TARGETS, capability_of
 
 EXAMPLES = """\
 examples:
   python -m bench tune                              this card, ten minutes; writes swifti2v_kernels/configs/tuned.json
-  python -m bench tune --minutes 60 --out out/tune  again with the same --out goes on where it stopped
+  python -m bench tune --minutes 60                 an hour
   python -m bench tune --kernels conv3d --no-write
   python -m bench tune --from bench/results/nvidia-h200/FILE.json     choices that another machine has measured
-  python -m bench tune --kernels adaln --capability 89                without CUDA: what compiles, and predicted bounds
+  python -m bench tune                              without CUDA: how much there is to tune
 """
 
 
@@ -42,23 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=positive, metavar="N", help="candidates of a kernel and shape at most")
     jobs = min(os.cpu_count() or 1, 16)
     parser.add_argument("--jobs", type=JOBS, default=jobs, help="compiling processes (default %(default)s)")
-    known = ", ".join(map(str, TARGETS))
-    parser.add_argument(
-        "--capability", type=CAPABILITY, choices=tuple(TARGETS), default=90, metavar="CC",
-        help=f"without CUDA: one of {known} (default 90)",
-    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
-    """Searches; without CUDA it tells what compiles, with predicted bounds."""
+    """Searches; without CUDA it says what there would be to search."""
     if args.source is not None:
         _take_over(args.source, session)
         return
-    if session.cuda:
-        major, minor = torch.cuda.get_device_capability(session.device)
-        capability = 10 * major + minor
-    else:
-        capability = args.capability
+    capability = capability_of(session.device) if session.cuda else max(TARGETS)
     if capability not in TARGETS:
         raise InputError(f"capability: expected one of {', '.join(map(str, TARGETS))}, got {capability}")
     session.say("reading what there is to tune")
@@ -69,11 +58,10 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError(f"kernels: nothing contains {args.kernels!r}; there are: {names}")
     if args.quick:
         found = found[:2]
-    most = args.most or (4 if args.quick else None)
     if session.cuda:
-        _search(args, session, found, most)
+        _search(args, session, found, args.most or (4 if args.quick else None))
     else:
-        _static(args, session, found, most)
+        session.section.note(f"{len(found)} kernels and shapes need a GPU to be tuned; there is none here.")
 
 
 def _search(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
@@ -87,8 +75,7 @@ def _search(args: argparse.Namespace, session: Session, found: list[Target], mos
         ),
     )  # fmt: skip
     search = Search(
-        session.device, session.timer(15), session.timer(60), Journal(session.folder / "measured.jsonl"), args.jobs,
-        time.monotonic() + 60 * args.minutes, most,
+        session.device, session.timer(15), session.timer(60), args.jobs, time.monotonic() + 60 * args.minutes, most
     )  # fmt: skip
     card, stamp = session.environment["device"], provenance(session.environment)
     entries = []
@@ -129,29 +116,6 @@ def _found(outcome: Outcome) -> dict[str, object]:
     return row
 
 
-def _static(args: argparse.Namespace, session: Session, found: list[Target], most: int | None) -> None:
-    """Compiles candidates and adds rows of what compiles, and of the bounds that are predicted."""
-    card = TARGETS[found[0].capability].name
-    session.say(f"no CUDA device: nothing is timed and nothing written. For {card}, by compiling:")
-    table = session.section.table(
-        "candidates", f"candidates compiled for sm_{found[0].capability}", identity=("target", "config"),
-        metrics=("bound_fraction",), columns=("target", "config", "bound_fraction"),
-        note=f"Predicted bound of {card} (bench/static/bounds.py): what the instructions allow, not a speed.",
-    )  # fmt: skip
-    lists = [(target, target.candidates()[: most or 12]) for target in found]
-    total = sum(len(candidates) for _, candidates in lists)
-    with require("tqdm", "bench").tqdm(total=total, unit="candidate", dynamic_ncols=True, disable=None) as bar:
-        for target, candidates in lists:
-            bar.set_description(target.name)
-            for i, compiled in compile_all(target, candidates, args.jobs, real=False):
-                row = {"target": target.name, "config": shown(target.config(candidates[i])), "basis": "predicted"}
-                row |= {"basis_note": "from the compiled instructions"}
-                if compiled.obstacle is not None:
-                    row |= {"status": "failed", "reason": compiled.obstacle}
-                table.add(row | {"bound_fraction": compiled.bound})
-                bar.update()
-
-
 def _take_over(source: Path, session: Session) -> None:
     sections = read_result(source)["sections"]
     entries: dict[str, list[dict[str, object]]] = {}
@@ -168,7 +132,7 @@ def _take_over(source: Path, session: Session) -> None:
 BENCHMARK = Benchmark(
     name="tune",
     summary="searches kernel configurations on this card and writes the package's table",
-    description="Searches the configurations of every kernel at real sizes within a time budget; can be resumed.",
+    description="Searches the configurations of every kernel at real sizes within a time budget.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     measure=run,

@@ -1,7 +1,7 @@
 """The search for the fastest configuration of a kernel.
 
 Candidates are compiled side by side, those that spill or do not fit are dropped, the rest is timed one by one, and the
-best take turns with the heuristic. What was measured is kept, so that a search can go on later.
+best take turns with the heuristic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,85 +37,42 @@ FINALISTS = 3
 LEAST_GAIN = 1.02
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled candidate: why it is out, or None, and its predicted bound as a fraction of the card's peak."""
+def obstacle_of(case_number: int, kernel: str, forced: dict[str, Any], capability: int) -> str | None:
+    """Compiles a candidate for one case at its real size; returns why it is out, or None.
 
-    obstacle: str | None
-    bound: float | None
-
-
-def compile_candidate(case_number: int, kernel: str, forced: dict[str, Any], capability: int, real: bool) -> Compiled:
-    """Compiles one candidate for one case, for a process of its own; the compiled code lands in Triton's cache.
-
-    ``real``: for the real size, so that a launch on a GPU finds it there.
+    It is for a process of its own: the compiled code lands in Triton's cache, where a launch on the GPU finds it.
     """
     case = all_cases()[case_number]
     try:
         with compiled_for(capability) as kernels, force_config(kernel, **forced):
-            args, kwargs = case.real.inputs(torch.device("cpu")) if real and case.real else case.inputs(_CPU)
+            args, kwargs = (case.real or case).inputs(torch.device("cpu"))
             case.operator(*args, **kwargs)
     except Exception as error:  # a launcher that a configuration does not fit
-        return Compiled(failure(error)["reason"], None)
+        return failure(error)["reason"]
     (row,) = rows_of([(case, kernels[0])], TARGETS[capability])
-    return Compiled(next(iter(row.faults()), None), row.bound_fraction)
+    return next(iter(row.faults()), None)
 
 
-_CPU = torch.device("cpu")
-
-
-def compile_all(
-    target: Target, candidates: Sequence[dict[str, Any]], jobs: int, real: bool = True
-) -> Iterator[tuple[int, Compiled]]:
-    """Yields the number of every candidate as it is ready, and the result of its worst case among the target's."""
+def compile_all(target: Target, candidates: Sequence[dict[str, Any]], jobs: int) -> Iterator[tuple[int, str | None]]:
+    """Yields the number of every candidate as it is ready for all the target's cases, and why it is out, or None."""
     numbers = [all_cases().index(case) for case in target.cases]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=quiet_exit) as pool:
         futures = {
-            pool.submit(compile_candidate, number, target.kernel, forced, target.capability, real): i
+            pool.submit(obstacle_of, number, target.kernel, forced, target.capability): i
             for i, forced in enumerate(candidates)
             for number in numbers
         }
-        found: dict[int, list[Compiled]] = {}
+        found: dict[int, list[str | None]] = {}
         try:
             for future in as_completed(futures):
                 i = futures[future]
                 found.setdefault(i, []).append(future.result())
                 if len(found[i]) == len(numbers):
-                    yield i, min(found[i], key=lambda one: (one.obstacle is None, one.bound or 0.0))
+                    yield i, next(filter(None, found[i]), None)
         finally:
             for future in futures:
                 future.cancel()
-
-
-class Journal:
-    """A file of all measurements so far, a line each, that outlives the process."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[str, float | None] = {}
-        if path.exists():
-            text = path.read_text()
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a run that was cut off
-                    continue
-                self.known[entry["what"]] = entry["seconds"]
-            if text and not text.endswith("\n"):
-                with path.open("a") as file:
-                    file.write("\n")
-
-    def key(self, target: Target, forced: dict[str, Any]) -> str:
-        """Returns the name of one measurement."""
-        return f"{target.capability} {target.name} {json.dumps(forced, sort_keys=True)}"
-
-    def add(self, target: Target, forced: dict[str, Any], seconds: float | None) -> None:
-        """Writes down the seconds of all cases together, or None for a candidate that is out."""
-        what = self.key(target, forced)
-        self.known[what] = seconds
-        with self.path.open("a") as file:
-            file.write(json.dumps({"what": what, "seconds": seconds}) + "\n")
 
 
 @dataclass
@@ -139,7 +95,6 @@ class Search:
     Args:
         device: where candidates are timed.
         quick, final: timers of single candidates, and of the finalists.
-        journal: what is known from before.
         jobs: number of compiling processes.
         deadline: a monotonic time after which no candidate is begun.
         most: number of candidates of a target at most; None for all.
@@ -148,7 +103,6 @@ class Search:
     device: torch.device
     quick: Timer
     final: Timer
-    journal: Journal
     jobs: int
     deadline: float | None = None
     most: int | None = None
@@ -160,32 +114,20 @@ class Search:
 
     def run(self, target: Target, say: Callable[[str], object] = lambda text: None) -> Outcome:
         """Searches one target; returns its best configuration, and by how much it is faster than the heuristic."""
-        outcome = Outcome(target)
+        outcome, right = Outcome(target), []
         candidates = target.candidates()[: self.most]
-        unknown = [c for c in candidates if self.journal.key(target, c) not in self.journal.known]
-        for i, compiled in compile_all(target, unknown, self.jobs) if unknown else ():
+        for i, obstacle in compile_all(target, candidates, self.jobs):
             if self.late:
                 outcome.reason = "the time given was over"
                 break
-            forced = unknown[i]
-            if compiled.obstacle is not None:
-                self.journal.add(target, forced, None)
+            seconds = self._seconds(target, candidates[i]) if obstacle is None else None
+            if seconds is None:
+                outcome.dropped += 1
                 continue
-            try:
-                seconds = self._seconds(target, forced)
-            except FAILURES:  # it has cost the device: never again
-                self.journal.add(target, forced, None)
-                raise
-            say(f"{target.name}: {forced}")
-            self.journal.add(target, forced, seconds)
-        measured = {json.dumps(c): self.journal.known.get(self.journal.key(target, c)) for c in candidates}
-        known = [c for c in candidates if self.journal.key(target, c) in self.journal.known]
-        outcome.tried = sum(measured[json.dumps(c)] is not None for c in known)
-        outcome.dropped = len(known) - outcome.tried
-        right = sorted(
-            (c for c in known if measured[json.dumps(c)] is not None), key=lambda c: measured[json.dumps(c)] or 0.0
-        )
-        self._decide(target, right[:FINALISTS], outcome)
+            say(f"{target.name}: {candidates[i]}")
+            right.append((seconds, i))
+        outcome.tried = len(right)
+        self._decide(target, [candidates[i] for _, i in sorted(right)[:FINALISTS]], outcome)
         return outcome
 
     def _seconds(self, target: Target, forced: dict[str, Any]) -> float | None:

@@ -7,8 +7,7 @@ the clip and returns it, which is all it offers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from bench.records.outcome import Unavailable
 from bench.vae.shapes import Shape
 from model import VAEPlan, WanVAE
-from model.memory.vae_plan import PlannedVAE, device_capability, plan_vae
+from model.machine.cards import device_capability
+from model.memory.vae_plan import PlannedVAE, plan_vae
 from model.vae.model import WHOLE
 from model.weights.load import random_weights
 
@@ -36,24 +36,21 @@ class Runner:
     run: Callable[[Tensor], Iterator[Tensor]]
     exact: Callable[[Tensor], Tensor]
     weights: Sequence[Tensor] = ()
-    #: Rows and columns of the frame at which tiles meet.
-    borders: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     planned: PlannedVAE | None = None
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation, whose ``load(shape, part, dtype, device, limit)`` builds the model."""
+    """An implementation, whose ``load(shape, part, dtype, device, limit)`` builds the model.
+
+    It is ``limited`` if it works in tiles that keep to a limit, and ``approximate`` if its tiles change the frame.
+    """
 
     name: str
     load: Callable[[Shape, str, torch.dtype, torch.device, int | None], Runner]
     ours: bool = False
-    #: It works in tiles that keep to a limit.
     limited: bool = False
-
-    def clip_device(self, part: str, device: torch.device) -> torch.device:
-        """Returns where its clip waits: in host memory if it is encoded within a limit."""
-        return torch.device("cpu") if self.limited and part == "encode" else device
+    approximate: bool = False
 
 
 def weights(shape: Shape, device: torch.device) -> WanVAE:
@@ -70,9 +67,6 @@ def own_runner(
         vae.drop_encoder()
     else:
         vae.decoder.to("cpu")
-    size = shape.config.spatial_stride
-    cores = plan.regions(*shape.latent_size)
-    rows, columns = (sorted({size * core[axis].start for core in cores} - {0}) for axis in range(2))
 
     def run(clip: Tensor) -> Iterator[Tensor]:
         if part == "decode":
@@ -83,7 +77,7 @@ def own_runner(
     def exact(clip: Tensor) -> Tensor:
         return vae.decode(clip, plan) if part == "decode" else vae.encode(clip, plan)
 
-    return Runner(run, exact, vae.weights_of(part), (rows, columns), planned)
+    return Runner(run, exact, vae.weights_of(part), planned)
 
 
 def _split(clip: Tensor, most: int) -> Iterator[Tensor]:
@@ -91,10 +85,6 @@ def _split(clip: Tensor, most: int) -> Iterator[Tensor]:
     yield clip[:, :, :1]
     for start in range(1, clip.shape[2], most):
         yield clip[:, :, start : start + most]
-
-
-def _untiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
-    return own_runner(shape, part, dtype, device, WHOLE)
 
 
 def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, limit: int | None) -> Runner:
@@ -107,8 +97,8 @@ def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, li
     return own_runner(shape, part, dtype, device, planned.plan, planned)
 
 
-def diffusers_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """Builds diffusers' ``AutoencoderKLWan`` with our weights.
+def diffusers_runner(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, tiled: bool) -> Runner:
+    """Loads diffusers' ``AutoencoderKLWan`` with our weights; tiles have its own default size and overlap.
 
     Raises:
         Unavailable: diffusers is not installed.
@@ -128,20 +118,11 @@ def diffusers_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> A
             scale_factor_spatial=config.spatial_stride, scale_factor_temporal=config.temporal_stride,
             latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
         )  # fmt: skip
-    if device.type != "meta":
-        model.load_state_dict(weights(shape, device).state_dict())
+    model.load_state_dict(weights(shape, device).state_dict())
     # Its own ``to`` warns of parameters to be kept in float32, of which it has none.
-    return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
-
-
-def diffusers_runner(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, tiled: bool) -> Runner:
-    """Loads diffusers' VAE; tiles have its own default size and overlap."""
-    model = diffusers_model(shape, dtype, device)
-    borders: tuple[list[int], list[int]] = ([], [])
+    torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
     if tiled:
         model.enable_tiling(shape.tile, shape.tile, shape.stride, shape.stride)
-        rows, columns = (list(range(shape.stride, n, shape.stride)) for n in (shape.height, shape.width))
-        borders = rows, columns
     mean, std = (
         torch.tensor(v, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
         for v in (shape.config.latents_mean, shape.config.latents_std)
@@ -153,20 +134,16 @@ def diffusers_runner(shape: Shape, part: str, dtype: torch.dtype, device: torch.
             return model.decode(clip.to(dtype) * std + mean).sample
         return (model.encode(clip.to(dtype)).latent_dist.mode() - mean) / std
 
-    half = (model.decoder, model.post_quant_conv) if part == "decode" else (model.encoder, model.quant_conv)
-    for other in (model.encoder, model.quant_conv) if part == "decode" else (model.decoder, model.post_quant_conv):
+    halves = (model.decoder, model.post_quant_conv), (model.encoder, model.quant_conv)
+    half, others = halves if part == "decode" else halves[::-1]
+    for other in others:
         other.to("cpu")
-    weights_ = [p for module in half for p in module.parameters()]
-    return Runner(lambda clip: iter([exact(clip)]), exact, weights_, borders)
-
-
-def _diffusers(tiled: bool) -> Callable[..., Runner]:
-    return lambda shape, part, dtype, device, limit: diffusers_runner(shape, part, dtype, device, tiled)
+    return Runner(lambda clip: iter([exact(clip)]), exact, [p for module in half for p in module.parameters()])
 
 
 PROVIDERS = (
-    Provider("swifti2v", _untiled, ours=True),
+    Provider("swifti2v", lambda *given: own_runner(*given[:4], WHOLE), ours=True),
     Provider("swifti2v, tiles", _tiled, ours=True, limited=True),
-    Provider("diffusers", _diffusers(False)),
-    Provider("diffusers, tiles", _diffusers(True)),
+    Provider("diffusers", lambda *given: diffusers_runner(*given[:4], False)),
+    Provider("diffusers, tiles", lambda *given: diffusers_runner(*given[:4], True), approximate=True),
 )

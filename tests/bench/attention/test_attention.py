@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.__main__ import main
-from bench.attention.measure import by_rows, described, table_entries
+from bench.attention.measure import by_rows, copied_bytes, table_entries
 from bench.attention.providers import QUICK_SHAPES, SHAPES, call_of, providers
 from bench.harness.timing import Ceilings
 from bench.operators.check import randomised
@@ -18,9 +16,10 @@ from bench.operators.compare import compare_case
 from bench.operators.peers import Peer
 from bench.records.package_tables import merge
 from swifti2v_kernels import segment_attention
-from tests.support.bench_session import CPU, read_section, timer
+from swifti2v_kernels.common.shapes import Model
+from tests.support.bench_session import CPU, timer
 
-SMALL = call_of("small", 2, 16, 9, 9, 5)
+SMALL = call_of("small", Model(2, 64, head_dim=16), 9, 9, 5)
 
 
 def test_attention_is_held_against_float64_by_rows_and_others_concatenate() -> None:
@@ -38,7 +37,6 @@ def test_attention_is_held_against_float64_by_rows_and_others_concatenate() -> N
     }  # fmt: skip
     assert rows["sdpa-flash"]["flops"] == 4 * 2 * 16 * 9 * 14
     assert not rows["sageattention"]["exact"]
-    assert described(SMALL)["copied_bytes"] == 2 * 2 * 2 * 16 * 14
     inputs = randomised(SMALL, CPU, real=True)
     ((q, sources), _), ((expected,), *_) = inputs, by_rows(SMALL, inputs)
     k, v = (torch.cat(side, dim=1).transpose(1, 2).double() for side in zip(*sources, strict=True))
@@ -48,23 +46,21 @@ def test_attention_is_held_against_float64_by_rows_and_others_concatenate() -> N
 
 def test_shapes_are_those_of_real_models() -> None:
     """The calls keep the lengths under which results are committed; one source is not concatenated."""
-    calls = {shape.name: described(shape) for shape in (*SHAPES, *QUICK_SHAPES)}
+    calls = {shape.name: shape.real.inputs for shape in (*SHAPES, *QUICK_SHAPES) if shape.real}
     assert len(calls) == 11
-    assert calls["CSG window 2560x1408, 3 sources"]["keys"] == [14_080, 14_080, 42_240]
-    assert calls["CSG causal 2560x1408, noisy queries"] | {"copied_bytes": 0} == {
-        "heads": 12, "head_dim": 128, "queries": 42_240, "keys": [28_160, 42_240], "copied_bytes": 0,
-    }  # fmt: skip
-    lengths = {name: (call["heads"], call["head_dim"], call["queries"]) for name, call in calls.items()}
+    assert calls["CSG window 2560x1408, 3 sources"].key_lens == (14_080, 14_080, 42_240)
+    assert calls["CSG causal 2560x1408, noisy queries"][:4] == (128, torch.bfloat16, (42_240,), (28_160, 42_240))
+    lengths = {name: (call.heads, call.head_dim, *call.query_lens) for name, call in calls.items()}
     assert lengths["CSG window 1920x1088, 1.3B"] == (12, 128, 40_800)
     assert lengths["CSG window 2560x1408, 5B"] == (24, 128, 17_600)
     assert lengths["Stage I 640x352, 81 frames, 14B"] == (40, 128, 18_480)
     assert lengths["HunyuanVideo 1280x720, 61 frames, joint"] == (24, 128, 57_600)
     assert lengths["LTX-Video 1216x704, 121 frames"] == (32, 64, 13_376)
-    assert all((call["copied_bytes"] > 0) == (len(call["keys"]) > 1) for call in calls.values())
+    assert [copied_bytes(shape) for shape in (SHAPES[0], SMALL)] == [0, 2 * 2 * 2 * 16 * 14]
 
 
 def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
-    shapes = [call_of("dense", 2, 128, 100, 100), call_of("many", 2, 128, 100, 50, 50)]
+    shapes = [call_of("dense", Model(2, 64), 100, 100), call_of("many", Model(2, 64), 100, 50, 50)]
     rows = [
         {"shape": shape.name, "provider": name, "status": status, "exact": True, "seconds": seconds}
         for shape in shapes
@@ -83,16 +79,3 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
     assert table["entries"][1]["card"] == "new"
     assert table["entries"][1]["seconds"] == {"swifti2v": 2.0, "sdpa-cudnn": 1.0}
     assert len(table["entries"]) == 2
-
-
-@pytest.mark.slow
-def test_without_cuda_it_says_what_it_would_run_and_checks(capfd, tmp_path) -> None:
-    assert main(["attention", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    out = capfd.readouterr().out
-    assert "nothing is timed" in out
-    assert "3,520 + 3,520 + 10,560" in out
-    tables = read_section(tmp_path)["tables"]
-    assert [row["shape"] for row in tables["shapes"]["rows"]][1] == "CSG window 1280x704, 3 sources"
-    checked = tables["checks"]["rows"]
-    assert {row["status"] for row in checked} == {"ok"}
-    assert len(checked) == 5

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -22,7 +21,7 @@ from bench.attention.providers import QUICK_SHAPES as QUICK_ATTENTION
 from bench.attention.providers import providers
 from bench.campaign import command as campaign
 from bench.campaign import run
-from bench.campaign.parts import PARTS, QUICK, WINDOW, Part, chosen
+from bench.campaign.parts import PARTS, QUICK, WINDOW
 from bench.csg.setups import setups
 from bench.dit.command import compared_cases
 from bench.dit.layer import LAYER_PROVIDERS
@@ -34,20 +33,18 @@ from bench.harness.registry import matches
 from bench.harness.session import RESULT
 from bench.operators.discover import all_cases
 from bench.records.read import ROOT, read_result
-from bench.records.write import Record
 from bench.vae.providers import PROVIDERS as VAE_PROVIDERS
 from bench.vae.shapes import QUICK_SHAPES as QUICK_VAE
 from bench.vae.shapes import SHAPES as VAE_SHAPES
 from model.cli.options import parse_size
 from model.config import get_preset
-from model.errors import InputError
 from model.machine.measure import parse_bytes
 from model.sizes import check_frames, check_size
-from tests.support.bench_session import new_table
+from tests.support.bench_session import leave_result, new_table
 from tests.support.result_samples import environment
 
 H200_FILE = Path("nvidia-h200") / f"2026-11-26-{'a' * 7}.json"
-#: pytest, of which one test a process ends well; ``never`` ends the process at once.
+#: pytest, of which one test a process ends well; ``never`` ends the process at once, ``stop`` as by Ctrl+C.
 STAND_IN = """#!{python} -SsE
 import sys
 path = next(a for a in sys.argv if a.startswith("--junitxml=")).removeprefix("--junitxml=")
@@ -56,28 +53,22 @@ if "never" not in name:
     file, test = name.split(".py::")
     case = f'<testcase classname="{{file.replace("/", ".")}}" name="{{test}}" time="0.5"/>'
     open(path, "w").write(f"<testsuites><testsuite>{{case}}</testsuite></testsuites>")
-sys.exit(3)
+sys.exit(2 if "stop" in name else 3)
 """
 
 
 # Parts
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_every_part_is_a_command_line_that_its_command_takes(part: Part, tmp_path: Path) -> None:
-    """The parser takes each part together with what the campaign adds to it, on a card and in a dry run."""
-    parser, out = build_parser(), ["--out", str(tmp_path)]
-    for arguments in ([*part.arguments, *out], [*part.toy, *out, "--device", "cpu"]):
-        args = parser.parse_args(arguments)
-        assert args.command == arguments[0]
-        assert args.out == tmp_path
-    assert part.toy[0] == part.arguments[0]  # a dry run tries the same command
-
-
-def test_what_parts_choose_by_name_is_there() -> None:
+def test_parts_are_command_lines_and_what_they_choose_by_name_is_there() -> None:
     """Every name that a part chooses exists; a renamed shape or implementation would leave the part empty or wrong."""
-    parser = build_parser()
-    args = {(p.name, i): parser.parse_args(list(a)) for p in PARTS for i, a in enumerate((p.arguments, p.toy))}
+    parser, more = build_parser(), ["--out", "folder", "--device", "cpu"]
+    args = {
+        (part.name, i): parser.parse_args([*shlex.split(line), *more])
+        for part in PARTS
+        for i, line in enumerate((part.command, part.toy))
+    }
+    assert all(args[part.name, 0].command == args[part.name, 1].command for part in PARTS)
     attention = [p.name for p in providers(False) if matches(args["attention", 0].only, p.name) and not p.ours]
     assert attention == ["sdpa-cudnn", "sdpa-flash"]
     assert any(args["attention", 1].shapes in shape.name for shape in QUICK_ATTENTION)
@@ -112,41 +103,13 @@ def test_the_parts_before_the_whole_clip_are_within_nine_minutes_even_if_each_ta
     before = PARTS[: names.index("clip")]
     assert [part.name for part in before] == ["operators", "attention", "dit", "vae", "csg"]
     assert sum(part.seconds for part in before) <= 540 - run.GRACE * len(before)
-    # What it measures at most, and a minute for what is begun by then.
-    csg = build_parser().parse_args(list(PARTS[names.index("csg")].arguments))
-    assert 60 * csg.minutes < PARTS[names.index("csg")].seconds
-    tune = build_parser().parse_args(list(PARTS[names.index("tune")].arguments))
-    assert 60 * tune.minutes < PARTS[names.index("tune")].seconds
-    assert not tune.write  # a campaign leaves the tree as it is
-
-
-def test_parts_are_chosen_by_name_and_run_in_the_order_of_their_value() -> None:
-    assert chosen(None) == list(PARTS)
-    assert [part.name for part in chosen("csg, operators,csg")] == ["operators", "csg"]
-    for text, wrong in (("csg,speed,power", "speed, power"), ("", "")):
-        with pytest.raises(InputError) as caught:
-            chosen(text)
-        names = "operators, attention, dit, vae, csg, clip, memory, layers, tune, tests, sanitize"
-        assert str(caught.value) == f"parts: expected some of {names}, got {wrong}"
-    assert len({part.name for part in PARTS}) == len(PARTS)
+    for name in ("csg", "tune"):  # what it measures at most, and a little for what is begun by then
+        (part,) = [part for part in PARTS if part.name == name]
+        assert 60 * build_parser().parse_args(shlex.split(part.command)).minutes < part.seconds
+    assert "--no-write" in part.command  # a campaign leaves the tree as it is
 
 
 # The command
-
-
-def fake_run(status: str) -> Any:
-    def one(part: Part, folder: Path, dry: bool, seconds: float) -> str | None:
-        if status == "nothing":
-            return "exit code 1: error: cannot begin"
-        folder.mkdir(parents=True)
-        with Record(folder / RESULT, environment()).section(part.name, part.answers, {}) as section:
-            table = section.table("rows", "rows of it", identity=("room",), metrics=("seconds",))
-            table.add({"room": "kitchen", "seconds": 1.0})
-            if status == "by hand":
-                raise KeyboardInterrupt
-        return None
-
-    return one
 
 
 @pytest.fixture
@@ -161,38 +124,17 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_campaign_leaves_a_valid_file_its_tables_and_a_copy_under_card_date_and_commit(
     card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "_run", fake_run("well"))
-    assert main(["campaign", "--parts", "attention,dit", "--save", "--out", str(tmp_path / "out")]) == 0
-    assert (card / H200_FILE).read_text() == (tmp_path / "out" / RESULT).read_text()
-    assert list(read_result(card / H200_FILE)["sections"]) == ["attention", "dit"]
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert text.index("## attention\n\n**rows of it**") < text.index("## dit\n\n**rows of it**")
-    assert f"copied to {card / H200_FILE}" in capsys.readouterr().out
-
-
-def test_quick_is_the_kernels_alone_and_json_is_the_file(
-    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "_run", fake_run("well"))
-    assert main(["campaign", "--quick", "--json", "--out", str(tmp_path / "out")]) == 0
+    """Parts run in the order of their value, whatever the order that they are named in; JSON is the file."""
+    monkeypatch.setattr(run, "_run", lambda part, folder, dry, seconds: leave_result(folder, "complete", 1))
+    out = tmp_path / "out"
+    assert main(["campaign", "--parts", "dit, attention,dit", "--save", "--json", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out == (tmp_path / "out" / RESULT).read_text()
-    assert list(json.loads(printed.out)["sections"]) == list(QUICK) == ["operators", "attention", "dit"]
-    assert "results in" in printed.err
-    assert main(["campaign", "--quick", "--parts", "csg", "--out", str(tmp_path / "other")]) == 0
-    assert list(read_result(tmp_path / "other" / RESULT)["sections"]) == ["csg"]
-    # In the four minutes that it has by default there is room for all three.
-    assert sum(part.seconds for part in chosen(",".join(QUICK))) <= 4 * 60
-
-
-def test_a_campaign_that_is_interrupted_by_hand_is_written_and_copied_too(
-    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "_run", fake_run("by hand"))
-    assert main(["campaign", "--parts", "attention,dit", "--save", "--out", str(tmp_path / "out")]) == 130
-    ((name, section),) = read_result(card / H200_FILE)["sections"].items()
-    assert (name, section["status"]) == ("attention", "interrupted")
-    assert "kitchen" in (tmp_path / "out" / "table.md").read_text()
+    assert printed.out == (out / RESULT).read_text() == (card / H200_FILE).read_text()
+    assert f"copied to {card / H200_FILE}" in printed.err
+    assert list(read_result(card / H200_FILE)["sections"]) == ["attention", "dit"]
+    assert re.findall(r"## (\w+)\n\n\*\*rows\*\*", (out / "table.md").read_text()) == ["attention", "dit"]
+    assert main(["campaign", "--quick", "--out", str(out)]) == 0
+    assert sorted(read_result(out / RESULT)["sections"]) == sorted(QUICK)
 
 
 @pytest.mark.parametrize(("options", "code"), [([], 0), (["--dry-run"], 2)])
@@ -200,7 +142,7 @@ def test_a_part_that_fails_is_an_error_of_a_dry_run_only(
     options: list[str], code: int, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A campaign on a card ends well all the same, since the other parts have results."""
-    monkeypatch.setattr(run, "_run", fake_run("nothing"))
+    monkeypatch.setattr(run, "_run", lambda part, folder, dry, seconds: "exit code 1: error: cannot begin")
     assert main(["campaign", "--parts", "dit", *options, "--out", str(tmp_path / "out")]) == code
     printed = capsys.readouterr()
     message = f"failed: dit; see {tmp_path / 'out'}/NAME/log.txt\n"
@@ -260,24 +202,34 @@ def test_heated(broken): pass
         new_table(tmp_path, ("test",), ("seconds",)).add(row)
 
 
-def test_a_report_that_was_not_written_or_is_cut_off_has_no_rows(tmp_path: Path) -> None:
-    assert read_junit(tmp_path / "none.xml") == []
-    (tmp_path / "cut.xml").write_text('<testsuites><testsuite><testcase name="a"')
-    assert read_junit(tmp_path / "cut.xml") == []
-
-
-def test_what_is_left_to_a_process_that_ended_goes_on_in_new_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every test is in one row, and one that ends its process each time is not reached."""
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hardware tests run in ``STAND_IN`` instead of pytest."""
     script = tmp_path / "stand-in"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o755)
     monkeypatch.setattr(hardware_tests, "sys", SimpleNamespace(executable=str(script)))
+
+
+def test_after_an_interruption_nothing_is_begun_anew_and_what_was_found_is_kept(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(jobs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hardware_tests, "as_completed", interrupted)
+    table = new_table(tmp_path, ("test",), ("seconds",))
+    with pytest.raises(KeyboardInterrupt):
+        run_tests(["tests/test_a.py::stop", "tests/test_a.py::more"], 1, tmp_path, table)
+    assert [(row["test"][-4:], row["status"]) for row in table.rows] == [("stop", "ok"), ("more", "not reached")]
+
+
+def test_what_is_left_to_a_process_that_ended_goes_on_in_new_ones(stand_in: None, tmp_path: Path) -> None:
+    """Every test is in one row, and one that ends its process each time is not reached."""
     names = ["tests/test_a.py::one", "tests/test_a.py::never", "tests/test_a.py::two", "tests/test_a.py::three"]
     table = new_table(tmp_path, ("test",), ("seconds",))
-    yielded = list(run_tests(names, 2, tmp_path, table))
-    assert Counter(yielded) == Counter(names)
+    run_tests(names, 2, tmp_path, table)
+    assert len(table.rows) == len(names)
     rows = {row["test"]: row for row in table.rows}
     assert {name: row["status"] for name, row in rows.items()} == {
         name: "not reached" if "never" in name else "ok" for name in names
@@ -287,19 +239,15 @@ def test_what_is_left_to_a_process_that_ended_goes_on_in_new_ones(
 
 
 def test_the_session_ends_with_the_device_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: list[str] = []
-
     def synchronize() -> None:
-        if lost:
-            raise RuntimeError("CUDA error: unspecified launch failure")
+        raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    lost.append("the device")
     lost_device.pytest_runtest_logfinish("tests/test_a.py::one")  # nothing has used it
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(pytest.exit.Exception, match=r"the device is lost after tests/test_a\.py::two") as caught:
         lost_device.pytest_runtest_logfinish("tests/test_a.py::two")
     assert caught.value.returncode == 3
-    lost.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     lost_device.pytest_runtest_logfinish("tests/test_a.py::three")

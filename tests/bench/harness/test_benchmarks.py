@@ -34,20 +34,13 @@ CASES = [case for case in all_cases() if case.real is not None]
 def test_operator(case: Case, benchmark: Any) -> None:
     assert case.real is not None
     benchmark.extra_info |= {"shape": case.real.shape if CUDA else "small, PyTorch path", "flops": case.real.cost.flops}
-    if not CUDA:
+    if CUDA:
+        with real_call(case, torch.device("cuda")) as call:
+            result = benchmark(lambda: (call(), torch.cuda.synchronize())[0])
+    else:
         args, kwargs = randomised(case, torch.device("cpu"))
         with torch.no_grad():
             result = benchmark(case.operator, *args, **kwargs | {"backend": "torch"})
-    else:
-        device = torch.device("cuda")
-        with real_call(case, device) as call:
-
-            def synchronised() -> Any:
-                result = call()
-                torch.cuda.synchronize()
-                return result
-
-            result = benchmark(synchronised)
     results = [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
     assert results
     # On a GPU residuals are updated in place thousands of times.
@@ -57,10 +50,3 @@ def test_operator(case: Case, benchmark: Any) -> None:
 def test_every_operator_with_a_kernel_is_timed() -> None:
     """Each operator has a case of its own at a real size."""
     assert {case.operator for case in CASES} == {case.operator for case in all_cases()}
-
-
-def test_filled_inputs_are_not_all_alike() -> None:
-    for case in CASES[:3]:
-        args, kwargs = randomised(case, torch.device("cpu"))
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        assert all(x.float().std() > 0.1 for x in tensors if x.numel() > 100)

@@ -25,20 +25,15 @@ def commands(page: Path) -> list[str]:
     return [command for command in found if command and command.split()[0] not in (*EXAMPLES, "...")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_on_a_page_are_command_lines_that_exist(page: Path) -> None:
+def test_commands_on_pages_are_command_lines_that_exist() -> None:
     """Each names a subcommand and only options that it has."""
-    for command in commands(page):
+    found, parser = [command for page in PAGES for command in commands(page)], build_parser()
+    assert len(found) >= 20
+    for command in found:
         arguments = shlex.split(command)
-        if command in benchmarks():  # a mention, which need not be all that the subcommand wants
-            continue
-        args = build_parser().parse_args(arguments if arguments[0] in benchmarks() else ["csg", *arguments])
-        assert args.command in benchmarks(), command
-
-
-def test_pages_have_commands() -> None:
-    """The test above finds the commands that it is for."""
-    assert sum(len(commands(page)) for page in PAGES) >= 20
+        if command not in benchmarks():  # a mention, which need not be all that the subcommand wants
+            args = parser.parse_args(arguments if arguments[0] in benchmarks() else ["csg", *arguments])
+            assert args.command in benchmarks(), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

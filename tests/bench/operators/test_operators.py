@@ -16,18 +16,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
 import swifti2v_kernels
 from bench.__main__ import main
 from bench.harness.timing import Ceilings, Timing
 from bench.operators import measure
-from bench.operators.check import TOLERANCE, check_case, leaves, numbers, poisoned, randomised
+from bench.operators.check import TOLERANCE, check_case, leaves, numbers, randomised
 from bench.operators.discover import all_cases, cases_of, operator_name
 from bench.operators.measure import check_cases, measure_cases
 from bench.records.read import ROOT
 from model.errors import InputError
+from swifti2v_kernels import pretend_gpu
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.cost import Cost, Work
 from swifti2v_kernels.common.shapes import WINDOWS
@@ -58,10 +60,6 @@ def wrong(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 def hungry(x: Tensor, *, backend: str = "auto") -> Tensor:
     raise torch.OutOfMemoryError("no memory left\nsecond line")
-
-
-def hungry_where_it_is_large(x: Tensor, *, backend: str = "auto") -> Tensor:
-    return hungry(x) if len(x) > 4 else 2 * x
 
 
 def without_resources(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -159,7 +157,7 @@ def spoilt(number: int, results: list[Any]) -> None:
 
 
 def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(tmp_path: Path) -> None:
-    operators = (right, wrong, hungry, hungry_where_it_is_large, without_resources)
+    operators = (right, wrong, hungry, without_resources)
     timed: list[str] = []
 
     def noting(calls: dict[str, Any]) -> dict[str, Timing]:
@@ -167,16 +165,15 @@ def test_what_is_wrong_is_not_timed_and_what_fails_is_a_row(tmp_path: Path) -> N
         return timer(calls)
 
     checks, timings = worked_off(tmp_path, [case_of(operator) for operator in operators], noting)
-    assert [row["status"] for row in checks] == ["ok", "wrong", "out of memory", "ok", "ok"]
+    assert [row["status"] for row in checks] == ["ok", "wrong", "out of memory", "ok"]
     assert checks[1]["error"] == pytest.approx(0.25)
     assert checks[1]["reason"] == "error 2.5e-01 against float64, allowed 1e-05"
     assert checks[2]["reason"] == "no memory left"
-    assert [row["status"] for row in timings] == ["ok", "wrong", "wrong", "out of memory", "failed"]
+    assert [row["status"] for row in timings] == ["ok", "wrong", "wrong", "failed"]
     assert {row["reason"] for row in timings[1:3]} == {"a check of this operator failed; not timed"}
-    assert timings[3]["reason"] == "no memory left"
-    assert timings[4]["reason"].startswith("out of resource: shared memory")
+    assert timings[3]["reason"].startswith("out of resource: shared memory")
     assert timed == ["right"]
-    assert [("seconds" in row) for row in timings] == [True, False, False, False, False]
+    assert [("seconds" in row) for row in timings] == [True, False, False, False]
 
 
 def test_one_wrong_case_keeps_all_cases_of_its_operator_from_being_timed(tmp_path: Path) -> None:
@@ -184,10 +181,9 @@ def test_one_wrong_case_keeps_all_cases_of_its_operator_from_being_timed(tmp_pat
         return (wrong if x.dtype == torch.float16 else right)(x, backend=backend)
 
     cases = [replace(case_of(wrong_in_halves, dtype), name=str(dtype)) for dtype in (torch.float32, torch.float16)]
-    checks, timings = worked_off(tmp_path, [*cases, case_of(right)])
-    assert [row["status"] for row in checks] == ["ok", "wrong", "ok"]
-    assert [row["limit"] for row in checks] == [1e-5, 2e-3, 1e-5]
-    assert [row["status"] for row in timings] == ["wrong", "wrong", "ok"]
+    checks, timings = worked_off(tmp_path, cases)
+    assert [(row["status"], row["limit"]) for row in checks] == [("ok", 1e-5), ("wrong", 2e-3)]
+    assert [row["status"] for row in timings] == ["wrong", "wrong"]
 
 
 def test_rates_are_the_least_cost_over_the_time(tmp_path: Path) -> None:
@@ -234,23 +230,6 @@ def test_what_an_operator_leaves_unwritten_is_found(new: Callable[[Tensor], Tens
     assert row["reason"].startswith("error nan against float64")
 
 
-def test_memory_is_poisoned_in_the_block_alone() -> None:
-    stock = torch.empty, torch.empty_like, Tensor.new_empty
-
-    def failing() -> None:
-        with poisoned():
-            x = torch.empty(3, 5)
-            assert x.isnan().all()
-            assert x.new_empty(2, dtype=torch.float64).isnan().all()
-            assert torch.empty(2, dtype=torch.int32).dtype == torch.int32
-            assert (torch.zeros(4) == 0).all()
-            raise RuntimeError("of the body")
-
-    with pytest.raises(RuntimeError, match="of the body"):
-        failing()
-    assert (torch.empty, torch.empty_like, Tensor.new_empty) == stock
-
-
 def test_results_written_over_an_input_are_checked_against_the_input_before() -> None:
     """The tensor that is both ``out`` and ``residual`` is one for the reference too, and another than the kernel's."""
 
@@ -271,21 +250,25 @@ def test_results_written_over_an_input_are_checked_against_the_input_before() ->
 
 
 @pytest.mark.parametrize("case", LAST, ids=operator_name)
-def test_inputs_are_random_the_same_every_time_and_keep_their_layout(case: Case) -> None:
+def test_inputs_are_the_same_every_time_and_keep_their_layout(case: Case) -> None:
     """Strides and dtypes stay as the case has them, since they are what it is about."""
-    (args, options), (again, same) = randomised(case, CPU), randomised(case, CPU)
-    plain_args, plain_options = case.inputs(CPU)
-    leaves = [
-        [x for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
-        for given in ((args, options), (again, same), (plain_args, plain_options))
-    ]
-    for x, y, plain in zip(*leaves, strict=True):
-        assert torch.equal(x, y)
-        assert (x.dtype, x.stride(), x.shape) == (plain.dtype, plain.stride(), plain.shape)
-        if x.is_floating_point() and x.numel() > 100:
-            assert 0 < x.float().std() < 1
-            assert torch.isfinite(x.float()).all()
-    assert any(x.is_floating_point() and x.numel() > 100 for x in leaves[0])
+    found = [tree_leaves(inputs) for inputs in (randomised(case, CPU), randomised(case, CPU), case.inputs(CPU))]
+    for x, again, plain in zip(*found, strict=True):
+        if isinstance(x, Tensor):
+            assert torch.equal(x, again)
+            assert (x.dtype, x.stride(), x.shape) == (plain.dtype, plain.stride(), plain.shape)
+
+
+def test_the_host_s_time_of_a_call_ends_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher is reached in every call, its kernel in none, and Triton launches again afterwards."""
+    launches, run = [], JITFunction.run
+    monkeypatch.setattr(measure, "_launch_nothing", lambda self, *args, **kwargs: launches.append(self.fn.__name__))
+    case = next(case for case in all_cases() if case.name == "norm_modulate C 1536 bfloat16")
+    with pretend_gpu(90):
+        seconds = measure.host_seconds(case, CPU)
+    assert launches == ["adaln_fwd_kernel"] * measure.HOST_CALLS
+    assert 1e-6 < seconds < 0.1
+    assert JITFunction.run is run
 
 
 # Several processes
@@ -317,7 +300,7 @@ class Pool:
         return future
 
 
-@pytest.mark.parametrize("deadly", [(), (2,), (0,), (0, 1), (1, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("deadly", [(), (2,), (0, 1, 2, 3)], ids=str)
 def test_a_process_that_dies_takes_no_other_case_with_it(
     deadly: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,20 +349,11 @@ def test_without_cuda_it_checks_in_the_interpreter(tmp_path: Path, capfd: pytest
     assert list(read_section(tmp_path)["tables"]) == ["checks"]
 
 
-@pytest.mark.parametrize("options", [[], ["--check"]])
 def test_a_failed_check_is_an_error_that_keeps_its_rows(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("bench.operators.command.interpreting", lambda: True)
     monkeypatch.setattr("bench.operators.command.cases_of", lambda *given: [case_of(right), case_of(wrong)])
-    assert main(["operators", *options, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert main(["operators", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     assert f"error: wrong: wrong; see the table in {tmp_path / 'out'}" in capsys.readouterr().err
     assert [row["status"] for row in rows_of(tmp_path / "out", "checks")] == ["ok", "wrong"]
-
-
-def test_a_text_that_is_in_no_case_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators", "--cases", "no such", "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: cases: no case contains 'no such'; the cases are segment_attention ")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()

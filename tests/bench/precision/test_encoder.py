@@ -24,7 +24,7 @@ def vae(scale: float = 1.0) -> WanVAE:
 def test_the_encoder_s_errors_are_those_of_another_computation() -> None:
     """The errors are those of direct encodings, and float16, with three bits more than bfloat16, has smaller ones."""
     rows = list(encoder_rows(vae, "tiny", "random", (64, 48)))
-    assert [row["form"] for row in rows] == ["float32", "float16", "bfloat16"]
+    assert [row["form"] for row in rows] == ["bfloat16", "float16", "float32"]
     video = make_video((64, 48))
     assert video.shape == (1, 3, 5, 48, 64)
     assert not torch.equal(video[:, :, 0], video[:, :, 1])
@@ -33,15 +33,15 @@ def test_the_encoder_s_errors_are_those_of_another_computation() -> None:
         for row in rows:
             dtype = getattr(torch, row["form"])
             assert row["error"] == pytest.approx(relative_error(vae().to(dtype).encode(video.to(dtype)), exact))
-            assert row["error_ratio"] == pytest.approx(row["error"] / rows[2]["error"])
-    assert rows[0]["error"] < PARITY
+            assert row["error_ratio"] == pytest.approx(row["error"] / rows[0]["error"])
+    assert rows[2]["error"] < PARITY
     assert 0.05 < rows[1]["error_ratio"] < 0.3
     assert len({row["largest_activation"] for row in rows}) == 1
     assert 1 < rows[0]["largest_activation"] < 1000
 
 
 def test_activations_beyond_float16_are_seen_and_their_size_is_told() -> None:
-    single, half, brain = encoder_rows(lambda: vae(1e6), "tiny", "random", (64, 48))
+    brain, half, single = encoder_rows(lambda: vae(1e6), "tiny", "random", (64, 48))
     assert half["status"] == "wrong"
     assert "the VAE's encoder: NaN in latent frame 0" in half["reason"]
     assert "error" in single
@@ -62,24 +62,3 @@ def test_what_nobody_has_written_is_no_activation() -> None:
         assert largest.value == 3
         torch.mul(torch.ones(4), 7, out=room)
     assert largest.value == 7
-
-
-@pytest.mark.parametrize("lacking", [0, 1])
-def test_an_encoder_that_does_not_fit_is_a_row(lacking: int) -> None:
-    """All rows lack errors without the encoder in float64; bfloat16 lacking takes ratios and activations only."""
-    built: list[int] = []
-
-    def build() -> WanVAE:
-        built.append(1)
-        if len(built) == lacking + 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return vae()
-
-    single, half, brain = encoder_rows(build, "tiny", "random", (64, 48))
-    assert brain["status"] == "out of memory"
-    if lacking == 0:
-        assert single["reason"] == half["reason"] == "float64: CUDA out of memory. Tried to allocate"
-    else:
-        assert 0 < single["error"] < half["error"]
-        assert single["largest_activation"] is None
-        assert "error_ratio" not in half

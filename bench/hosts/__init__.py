@@ -1,1 +1,0 @@
-"""Models of diffusers before and after ``accelerate``: what the change costs or saves."""
