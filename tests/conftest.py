@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,6 @@ TINY_VAE = VAEConfig(
 )
 #: What the tests of this session speak for.
 COMPATIBILITY = pytest.StashKey[set[compatibility.Pair]]()
-#: The number of slow tests that were left out, by the process that left them out.
-LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 quiet_exit()
 
@@ -66,7 +62,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Times benchmarks and writes the table of compatibility only where that is asked for."""
-    config.stash[LEFT_OUT] = {}
     if config.getoption("--compatibility"):
         config.pluginmanager.register(compatibility.Recorder())
     if "benchmark" not in (config.option.markexpr or "") and hasattr(config.option, "benchmark_disable"):
@@ -90,7 +85,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("slow")
             and not any(item.path == file and item.nodeid.partition("::")[2].startswith(test) for file, test in named)
         ]
-        config.stash[LEFT_OUT][os.environ.get("PYTEST_XDIST_WORKER", "")] = len(slow)
         if slow:
             config.hook.pytest_deselected(items=slow)
             items[:] = [item for item in items if item not in set(slow)]
@@ -111,12 +105,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tells the process that started this one, if pytest-xdist did, what was left out."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Gives each of pytest-xdist's workers tests that follow one another, unless ``--dist`` says otherwise.
@@ -130,34 +118,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Keeps what one of pytest-xdist's workers has left out."""
-    node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Says in one line what was not run and which commands run it."""
-    told = []
-    number = max(config.stash[LEFT_OUT].values(), default=0)  # every worker collects all
-    if number:
+    if config.option.markexpr or config.option.keyword:
+        return
+    everything, told = config.args in ([], ["tests"], ["tests/interpreter"]), []
+    if everything or terminalreporter.stats.get("deselected"):
         command = "TRITON_INTERPRET=1 pytest -m slow tests/interpreter" if room() == "interpreter" else "pytest -m slow"
-        told.append(f"{number} slow tests ({command})")
-    if not room() and config.args in ([], ["tests"]) and not config.option.markexpr:
+        told.append(f"slow tests ({command})")
+    if everything and not room():
         told.append("the kernels in Triton's interpreter (TRITON_INTERPRET=1 pytest tests/interpreter)")
     if told:
         terminalreporter.write_line(f"left out: {' and '.join(told)}", yellow=True)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT as a terminal sends it: it raises KeyboardInterrupt here and ends processes that are started.
-
-    A shell starts jobs in the background with SIGINT ignored, and what is ignored stays so in all that they start.
-    """
-    known = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, signal.SIG_DFL if known is None else known)
 
 
 @pytest.fixture(autouse=True)

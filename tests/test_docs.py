@@ -105,34 +105,30 @@ TEXT = """[a page](../vae.md#plans) [`code`](../../bench/static/bounds.py) [the 
 """
 
 
-def test_links_to_source_files_become_paths_without_a_public_address() -> None:
-    """Links that leave docs/ become the path in the repository; the others, code and comments stay."""
-    text, missing = hooks.with_source_links(TEXT, DOCS / "results" / "page.md", None)
+CODE = "[`code`](../../bench/static/bounds.py)"
+EXAMPLES = "[the examples](../../examples/)"
+LINE = "[bench/static/bounds.py](../../bench/static/bounds.py#L1)"
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "examples", "line"),
+    [
+        (None, "`code` (`bench/static/bounds.py`)", "the examples (`examples`)", "`bench/static/bounds.py`"),
+        (
+            "https://forge/owner/name/",
+            "[`code`](https://forge/owner/name/blob/main/bench/static/bounds.py)",
+            "[the examples](https://forge/owner/name/tree/main/examples)",
+            "[bench/static/bounds.py](https://forge/owner/name/blob/main/bench/static/bounds.py#L1)",
+        ),
+    ],
+)
+def test_links_to_source_files_lead_to_the_repository_or_become_paths(
+    address: str | None, code: str, examples: str, line: str
+) -> None:
+    """Links that leave docs/ lead to a public address, or are paths without one; the others, code and comments stay."""
+    text, missing = hooks.with_source_links(TEXT, DOCS / "results" / "page.md", address)
     assert missing == ["../../bench/nothing.py"]
-    expected = TEXT.replace("[`code`](../../bench/static/bounds.py)", "`code` (`bench/static/bounds.py`)")
-    expected = expected.replace("[the examples](../../examples/)", "the examples (`examples`)")
-    expected = expected.replace("[bench/static/bounds.py](../../bench/static/bounds.py#L1)", "`bench/static/bounds.py`")
-    assert text == expected
-
-
-def test_links_to_source_files_lead_to_the_repository_with_a_public_address() -> None:
-    """Links that leave docs/ lead to the repository's file or folder, with their anchor."""
-    text, _ = hooks.with_source_links(TEXT, DOCS / "results" / "page.md", "https://forge/owner/name/")
-    expected = TEXT.replace("[`code`](../../", "[`code`](https://forge/owner/name/blob/main/")
-    expected = expected.replace("](../../examples/)", "](https://forge/owner/name/tree/main/examples)")
-    expected = expected.replace(
-        "[bench/static/bounds.py](../../", "[bench/static/bounds.py](https://forge/owner/name/blob/main/"
-    )
-    assert text == expected
-
-
-def test_fences_lose_the_word_that_only_tests_read() -> None:
-    """The second word of a fence is for tests: a reader of the site sees "before" and "after" as titles, no others."""
-    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="adopt.md"))
-    config = types.SimpleNamespace(repo_url=None)
-    for word, rest in ((" before", ' title="before"'), (" setup", ""), ("", "")):
-        text = hooks.on_page_markdown(f"```python{word}\nx = 1\n```\n", page=page, config=config, files=None)
-        assert text == f"```python{rest}\nx = 1\n```\n"
+    assert text == TEXT.replace(CODE, code).replace(EXAMPLES, examples).replace(LINE, line)
 
 
 def test_roles_of_docstrings_become_links_to_references() -> None:
@@ -140,10 +136,3 @@ def test_roles_of_docstrings_become_links_to_references() -> None:
     html = ":func:<code>~swifti2v_kernels.explain</code> :meth:<code>explain</code> <code>explain</code>"
     link = '<autoref identifier="swifti2v_kernels.explain" optional><code>explain</code></autoref>'
     assert hooks.on_page_content(html, page=None, config=None, files=None) == f"{link} {link} <code>explain</code>"
-
-
-def test_short_cells_with_figures_are_marked() -> None:
-    """A table's short cells that hold a figure are kept on one line by the site's style; long ones may break."""
-    html = f"<td>2.785 (2.765 - 2.864)</td><td>word</td><td>{'long ' * 9}1</td>"
-    marked = hooks.on_page_content(html, page=None, config=None, files=None)
-    assert marked == html.replace("<td>2", '<td class="figure">2')

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def scattered(shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def scattered(shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0, device: str = "cpu") -> Tensor:
     """Returns normal numbers ``[B, T, h, w, C]`` as a slice of a larger buffer that is NaN everywhere else."""
     batch, frames, height, width, channels = shape
-    buffer = torch.full((batch, frames + 2, height + 3, width + 3, channels), float("nan"), dtype=dtype)
-    view = buffer[:, 1:-1, 1:-2, 2:-1]
-    return view.copy_(scale * torch.randn(view.shape))
+    wider = (batch, frames + 2, height + 3, width + 3, channels)
+    view = torch.full(wider, float("nan"), dtype=dtype, device=device)[:, 1:-1, 1:-2, 2:-1]
+    return view.copy_(scale * torch.randn(view.shape, device=device))
 
 
 def weights(columns: int, channels: int, kernel: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

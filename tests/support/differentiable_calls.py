@@ -18,7 +18,6 @@ from swifti2v_kernels import (
     dequantize_rows,
     embed_window,
     frames_out,
-    gated_residual,
     gated_residual_norm_modulate,
     linear_gelu,
     merge_attention,
@@ -104,123 +103,76 @@ def _project(
     return project_step(x, weight, bias, shift, scale, latents.clone(), latent_index=index, step=step)
 
 
-def _block_map() -> Tensor:
-    return torch.tensor([1, 0], dtype=torch.int32, device="cpu")
-
-
 def _scaled(scales: Tensor, weight_scales: Tensor, bias: Tensor, **options: Any) -> Any:
     values = torch.arange(-127, 129, device="cpu").remainder(61).sub(30).to(torch.int8).view(16, 16)
     x, weight = QuantizedRows(values[:6], scales), QuantizedRows(values.t().contiguous(), weight_scales)
     return scaled_linear(x, weight, bias.float(), activation="gelu_tanh", dtype=torch.float32, **options)
 
 
+def _merged(a: Tensor, b: Tensor, lse_a: Tensor, lse_b: Tensor) -> Any:
+    return merge_attention([a, b], [lse_a, lse_b])
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    block_map = torch.tensor([1, 0], dtype=torch.int32, device="cpu")
+    return norm_modulate(x, shift, scale, block_map=block_map, weight=weight, bias=bias)
+
+
+def _rms_into(x: Tensor, weight: Tensor) -> Any:
+    return norm_modulate(x, weight=weight, norm="rms", out=torch.zeros_like(x))
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual: Tensor, norm: Tensor) -> Any:
+    return causal_conv3d(x, _channels_last(weight), bias, past=past, residual=residual, norm_weight=norm)
+
+
+def _dequantized(scales: Tensor) -> Any:
+    values = torch.arange(-6, 6, dtype=torch.int8, device="cpu").view(3, 4)
+    return dequantize_rows(values, scales, dtype=torch.float32)
+
+
+def _scaled_into(*tensors: Tensor) -> Any:
+    return _scaled(*tensors, out=torch.zeros(6, 16, dtype=torch.float32, device="cpu"))
+
+
 _ROWS, _PART = (1, 6, 32), (1, 2, 32)
 _HEAD = (2, 6, 2, 64)
 
-CALLS = (
-    Differentiable("segment_attention", segment_attention, _attention, (_HEAD, _HEAD, _HEAD, (2, 5, 2, 64))),
-    Differentiable("segment_attention window lse", segment_attention, _windowed, (_HEAD,) * 3),
-    Differentiable("segment_attention out", segment_attention, _into, (_HEAD,) * 3, writes=True),
-    Differentiable(
-        "merge_attention",
-        merge_attention,
-        lambda a, b, c, d: merge_attention([a, b], [c, d]),
-        ((1, 5, 2, 8),) * 2 + ((1, 2, 5),) * 2,
-    ),
-    Differentiable(
-        "norm_modulate",
-        norm_modulate,
-        lambda x, shift, scale, w, b: norm_modulate(x, shift, scale, block_map=_block_map(), weight=w, bias=b),
-        (_ROWS, _PART, _PART, (32,), (32,)),
-    ),
-    Differentiable(
-        "norm_modulate rms out",
-        norm_modulate,
-        lambda x, w: norm_modulate(x, weight=w, norm="rms", out=torch.zeros_like(x)),
-        (_ROWS, (32,)),
-        writes=True,
-    ),
-    Differentiable(
-        "gated_residual",
-        gated_residual,
-        lambda x, u, g: gated_residual(x, u, g, block_map=_block_map()),
-        (_ROWS, _ROWS, _PART),
-    ),
-    Differentiable(
-        "gated_residual_norm_modulate",
-        gated_residual_norm_modulate,
-        lambda x, u, *m: gated_residual_norm_modulate(x, u, *m),
-        (_ROWS, _ROWS, _PART, _PART, _PART),
-    ),
-    Differentiable(
-        "qk_norm_rope",
-        qk_norm_rope,
-        lambda q, k, a, b: qk_norm_rope(q, k, a, b, _rope(q), 2),
-        (_ROWS, _ROWS, (32,), (32,)),
-    ),
-    Differentiable(
-        "norm_rope",
-        norm_rope,
-        lambda x, w: norm_rope(x[:, 2:], w, _rope(x), 2, start=2, layout="half"),
-        (_ROWS, (16,)),
-    ),
-    Differentiable(
-        "norm_rope by its tables",
-        norm_rope,
-        _rotated,
-        ((6, 8), (6, 8)),
-    ),
-    Differentiable("rms_norm_silu", rms_norm_silu, rms_norm_silu, ((1, 1, 2, 3, 8), (8,))),
-    Differentiable(
-        "causal_conv3d",
-        causal_conv3d,
-        lambda x, w, b, past, r, n: causal_conv3d(x, _channels_last(w), b, past=past, residual=r, norm_weight=n),
-        ((1, 2, 4, 5, 8), (4, 3, 3, 3, 8), (4,), (1, 2, 4, 5, 8), (1, 2, 4, 5, 4), (4,)),
-    ),
-    Differentiable(
-        "upsample_conv2d",
-        upsample_conv2d,
-        lambda x, p, b, r: upsample_conv2d(x, p, b, residual=r),
-        ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,), (1, 1, 4, 6, 4)),
-    ),
-    # So large a weight that PyTorch sums the taps one after the other.
-    Differentiable(
-        "causal_conv3d of many channels",
-        causal_conv3d,
-        lambda x, w, n: causal_conv3d(x, _channels_last(w), norm_weight=n)[1],
-        ((1, 3, 2, 3, 36), (36, 3, 3, 3, 36), (36,)),
-    ),
-    Differentiable(
-        "upsample_conv2d norm",
-        upsample_conv2d,
-        lambda x, p, n: upsample_conv2d(x, p, norm_weight=n)[1],
-        ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,)),
-    ),
-    Differentiable("frames_out", frames_out, _frames, ((1, 2, 4, 5, 8), (3, 3, 3, 3, 8), (3,)), writes=True),
-    Differentiable("embed_window", embed_window, _embed, ((1, 4, 2, 4, 6), (16, 12, 1, 2, 2), (16,), (1, 4, 3, 4, 6))),
-    Differentiable(
-        "project_step",
-        project_step,
-        _project,
-        ((1, 12, 16), (16, 16), (16,), (1, 2, 16), (1, 2, 16), (1, 4, 3, 4, 6), (1,)),
-        writes=True,
-    ),
-    Differentiable("linear_gelu", linear_gelu, linear_gelu, ((2, 3, 16), (8, 16), (8,))),
-    Differentiable(
-        "dequantize_rows",
-        dequantize_rows,
-        lambda scales: dequantize_rows(
-            torch.arange(-6, 6, dtype=torch.int8, device="cpu").view(3, 4), scales, dtype=torch.float32
-        ),
-        ((3,),),
-    ),
-    Differentiable("scaled_linear", scaled_linear, _scaled, ((6,), (16,), (16,))),
-    Differentiable(
-        "scaled_linear out",
-        scaled_linear,
-        lambda *xs: _scaled(*xs, out=torch.zeros(6, 16, dtype=torch.float32, device="cpu")),
-        ((6,), (16,), (16,)),
-        writes=True,
-    ),
-    Differentiable("quantize_rows", quantize_rows, lambda x: quantize_rows(x, torch.int8), ((3, 8),)),
-)
+CALLS = tuple(
+    Differentiable(*call)
+    for call in (
+        ("segment_attention", segment_attention, _attention, (_HEAD, _HEAD, _HEAD, (2, 5, 2, 64))),
+        ("segment_attention window lse", segment_attention, _windowed, (_HEAD,) * 3),
+        ("segment_attention out", segment_attention, _into, (_HEAD,) * 3, True),
+        ("merge_attention", merge_attention, _merged, ((1, 5, 2, 8),) * 2 + ((1, 2, 5),) * 2),
+        ("norm_modulate", norm_modulate, _modulated, (_ROWS, _PART, _PART, (32,), (32,))),
+        ("norm_modulate rms out", norm_modulate, _rms_into, (_ROWS, (32,)), True),
+        ("gated_residual_norm_modulate", gated_residual_norm_modulate, gated_residual_norm_modulate,
+         (_ROWS, _ROWS, _PART, _PART, _PART)),
+        ("qk_norm_rope", qk_norm_rope, lambda q, k, a, b: qk_norm_rope(q, k, a, b, _rope(q), 2),
+         (_ROWS, _ROWS, (32,), (32,))),
+        ("norm_rope", norm_rope, lambda x, w: norm_rope(x[:, 2:], w, _rope(x), 2, start=2, layout="half"),
+         (_ROWS, (16,))),
+        ("norm_rope by its tables", norm_rope, _rotated, ((6, 8), (6, 8))),
+        ("rms_norm_silu", rms_norm_silu, rms_norm_silu, ((1, 1, 2, 3, 8), (8,))),
+        ("causal_conv3d", causal_conv3d, _convolved,
+         ((1, 2, 4, 5, 8), (4, 3, 3, 3, 8), (4,), (1, 2, 4, 5, 8), (1, 2, 4, 5, 4), (4,))),
+        # So large a weight that PyTorch sums the taps one after the other.
+        ("causal_conv3d of many channels", causal_conv3d,
+         lambda x, w, n: causal_conv3d(x, _channels_last(w), norm_weight=n)[1],
+         ((1, 3, 2, 3, 36), (36, 3, 3, 3, 36), (36,))),
+        ("upsample_conv2d", upsample_conv2d, lambda x, p, b, r: upsample_conv2d(x, p, b, residual=r),
+         ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,), (1, 1, 4, 6, 4))),
+        ("upsample_conv2d norm", upsample_conv2d, lambda x, p, n: upsample_conv2d(x, p, norm_weight=n)[1],
+         ((1, 1, 2, 3, 8), (4, 4, 2, 2, 8), (4,))),
+        ("frames_out", frames_out, _frames, ((1, 2, 4, 5, 8), (3, 3, 3, 3, 8), (3,)), True),
+        ("embed_window", embed_window, _embed, ((1, 4, 2, 4, 6), (16, 12, 1, 2, 2), (16,), (1, 4, 3, 4, 6))),
+        ("project_step", project_step, _project,
+         ((1, 12, 16), (16, 16), (16,), (1, 2, 16), (1, 2, 16), (1, 4, 3, 4, 6), (1,)), True),
+        ("linear_gelu", linear_gelu, linear_gelu, ((2, 3, 16), (8, 16), (8,))),
+        ("dequantize_rows", dequantize_rows, _dequantized, ((3,),)),
+        ("scaled_linear", scaled_linear, _scaled, ((6,), (16,), (16,))),
+        ("scaled_linear out", scaled_linear, _scaled_into, ((6,), (16,), (16,)), True),
+        ("quantize_rows", quantize_rows, lambda x: quantize_rows(x, torch.int8), ((3, 8),)),
+    )
+)  # fmt: skip

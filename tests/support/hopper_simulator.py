@@ -18,8 +18,10 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
@@ -67,21 +69,13 @@ class Barrier:
 
 
 class Shared:
-    """A shared-memory descriptor over a tensor, or over a list of barriers."""
+    """A shared-memory descriptor over a tensor."""
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.shape, self.dtype = data, tuple(data.shape), data.dtype
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.data.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    def index(self, i: Any) -> Any:
-        return Shared(self.data[int(i)]) if isinstance(self.data, Tensor) else self.data[int(i)]
+    def index(self, i: Any) -> Shared:
+        return Shared(self.data[int(i)])
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
@@ -96,11 +90,19 @@ class Shared:
         return self.data.clone()
 
 
+class Barriers(list):
+    """A shared-memory descriptor over barriers."""
+
+    def index(self, i: Any) -> Barrier:
+        return self[int(i)]
+
+
+@dataclass
 class Pointer:
     """A pointer to elements of a storage: a base and an offset, which may be a tensor of offsets."""
 
-    def __init__(self, memory: Tensor, offset: Any) -> None:
-        self.memory, self.offset = memory, offset
+    memory: Tensor
+    offset: Any
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.offset + offset)
@@ -127,14 +129,8 @@ class Product:
         return self.value
 
 
-class _Warps(threading.local):
-    """The matmuls in flight, per partition."""
-
-    def __init__(self) -> None:
-        self.products: list[Product] = []
-
-
-_warps = _Warps()
+#: The matmuls in flight, per partition.
+_warps = threading.local()
 
 
 def _pointer(x: Tensor) -> Pointer:
@@ -184,9 +180,10 @@ def _mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = Fal
         return product + (acc.run() if isinstance(acc, Product) else acc) if use_acc else product
 
     product = Product(compute)
-    _warps.products.append(product)
+    in_flight = vars(_warps).setdefault("products", [])
+    in_flight.append(product)
     if random.random() < 0.5:
-        for earlier in _warps.products:
+        for earlier in in_flight:
             earlier.run()
     return product
 
@@ -200,7 +197,7 @@ def _mma_wait(left: int, deps: Sequence[Any]) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-class _Barriers:
+class _MBarrier:
     MBarrierLayout = staticmethod(lambda: None)
     init = staticmethod(lambda barrier, count: barrier.init(count))
     expect = staticmethod(lambda barrier, num_bytes: barrier.arrive(1, num_bytes))
@@ -219,12 +216,10 @@ class _Barriers:
 def _language(program: tuple[int, ...], patience: float, start: Callable[..., None]) -> SimpleNamespace:
     def allocate(dtype: torch.dtype, shape: Sequence[int], layout: None) -> Shared:
         if dtype is torch.int64:
-            return Shared([Barrier(patience) for _ in range(shape[0])])
+            return Barriers(Barrier(patience) for _ in range(shape[0]))
         return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
 
-    def layout(*args: Any, **kwargs: Any) -> None:
-        return None
-
+    layout = MagicMock(return_value=None)
     return SimpleNamespace(
         float32=torch.float32, int64=torch.int64, constexpr=None, static_range=range, warp_specialize=start,
         program_id=lambda axis: torch.tensor(program[axis]), allocate_shared_memory=allocate,
@@ -263,9 +258,7 @@ class SimulatedKernel:
     def _run(self, program: tuple[int, ...], values: Sequence[Any], constants: dict[str, Any]) -> None:
         errors: list[BaseException] = []
 
-        def start(
-            partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any
-        ) -> None:
+        def start(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], *resources: Any) -> None:
             def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
                 try:
                     function(*arguments)
@@ -280,11 +273,10 @@ class SimulatedKernel:
             if errors:
                 raise errors[0]
 
-        names = dict(vars(self.module))
-        names.update(
-            gl=_language(program, self.patience, start), mbarrier=_Barriers, tma_load=_tma_load, warpgroup_mma=_mma,
-            warpgroup_mma_wait=_mma_wait, fence_async_shared=lambda: None,
-        )  # fmt: skip
+        names = vars(self.module) | {
+            "gl": _language(program, self.patience, start), "mbarrier": _MBarrier, "tma_load": _tma_load,
+            "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
+        }  # fmt: skip
         for name, value in vars(self.module).items():
             if isinstance(value, GluonJITFunction):
                 names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)

@@ -1,8 +1,9 @@
-"""8-bit rows without the library: every code's value, and the nearest one by comparing with all of them."""
+"""8-bit rows without the library: every code's value, the nearest one by comparing with all of them, and products."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -41,3 +42,12 @@ def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     even = low % 2 == 0 if dtype == torch.int8 else low.to(dtype).view(torch.uint8) % 2 == 0
     middle = torch.cat([(low + high) / 2, table[-1:]])
     return middle.float().unsqueeze(0), torch.cat([torch.where(even, low, high), table[-1:]]).unsqueeze(0)
+
+
+def multiplied(
+    x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Returns the 8-bit linear layer in float64, with the scales in the operands."""
+    wide = [values.double() * scales.double().unsqueeze(-1) for values, scales in (x, weight)]
+    y = F.linear(*wide, None if bias is None else bias.double())
+    return y if activation is None else F.gelu(y, approximate="tanh")

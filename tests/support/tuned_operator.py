@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bench.harness.timing import Timing
 from bench.tuning import search
-from bench.tuning.search import Compiled
 from bench.tuning.space import Target
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.configs import configured
@@ -69,9 +68,9 @@ def case(number: int) -> Case:
 def compiler(obstacle: Callable[[dict[str, Any]], str | None]) -> Any:
     """A compiler that is done with the last candidate first."""
 
-    def compile_all(target: Target, candidates: Sequence[dict[str, Any]], jobs: int, real: bool = True) -> Any:
+    def compile_all(target: Target, candidates: Sequence[dict[str, Any]], jobs: int) -> Any:
         for i in reversed(range(len(candidates))):
-            yield i, Compiled(obstacle(candidates[i]), 0.5)
+            yield i, obstacle(candidates[i])
 
     return compile_all
 
