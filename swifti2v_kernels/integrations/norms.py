@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
-from .hooks import hooked, hooked_inside
+from .recipe import hooked
 
 #: What replaces the norms of a layer, for the report.
 BY = "norm_modulate, gated_residual_norm_modulate, gated_residual"
@@ -101,8 +101,7 @@ def residual_norm(
         return gated_residual_norm_modulate(
             x, update, gate, shift, scale, block_map=block_map, inplace=inplace, **options
         )
-    # A hook may keep what the norm is given, so that is not overwritten.
-    x = gated_residual(x, update, gate, block_map=None if gate is None else block_map)
+    x = gated_residual(x, update, gate, block_map=None if gate is None else block_map, inplace=inplace)
     return x, modulated_norm(x, norm, shift, scale, block_map, wide)
 
 
@@ -112,27 +111,30 @@ def cross_layer(
     norms: Sequence[nn.Module | None],
     attentions: Sequence[Callable[[Tensor], Tensor]],
     feed_forward: nn.Module,
-    watched: Sequence[nn.Module],
     wide: bool = True,
 ) -> Tensor:
     """Computes a layer of self-attention, cross-attention and feed-forward, each after its norm, on ``x [B, L, C]``.
 
     ``row`` gives shift, scale and gate of the first (0 to 2) and of the last (3 to 5). An ``Identity`` is no
-    norm, as is None. Hooks on ``watched`` may keep what the cross-attention is given. ``x`` is not overwritten.
+    norm, as is None. Neither ``x`` nor what attention is given is overwritten, which a hook on it may keep.
     """
     update = attentions[0](modulated_norm(x, norms[0], row(0), row(1), wide=wide))
     if norms[1] is None or (isinstance(norms[1], nn.Identity) and not hooked(norms[1])):
         x = y = gated_residual(x, update.to(x.dtype), row(2))
     else:
         x, y = residual_norm(x, update, row(2), norms[1], wide=wide)
-    update, inplace = attentions[1](y), may_overwrite(*watched)
+    update, inplace = attentions[1](y), y is not x and not torch.is_grad_enabled()
     x, y = residual_norm(x, update, None, norms[2], row(3), row(4), wide=wide, inplace=inplace)
     update = in_parts(feed_forward, y, modules=[feed_forward]).to(x.dtype)
-    return gated_residual(x, update, row(5), inplace=may_overwrite(norms[2]))
+    return gated_residual(x, update, row(5), inplace=not torch.is_grad_enabled())
 
 
 class Stream(NamedTuple):
-    """One of the streams of a layer: ``x [B, L, C]``, both its norms with shift, scale and gate, its feed-forward."""
+    """One of the streams of a layer: ``x [B, L, C]``, both its norms with shift, scale and gate, its feed-forward.
+
+    The rows of the modulation, ``[B, R, C]``, belong to the stream's blocks by ``block_map``. ``sandwich`` are the
+    norms of what attention and feed-forward return, in models that have them.
+    """
 
     x: Tensor
     norm1: nn.Module
@@ -141,27 +143,31 @@ class Stream(NamedTuple):
     second: Sequence[Tensor]
     feed_forward: nn.Module
     block_map: Tensor | None = None
+    sandwich: Sequence[nn.Module] = ()
 
 
-def joint_layer(streams: Sequence[Stream], attention: nn.Module, **options: Any) -> tuple[Tensor, ...]:
+def joint_layer(
+    streams: Sequence[Stream], attention: nn.Module, context: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
     """Computes a layer whose streams, video and text, have the ``attention`` in common, which is given ``options``.
 
-    The rows of a stream's modulation, ``[B, R, C]``, belong to its blocks by ``block_map``.
+    ``context`` is the normed text of a layer that has a stream of video alone.
     """
     normed = [modulated_norm(s.x, s.norm1, *s.first[:2], s.block_map) for s in streams]
-    updates = attention(hidden_states=normed[0], encoder_hidden_states=normed[1], **options)
+    text = normed[1] if context is None else context
+    updates = attention(hidden_states=normed[0], encoder_hidden_states=text, **options)
     results = []
-    for s, update in zip(streams, updates, strict=True):
+    for s, update in zip(streams, updates, strict=context is None):
         (*_, gate), (shift, scale, gate_ff) = s.first, s.second
+        if s.sandwich:
+            update = modulated_norm(update.to(s.x.dtype), s.sandwich[0], None, None)
         x, y = residual_norm(s.x, update, gate, s.norm2, shift, scale, s.block_map)
         update = in_parts(s.feed_forward, y, modules=[s.feed_forward]).to(x.dtype)
-        results.append(gated_residual(x, update, gate_ff, block_map=s.block_map, inplace=may_overwrite(s.norm2)))
+        if s.sandwich:
+            update = modulated_norm(update, s.sandwich[1], None, None)
+        inplace = not torch.is_grad_enabled()
+        results.append(gated_residual(x, update, gate_ff, block_map=s.block_map, inplace=inplace))
     return tuple(results)
-
-
-def may_overwrite(*producers: nn.Module | None) -> bool:
-    """Returns whether outputs of these modules may be overwritten: nobody has kept them, and no gradient needs them."""
-    return not torch.is_grad_enabled() and not hooked_inside(*producers)
 
 
 def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, modules: Sequence[nn.Module]) -> Tensor:
@@ -171,7 +177,8 @@ def in_parts(function: Callable[..., Tensor], y: Tensor, *others: Tensor, module
     made. With hooks on the ``modules`` that it calls, which would run once a part, with gradients, or under
     ``torch.compile``, everything is computed at once.
     """
-    if y.shape[1] <= PART_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked_inside(*modules):
+    hooks = any(hooked(part) for root in modules for part in root.modules())
+    if y.shape[1] <= PART_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling() or hooks:
         return function(y, *others)
     for b in range(y.shape[0]):
         for start in range(0, y.shape[1], PART_TOKENS):

@@ -1,4 +1,4 @@
-"""Replacement of parts of a host's modules, which can be undone: planned first, then all or nothing.
+"""Replacement of parts of a host's modules, which can be undone: all is planned first, then applied.
 
 A :class:`Recipe` says what one kind of host module must look like and what replaces it. :func:`plan_patches` looks for
 everything that recipes know and raises :class:`HostChanged` before anything is touched if one of them no longer fits.
@@ -8,20 +8,20 @@ own ``forward`` stood, so hooks may come before or after it and may go again.
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
-from .hooks import forward_slots, own_forward
-from .obstacles import in_model
+from ..common.dispatch import pick_backend
+from ..common.target import device_obstacle
 from .probing import disproofs
-from .recipe import PATCH, HostChanged, Patch, Recipe
+from .recipe import PATCH, HostChanged, Patch, Recipe, check, forward_slots, hook_kinds, own_forward
 from .sdpa import AttentionCalls
 
 
@@ -67,29 +67,34 @@ class Report:
         return restore_module(*(root for _, root, _ in self.planned if root is not None and not self.dry_run))
 
     def obstacles(self) -> Iterator[tuple[str, Line]]:
-        """Yields rows that say where no kernel runs, by where the models are now."""
+        """Yields rows that say where no kernel runs, by where the models' weights are now.
+
+        Of a model with offloading hooks nothing is known: they bring its weights elsewhere.
+        """
         for component, root, patches in self.planned:
-            # Attention that is served apart is the host's function, which casts queries to 16 bits first.
-            attentions = [(p.module, p.recipe.served_apart) for p in patches if p.recipe.feature == "attention"]
-            for reason in in_model(root, attentions) if root is not None and patches else ():
-                yield "no kernel", Line(component, type(root).__name__, 0, reason)
+            if root is None or not patches or any(hook_kinds(module) for module in root.modules()):
+                continue
+            devices = sorted({p.device for p in root.parameters() if p.device.type != "meta"}, key=str)
+            reasons = [no_kernel_on(device) for device in devices]
+            if devices and all(reasons):
+                text = f"weights are on {', '.join(map(str, devices))}: {reasons[0]}; PyTorch computes"
+                text += ", no faster than the host and slower on small inputs"
+                yield "no kernel", Line(component, type(root).__name__, 0, text)
 
     def outcomes(self) -> Iterator[tuple[str, Line]]:
         """Yields rows that say what has become of the calls of each kind of module until now."""
         for component, _, patches in self.planned:
-            for recipe in {patch.recipe.host: patch.recipe for patch in patches}.values():
-                kind = [patch for patch in patches if patch.recipe.host == recipe.host]
-                rows = []
+            for host in dict.fromkeys(patch.recipe.host for patch in patches):
+                kind = [patch for patch in patches if patch.recipe.host == host]
+                taken = "called" if kind[0].recipe.served_apart else "served"
                 for reason, n in sum((patch.calls for patch in kind), Counter()).most_common():
-                    verb = "handed back" if reason else "called" if recipe.served_apart else "served"
                     calls = f"{n} call{'s' * (n > 1)}"
-                    text = f"{calls}: {reason}" if reason else calls
-                    rows.append((verb, text, [patch.name for patch in kind if reason in patch.calls]))
+                    verb, text = (taken, calls) if reason is None else ("handed back", f"{calls}: {reason}")
+                    yield verb, _line(component, host, text, [p.name for p in kind if reason in p.calls])
                 if idle := [patch.name for patch in kind if not patch.calls]:
                     text = ", ".join(name.removeprefix(f"{component}.") for name in idle[:4])
-                    rows.append(("not counted", f"{text} and {len(idle) - 4} more" if len(idle) > 4 else text, idle))
-                for verb, text, names in rows:
-                    yield verb, Line(names[0] if len(names) == 1 else component, recipe.host, len(names), text)
+                    text += f" and {len(idle) - 4} more" * (len(idle) > 4)
+                    yield "not counted", _line(component, host, text, idle)
 
     def __str__(self) -> str:
         rows = [("would replace" if self.dry_run else "replaced", line) for line in self.replaced]
@@ -100,9 +105,15 @@ class Report:
         lines = [self.title, *(table(rows + outcomes * called) or ["  nothing here is known"])]
         if outcomes and not called:
             lines.append("  no call so far; after a run this report says which were served")
-        if self.calls is not None and self.calls.kinds:
+        if self.calls is not None and (self.calls.served or self.calls.not_served):
             lines += (f"  {line}" for line in str(self.calls).splitlines())
         return "\n".join(lines)
+
+
+def no_kernel_on(device: torch.device) -> str | None:
+    """Returns why no kernel runs on ``device``, or None if kernels do."""
+    backend, reason = pick_backend("auto", device_obstacle(device))
+    return reason if backend == "torch" else None
 
 
 def table(rows: Sequence[tuple[str, Line]]) -> list[str]:
@@ -129,44 +140,44 @@ def plan_patches(
     """
     by_host = {recipe.host: recipe for recipe in recipes}
     fitting: list[tuple[str, nn.Module, Recipe]] = []
-    left: list[Line] = []
+    left: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    replaced: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name, module in root.named_modules():
         path = f"{component}.{name}" if name else component
-        owner = (earlier or {}).get(module)
-        for kind in (type(x) for x in (module, getattr(module, "processor", None)) if x is not None):
-            recipe = by_host.get(kind.__name__)
-            if recipe is None and kind is type(module):
-                reason = "not known" if any(base.__name__ in by_host for base in kind.__mro__) else ""
-            elif owner is not None:
-                reason = f"the same modules as in {owner}"
-            elif recipe is None:
-                reason = "no replacement for this attention processor"
-            elif not wanted[recipe.feature]:
-                reason = f"{recipe.feature}=False"
-            else:
-                reason = _unfit(path, module, recipe)
-            if reason is None:
-                fitting.append((path, module, recipe))
-            elif reason:
-                left.append(Line(path, kind.__name__, 1, reason))
-    unproved = disproofs((m, r.counted_forward, r.probe) for _, m, r in fitting if r.forward and r.probe)
-    left += [Line(path, recipe.host, 1, unproved[m]) for path, m, recipe in fitting if m in unproved]
-    patches = [_patch(path, module, recipe) for path, module, recipe in fitting if module not in unproved]
-    replaced = [Line(patch.name, patch.recipe.host, 1, patch.recipe.by) for patch in patches]
-    return patches, _grouped(replaced, component), _grouped(left, component)
+        processor = getattr(module, "processor", None)
+        kind = type(module if processor is None else processor)
+        recipe = by_host.get(kind.__name__)
+        if recipe is None and processor is None:
+            if any(base.__name__ in by_host for base in kind.__mro__):
+                left[kind.__name__, "not known"].append(path)
+            continue
+        if earlier is not None and module in earlier:
+            reason = f"the same modules as in {earlier[module]}"
+        elif recipe is None:
+            reason = "no replacement for this attention processor"
+        elif not wanted[recipe.feature]:
+            reason = f"{recipe.feature}=False"
+        else:
+            reason = _unfit(path, module, recipe)
+        if reason is None:
+            fitting.append((path, module, recipe))
+        else:
+            left[kind.__name__, reason].append(path)
+    unproved = disproofs((m, r.counted_forward, r.probe) for _, m, r in fitting if r.probe)
+    patches = []
+    for path, module, recipe in fitting:
+        if module in unproved:
+            left[recipe.host, unproved[module]].append(path)
+        else:
+            replaced[recipe.host, recipe.by].append(path)
+            patches.append(Patch(path, module, recipe, parts=tuple(map(type, module.modules()))))
+    lines = ([_line(component, *key, names) for key, names in group.items()] for group in (replaced, left))
+    return patches, *lines
 
 
-def apply_patches(patches: Sequence[Patch]) -> None:
-    """Applies all patches, or none if one fails."""
-    done: list[Patch] = []
-    try:
-        for patch in patches:
-            patch.apply()
-            done.append(patch)
-    except BaseException:
-        for patch in reversed(done):
-            patch.undo()
-        raise
+def _line(component: str, host: str, text: str, names: Sequence[str]) -> Line:
+    """Returns one line for all modules of a kind that were treated alike; a single one keeps its full name."""
+    return Line(names[0] if len(names) == 1 else component, host, len(names), text)
 
 
 def models_in(given: Any, argument: str) -> dict[str, nn.Module]:
@@ -202,26 +213,27 @@ def patch_models(
 ) -> None:
     """Replaces everything known in several models, or nothing in any of them; fills the report and prints it.
 
-    With the report's ``dry_run`` nothing else is done. A model that is patched already is restored first, so that its
-    own code is seen; if this call fails, it stays restored. ``wanted`` says of each feature whether it was asked for.
+    With the report's ``dry_run`` nothing is replaced. Otherwise a model that is patched already is restored first, so
+    that its own code is seen; if this call fails, it stays restored. ``wanted`` says which features were asked for.
 
     Raises:
         HostChanged: from :func:`plan_patches`, before anything is touched.
     """
     owners: dict[nn.Module, str] = {}
     for name, root in models.items():
-        if is_patched(root):
-            if report.dry_run:
-                report.left.append(Line(name, type(root).__name__, 0, "accelerated already"))
-                continue
+        if not report.dry_run:
             restore_module(root)
         patches, replaced, left = plan_patches(name, root, recipes, wanted, owners)
         owners |= {module: owners.get(module, name) for module in root.modules()}
         report.planned.append((name, root, patches))
         report.replaced += replaced
         report.left += left or ([] if replaced else [Line(name, type(root).__name__, 0, "not known")])
-    if not report.dry_run:
-        apply_patches([patch for _, _, patches in report.planned for patch in patches])
+    try:
+        for patch in (patch for _, _, patches in report.planned for patch in patches if not report.dry_run):
+            patch.apply()
+    except BaseException:
+        report.restore()
+        raise
     print(report)
 
 
@@ -241,7 +253,7 @@ def restore(model: Any) -> Report:
 
 
 def restore_module(*roots: nn.Module, title: str = "restored") -> Report:
-    """Undoes :func:`apply_patches`, in ``roots`` and in modules within them.
+    """Undoes the patches in ``roots`` and in modules within them.
 
     The report returned names what is not where it was put: others have replaced it, or a chain of hooks hides it. That
     is remembered, so that it can be tried again.
@@ -254,44 +266,27 @@ def restore_module(*roots: nn.Module, title: str = "restored") -> Report:
     return report
 
 
-def is_patched(root: nn.Module) -> bool:
-    """Returns whether this module, or one within it, has a patch."""
-    return any(PATCH in module.__dict__ for module in root.modules())
-
-
 def _unfit(path: str, module: nn.Module, recipe: Recipe) -> str | None:
     """Returns why a module of a known kind is left, or None.
 
     Raises:
         HostChanged: the module is the host's, and not what its replacement was written for.
     """
-    owner: type = type(module.processor) if recipe.processor else type(module)
-    function = owner.__call__ if recipe.processor else owner.forward
-    for where in (owner.__module__, inspect.unwrap(function).__module__):
+    sources: list[Any] = [type(module), type(module).forward]
+    if recipe.processor:
+        sources += type(module.processor), type(module.processor).__call__
+    for where in (inspect.unwrap(source).__module__ for source in sources):
         if recipe.package not in (None, where.split(".")[0]):
             return f"not the code of {recipe.package}: it comes from {where}"
     unlike = recipe.unlike(module)
-    if unlike is not None and recipe.package is not None:
-        version = importlib.metadata.version(recipe.package)
-        raise HostChanged(
-            f"{recipe.package} {version} is not what the replacement of {recipe.host} was written for: {path} has"
-            f" {unlike}; nothing was changed"
-        )
+    if recipe.package is not None:
+        version = f"{recipe.package} {importlib.import_module(recipe.package).__version__}"
+        text = f"{version} is not what the replacement of {recipe.host} was written for: {path}"
+        check(text, module, *recipe.needs)
+        if unlike is not None:
+            raise HostChanged(f"{text} has {unlike}; nothing was changed")
     reason = recipe.fits(module) or unlike
     # Something else is in the place of the class's own forward, which cannot be entered.
-    if reason is None and recipe.processor is None and own_forward(module) is None and any(forward_slots(module)):
+    if reason is None and own_forward(module) is None and any(forward_slots(module)):
         return "its forward has been replaced already"
     return reason
-
-
-def _patch(path: str, module: nn.Module, recipe: Recipe) -> Patch:
-    original = module.processor if recipe.processor else MethodType(type(module).forward, module)
-    ours = recipe.processor(original) if recipe.processor else MethodType(recipe.counted_forward, module)
-    return Patch(path, module, recipe, original, ours, parts=tuple(map(type, module.modules())))
-
-
-def _grouped(lines: Sequence[Line], component: str) -> list[Line]:
-    """Returns one line for all modules of a kind that were treated alike; a single one keeps its full name."""
-    counts = Counter((line.host, line.text) for line in lines)
-    names = {(line.host, line.text): line.component for line in lines}
-    return [Line(names[key] if n == 1 else component, key[0], n, key[1]) for key, n in counts.items()]

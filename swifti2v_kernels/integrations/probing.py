@@ -90,30 +90,36 @@ def twin(module: nn.Module, dtype: torch.dtype, stand_ins: Sequence[str] = ()) -
     number = (lambda value: value) if stand_ins else _smaller(module)
     children = {name: child for name in stand_ins if (child := module._modules.get(name)) is not None}
     called = {id(p) for child in children.values() for p in child.parameters()}
-    # What the copy has in place of an object: other weights, and nothing of hooks and loans.
-    memo: dict[int, Any] = {}
+    # What the copy has in place of each object.
+    memo: dict[int, Any] = {id(part): type(part).__new__(type(part)) for part in module.modules()}
+
+    def weight(t: Tensor | None) -> Tensor | None:
+        if t is not None and id(t) not in memo:
+            shape = [number(n) for n in t.shape]
+            idle = id(t) in called
+            new = torch.zeros((), dtype=dtype).expand(shape) if idle else _random(t, shape, dtype, generator)
+            memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
+        return None if t is None else memo[id(t)]
+
+    def attribute(name: str, value: Any) -> Any:
+        if name in LENDING:
+            return LENDING[name]
+        if isinstance(value, Tensor):
+            return weight(value)
+        # Anything else is such as a lock, a process group, or what keeps the weights of other modules.
+        copies = isinstance(value, (nn.Module, MethodType, Collection))
+        return number(copy.deepcopy(value, memo) if copies else value)
+
     for part in module.modules():
-        for name, value in (*vars(part).items(), *part._parameters.items(), *part._buffers.items()):
-            if isinstance(value, Tensor):
-                shape = [number(n) for n in value.shape]
-                idle = id(value) in called
-                new = torch.zeros((), dtype=dtype).expand(shape) if idle else _random(value, shape, dtype, generator)
-                memo[id(value)] = nn.Parameter(new, requires_grad=False) if name in part._parameters else new
-            elif name in _HOOKS or name.startswith(_PATCHES):
-                memo[id(value)] = None
-            elif name in _FRESH and name.endswith("_hooks"):
-                memo[id(value)] = {}
-            elif name in LENDING and isinstance(value, list):
-                memo[id(value)] = []
-            elif name not in _FRESH and not isinstance(value, (nn.Module, MethodType, Collection)):
-                memo[id(value)] = value  # such as a lock, a process group, or what keeps the weights of other modules
-    made = copy.deepcopy(module, memo)
-    for part in made.modules():
-        own = {name: number(value) for name, value in _own_attributes(part).items()}
-        lending = {name: value for name, value in LENDING.items() if hasattr(part, name)}
-        for name in vars(part).keys() - _FRESH - own.keys():
-            del part.__dict__[name]
-        part.__dict__ |= own | lending
+        new = memo[id(part)]
+        new.__dict__ |= vars(nn.Module()) | {"training": part.training}
+        new._parameters |= {name: weight(t) for name, t in part._parameters.items()}
+        new._buffers |= {name: weight(t) for name, t in part._buffers.items()}
+        new._modules |= {name: None if child is None else memo[id(child)] for name, child in part._modules.items()}
+    # Afterwards, since a list among them may hold weights.
+    for part in module.modules():
+        memo[id(part)].__dict__ |= {name: attribute(name, value) for name, value in _own_attributes(part).items()}
+    made = memo[id(module)]
     for seed, (name, child) in enumerate(children.items()):
         made._modules[name].forward = _stand_in(child, seed)
     return made
@@ -248,16 +254,11 @@ def _form(module: nn.Module) -> Hashable:
         if isinstance(value, Tensor):
             # A twin has the values of integers too. Many of them are a quantised weight, which is a stand-in's.
             known = not (value.is_floating_point() or value.is_meta) and value.numel() <= _FEW
-            return plain(tuple(value.shape)), plain(value.flatten().tolist()) if known else None
+            return plain(tuple(value.shape)), repr(value.tolist()) if known else None
         if isinstance(value, (tuple, list)):
             return type(value), tuple(map(plain, value))
-        value = number(getattr(value, "__func__", value))
-        try:
-            hash(value)
-        except TypeError:
-            value = id(value)
-        # 1, 1.0 and True are equal.
-        return type(value), value
+        # What has no better one has its address in it, and so is a form of its own.
+        return repr(number(getattr(value, "__func__", value)))
 
     return tuple(
         (name, type(part), part.training, *((key, plain(x)) for key, x in sorted(_own_attributes(part).items())))

@@ -54,26 +54,16 @@ class AttentionCalls:
         """The number of calls that our operator served."""
         return self.implementations.total()
 
-    @property
-    def kinds(self) -> int:
-        """The number of kinds of calls, which is 0 if no call was counted."""
-        return len(self.implementations) + len(self.not_served)
-
-    def serve(self, implementation: str) -> None:
-        """Counts a call that our operator serves by this implementation."""
+    def count(self, served: bool, kind: str) -> None:
+        """Counts a call, by the implementation that serves it or by the reason why it goes where it would have gone."""
         if not torch.compiler.is_compiling():
-            self.implementations[implementation] += 1
-
-    def decline(self, reason: str) -> None:
-        """Counts a call that goes where it would have gone anyway."""
-        if not torch.compiler.is_compiling():
-            self.not_served[reason] += 1
+            (self.implementations if served else self.not_served)[kind] += 1
 
     def refuses(self, *reasons: tuple[bool, str]) -> bool:
         """Returns whether one of these reasons holds, whose call goes where it would have gone; counts the first."""
         reason = next((reason for holds, reason in reasons if holds), None)
         if reason is not None:
-            self.decline(reason)
+            self.count(False, reason)
         return reason is not None
 
     def __str__(self) -> str:
@@ -149,10 +139,10 @@ def attend(
         call: dict[str, Any] = {"scale": scale, "valid_lengths": [valid_lengths], "backend": backend}
         choice = explain(segment_attention, q, [(k, v)], **call)
         if choice.backend == "triton" or backend == "torch":
-            calls.serve(choice.implementation)
+            calls.count(True, choice.implementation)
             return segment_attention(q, [(k, v)], **call)
         reason = choice.reason
-    calls.decline(reason)
+    calls.count(False, reason)
     return None
 
 

@@ -17,7 +17,7 @@ PRINTS = {
     "diffusers_wan_i2v": r"4 x WanAttnProcessor .* segment_attention[\s\S]*video \(1, 9, 3, 32, 48\), finite: True",
     "dit_layer": r"tokens \(2, 72, 256\) -> \(2, 72, 256\), finite: True",
     "joint_attention": r"video \(2, 300, 4, 128\), text \(2, 32, 4, 128\), relative difference \d\.\de[+-]0[03-9]",
-    "vae_decode_4gb": r"peak +3\.\d+ GB \(predicted[\s\S]*in 2 x 4 tiles[\s\S]* all at once: [01] of 255",
+    "vae_decode_4gb": r"peak 3\.\d+ GB, predicted [\s\S]*in 2 x 4 tiles[\s\S]* all at once: [01] of 255",
 }
 
 

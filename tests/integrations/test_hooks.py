@@ -16,12 +16,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from swifti2v_kernels.integrations.diffusers import accelerate, restore
-from swifti2v_kernels.integrations.patching import is_patched
+from tests.integrations.diffusers.test_models import every_family, untouched
 from tests.support.diffusers_models import MODELS, make, run
 from tests.support.tolerances import PARITY, relative_error
 
 WAN = "Wan 2.1 text-to-video"
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def in_blocks(module: nn.Module, *parts: str) -> list[nn.Module]:
@@ -41,44 +40,39 @@ def changed(_: nn.Module, args: Any, out: Any) -> Any:
 @pytest.mark.parametrize(
     "parts", [("norm",), ("to_", "add_"), ("ff", "proj_", "act_")], ids=["norms", "attention", "ff"]
 )
-@every_model
+@every_family
 def test_hooks_of_torch_run(name: str, parts: tuple[str, ...]) -> None:
-    """Hooks on all norms, all projections, or all of the feed-forwards run; those on projections mix tokens."""
+    """Hooks on all norms, all projections, or all of the feed-forwards run; those on projections mix tokens.
+
+    The calls of the modules around them are handed back with that reason.
+    """
     module, inputs = make(name)
     plain = run(module, inputs)
     for part in in_blocks(module, *parts):
         part.register_forward_hook(changed)
     expected = run(module, inputs)
     assert relative_error(expected, plain) > 100 * PARITY
-    accelerate(module)
+    report = accelerate(module)
     assert relative_error(run(module, inputs), expected) < 2 * PARITY
+    assert "a hook on a layer inside" in {line.text.split(": ")[-1] for _, line in report.outcomes()}
 
 
-def overwritten(module: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """Returns the modules that are given or return what is no longer the same after the run."""
-    kept: list[tuple[str, Tensor, Tensor]] = []
-    hooks = []
-    for path, part in module.named_modules():
-
-        def keep(_: nn.Module, args: Any, out: Any, path: str = path) -> None:
-            tensors = [x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, Tensor)]
-            kept.extend((path, x, x.clone()) for x in tensors)
-
-        hooks.append(part.register_forward_hook(keep))
-    run(module, inputs)
-    for hook in hooks:
-        hook.remove()
-    assert len(kept) > 100
-    return {path for path, now, then in kept if not torch.equal(now, then)}
-
-
-@every_model
-def test_what_modules_return_and_are_given_is_not_overwritten(name: str) -> None:
-    """Nothing that a cache could keep between steps is overwritten, but for what diffusers itself overwrites."""
+@every_family
+def test_what_attention_and_layers_return_and_are_given_is_not_overwritten(name: str) -> None:
+    """Nothing that a cache on attention modules and layers could keep between steps is overwritten."""
     module, inputs = make(name)
-    before = overwritten(module, inputs)
     accelerate(module)
-    assert overwritten(module, inputs) <= before
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, args: Any, options: Any, out: Any) -> None:
+        outs = out if isinstance(out, tuple) else (out,)
+        kept.extend((x, x.clone()) for x in (*args, *options.values(), *outs) if isinstance(x, Tensor))
+
+    for part in in_blocks(module, "attn", *"0123"):
+        part.register_forward_hook(keep, with_kwargs=True)
+    run(module, inputs)
+    assert len(kept) > 20
+    assert all(torch.equal(now, then) for now, then in kept)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("Wan")])
@@ -174,12 +168,12 @@ def test_an_attention_backend_that_is_active_for_all(computed: list[Any]) -> Non
         }
 
 
-def test_a_chosen_attention_backend_is_respected_and_handed_back(computed: list[Any]) -> None:
-    """A backend chosen before is left alone and said; one chosen after is used by diffusers' own, and stays there."""
+def test_a_chosen_attention_backend_is_respected(computed: list[Any]) -> None:
+    """A backend chosen before is left alone and said; one chosen after is used by diffusers' own processor."""
     module, inputs = make(WAN)
-    expected, attention = run(module, inputs), [block.attn1 for block in module.blocks]
-    for attn in attention:
-        attn.set_attention_backend("native")
+    expected = run(module, inputs)
+    for block in module.blocks:
+        block.attn1.set_attention_backend("native")
     (line,) = (line for line in accelerate(module, norms=False).left if "backend" in line.text)
     assert (line.count, line.text) == (2, "the attention backend native was chosen for it")
     module.reset_attention_backend()
@@ -188,22 +182,35 @@ def test_a_chosen_attention_backend_is_respected_and_handed_back(computed: list[
     module.set_attention_backend("native")
     assert relative_error(run(module, inputs), expected) < PARITY
     assert [backend.value for backend in computed] == ["native"] * 4
-    restore(module)
-    assert attention[0].processor._attention_backend.value == "native"
 
 
 def test_projections_that_diffusers_fuses_in_between() -> None:
-    """diffusers' own processors for fused projections take our place and give it back: we are restored then."""
+    """Attention with diffusers' processors for fused projections is its own until they are taken out again."""
     module, inputs = make("CogVideoX")
     expected = run(module, inputs)
-    accelerate(module)
+    report = accelerate(module)
     module.fuse_qkv_projections()
-    assert {x.text for x in restore(module).left} == {"replaced or wrapped by others since; left as it is"}
-    assert is_patched(module)
+    assert relative_error(run(module, inputs), expected) < PARITY
+    assert "2 calls: it has another processor, FusedCogVideoXAttnProcessor2_0" in str(report)
     module.unfuse_qkv_projections()
+    run(module, inputs)
+    assert ("served", "2 calls") in {(verb, line.text) for verb, line in report.outcomes()}
     assert not restore(module).left
-    assert not is_patched(module)
+    assert untouched(module)
     assert torch.equal(run(module, inputs), expected)
+
+
+def test_a_processor_of_the_same_name_that_is_set_afterwards_computes() -> None:
+    class WanAttnProcessor(transformer_wan.WanAttnProcessor):
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 2 * super().__call__(*args, **kwargs)
+
+    (module, inputs), (theirs, _) = make(WAN), make(WAN)
+    report = accelerate(module)
+    for model in (module, theirs):
+        model.blocks[0].attn1.set_processor(WanAttnProcessor())
+    assert relative_error(run(module, inputs), run(theirs, inputs)) < PARITY
+    assert f"1 call: it has another processor, WanAttnProcessor of {__name__}" in str(report)
 
 
 def test_pickling_is_refused_with_a_reason_and_states_are_not(tmp_path: Any) -> None:

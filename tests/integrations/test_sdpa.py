@@ -16,8 +16,8 @@ from swifti2v_kernels.integrations.sdpa import replace_sdpa
 from tests.support.tolerances import PARITY, relative_error
 
 
-def qkv(*shape: int, **options: bool) -> list[Tensor]:
-    return [torch.randn(shape or (2, 3, 7, 8), **options) for _ in range(3)]
+def qkv() -> list[Tensor]:
+    return [torch.randn(2, 3, 7, 8) for _ in range(3)]
 
 
 class Attention(nn.Module):
@@ -143,7 +143,8 @@ def test_a_forward_in_another_thread_does_not_open_the_block():
         F.scaled_dot_product_attention(*qkv())
         leave.set()
         thread.join()
-    assert not calls.kinds
+    assert not calls.served
+    assert not calls.not_served
 
 
 def test_compiled_before_or_inside_the_block_it_is_compiled_once_more_and_not_counted():
@@ -170,17 +171,6 @@ def test_autocast_casts_as_before():
     assert actual.dtype == expected.dtype == torch.bfloat16
     assert calls.served == 1
     assert relative_error(actual, expected) < 8e-3
-
-
-def test_served_by_the_reference_it_is_differentiable():
-    q, k, v = qkv(requires_grad=True)
-    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
-    with replace_sdpa(backend="torch") as calls:
-        out = F.scaled_dot_product_attention(q, k, v)
-    actual = torch.autograd.grad(out.square().sum(), (q, k, v))
-    assert calls.served == 1
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < PARITY
 
 
 @pytest.mark.parametrize(

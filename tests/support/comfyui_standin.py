@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,14 +67,9 @@ def install(patch: pytest.MonkeyPatch) -> ModuleType:
     """Puts ``comfy.ldm.modules.attention``, which is returned, and ``comfy.patcher_extension`` where imports look."""
     attention, extension = ModuleType("comfy.ldm.modules.attention"), ModuleType("comfy.patcher_extension")
     attention.wrap_attn = wrap_attn  # type: ignore[attr-defined]
-    attention.optimized_attention = attention_pytorch  # type: ignore[attr-defined]
     extension.WrappersMP = WrappersMP  # type: ignore[attr-defined]
-    names = attention.__name__.split(".")
-    for i in range(1, len(names)):
-        package = ModuleType(".".join(names[:i]))
-        package.__path__ = []
-        patch.setitem(sys.modules, package.__name__, package)
-    for module in (attention, extension):
+    for module in (*map(ModuleType, ("comfy", "comfy.ldm", "comfy.ldm.modules")), attention, extension):
+        module.__path__ = []
         patch.setitem(sys.modules, module.__name__, module)
     return attention
 
@@ -114,14 +109,6 @@ class WanModel_S2V(WanModel):
 
     def forward(self, x: Tensor, context: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         return super().forward(x, context, {})
-
-
-class BaseModel(nn.Module):
-    """The object that a patcher of a diffusion model holds, as in comfy/model_base.py."""
-
-    def __init__(self, diffusion_model: nn.Module) -> None:
-        super().__init__()
-        self.diffusion_model = diffusion_model
 
 
 # comfy/model_patcher.py and comfy/model_management.py
@@ -214,19 +201,9 @@ class VAE:
 
 
 def load_custom_node(path: Path) -> tuple[dict[str, type], dict[str, str]]:
-    """Imports a folder of ``custom_nodes`` as ComfyUI does: under a name made of its path, not of its package."""
-    name = str(path).replace(".", "_x_")
-    location = path / "__init__.py" if path.is_dir() else path
-    spec = importlib.util.spec_from_file_location(name, os.fspath(location))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]  # ComfyUI keeps it; tests do not
-    return module.NODE_CLASS_MAPPINGS, module.NODE_DISPLAY_NAME_MAPPINGS
+    """Runs a folder of ``custom_nodes`` as ComfyUI does: under a name made of its path, not of its package."""
+    names = runpy.run_path(os.fspath(path / "__init__.py"), run_name=str(path).replace(".", "_x_"))
+    return names["NODE_CLASS_MAPPINGS"], names["NODE_DISPLAY_NAME_MAPPINGS"]
 
 
 def execute(node: type, **given: Any) -> tuple[Any, ...]:

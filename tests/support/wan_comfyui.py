@@ -135,24 +135,7 @@ class WanVAE(WanVAE_):
             return super()._decode(z)
         chunks = _chunks(self.post_quant_conv(z))
         slots = [None] * 64 if len(chunks) > 1 else None
-        layers = [m for block in self.decoder.up_blocks for m in (*block.resnets, *(block.upsamplers or ()))]
-        out = []
-        for x in chunks:
-            index = [0]
-            x = self.decoder.mid_block(cached(self.decoder.conv_in, x, slots, index), slots, index)
-            out += self._pieces(layers, x, slots, index)
-        return SimpleNamespace(sample=torch.cat(out, dim=2))
-
-    def _pieces(self, layers, x, slots, index):
-        """Yields what is decoded: where there are more than two frames, it goes on with two at a time."""
-        part = self.decoder
-        if not layers:
-            yield cached(part.conv_out, part.nonlinearity(part.norm_out(x)), slots, index)
-            return
-        x = layers[0](x, slots, index)
-        splits = getattr(layers[0], "mode", None) == "upsample3d" and x.shape[2] > 2
-        for piece in x.split(2, dim=2) if splits else [x]:
-            yield from self._pieces(layers[1:], piece, slots, list(index) if splits else index)
+        return SimpleNamespace(sample=torch.cat([self.decoder(x, slots, [0]) for x in chunks], dim=2))
 
 
 def _chunks(x):

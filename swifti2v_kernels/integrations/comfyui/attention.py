@@ -9,7 +9,6 @@ before it runs. So the node promises nothing, and after every sampling run the l
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import obstacles
+from ..patching import no_kernel_on
 from ..recipe import check
 from ..sdpa import AttentionCalls, attend
 
@@ -42,7 +41,7 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
             :func:`swifti2v_kernels.integrations.sdpa.replace_sdpa`.
 
     Returns:
-        The clone, and the counts of its attention calls, which grow as it runs.
+        The clone, and the counts of its attention calls in the last run.
 
     Raises:
         HostChanged: this version of ComfyUI has no such override, or its patcher another interface.
@@ -66,7 +65,7 @@ def accelerate_attention(model: Any, backend: str = "auto") -> tuple[Any, Attent
         name,
     )
     device = getattr(model, "load_device", None)
-    if backend != "torch" and device is not None and (reason := obstacles.on_device(device)) is not None:
+    if backend != "torch" and device is not None and (reason := no_kernel_on(device)) is not None:
         _log.warning("SwiftI2V attention: no kernel runs here, ComfyUI computes: %s", reason)
     return patched, calls
 
@@ -75,14 +74,13 @@ def _telling(calls: AttentionCalls, name: str) -> Callable[..., Any]:
     """Returns the wrapper of a sampling run that reports the run's calls."""
 
     def told(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = copy.deepcopy(calls)
+        calls.implementations.clear()
+        calls.not_served.clear()
         try:
             return run(*args, **kwargs)
         finally:
-            implementations = calls.implementations - before.implementations
-            made = AttentionCalls(implementations, calls.not_served - before.not_served)
-            if made.kinds:
-                _log.info("SwiftI2V attention of %s, in this run: %s", name, made)
+            if calls.served or calls.not_served:
+                _log.info("SwiftI2V attention of %s, in this run: %s", name, calls)
             else:
                 _log.warning(
                     "SwiftI2V attention: no call of the override by %s was counted in this run, so nothing was"
@@ -101,10 +99,7 @@ def make_override(calls: AttentionCalls, previous: Override | None, backend: str
     """
 
     def override(function: Override, *args: Any, **kwargs: Any) -> Tensor:
-        kinds = calls.kinds
         out = _serve(calls, backend, *args, **kwargs)
-        if calls.kinds > kinds:
-            _log.info("SwiftI2V attention, so far: %s", calls)
         if out is not None:
             return out
         return function(*args, **kwargs) if previous is None else previous(function, *args, **kwargs)

@@ -15,9 +15,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .. import obstacles
-from ..patching import Line, Report, plan_patches, table
-from ..recipe import check
+from ..patching import Line, Report, no_kernel_on, plan_patches, table
+from ..recipe import PATCH, check
 from .attention import CHANGED
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def accelerate_vae(vae: Any) -> tuple[Any, Report]:
         patched.__class__ = _telling(type(vae), report)
     _log.info("%s", report)
     device = getattr(vae, "device", None)
-    if device is not None and (reason := obstacles.on_device(device)) is not None:
+    if device is not None and (reason := no_kernel_on(device)) is not None:
         _log.warning("SwiftI2V VAE: no kernel runs here, PyTorch computes: %s", reason)
     return patched, report
 
@@ -89,11 +88,11 @@ def _plan(module: Any) -> tuple[dict[str, MethodType], Report]:
     if not isinstance(module, nn.Module):
         return {}, Report(title, left=[other])
     if module not in _PLANS:
-        from ..wan_vae.recipes import ORIGINAL_RECIPES
+        from ..wan_vae.recipes import RECIPES
 
-        patches, replaced, left = plan_patches(name, module, ORIGINAL_RECIPES, {"vae": True})
+        patches, replaced, left = plan_patches(name, module, RECIPES, {"vae": True})
         for patch in patches:
-            patch.count()
+            patch.module.__dict__[PATCH] = patch  # counts its calls
         report = Report(title, replaced=replaced, left=left if patches else [other], planned=[(name, None, patches)])
         _PLANS[module] = {f"{patch.name[len(name) + 1 :]}.forward": patch.replacement for patch in patches}, report
     return _PLANS[module]

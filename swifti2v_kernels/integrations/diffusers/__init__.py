@@ -3,11 +3,10 @@
     from swifti2v_kernels.integrations.diffusers import accelerate
     accelerate(pipe)
 
-Attention processors are replaced through diffusers' own interface; the adaptive norms and residuals of a layer, for
-which there is none, by the ``forward`` of the layer's module, beneath whatever hooks it has. Weights are neither copied
-nor converted: projections are called as modules, so LoRA, offloading and quantised linear layers keep working. Known
-are Wan (2.1, 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX, Mochi, and the Wan VAE.
-:class:`DiffusersWanWindow` makes a Wan transformer a model that is sampled segment by segment.
+The ``forward`` of attention modules and of layers is replaced, beneath whatever hooks these have; attention processors
+stay where they are. Weights are neither copied nor converted: projections are called as modules, so LoRA, offloading
+and quantised linear layers keep working. Known are Wan (2.1, 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX,
+Mochi, and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan transformer a model that is sampled segment by segment.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def accelerate(
     Args:
         pipe_or_module: a ``DiffusionPipeline``, or one of its models. A model that was accelerated before is restored
             first, so the last call decides.
-        attention: whether to replace attention processors: norm and rotation of queries and keys are fused, text and
+        attention: whether to replace attention: norm and rotation of queries and keys are fused, text and
             video read as two sources instead of being concatenated.
         norms: whether to replace the adaptive norms, gates and residuals of the layers.
         vae: whether to replace the convolutions, norms and upsampling of the Wan VAE.
@@ -63,10 +62,9 @@ def accelerate(
     import diffusers
 
     from ..wan_vae.recipes import RECIPES as WAN_VAE
-    from . import cogvideox, hunyuan_video, ltx_video, mochi, wan
+    from . import cross, joint
 
-    families = (wan.RECIPES, hunyuan_video.RECIPES, ltx_video.RECIPES, cogvideox.RECIPES, mochi.RECIPES, WAN_VAE)
-    recipes = [replace(recipe, package="diffusers") for family in families for recipe in family]
+    recipes = [*(replace(recipe, package="diffusers") for recipe in cross.RECIPES + joint.RECIPES), *WAN_VAE]
     wanted = {"attention": attention, "norms": norms, "vae": vae}
     report = Report(f"swifti2v_kernels in {type(pipe_or_module).__name__} (diffusers {diffusers.__version__})", dry_run)
     patch_models(report, models_in(pipe_or_module, "pipe_or_module"), recipes, wanted)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...csg.plan import Window
 from ..recipe import HostChanged, check
-from .wan import TEXT_TOKENS
+from .cross import TEXT_TOKENS
 
 #: The noisiest timestep of Wan.
 _TIMESTEPS = 1000
@@ -44,7 +44,6 @@ class DiffusersWanWindow:
         text: embeddings ``[1 or B, L, text_dim]``; with a CLIP branch L is 512.
         image: CLIP tokens for a transformer that has an image embedding, as its pipeline makes them, for as many batch
             entries as ``text``; else None.
-        attention_kwargs: passed on to the transformer, such as ``{"scale": 0.5}`` for a LoRA.
 
     Raises:
         HostChanged: the transformer lacks something that is read of it; the message names it.
@@ -56,14 +55,7 @@ class DiffusersWanWindow:
         >>> segments = sample_segments(model, reference, sigmas=sigmas, seed=0, **options)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        text: Tensor,
-        image: Tensor | None = None,
-        *,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, transformer: nn.Module, text: Tensor, image: Tensor | None = None) -> None:
         message = f"transformer: {type(transformer).__name__} is not the WanTransformer3DModel of diffusers that this"
         check(f"{message} adapter was written for: it", transformer, *_NEEDS)
         config: Any = transformer.config
@@ -76,7 +68,7 @@ class DiffusersWanWindow:
             if config.image_dim is None:
                 raise ValueError("image: expected None, since the transformer has no image embedding")
             raise ValueError(f"image: expected CLIP tokens [B, L, {config.image_dim}], got None")
-        self.transformer, self.text, self.image, self.attention_kwargs = transformer, text, image, attention_kwargs
+        self.transformer, self.text, self.image = transformer, text, image
         self._blocks: tuple[int, ...] = ()
         self._placed = False
         # Left out of a compiled graph, which would otherwise hold the positions and be traced anew for every window.
@@ -147,7 +139,6 @@ class DiffusersWanWindow:
                 timestep=timestep,
                 encoder_hidden_states=text,
                 encoder_hidden_states_image=image,
-                attention_kwargs=self.attention_kwargs,
                 return_dict=False,
             )[0]
         finally:

@@ -21,14 +21,11 @@ from ..norms import BY
 from ..patching import Report, models_in, patch_models, restore
 from ..recipe import Recipe
 from ..sdpa import AttentionCalls
-from .dit import FUNCTION, Attention, layer_forward
-from .probes import layer_probe, self_attention_probe
+from .dit import FUNCTION, Attention, layer_forward, layer_probe, self_attention_probe
 
 __all__ = ["Report", "accelerate", "restore"]
 
 _CROSS = ("WanT2VCrossAttention", "WanI2VCrossAttention", "WanCrossAttention")
-_PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads", "head_dim", "window_size")
-_LAYER = ("modulation", "norm1.eps", "self_attn", "norm3", "cross_attn", "norm2.eps", "ffn")
 
 
 def accelerate(
@@ -78,17 +75,15 @@ def accelerate(
 
 
 def _recipes(attention: Attention) -> tuple[Recipe, ...]:
-    from ..wan_vae.recipes import ORIGINAL_RECIPES
+    from ..wan_vae.recipes import RECIPES
 
     by, ours = "segment_attention", {"fits": _other_attention, "served_apart": True}
     proved = {**ours, "own": attention.forward, "probe": self_attention_probe}
     return (
-        Recipe(
-            "WanSelfAttention", "attention", f"qk_norm_rope, {by}", _PROJECTIONS, attention.self_attention, **proved
-        ),
-        *(Recipe(host, "attention", by, (), attention.cross_attention, **ours) for host in _CROSS),
-        Recipe("WanAttentionBlock", "norms", BY, _LAYER, layer_forward, probe=layer_probe),
-        *ORIGINAL_RECIPES,
+        Recipe("WanSelfAttention", "attention", f"qk_norm_rope, {by}", attention.self_attention, **proved),
+        *(Recipe(host, "attention", by, attention.cross_attention, **ours) for host in _CROSS),
+        Recipe("WanAttentionBlock", "norms", BY, layer_forward, apart=("self_attn", "cross_attn"), probe=layer_probe),
+        *RECIPES,
     )
 
 

@@ -1,8 +1,10 @@
 """The computations of a Wan VAE's layers on our operators, for hosts that hand over ``[B, C, T, h, w]`` and a cache.
 
 The functions know no host: they are given a layer's parts. Frames are channels last inside and stay so on their way
-out, as a view ``[B, C, T, h, w]``: the next layer of ours then reads them without a copy. Weights are laid out, and
-those of an upsampling folded, at every call, since they may be others at the next one.
+out, as a view ``[B, C, T, h, w]``: the next layer of ours then reads them without a copy. Weights are read
+and laid out, and those of an upsampling folded, at every call: offloading moves them, casting hooks change their dtype.
+ComfyUI keeps weights elsewhere too, but has a function that lends them (``comfy.ops.cast_bias_weight``), which
+:func:`lent` uses.
 
 The hosts' protocol of caching is kept, so that replaced and original layers may stand side by side and change between
 two chunks of a clip. ``feat_cache`` is a list of slots, ``feat_idx[0]`` the next one, and each convolution in time
@@ -13,7 +15,11 @@ slot before, unless ``joins`` is off: ComfyUI's 2.1 forgets it.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, MutableSequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +27,8 @@ from torch import Tensor, nn
 
 from ...conv.causal_conv3d import causal_conv3d
 from ...conv.upsample_conv2d import fold_upsample_weight, upsample_conv2d
-from ...norm.adaln import norm_modulate
 from ...norm.rms_norm_silu import rms_norm_silu
-from .weights import channels_last, lent
+from ..probing import LENDING
 
 #: Frames in a slot.
 HISTORY = 2
@@ -54,18 +59,16 @@ def from_frames(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3)
 
 
-def time_padding(conv: nn.Conv3d) -> int:
-    """Returns the number of zero frames that the host puts before a clip."""
-    return conv._padding if isinstance(conv._padding, int) else conv._padding[4]
+def paddings(conv: nn.Conv3d) -> tuple[int, tuple[int, int, int, int]]:
+    """Returns the zero frames that the host puts before a clip, and the zeros above, below, left and right of each.
 
-
-def frame_padding(conv: nn.Conv3d) -> tuple[int, int, int, int]:
-    """Returns the zeros above, below, left and right, which ComfyUI leaves to the convolution and others keep apart."""
+    The latter ComfyUI leaves to the convolution; others keep all of them apart.
+    """
     if isinstance(conv._padding, int):
         _, rows, columns = conv.padding
-        return rows, rows, columns, columns
-    left, right, top, bottom = conv._padding[:4]
-    return top, bottom, left, right
+        return conv._padding, (rows, rows, columns, columns)
+    left, right, top, bottom, before, _ = conv._padding
+    return before, (top, bottom, left, right)
 
 
 def residual_block(
@@ -78,8 +81,7 @@ def residual_block(
         slot = None if feat_cache is None else feat_cache[index]
         y = convolve(hidden, conv, slot, **options)
         if feat_cache is not None:
-            # These frames belong to nobody else.
-            feat_cache[index] = _next_slot(hidden, slot if joins else None, own=True)
+            feat_cache[index] = _next_slot(hidden, slot if joins else None)
             feat_idx[0] += 1
         return y
 
@@ -111,7 +113,7 @@ def resample(
             feat_cache[index] = FIRST
         elif in_time:
             slot = None if isinstance(slot, str) else slot
-            feat_cache[index] = _next_slot(frames, slot if joins else None, own=False)
+            feat_cache[index] = _next_slot(frames, slot if joins else None)
             frames = _double_frames(frames, layer.time_conv, slot)
         with lent(conv, frames) as (weight, bias):
             return from_frames(upsample_conv2d(frames, fold_upsample_weight(weight), bias))
@@ -130,38 +132,23 @@ def resample(
 
 def convolve(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None, **options: Any) -> Tensor:
     """Computes one of the hosts' causal convolutions; ``options`` as for :func:`swifti2v_kernels.causal_conv3d`."""
-    before = time_padding(conv)
+    before, padding = paddings(conv)
     past = None if slot is None or before == 0 else to_frames(slot.to(frames))[:, -before:]
     with lent(conv, frames) as (weight, bias):
-        options |= {"past": past, "stride": conv.stride, "padding": frame_padding(conv)}
+        options |= {"past": past, "stride": conv.stride, "padding": padding}
         return causal_conv3d(frames, channels_last(weight), bias, **options)
-
-
-def normalize(x: Tensor, norm: nn.Module) -> Tensor | None:
-    """Returns the RMSNorm over the channels of ``[B, C, ...]``, or None if they do not lie last in memory."""
-    pixels = x.movedim(1, -1)
-    if not pixels.is_contiguous():
-        return None
-    channels = pixels.shape[-1]
-    # The mean square of a pixel is bounded from below by what the hosts bound its length with.
-    y = norm_modulate(
-        pixels.view(pixels.shape[0], -1, channels), norm="rms", weight=_gain(norm, x), eps=1e-24 / channels
-    )
-    return y.view(pixels.shape).movedim(-1, 1)
 
 
 def _gain(norm: nn.Module, like: Tensor) -> Tensor:
     return norm.gamma.flatten().to(like.dtype)
 
 
-def _next_slot(frames: Tensor, slot: Tensor | None, *, own: bool) -> Tensor:
+def _next_slot(frames: Tensor, slot: Tensor | None) -> Tensor:
     """Returns the last frames of a clip so far, without keeping alive what else is in their memory."""
     if frames.shape[1] < HISTORY and slot is not None:
         last = frames.new_empty(frames.shape[0], HISTORY, *frames.shape[2:])
         last[:, :1] = to_frames(slot)[:, -1:]
         last[:, 1:] = frames
-    elif own and frames.shape[1] <= HISTORY:
-        last = frames
     else:
         last = frames[:, -HISTORY:].clone(memory_format=torch.contiguous_format)
     return from_frames(last)
@@ -177,3 +164,59 @@ def _double_frames(frames: Tensor, conv: nn.Conv3d, slot: Tensor | None) -> Tens
             # Each half of the features is every second frame and is written there.
             causal_conv3d(frames, half, biases[i], past=past, out=out[:, i::2])
     return out
+
+
+def unreadable(x: Tensor, module: nn.Module) -> str | None:
+    """Returns why the module's own parameters cannot be used with ``x`` as they are, or after its host's cast.
+
+    None if they can: they are on the device of ``x`` in its dtype, or in another that autocast casts.
+    """
+    casts = torch.is_autocast_enabled(x.device.type)
+    if _is_lent(module):
+        if _lender() is None:
+            return "this version of ComfyUI does not lend its weights"
+        return "autocast, and ComfyUI casts too" if casts else None
+    for p in module._parameters.values():
+        if p is None:
+            continue
+        if type(p) not in (Tensor, nn.Parameter):
+            return f"quantised weights, {type(p).__name__}"
+        if p.device != x.device or (p.dtype != x.dtype and not casts):
+            return f"weights in {p.dtype} on {p.device} for frames in {x.dtype} on {x.device}"
+    return None
+
+
+@contextlib.contextmanager
+def lent(conv: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Lends the weight and bias of a convolution, in the dtype of ``x``, while the block runs."""
+    lender = _lender() if _is_lent(conv) else None
+    loan = (conv.weight, conv.bias) if lender is None else lender.cast_bias_weight(conv, x, offloadable=True)
+    weight, bias = loan[:2]
+    try:
+        yield weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    finally:
+        if lender is not None:
+            lender.uncast_bias_weight(conv, *loan)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """Returns ``[C', C, kt, kh, kw]`` as the operators read it; a ``[C', C, kh, kw]`` one gets one tap in time.
+
+    It is copied unless it lies so already; that is small beside the convolution, which reads every weight once a pixel.
+    """
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
+    return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+
+def _is_lent(module: nn.Module) -> bool:
+    """Returns whether ComfyUI casts, moves or patches this module's weights at every call."""
+    return any(getattr(module, name, None) for name in LENDING)
+
+
+def _lender() -> ModuleType | None:
+    """Returns ComfyUI's module of operators if it lends weights, else None: with older versions the host computes."""
+    ops = sys.modules.get("comfy.ops")
+    lend = getattr(ops, "cast_bias_weight", None)
+    if lend is None or not hasattr(ops, "uncast_bias_weight"):
+        return None
+    return ops if "offloadable" in inspect.signature(lend).parameters else None

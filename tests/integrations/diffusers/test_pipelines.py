@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from swifti2v_kernels.integrations.diffusers import HostChanged, accelerate, restore
-from swifti2v_kernels.integrations.patching import is_patched
+from tests.integrations.diffusers.test_models import untouched
 from tests.support.tolerances import PARITY, relative_error
 
 
-def wan_pipeline(**options: Any) -> diffusers.WanImageToVideoPipeline:
+def wan_pipeline() -> diffusers.WanImageToVideoPipeline:
     """Returns a tiny pipeline with the two experts of Wan2.2 A14B; its text encoder is there, embeddings are given."""
     torch.manual_seed(0)
 
@@ -43,7 +39,6 @@ def wan_pipeline(**options: Any) -> diffusers.WanImageToVideoPipeline:
         transformer=transformer(),
         transformer_2=transformer(),
         boundary_ratio=0.9,
-        **options,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -79,35 +74,6 @@ def test_a_pipeline_gives_the_same_video_and_is_restored(capsys: pytest.CaptureF
     assert torch.equal(frames(pipe), expected)
 
 
-@pytest.mark.compatibility("LoRA", model="Wan pipeline (two experts, VAE 2.1)")
-@pytest.mark.parametrize("first", ["accelerate", "LoRA"])
-def test_lora_files_are_loaded_by_the_pipeline(first: str, tmp_path: Path) -> None:
-    names = [f"blocks.{i}.{attn}.{part}" for i in range(2) for attn in ("attn1", "attn2") for part in ("to_q", "to_v")]
-    torch.manual_seed(1)
-    state = {}
-    for name in names:
-        state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, 24)
-        state[f"transformer.{name}.lora_B.weight"] = torch.randn(24, 4)
-    save_file(state, tmp_path / "lora.safetensors")
-    plain = wan_pipeline()
-    base = frames(plain)
-    plain.load_lora_weights(tmp_path / "lora.safetensors")
-    expected = frames(plain)
-    assert relative_error(expected, base) > 100 * PARITY
-    pipe = wan_pipeline()
-    if first == "accelerate":
-        accelerate(pipe)
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
-    if first == "LoRA":
-        accelerate(pipe)
-    assert relative_error(frames(pipe), expected) < PARITY
-    pipe.unload_lora_weights()
-    assert relative_error(frames(pipe), base) < PARITY
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
-    pipe.fuse_lora()
-    assert relative_error(frames(pipe), expected) < PARITY
-
-
 def test_all_models_of_a_pipeline_or_none() -> None:
     """The first expert is not patched if the second has lost an attribute."""
     pipe = wan_pipeline()
@@ -119,5 +85,5 @@ def test_all_models_of_a_pipeline_or_none() -> None:
     ):
         accelerate(pipe)
     pipe.transformer_2.blocks[1].attn2.norm_k = lost
-    assert not any(is_patched(part) for part in (pipe.transformer, pipe.transformer_2, pipe.vae))
+    assert all(map(untouched, (pipe.transformer, pipe.transformer_2, pipe.vae)))
     assert torch.equal(frames(pipe), expected)

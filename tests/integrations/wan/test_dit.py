@@ -96,7 +96,6 @@ ARGUMENTS = {
     "plain": {},
     "lengths": {"k_lens": torch.tensor([7, 4])},
     "equal lengths": {"k_lens": torch.tensor([5, 5])},
-    "int32 lengths": {"k_lens": torch.tensor([7, 1], dtype=torch.int32)},
     "scales": {"softmax_scale": 0.2, "q_scale": 1.5},
     "version, deterministic": {"version": 2, "deterministic": True},
     "float16": {"dtype": torch.float16},
@@ -190,10 +189,10 @@ def test_gradients_are_the_hosts(exact):
         assert name.endswith("cross_attn.k.bias") or relative_error(a, b) < 10 * PARITY, name
 
 
-def test_hooks_of_the_host_stay_around_the_replacements(exact):
+def test_hooks_of_the_host_run(exact):
+    """Hooks around a layer stay around ours; one inside has the host's own code called, in which it runs."""
     host, given = make(), inputs()
-    expected, ran, kept = host(*given), [], []
-    host.blocks[1].self_attn.q.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    expected, ran = host(*given), []
 
     class Watch(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -207,7 +206,6 @@ def test_hooks_of_the_host_stay_around_the_replacements(exact):
     assert sum(line.count for line in report.replaced) == 6
     assert relative_error(host(*given), expected) < PARITY
     assert ran == hooked
-    assert torch.equal(*kept[0])
     assert not restore(host).left
     assert torch.equal(host(*given), expected)
 
@@ -237,29 +235,6 @@ def test_unknown_relatives_are_left_and_named(capsys):
     assert capsys.readouterr().out.strip() == str(report)
 
 
-def test_a_layer_that_lacks_something_is_left_and_named():
-    host = make()
-    del host.blocks[1].norm2.eps
-    report = accelerate(host)
-    assert [(x.component, x.text) for x in report.left] == [("WanModel.blocks.1", "no attribute 'norm2.eps'")]
-
-
-def test_a_failure_while_applying_undoes_what_was_applied(monkeypatch):
-    first, second = make(), make()
-    pipeline = SimpleNamespace(high_noise_model=first, low_noise_model=second, rank=0)
-
-    def refuse(self: nn.Module, name: str, value: Any) -> None:
-        if name == "forward" and self is second.blocks[1].self_attn:
-            raise RuntimeError("refused")
-        nn.Module.__setattr__(self, name, value)
-
-    monkeypatch.setattr(model.WanSelfAttention, "__setattr__", refuse)
-    with pytest.raises(RuntimeError, match="refused"):
-        accelerate(pipeline)
-    assert untouched(first)
-    assert untouched(second)
-
-
 def test_the_models_of_pipeline_objects_are_found(exact):
     """The two experts and what the VAE object wraps are found; a dry run changes nothing, and the last call decides."""
     pipeline = SimpleNamespace(
@@ -278,6 +253,21 @@ def test_the_models_of_pipeline_objects_are_found(exact):
     restore(pipeline)
     assert untouched(pipeline.high_noise_model)
     assert untouched(pipeline.low_noise_model)
+
+
+def test_a_failure_while_replacing_undoes_what_was_replaced(monkeypatch):
+    first, second = make(), make()
+
+    def refuse(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward" and self is second.blocks[1].self_attn:
+            raise RuntimeError("refused")
+        nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(model.WanSelfAttention, "__setattr__", refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        accelerate(SimpleNamespace(high_noise_model=first, low_noise_model=second))
+    assert untouched(first)
+    assert untouched(second)
 
 
 def test_bad_arguments():

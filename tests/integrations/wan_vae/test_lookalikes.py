@@ -13,7 +13,7 @@ from swifti2v_kernels.common.dispatch import default_backend
 from swifti2v_kernels.integrations.patching import plan_patches
 from swifti2v_kernels.integrations.probing import DIFFERS
 from swifti2v_kernels.integrations.wan import accelerate
-from swifti2v_kernels.integrations.wan_vae.recipes import ORIGINAL_RECIPES
+from swifti2v_kernels.integrations.wan_vae.recipes import RECIPES
 from tests.support.products import half
 from tests.support.tolerances import PARITY, relative_error
 from tests.support.wan_original import CausalConv3d, Resample, ResidualBlock, RMS_norm, imitate, wan_vae
@@ -34,7 +34,7 @@ def coded(vae: Any) -> torch.Tensor:
 
 def plan(root: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     """Returns how many modules of each kind are to be replaced, and why others are left."""
-    _, replaced, left = plan_patches("vae", root, ORIGINAL_RECIPES, {"vae": True})
+    _, replaced, left = plan_patches("vae", root, RECIPES, {"vae": True})
     return {line.host: line.count for line in replaced}, {line.host: line.text for line in left}
 
 
@@ -59,52 +59,33 @@ def slots_in_reverse(self: Any, x: torch.Tensor, feat_cache: Any, feat_idx: Any)
     return y
 
 
-def smooth(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
-    y = Resample.forward(self, x, *cache)
-    return y + 0.1 * y.roll(1, dims=-1) if self.mode.startswith("up") else y
-
-
 def changed_input(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
     y = Resample.forward(self, x, *cache)
     x.zero_()
     return y
 
 
-def first_frame_repeated(self: Any, x: torch.Tensor, cache_x: Any = None) -> torch.Tensor:
-    if cache_x is None and self._padding[4]:
-        cache_x = x[:, :, :1].repeat(1, 1, self._padding[4], 1, 1)
-    return CausalConv3d.forward(self, x, cache_x)
-
-
-def needs_a_gpu(self: Any, x: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("no GPU here\nand more")
-
-
 #: The kind that each imitates, and its forward; DiffSynth-Studio's layers hand cache and index back.
 LOOKALIKES = {
     "scaled branch": ("ResidualBlock", layer(scaled_branch)),
     "slots in reverse": ("ResidualBlock", layer(slots_in_reverse)),
-    "smooth": ("Resample", layer(smooth)),
-    "changed input": ("Resample", layer(changed_input)),
-    "first frame repeated": ("CausalConv3d", first_frame_repeated),
     "epsilon": ("RMS_norm", lambda self, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.gamma),
-    "float32": ("RMS_norm", lambda self, x: RMS_norm.forward(self, x.float())),
+    "changed input": ("Resample", layer(changed_input)),
     "hands back": ("Resample", layer(lambda self, x, *cache: (Resample.forward(self, x, *cache), *cache))),
-    "needs a GPU": ("RMS_norm", needs_a_gpu),
 }
 
 
 @pytest.mark.parametrize("case", half(LOOKALIKES))
 def test_a_lookalike_is_left_with_the_reason_and_computes_as_before(case):
     """The residual block and whatever else calls the imitated module is left too, and the rest is replaced."""
-    vae, (kind, forward), runs = wan_vae(), LOOKALIKES[case], case not in ("hands back", "needs a GPU")
+    vae, (kind, forward) = wan_vae(), LOOKALIKES[case]
     imitate(vae, kind, forward)
-    expected = coded(vae) if runs else None
+    expected = None if case == "hands back" else coded(vae)
     report = accelerate(vae)
-    reason = "its forward could not be tried: RuntimeError: no GPU here" if case == "needs a GPU" else DIFFERS
-    texts = [line.text for line in report.left if line.host == kind]
-    assert texts
-    assert all(text.startswith(reason) for text in texts)
+    left = "ResidualBlock" if kind == "RMS_norm" else kind
+    reasons = [line.text for line in report.left if line.host == left]
+    assert reasons
+    assert all(reason.startswith(DIFFERS) for reason in reasons)
     assert report.replaced
     if expected is not None:
         assert relative_error(coded(vae), expected) < PARITY
@@ -154,7 +135,7 @@ def test_whatever_weights_a_layer_has_its_code_is_tried(weights):
     imitate(lookalikes, "ResidualBlock", layer(scaled_branch))
     WEIGHTS[weights](layers)
     WEIGHTS[weights](lookalikes)
-    assert plan(layers) == ({"ResidualBlock": 1, "Resample": 1, "CausalConv3d": 4, "RMS_norm": 2}, {})
+    assert plan(layers) == ({"ResidualBlock": 1, "Resample": 1, "CausalConv3d": 4}, {})
     assert plan(lookalikes)[1] == {"ResidualBlock": DIFFERS}
 
 
@@ -226,11 +207,9 @@ def test_modules_with_equal_twins_are_tried_once(monkeypatch):
 
 #: A kind, and inputs for which it computes something else.
 RARE = {
-    "one frame": (CausalConv3d, lambda x, slot: x.shape[2] == 1),
     "one entry": (CausalConv3d, lambda x, slot: len(x) == 1),
     "float32": (CausalConv3d, lambda x, slot: x.dtype == torch.float32),
     "8 columns": (CausalConv3d, lambda x, slot: x.shape[-1] >= 8),
-    "layer of three frames": (ResidualBlock, lambda x, cache, index: x.shape[2] == 3),
     "chunk of four frames": (ResidualBlock, lambda x, cache, index: cache and x.shape[2] == 4),
 }
 
@@ -269,31 +248,3 @@ def test_values_of_integers_and_modes_are_other_forms():
 
 def test_dropout_of_a_layer_in_training_is_no_difference():
     assert not plan(nn.ModuleList([ResidualBlock(4, 8, dropout=0.5)]).train())[1]
-
-
-class Halved(nn.Module):
-    """Wraps a norm and has its weight."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm, self.gamma = norm, norm.gamma
-
-    def forward(self, x):
-        return 0.5 * self.norm(x)
-
-
-SWAPS = {
-    "wrapped norm": lambda parts: parts.__setitem__(0, Halved(parts[0])),
-    "dropout": lambda parts: parts.__setitem__(5, nn.Hardtanh(-0.1, 0.1)),
-}
-
-
-@pytest.mark.parametrize("swap", SWAPS)
-def test_a_part_that_is_replaced_later_is_the_hosts(swap):
-    vae, theirs = (wan_vae() for _ in range(2))
-    theirs.load_state_dict(vae.state_dict())
-    report = accelerate(vae)
-    for each in (vae, theirs):
-        SWAPS[swap](each.decoder.mid_block.resnets[0].residual)
-    assert relative_error(coded(vae), coded(theirs)) < PARITY
-    assert "a part of it was replaced" in str(report)

@@ -8,13 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swifti2v_kernels.integrations.comfyui import NODE_CLASS_MAPPINGS
-from swifti2v_kernels.integrations.comfyui.attention import KEY
 from swifti2v_kernels.integrations.sdpa import replace_sdpa
 from swifti2v_kernels.integrations.wan import accelerate, restore
-from tests.support import comfyui_standin as comfy
 from tests.support.operators_called import Operators
-from tests.support.tolerances import KERNEL, KERNEL_PARITY, OPERATOR, relative_error
+from tests.support.tolerances import KERNEL, OPERATOR, relative_error
 from tests.support.wan_standin import attention, model
 
 
@@ -53,19 +50,3 @@ def test_the_original_wan_code_is_served_by_the_kernels():
     assert relative_error(actual, expected) < OPERATOR["bfloat16"]
     restore(host)
     assert torch.equal(host(*given), expected)
-
-
-def test_the_comfyui_node_serves_by_the_kernel(monkeypatch):
-    comfy.install(monkeypatch)
-    torch.manual_seed(0)
-    wan = comfy.ModelPatcher(comfy.BaseModel(comfy.WanModel(dim=128)))
-    inputs = torch.randn(2, 40, 128), torch.randn(2, 33, 128)
-    expected = comfy.run(wan, *inputs)
-    (patched,) = comfy.execute(NODE_CLASS_MAPPINGS["SwiftI2VAttention"], model=wan)
-    assert KEY in patched.model_options["transformer_options"]
-    comfy.SEEN.clear()
-    with Operators() as operators:
-        actual = comfy.run(patched, *inputs)
-    assert dict(operators.counts) == {"segment_attention": 4}
-    assert not comfy.SEEN
-    assert relative_error(actual, expected) < KERNEL_PARITY
