@@ -21,8 +21,7 @@ from .csg.plan import SegmentPlan, Window, assemble_window, block_noise
 from .csg.sampler import WindowModel, sample_segments
 from .linear.dequantize_rows import dequantize_rows
 from .linear.linear_gelu import linear_gelu
-from .linear.quantize_rows import quantize_rows
-from .linear.rows import QuantizedRows
+from .linear.quantize_rows import QuantizedRows, quantize_rows
 from .linear.scaled_linear import scaled_linear
 from .norm.adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
 from .norm.qk_norm_rope import norm_rope, qk_norm_rope

@@ -14,14 +14,12 @@ import torch
 
 from . import __version__, explain
 from .common.case import all_cases
-from .common.configs import load_table
 from .common.dispatch import ENVIRONMENT_VARIABLE
 
 EXAMPLES = """\
 examples:
-  python -m swifti2v_kernels                     the current CUDA device, or the CPU
-  python -m swifti2v_kernels --device cuda:1     another one
-  TRITON_INTERPRET=1 python -m swifti2v_kernels --device cpu
+  python -m swifti2v_kernels                           the first GPU, or the CPU
+  CUDA_VISIBLE_DEVICES=1 python -m swifti2v_kernels    another one
 """
 #: Environment variables that decide how calls are computed.
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
@@ -57,28 +55,24 @@ def describe_kernels(device: torch.device) -> list[str]:
             choice = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         found.setdefault(case.operator.__name__, Counter())[choice] += 1
     width = max(map(len, found))
-    lines = []
-    for name, choices in found.items():
-        for choice, count in choices.most_common():
-            share = "" if len(choices) == 1 else f"{count} of {choices.total()} calls: "
-            lines.append(f"  {name:<{width}}  {share}{choice}")
-    return lines
+    return [
+        f"  {name:<{width}}  {count} of {choices.total()} calls: {choice}"
+        for name, choices in found.items()
+        for choice, count in choices.most_common()
+    ]
 
 
 def report(device: torch.device) -> str:
     """Returns the whole text that the command prints."""
-    cuda = f"CUDA {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}"
-    cuda += f", ROCm {torch.version.hip}" if torch.version.hip else ""
-    measured = sorted({entry["card"] for name in ("attention", "conv3d", "tuned") for entry in load_table(name)})
+    cudnn = torch.backends.cudnn.version()
     values = {
         "swifti2v_kernels": f"{__version__}, {Path(__file__).parent}",
         "python": f"{platform.python_version()}, {platform.platform()}",
         **{package: version(package) for package in ("torch", "triton", "einops", "numpy")},
-        "torch built for": cuda,
+        "torch built for": f"CUDA {torch.version.cuda}, cuDNN {cudnn}, ROCm {torch.version.hip}",
         "device": describe_device(device),
         "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
         or "nothing set",
-        "measured on": ", ".join(measured),
     }
     lines = [f"{name + ':':<18}{value}" for name, value in values.items()]
     return "\n".join([*lines, KERNELS, *describe_kernels(device)])
@@ -92,17 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
-    options, others = parser.parse_known_args(argv)
+    _, others = parser.parse_known_args(argv)
     if others:
-        parser.exit(2, f"error: expected nothing besides --device, got {others[0][:80]!r}\n")
-    count = torch.cuda.device_count()
-    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if options.device not in known:
-        allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu, since torch sees no GPU"
-        parser.exit(2, f"error: device: expected {allowed}, got {options.device[:80]!r}\n")
-    print(report(torch.device(options.device)))
+        parser.exit(2, f"error: expected no arguments, got {others[0][:80]!r}\n")
+    print(report(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return 0
 
 

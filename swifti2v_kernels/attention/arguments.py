@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from ..common.checks import Spec, check_targets, check_tensor
+from ..common.checks import Spec, check_targets, check_tensor, check_values
 
 #: Views of one call, queries or sources: their pointers are kernel arguments, and these have a limit in bytes.
 MAX_VIEWS = 24
 
-_QUERIES = Spec(("B*", "Lq*", "H*", "D*"), None, last="head_dim")
+_QUERIES = Spec(("B*", "Lq*", "H*", "D"), None, last="head_dim")
 
 Source = tuple[Tensor, Tensor]
 
@@ -58,6 +59,19 @@ class SegmentCall(NamedTuple):
     #: Empty where it is not wanted.
     lse: Sequence[Tensor] = ()
 
+    def check_written(self) -> None:
+        """Checks that outputs overlap neither themselves, nor each other, nor an input."""
+        inputs = {f"q[{i}]": x for i, x in enumerate(self.q)}
+        for j, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+            inputs |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
+        check_targets({f"out[{i}]": x for i, x in enumerate(self.out or ())}, inputs, ())
+
+    def check_lengths(self) -> None:
+        """Checks that no source has fewer keys than are said to count, which is known on the CPU."""
+        for j, (x, k) in enumerate(zip(self.valid_lengths, self.k, strict=True)):
+            if x is not None:
+                check_values(f"valid_lengths[{j}]", x, 0, k.shape[1])
+
 
 def check_call(
     q: Tensor | Sequence[Tensor],
@@ -72,8 +86,8 @@ def check_call(
     queries = [q] if isinstance(q, Tensor) else list(q)
     if not 1 <= len(queries) <= MAX_VIEWS:
         raise ValueError(f"q: expected a tensor or 1 to {MAX_VIEWS} of them, got {len(queries)}")
-    first, single = queries[0], len(queries) == 1
-    check_tensor("q" if single else "q[0]", first, _QUERIES)
+    first = queries[0]
+    check_tensor("q" if len(queries) == 1 else "q[0]", first, _QUERIES)
     view, device = Spec((first.shape[0], "L*", *first.shape[2:]), first.dtype, last="head_dim"), first.device
     for i in range(1, len(queries)):
         check_tensor(f"q[{i}]", queries[i], view, device)
@@ -87,25 +101,26 @@ def check_call(
         check_tensor(f"sources[{i}].v", pair[1], view, device)
         if pair[0].shape[1] != pair[1].shape[1]:
             raise ValueError(f"sources[{i}]: k has {pair[0].shape[1]} tokens and v has {pair[1].shape[1]}")
-    if all(k.shape[1] == 0 for k, _ in sources):
+    lengths = [k.shape[1] for k, _ in sources]
+    if all(n == 0 for n in lengths):
         raise ValueError("sources: every source is empty (0 keys), so the softmax is undefined")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive number, got {scale}")
-    valid = _check_valid_lengths(valid_lengths, sources, first)
-    visible = _check_attends(attends, queries, sources)
+    valid = _check_valid_lengths(valid_lengths, len(sources), first)
+    visible = _check_attends(attends, len(queries), lengths)
     if window is not None:
-        _check_window(window, queries, sources, visible[0])
+        _check_window(window, [x.shape[1] for x in queries], lengths[0], visible[0])
     targets = None
     if out is not None:
         targets = [out] if isinstance(out, Tensor) else list(out)
         if len(targets) != len(queries) or isinstance(out, Tensor) != isinstance(q, Tensor):
             raise ValueError(f"out: expected {len(queries)} view(s), as many as q, got {len(targets)}")
         for i, (x, y) in enumerate(zip(targets, queries, strict=True)):
-            check_tensor(f"out[{i}]", x, Spec(y.shape, y.dtype, last="head_dim"), y.device)
+            check_tensor(f"out[{i}]", x, Spec(y.shape, y.dtype, last="head_dim"), device)
     # What no query sees is left out, so that a single query view sees all that is kept. A window speaks of the first
     # source, which stays.
     wanted = {j for seen in visible for j in seen}
-    kept = [j for j, (k, _) in enumerate(sources) if (k.shape[1] and j in wanted) or (j == 0 and window is not None)]
+    kept = [j for j, n in enumerate(lengths) if (n and j in wanted) or (j == 0 and window is not None)]
     return SegmentCall(
         queries,
         [sources[j][0] for j in kept],
@@ -118,14 +133,12 @@ def check_call(
     )
 
 
-def _check_valid_lengths(
-    valid_lengths: Sequence[Tensor | None] | None, sources: Sequence[Source], q: Tensor
-) -> list[Tensor | None]:
+def _check_valid_lengths(valid_lengths: Sequence[Tensor | None] | None, sources: int, q: Tensor) -> list[Tensor | None]:
     if valid_lengths is None:
-        return [None] * len(sources)
-    if isinstance(valid_lengths, Tensor) or len(valid_lengths) != len(sources):
+        return [None] * sources
+    if isinstance(valid_lengths, Tensor) or len(valid_lengths) != sources:
         given = "a tensor" if isinstance(valid_lengths, Tensor) else f"{len(valid_lengths)} entries"
-        raise ValueError(f"valid_lengths: expected a list of {len(sources)} entries, one a source, got {given}")
+        raise ValueError(f"valid_lengths: expected a list of {sources} entries, one a source, got {given}")
     spec = Spec(q.shape[:1], (torch.int32, torch.int64), last="")
     for j, x in enumerate(valid_lengths):
         if x is not None:
@@ -133,43 +146,37 @@ def _check_valid_lengths(
     return [None if x is None else x.contiguous() for x in valid_lengths]
 
 
-def _check_attends(
-    attends: Sequence[Sequence[int]] | None, queries: Sequence[Tensor], sources: Sequence[Source]
-) -> list[list[int]]:
+def _check_attends(attends: Sequence[Sequence[int]] | None, views: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Returns the sources that each view of the queries sees; ``lengths`` are the sources' keys."""
     if attends is None:
-        return [list(range(len(sources)))] * len(queries)
-    if len(attends) != len(queries):
-        raise ValueError(f"attends: expected {len(queries)} lists, one a query view, got {len(attends)}")
+        return [list(range(len(lengths)))] * views
+    if len(attends) != views:
+        raise ValueError(f"attends: expected {views} lists, one a query view, got {len(attends)}")
     for i, seen in enumerate(attends):
-        if len(set(seen)) != len(seen) or any(not 0 <= j < len(sources) for j in seen):
-            raise ValueError(f"attends[{i}]: expected different indices in 0..{len(sources) - 1}, got {list(seen)}")
-        if all(sources[j][0].shape[1] == 0 for j in seen):
+        if len(set(seen)) != len(seen) or any(not 0 <= j < len(lengths) for j in seen):
+            raise ValueError(f"attends[{i}]: expected different indices in 0..{len(lengths) - 1}, got {list(seen)}")
+        if all(lengths[j] == 0 for j in seen):
             raise ValueError(f"attends[{i}]: expected at least one source with keys, got {list(seen)}")
     return [sorted(seen) for seen in attends]
 
 
-def _check_window(
-    window: BlockWindow, queries: Sequence[Tensor], sources: Sequence[Source], visible: Sequence[int]
-) -> None:
+def _check_window(window: BlockWindow, queries: Sequence[int], keys: int, visible: Sequence[int]) -> None:
+    """Checks a window over so many keys of the first source, for views of so many queries."""
     if window.block_len < 1 or window.left < 0 or window.right < 0:
         raise ValueError(f"window: expected block_len >= 1, left >= 0 and right >= 0, got {window}")
-    if len(queries) != 1 or queries[0].shape[1] != sources[0][0].shape[1]:
-        given = [x.shape[1] for x in queries]
-        raise ValueError(
-            f"window: expected one query view as long as the first source, {sources[0][0].shape[1]},"
-            f" got lengths {given}"
-        )
+    if len(queries) != 1 or queries[0] != keys:
+        raise ValueError(f"window: expected one query view as long as the first source, {keys}, got lengths {queries}")
     if 0 not in visible:
         raise ValueError(f"attends: expected the first source among those seen, since window masks it, got {visible}")
 
 
-def check_overlaps(call: SegmentCall) -> None:
-    """Checks that outputs overlap neither themselves, nor each other, nor an input.
+def aligned(*views: Tensor) -> bool:
+    """Returns whether all rows begin at a multiple of 16 bytes, as TMA and torch's attention need it.
 
-    Raises:
-        ValueError: they do, or may.
+    Fake tensors have no address; the offset of the view in its storage stands for it.
     """
-    inputs = {f"q[{i}]": x for i, x in enumerate(call.q)}
-    for j, (k, v) in enumerate(zip(call.k, call.v, strict=True)):
-        inputs |= {f"sources[{j}].k": k, f"sources[{j}].v": v}
-    check_targets({f"out[{i}]": x for i, x in enumerate(call.out or ())}, inputs, ())
+    return all(
+        (x.storage_offset() * x.itemsize if type(x) is not Tensor and is_fake(x) else x.data_ptr()) % 16 == 0
+        and all(s * x.itemsize % 16 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
+        for x in views
+    )

@@ -39,8 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .arguments import SegmentCall
-from .portable import LOG2E, describe, descriptors_possible, unspecialised
+from .arguments import SegmentCall, aligned
+from .portable import LOG2E, describe, unspecialised
 
 #: ``async_load`` in newer Triton (where the old name only raises), ``async_copy_global_to_shared`` in 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -315,7 +315,7 @@ def obstacle(call: SegmentCall) -> str | None:
         return "valid lengths"
     if call.window:
         return "a block window"
-    if not descriptors_possible(call):
+    if not aligned(*call.k, *call.v):
         return "a source is not aligned to 16 bytes"
     return None
 
@@ -326,13 +326,10 @@ def launch_hopper(call: SegmentCall, config: HopperConfig) -> None:
     batch, _, heads, head_dim = q[0].shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     block = [1, 1, config.block_n, head_dim]
-    descriptors: list[TensorDescriptor | None] = [None] * (2 * MAX_SOURCES)
-    for j, (k, v) in enumerate(zip(call.k, call.v, strict=True)):
-        descriptors[j] = describe(k, block, TensorDescriptor, layout=layout)
-        descriptors[MAX_SOURCES + j] = describe(v, block, TensorDescriptor, layout=layout)
+    k, v = (describe(views, MAX_SOURCES, block, TensorDescriptor, layout=layout) for views in (call.k, call.v))
     tiles = sum(triton.cdiv(x.shape[1], config.block_m) for x in q)
     segment_attention_hopper_kernel[(tiles, heads, batch)](
-        tuple(q), tuple(out), tuple(call.lse) or (None,) * len(q), *descriptors,
+        tuple(q), tuple(out), tuple(call.lse) or (None,) * len(q), *k, *v,
         tuple(x.stride()[:3] for x in q), tuple(x.stride()[:3] for x in out),
         unspecialised(x.shape[1] for x in q), unspecialised(k.shape[1] for k in call.k), unspecialised(call.attends),
         heads, call.scale * LOG2E,

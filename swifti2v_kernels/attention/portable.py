@@ -54,14 +54,7 @@ class PortableConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, head_dim: int, num_sources: int, aligned: bool) -> PortableConfig:
-        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
-
-        Args:
-            capability: two digits, None for the interpreter.
-            head_dim: 64, 96 or 128.
-            num_sources: key/value sources of the call.
-            aligned: pointers and strides of all sources are multiples of 16 bytes, which descriptors need.
-        """
+        """Returns the configuration of a call; descriptors need all sources to be ``aligned`` to 16 bytes."""
         if capability is None:
             return cls(64, 32, 4, 1)  # the interpreter's time goes by tiles, and small ones meet more edges
         if capability // 10 in (9, 10):
@@ -271,22 +264,19 @@ def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(16 * n + 1 for n in values)
 
 
-def descriptors_possible(call: SegmentCall) -> bool:
-    """Returns whether TMA can address every source: 16-byte aligned, strides multiples of 16 bytes."""
-    return all(
-        x.dtype.itemsize == 2
-        and x.data_ptr() % 16 == 0
-        and all(s % 8 == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
-        for x in (*call.k, *call.v)
-    )
+def describe(
+    views: Sequence[Tensor], slots: int, block: list[int], make: Any = TensorDescriptor, **kwargs: Any
+) -> list[Any]:
+    """Returns host descriptors of views [B, L, H, D] as [B, H, L, D], with None in the rest of so many slots.
 
-
-def describe(x: Tensor, block: list[int], make: Any = TensorDescriptor, **kwargs: Any) -> Any:
-    """Returns a host descriptor of ``x`` [B, L, H, D] as [B, H, L, D], so that rows from L on read as zeros."""
-    x = x.transpose(1, 2)
-    # The stride of an axis of one is never used, but must pass the descriptor's alignment rule.
-    strides = [s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)] + [1]
-    return make(x, list(x.shape), strides, block, **kwargs)
+    Rows from L on read as zeros.
+    """
+    found = []
+    for x in (view.transpose(1, 2) for view in views):
+        # The stride of an axis of one is never used, but must pass the descriptor's alignment rule.
+        strides = [s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)] + [1]
+        found.append(make(x, list(x.shape), strides, block, **kwargs))
+    return found + [None] * (slots - len(found))
 
 
 def launch_portable(call: SegmentCall, config: PortableConfig) -> None:
@@ -298,13 +288,10 @@ def launch_portable(call: SegmentCall, config: PortableConfig) -> None:
         tiles = sum(triton.cdiv(x.shape[1], config.block_m) for x in q)
     else:
         tiles = triton.cdiv(q[0].shape[1], call.window[0]) * triton.cdiv(call.window[0], config.block_m)
-    descriptors: list[Any] = [None] * (2 * MAX_DESCRIPTOR_SOURCES)
-    if config.descriptors:
-        for i, views in enumerate((k, v)):
-            first = i * MAX_DESCRIPTOR_SOURCES
-            descriptors[first : first + len(k)] = [describe(x, [1, 1, config.block_n, block_d]) for x in views]
     # With descriptors the kernel has no other way to the sources.
-    pointers = ((), ()) if config.descriptors else (k, v)
+    described, pointers = ((k, v), ((), ())) if config.descriptors else (((), ()), (k, v))
+    block = [1, 1, config.block_n, block_d]
+    descriptors = [x for views in described for x in describe(views, MAX_DESCRIPTOR_SOURCES, block)]
 
     def strides(views: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         return tuple(x.stride()[:3] for x in views)

@@ -19,19 +19,11 @@ Both matrix multiplications accumulate in float32, the softmax is float32 and ba
 inputs' dtype for ``p @ v``, as in every fused attention. Sums run in the order of tiles, so results of different
 backends differ by rounding only.
 
-FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once. Against
-``torch.cat`` and dense attention it saves writing and reading a copy of all keys and values, and the memory of it.
+FLOPs: 4 * B * H * D * (query, key pairs seen). Least traffic: q, every k_i and v_i read once, out written once.
 
-Backends: the reference (``reference.py``: any device and dtype, differentiable); the portable Triton kernel
-(``portable.py``); a warp-specialised one for Hopper (``hopper.py``); and, for a plain dense call
-with one source, torch's own attention where the measured table (``configs/attention.json``) does not prefer ours.
-``explain(segment_attention, ...)`` says which of them a call takes. Beyond the H200 the kernels are not yet timed on
-hardware.
-
-Limits: q, k and v have the same number of heads and the same head_dim; at most 24 sources and 24 query views. Masks are
-given by structure (``valid_lengths``, ``attends``, ``window``), never as a tensor; there is no causal mask over tokens
-and no dropout. The kernels take a head_dim of 64, 96 or 128 in fp16 and bf16 on NVIDIA GPUs of compute capability 8.0
-or newer and have no derivative: the reference computes all other calls, among them those whose inputs need gradients.
+Which kernel serves a call, and what they do not take, is in docs/operators/attention.md. q, k and v have the same
+number of heads. Masks are given by structure (``valid_lengths``, ``attends``, ``window``), never as a tensor; there is
+no causal mask over tokens and no dropout.
 """
 
 from __future__ import annotations
@@ -44,10 +36,10 @@ from torch import Tensor
 
 from ..common.cost import Cost
 from ..common.dispatch import Choice, Question, derivative_obstacle, pick_backend, public_operator
-from ..common.registration import add_op_namespace_prefix, registered_operator
+from ..common.registration import add_op_namespace_prefix, kernel_operator
 from ..common.target import device_obstacle, interpreting, on_device
-from .arguments import BlockWindow, SegmentCall, Source, check_call, check_overlaps
-from .choice import check_lengths, choose_kernel, launch, prepare, sdpa
+from .arguments import BlockWindow, SegmentCall, Source, check_call
+from .choice import choose_kernel, launch, sdpa
 from .reference import segment_attention_reference
 
 KERNEL_HEAD_DIMS = (64, 96, 128)
@@ -58,12 +50,12 @@ KERNEL_HEAD_DIMS = (64, 96, 128)
 # functionalised.
 
 
-def _new_outputs(q: Sequence[Tensor]) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in q]
-
-
 def _new_lses(q: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=torch.float32) for x in q] if wanted else []
+
+
+def _new_results(q: Sequence[Tensor], return_lse: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in q] + _new_lses(q, return_lse)
 
 
 # Schemas are spelled out because torch 2.6 cannot read them from ``list[Tensor]``.
@@ -77,27 +69,19 @@ _ARGUMENTS = (
 )
 def _segment_attention_op(*args: Any) -> list[Tensor]:
     call, return_lse = SegmentCall(*args[:-1]), args[-1]
-    kernel = prepare(call, return_lse)
+    kernel = choose_kernel(call, return_lse)[0]
     if kernel.startswith("sdpa") and len(call.q) == 1:
         with on_device(call.q[0].device):
             return [sdpa(kernel, call.q[0], call.k[0], call.v[0], call.scale).contiguous()]
-    out, lse = _new_outputs(call.q), _new_lses(call.q, return_lse)
-    if kernel != "none":
-        launch(kernel, call, out, lse)
-    return out + lse
+    results = _new_results(call.q, return_lse)
+    launch(call._replace(out=results[: len(call.q)], lse=results[len(call.q) :]), kernel)
+    return results
 
 
-@_segment_attention_op.register_fake
-def _(q: list[Tensor], *args: Any) -> list[Tensor]:
-    return _new_outputs(q) + _new_lses(q, args[-1])
-
-
-@registered_operator("segment_attention_out", f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse)", SegmentCall)
-def _segment_attention_out_op(call: SegmentCall) -> None:
-    check_overlaps(call)
-    kernel = prepare(call, bool(call.lse))
-    if kernel != "none":
-        launch(kernel, call, call.out or (), call.lse)
+_segment_attention_op.register_fake(lambda q, *args: _new_results(q, args[-1]))
+_segment_attention_out_op = kernel_operator(
+    "segment_attention_out", f"({_ARGUMENTS}, Tensor(a!)[] out, Tensor(b!)[] lse)", SegmentCall, f"{__package__}.choice"
+)
 
 
 @public_operator()
@@ -151,16 +135,15 @@ def segment_attention(
     (arXiv 2307.08691) for the online softmax.
     """
     call = check_call(q, sources, scale, valid_lengths, attends, window, out)
-    requested = backend.backend if isinstance(backend, Question) else backend
-    chosen, reason = pick_backend(requested, _obstacle(call))
+    chosen, reason = pick_backend(backend, _obstacle(call))
     if isinstance(backend, Question):
         told = ("reference", reason) if chosen == "torch" else choose_kernel(call, return_lse)
         return Choice(chosen, *told)  # type: ignore[return-value]
     if chosen == "torch":
-        check_lengths(call)
+        call.check_lengths()
         results, lses = segment_attention_reference(call, return_lse)
         if call.out is not None:
-            check_overlaps(call)
+            call.check_written()
             results = [target.copy_(result) for target, result in zip(call.out, results, strict=True)]
     elif call.out is None:
         both = _segment_attention_op(*call[:7], return_lse)
@@ -189,16 +172,8 @@ def _obstacle(call: SegmentCall) -> str | None:
     return "a view of 2**26 tokens or more" if any(x.shape[1] >= 2**26 for x in (*call.q, *call.k)) else None
 
 
-def cost(
-    batch: int,
-    heads: int,
-    head_dim: int,
-    query_len: int,
-    key_len: int,
-    itemsize: int = 2,
-    pairs: int | None = None,
-) -> Cost:
-    """Returns the least cost of one call; ``pairs`` (query, key) per head and batch entry, default all of them."""
-    rows = batch * heads * head_dim * itemsize
+def cost(batch: int, heads: int, head_dim: int, query_len: int, key_len: int, pairs: int | None = None) -> Cost:
+    """Returns the least cost of one call in 16 bits; ``pairs`` (query, key) per head and batch entry, default all."""
+    rows = 2 * batch * heads * head_dim
     pairs = query_len * key_len if pairs is None else pairs
     return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)

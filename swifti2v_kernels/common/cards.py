@@ -103,20 +103,19 @@ CARDS: Mapping[str, Card] = {
 }  # fmt: skip
 
 
-def by_capability(cards: Mapping[str, Card] = CARDS) -> dict[int, Card]:
+def by_capability() -> dict[int, Card]:
     """Returns the card with the most bandwidth of each compute capability: compiled code is judged by it."""
-    found: dict[int, Card] = {}
-    for card in sorted(cards.values(), key=lambda card: (card.capability, card.bandwidth)):
-        found[card.capability] = card
-    return found
+    ascending = sorted(CARDS.values(), key=lambda card: (card.capability, card.bandwidth))
+    return {card.capability: card for card in ascending}
 
 
-def card_named(name: str, cards: Mapping[str, Card] = CARDS) -> Card | None:
+def card_named(name: str) -> Card | None:
     """Returns the card whose name is part of a device's, such as ``NVIDIA GeForce RTX 4090``; None: there is none."""
-    return cards[max(found, key=len)] if (found := [n for n in cards if n.lower() in name.lower()]) else None
+    found = [card for card in CARDS.values() if card.name.lower() in name.lower()]
+    return max(found, key=lambda card: len(card.name), default=None)
 
 
-def card_of_memory(memory: int, cards: Mapping[str, Card] = CARDS) -> Card:
+def card_of_memory(memory: int) -> Card:
     """Returns a card that is sold with so many bytes, a card having up to its number of GiB; else the largest."""
-    usual = sorted((card for card in cards.values() if card.stands), key=lambda card: card.memory)
+    usual = sorted((card for card in CARDS.values() if card.stands), key=lambda card: card.memory)
     return next((card for card in usual if memory <= card.memory * 2**30), usual[-1])

@@ -52,12 +52,7 @@ def check_tensors(call: Any, device: torch.device, **specs: Spec) -> None:
 
 
 def check_tensor(name: str, x: Tensor, spec: Spec, device: torch.device | None = None) -> None:
-    """Checks that ``x`` is a tensor as ``spec`` says, on ``device`` (None: on any).
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or layout do not fit.
-    """
+    """Checks that ``x`` is a tensor (else TypeError) as ``spec`` says, on ``device``, if any (else ValueError)."""
     shape, dtypes, whole, last = spec
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -79,17 +74,6 @@ def check_tensor(name: str, x: Tensor, spec: Spec, device: torch.device | None =
         raise ValueError(f"{name}: expected {last} to be contiguous (stride 1), got stride {x.stride(-1)}")
 
 
-def given(name: str, x: Tensor | None) -> Tensor:
-    """Returns ``x``, which a public function may not leave out although its call may.
-
-    Raises:
-        TypeError: None.
-    """
-    if x is None:
-        raise TypeError(f"{name}: expected a tensor, got NoneType")
-    return x
-
-
 def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
     if isinstance(wanted, torch.Size) or len(shape) != len(wanted):
         return shape == wanted
@@ -104,9 +88,6 @@ def check_values(name: str, values: Tensor, low: int, high: int) -> None:
 
     On a GPU reading them would stop the stream, and checking them there would cost five launches beside every kernel:
     each operator says what it does with a value out of range instead, never an access outside its tensors.
-
-    Raises:
-        ValueError: a value on the CPU is out of range.
     """
     if values.device.type == "cpu" and concrete(values):
         given = values.tolist()
@@ -118,10 +99,6 @@ def check_index(name: str, index: Tensor, length: int | None, low: int, high: in
     """Checks that ``index`` is a contiguous int32 vector on ``device`` with ``length`` entries in ``low..high``.
 
     Without a ``length`` it may have any number of entries but 0. For values see :func:`check_values`.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: shape, dtype, device or, on the CPU, a value does not fit.
     """
     check_tensor(name, index, Spec(("T" if length is None else length,), torch.int32, whole=True), device)
     check_values(name, index, low, high)
@@ -140,13 +117,9 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 def check_written(
     call: Any, outputs: Sequence[str], targets: Mapping[str, Tensor | None] | None = None, rows: Sequence[str] = ()
 ) -> None:
-    """Checks what a call writes against what it reads, by :func:`check_targets`.
+    """Checks what a call writes, ``targets`` or by default ``outputs``, by :func:`check_targets`.
 
-    Args:
-        call: its fields that are tensors are what is read.
-        outputs: fields that are not read.
-        targets: what is written, by argument; default ``outputs``.
-        rows: as there.
+    What is read are its fields that are tensors, without ``outputs``.
     """
     inputs = {n: x for n, x in zip(call._fields, call, strict=True) if isinstance(x, Tensor) and n not in outputs}
     check_targets({n: getattr(call, n) for n in outputs} if targets is None else targets, inputs, rows)
@@ -157,15 +130,8 @@ def check_targets(
 ) -> None:
     """Checks what is to be written: distinct elements, apart from each other and from the inputs.
 
-    Where addresses cannot be looked at (:func:`concrete`) nothing is checked.
-
-    Args:
-        targets: what is written, by argument.
-        inputs: what is read, by argument.
-        rows: inputs of which a program reads all that it overwrites before it does: a target may be one of them, whole.
-
-    Raises:
-        ValueError: a target breaks this, or may.
+    Where addresses cannot be looked at (:func:`concrete`) nothing is checked. Of the inputs ``rows`` a program reads
+    all that it overwrites before it does: a target may be one of them, whole.
     """
     written = {name: x for name, x in targets.items() if x is not None}
     if not concrete(*written.values(), *inputs.values()):

@@ -14,7 +14,9 @@ and key, in place of a heuristic that the kernel's file documents:
     {"capability": 90, "kernel": "adaln", "key": {"block_c": 2048, ...}, "config": {"block_m": 8, "num_warps": 2},
      "gain": 1.07, "card": "...", "provenance": {...}}
 
-Every kernel's configuration is a dataclass whose ``SPACE`` lists the values that are worth trying for its fields.
+Every kernel's configuration is a dataclass whose ``SPACE`` lists the values that are worth trying for its fields, and
+whose ``heuristic`` is launched where nothing was measured: the compile report checks each for spills. A capability of
+None is the interpreter's.
 """
 
 from __future__ import annotations
@@ -48,10 +50,7 @@ def load_table(name: str) -> list[dict[str, Any]]:
 def fastest(name: str, match: Mapping[str, Any], size: str, value: int) -> tuple[str | None, str]:
     """Returns the name of the fastest measured backend, None without a measurement, and where it was measured.
 
-    Args:
-        name: the table's name.
-        match: fields that must be equal.
-        size: the field whose value is the nearest, by ratio, to ``value`` in the measurement that counts.
+    Of the table's entries that ``match``, the one counts whose field ``size`` is the nearest, by ratio, to ``value``.
     """
     # Plain loops and divisions, which torch.compile can trace for a size that varies.
     entry, nearest, value = None, 0.0, max(value, 1)
@@ -68,14 +67,7 @@ def fastest(name: str, match: Mapping[str, Any], size: str, value: int) -> tuple
 
 
 def configured(kernel: str, capability: int | None, heuristic: Config, **key: int | str) -> Config:
-    """Returns the configuration of one launch.
-
-    Args:
-        kernel: its name in the table.
-        capability: two digits; None for the interpreter, which takes the heuristic.
-        heuristic: what is used without a measurement.
-        key: the class of shapes that the launch belongs to.
-    """
+    """Returns the configuration of one launch, by the ``key`` of its class of shapes."""
     if capability is None:
         return heuristic
     if _seen is not None:
@@ -86,31 +78,27 @@ def configured(kernel: str, capability: int | None, heuristic: Config, **key: in
 
 @functools.lru_cache(maxsize=4096)
 def _measured(kernel: str, capability: int, key: tuple[tuple[str, int | str], ...]) -> Mapping[str, Any] | None:
-    wanted = dict(key)
-    for entry in load_table("tuned"):
-        if (entry["kernel"], entry["capability"]) == (kernel, capability) and entry["key"] == wanted:
-            return entry["config"]
-    return None
+    wanted = kernel, capability, dict(key)
+    found = (e["config"] for e in load_table("tuned") if (e["kernel"], e["capability"], e["key"]) == wanted)
+    return next(found, None)
 
 
 @contextmanager
 def force_config(kernel: str, **fields: Any) -> Iterator[None]:
     """Makes launches of ``kernel`` take these fields in place of the heuristic's while the block runs, for tuners."""
-    before = dict(_forced)
     _forced[kernel] = fields
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        del _forced[kernel]
 
 
 @contextmanager
 def seen_configs() -> Iterator[list[tuple[str, int, dict[str, Any], Any]]]:
     """Yields a list to which every launch within the block adds its (kernel, capability, key, heuristic)."""
     global _seen
-    before, _seen = _seen, []
+    _seen = []
     try:
         yield _seen
     finally:
-        _seen = before
+        _seen = None

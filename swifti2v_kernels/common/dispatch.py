@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +48,8 @@ class Choice:
         return f"{self.backend}: {self.implementation} ({self.reason})"
 
 
-class Question(NamedTuple):
-    """The ``backend`` of a call that is only asked what would compute it; its field is the one that was requested."""
-
-    backend: str
+class Question(str):
+    """The ``backend`` of a call that is only asked what would compute it."""
 
 
 _OPERATORS: dict[Callable[..., Any], Callable[..., Choice] | None] = {}
@@ -64,7 +62,7 @@ def public_operator(chooser: Callable[..., Choice] | None = None) -> Callable[[C
     """Returns a decorator for operators: without autocast, and known to :func:`explain`.
 
     Args:
-        chooser: takes all arguments of a call by name and gives its choice, for an operator that has no ``backend``.
+        chooser: takes the arguments of a call and gives its choice, for an operator that has no ``backend``.
             The others end in :func:`compute`, which tells it.
     """
 
@@ -103,9 +101,9 @@ def compute(
         told: the choice of a call by backend and reason, where the two are not ``reference`` and ``fused kernel``.
     """
     call.check()
-    obstacle, requested = call.obstacle(), backend.backend if isinstance(backend, Question) else backend
-    preferred = preference(call) if preference is not None and obstacle is None and requested == "auto" else None
-    chosen, reason = ("torch", preferred) if preferred else pick_backend(requested, obstacle)
+    obstacle = call.obstacle()
+    preferred = preference(call) if preference is not None and obstacle is None and backend == "auto" else None
+    chosen, reason = ("torch", preferred) if preferred else pick_backend(backend, obstacle)
     if isinstance(backend, Question):
         name = "reference" if chosen == "torch" else "fused kernel"
         return Choice(chosen, name, reason) if told is None else told(call, chosen, reason)
@@ -136,9 +134,8 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
         raise ValueError(f"operator: expected one of {known}, got {getattr(operator, '__name__', operator)}")
     if (chooser := _OPERATORS[operator]) is None:
         return operator(*args, **{**kwargs, "backend": Question(kwargs.get("backend", "auto"))})
-    bound = inspect.signature(operator).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return chooser(**bound.arguments)
+    bound = inspect.signature(operator).bind(*args, **kwargs)  # errors are about the operator's arguments
+    return chooser(*bound.args, **bound.kwargs)
 
 
 def derivative_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
@@ -225,11 +222,9 @@ def _known_backend(source: str, name: str) -> str:
 
 
 def pick_backend(requested: str, obstacle: str | None) -> tuple[str, str]:
-    """Returns the backend that computes a call, and the reason.
+    """Returns the backend that computes a call with this argument ``backend``, and the reason.
 
-    Args:
-        requested: the operator's ``backend`` argument.
-        obstacle: why the kernels cannot take this call; None if they can.
+    ``obstacle`` is why the kernels cannot take the call; None if they can.
 
     Raises:
         ValueError: an unknown backend, or the kernels are asked for by name where they cannot run.

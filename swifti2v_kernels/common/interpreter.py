@@ -39,9 +39,8 @@ def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
     target = _DTYPES[dtype.scalar]
     x = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     if target != torch.bfloat16:
-        limit = torch.finfo(target).max
-        x = torch.where(x.isnan(), x, x.clamp(-limit, limit))
-        return x.to(target).view(torch.uint8).numpy().reshape(np.shape(values))
+        limit = torch.finfo(target).max  # NaN stays NaN
+        return x.clamp(-limit, limit).to(target).view(torch.uint8).numpy().reshape(np.shape(values))
     return x.to(target).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
 
 

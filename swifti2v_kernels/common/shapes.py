@@ -11,7 +11,6 @@ class Model(NamedTuple):
     heads: int
     hidden: int
     patch: int = 16
-    latent_channels: int = 16
     head_dim: int = 128
 
     @property
@@ -52,8 +51,8 @@ class Window(NamedTuple):
 SIZES = {"360P": (640, 352), "720p": (1280, 704), "1080p": (1920, 1088), "2K": (2560, 1408)}
 #: Wan's DiTs by their size, and two of others.
 MODELS = {
-    "1.3B": Model(12, 8960), "5B": Model(24, 14_336, 32, 48), "14B": Model(40, 13_824),
-    "HunyuanVideo": Model(24, 12_288), "LTX-Video": Model(32, 8192, 32, 128, 64),
+    "1.3B": Model(12, 8960), "5B": Model(24, 14_336, 32), "14B": Model(40, 13_824),
+    "HunyuanVideo": Model(24, 12_288), "LTX-Video": Model(32, 8192, 32, 64),
 }  # fmt: skip
 
 

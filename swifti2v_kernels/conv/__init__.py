@@ -6,5 +6,5 @@ calls            what their calls share; ``by_torch`` their sums in PyTorch
 loop             the implicit GEMM of their kernels
 cases            named calls: what is compiled, checked, timed and tuned
 
-A file's Triton kernel is in the file of its name and ``_kernel``.
+A file's Triton kernel is in the file of its name and ``_kernel``. Limits are listed in docs/operators/conv.md.
 """

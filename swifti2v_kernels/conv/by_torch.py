@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.configs import fastest
-from ..common.dispatch import default_backend, transform
-from ..common.target import capability_of, for_gpu
+from ..common.dispatch import transform
+from ..common.target import for_gpu
 from ..common.tracing import constant_when_traced
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -128,49 +127,25 @@ def _without(y: Tensor, padding: Sequence[int], surplus: tuple[int, int, int, in
     return y[:, :, top : y.shape[2] - bottom, left : y.shape[3] - right]
 
 
-def cudnn_conv3d_fault(torch_version: str, cudnn_version: int | None, dtype: torch.dtype) -> str | None:
-    """Returns what is known to be wrong with 3D convolutions of this torch and cuDNN, or None if nothing is.
-
-    Args:
-        torch_version: as ``torch.__version__``.
-        cudnn_version: as ``torch.backends.cudnn.version()``: 91002 is 9.10.2.
-
-    Sources: pytorch/pytorch issues 163539 (cuDNN 9.8 to 9.12: wrong results in bfloat16) and 166643 (torch 2.9.0, and
-    torch from 2.9.1 on with cuDNN before 9.15: cuDNN is bypassed for an unfolding of three times the memory).
-    """
-    if dtype not in HALVES or cudnn_version is None:
-        return None
-    if not 90800 <= cudnn_version < 91500 and re.match(r"2\.9\.0(?!\d)", torch_version) is None:
-        return None
-    name = f"torch {torch_version} with cuDNN {cudnn_version // 10000}.{cudnn_version // 100 % 100}"
-    return f"{name} does 3D convolutions in 16 bits wrongly on some GPUs, or slowly and in three times the memory"
-
-
 # Constant for one process, as ``load_table``.
 @functools.cache
 @constant_when_traced
 def _conv3d_works(dtype: torch.dtype) -> bool:
-    fault = cudnn_conv3d_fault(torch.__version__, torch.backends.cudnn.version(), dtype)
-    if fault is not None:
-        warnings.warn(f"{fault}; 2D convolutions stand in for them. cuDNN 9.15 cures it.", RuntimeWarning, stacklevel=2)
-    return fault is None
+    """Returns whether nothing is known to be wrong with 3D convolutions of this torch and cuDNN; else it warns.
 
-
-def cudnn_preference(x: Tensor, columns: int, kernel: Sequence[int] | str) -> str | None:
-    """Returns why cuDNN takes a call on a GPU that a kernel could take, or None.
-
-    That is None where the kernel takes it, where there is no GPU, and where the environment names the backend.
-
-    Args:
-        x: the input ``[B, T, h, w, C]``.
-        columns: output channels.
-        kernel: taps (time, rows, columns), or what the operator is called in ``configs/conv3d.json``.
+    Sources: pytorch/pytorch issues 163539 (cuDNN 9.8 to 9.12: wrong results in bfloat16) and 166643 (torch 2.9.0, and
+    torch from 2.9.1 on with cuDNN before 9.15: cuDNN is bypassed for an unfolding of three times the memory).
     """
-    if not for_gpu(x.device) or default_backend() != "auto":
-        return None
-    if x.dtype not in HALVES:
-        return "cuDNN has tensor cores for float32, the kernel has not"
-    match = {"capability": capability_of(x.device), "dtype": str(x.dtype).removeprefix("torch.")}
-    match |= {"kernel": kernel if isinstance(kernel, str) else list(kernel), "channels": [x.shape[4], columns]}
-    best, reason = fastest("conv3d", match, "pixels", x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3])
-    return reason if best == "cudnn" else None
+    version = torch.backends.cudnn.version()  # 91002 is 9.10.2
+    if dtype not in HALVES or version is None:
+        return True
+    if not 90800 <= version < 91500 and re.match(r"2\.9\.0(?!\d)", torch.__version__) is None:
+        return True
+    name = f"torch {torch.__version__} with cuDNN {version // 10000}.{version // 100 % 100}"
+    warnings.warn(
+        f"{name} does 3D convolutions in 16 bits wrongly on some GPUs, or slowly and in three times the memory; 2D"
+        " convolutions stand in for them. cuDNN 9.15 cures it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.checks import Spec, check_tensor, check_tensors
-from ..common.dispatch import Choice, compute, kernel_obstacle
-from ..common.target import for_gpu
+from ..common.configs import fastest
+from ..common.dispatch import Choice, compute, default_backend, kernel_obstacle
+from ..common.target import capability_of, for_gpu
 from ..norm.rms_norm_silu import rms_norm_silu
-from .by_torch import cudnn_preference
+from .by_torch import HALVES
 
 #: A norm after a convolution, in its kernel, needs one program to own all channels of its pixels.
 MAX_OWNED_CHANNELS = 192
@@ -101,40 +102,46 @@ def output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Seque
     return frames, rows, columns
 
 
-def obstacle(call: Any, taps: int = 1) -> str | None:
+def obstacle(call: Any) -> str | None:
     """Returns why a kernel cannot take the call, or None if it can: shifts by two rows are 32-bit numbers."""
-    tensors = [x for x in call if isinstance(x, Tensor)]
-    if (reason := kernel_obstacle(tensors)) is not None:
+    if (reason := kernel_obstacle(x for x in call if isinstance(x, Tensor))) is not None:
         return reason
     for x in (call.x, getattr(call, "past", None)):
         if x is not None and max(x.stride()[2:4]) >= 2**30:
             return f"kernels take row and column strides below 2**30 elements, got {tuple(x.stride()[2:4])}"
+    taps = call.weight.shape[2] if hasattr(call, "weight") else 1
     return f"kernels exist for up to {MAX_TAPS} taps in time, got {taps}" if taps > MAX_TAPS else None
 
 
 def computed(call: Any, backend: str, kernel: str | None = None) -> Any:
     """Returns what a call gives, on a GPU by cuDNN where it was measured as faster.
 
-    ``kernel`` is what the operator is called in the table of measurements, None where it is called by its taps.
+    ``kernel`` is what the operator is called in ``configs/conv3d.json``, None where it is called by its taps.
     """
+    return compute(call, backend, preference=lambda call: cudnn_preference(call, kernel), told=_implementation)
 
-    def preference(call: Any) -> str | None:
-        columns = call.phases.shape[1] if kernel == "upsample" else call.weight.shape[0]
-        return cudnn_preference(call.x, columns, kernel or call.weight.shape[2:])
 
-    return compute(call, backend, preference=preference, told=_implementation)
+def cudnn_preference(call: Any, kernel: str | None) -> str | None:
+    """Returns why cuDNN takes a call that a kernel could take; None on a CPU, and where a backend is asked for."""
+    x = call.x
+    if not for_gpu(x.device) or default_backend() != "auto":
+        return None
+    if x.dtype not in HALVES:
+        return "cuDNN has tensor cores for float32, the kernel has not"
+    columns = call.phases.shape[1] if kernel == "upsample" else call.weight.shape[0]
+    match = {"capability": capability_of(x.device), "dtype": str(x.dtype).removeprefix("torch.")}
+    match |= {"kernel": kernel or list(call.weight.shape[2:]), "channels": [x.shape[4], columns]}
+    best, reason = fastest("conv3d", match, "pixels", x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3])
+    return reason if best == "cudnn" else None
 
 
 def _implementation(call: Any, backend: str, reason: str) -> Choice:
     """Returns the choice in words: who makes the sums, and whether a norm is a kernel of its own."""
     kind = "implicit GEMM" if backend == "triton" else "cudnn" if for_gpu(call.x.device) else "reference"
-    if getattr(call, "norm_weight", None) is not None and (backend == "torch" or not _owned(call)):
+    norm_weight = getattr(call, "norm_weight", None)
+    if norm_weight is not None and (backend == "torch" or norm_weight.shape[0] > MAX_OWNED_CHANNELS):
         kind = f"{kind}, then rms_norm_silu"
     return Choice(backend, kind, reason)
-
-
-def _owned(call: Any) -> bool:
-    return call.norm_weight.shape[0] <= MAX_OWNED_CHANNELS
 
 
 def by_torch(call: Any) -> Any:
@@ -151,7 +158,7 @@ def by_torch(call: Any) -> Any:
 def by_kernel(call: Any, operator: Callable[[Tensor | None, Tensor | None, Tensor | None], None]) -> Any:
     """Returns what the call gives by an operator of (norm weight, sum, normed sum); each of them may be None."""
     x, gamma, out, normed = call.x, call.norm_weight, call.out, call.normed
-    fused = gamma is not None and _owned(call)
+    fused = gamma is not None and gamma.shape[0] <= MAX_OWNED_CHANNELS
     if gamma is not None and normed is None:
         normed = x.new_empty(call.shape())
     if not call.keep_sum:

@@ -11,14 +11,6 @@ with the last frames of the piece before as its ``past``, gives what the whole c
 beyond each side of ``x``: a tile whose neighbours' pixels (its halo) are in ``x`` has none there, and a negative
 padding leaves out pixels of ``x`` that only other layers need.
 
-| tensor                | shape                | layout                                                             |
-|-----------------------|----------------------|--------------------------------------------------------------------|
-| x                     | [B, T, h, w, C]      | any strides but channels contiguous: slices of larger frames too   |
-| past                  | [B, P, h, w, C]      | the same, P < kt; None for the beginning of the clip               |
-| weight                | [C', C, kt, kh, kw]  | channels last in memory (``torch.channels_last_3d``)               |
-| bias, norm_weight     | [C']                 | contiguous                                                         |
-| residual, out, normed | [B, T', h', w', C']  | as x; T' = T // st                                                 |
-
 All in one dtype: float16, bfloat16 or float32 (float64: torch). Sums are float32; the sum with bias and residual is
 rounded once, and the norm reads the rounded value. Every result pixel is summed in the same order wherever it lies in a
 tile, so the kernel's result does not depend on how a frame is cut.
@@ -27,11 +19,6 @@ Why fused: eager PyTorch concatenates history and clip, pads a copy of that, con
 float32 by seven operators. Here a pixel is read once for all (taps come from cache), and what is written is what the
 next layer reads. FLOPs: 2 * B * T' * h' * w' * C' * C * kt * kh * kw. Least traffic, in elements a pixel: C read and
 C' written, one C' more for each of residual and second result.
-
-Limits: the kernel takes up to 3 taps in time on NVIDIA GPUs of compute capability 8.0 or newer, and has the norm in it
-for up to 192 output channels (beyond, ``rms_norm_silu`` follows). It has no derivative: PyTorch (on a GPU: cuDNN)
-computes the calls whose inputs need gradients, and those that ``configs/conv3d.json`` measured as faster there. Neither
-groups nor dilation. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -41,11 +28,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import Spec, check_tensors
 from ..common.dispatch import public_operator
-from ..common.registration import kernel_operator, registered
+from ..common.registration import kernel_operator
 from . import calls
 from .by_torch import conv_sums
 
@@ -79,20 +65,19 @@ class ConvCall(NamedTuple):
             raise ValueError(f"stride: expected {expected}, got {tuple(self.stride)}")
         calls.check_results(self)
 
-    def obstacle(self) -> str | None:
-        return calls.obstacle(self, self.weight.shape[2])
-
     def summed(self) -> Tensor:
-        """Returns the sum with bias and residual by torch, differentiable."""
         y = conv_sums(self, self.stride)
         if self.residual is not None:
             y = y + self.residual.to(y.dtype)
         return y.to(self.x.dtype).contiguous()
 
     def by_kernel(self) -> Any:
-        """Computes the call by the kernel, and a norm of many channels by its own."""
         return calls.by_kernel(self, lambda *results: _causal_conv3d_op(*self[:7], *results))
 
+    def flops(self) -> int:
+        return 2 * math.prod(self.out or self.normed) * math.prod(self.weight[1:])
+
+    obstacle = calls.obstacle
     by_torch = calls.by_torch
     check_written = calls.check_written
 
@@ -103,13 +88,6 @@ _causal_conv3d_op = kernel_operator(
     " Tensor? norm_weight, Tensor(a!)? out, Tensor(b!)? normed)",
     ConvCall,
 )
-
-
-@register_flop_formula(registered("causal_conv3d"))
-def _flops(*shapes: Any, **kwargs: Any) -> int:
-    of = ConvCall(*shapes[:10])
-    result = of.out if of.out is not None else of.normed
-    return 2 * math.prod(result) * math.prod(of.weight[1:])
 
 
 @public_operator()
@@ -134,11 +112,12 @@ def causal_conv3d(
     ``SiLU(out / max(|out|, 1e-12) * sqrt(C') * norm_weight)`` with ``|.|`` over the channels of a pixel.
 
     Args:
-        x: frames ``[B, T, h, w, C]``, channels contiguous.
+        x: frames ``[B, T, h, w, C]``: any strides but channels contiguous, as of slices of larger frames.
         weight: ``[C', C, kt, kh, kw]`` in ``torch.channels_last_3d`` memory. ``kt = 1`` is a 2D convolution of every
             frame; of a ``[C', C, kh, kw]`` one, in ``torch.channels_last`` memory, pass ``weight.unsqueeze(2)``.
         bias: ``[C']`` or None.
-        past: the frames before ``x``, at most ``kt - 1`` and the newest last; fewer, or None, at a clip's beginning.
+        past: the frames ``[B, P, h, w, C]`` before ``x``, at most ``kt - 1`` and the newest last; fewer, or None, at a
+            clip's beginning. Its strides are its own.
         stride: in time, rows and columns. In time, results end at frames ``st - 1, 2 st - 1, ...``.
         padding: zeros beyond the top, bottom, left and right of ``x``; negative ones leave out pixels. Default: half of
             the kernel on all sides.
@@ -152,8 +131,8 @@ def causal_conv3d(
             16 bits and cuDNN for float32, which our kernel computes without tensor cores.
 
     Returns:
-        ``out`` ``[B, T', h', w', C']``; with ``norm_weight`` the pair ``(out, normed)``, or ``normed`` alone without
-        ``keep_sum``.
+        ``out`` ``[B, T', h', w', C']`` with ``T' = T // st``; with ``norm_weight`` the pair ``(out, normed)``, or
+        ``normed`` alone without ``keep_sum``.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; the message names it, with what was given and allowed.

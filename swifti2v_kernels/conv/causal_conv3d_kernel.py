@@ -5,8 +5,6 @@
 * **The norm of the result** needs all channels of a pixel, which one program owns up to 192 channels. As a prologue of
   the next convolution it would be computed once for each of its 27 taps.
 * **Programs of one pixel tile are neighbours**, so that what one has fetched is in L2 for the next.
-
-What the compiler made of it: ``python -m bench compile --cases causal_conv3d``.
 """
 
 from __future__ import annotations

@@ -4,37 +4,25 @@
     out = floor(127.5 * clamp(v, -1, 1) + 128), at most 255                          (uint8)
     out = clamp(v, -1, 1)                                                            (float)
 
-| tensor | shape                      | dtype            | layout                                                      |
-|--------|----------------------------|------------------|-------------------------------------------------------------|
-| x      | [B, T, h, w, C]            | fp32, fp16, bf16 | any strides but channels contiguous                         |
-| past   | [B, P, h, w, C]            | as x             | the same, P < kt; None for the beginning of the clip        |
-| weight | [3 * p * p, C, kt, kh, kw] | as x             | channels last in memory; features (colour, column, row)     |
-| bias   | [3 * p * p]                | as x             | contiguous                                                  |
-| out    | [B, T, p * h', p * w', 3]  | uint8, any float | any strides but colours contiguous: a tile of larger frames |
-
-``out`` is a view of the frames to be filled, so a tile is written in its place. Sums are float32 and rounded once.
+``out`` is a view of the frames to be filled, so a tile is written in its place. x, past, weight and bias are of one
+dtype: float16, bfloat16 or float32. Sums are float32 and rounded once.
 
 Why fused: separately, the features are written and read, permuted to pixels, clamped, scaled, cast, permuted to
 channels last and copied into the frame: 60 bytes a pixel of 3 bytes. FLOPs: 2 * B * T * h' * w' * 3 * p * p * C * taps.
-
-Limits: the kernel takes up to 3 taps in time and 128 features on NVIDIA GPUs of compute capability 8.0 or newer and has
-no derivative: PyTorch (on a GPU: cuDNN) computes all other calls. Three colours; uint8 has no NaN. Timed on an NVIDIA
-H200 only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import FLOATS, Spec, check_tensor, check_written
 from ..common.dispatch import public_operator
-from ..common.registration import kernel_operator, registered
+from ..common.registration import kernel_operator
 from . import calls
 from .by_torch import conv_sums
 
@@ -62,12 +50,14 @@ class FramesCall(NamedTuple):
         result = Spec((x.shape[0], frames, p * rows, p * columns, 3), (torch.uint8, *FLOATS))
         check_tensor("out", self.out, result, x.device)
 
+    def flops(self) -> int:
+        return 2 * math.prod(self.out) * math.prod(self.weight[1:])
+
     def check_written(self) -> None:
         check_written(self, ("out",))
 
     def obstacle(self) -> str | None:
-        features, _, taps, _, _ = self.weight.shape
-        reason = calls.obstacle(self, taps)
+        reason, features = calls.obstacle(self), self.weight.shape[0]
         if reason is None and features > MAX_FEATURES:
             reason = f"kernels exist for up to {MAX_FEATURES} features, got {features}"
         return reason
@@ -93,12 +83,6 @@ _frames_out_op = kernel_operator(
 )
 
 
-@register_flop_formula(registered("frames_out"))
-def _flops(*shapes: Any, **kwargs: Any) -> int:
-    of = FramesCall(*shapes[:7])
-    return 2 * math.prod(of.out) * math.prod(of.weight[1:])
-
-
 @public_operator()
 def frames_out(
     x: Tensor,
@@ -117,11 +101,12 @@ def frames_out(
     ``min(floor(127.5 * clamp(v, -1, 1) + 128), 255)`` and a floating one ``clamp(v, -1, 1)``.
 
     Args:
-        x: normed and activated features ``[B, T, h, w, C]``, channels contiguous.
+        x: normed and activated features ``[B, T, h, w, C]``: any strides but channels contiguous.
         weight: ``[3 * p * p, C, kt, kh, kw]`` in ``torch.channels_last_3d`` memory; features by colour, pixel column
             and pixel row, the row fastest (the order of Wan2.2).
         bias: ``[3 * p * p]`` or None.
-        out: frames ``[B, T, p * h', p * w', 3]``, uint8 or floating, written in place; usually a slice of larger ones.
+        out: frames ``[B, T, p * h', p * w', 3]``, uint8 or floating, written in place: any strides
+            but colours contiguous; usually a slice of larger frames.
         past: the frames before ``x``, at most ``kt - 1`` and the newest last.
         padding: zeros beyond the top, bottom, left and right of ``x``; negative ones leave out pixels. Default: half of
             the kernel on all sides.

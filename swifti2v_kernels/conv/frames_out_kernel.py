@@ -1,7 +1,4 @@
-"""The Triton kernel of ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels.
-
-What the compiler made of it: ``python -m bench compile --cases frames_out``.
-"""
+"""The Triton kernel of ``frames_out``: a convolution to a few columns whose epilogue writes finished pixels."""
 
 from __future__ import annotations
 

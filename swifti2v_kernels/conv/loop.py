@@ -59,10 +59,7 @@ class ConvConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, channels: int, columns: int, itemsize: int, owned: bool) -> ConvConfig:
-        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
-
-        ``owned``: one program must own all columns of a pixel. A capability of None is the interpreter's.
-        """
+        """Returns what is launched where nothing was measured. ``owned``: a program must own all columns of a pixel."""
         block_n, tail_n = _columns(columns, MAX_OWNED_CHANNELS if owned else 128)
         if not owned and -(-columns // (block_n + tail_n)) * (block_n + tail_n) > 1.1 * columns:
             block_n, tail_n = _columns(columns, MAX_OWNED_CHANNELS)  # 320 are twice 160, with none idle

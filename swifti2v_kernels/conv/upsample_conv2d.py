@@ -12,21 +12,10 @@ decoder, the upsampled frame, is neither written nor read. Sums of weights are m
 random weights of a standard normal that moves a bfloat16 result by 1.7e-3 (relative L2), as much as the rounding of the
 result itself does (1.7e-3); in float32 by 4e-8.
 
-| tensor                | shape              | layout                                                               |
-|-----------------------|--------------------|----------------------------------------------------------------------|
-| x                     | [B, T, h, w, C]    | any strides but channels contiguous                                  |
-| phases                | [4, C', 2, 2, C]   | contiguous; phases: rows even, even, odd, odd, columns even, odd, ... |
-| bias, norm_weight     | [C']               | contiguous                                                           |
-| residual, out, normed | [B, T, h', w', C'] | as x; h' = 2h + top + bottom - 2                                     |
-
 All in one dtype: float16, bfloat16 or float32 (float64: torch); sums as in ``causal_conv3d``, which see for ``padding``
 (here in pixels of the upsampled frame), for the norm and for why any cut of a frame gives the same pixels.
 
 FLOPs: 2 * B * T * h' * w' * C' * C * 4. Least traffic: x read, results written, residual read.
-
-Limits: a factor of two and a 3x3 convolution alone. The kernel runs on NVIDIA GPUs of compute capability 8.0 or newer,
-has the norm in it for up to 192 output channels, and has no derivative: PyTorch (on a GPU: cuDNN) computes the calls
-whose inputs need gradients, and those that were measured as faster there. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -39,11 +28,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import Spec, check_tensor, check_tensors
 from ..common.dispatch import public_operator, transform
-from ..common.registration import kernel_operator, registered
+from ..common.registration import kernel_operator
 from ..common.target import for_gpu
 from . import calls
 
@@ -58,7 +46,8 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
         weight: the convolution after the upsampling, ``[C', C, 3, 3]``.
 
     Returns:
-        Phases ``[4, C', 2, 2, C]`` in the dtype of ``weight``, contiguous.
+        Phases ``[4, C', 2, 2, C]`` in the dtype of ``weight``, contiguous: of even, even, odd and odd rows and of even,
+        odd, even and odd columns.
 
     Raises:
         ValueError: the weight is not ``[C', C, 3, 3]``.
@@ -113,11 +102,7 @@ class UpsampleCall(NamedTuple):
             raise ValueError(f"padding: {tuple(padding)} leaves nothing of {2 * x.shape[2]} x {2 * x.shape[3]} pixels")
         calls.check_results(self)
 
-    def obstacle(self) -> str | None:
-        return calls.obstacle(self)
-
     def summed(self) -> Tensor:
-        """Returns the sum with bias and residual by torch, differentiable."""
         x, phases = self.x, self.phases
         wide = torch.promote_types(x.dtype, torch.float32)
         dtype = x.dtype if for_gpu(x.device) else wide  # cuDNN sums in float32 itself
@@ -144,9 +129,12 @@ class UpsampleCall(NamedTuple):
         return y.to(x.dtype).contiguous()
 
     def by_kernel(self) -> Any:
-        """Computes the call by the kernel, and a norm of many channels by its own."""
         return calls.by_kernel(self, lambda norm, *out: _upsample_conv2d_op(*self[:4], norm, self.padding, *out))
 
+    def flops(self) -> int:
+        return 2 * math.prod(self.out or self.normed) * math.prod(self.phases[2:])
+
+    obstacle = calls.obstacle
     by_torch = calls.by_torch
     check_written = calls.check_written
 
@@ -157,13 +145,6 @@ _upsample_conv2d_op = kernel_operator(
     " Tensor(a!)? out, Tensor(b!)? normed)",
     UpsampleCall,
 )
-
-
-@register_flop_formula(registered("upsample_conv2d"))
-def _flops(*shapes: Any, **kwargs: Any) -> int:
-    of = UpsampleCall(*shapes[:8])
-    result = of.out if of.out is not None else of.normed
-    return 2 * math.prod(result) * math.prod(of.phases[2:])
 
 
 @public_operator()
@@ -185,7 +166,7 @@ def upsample_conv2d(
     ``SiLU(out / max(|out|, 1e-12) * sqrt(C') * norm_weight)`` with ``|.|`` over the channels of a pixel.
 
     Args:
-        x: frames ``[B, T, h, w, C]``, channels contiguous.
+        x: frames ``[B, T, h, w, C]``: any strides but channels contiguous.
         phases: the weight ``[4, C', 2, 2, C]`` as :func:`fold_upsample_weight` makes it, in the dtype of ``x``.
         bias: ``[C']`` or None.
         padding: zeros beyond the top, bottom, left and right of the upsampled frame, at most 1; negative ones leave out

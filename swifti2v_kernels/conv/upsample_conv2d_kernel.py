@@ -1,7 +1,7 @@
 """The Triton kernel of ``upsample_conv2d``: a program owns pixels of one phase, two apart in rows and columns.
 
 The four phases of the same input pixels are neighbours in the order of programs, so that three of them find these in
-L2. What the compiler made of it: ``python -m bench compile --cases upsample_conv2d``.
+L2.
 """
 
 from __future__ import annotations

@@ -92,11 +92,6 @@ class SegmentPlan:
             right = range(stop, min(stop + self.neighbours_right, self.num_blocks))
             yield Window(((0,) if self.anchor else ()) + (*left, *right), tuple(range(start, stop)))
 
-    @property
-    def max_window_blocks(self) -> int:
-        """The largest number of blocks that a window may have, independent of the clip's length."""
-        return self.anchor + self.neighbours_left + self.neighbours_right + self.blocks_per_segment
-
 
 def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Returns standard normal noise for some blocks of a clip, each block from a generator of its own.
@@ -169,15 +164,11 @@ def assemble_window(reference: Tensor, latents: Tensor, window: Window, *, mask_
     if not all(0 <= block < num_blocks for block in window.blocks):
         raise ValueError(f"window: expected blocks in 0..{num_blocks - 1}, got {window.blocks}")
     check_mask_channels(mask_channels)
-    num_given = len(window.conditioning)
-    channels = z if mask_channels is None else 2 * z + mask_channels
-    out = latents.new_empty(batch, channels, len(window.blocks), *size)
-    out[:, :z, num_given:] = latents
-    for place, block in enumerate(window.conditioning):
-        out[:, :z, place] = reference[:, :, block]
-    if mask_channels is not None:
-        out[:, z : z + mask_channels, :num_given] = 1
-        out[:, z : z + mask_channels, num_given:] = 0
-        for place, block in enumerate(window.blocks):
-            out[:, z + mask_channels :, place] = reference[:, :, block]
-    return out
+    given = [reference[:, :, block : block + 1].to(latents.dtype) for block in window.conditioning]
+    own = torch.cat((*given, latents), dim=2)
+    if mask_channels is None:
+        return own.contiguous()
+    mask = latents.new_zeros(batch, mask_channels, len(window.blocks), *size)
+    mask[:, :, : len(given)] = 1
+    known = torch.cat([reference[:, :, block : block + 1] for block in window.blocks], dim=2)
+    return torch.cat((own, mask, known.to(latents.dtype)), dim=1).contiguous()

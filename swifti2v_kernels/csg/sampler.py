@@ -74,8 +74,7 @@ def sample_segments(
     *,
     plan: SegmentPlan,
     sigmas: Sequence[float] | Tensor,
-    seed: int | Sequence[int] | None = None,
-    noise: Tensor | None = None,
+    seed: int | Sequence[int],
     mask_channels: int | None = None,
     step: Step | None = None,
 ) -> Iterator[Tensor]:
@@ -92,7 +91,6 @@ def sample_segments(
         sigmas: noise levels from 1 to 0, one more than there are steps (``scheduler.sigmas`` in diffusers).
         seed: draws the noise of each block by :func:`swifti2v_kernels.block_noise`, stage 2; one seed for each batch
             entry.
-        noise: the noise of the whole clip, shaped as the reference, instead of ``seed``.
         mask_channels: whether and how mask and reference are concatenated (:func:`swifti2v_kernels.assemble_window`).
         step: the solver; default Euler, ``x + (sigmas[i + 1] - sigmas[i]) * velocity``. It is called once a step, so
             solvers with several evaluations a step are out; one with a memory clears it at ``i == 0``, where a new
@@ -128,23 +126,16 @@ def sample_segments(
     if len(levels) < 2 or not all(0 <= sigma <= 1 for sigma in levels):
         raise ValueError(f"sigmas: expected two or more noise levels in 0..1 (not timesteps), got {levels}")
     check_mask_channels(mask_channels)
-    if (seed is None) == (noise is None):
-        raise ValueError(f"seed, noise: expected one of the two, got {'neither' if seed is None else 'both'}")
     seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
-    if noise is None and (len(seeds) != reference.shape[0] or any(one < 0 for one in seeds)):
+    if len(seeds) != reference.shape[0] or any(one is None or one < 0 for one in seeds):
         raise ValueError(f"seed: expected {reference.shape[0]} (one a batch entry), none negative, got {seed}")
-    if noise is not None and noise.shape != reference.shape:
-        raise ValueError(f"noise: expected {tuple(reference.shape)} as the reference, got {tuple(noise.shape)}")
     _, z, _, height, width = reference.shape
     dtype, num_steps = torch.promote_types(reference.dtype, torch.float32), len(levels) - 1
 
     @torch.no_grad()
     def segments() -> Iterator[Tensor]:
         for window in plan:
-            if noise is None:
-                drawn = [block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds]
-            else:
-                drawn = [noise[:, :, list(window.noisy)]]
+            drawn = [block_noise(one, _STAGE, window.noisy, (z, height, width)) for one in seeds]
             x = torch.cat(drawn).to(reference.device, dtype)
             # The velocity of the noisy blocks, or of all blocks, of which these are the last.
             shapes = [(*x.shape[:2], blocks, *x.shape[3:]) for blocks in (len(window.noisy), len(window.blocks))]

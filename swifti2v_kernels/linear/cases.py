@@ -13,8 +13,7 @@ from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Cost, Work
 from ..common.shapes import MODELS, WINDOWS
 from .dequantize_rows import dequantize_rows
-from .quantize_rows import quantize_rows
-from .rows import FLOAT8_CAPABILITY, QuantizedRows
+from .quantize_rows import FLOAT8_CAPABILITY, QuantizedRows, quantize_rows
 from .scaled_linear import scaled_linear
 
 _BF16 = torch.bfloat16

@@ -2,20 +2,11 @@
 
     out = values * scales[..., None]
 
-| tensor | shape    | dtype                            | layout                                                    |
-|--------|----------|----------------------------------|-----------------------------------------------------------|
-| values | [..., C] | float8_e4m3fn, float8_e5m2, int8 | rows that flatten to [M, C]: any row stride, C contiguous |
-| scales | [...]    | float32                          | numbers that flatten to [M], such as one number expanded  |
-| out    | [..., C] | bf16, fp16, fp32                 | as values                                                 |
-
 It is computed in float32 and rounded once: bit for bit ``(values.float() * scales[..., None]).to(dtype)``.
 
 Why a kernel: a DiT that keeps its weights in 8 bits does this once a layer and step, to every weight. An element costs
 1 byte read and 2 written; eager PyTorch writes float32 twice and reads it twice, 19 bytes. float8 is decoded with
 integer instructions, so that GPUs without it have the kernel too. FLOPs: 2 an element.
-
-Limits: the kernel runs on NVIDIA GPUs of compute capability 8.0 or newer and has no derivative; PyTorch computes all
-other calls, and its path is differentiable by the scales. Not yet timed on hardware.
 """
 
 from __future__ import annotations
@@ -28,7 +19,7 @@ from torch import Tensor
 from ..common.checks import Spec, check_tensors, check_written
 from ..common.dispatch import KERNEL_DTYPES, compute, kernel_obstacle, public_operator
 from ..common.registration import kernel_operator
-from .rows import EIGHT_BITS, check_dtype, check_rows, check_scales
+from .quantize_rows import EIGHT_BITS, check_dtype, check_rows, check_scales
 
 
 class DequantizeCall(NamedTuple):
@@ -86,7 +77,8 @@ def dequantize_rows(
     Args:
         values: ``[..., C]`` in float8_e4m3fn, float8_e5m2 or int8: rows with contiguous channels that flatten to
             ``[M, C]`` without a copy.
-        scales: float32 ``[...]``, one a row; one for all is ``scale.expand(values.shape[:-1])``.
+        scales: float32 ``[...]``, one a row, that flatten to ``[M]``; one for all is
+            ``scale.expand(values.shape[:-1])``.
         dtype: dtype of the result: float32, float16 or bfloat16.
         out: where to write, shaped and laid out as ``values``, in ``dtype``; overlaps no input. With it a kernel
             allocates nothing.

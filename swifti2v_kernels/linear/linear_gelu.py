@@ -2,13 +2,6 @@
 
     out = gelu_tanh(x @ weight^T + bias)
 
-| tensor | shape    | dtype                  | layout                                  |
-|--------|----------|------------------------|-----------------------------------------|
-| x      | [..., K] | fp32, fp16, bf16, fp64 | rows that flatten to [M, K] without a copy |
-| weight | [N, K]   | as x                   | contiguous                              |
-| bias   | [N]      | as x                   | contiguous                              |
-| out    | [..., N] | as x                   | contiguous                              |
-
 Why fused: for M tokens of C channels and N = F * C hidden ones, the matmul writes M * N elements; GELU as a pass of its
 own reads and writes them once more, 2 * F * C elements a token. For Wan 1.3B (F = 5.83) that is 11.7 times a row of the
 residual stream, as much as everything else in a layer that is not a matmul; at 70,400 tokens in 16 bits 2.5 GB a layer.
@@ -18,8 +11,6 @@ torch already has the epilogue: on CUDA ``aten::_addmm_activation`` is one cuBLA
 which saves all of it. A kernel of ours could only lose by being a slower matmul, so there is none. On the CPU, where
 that operator means the exact GELU, in graphs that ``torch.compile`` fuses itself, and where an input needs gradients,
 it is a linear layer and a GELU.
-
-Limits: x, weight and bias are of one dtype, and the only activation is the tanh form of GELU.
 """
 
 from __future__ import annotations
@@ -31,15 +22,10 @@ from torch import Tensor
 from ..common.checks import Spec, check_targets, check_tensor
 from ..common.cost import Cost
 from ..common.dispatch import Choice, derivative_obstacle, public_operator
-from .rows import check_rows
+from .quantize_rows import check_rows
 
 
-def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Computes the formula above in PyTorch, differentiable."""
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-
-
-def _choose(*, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Choice:
+def _choose(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Choice:
     check_rows("x", x)
     check_tensor("weight", weight, Spec(("N*", x.shape[-1]), x.dtype, whole=True), x.device)
     check_tensor("bias", bias, Spec(weight.shape[:1], x.dtype, whole=True), x.device)
@@ -59,7 +45,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     """Computes ``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
 
     Args:
-        x: ``[..., K]``: rows that flatten to ``[M, K]`` without a copy.
+        x: ``[..., K]`` of any floating dtype: rows that flatten to ``[M, K]`` without a copy.
         weight: ``[N, K]`` contiguous, as in ``torch.nn.Linear``, in the dtype of ``x``.
         bias: ``[N]`` in the dtype of ``x``.
         out: where to write, ``[..., N]`` contiguous; overlaps no input.
@@ -80,7 +66,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
     if out is not None:
         check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias}, ())
     if chosen.implementation == "reference":
-        y = linear_gelu_reference(x, weight, bias)
+        y = F.gelu(F.linear(x, weight, bias), approximate="tanh")  # differentiable
         return y if out is None else out.copy_(y)
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))

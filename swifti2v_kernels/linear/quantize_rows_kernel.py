@@ -1,6 +1,6 @@
 """The Triton kernel of ``quantize_rows``: a program owns a few whole rows.
 
-The formulas of ``rows.py`` on float32 in registers are shared with the norms that quantise.
+Its functions on float32 in registers are shared with the norms that quantise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..common.configs import configured
 from ..common.target import capability_of
-from .rows import LARGEST
+from .quantize_rows import LARGEST
 
 
 @dataclass(frozen=True)

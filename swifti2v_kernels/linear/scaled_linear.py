@@ -2,15 +2,6 @@
 
     out = act((x.values @ weight.values^T) * x.scales[:, None] * weight.scales[None, :] + bias)
 
-| tensor         | shape    | dtype                              | layout                                            |
-|----------------|----------|------------------------------------|---------------------------------------------------|
-| x.values       | [..., K] | float8_e4m3fn or int8              | rows that flatten to [M, K]: any row stride       |
-| x.scales       | [...]    | float32                            | numbers that flatten to [M]                       |
-| weight.values  | [N, K]   | as x.values                        | contiguous                                        |
-| weight.scales  | [N]      | float32                            | contiguous                                        |
-| bias           | [N]      | fp32, fp16, bf16                   | contiguous                                        |
-| out            | [..., N] | bf16, fp16, fp32                   | contiguous                                        |
-
 int8 is summed in int32, exactly; float8 in float32, on GPUs whose tensor cores keep fewer bits in parts of 64 or 128
 channels (``scaled_linear_kernel.py`` says why). Scales, from the left to the right, bias and activation are float32,
 and the result is rounded once. What 8 bits lose was lost before: ``quantize_rows`` made the operands.
@@ -18,26 +9,21 @@ and the result is rounded once. What 8 bits lose was lost before: ``quantize_row
 FLOPs: 2 * M * N * K, at twice the rate of 16 bits or more. Least traffic: (M + N) * K bytes read and M * N elements
 written. Against a matmul with a pass of its own for each of scales, bias and GELU it saves reading and writing M * N
 elements as many times.
-
-Limits: the kernel takes K and N that are multiples of 16, on NVIDIA GPUs of compute capability 8.0 (int8) or 8.9
-(float8) or newer, and up to 131,071 channels of int8, which int32 can sum. Rows of 8 bits have no derivative. Not yet
-timed on hardware.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..common.checks import Spec, check_targets, check_tensor, check_tensors
 from ..common.dispatch import KERNEL_DTYPES, compute, kernel_obstacle, public_operator
-from ..common.registration import kernel_operator, registered
-from .rows import QuantizedRows, check_dtype, check_rows, check_scales, float8_obstacle
+from ..common.registration import kernel_operator
+from .quantize_rows import QuantizedRows, check_dtype, check_rows, check_scales, float8_obstacle
 
 ACTIVATIONS = (None, "gelu_tanh")
 #: Channels and columns are multiples of this, and so are the strides of rows: loads of 16 bytes.
@@ -79,6 +65,9 @@ class ScaledCall(NamedTuple):
         check_dtype("dtype", self.dtype, KERNEL_DTYPES)
         check_tensors(self, device, out=Spec(self.shape(), self.dtype, whole=True))
 
+    def flops(self) -> int:
+        return 2 * math.prod(self.values) * self.weight[0]
+
     def check_written(self) -> None:
         """Checks what only addresses tell: programs read their rows and columns while others write."""
         x, weight = QuantizedRows(*self[:2]), QuantizedRows(*self[2:4])
@@ -86,9 +75,8 @@ class ScaledCall(NamedTuple):
 
     def obstacle(self) -> str | None:
         (columns, depth), stride = self.weight.shape, _row_stride(self.values)
-        if (reason := kernel_obstacle((self.scales, self.weight_scales, self.bias, self.out))) is not None:
-            return reason
-        if (reason := float8_obstacle("multiply", self.values.dtype, self.values.device)) is not None:
+        reason = kernel_obstacle((self.scales, self.weight_scales, self.bias, self.out))
+        if (reason := reason or float8_obstacle("multiply", self.values.dtype, self.values.device)) is not None:
             return reason
         if columns % ALIGNMENT or depth % ALIGNMENT or stride % ALIGNMENT:
             return (
@@ -132,12 +120,6 @@ _scaled_linear_op = kernel_operator(
 )
 
 
-@register_flop_formula(registered("scaled_linear"))
-def _flops(*shapes: Any, **kwargs: Any) -> int:
-    of = ScaledCall(*shapes[:7])
-    return 2 * math.prod(of.values) * of.weight[0]
-
-
 @public_operator()
 def scaled_linear(
     x: QuantizedRows,
@@ -155,7 +137,7 @@ def scaled_linear(
 
     Args:
         x: activations: values ``[..., K]`` float8_e4m3fn or int8, rows that flatten without a copy, channels
-            contiguous; scales ``[...]`` float32, one a row.
+            contiguous; scales ``[...]`` float32, one a row, that flatten without a copy too.
         weight: values ``[N, K]`` contiguous, in the dtype of those of ``x``; scales ``[N]`` float32, one an output.
         bias: ``[N]`` float32, float16 or bfloat16, or None.
         activation: None or ``gelu_tanh``.

@@ -12,8 +12,6 @@
 * **Nothing is masked in the loop.** Rows and columns beyond the last are read as the last and not written. Only a
   number of channels that is no multiple of ``block_k`` costs masks.
 * **Programs go through groups of ``GROUP_M`` tiles of rows** column by column, so that both operands stay in L2.
-
-What the compiler made of it: ``python -m bench compile --cases scaled_linear``.
 """
 
 from __future__ import annotations
@@ -54,10 +52,7 @@ class ScaledConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, float8: bool) -> ScaledConfig:
-        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
-
-        A capability of None is the interpreter's.
-        """
+        """Returns what is launched where nothing was measured."""
         if capability is None:
             return cls(16, 16, 64, 4, 1)
         if capability // 10 == 10:

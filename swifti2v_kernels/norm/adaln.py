@@ -20,19 +20,11 @@ numbers instead of 6 * 14,080 * T * C.
 Statistics, modulation and sums are float32 (float64 for float64 input). x' is rounded once to its dtype and the norm
 reads the rounded value, as PyTorch code that stores it would; y is rounded once.
 
-With ``quantize``, y is float8_e4m3fn or int8 with one float32 scale a token (:mod:`swifti2v_kernels.linear.rows`),
+With ``quantize``, y is float8_e4m3fn or int8 with one float32 scale a token (:func:`swifti2v_kernels.quantize_rows`),
 rounded once too: from the float32 row in registers, never through x's dtype. ``scaled_linear`` takes it as it is; a
 pass of its own would read and write all of y once more.
 
-Why fused: a DiT layer adds three updates to its residual stream, each followed by a norm. Separately, an update moves
-3 tensors (x and update read, x' written) and a norm 2 (x' read, y written); together they move 4 instead of 5, and
-eager PyTorch in 16 bits, which stores every float32 intermediate, 33. Least traffic, in elements of B * L * C:
-norm_modulate 1 read and 1 written (eager 18 in all), gated_residual 2 and 1 (15), the fused form 2 and 2 (33); a
-quantised y is half of a written one in 16 bits. FLOPs: about 8 an element, 5 more to quantise it.
-
-Limits: the kernel takes up to 8,192 channels on NVIDIA GPUs of compute capability 8.0 or newer (8.9 for float8) and has
-no derivative: the PyTorch reference, which has one unless it quantises, computes the calls whose inputs need gradients.
-Timed on an NVIDIA H200 only; quantised not yet timed on hardware.
+What fusing saves, and the limits, are in docs/operators/norm.md. FLOPs: about 8 an element, 5 more to quantise it.
 """
 
 from __future__ import annotations
@@ -43,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, given, same_view
+from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, same_view
 from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
 from ..common.registration import kernel_operator
-from ..linear.rows import QuantizedRows, check_dtype, check_out, float8_obstacle, new_rows, quantized_reference, written
+from ..linear.quantize_rows import QuantizedRows, check_dtype, check_out, float8_obstacle, new_rows, quantized_reference
 
 NORMS = ("layer", "rms")
 #: A row is held in registers.
@@ -58,56 +50,54 @@ class AdalnCall(NamedTuple):
     """The arguments of the registered operator, then what of a public function's becomes its outputs."""
 
     x: Tensor
-    update: Tensor | None
-    gate: Tensor | None
-    shift: Tensor | None
-    scale: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    block_map: Tensor | None
+    update: Tensor | None = None
+    gate: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    block_map: Tensor | None = None
     #: Empty where only an update is added.
     norm: str = ""
     eps: float = 0.0
     x_out: Tensor | None = None
     y_out: Tensor | None = None
     y_scales: Tensor | None = None
+    #: What the public function does; the kernel goes by what is None.
+    adds: bool = False
     normed: bool = True
     quantize: torch.dtype | None = None
     out: Tensor | QuantizedRows | None = None
     inplace: bool = False
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
-        x, like = self.x, Spec(self.x.shape, self.x.dtype) if isinstance(self.x, Tensor) else None
-        check_tensor("x", x, Spec(("B*", "L*", "C*"), None))
-        check_tensors(self, x.device, update=like)
-        if self.quantize is not None:
-            check_dtype("quantize", self.quantize)
-            if x.shape[2] == 0:
-                raise ValueError(f"x: expected at least one channel to quantize, got {list(x.shape)}")
-            if self.out is not None:
-                check_out("out", self.out, x, self.quantize)
+        check_tensor("x", self.x, Spec(("B*", "L*", "C*"), None))
+        (batch, length, width), device = self.x.shape, self.x.device
+        like, affine = Spec(self.x.shape, self.x.dtype), Spec((width,), None, whole=True)
+        if self.adds:
+            check_tensor("update", self.update, like, device)
+        if self.quantize is None:
+            check_tensors(self, device, out=like)
         else:
-            check_tensors(self, x.device, out=like)
+            check_dtype("quantize", self.quantize)
+            if width == 0:
+                raise ValueError(f"x: expected at least one channel to quantize, got {list(self.x.shape)}")
+            if self.out is not None:
+                check_out("out", self.out, self.x, self.quantize)
         if self.normed and self.norm not in NORMS:
             raise ValueError(f"norm: expected {' or '.join(NORMS)}, got {self.norm!r}")
         if (self.shift is None) != (self.scale is None):
             raise ValueError("shift, scale: expected both or neither")
-        affine = Spec(x.shape[2:], None, whole=True)
-        check_tensors(self, x.device, weight=affine, bias=affine)
-        self._check_modulations()
-
-    def _check_modulations(self) -> None:
-        batch, length, width = self.x.shape
+        check_tensors(self, device, weight=affine, bias=affine)
         name, rows = "", "R"
         for each in ("gate", "shift", "scale"):
             if (m := getattr(self, each)) is not None:
-                check_tensor(each, m, Spec((batch, rows, width), None), self.x.device)
+                check_tensor(each, m, Spec((batch, rows, width), None), device)
                 name, rows = name or each, m.shape[1]
         if self.block_map is not None:
             if not name:
                 raise ValueError("block_map: expected None, since there is no gate, shift or scale to choose from")
-            check_index("block_map", self.block_map, None, 0, rows - 1, self.x.device)
+            check_index("block_map", self.block_map, None, 0, rows - 1, device)
             name, rows = "block_map", self.block_map.shape[0]
         if name and length % rows:
             raise ValueError(f"{name}: {rows} blocks do not divide {length} tokens")
@@ -129,7 +119,6 @@ class AdalnCall(NamedTuple):
         check_written(self, outputs, {"x": y_out} if over_x else {"x": x_out, "out": y_out}, ("x", "update"))
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
         out = self.out if isinstance(self.out, Tensor) else None
         if (reason := kernel_obstacle((*self[:8], out))) is not None:
             return reason
@@ -140,20 +129,17 @@ class AdalnCall(NamedTuple):
     def by_torch(self) -> Any:
         """Computes the call in PyTorch, differentiable unless quantised; what is to be overwritten is last."""
         self.check_written()
-        x = self.x if self.update is None else _gated(self)
+        x = _gated(self) if self.adds else self.x
         y = _normed(self, x) if self.normed else None
         if self.inplace:
             x = self.x.copy_(x)
-        if isinstance(y, QuantizedRows):
-            y = written(self.out, y)
-        elif self.out is not None:
+        if self.out is not None:
             y = self.out.copy_(y)
         return self._results(x, y)
 
     def by_kernel(self) -> Any:
-        """Computes the call by the fused kernel."""
         x, y, outputs = None, self.out, [None, None, None]
-        if self.update is not None:
+        if self.adds:
             x = outputs[0] = self.x if self.inplace else self.x.new_empty(self.x.shape)
         if self.normed:
             if y is None:
@@ -163,7 +149,7 @@ class AdalnCall(NamedTuple):
         return self._results(x, y)
 
     def _results(self, x: Tensor | None, y: Tensor | QuantizedRows | None) -> Any:
-        return y if self.update is None else (x, y) if self.normed else x
+        return y if not self.adds else (x, y) if self.normed else x
 
 
 def _gated(call: AdalnCall) -> Tensor:
@@ -317,8 +303,7 @@ def gated_residual(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    rest = (*[None] * 4, block_map)
-    call = AdalnCall(x, given("update", update), gate, *rest, normed=False, inplace=inplace)
+    call = AdalnCall(x, update, gate, block_map=block_map, adds=True, normed=False, inplace=inplace)
     return compute(call, backend)
 
 
@@ -378,17 +363,15 @@ def gated_residual_norm_modulate(
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
     rest = (gate, shift, scale, weight, bias, block_map, norm, eps)
-    call = AdalnCall(x, given("update", update), *rest, quantize=quantize, out=out, inplace=inplace)
+    call = AdalnCall(x, update, *rest, adds=True, quantize=quantize, out=out, inplace=inplace)
     return compute(call, backend)
 
 
-def cost(
-    batch: int, length: int, channels: int, *, update: bool, norm: bool, quantize: bool = False, itemsize: int = 2
-) -> Cost:
-    """Returns the least cost of one call with or without an update to add, a norm and its rounding to 8 bits.
+def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, quantize: bool = False) -> Cost:
+    """Returns the least cost of one call in 16 bits with or without an update, a norm and its rounding to 8 bits.
 
     The modulation and the scales are negligible.
     """
     elements = batch * length * channels
-    out = update * itemsize + norm * (1 if quantize else itemsize)
-    return Cost((2 * update + 8 * norm + 5 * quantize) * elements, (1 + update) * elements * itemsize, out * elements)
+    out = 2 * update + norm * (1 if quantize else 2)
+    return Cost((2 * update + 8 * norm + 5 * quantize) * elements, 2 * (1 + update) * elements, out * elements)

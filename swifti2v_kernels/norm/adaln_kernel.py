@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..common.configs import configured
 from ..common.target import capability_of
+from ..linear.quantize_rows import LARGEST
 from ..linear.quantize_rows_kernel import channels_of_8_bits, magnitude, rounded, row_scale
-from ..linear.rows import LARGEST
 
 LAYER, RMS = 1, 2
 

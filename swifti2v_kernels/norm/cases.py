@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.case import Arguments, Case, RealSize
 from ..common.cost import Work
 from ..common.shapes import SIZES, WINDOWS, Window
-from ..linear.rows import FLOAT8_CAPABILITY
+from ..linear.quantize_rows import FLOAT8_CAPABILITY
 from .adaln import cost as adaln_cost
 from .adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
 from .qk_norm_rope import cost as rope_cost

@@ -19,12 +19,8 @@ q and k are usually slices of a fused projection's output ``[B, L, 3*H*D]``: the
 written there, so that attention reads all three from one buffer. Angles are float64, their cosine and sine float32 and
 tabled per axis (from other models also per token); the norm is float32 and rounded once, the rotation too.
 
-Why fused: q and k are read once and written once, 4 * B * L * H * D elements; eager PyTorch in 16 bits, with its
-float32 intermediates and strided copies, moves 35 * B * L * H * D. FLOPs: about 10 an element.
-
-Limits: the kernel takes an even head_dim and up to 16,384 channels a token on NVIDIA GPUs of compute capability 8.0 or
-newer and has no derivative: the PyTorch reference, which has one, computes all other calls. Every head is turned by the
-same angles. Timed on an NVIDIA H200 only.
+Every head is turned by the same angles. What fusing saves, and the limits, are in docs/operators/norm.md. FLOPs: about
+10 an element.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import Spec, check_targets, check_tensor, given
+from ..common.checks import Spec, check_targets, check_tensor
 from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import kernel_operator
@@ -72,32 +68,32 @@ def norm_rope_reference(
 
 
 class RopeCall(NamedTuple):
-    """The arguments of the registered operator, then whether q and k are overwritten."""
+    """The arguments of the registered operator, for q and k or one tensor alone, then whether these are overwritten."""
 
-    q: Tensor
-    k: Tensor | None
-    q_weight: Tensor
-    k_weight: Tensor | None
+    x: Sequence[Tensor]
+    weights: Sequence[Tensor]
     #: Empty without rotation.
     rope: Sequence[Tensor]
     num_heads: int
     start: int
     eps: float
-    interleaved: bool
-    q_out: Tensor | None = None
-    k_out: Tensor | None = None
+    layout: str
+    out: Sequence[Tensor] = ()
     inplace: bool = False
 
+    def names(self) -> list[tuple[str, str]]:
+        """Returns what messages call the tensors and their weights."""
+        return [("x", "weight")] if len(self.x) == 1 else [("q", "q_weight"), ("k", "k_weight")]
+
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
-        if self.k is None:
-            self._check("x", "weight", self.q, self.q_weight)
-            return
-        q, k, q_weight, k_weight = self[:4]
-        self._check("q", "q_weight", q, q_weight)
-        self._check("k", "k_weight", k, k_weight)
-        check_tensor("k", k, Spec((q.shape[0], "L*", q.shape[2]), q.dtype), q.device)
-        check_tensor("k_weight", k_weight, Spec(q_weight.shape, q_weight.dtype, whole=True), q.device)
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {self.layout!r}")
+        for (name, label), x, weight in zip(self.names(), self.x, self.weights, strict=True):
+            self._check(name, label, x, weight)
+        if len(self.x) == 2:
+            (q, k), (q_weight, k_weight) = self.x, self.weights
+            check_tensor("k", k, Spec((q.shape[0], "L*", q.shape[2]), q.dtype), q.device)
+            check_tensor("k_weight", k_weight, Spec(q_weight.shape, q_weight.dtype, whole=True), q.device)
 
     def _check(self, name: str, label: str, x: Tensor, weight: Tensor) -> None:
         check_tensor(name, x, Spec(("B*", "L*", f"{self.num_heads} * D*"), None))
@@ -119,7 +115,7 @@ class RopeCall(NamedTuple):
             check_tensor(f"rope.{axis}", table, Spec(("n", "pairs*", 2), torch.float32, whole=True), x.device)
         grid, pairs = ([axis.shape[i] for axis in self.rope] for i in (0, 1))
         tokens, last = grid[0] * grid[1] * grid[2], self.start + x.shape[1]
-        if (last > tokens) if self.k is None else (last != tokens):
+        if (last > tokens) if len(self.x) == 1 else (last != tokens):
             given = f"{name} has {x.shape[1]}" + (f", from {self.start} on" if self.start else "")
             raise ValueError(f"rope: tables for {grid[0]} x {grid[1]} x {grid[2]} tokens, but {given}")
         if 2 * sum(pairs) != head_dim:
@@ -130,18 +126,16 @@ class RopeCall(NamedTuple):
 
         A program reads its whole token before it writes it, so in place is safe; others read weights and tables.
         """
-        one = self.k is None
-        q, q_weight = ("x", "weight") if one else ("q", "q_weight")
-        inputs = {q: self.q, "k": self.k, q_weight: self.q_weight, "k_weight": self.k_weight}
+        names, labels = zip(*self.names(), strict=True)
+        inputs = dict(zip((*names, *labels), (*self.x, *self.weights), strict=True))
         inputs |= {f"rope.{axis}": table for axis, table in zip("thw", self.rope, strict=False)}
-        check_targets({q: self.q if self.inplace else self.q_out}, inputs, (q,))
-        check_targets({"k": self.k if self.inplace else self.k_out}, inputs, ("k",))
+        for name, target in zip(names, self.x if self.inplace else self.out, strict=True):
+            check_targets({name: target}, inputs, (name,))
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
-        if (reason := kernel_obstacle((*self[:4], *self.rope))) is not None:
+        if (reason := kernel_obstacle((*self.x, *self.weights, *self.rope))) is not None:
             return reason
-        channels = self.q.shape[2]
+        channels = self.x[0].shape[2]
         if channels > MAX_CHANNELS:
             return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}"
         if channels // self.num_heads % 2:
@@ -149,41 +143,33 @@ class RopeCall(NamedTuple):
         return None
 
     def by_torch(self) -> Tensor | tuple[Tensor, ...]:
-        """Computes the call in PyTorch, differentiable."""
+        rest = (Rope3D(*self.rope) if self.rope else None, *self[3:7])
         if self.inplace:
             self.check_written()
-        rope = Rope3D(*self.rope) if self.rope else None
-        rest = (rope, self.num_heads, self.start, self.eps, LAYOUTS[not self.interleaved])
-        results = [norm_rope_reference(x, weight, *rest) for x, weight in self._pairs()]
+        results = [norm_rope_reference(x, weight, *rest) for x, weight in zip(self.x, self.weights, strict=True)]
         if self.inplace:
-            pairs = zip(self._pairs(), results, strict=True)
-            results = [x.copy_(y.flatten(2)).unflatten(2, y.shape[2:]) for (x, _), y in pairs]
-        return results[0] if self.k is None else tuple(results)
+            for x, y in zip(self.x, results, strict=True):
+                x.copy_(y.flatten(2))
+            return self._split(self.x)
+        return results[0] if len(results) == 1 else tuple(results)
 
     def by_kernel(self) -> Tensor | tuple[Tensor, ...]:
-        """Computes the call by the fused kernel."""
-        outputs = [x if self.inplace else x.new_empty(x.shape) for x, _ in self._pairs()]
-        _norm_rope_op(*self[:9], outputs[0], None if self.k is None else outputs[1])
-        results = [out.unflatten(2, (self.num_heads, -1)) for out in outputs]
-        return results[0] if self.k is None else tuple(results)
+        out = self.x if self.inplace else [x.new_empty(x.shape) for x in self.x]
+        _norm_rope_op(*self[:7], out)
+        return self._split(out)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        first = [(self.q, self.q_weight)]
-        return first if self.k is None or self.k_weight is None else [*first, (self.k, self.k_weight)]
+    def _split(self, results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Returns the results as they are handed out, each as a view by heads."""
+        views = tuple(y.unflatten(2, (self.num_heads, -1)) for y in results)
+        return views[0] if len(views) == 1 else views
 
 
 _norm_rope_op = kernel_operator(
     "norm_rope",
-    "(Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor[] rope, SymInt num_heads, SymInt start,"
-    " float eps, bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out)",
+    "(Tensor[] x, Tensor[] weights, Tensor[] rope, SymInt num_heads, SymInt start, float eps, str layout,"
+    " Tensor(a!)[] out)",
     RopeCall,
 )
-
-
-def _interleaved(layout: str) -> bool:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")
-    return layout == "interleaved"
 
 
 @public_operator()
@@ -234,8 +220,8 @@ def qk_norm_rope(
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    tables, rest = [] if rope is None else list(rope), (eps, _interleaved(layout))
-    call = RopeCall(q, given("k", k), q_weight, k_weight, tables, num_heads, 0, *rest, inplace=inplace)
+    tables = [] if rope is None else list(rope)
+    call = RopeCall([q, k], [q_weight, k_weight], tables, num_heads, 0, eps, layout, inplace=inplace)
     return compute(call, backend)
 
 
@@ -280,14 +266,11 @@ def norm_rope(
 
     Source: Wan self-attention (diffusers ``WanAttnProcessor``).
     """
-    tables, rest = [] if rope is None else list(rope), (eps, _interleaved(layout))
-    return compute(RopeCall(x, None, weight, None, tables, num_heads, start, *rest, inplace=inplace), backend)
+    tables = [] if rope is None else list(rope)
+    return compute(RopeCall([x], [weight], tables, num_heads, start, eps, layout, inplace=inplace), backend)
 
 
-def cost(batch: int, length: int, channels: int, *, tensors: int = 2, itemsize: int = 2) -> Cost:
-    """Returns the least cost of one call for one or both (``tensors``) of q and k.
-
-    Weights and tables are negligible.
-    """
-    elements = tensors * batch * length * channels
-    return Cost(10 * elements, elements * itemsize, elements * itemsize)
+def cost(batch: int, length: int, channels: int) -> Cost:
+    """Returns the least cost of one call for q and k in 16 bits; weights and tables are negligible."""
+    elements = 2 * batch * length * channels
+    return Cost(10 * elements, 2 * elements, 2 * elements)

@@ -131,23 +131,22 @@ def norm_rope_fwd_kernel(
 
 
 def launch(call: Any) -> None:
-    """Writes ``q_out`` (and ``k_out``), views ``[B, L, H*D]``, of a checked ``RopeCall``."""
-    q, heads, interleaved = call.q, call.num_heads, call.interleaved
+    """Writes ``out``, views ``[B, L, H*D]``, of a checked ``RopeCall``, whose one tensor stands for both q and k."""
+    q, k, q_out, k_out = call.x[0], call.x[-1], call.out[0], call.out[-1]
     batch, q_len, channels = q.shape
+    heads, interleaved = call.num_heads, call.layout == "interleaved"
     head_dim = channels // heads
-    both = call.k is not None
-    k, k_weight, k_out = (call.k, call.k_weight, call.k_out) if both else (q, call.q_weight, call.q_out)
     pairs = tuple(table.shape[1] for table in call.rope) or (0, 0, 0)
     height, width = (call.rope[1].shape[0], call.rope[2].shape[0]) if call.rope else (1, 1)
     block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
     key = {"block_h": block_h, "block_d": 2 * block_p, "itemsize": q.element_size(), "interleaved": int(interleaved)}
     config = configured("norm_rope", capability_of(q.device), NormRopeConfig.heuristic(block_h, 2 * block_p), **key)
-    norm_rope_fwd_kernel[(triton.cdiv(max(q_len, k.shape[1]), config.block_m), batch, 2 if both else 1)](
-        q, k, call.q_weight, k_weight, call.q_out, k_out, *(call.rope or (None, None, None)),
-        *(s for x in (q, k, call.q_out, k_out) for s in x.stride()[:2]),
+    norm_rope_fwd_kernel[(triton.cdiv(max(q_len, k.shape[1]), config.block_m), batch, len(call.x))](
+        q, k, call.weights[0], call.weights[-1], q_out, k_out, *(call.rope or (None, None, None)),
+        *(s for x in (q, k, q_out, k_out) for s in x.stride()[:2]),
         q_len, k.shape[1], call.start, height, width, call.eps,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_P=block_p,
         PAIRS_T=pairs[0], PAIRS_H=pairs[1], PAIRS_W=pairs[2],
-        PER_HEAD=call.q_weight.shape[0] != channels, INTERLEAVED=interleaved, BLOCK_M=config.block_m,
+        PER_HEAD=call.weights[0].shape[0] != channels, INTERLEAVED=interleaved, BLOCK_M=config.block_m,
         num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

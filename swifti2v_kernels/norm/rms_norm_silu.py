@@ -11,11 +11,7 @@
 It is computed in float32 and rounded once. Where one program of ``causal_conv3d`` owns all channels this is part of its
 epilogue and costs nothing but the store; this operator is for all else: many channels, and convolutions by cuDNN.
 
-Why fused: each element is read and written once; eager PyTorch (``F.normalize``, two multiplications, SiLU, float32
-copies) moves 20 times an element of 16 bits. FLOPs: about 8 an element.
-
-Limits: the kernel takes up to 4,096 channels on NVIDIA GPUs of compute capability 8.0 or newer and has no derivative:
-the PyTorch reference, which has one, computes all other calls. Timed on an NVIDIA H200 only.
+What fusing saves, and the limits, are in docs/operators/norm.md. FLOPs: about 8 an element.
 """
 
 from __future__ import annotations
@@ -35,15 +31,6 @@ from ..common.registration import kernel_operator
 MAX_CHANNELS = 4096
 
 
-def rms_norm_silu_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """Computes the formula above in PyTorch, differentiable."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Clamped before the root, whose gradient at 0 is infinite.
-    length = wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
-    y = wide / length * (x.shape[-1] ** 0.5 * weight.to(wide.dtype))
-    return F.silu(y).to(x.dtype)
-
-
 class SiluCall(NamedTuple):
     """The arguments of the registered operator."""
 
@@ -52,7 +39,6 @@ class SiluCall(NamedTuple):
     out: Tensor | None
 
     def check(self) -> None:
-        """Checks what can be known of the call without addresses."""
         x = self.x
         check_tensor("x", x, Spec(("B", "T", "h", "w", "C")))
         check_tensor("weight", self.weight, Spec(x.shape[4:], x.dtype, whole=True), x.device)
@@ -63,22 +49,22 @@ class SiluCall(NamedTuple):
         check_written(self, ("out",), rows=("x",))
 
     def obstacle(self) -> str | None:
-        """Returns why the kernel cannot take the call, or None if it can."""
-        if (reason := kernel_obstacle(self)) is not None:
-            return reason
         channels = self.x.shape[4]
-        return f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}" if channels > MAX_CHANNELS else None
+        too_many = f"kernels exist for up to {MAX_CHANNELS} channels, got {channels}"
+        return kernel_obstacle(self) or (too_many if channels > MAX_CHANNELS else None)
 
     def by_torch(self) -> Tensor:
-        """Computes the call in PyTorch, differentiable."""
-        y = rms_norm_silu_reference(self.x, self.weight)
+        wide = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        # Clamped before the root, whose gradient at 0 is infinite.
+        length = wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
+        y = wide / length * (self.x.shape[-1] ** 0.5 * self.weight.to(wide.dtype))
+        y = F.silu(y).to(self.x.dtype)
         if self.out is None:
             return y
         self.check_written()
         return self.out.copy_(y)
 
     def by_kernel(self) -> Tensor:
-        """Computes the call by the fused kernel."""
         out = self.x.new_empty(self.x.shape) if self.out is None else self.out
         _rms_norm_silu_op(self.x, self.weight, out)
         return out
@@ -116,6 +102,6 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
     return compute(SiluCall(x, weight, out), backend)
 
 
-def cost(pixels: int, channels: int, itemsize: int = 2) -> Cost:
-    """Returns the least cost of one call; the weight is negligible."""
-    return Cost(8 * pixels * channels, pixels * channels * itemsize, pixels * channels * itemsize)
+def cost(pixels: int, channels: int) -> Cost:
+    """Returns the least cost of one call in 16 bits; the weight is negligible."""
+    return Cost(8 * pixels * channels, 2 * pixels * channels, 2 * pixels * channels)

@@ -6,15 +6,6 @@ The T blocks of a window (a block is one latent frame) are wherever their indice
 ``latents``; given ones, index -1, in ``reference``. Gathering them, joining the channels, cutting patches and the
 matmul of the patch embedding are one kernel: no tensor of the window's pixels or patches exists.
 
-| tensor          | shape                 | dtype            | layout                                            |
-|-----------------|-----------------------|------------------|---------------------------------------------------|
-| latents         | [B, z, S, h, w]       | fp32, fp16, bf16 | any strides, w contiguous                         |
-| reference       | [B, z_ref, N, h, w]   | fp32, fp16, bf16 | the same; a dtype of its own                      |
-| weight, bias    | [C, C_in, 1, p, q], [C] | fp32, fp16, bf16 | contiguous, as in Conv3d                        |
-| latent_index, reference_index | [T]     | int32            | contiguous                                        |
-| mask            | [T]                   | fp32             | contiguous                                        |
-| out             | [B, L, C]             | as weight        | any batch and token strides, C contiguous         |
-
 L = T * (h/p) * (w/q) are the tokens of all blocks. C_in is z (latents alone) or z + m + z_ref (latents, m mask channels
 of one value a block, reference; Wan I2V: 16 + 4 + 16). Channels are rounded to the dtype of ``weight``, sums and the
 bias are float32, the token is rounded once. Sums run in the order of tiles, so results of different backends differ by
@@ -23,9 +14,6 @@ rounding only.
 FLOPs: 2 * B * L * C * C_in * p * q. Least traffic: the blocks and the weight read once, the tokens written
 once. Against ``torch.cat`` and a Conv3d it saves the copies of the window's channels, in the stores' dtype and in the
 weight's.
-
-Limits: patches of one latent frame. The kernel runs on NVIDIA GPUs of compute capability 8.0 or newer and has no
-derivative: the PyTorch reference, which has one, computes all other calls. Timed on an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -183,11 +171,11 @@ def embed_window(
 
     Args:
         latents: store of noisy latents ``[B, z, S, h, w]``, any strides but w contiguous; h and w are multiples of the
-            patch. Stride 0 (``expand``) is fine.
+            patch. Stride 0 (``expand``) is fine. Stores and weight are float32, float16 or bfloat16, each its own.
         weight: weight ``[C, C_in, 1, p, q]`` of the patch embedding, contiguous, as Conv3d has it. ``C_in`` is ``z``,
             or ``z + m + z_ref`` for channels in the order latents, mask, reference.
         bias: ``[C]`` in the dtype of ``weight``.
-        reference: store ``[B, z_ref, N, h, w]`` of given blocks, of any floating dtype; any strides but w contiguous.
+        reference: store ``[B, z_ref, N, h, w]`` of given blocks; any strides but w contiguous.
         latent_index: int32 ``[T]`` on the device: block i of the window is ``latents[:, :, latent_index[i]]``, in any
             order and repeated if need be. At -1 the block is given, and its latents are those of ``reference``, which
             must then have z channels. Default ``0 .. S-1``.

@@ -4,8 +4,6 @@
   channel and pixel; their sum is where the element lies. Tiles may straddle blocks, so short blocks waste no rows.
 * **The channels of one tile of tokens are computed side by side**, so that the pixels gathered by one program are in
   the cache for the next.
-
-What the compiler made of it: ``python -m bench compile --cases embed_window``.
 """
 
 from __future__ import annotations
@@ -40,10 +38,7 @@ class EmbedConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, width: int, itemsize: int) -> EmbedConfig:
-        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
-
-        ``itemsize`` is that of the weight. A capability of None is the interpreter's.
-        """
+        """Returns what is launched where nothing was measured; ``itemsize`` is that of the weight."""
         if capability is None:
             return cls(32, 64, 32, 4, 1)
         if itemsize == 4:

@@ -7,14 +7,6 @@
 This is done for the blocks i of the window that are targets (a block is one latent frame); the others cost nothing.
 Neither the normalised tokens nor the velocity exist as tensors, and the update needs no gather or scatter of blocks.
 
-| tensor                  | shape           | dtype            | layout                                          |
-|-------------------------|-----------------|------------------|-------------------------------------------------|
-| x                       | [B, L, C]       | fp32, fp16, bf16 | any batch and token strides, C contiguous       |
-| weight, bias            | [N, C], [N]     | as x             | contiguous; features (p, q, channel), as in Wan |
-| shift, scale            | [B, R, C]       | fp32, fp16, bf16 | any batch and row strides, C contiguous         |
-| latent_index, block_map | [T]             | int32            | contiguous                                      |
-| out                     | [B, z, S, h, w] | fp32, fp16, bf16 | any strides, w contiguous                       |
-
 L = T * (h/p) * (w/q) are the tokens of all blocks, and N = p * q * z the features of a token.
 
 Statistics (Chan's merge of chunks' means and centred sums), modulation, sums, bias and update are float32. The
@@ -24,10 +16,6 @@ update, and the result once. Sums run in the order of tiles, so results of diffe
 FLOPs: 2 * B * tokens * C * N, of target blocks alone. Least traffic: their tokens and the weight read once, their
 latents read (with a step) and written once. Against separate operators it saves the normalised tokens (written and
 read), the velocity and its copies in another layout.
-
-Limits: patches of one latent frame. The kernel takes up to 256 features (p * q * z) on NVIDIA GPUs of compute
-capability 8.0 or newer and has no derivative: the PyTorch reference, which has one, computes all other calls. Timed on
-an NVIDIA H200 only.
 """
 
 from __future__ import annotations
@@ -114,11 +102,10 @@ class ProjectCall(NamedTuple):
         check_written(self, ("out",))
 
     def obstacle(self) -> str | None:
-        if (reason := kernel_obstacle(self[:9])) is not None:
-            return reason
-        if self.weight.shape[0] > MAX_FEATURES:
-            return f"kernels exist for at most {MAX_FEATURES} features, got {self.weight.shape[0]}"
-        return None
+        reason, features = kernel_obstacle(self[:9]), self.weight.shape[0]
+        if reason is None and features > MAX_FEATURES:
+            reason = f"kernels exist for at most {MAX_FEATURES} features, got {features}"
+        return reason
 
     def by_torch(self) -> Tensor:
         """Computes the formula above in PyTorch, differentiable; velocity is NaN for a row that is not there."""
@@ -187,14 +174,14 @@ def project_step(
     written, with ``step`` the latents become ``latents + step * velocity``.
 
     Args:
-        x: tokens ``[B, T*(h/p)*(w/q), C]`` by block, row and column, C contiguous.
+        x: tokens ``[B, T*(h/p)*(w/q), C]`` by block, row and column, C contiguous; float32, float16 or bfloat16.
         weight: ``[p*q*z, C]`` contiguous, in the dtype of ``x``; features by pixel row, pixel column and channel, the
             channel fastest.
         bias: ``[p*q*z]`` in the dtype of ``x``, or None.
         shift: modulation rows ``[B, R, C]`` of any floating dtype, C contiguous.
         scale: modulation rows ``[B, R, C]``, likewise.
-        out: store of latents ``[B, z, S, h, w]``, any strides but w contiguous, written in place. Its elements are
-            distinct and overlap no input.
+        out: store of latents ``[B, z, S, h, w]`` in any of these dtypes, any strides but w contiguous, written in
+            place. Its elements are distinct and overlap no input.
         latent_index: int32 ``[T]`` on the device: block i of ``x`` goes to ``out[:, :, latent_index[i]]``. At -1 it is
             no target and is skipped. Others are distinct. Default ``0 .. S-1``, with T = S.
         block_map: int32 ``[T]``: the row of ``shift`` and ``scale`` for each block. Default: its own, with R = T, or

@@ -4,8 +4,6 @@
 * **Two passes over the tokens**, the second of them from cache: statistics, then normalise, modulate and project. The
   statistics merge means and centred sums of chunks: squares minus the square of the sum would cancel.
 * **Velocities are transposed** before the update: neighbouring tokens are neighbours in the store, features are not.
-
-What the compiler made of it: ``python -m bench compile --cases project_step``.
 """
 
 from __future__ import annotations
@@ -39,10 +37,7 @@ class ProjectConfig:
 
     @classmethod
     def heuristic(cls, capability: int | None, block_n: int, itemsize: int) -> ProjectConfig:
-        """Returns the configuration used where no measured one exists; the compile report checks each for spills.
-
-        ``block_n`` are the features, rounded up to a power of two. A capability of None is the interpreter's.
-        """
+        """Returns what is launched where nothing was measured, for features padded to ``block_n``, a power of two."""
         if capability is None:
             return cls(16, 32, 4, 1)
         if itemsize == 4:

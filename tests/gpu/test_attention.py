@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.attention.measure import exact_rows
 from bench.attention.providers import own_kernel
 from bench.records.outcome import Unavailable
-from swifti2v_kernels import BlockWindow, explain, merge_attention, segment_attention
+from swifti2v_kernels import explain, merge_attention, segment_attention
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import HARDWARE_LSE, KERNEL, relative_error
 
@@ -92,27 +92,6 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     q, k, v = buffer.unbind(2)
     q, k, v = q[:, -300:], k[:, -2000:], v[:, -2000:]
     check(segment_attention(q, [(k, v)], backend="triton"), cat_attention(q, [(k, v)])[0])
-
-
-def test_block_windows_at_length() -> None:
-    q, k, v = qkv(21 * 880, batch=1)
-    out = segment_attention(q, [(k, v)], window=BlockWindow(880, 2, 1))
-    rows = slice(5 * 880, 6 * 880)
-    check(out[:, rows], cat_attention(q[:, rows], [(k[:, 3 * 880 : 7 * 880], v[:, 3 * 880 : 7 * 880])])[0])
-
-
-def test_graph_capture_and_no_synchronisation() -> None:
-    (q, k, v), (_, text_k, text_v) = qkv(500), qkv(77)
-    sources = [(k, v), (text_k, text_v)]
-    expected = segment_attention(q, sources)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = segment_attention(q, sources)
-    out.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, expected)
 
 
 def test_compiled_module_equals_eager() -> None:

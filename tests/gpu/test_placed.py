@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import DiTConfig, SegmentPlan, WanDiT, sample_latents
-from model.machine.host import PinnedPool, pinned_bytes
+from model.machine.host import Host, pinned_bytes
 from model.streaming.placement import Placement, placed_bytes
 from model.weights.load import load_dit, random_weights
 
@@ -48,19 +48,17 @@ def test_a_pass_allocates_what_one_with_resident_weights_does() -> None:
     counts, above = [], []
     for placement in (Placement(), Placement(resident=0), Placement(resident=2, quantize="float8")):
         dit = model(placement)
-        latents, timestep, text = inputs()
+        given = inputs()
         with torch.no_grad():
-            given = dit._plain(latents, timestep, text, None, None, range(3))
-            out = torch.empty(1, CONFIG.out_channels, *latents.shape[2:], dtype=torch.bfloat16, device=CUDA)
-            dit.run(*given, out=out)
+            dit(*given)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before, base = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.memory_allocated()
-            dit.run(*given, out=out)
+            dit(*given)
             torch.cuda.synchronize()
         counts.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
         above.append(torch.cuda.max_memory_allocated() - base)
-        del dit, given, out
+        del dit, given
         gc.collect()
     assert len(set(counts)) == 1, counts
     assert len(set(above)) == 1, above
@@ -106,10 +104,10 @@ def test_memory_that_cannot_be_pinned_is_an_ordinary_one(monkeypatch: pytest.Mon
 
 
 def test_pinned_buffers_that_are_in_use_are_not_given_out_again() -> None:
-    pool = PinnedPool(CUDA)
-    one = pool.take(10_000).view(torch.bfloat16)
+    host = Host(CUDA, True)
+    one = host.empty((5_000,), torch.bfloat16)
     assert one.is_pinned()
-    assert pool.take(10_000).data_ptr() != one.data_ptr()
+    assert host.empty((5_000,), torch.bfloat16).data_ptr() != one.data_ptr()
 
 
 def test_steps_with_8_bit_weights_are_replayed_as_graphs() -> None:

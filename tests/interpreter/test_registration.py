@@ -1,8 +1,6 @@
-"""The registered operators: their fake implementations, schemas, and ``torch.compile`` as one graph."""
+"""Attention and norms that write into the caller's memory as one graph of ``torch.compile``; calls without a kernel."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -20,10 +18,6 @@ from swifti2v_kernels import (
     rope_3d,
     segment_attention,
 )
-from swifti2v_kernels.attention.merge_attention import _merge_attention_op
-from swifti2v_kernels.attention.segment_attention import _segment_attention_op, _segment_attention_out_op
-from swifti2v_kernels.norm.adaln import _adaln_op
-from swifti2v_kernels.norm.qk_norm_rope import _norm_rope_op
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import KERNEL, relative_error
 
@@ -32,52 +26,22 @@ def qkv(length: int) -> list[Tensor]:
     return list(torch.randn(1, length, 3, 2, 64, dtype=torch.float16).unbind(2))
 
 
-def test_schemas_and_fakes_hold() -> None:
-    (q, k, v), (p, text_k, text_v) = qkv(40), qkv(7)
-    valid = torch.tensor([3])
-    arguments = ([q, p], [k, text_k], [v, text_v], [None, valid], 0.125, [1, 3], [], True)
-    torch.library.opcheck(_segment_attention_op, arguments)
-    torch.library.opcheck(_segment_attention_op, ([q], [k], [v], [None], 0.125, [1], [16, 1, 0], False))
-    out, lse = [torch.empty_like(q), torch.empty_like(p)], [torch.empty(1, 2, 40), torch.empty(1, 2, 7)]
-    torch.library.opcheck(_segment_attention_out_op, (*arguments[:-1], out, lse))
-    torch.library.opcheck(_merge_attention_op, ([q, k], [torch.zeros(1, 2, 40), torch.zeros(1, 2, 40)]))
-    x, update, y = torch.randn(3, 1, 6, 96)
-    row, weight = torch.randn(1, 2, 96), torch.randn(96)
-    block_map = torch.tensor([1, 0, 1], dtype=torch.int32)
-    rest = (row, row, weight, weight, block_map, "layer", 1e-6)
-    torch.library.opcheck(_adaln_op, (x, update, row, *rest, torch.empty_like(x), y, None))
-    torch.library.opcheck(_adaln_op, (x, None, None, *rest, None, y, None))
-    tables = list(rope_3d([5, 2], 1, 3, 24))
-    outputs = torch.empty(2, 1, 6, 96)
-    torch.library.opcheck(_norm_rope_op, (x, update, weight, weight, tables, 4, 0, 1e-6, True, *outputs))
-    torch.library.opcheck(_norm_rope_op, (x, None, weight[:24], None, [], 4, 0, 1e-6, False, outputs[0], None))
+def test_attention_is_written_in_place_masked_and_merged_in_one_graph() -> None:
+    (q, k, v), valid = qkv(33), torch.tensor([3])
 
-
-@pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"window": BlockWindow(20, 1)}], ids=str)
-def test_attention_compiles_as_one_graph(options: dict[str, Any]) -> None:
-    def module(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Any:
-        return segment_attention(2 * q, [(k, v), (k[:, :5], v[:, :5])], valid_lengths=[None, valid], **options)
-
-    q, k, v = qkv(50)
-    arguments = (q, k, v, torch.tensor([3]))
-    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
-    for x, y in zip(actual, module(*arguments), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_outputs_are_written_in_place_and_merged_in_one_graph() -> None:
-    q, k, v = qkv(33)
-
-    def module(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def module(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         segment_attention(q, [(k, v)], out=out)
         parts = [segment_attention(q, [(k[:, s], v[:, s])], return_lse=True) for s in (slice(0, 9), slice(9, 33))]
-        return out + 1, merge_attention(*zip(*parts, strict=True))[0]
+        sources, lengths = [(k, v), (k[:, :5], v[:, :5])], [None, valid]
+        local = segment_attention(2 * q, sources, valid_lengths=lengths, window=BlockWindow(20, 1))
+        return out + 1, merge_attention(*zip(*parts, strict=True))[0], local
 
     out, expected = torch.zeros_like(q), cat_attention(q, [(k, v)])[0]
-    plus_one, merged = torch.compile(module, fullgraph=True, backend="aot_eager")(q, k, v, out)
+    plus_one, merged, local = torch.compile(module, fullgraph=True, backend="aot_eager")(q, k, v, out)
     assert relative_error(out, expected) < KERNEL["float16"]
     assert torch.equal(plus_one, out + 1)
     assert relative_error(merged, expected) < 2 * KERNEL["float16"]
+    assert torch.equal(local, module(q, k, v, out)[2])
 
 
 def adaln_block(x: Tensor, update: Tensor, table: Tensor, rows: Tensor) -> list[Tensor]:

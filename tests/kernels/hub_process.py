@@ -41,18 +41,9 @@ def attention_error(kernel: ModuleType) -> float:
     sources = [(torch.randn(2, length, 3, 64), torch.randn(2, length, 3, 64)) for length in (24, 17)]
     q_wide, *wide = (x.double().transpose(1, 2) for x in (q, *map(torch.cat, zip(*sources, strict=True), (1, 1))))
     assert kernel.explain(kernel.segment_attention, q, sources, backend=BACKEND).backend == BACKEND
-    found = kernel.segment_attention(q, sources, backend=BACKEND)
+    # With ``out``, so that the operator that finds its kernel by the copy's name is called too.
+    found = kernel.segment_attention(q, sources, out=torch.empty_like(q), backend=BACKEND)
     return (found - F.scaled_dot_product_attention(q_wide, *wide).transpose(1, 2)).abs().max().item()
-
-
-def norm_error(kernel: ModuleType) -> float:
-    """Returns the error in float64 of a modulated LayerNorm whose three blocks of tokens have two modulation rows."""
-    x, (shift, scale) = torch.randn(2, 12, 96), torch.randn(2, 2, 2, 96)
-    rows = torch.tensor([0, 1, 1])
-    tokens = rows.repeat_interleave(4)
-    expected = F.layer_norm(x.double(), (96,), eps=1e-6) * (1 + scale[:, tokens]) + shift[:, tokens]
-    found = kernel.norm_modulate(x, shift, scale, block_map=rows.int(), backend=BACKEND)
-    return (found - expected).abs().max().item()
 
 
 def namespaces() -> set[str]:
@@ -79,9 +70,9 @@ def main() -> None:
     for kernel, registered in copies:
         torch.manual_seed(0)
         with Called() as called:
-            errors = [attention_error(kernel), norm_error(kernel)]
+            error = attention_error(kernel)
         configs = importlib.import_module(f"{kernel.__name__}.common.configs")
-        facts = {"name": kernel.__name__, "file": kernel.__file__, "version": kernel.__version__, "errors": errors}
+        facts = {"name": kernel.__name__, "file": kernel.__file__, "version": kernel.__version__, "error": error}
         facts |= {"registered": registered, "called": sorted(called.namespaces - {"aten"})}
         print(json.dumps({**facts, "measurements": len(configs.load_table("attention"))}))
 

@@ -18,13 +18,12 @@ from bench.static import report
 from bench.static.bounds import predict
 from bench.static.compile_only import CompiledKernel, compiled_for
 from bench.static.cubin import Analysis, Loop, analyse
-from swifti2v_kernels import Choice, explain, norm_rope, qk_norm_rope, segment_attention
+from swifti2v_kernels import norm_rope, qk_norm_rope, segment_attention
 from swifti2v_kernels.attention.portable import PortableConfig
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.dispatch import _OPERATORS
 from swifti2v_kernels.common.target import TARGETS
 from tests.support.bench_session import rows_of
-from tests.support.operator_cases import cases_of
 
 CPU = torch.device("cpu")
 
@@ -36,15 +35,6 @@ def compiled(name: str, capability: int) -> CompiledKernel:
     (kernel,) = kernels
     assert kernel.error is None, kernel.error
     return kernel
-
-
-def test_descriptors_are_arguments_of_their_own() -> None:
-    """Triton 3.6 compiles a tuple of descriptors but cannot launch with it."""
-    for name in ("segment_attention d128 2 sources", "segment_attention d128 4 sources, padded"):
-        signature = compiled(name, 90).signature
-        descriptors = [key for key, type_ in signature.items() if "tensordesc" in str(type_)]
-        assert len(descriptors) >= 4
-        assert not any(isinstance(signature[key], tuple) for key in descriptors)
 
 
 def test_lengths_do_not_recompile() -> None:
@@ -81,7 +71,7 @@ def asserting_matmul_kernel(A, B, OUT, n):
 
 def test_serialised_multiplications_are_found() -> None:
     """A matmul that ptxas serialises has a fault with ptxas' reason; the same matmul without the cause has none."""
-    case = dataclasses.replace(cases_of(segment_attention)[1], work=lambda constants: Work(64**3, 2 * 2 * 64**2))
+    case = dataclasses.replace(report.CASES[1], work=lambda constants: Work(64**3, 2 * 2 * 64**2))
     a, out = torch.ones(64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
     with compiled_for(90) as kernels:
         for debug in (True, False):
@@ -110,24 +100,12 @@ def test_a_softmax_that_waits_is_found(monkeypatch) -> None:
     assert row.faults() == ["overlap: exponentials run during a multiplication in 1 of 2 loops"]
 
 
-def test_explain_names_the_kernel_that_compiles() -> None:
-    case = next(case for case in report.CASES if case.name == "segment_attention d128")
-    args, options = case.inputs(CPU)
-    with compiled_for(90):
-        assert explain(segment_attention, *args, **options).implementation == "hopper"
-        padded = options | {"valid_lengths": [torch.tensor([5, 6])]}
-        reason = "the Hopper kernel does not take it: valid lengths"
-        assert explain(segment_attention, *args, **padded) == Choice("triton", "portable", reason)
-    with compiled_for(120):
-        assert explain(segment_attention, *args, **options).reason == "capability 12.0"
-
-
 def test_a_spill_is_found(monkeypatch) -> None:
     """A spill is found, since 128 rows on 4 warps need more registers than there are."""
     bad = PortableConfig(128, 64, 4, 2)
     monkeypatch.setattr(PortableConfig, "heuristic", classmethod(lambda cls, *args: bad))
     kernel = compiled("segment_attention d128", 89)
-    (row,) = report.rows_of([(cases_of(segment_attention)[1], kernel)], TARGETS[89])
+    (row,) = report.rows_of([(report.CASES[1], kernel)], TARGETS[89])
     assert row.spill_loads > 0
     assert any("spills" in fault for fault in row.faults())
 
@@ -158,8 +136,7 @@ def test_cases_that_are_spread_meet_every_target_in_every_form() -> None:
             met.setdefault(feature, set()).add(target)
     assert {feature: targets for feature, targets in met.items() if targets != set(every)} == {}
     assert len(met) == 3 + 10 + len({case.operator for case in report.CASES})
-    assert report.select_tasks([90, 80], [3, 2], 9) == report.select_tasks([90, 80], [3, 2])
-    assert report.select_tasks([90, 80], [3, 2]) == [(90, 2), (90, 3), (80, 2), (80, 3)]
+    assert report.select_tasks([90, 80], [3, 2], 9) == [(90, 2), (90, 3), (80, 2), (80, 3)]
 
 
 def test_check_fails_on_a_fault(monkeypatch, capsys, tmp_path) -> None:

@@ -25,11 +25,7 @@ from swifti2v_kernels import (
     upsample_conv2d,
 )
 from swifti2v_kernels.conv import by_torch
-from swifti2v_kernels.conv.causal_conv3d import _causal_conv3d_op
-from swifti2v_kernels.conv.frames_out import _frames_out_op
-from swifti2v_kernels.conv.upsample_conv2d import _upsample_conv2d_op
-from swifti2v_kernels.norm.rms_norm_silu import _rms_norm_silu_op
-from tests.support.conv_oracle import convolved, normed, scattered, upsampled, weights
+from tests.support.conv_oracle import check_pieces, check_tiles, convolved, normed, scattered, upsampled, weights
 from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error
 
 TORCH = [torch.float64, torch.float32, torch.bfloat16]
@@ -161,31 +157,13 @@ def whole_numbers(*tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(("stride", "pieces"), [(1, (1, 1, 1, 3)), (1, (1, 5)), (2, (2, 4)), (2, (4, 2))], ids=str)
 def test_any_cut_in_time_gives_the_same_numbers(stride: int, pieces: tuple[int, ...], backend: str) -> None:
     clip, weight, bias = whole_numbers(torch.empty(1, 6, 4, 5, 16), *weights(16, 16, (3, 3, 3), torch.float32))
-    call = functools.partial(causal_conv3d, weight=weight, bias=bias, stride=(stride, 1, 1), backend=backend)
-    start, parts = 0, []
-    for n in pieces:
-        past = clip[:, max(start - 2, 0) : start] if start else None
-        parts.append(call(clip[:, start : start + n], past=past))
-        start += n
-    assert torch.equal(torch.cat(parts, 1), call(clip))
+    options = {"weight": weight, "bias": bias, "stride": (stride, 1, 1), "backend": backend}
+    check_pieces(clip, pieces, functools.partial(causal_conv3d, **options))
 
 
 def test_any_cut_in_space_gives_the_same_numbers() -> None:
-    """A tile reads its halo where it lies in the whole frame, and pads at the frame's borders only."""
-    height, width = 9, 11
-    frame = torch.empty(1, 1, height, width, 24)
-    frame, weight, bias = whole_numbers(frame, *weights(16, 24, (1, 3, 3), torch.float32))
-    phases = fold_upsample_weight(weight[:, :, 0])
-    whole, big = causal_conv3d(frame, weight, bias), upsample_conv2d(frame, phases, bias)
-    for y0, y1 in ((0, 4), (4, 5), (5, height)):
-        for x0, x1 in ((0, 7), (7, width)):
-            top, bottom, left, right = inner = (y0 > 0, y1 < height, x0 > 0, x1 < width)
-            x = frame[:, :, y0 - top : y1 + bottom, x0 - left : x1 + right]
-            tile = causal_conv3d(x, weight, bias, padding=[1 - halo for halo in inner])
-            assert torch.equal(tile, whole[:, :, y0:y1, x0:x1])
-            # A halo pixel is two upsampled ones, of which the convolution needs one: -1 leaves the other out.
-            tile = upsample_conv2d(x, phases, bias, padding=[-1 if halo else 1 for halo in inner])
-            assert torch.equal(tile, big[:, :, 2 * y0 : 2 * y1, 2 * x0 : 2 * x1])
+    frame = torch.empty(1, 1, 9, 11, 24)
+    check_tiles(*whole_numbers(frame, *weights(16, 24, (1, 3, 3), torch.float32)), (4, 5), (7,))
 
 
 def test_frames_that_need_64_bits() -> None:
@@ -301,42 +279,6 @@ def test_norm_against_float64(channels: int, path: str, dtype: torch.dtype) -> N
     assert intact()
     assert torch.equal(given, y)
     assert torch.equal(x, y)
-
-
-def test_schemas_and_fakes_hold() -> None:
-    x, past = torch.randn(2, 1, 2, 4, 5, 16).unbind()
-    (weight, bias), gamma = weights(16, 16, (3, 3, 3), torch.float32), torch.rand(16)
-    y, z, frames = torch.empty(1, 2, 4, 5, 16), torch.empty(1, 2, 4, 5, 16), torch.zeros(1, 2, 4, 5, 3)
-    stride, padding = [1, 1, 1], [1, 1, 1, 1]
-    phases, big = fold_upsample_weight(weight[:, :, 0]), torch.empty(1, 2, 8, 10, 16)
-    head = weight[:3].contiguous(memory_format=torch.channels_last_3d)
-    for operator, arguments in (
-        (_causal_conv3d_op, (x.clone(), weight, bias, past.clone(), stride, padding, None, gamma, y, z)),
-        (_causal_conv3d_op, (x.clone(), weight, None, None, stride, padding, y, None, z, None)),
-        (_upsample_conv2d_op, (x.clone(), phases, bias, None, None, padding, big, None)),
-        (_frames_out_op, (x.clone(), head, None, None, padding, 1, frames)),
-        (_rms_norm_silu_op, (x.clone(), gamma, y)),
-    ):
-        torch.library.opcheck(operator, arguments)
-
-
-def test_they_compile_as_one_graph_within_a_foreign_module() -> None:
-    (weight, bias), gamma = weights(16, 16, (3, 3, 3), torch.float32), torch.rand(16)
-    phases, by = fold_upsample_weight(weight[:, :, 0]), {"backend": "triton"}
-    head = weight[:3].contiguous(memory_format=torch.channels_last_3d)
-
-    def foreign(x: Tensor, frames: Tensor) -> list[Tensor]:
-        y, z = causal_conv3d(x + 1, weight, bias, residual=x, norm_weight=gamma, past=x[:, :1], **by)
-        z = causal_conv3d(z[:, :, 1:], weight, padding=(0, 1, 1, 1), norm_weight=gamma, keep_sum=False, **by)
-        big = rms_norm_silu(upsample_conv2d(z, phases, bias, **by), gamma, **by)
-        frames_out(big, head, None, frames, **by)
-        return [y, big, frames + 1]
-
-    x, frames = torch.randn(1, 2, 4, 5, 16), torch.zeros(2, 1, 2, 4, 10, 3)
-    expected = foreign(x, frames[0])
-    actual = torch.compile(foreign, fullgraph=True, backend="aot_eager")(x, frames[1])
-    for a, e in zip((*actual, frames[1]), (*expected, frames[0]), strict=True):
-        assert relative_error(a, e) < OPERATOR["float32"]
 
 
 def test_what_has_no_kernel_takes_the_reference() -> None:

@@ -14,11 +14,9 @@ from swifti2v_kernels import (
     norm_modulate,
     quantize_rows,
 )
-from swifti2v_kernels.linear.dequantize_rows import _dequantize_rows_op
-from swifti2v_kernels.linear.quantize_rows import _quantize_rows_op
-from swifti2v_kernels.norm.adaln import AdalnCall, _adaln_op
+from swifti2v_kernels.norm.adaln import AdalnCall
 from swifti2v_kernels.norm.adaln_kernel import launch as launch_adaln
-from tests.support.quantized_oracle import excess, ties, true_scales
+from tests.support.quantized_oracle import check_codes, check_odd_rows, check_ties, excess, true_scales
 from tests.support.tolerances import relative_error
 
 KINDS = [torch.float8_e4m3fn, torch.int8]
@@ -60,35 +58,14 @@ def test_rows_are_rounded_to_the_nearest_codes(
 @both
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_middle_between_two_codes_goes_to_the_even_one(kind: torch.dtype, backend: str) -> None:
-    """The middle between two codes is rounded to the even one, subnormal codes included."""
-    x, expected = ties(kind)
-    values, scales = quantize_rows(x, kind, backend=backend)
-    assert scales.tolist() == [1.0]
-    assert torch.equal(values.double(), expected)
+    check_ties(kind, "cpu", backend)
 
 
 @both
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_rows_that_are_not_ordinary(kind: torch.dtype, backend: str) -> None:
-    """Zeros, tiny rows, one huge element, the largest floats, NaN and infinities come out as by PyTorch."""
-    x = torch.randn(9, 50)
-    x[0], x[1] = 0.0, 1e-38
-    x[2, 7], x[3] = 1e30, 3.4e38
-    x[4, 3], x[5, 0], x[6, 49] = float("nan"), float("inf"), -float("inf")
-    x[7] = 1e-45
-    values, scales = quantize_rows(x, kind, backend=backend)
-    assert scales[[0, 1, 7]].tolist() == [1.0, 1.0, 1.0]
-    assert (values[[0, 1, 7]].float() == 0).all()
-    assert values[2].float().count_nonzero() == 1
-    assert values[2, 7].float() == values[3, 0].float() == (448 if kind == torch.float8_e4m3fn else 127)
-    assert scales[4:7].isnan().all()
-    assert dequantize_rows(values, scales, backend=backend)[4:7].isnan().all()
-    expected = quantize_rows(x, kind, backend="torch")
-    known = ~scales.isnan()
-    assert torch.equal(scales[known], expected.scales[known])
-    assert torch.equal(values[known].float(), expected.values[known].float())
-    assert torch.equal(scales.isnan(), expected.scales.isnan())
+    check_odd_rows(kind, "cpu", backend)
 
 
 @both
@@ -96,14 +73,7 @@ def test_rows_that_are_not_ordinary(kind: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", STORED, ids=str)
 def test_every_code_is_decoded_bit_for_bit(kind: torch.dtype, dtype: torch.dtype, backend: str) -> None:
-    """Every code equals torch's own conversion under scales that make subnormals, overflow, and no number at all."""
-    values = torch.arange(256, dtype=torch.uint8).view(kind).expand(8, 256).contiguous()
-    scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
-    expected = (values.float() * scales[:, None]).to(dtype)
-    actual = dequantize_rows(values, scales, dtype=dtype, backend=backend)
-    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual.view(bits)[~actual.isnan()], expected.view(bits)[~expected.isnan()])
+    check_codes(kind, dtype, "cpu", backend)
 
 
 @both
@@ -182,35 +152,3 @@ def test_offsets_beyond_32_bits() -> None:
     expected = quantize_rows(x, torch.int8)
     assert torch.equal(quantize_rows(x, torch.int8, out=out).values, expected.values)
     assert torch.equal(dequantize_rows(*out), dequantize_rows(*expected))
-
-
-def test_schemas_and_fakes_hold() -> None:
-    x, scales = torch.randn(3, 96), torch.empty(3)
-    values = torch.zeros(3, 96, dtype=torch.int8)
-    torch.library.opcheck(_quantize_rows_op, (x, values, scales))
-    torch.library.opcheck(_dequantize_rows_op, (values, torch.ones(3), torch.empty(3, 96)))
-    x, update = torch.randn(2, 1, 6, 96)
-    rest = (None, None, None, None, None, None, "layer", 1e-6)  # no gate, modulation, affine parameters or map
-    values, scales = torch.zeros(1, 6, 96, dtype=torch.int8), torch.empty(1, 6)
-    torch.library.opcheck(_adaln_op, (x, update, *rest, torch.empty_like(x), values, scales))
-    torch.library.opcheck(_adaln_op, (x, None, *rest, None, values, scales))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_they_compile_as_one_graph(kind: torch.dtype) -> None:
-    """A foreign module compiles as one graph with them, into new tensors and into slices of its own."""
-
-    def module(x: Tensor, update: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
-        out, by = QuantizedRows(values[:, :6], scales[:, :6]), {"backend": "triton"}
-        stream, y = gated_residual_norm_modulate(2 * x, update, quantize=kind, out=out, inplace=True, **by)
-        rows = quantize_rows(stream, kind, **by)
-        read = dequantize_rows(*y, **by), dequantize_rows(*rows, dtype=torch.float32, **by)
-        return [stream, scales + 1, *read]
-
-    x, update = torch.randn(2, 1, 6, 96, dtype=torch.float16)
-    memory = [(torch.zeros(1, 8, 96).to(kind), torch.zeros(1, 8)) for _ in range(2)]
-    expected = module(x, update, *memory[0])
-    actual = torch.compile(module, fullgraph=True, backend="aot_eager")(x, update, *memory[1])
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
-    assert torch.equal(memory[0][0].float(), memory[1][0].float())

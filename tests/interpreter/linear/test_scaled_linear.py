@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from swifti2v_kernels import QuantizedRows, explain, scaled_linear
-from swifti2v_kernels.linear.scaled_linear import _scaled_linear_op
 from swifti2v_kernels.linear.scaled_linear_kernel import ScaledConfig
 from tests.support.quantized_oracle import multiplied
 from tests.support.tolerances import KERNEL, relative_error
@@ -140,42 +139,6 @@ def test_gelu_of_large_values_is_finite() -> None:
     weight = QuantizedRows(torch.full((16, 16), 127, dtype=torch.int8), torch.ones(16))
     y = scaled_linear(x, weight, activation="gelu_tanh", dtype=torch.float32)
     assert torch.equal(y, torch.tensor([[127.0 * 127 * 16 * 1e3], [0.0]]).expand(2, 16))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_schema_and_fake_hold(kind: torch.dtype) -> None:
-    x, weight, bias = rows(6, 32, kind), rows(16, 32, kind), torch.randn(16)
-    # To see whether inputs change, torch compares them, which it cannot for float8.
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[kind == torch.float8_e4m3fn :]
-    for dtype, of_bias in ((torch.bfloat16, bias), (torch.float32, None)):
-        arguments = (*x, *weight, of_bias, True, torch.empty(6, 16, dtype=dtype))
-        torch.library.opcheck(_scaled_linear_op, arguments, test_utils=tests)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_compiles_as_one_graph_within_a_foreign_function(kind: torch.dtype) -> None:
-    """It compiles as one graph, with a new tensor and into a given one, and for another number of tokens too."""
-    weight, bias, by = rows(32, 48, kind), torch.randn(32), {"backend": "triton"}
-
-    def foreign(values: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-        x = QuantizedRows(values, 2 * scales)
-        scaled_linear(x, weight, out=out, **by)
-        return scaled_linear(x, weight, bias, activation="gelu_tanh", dtype=torch.float32, **by) + out
-
-    compiled = torch.compile(foreign, fullgraph=True, backend="aot_eager")
-    for tokens in (7, 12):
-        x = rows(tokens, 48, kind)
-        outs = torch.zeros(2, tokens, 32, dtype=torch.bfloat16)
-        assert torch.equal(compiled(*x, outs[0]), foreign(*x, outs[1]))
-        assert torch.equal(*outs)
-        assert outs[0].any()
-
-
-def test_overlap_is_named_by_the_kernel_path_too() -> None:
-    store = torch.zeros(64, 64, dtype=torch.int8)
-    x, weight = QuantizedRows(store[:16], torch.ones(16)), rows(16, 64, torch.int8)
-    with pytest.raises(ValueError, match=r"out: expected memory of its own, but it overlaps x.values"):
-        scaled_linear(x, weight, out=store[8:40].view(torch.bfloat16).view(-1)[:256].view(16, 16), backend="triton")
 
 
 def test_what_has_no_kernel_takes_the_reference() -> None:

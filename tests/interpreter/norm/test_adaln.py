@@ -40,13 +40,13 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ..
 
 def test_a_row_that_is_not_there_is_nan_and_reads_nothing() -> None:
     """A bad map gives NaN, as on a GPU; on the CPU the public functions refuse it."""
-    x, y = torch.randn(1, 6, 96), torch.empty(1, 6, 96)
+    x, y = torch.randn(1, 8, 96), torch.empty(1, 8, 96)
     shift, scale = torch.randn(1, 2, 2, 96).unbind(2)
-    block_map = torch.tensor([1, 2, -1], dtype=torch.int32)
+    block_map = torch.tensor([1, 2, 2**30, -1], dtype=torch.int32)
     launch(AdalnCall(x, None, None, shift, scale, None, None, block_map, "rms", 1e-6, None, y))
     assert y[:, 2:].isnan().all()
     assert torch.equal(y[:, :2], norm_modulate(x[:, :2], shift[:, 1:], scale[:, 1:], norm="rms"))
-    with pytest.raises(ValueError, match=r"block_map: expected values in 0..1, got \[1, 2, -1\]"):
+    with pytest.raises(ValueError, match=r"block_map: expected values in 0..1, got \[1, 2, 1073741824, -1\]"):
         norm_modulate(x, shift, scale, block_map=block_map)
 
 
@@ -116,15 +116,6 @@ def test_residual_and_norm_in_one(shape: tuple[int, ...], gated: bool, dtype: to
     x.fill_(float("nan"))
     around[: x.shape[0], 1:-1, 8:] = float("nan")
     assert torch.equal(x._base.isnan(), around.isnan())  # nothing beside the view was written
-
-
-def test_offsets_beyond_32_bits() -> None:
-    """Two tokens may lie 2**31 elements apart, in memory of which only their pages exist."""
-    apart = 2**31 + 16
-    x = torch.empty(apart + 96, dtype=torch.float16).as_strided((1, 2, 96), (0, apart, 1))
-    x.copy_(torch.randn(1, 2, 96))
-    expected = norm_modulate(x.clone())
-    assert torch.equal(norm_modulate(x, out=x), expected)
 
 
 def test_what_has_no_kernel_takes_the_reference() -> None:

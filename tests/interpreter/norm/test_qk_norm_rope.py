@@ -118,15 +118,6 @@ def test_angles_per_token_are_those_of_the_axes(heads: int, layout: str) -> None
     assert relative_error(part, expected[0][:, 5:9]) < OPERATOR["float32"]
 
 
-def test_offsets_beyond_32_bits() -> None:
-    apart = 2**31 + 16
-    x = torch.empty(apart + 96, dtype=torch.float16).as_strided((1, 2, 96), (0, apart, 1))
-    x.copy_(torch.randn(1, 2, 96))
-    weight, rope = torch.rand(96).half(), rope_3d([3], 1, 2, 24)
-    expected = norm_rope(x.clone(), weight, rope, 4)
-    assert torch.equal(norm_rope(x, weight, rope, 4, inplace=True), expected)
-
-
 def test_what_has_no_kernel_takes_the_reference() -> None:
     x, weight = torch.randn(1, 18, 96), torch.rand(96)
     assert explain(norm_rope, x, weight, None, 4).implementation == "fused kernel"

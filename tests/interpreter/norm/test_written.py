@@ -48,3 +48,14 @@ def test_writing_over_what_is_read_is_refused(message: str, backend: str) -> Non
 def test_an_input_may_be_overwritten_whole_by_another_view_of_it() -> None:
     x = torch.randn(1, 6, 96)
     assert norm_modulate(x, out=x.squeeze(0).unsqueeze(0)).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_tokens_may_lie_beyond_32_bits_apart(rotated: bool) -> None:
+    """Two tokens may lie 2**31 elements apart, in memory of which only their pages exist."""
+    apart, rest = 2**31 + 16, (WEIGHT.half(), rope_3d([3], 1, 2, 24), 4) if rotated else ()
+    x = torch.empty(apart + 96, dtype=torch.float16).as_strided((1, 2, 96), (0, apart, 1))
+    x.copy_(torch.randn(1, 2, 96))
+    operator = norm_rope if rotated else norm_modulate
+    expected = operator(x.clone(), *rest)
+    assert torch.equal(operator(x, *rest, inplace=True), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from bench.operators.check import poisoned
 from swifti2v_kernels import embed_window, explain, project_step
-from swifti2v_kernels.window.embed_window import _embed_window_op
-from swifti2v_kernels.window.project_step import _project_step_op
+from swifti2v_kernels.window.embed_window import EmbedCall, _embed_window_op
+from swifti2v_kernels.window.project_step import ProjectCall, _project_step_op
 from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error
 from tests.support.window_oracle import convolved, int32, stepped, store
 
@@ -206,83 +207,44 @@ def test_offsets_beyond_32_bits() -> None:
     check_step("triton", x, *parameters, latents, latent_index=int32(1, 0), step=0.5)
 
 
+@pytest.mark.parametrize("compute", [_embed_window_op, lambda *call: EmbedCall(*call).by_torch()])
 @pytest.mark.parametrize(
     ("latent_index", "reference_index", "wrong"),
     [((2, 3, 0), (4, 3, 0), 1), ((-2, 1, 0), (4, 3, 0), 0), ((2, -1, 0), (4, 5, 0), 1), ((2, 1, 0), (4, 3, -1), 2)],
     ids=str,
 )
 def test_an_index_that_names_no_block_gives_nan_there_alone(
-    latent_index: tuple[int, ...], reference_index: tuple[int, ...], wrong: int
+    latent_index: tuple[int, ...], reference_index: tuple[int, ...], wrong: int, compute: Callable[..., Any]
 ) -> None:
-    """A GPU's indices are not read before the kernel runs: a wrong one makes its own block NaN, and no other."""
+    """A GPU's indices are not read before it computes: a wrong one makes its own block NaN, and no other."""
     latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
     weight_bias, out = embedding(8, 10, (2, 2), torch.float32), torch.zeros(2, 12, 8)
     indices = int32(*latent_index), int32(*reference_index)
-    _embed_window_op(latents, *weight_bias, reference, *indices, torch.zeros(3), out)
+    compute(latents, *weight_bias, reference, *indices, torch.zeros(3), out)
     for block in range(3):
         assert out[:, 4 * block : 4 * block + 4].isnan().all() == (block == wrong)
         assert out[:, 4 * block : 4 * block + 4].isnan().any() == (block == wrong)
 
 
+@pytest.mark.parametrize("compute", [_project_step_op, lambda *call: ProjectCall(*call).by_torch()])
 @pytest.mark.parametrize(("latent_index", "block_map"), [((5, 2), (0, 1)), ((4, 2), (2, 1)), ((4, 2), (-1, 1))])
 def test_targets_that_name_no_block_write_nothing_and_rows_nan(
-    latent_index: tuple[int, int], block_map: tuple[int, int]
+    latent_index: tuple[int, int], block_map: tuple[int, int], compute: Callable[..., Any]
 ) -> None:
     x, *parameters = head(24, 2, 8, 2)
     out = torch.zeros(2, 2, 5, 4, 4)
-    _project_step_op(x, *parameters, out, int32(*latent_index), int32(*block_map), None, None, (1, 2, 2), 1e-6)
+    compute(x, *parameters, out, int32(*latent_index), int32(*block_map), None, None, (1, 2, 2), 1e-6)
     assert not out[:, :, [0, 1, 3]].any()
     assert out[:, :, 2].all()
     assert not out[:, :, 2].isnan().any()
     assert out[:, :, 4].isnan().all() if latent_index[0] == 4 else not out[:, :, 4].any()
 
 
-def test_schemas_and_fakes_hold() -> None:
-    latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
-    weight, bias = embedding(8, 10, (2, 2), torch.float16)
-    out = torch.zeros(2, 12, 8, dtype=torch.float16)
-    rest = (reference, int32(2, -1, 0), int32(4, 3, 0), torch.zeros(3), out)
-    torch.library.opcheck(_embed_window_op, (latents, weight, bias, *rest))
-    torch.library.opcheck(_embed_window_op, (latents, weight[:, :4].contiguous(), None, None, None, None, None, out))
-    x, weight, bias, shift, scale = head(24, 2, 12, 2, torch.float16)
-    rest = (shift, scale, torch.randn(2, 2, 5, 4, 4), int32(4, -1, 0), int32(0, 1, 1))
-    torch.library.opcheck(_project_step_op, (x, weight, bias, *rest, torch.tensor(-0.1), None, (1, 2, 2), 1e-6))
-    torch.library.opcheck(_project_step_op, (x, weight, None, *rest, None, 0.5, (1, 2, 2), 1e-6))
-
-
-@steps
-def test_they_compile_as_one_graph_within_a_foreign_function(step: float | Tensor | None) -> None:
-    """A graph takes other steps too, and writes into what it is given."""
-    latents, reference = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 5, 4, 4)
-    weight_bias, (x, *parameters) = embedding(24, 10, (2, 2), torch.float32), head(24, 4, 12, 3)
-
-    def foreign(latents: Tensor, index: Tensor, store: Tensor, step: float | Tensor | None) -> list[Tensor]:
-        options = {"reference": 2 * reference, "latent_index": index, "mask": torch.zeros(3), "backend": "triton"}
-        tokens = embed_window(latents + 1, *weight_bias, **options)
-        embed_window(latents, *weight_bias, out=tokens, **options)
-        project_step(tokens + x, *parameters, store, latent_index=index, step=step, backend="triton")
-        return [tokens, store + 1]
-
-    torch.compiler.reset()
-    compiled, stores = torch.compile(foreign, fullgraph=True, backend="aot_eager"), torch.zeros(2, 2, 4, 5, 4, 4)
-    for _ in range(3):
-        results = [
-            call(latents, int32(2, -1, 0), out, step) for call, out in zip((compiled, foreign), stores, strict=True)
-        ]
-        assert all(map(torch.equal, *results))
-        assert torch.equal(*stores)
-        assert stores[0].any()
-        step = None if step is None else step * 2
-
-
-def test_what_does_not_fit_is_named_by_the_kernel_path_too() -> None:
+def test_an_overlap_is_named_by_the_kernel_path_too() -> None:
     latents, (weight, bias) = torch.randn(1, 4, 2, 8), embedding(8, 4, (1, 2), torch.float32)
     narrow = latents[:, :, :1].unsqueeze(3).expand(1, 4, 1, 1, 8)
     with pytest.raises(ValueError, match=r"out: expected memory of its own, but it overlaps latents"):
         embed_window(narrow, weight, bias, out=latents.view(1, 8, 8)[:, :4], backend="triton")
-    x, *parameters = head(24, 2, 8, 2)
-    with pytest.raises(ValueError, match=r"latent_index: expected distinct targets, got \[3, 3\]"):
-        project_step(x, *parameters, torch.zeros(2, 2, 5, 4, 4), latent_index=int32(3, 3), backend="triton")
 
 
 def test_what_has_no_kernel_takes_the_reference() -> None:

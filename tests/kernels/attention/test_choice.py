@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swifti2v_kernels.attention import choice
-from swifti2v_kernels.attention.arguments import check_call
-from swifti2v_kernels.attention.choice import choose_kernel, torch_takes
+from swifti2v_kernels.attention.arguments import aligned, check_call
+from swifti2v_kernels.attention.choice import choose_kernel
 from swifti2v_kernels.common import configs
 from tests.support.attention_oracle import cat_attention
 from tests.support.tolerances import OPERATOR, relative_error
@@ -49,7 +49,7 @@ def test_views_are_taken_exactly_where_all_of_their_rows_are_aligned(
     dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int
 ) -> None:
     x = view(dtype, (*sizes, 8), (*strides, 1), offset)
-    assert torch_takes(x) == rows_aligned(x)
+    assert aligned(x) == rows_aligned(x)
 
 
 @pytest.mark.parametrize("fastest", ["sdpa-cudnn", "sdpa-flash", "swifti2v", None])

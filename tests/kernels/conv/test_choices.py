@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swifti2v_kernels import causal_conv3d, explain, frames_out, pretend_gpu, upsample_conv2d
 from swifti2v_kernels.common import configs, target
-from swifti2v_kernels.conv import by_torch
-from swifti2v_kernels.conv.by_torch import cudnn_conv3d_fault
+from swifti2v_kernels.conv import by_torch, calls
 from swifti2v_kernels.conv.calls import MAX_OWNED_CHANNELS
 from swifti2v_kernels.conv.loop import ConvConfig
 from tests.support.conv_oracle import convolved, weights
@@ -60,7 +59,7 @@ def choice(operator: Callable[..., Any], dtype: torch.dtype, **options: Any) -> 
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """A card of capability 9.0 for tensors that say that they are on it, and the list of its measurements."""
     entries: list[dict[str, Any]] = []
-    for module in (by_torch, target):
+    for module in (calls, target):
         monkeypatch.setattr(module, "capability_of", lambda device: 90)
     monkeypatch.setattr(configs, "load_table", lambda name: entries if name == "conv3d" else [])
     with FakeTensorMode():
@@ -111,9 +110,14 @@ def test_the_nearest_measurement_decides(operator: Callable[..., Any], card: lis
     ],
     ids=str,
 )
-def test_what_is_known_of_3d_convolutions(versions: tuple[str, int | None], dtype: torch.dtype, faulty: bool) -> None:
+@pytest.mark.filterwarnings("ignore:torch 2.* does 3D convolutions")
+def test_what_is_known_of_3d_convolutions(
+    versions: tuple[str, int | None], dtype: torch.dtype, faulty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """cuDNN 9.8 to 9.14 is faulty at 16 bits, and so is torch 2.9.0 with any."""
-    assert (cudnn_conv3d_fault(*versions, dtype) is not None) == faulty
+    monkeypatch.setattr(torch, "__version__", versions[0])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: versions[1])
+    assert by_torch._conv3d_works.__wrapped__(dtype) != faulty
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ PLANS = [
 def run(model, reference, **options):
     """Returns the sampled clip; ``reference`` is left as it is."""
     clip = reference.clone()
-    given = {"plan": PLANS[0], "sigmas": SIGMAS, "mask_channels": getattr(model, "mask_channels", None)}
-    given |= {} if "noise" in options else {"seed": 5}
+    given = {"plan": PLANS[0], "sigmas": SIGMAS, "mask_channels": getattr(model, "mask_channels", None), "seed": 5}
     segments = list(sample_segments(model, clip, **given | options))
     assert torch.equal(torch.cat(segments, dim=2), clip[:, :, 1:])
     return clip
@@ -99,16 +98,11 @@ def wave(latents, sigma, window):
     return torch.sin(latents + sigma)[:, :, len(window.conditioning) :]
 
 
-def test_each_batch_entry_has_a_seed_of_its_own_and_noise_may_be_given():
+def test_each_batch_entry_has_a_seed_of_its_own():
     reference = torch.randn(2, 3, 8, 4, 6)
     clip = run(wave, reference, seed=[5, 9])
     alone = [run(wave, part, seed=seed) for part, seed in zip(reference.split(1), (5, 9), strict=True)]
     assert torch.equal(clip, torch.cat(alone))
-    noise = torch.cat([block_noise(seed, 2, range(8), (3, 4, 6)) for seed in (5, 9)])
-    kept = noise.clone()
-    assert torch.equal(run(wave, reference, noise=noise), clip)
-    run(wave, reference, noise=noise, step=lambda x, v, i: x.sub_(v))  # a step may overwrite what it is given
-    assert torch.equal(noise, kept)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -128,7 +122,7 @@ def test_blocks_stay_in_float32_between_the_steps(plan):
 
 
 def test_a_scheduler_of_diffusers_is_a_step():
-    """UniPC, which remembers steps, is started anew at every segment; Euler is the default's own result."""
+    """UniPC, which remembers steps, is started anew at every segment, and is another solver than the default."""
     reference = torch.randn(1, 3, 8, 4, 6)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
@@ -147,11 +141,7 @@ def test_a_scheduler_of_diffusers_is_a_step():
             x = scheduler.step(torch.sin(x + sigma), t, x, return_dict=False)[0]
         expected[:, :, list(window.noisy)] = x
     assert relative_error(clip, expected) < PARITY
-    by_euler = run(wave, reference, sigmas=scheduler.sigmas)
-    assert relative_error(clip, by_euler) > PARITY
-    sigmas = scheduler.sigmas.tolist()
-    by_hand = run(wave, reference, sigmas=sigmas, step=lambda x, v, i: x + (sigmas[i + 1] - sigmas[i]) * v)
-    assert torch.equal(by_euler, by_hand)
+    assert relative_error(clip, run(wave, reference, sigmas=scheduler.sigmas)) > PARITY
 
 
 def test_segments_come_one_by_one():
@@ -175,9 +165,7 @@ def test_segments_come_one_by_one():
         ({"sigmas": [1000, 500, 0]}, ValueError, r"sigmas: .* \(not timesteps\), got \[1000.0, 500.0, 0.0\]"),
         ({"seed": (1, 2)}, ValueError, r"seed: expected 1 \(one a batch entry\), none negative, got \(1, 2\)"),
         ({"seed": -1}, ValueError, "seed: .* got -1"),
-        ({"seed": None}, ValueError, "seed, noise: expected one of the two, got neither"),
-        ({"noise": torch.zeros(1, 3, 8, 4, 6)}, ValueError, "seed, noise: expected one of the two, got both"),
-        ({"noise": torch.zeros(1), "seed": None}, ValueError, r"noise: expected \(1, 3, 8, 4, 6\) .*, got \(1,\)"),
+        ({"seed": None}, ValueError, "seed: .* got None"),
         ({"mask_channels": -1}, ValueError, "mask_channels: expected None or at least 0, got -1"),
         ({"model": None}, TypeError, "model: expected a WindowModel, which is called, got NoneType"),
     ],

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from swifti2v_kernels import (
     norm_modulate,
     pretend_gpu,
     quantize_rows,
+    scaled_linear,
 )
 
 X, INT8 = torch.randn(2, 12, 10), torch.int8
@@ -78,11 +80,6 @@ BAD: dict[Callable[..., Any], list[tuple[tuple[Any, ...], dict[str, Any], str]]]
         ((X,), {"quantize": INT8, "inplace": True}, "inplace: expected False with quantize"),
         ((X,), {"out": OUT}, "out: expected a tensor, got QuantizedRows"),
         ((X,), {"quantize": INT8, "out": X}, "out: expected QuantizedRows, got Tensor"),
-        (
-            (MEMORY[:, 12:18],),
-            {"quantize": INT8, "out": FRESH._replace(scales=MEMORY[0, 17, :6].unsqueeze(0))},
-            "out.scales: expected memory of its own, but it overlaps x",
-        ),
     ],
     gated_residual_norm_modulate: [
         (
@@ -105,22 +102,50 @@ def test_the_argument_that_does_not_fit_is_named(
     assert str(error.value).startswith(message)
 
 
-def test_old_gpus_have_the_kernels_but_those_that_round_to_float8() -> None:
+def test_a_graph_of_any_width_is_traced_once() -> None:
+    """Nothing that a call asks about its channels, such as what to say of too many, fixes their number in a graph."""
+    traced = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: quantize_rows(x, INT8), fullgraph=True, dynamic=True, backend=backend)
+    for channels in (8, 24, 40):
+        assert compiled(torch.ones(3, channels)).values.shape == (3, channels)
+    assert len(traced) == 1
+
+
+def float8_calls(kind: torch.dtype) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Returns a call of every operator that makes or multiplies rows of this dtype."""
+    x, made = torch.ones(1, 6, 96), quantize_rows(torch.ones(16, 96), kind)
+    return [
+        (quantize_rows, {"x": x, "dtype": kind}),
+        (norm_modulate, {"x": x, "quantize": kind}),
+        (gated_residual_norm_modulate, {"x": x, "update": x, "quantize": kind}),
+        (scaled_linear, {"x": made, "weight": made}),
+    ]
+
+
+def test_old_gpus_have_the_kernels_but_those_that_make_or_multiply_float8() -> None:
     """Old GPUs take the reference for these, with a reason, and raise an error if the kernel is asked for by name."""
-    x, rows = torch.empty(1, 6, 96), quantize_rows(torch.randn(6, 96))
-    reason = "kernels that round to float8 exist for compute capability 8.9 and newer, this device has 8.6"
-    with pretend_gpu(86):
-        for operator, arguments, name in (
-            (quantize_rows, (x,), "dtype"),
-            (norm_modulate, (x,), "quantize"),
-            (gated_residual_norm_modulate, (x, x), "quantize"),
-        ):
-            assert explain(operator, *arguments, **{name: torch.float8_e4m3fn}).reason == reason
-            assert explain(operator, *arguments, **{name: torch.int8}).implementation == "fused kernel"
+    reason = "kernels that (round to|multiply) float8 exist for compute capability 8.9 and newer, this device has 8.6"
+    for (operator, known), (_, call) in zip(float8_calls(INT8), float8_calls(torch.float8_e4m3fn), strict=True):
+        with pretend_gpu(86):
+            assert explain(operator, **known).implementation == "fused kernel"
+            assert re.fullmatch(reason, explain(operator, **call).reason)
             with pytest.raises(ValueError, match=f"backend: 'triton' cannot take this call: {reason}"):
-                operator(*arguments, **{name: torch.float8_e4m3fn}, backend="triton")
-        assert explain(dequantize_rows, *rows).implementation == "fused kernel"
+                operator(**call, backend="triton")
+        with pretend_gpu(89):
+            assert explain(operator, **call).implementation == "fused kernel"
+    made = quantize_rows(torch.ones(16, 96))
+    with pretend_gpu(86):
+        assert explain(dequantize_rows, *made).implementation == "fused kernel"
     with pretend_gpu(89):
+        made = QuantizedRows(*(part.to("meta") for part in made))
+        y = scaled_linear(made, made)
+        assert (y.shape, y.dtype, y.device.type) == ((16, 16), torch.bfloat16, "meta")
         values, scales = quantize_rows(torch.empty(2, 6, 96, device="meta"))  # planners: nothing runs
         assert (values.shape, values.dtype, scales.shape) == ((2, 6, 96), torch.float8_e4m3fn, (2, 6))
         assert norm_modulate(torch.empty(2, 6, 96, device="meta"), quantize=torch.int8).scales.shape == (2, 6)
@@ -147,5 +172,5 @@ def test_cases_are_for_gpus_that_have_their_kernel() -> None:
     with pytest.raises(InputError, match="targets: expected one of 89 or newer for these cases, got 86"):
         report.select_tasks([80, 86], [new])
     for capability, some in ((86, False), (90, True)):
-        found = [case.name for target in targets(capability, "quantize_rows") for case in target.cases]
+        found = [case.name for target in targets(capability) for case in target.cases]
         assert ("quantize_rows C13824 float8" in found) == some

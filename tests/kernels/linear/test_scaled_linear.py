@@ -1,4 +1,4 @@
-"""The 8-bit linear layer: its errors, what computes it where, and what its kernel compiles to.
+"""The 8-bit linear layer: its accuracy, its errors, and what its kernel compiles to.
 
 ``tests/interpreter/linear`` compares the numbers of its PyTorch path and of its kernel.
 """
@@ -14,15 +14,12 @@ import torch.nn.functional as F
 
 from bench.static import report
 from bench.static.bounds import predict
-from bench.static.compile_only import compiled_for
-from bench.static.cubin import Analysis, Loop, analyse
-from swifti2v_kernels import QuantizedRows, explain, pretend_gpu, quantize_rows, scaled_linear
+from bench.static.cubin import Analysis, Loop
+from swifti2v_kernels import QuantizedRows, quantize_rows, scaled_linear
 from swifti2v_kernels.common.cost import Work
 from swifti2v_kernels.common.target import TARGETS
-from tests.support.operator_cases import cases_of
 from tests.support.tolerances import relative_error
 
-CPU = torch.device("cpu")
 X, WEIGHT = quantize_rows(torch.randn(2, 5, 48), torch.int8), quantize_rows(torch.randn(32, 48), torch.int8)
 FLOAT8 = quantize_rows(torch.randn(2, 5, 48)), quantize_rows(torch.randn(32, 48))
 #: Memory that rows and results share.
@@ -70,29 +67,7 @@ def test_the_argument_that_does_not_fit_is_named(changes: dict[str, Any], messag
     assert str(error.value).startswith(message)
 
 
-def test_explain_says_what_computes_it_and_why() -> None:
-    for capability in TARGETS:
-        with pretend_gpu(capability):
-            assert explain(scaled_linear, X, WEIGHT).implementation == "fused kernel"
-            choice = explain(scaled_linear, *FLOAT8)
-            older = f"exist for compute capability 8.9 and newer, this device has {capability / 10}"
-            assert (choice.implementation == "fused kernel") == (capability >= 89)
-            assert capability >= 89 or choice.reason == f"kernels that multiply float8 {older}"
-    with pretend_gpu(90):
-        y = scaled_linear(*(QuantizedRows(*(t.to("meta") for t in rows)) for rows in FLOAT8))
-    assert (y.shape, y.dtype, y.device.type) == ((2, 5, 32), torch.bfloat16, "meta")
-
-
 # What it compiles to
-
-
-def row_of(case: Any, capability: int) -> tuple[report.Row, Analysis]:
-    with compiled_for(capability) as kernels:
-        case.run(CPU)
-    (kernel,) = kernels
-    assert kernel.error is None, kernel.error
-    (row,) = report.rows_of([(case, kernel)], TARGETS[capability])
-    return row, analyse([kernel.binary], kernel.arch)[0]
 
 
 @pytest.mark.parametrize(
@@ -107,20 +82,18 @@ def row_of(case: Any, capability: int) -> tuple[report.Row, Analysis]:
 )
 def test_it_multiplies_in_8_bits(capability: int, kind: str, opcode: str) -> None:
     """One case of each dtype multiplies in 8 bits; ``python -m bench compile --check`` checks all."""
-    case = next(case for case in cases_of(scaled_linear) if "K1536" in case.name and kind in case.name)
-    row, analysis = row_of(case, capability)
+    named = f"scaled_linear K1536 gelu {kind}"
+    (row,) = report.compile_cases(capability, [i for i, case in enumerate(report.CASES) if named in case.name])
     assert row.faults() == []
     assert (row.mma, row.operands) == (opcode, kind)
-    assert row.bound_fraction is not None
     assert 0.5 < row.bound_fraction <= 1
-    (loop,) = analysis.loops
     if kind == "float8":
         # Sums leave the tensor cores with every step: an addition for each that a thread holds.
-        assert loop.mix["FADD"] == {89: 64, 90: 128}[capability]
+        assert row.loop.mix["FADD"] == {89: 64, 90: 128}[capability]
     else:
-        assert "FADD" not in loop.mix
+        assert "FADD" not in row.loop.mix
     # The compiler unpacks nothing: an instruction or two for each of the tensor cores', and no byte permutations.
-    assert loop.mix.get("PRMT", 0) == 0
+    assert row.loop.mix.get("PRMT", 0) == 0
 
 
 def test_a_product_of_8_bits_in_16_is_a_fault() -> None:

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from swifti2v_kernels import (
-    gated_residual,
-    norm_modulate,
-    norm_rope,
-    qk_norm_rope,
-    rope_3d,
-)
+from swifti2v_kernels import gated_residual, norm_modulate, norm_rope, qk_norm_rope, rope_3d
 from swifti2v_kernels.common.checks import overlapping
 
 
@@ -24,16 +18,13 @@ def test_adaln_names_the_argument_that_does_not_fit():
     row = torch.zeros(1, 1, 10)
     two, rows = torch.zeros(2, 1, 2, 10), {"block_map": torch.tensor([0, 1], dtype=torch.int32)}
     for message, call in {
-        "shift: 5 blocks do not divide 12 tokens": lambda: norm_modulate(x, *torch.zeros(2, 1, 5, 10)),
         r"scale: expected \[1, 1, 10\] on cpu, got \[1, 1, 9\]": lambda: norm_modulate(x, row, row[..., :9]),
-        r"gate: expected \[1, R, 10\] on cpu, got \[1, 10\]": lambda: gated_residual(x, x, row[0]),
         r"update: expected \[1, 12, 10\] torch.float32 on cpu, got .*float64": lambda: gated_residual(x, x.double()),
         r"x: expected \[B, L, C\]": lambda: norm_modulate(x[0], row, row),
         r"x: expected the channels to be contiguous \(stride 1\), got stride 2": lambda: norm_modulate(x[..., ::2]),
         "shift, scale: expected both or neither": lambda: norm_modulate(x, row),
         "norm: expected layer or rms, got 'group'": lambda: norm_modulate(x, norm="group"),
         r"weight: expected contiguous \[10\] on cpu, got \[9\]": lambda: norm_modulate(x, weight=torch.zeros(9)),
-        r"out: expected \[1, 12, 10\] torch.float32": lambda: norm_modulate(x, out=x[:, :3]),
         "block_map: expected None, since there is no gate, shift or scale": lambda: norm_modulate(x, **rows),
         r"block_map: expected values in 0..0, got \[0, 1\]": lambda: norm_modulate(x, row, row, **rows),
         "block_map: 2 blocks do not divide 11 tokens": lambda: norm_modulate(x[:, :11], *two, **rows),
@@ -81,8 +72,6 @@ def test_qk_norm_rope_names_the_argument_that_does_not_fit():
         "tables for head_dim 24, but q has 12": lambda: both(rope=rope_3d(range(1), 2, 3, 24)),
         r"q: expected \[B, L, 5 \* D\]": lambda: both(num_heads=5),
         r"k_weight: expected \[24\] or \[12\]": lambda: both(k_weight=weight[1:]),
-        r"k_weight: expected contiguous \[24\] torch.float32 on cpu, got \[12\]": lambda: both(k_weight=weight[:12]),
-        r"k: expected \[1, L, 24\] torch.float32 on cpu, got .*float64": lambda: both(k=q.double()),
         r"q: expected the channels to be contiguous \(stride 1\), got stride 2": lambda: both(q=wide),
         "layout: expected interleaved or half, got 'pairs'": lambda: both(layout="pairs"),
         "rope: tables for 1 x 2 x 3 tokens, but x has 6, from 1 on": lambda: norm_rope(q, weight, rope, 2, start=1),

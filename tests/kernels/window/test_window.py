@@ -1,4 +1,4 @@
-"""The contract of the window operators: errors, what indices out of range reach, and least costs."""
+"""The contract of the window operators: errors and least costs; their numbers are in ``tests/interpreter/window``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 
 from swifti2v_kernels import embed_window, project_step
 from swifti2v_kernels.window.cases import CASES
-from swifti2v_kernels.window.embed_window import EmbedCall
-from swifti2v_kernels.window.project_step import ProjectCall
 from tests.support.window_oracle import int32
 
 
@@ -43,22 +41,6 @@ def head(**changes: Any) -> dict[str, Any]:
         "step": -0.3,
         **changes,
     }
-
-
-def test_indices_out_of_range_reach_nothing_else() -> None:
-    """Indices out of range reach nothing else where values are not checked, as on a GPU; the references prove it."""
-    call = embedding(latent_index=int32(3, 4, -2), mask=torch.zeros(3))
-    tokens = EmbedCall(**call, out=None).by_torch().unflatten(1, (3, -1))
-    assert torch.equal(tokens.isnan().all(3).all(2)[0], torch.tensor([False, True, True]))
-    assert not tokens[:, 0].isnan().any()
-    call = embedding(latent_index=int32(3, -1, 0), reference_index=int32(5, 0, -1))
-    tokens = EmbedCall(**call, out=None).by_torch().unflatten(1, (3, -1))
-    assert torch.equal(tokens.isnan().any(3).any(2)[0], torch.tensor([True, False, True]))
-    call = head(latent_index=int32(4, 3, -2), block_map=int32(0, 2, 1))
-    before = call["out"].clone()
-    out = ProjectCall(**call | {"step": None, "factor": -0.3}, patch_size=(1, 2, 2), eps=1e-6).by_torch()
-    assert out[:, :, 3].isnan().all()
-    assert torch.equal(out[:, :, :3], before[:, :, :3])
 
 
 FIVE, STORE = torch.randn(1, 2, 4, 4, 6), "expected [B, z, S, h, w] float32, float16 or bfloat16, got"
@@ -135,3 +117,18 @@ def test_the_least_costs_of_cases_are_those_counted_by_hand() -> None:
     assert head.flops == 2 * (3 * block) * 1536 * 64
     assert head.bytes_read == 3 * block * 1536 * 2 + 64 * 1537 * 2 + 3 * block * 64 * 4
     assert head.bytes_written == 3 * block * 64 * 4
+
+
+def test_a_graph_of_any_number_of_features_is_traced_once() -> None:
+    traced = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(project_step, fullgraph=True, dynamic=True, backend=backend)
+    for z in (5, 7, 11):
+        x, rows, out = torch.ones(1, 12, 40), torch.zeros(1, 3, 40), torch.zeros(1, z, 3, 4, 4)
+        compiled(x, torch.ones(4 * z, 40), None, rows, rows, out)
+    assert len(traced) == 1

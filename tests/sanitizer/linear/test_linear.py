@@ -11,9 +11,8 @@ import torch
 from swifti2v_kernels import QuantizedRows, gated_residual, norm_modulate
 from swifti2v_kernels.linear.dequantize_rows import DequantizeCall
 from swifti2v_kernels.linear.dequantize_rows_kernel import launch as launch_dequantize_rows
-from swifti2v_kernels.linear.quantize_rows import QuantizeCall
+from swifti2v_kernels.linear.quantize_rows import QuantizeCall, quantized_reference
 from swifti2v_kernels.linear.quantize_rows_kernel import launch as launch_quantize_rows
-from swifti2v_kernels.linear.rows import quantized_reference
 from swifti2v_kernels.linear.scaled_linear import ScaledCall
 from swifti2v_kernels.linear.scaled_linear_kernel import ScaledConfig
 from swifti2v_kernels.linear.scaled_linear_kernel import launch as launch_scaled_linear
