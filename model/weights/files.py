@@ -76,15 +76,12 @@ def open_weights(path: Path) -> WeightFiles:
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        found, header = _open(file)
-        odd = [key for key in found if not key.isprintable()]
-        if odd:
-            raise InputError(f"weights: {file} has a tensor called {odd[0]!r}; expected printable characters")
-        twice = tensors.keys() & found.keys()
-        if twice:
-            raise InputError(f"weights: {path} holds {', '.join(sorted(twice))} in more than one file")
-        tensors.update(found)
-        metadata.update(header)
+        for key, tensor in _open(file, metadata).items():
+            if not key.isprintable():
+                raise InputError(f"weights: {file} has a tensor called {key!r}; expected printable characters")
+            if key in tensors:
+                raise InputError(f"weights: {path} holds {key} in more than one file")
+            tensors[key] = tensor
     return WeightFiles(path, files, tensors, metadata, config)
 
 
@@ -96,27 +93,22 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """
     file = folder / name
     with looking_at(file):
-        # A link that leads nowhere is not the same as no file.
-        return _json_object(file, "readable JSON") if file.exists() or file.is_symlink() else {}
-
-
-def _json_object(file: Path, what: str) -> dict[str, Any]:
-    """Returns the object in a file; it is ``what`` in errors."""
+        if not file.exists() and not file.is_symlink():  # a link that leads nowhere is not the same as no file
+            return {}
     _check_regular(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"weights: {file} is not {what}: {error}") from error
+        raise InputError(f"weights: {file} is not readable JSON: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"weights: {file} is not {what}: it holds {type(found).__name__}, expected an object")
+        raise InputError(f"weights: {file}: expected a JSON object, got {type(found).__name__}")
     return found
 
 
 def _check_regular(file: Path) -> None:
     with looking_at(file):
         if not file.is_file():
-            kind = "a directory" if file.is_dir() else "no regular file"
-            raise InputError(f"weights: {file} is {kind}; expected a file")
+            raise InputError(f"weights: {file} is no regular file; expected a file")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -165,9 +157,9 @@ def _files_of_directory(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(_json_object(index, "a readable index of shards")["weight_map"].values()))
+        names = sorted(set(read_json(index.parent, index.name)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"weights: {index} is not a readable index of shards: {error!r}") from error
+        raise InputError(f"weights: {index} is no index of shards: {error!r}") from error
     if not names:
         raise InputError(f"weights: {index} names no shards")
     # Windows' rules know both slashes and drives.
@@ -181,23 +173,24 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Opens one file and returns its tensors and the metadata of its header."""
+def _open(file: Path, metadata: dict[str, str]) -> dict[str, StoredTensor]:
+    """Opens one file and returns its tensors; what its header says beside them is added to ``metadata``."""
     if file.suffix == ".safetensors":
-        return _open_safetensors(file)
+        return _open_safetensors(file, metadata)
     if file.suffix == ".gguf":
-        return open_gguf(file), {}
+        return open_gguf(file)
     if file.suffix not in PICKLES:
         raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join((*PICKLES, '.gguf'))}")
-    return _open_pickle(file), {}
+    return _open_pickle(file)
 
 
-def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _open_safetensors(file: Path, metadata: dict[str, str]) -> dict[str, StoredTensor]:
     safetensors = require("safetensors", "generate")
     try:
         handle = safetensors.safe_open(file, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"weights: {file} is not a readable safetensors file: {error}") from error
+    metadata.update(handle.metadata() or {})
     tensors = {}
     for key in handle.keys():  # noqa: SIM118 (not a mapping)
         header = handle.get_slice(key)
@@ -209,7 +202,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
             lambda key=key: handle.get_tensor(key),
             lambda start, stop, header=header: header[start:stop],
         )
-    return tensors, handle.metadata() or {}
+    return tensors
 
 
 def _dtype_name(name: str) -> str:

@@ -3,17 +3,18 @@
 The modules here carry diffusers' names, so a diffusers checkpoint needs no map. Original checkpoints (also as
 repackaged for ComfyUI, with a prefix) are renamed by the tables below. Mind that the original's ``norm3`` is the norm
 before cross-attention, which is ``norm2`` in diffusers. What a shape cannot tell (heads, epsilon, latent statistics)
-comes from the original's ``config.json`` or from the published models. LoRA files use the same names, also with
-underscores for dots.
+comes from the original's ``config.json`` or from the published models, as the depth of a VAE does. LoRA files use the
+same names, also with underscores for dots.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from model.config import VAE_LATENT_STATISTICS, DiTConfig, VAEConfig, check_count
+from model.config import PRESETS, DiTConfig, VAEConfig, check_count
 from model.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,10 +22,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 #: The number of a stage in a key; longer ones number nothing, and Python refuses to make integers of the longest.
 _INDEX = r"\d{1,4}"
 
-_PREFIXES = (
-    *("model.diffusion_model.", "diffusion_model.", "first_stage_model."),
-    *("module.", "model.", "pipe.dit.", "dit.", "vae."),
+#: What programs that save a DiT or a LoRA write before its names, several of these after each other too.
+_PREFIXES = re.compile(
+    r"(?:(?:base_model\.model|model|diffusion_model|first_stage_model|vae|transformer(?:_2)?|pipe\.dit|dit|module)\."
+    r"|lora_(?:unet|transformer)_+|lycoris_+)*"
 )
+#: Modules that torch puts around others, also inside a model: by compiling, sharding, checkpointing.
+_WRAPPERS = re.compile(r"(?:\b|(?<=_))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
 #: Prefixes of the parts in files that hold a whole pipeline, as ComfyUI saves its checkpoints.
 PARTS = {
     "DiT": ("model.diffusion_model.",),
@@ -63,9 +67,17 @@ _OUTER = {
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
 }
+#: Those of all these that are parameters themselves.
 _TABLES = ("blocks.0.modulation", "head.modulation", "img_emb.emb_pos")
 
+#: What comes next in a key of a resampler, which a residual block has not.
+_RESAMPLER = r"(?=resample\.|time_conv\.)"
+#: The stages of the VAE of version 2.2, whose blocks have numbers of their own.
+_STAGE = r"^(encoder|decoder)\.(down|up)samples\.(\d+)\.(?:down|up)samples\."
 _VAE_RULES = [
+    (rf"{_STAGE}\d+\.{_RESAMPLER}", r"\1.\2_blocks.\3.\2sampler."),
+    (rf"{_STAGE}(\d+)\.", r"\1.\2_blocks.\3.resnets.\4."),
+    (r"^encoder\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1."),
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
     (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
@@ -82,58 +94,53 @@ _VAE_RULES = [
 ]
 
 
-def dit_name(key: str) -> str:
-    """Returns this project's name for a DiT's parameter or module under either naming."""
-    layer, name = re.fullmatch(r"(?s)(blocks\.\d+\.|)(.*)", key).groups()
-    names = _LAYER if layer else _OUTER
-    if name in names:
-        return layer + names[name]
-    module, _, leaf = name.rpartition(".")
-    return f"{layer}{names[module]}.{leaf}" if module in names else key
+def _flat_names() -> dict[str, str]:
+    """Returns this project's names of all parameters, layer 0's for all layers, by either name without its dots."""
+    found = {}
+    layer = {f"blocks.0.{theirs}": f"blocks.0.{ours}" for theirs, ours in _LAYER.items()}
+    for theirs, ours in {**_OUTER, **layer}.items():
+        for leaf in [""] if theirs in _TABLES else [".weight", ".bias"]:
+            for name in (theirs, ours):
+                found[f"{name}{leaf}".replace(".", "_")] = ours + leaf
+    return found
 
 
-_THEIRS = (*_OUTER, *(f"blocks.0.{name}" for name in _LAYER))
-_PARAMETERS = {
-    dit_name(name) + leaf for name in _THEIRS for leaf in ([""] if name in _TABLES else [".weight", ".bias"])
-}
-_WITHOUT_DOTS = {name.replace(".", "_"): name for name in (*_THEIRS, *map(dit_name, _THEIRS), "blocks.0", "head")}
+_FLAT_NAMES = _flat_names()
 
 
-def is_dit_parameter(name: str) -> bool:
-    """Returns whether some Wan DiT has a parameter of this name (of this project)."""
-    return re.sub(rf"^blocks\.{_INDEX}\.", "blocks.0.", name) in _PARAMETERS
+def dit_parameter(name: str) -> str | None:
+    """Returns this project's name of a Wan DiT's parameter, or None if there is none.
 
-
-def dotted(module: str) -> str:
-    """Returns a DiT module's name with dots, some or all of which LoRA files may write as underscores.
-
-    Other names are returned as they are.
+    Args:
+        name: under either naming, with underscores for some or all of its dots, as LoRA files may write them.
     """
-    flat = module.replace(".", "_")
-    layer = re.match(r"blocks_(\d+)(?=_|$)", flat)
+    flat = name.replace(".", "_")
+    layer = re.match(rf"blocks_({_INDEX})_", flat)
     if layer is None:
-        return _WITHOUT_DOTS.get(flat, module)
-    name = _WITHOUT_DOTS.get(f"blocks_0{flat[layer.end() :]}")
-    return module if name is None else name.replace("blocks.0", f"blocks.{layer[1]}", 1)
+        return _FLAT_NAMES.get(flat)
+    found = _FLAT_NAMES.get(f"blocks_0_{flat[layer.end() :]}")
+    return None if found is None else found.replace("blocks.0", f"blocks.{layer[1]}", 1)
+
+
+def split_prefix(key: str) -> tuple[str, str]:
+    """Returns what programs have written before a name, and the name, without torch's wrappers around modules."""
+    key = _WRAPPERS.sub("", key)
+    end = _PREFIXES.match(key).end()
+    return key[:end], key[end:]
 
 
 def strip_prefix(keys: Iterable[str], part: str = "DiT") -> dict[str, str]:
-    """Returns ``{key without prefix: key}`` for the prefixes that repackagers add to all keys.
+    """Returns ``{key without prefix: key}``.
 
     A file may hold several parts of a pipeline. Keys of parts other than ``part`` (a key of :data:`PARTS`) are then
-    left out; keys that belong to no part stay as they are.
+    left out; keys that belong to no part stay.
     """
     keys = list(keys)
     parts = {key: name for key in keys for name, prefixes in PARTS.items() if key.startswith(prefixes)}
-    if part in parts.values() and len(set(parts.values())) > 1:
-        prefix = next(prefix for prefix in PARTS[part] if any(key.startswith(prefix) for key in keys))
-        return {key.removeprefix(prefix): key for key in keys if parts.get(key, part) == part}
-    # torch.compile's, around the model or around its layers.
-    names = {re.sub(r"\b_orig_mod\.", "", key): key for key in keys}
-    names = names if len(names) == len(keys) else {key: key for key in keys}
-    while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
-        names = {name.removeprefix(prefix): key for name, key in names.items()}
-    return names
+    if part in parts.values():
+        keys = [key for key in keys if parts.get(key, part) == part]
+    names = {split_prefix(key)[1]: key for key in keys}
+    return names if len(names) == len(keys) else {key: key for key in keys}
 
 
 def is_original(keys: Iterable[str]) -> bool:
@@ -142,51 +149,17 @@ def is_original(keys: Iterable[str]) -> bool:
     return any(mark in key for key in keys for mark in marks)
 
 
-def _by_rules(key: str) -> str:
+def vae_parameter(name: str) -> str:
+    """Returns this project's name of a VAE's parameter under either naming (both versions); others stay as they are."""
     for pattern, replacement in _VAE_RULES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def vae_key_map(keys: Iterable[str]) -> Callable[[str], str]:
-    """Returns a function from a checkpoint's VAE keys to this project's names (both versions)."""
-    keys = list(keys)
-    if not is_original(keys):
-        return lambda key: key
-    resamplers = {
-        re.sub(r"\.(resample|time_conv)\..*", "", key) for key in keys if re.search("resample|time_conv", key)
-    }
-    nested = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in keys)
-    # In the flat numbering of version 2.1 a decoder stage is its residual blocks and one resampler.
-    stages = [re.fullmatch(rf"decoder\.upsamples\.({_INDEX})", name) for name in resamplers] if not nested else []
-    flat = sorted(int(stage[1]) for stage in stages if stage)
-    per_stage = flat[0] + 1 if flat else 1
-
-    def rename(key: str) -> str:
-        name = re.match(
-            rf"(encoder\.downsamples|decoder\.upsamples)\.({_INDEX})(?:\.(?:down|up)samples\.({_INDEX}))?\.", key
-        )
-        if name is None:
-            return _by_rules(key)
-        side, stage, rest = name[1].split(".")[0], int(name[2]), key[name.end() :]
-        resampler = name[0].rstrip(".") in resamplers
-        blocks = "down_blocks" if side == "encoder" else "up_blocks"
-        if nested:
-            part = ("downsampler" if side == "encoder" else "upsampler") if resampler else f"resnets.{name[3]}"
-            place = f"{side}.{blocks}.{stage}.{part}"
-        elif side == "encoder":
-            place = f"{side}.{blocks}.{stage}"
-        else:
-            part = "upsamplers.0" if resampler else f"resnets.{stage % per_stage}"
-            place = f"{side}.{blocks}.{stage // per_stage}.{part}"
-        return _by_rules(f"{place}.{rest}")
-
-    return rename
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """Counts the different numbers in keys; one far too high for the others is then surplus, and asks for no model."""
-    return len({m[1] for m in (re.match(pattern, key) for key in shapes) if m})
+        name = re.sub(pattern, replacement, name)
+    # In the flat numbering of version 2.1 a stage of the decoder is three residual blocks and one resampler.
+    flat = re.match(rf"decoder\.upsamples\.({_INDEX})\.({_RESAMPLER})?", name)
+    if flat is None:
+        return name
+    stage, block = divmod(int(flat[1]), 4)
+    part = f"resnets.{block}" if flat[2] is None else "upsamplers.0"
+    return f"decoder.up_blocks.{stage}.{part}.{name[flat.end() :]}"
 
 
 def _sizes(shapes: Shapes, key: str, dims: int, part: str) -> tuple[int, ...]:
@@ -221,7 +194,8 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
         )
     if dim % check_count("num_heads", heads):
         raise InputError(f"num_heads: expected a divisor of the width {dim}, got {heads}")
-    num_layers = _count(shapes, r"blocks\.(\d+)\.")
+    # A number far too high for the others is surplus, and asks for no model of as many layers.
+    num_layers = len({match[1] for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))})
     # Files that end early may lack whole layers, which nothing but config.json can tell.
     if original_config.get("num_layers", num_layers) != num_layers:
         raise InputError(
@@ -247,46 +221,20 @@ def infer_dit_config(shapes: Shapes, original_config: Mapping[str, Any]) -> DiTC
 
 
 def infer_vae_config(shapes: Shapes) -> VAEConfig:
-    """Infers a VAE's configuration from its tensors' shapes (this project's names).
+    """Infers a VAE's configuration from its tensors' shapes (this project's names): the published ones, of any width.
 
     Raises:
-        InputError: a tensor that decides is missing or has another number of dimensions, or the latent statistics of
-            this z_dim are not published.
+        InputError: a tensor that decides is missing or has another number of dimensions, or no VAE of this z_dim is
+            published.
     """
-    base_dim, pixel_channels = _sizes(shapes, "encoder.conv_in.weight", 5, "VAE")[:2]
+    base_dim = _sizes(shapes, "encoder.conv_in.weight", 5, "VAE")[0]
     z_dim = _sizes(shapes, "post_quant_conv.weight", 5, "VAE")[0]
     decoder_last = _sizes(shapes, "decoder.conv_out.weight", 5, "VAE")[1]
-    if z_dim not in VAE_LATENT_STATISTICS:
+    published = {config.z_dim: config for config in (VAEConfig(), PRESETS["5b"].vae)}
+    if z_dim not in published:
         raise InputError(
-            f"latents_mean and latents_std are known for z_dim 16 and 48, not for {z_dim};"
+            f"the VAEs of Wan have z_dim {' and '.join(map(str, published))}, this one {z_dim};"
             " use a diffusers directory with a config.json or pass config="
         )
-    residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes
-    num_blocks = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
-    if residual:
-        firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(num_blocks)]
-        num_res_blocks = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
-        temporal = [f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in shapes for i in range(num_blocks - 1)]
-    else:
-        down = [i for i in range(num_blocks) if f"encoder.down_blocks.{i}.resample.1.weight" in shapes]
-        num_res_blocks = down[0] if down else num_blocks
-        # Without any block the first is asked for all the same, and missed.
-        starts = range(0, max(num_blocks, 1), num_res_blocks + 1)
-        firsts = [f"encoder.down_blocks.{i}.conv1.weight" for i in starts]
-        temporal = [f"encoder.down_blocks.{i}.time_conv.weight" in shapes for i in down]
-    widths = [_sizes(shapes, first, 5, "VAE")[0] for first in firsts]
-    dim_mult = tuple(check_count("dim_mult", width // base_dim) for width in widths)
-    mean, std = VAE_LATENT_STATISTICS[z_dim]
-    return VAEConfig(
-        base_dim=base_dim,
-        decoder_base_dim=decoder_last // dim_mult[0],
-        z_dim=z_dim,
-        dim_mult=dim_mult,
-        num_res_blocks=num_res_blocks,
-        temporal_downsample=tuple(temporal),
-        residual=residual,
-        patch_size=round((pixel_channels / 3) ** 0.5),
-        pixel_channels=pixel_channels,
-        latents_mean=mean,
-        latents_std=std,
-    )
+    config = published[z_dim]
+    return replace(config, base_dim=base_dim, decoder_base_dim=decoder_last // config.dim_mult[0])

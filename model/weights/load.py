@@ -20,21 +20,29 @@ from model.config import DiTConfig, VAEConfig
 from model.dit.model import WanDiT, dit_parameter_dtype
 from model.errors import InputError
 from model.machine.counted import elsewhere
-from model.streaming.placed import place
+from model.streaming.placed import TensorSource, place
 from model.streaming.placement import Placement
 from model.vae.model import WanVAE
 from model.weights.files import looking_at, open_weights
 from model.weights.keys import (
-    dit_name,
+    dit_parameter,
     infer_dit_config,
     infer_vae_config,
     is_original,
     strip_prefix,
-    vae_key_map,
+    vae_parameter,
 )
 from model.weights.lora import LoRA, LoRASet
 from model.weights.recognise import recognise
-from model.weights.scaled import EIGHT_BITS, ScaledTensor, check_holds, largest, plain_weights, quantisation_problem
+from model.weights.scaled import (
+    EIGHT_BITS,
+    ScaledTensor,
+    check_holds,
+    check_scaled,
+    largest,
+    plain_weights,
+    quantisation_problem,
+)
 from swifti2v_kernels import quantize_rows
 
 # Tensors of published checkpoints that no forward pass uses (diffusers ignores them too).
@@ -77,42 +85,22 @@ def load_dit(
             quantisation that is not read here; a tensor holds NaN or infinity, or numbers that ``dtype`` cannot hold
             (of a layer that ``placement`` leaves in its file: when it is first read); or a LoRA does not fit.
     """
-    checkpoint = _Checkpoint(path, WanDiT, config)
+    checkpoint = Checkpoint(path, WanDiT, config)
     model = checkpoint.check(loras, dtype)
     if placement is None:
-        return checkpoint.fill(model, lambda name: dit_parameter_dtype(name, dtype), device)
+        return _fill(model, checkpoint, lambda name: dit_parameter_dtype(name, dtype), device)
     return place(model, placement, checkpoint, dtype=dtype, device=device, stored=checkpoint.in_eight_bits())
 
 
-def eight_bit_tensors(path: str | Path, loras: Sequence[LoRA] = ()) -> dict[str, str]:
-    """Returns ``{name: dtype}`` of a DiT checkpoint's matrices in 8 bits that no LoRA changes, without reading them.
+def inspect_weights(path: str | Path, kind: type[Model], loras: Sequence[LoRA] = ()) -> Checkpoint:
+    """Returns the checkpoint of a DiT or VAE, as it would be loaded, checked without reading its tensors.
 
     Raises:
         InputError: as :func:`load_dit`.
     """
-    checkpoint = _Checkpoint(path, WanDiT)
+    checkpoint = Checkpoint(path, kind)
     checkpoint.check(loras)
-    return checkpoint.in_eight_bits()
-
-
-def inspect_dit(path: str | Path, loras: Sequence[LoRA] = ()) -> DiTConfig:
-    """Returns the configuration of a DiT that :func:`load_dit` would load, checked without reading its tensors.
-
-    Raises:
-        InputError: as :func:`load_dit`.
-    """
-    checkpoint = _Checkpoint(path, WanDiT)
-    checkpoint.check(loras)
-    return checkpoint.config
-
-
-def dit_config(path: str | Path) -> DiTConfig:
-    """Returns the configuration of a checkpoint, whether or not its tensors are all there and readable.
-
-    Raises:
-        InputError: the configuration cannot be told.
-    """
-    return _Checkpoint(path, WanDiT).config
+    return checkpoint
 
 
 def load_vae(
@@ -134,15 +122,9 @@ def load_vae(
         on_gpu = torch.device(device).type == "cuda" and dtype == torch.float32
         decode_dtype = torch.bfloat16 if on_gpu else dtype
     decodes = ("decoder.", "post_quant_conv.")
-    checkpoint = _Checkpoint(path, WanVAE, config)
-    return checkpoint.fill(checkpoint.check(), lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
-
-
-def inspect_vae(path: str | Path) -> VAEConfig:
-    """Returns the configuration of a VAE that :func:`load_vae` would load, checked without reading its tensors."""
-    checkpoint = _Checkpoint(path, WanVAE)
-    checkpoint.check()
-    return checkpoint.config
+    checkpoint = Checkpoint(path, WanVAE, config)
+    model = checkpoint.check()
+    return _fill(model, checkpoint, lambda name: decode_dtype if name.startswith(decodes) else dtype, device)
 
 
 def random_weights(
@@ -164,8 +146,7 @@ def random_weights(
     tensors = _RandomTensors({name: tuple(p.shape) for name, p in model.state_dict().items()}, seed, device)
     if placement is not None:
         return place(model, placement, tensors, dtype=dtype, device=device)
-    kept = {name: dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype for name in tensors.shapes}
-    return _assign(model, {name: tensors.plain(name, kind, device) for name, kind in kept.items()})
+    return _fill(model, tensors, lambda name: dit_parameter_dtype(name, dtype) if kind is WanDiT else dtype, device)
 
 
 class _RandomTensors:
@@ -191,7 +172,11 @@ class _RandomTensors:
         return quantize_rows(self.plain(name, torch.float32, device), kind)
 
 
-def _assign(model: Model, state: dict[str, Tensor]) -> Model:
+def _fill(
+    model: Model, tensors: TensorSource, dtype_of: Callable[[str], torch.dtype], device: torch.device | str
+) -> Model:
+    """Gives a model without memory its tensors, each in the dtype of its name."""
+    state = {name: tensors.plain(name, dtype_of(name), device) for name in model.state_dict()}
     model.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, WanVAE):
         model.order_weights()
@@ -206,10 +191,14 @@ def part_of_pipeline(path: Path, parts: tuple[str, ...]) -> Path:
         return path
 
 
-class _Checkpoint:
+class Checkpoint:
     """The tensors of a directory or file under this project's names, read when they are asked for.
 
-    Once they are checked they are a :class:`model.streaming.placed.TensorSource`, LoRAs included.
+    Once they are checked they are a :class:`model.streaming.placed.TensorSource`, LoRAs included. ``config`` is the
+    configuration, whether or not the tensors are all there and readable.
+
+    Raises:
+        InputError: the file cannot be opened, is of another kind, or its configuration cannot be told.
     """
 
     def __init__(self, path: str | Path, kind: type[Model], config: Any = None):
@@ -222,13 +211,13 @@ class _Checkpoint:
         if found is not None and (found.part != part or found.lacks):
             raise InputError(f"weights: {self.path} is a {found.name}; {found.lacks or f'expected a Wan {part}'}")
         self._problem = quantisation_problem(plain[key] for key in stripped.values())
-        rename = dit_name if kind is WanDiT else vae_key_map(stripped)
+        rename = dit_parameter if kind is WanDiT else vae_parameter
         self._checked: set[str] = set()
         self._tensors: dict[str, ScaledTensor] = {}
         for short, key in stripped.items():
             if any(unused in short for unused in _UNUSED):
                 continue
-            name = rename(short)
+            name = rename(short) or short
             if name in self._tensors:
                 twice = f"as {self._tensors[name].stored.key} and as {key}"
                 raise InputError(f"weights: {self.path} holds {name} twice, {twice}")
@@ -288,10 +277,6 @@ class _Checkpoint:
             # Without memory nothing can be too large but a size itself, for which torch has these three.
             raise InputError(f"{called}: sizes beyond what torch can count: {config}") from error
 
-    def fill(self, model: Model, dtype_of: Callable[[str], torch.dtype], device: torch.device | str) -> Model:
-        """Gives the model the tensors, each in the dtype of its name."""
-        return _assign(model, {name: self.plain(name, dtype_of(name), device) for name in model.state_dict()})
-
     def in_eight_bits(self) -> dict[str, str]:
         """Returns the dtypes of the matrices that are kept in 8 bits and that no LoRA changes."""
         return {
@@ -320,9 +305,9 @@ class _Checkpoint:
             return quantize_rows(self._loras.add_to(name, wide, wide.dtype) if name in self._loras else wide, kind)
         values, scales = tensor.stored.read(), tensor.scales()
         if name not in self._checked:
-            self._check_scaled(name, values)
-            # The dtype's largest number times the largest scale is seldom too much; if it is, all are multiplied out.
-            if largest(values, tensor.name) * largest(scales, tensor.name) > torch.finfo(self._dtype).max:
+            check_scaled(tensor, found := largest(values, tensor.name))
+            # The largest number times the largest scale is seldom too much; if it is, all are multiplied out.
+            if found * largest(scales, tensor.name) > torch.finfo(self._dtype).max:
                 self._wide(name, self._dtype, "cpu")
             self._checked.add(name)
         return values.to(device), scales.to(device)
@@ -336,14 +321,7 @@ class _Checkpoint:
     def _check(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         """Checks once, and not in every pass over layers that stay in files, that numbers are finite in ``dtype``."""
         if name not in self._checked:
-            called = self._tensors[name].name
-            check_holds(dtype, largest(value, called), called)
-            self._check_scaled(name, value)
+            tensor = self._tensors[name]
+            check_scaled(tensor, found := largest(value, tensor.name))
+            check_holds(dtype, found, tensor.name)
             self._checked.add(name)
-
-    def _check_scaled(self, name: str, value: Tensor) -> None:
-        if self._tensors[name].lacks_scale(value):
-            raise InputError(
-                f"{self._tensors[name].name} holds the largest number of {self._tensors[name].stored.dtype}, as weights"
-                " do that have a scale; expected its scale in the file"
-            )

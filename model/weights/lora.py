@@ -66,8 +66,8 @@ class LoRAFit:
     A pair of factors and a whole difference is one addition; a tensor that is part of none (a factor or an alpha
     alone, an unknown key) counts as one too. Those that the model has no place for are left out if there are at most
     as many of them as of those that fit. A file is refused if there are more; if some are to be left out and ``strict``
-    is given; and always if one has another shape than its parameter, or cannot be read. A patch embedding's addition
-    may be for the latents' channels alone, which come first: a T2V LoRA then fits an I2V model.
+    is given; and always if one has another shape than its parameter. A patch embedding's addition may be for the
+    latents' channels alone, which come first: a T2V LoRA then fits an I2V model.
 
     Attributes:
         additions: those that fit, by parameter.
@@ -78,22 +78,22 @@ class LoRAFit:
     def __init__(self, file: LoRAFile, shapes: Mapping[str, tuple[int, ...]] | None, *, strict: bool, model: str):
         self.additions: dict[str, list[Delta]] = {}
         self.problem = self.warning = None
-        faults, left = list(file.faults), list(file.unmatched)
+        misfits, left = [], list(file.unmatched)
         for name, deltas in file.deltas.items():
             for delta in deltas:
                 if shapes is not None and name not in shapes:
                     left.append(tuple(f"{key} (the model has no {name})" for key in delta.keys))
                     continue
-                misfits = [] if shapes is None else _misfits(name, delta, shapes)
-                faults += misfits
-                if not misfits:
+                found = [] if shapes is None else _misfits(name, delta, shapes)
+                misfits += found
+                if not found:
                     self.additions.setdefault(name, []).append(delta)
         fitting = sum(map(len, self.additions.values()))
         keys = [key for addition in left for key in addition]
-        problems = [*faults, *keys]
-        if faults or len(left) > fitting or (strict and left):
+        problems = [*misfits, *keys]
+        if misfits or len(left) > fitting or (strict and left):
             asked = "all must, as it is strict" if strict else "at least half must"
-            share = "" if faults else f" ({fitting} of {fitting + len(left)} pairs and differences do; {asked})"
+            share = "" if misfits else f" ({fitting} of {fitting + len(left)} pairs and differences do; {asked})"
             self.problem = f"{len(problems)} keys do not fit {model}{share}: {_listed(problems, _LISTED)}"
         elif left:
             self.warning = (

@@ -20,30 +20,25 @@ beside the file), for all modules or by patterns, and with ``use_rslora`` the sc
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.weights.files import looking_at, open_weights
-from model.weights.keys import dit_name, dotted, is_dit_parameter
-from model.weights.peft_config import AdapterConfig, finite
+from model.weights.files import looking_at, open_weights, read_json
+from model.weights.keys import dit_parameter, split_prefix
 from model.weights.scaled import check_holds, largest
 from model.weights.stored import FLOATS, StoredTensor
 
-_PREFIXES = re.compile(
-    r"(?:(?:base_model\.model|model|diffusion_model|transformer(?:_2)?|pipe\.dit|dit|module)\."
-    r"|lora_(?:unet|transformer)_+|lycoris_+)*"
-)
-#: Modules that torch puts around others, also inside a model: by compiling, sharding, checkpointing.
-_WRAPPERS = re.compile(r"(?:\b|(?<=_))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
 #: The end of a key, which says what part of a module's LoRA a tensor is; PEFT may name the adapter before ``.weight``.
 _PART = re.compile(
     r"\.(?:(?P<down>(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight)"
@@ -58,13 +53,11 @@ _REFUSED = {
     ".hada_w1": "LoHa",
     ".lokr_w": "LoKr",
     ".lora_mid.": "LoCon with a middle factor",
-    ".oft_": "OFT",
-    ".boft_": "BOFT",
-    ".vera_lambda": "VeRA",
 }
 #: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+_METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -124,14 +117,12 @@ class Delta:
 class LoRAFile:
     """The additions of a LoRA file, by parameter name.
 
-    ``faults`` are keys that no LoRA can have as they are. ``unmatched`` are those that no Wan DiT has a place for, one
-    tuple for an addition or a tensor that is part of none; both are given with the reason. ``left_out`` counts the
-    tensors of the expert that was not asked for.
+    ``unmatched`` are keys that no Wan DiT has a place for, with the reason, one tuple for an addition or a tensor that
+    is part of none. ``left_out`` counts the tensors of the expert that was not asked for.
     """
 
     path: Path
     deltas: dict[str, list[Delta]]
-    faults: tuple[str, ...]
     unmatched: tuple[tuple[str, ...], ...]
     left_out: int
 
@@ -144,11 +135,6 @@ class LoRAFile:
         for delta in chain.from_iterable(self.deltas.values()):
             for factor in delta.factors:
                 largest(factor.read(), f"lora: {self.path}: {factor.key}")
-
-    @property
-    def ranks(self) -> Counter[int]:
-        """The number of pairs of factors of every rank."""
-        return Counter(delta.rank for deltas in self.deltas.values() for delta in deltas if delta.rank is not None)
 
 
 def is_lora(keys: Collection[str]) -> bool:
@@ -167,7 +153,8 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
             (``transformer.`` and ``transformer_2.``). A file without such prefixes is any expert's.
 
     Raises:
-        InputError: there is no LoRA, none for this expert, or another kind of adapter (named).
+        InputError: there is no LoRA, none for this expert, another kind of adapter (named), or a tensor that could
+            be added to no parameter at all.
     """
     with looking_at(path):
         path = _file(path)
@@ -180,20 +167,20 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
         raise InputError(
             f"lora: {path} holds no LoRA; its tensors are named like {next(iter(files.tensors), 'nothing')}"
         )
-    prefixes = {key: _split(key)[0] for key in files.tensors}
+    prefixes = {key: split_prefix(key)[0] for key in files.tensors}
     second = {key for key, prefix in prefixes.items() if "transformer_2." in prefix}
     first = {key for key, prefix in prefixes.items() if "transformer." in prefix}
     if expert == 1 and second and not first:
         raise InputError(f"lora: {path} is for the second expert (transformer_2.), and was given for the first")
     left_out = (first if expert == 2 else second) if second else set()
     taken = {key: tensor for key, tensor in files.tensors.items() if key not in left_out}
-    config = AdapterConfig.find(path, files.metadata, "transformer_2" if second and expert == 2 else "transformer")
+    config = _AdapterConfig(path, files.metadata, "transformer_2" if second and expert == 2 else "transformer")
     modules, strays = _group(path, taken)
-    unmatched, faults = [(stray,) for stray in strays], []
+    unmatched = [(stray,) for stray in strays]
     deltas: dict[str, list[Delta]] = defaultdict(list)
     for module, parts in modules.items():
-        for name, delta in _take_deltas(path, module, parts, config, faults):
-            if not is_dit_parameter(name):
+        for name, delta in _take_deltas(path, module, parts, config):
+            if name is None:
                 unmatched.append(tuple(f"{key} (no parameter of a Wan DiT)" for key in delta.keys))
                 continue
             # A pair and a difference of one weight may stand beside each other; two of a kind are two adapters.
@@ -202,7 +189,7 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
                     raise _several(path, other.keys[0], delta.keys[0])
             deltas[name].append(delta)
         unmatched += [(f"{part.key} (its counterpart is missing)",) for part in parts.values()]
-    return LoRAFile(path, dict(deltas), tuple(faults), tuple(unmatched), len(left_out))
+    return LoRAFile(path, dict(deltas), tuple(unmatched), len(left_out))
 
 
 def _file(path: Path) -> Path:
@@ -223,12 +210,12 @@ def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, d
     modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     unmatched = []
     for key, tensor in tensors.items():
-        name = _split(key)[1]
+        name = split_prefix(key)[1]
         found = _PART.search(name)
         if found is None:
             unmatched.append(f"{key} (no part of a LoRA)")
             continue
-        parts, part = modules[dotted(name[: found.start()])], found.lastgroup
+        parts, part = modules[name[: found.start()]], found.lastgroup
         if part in parts:
             raise _several(path, parts[part].key, key)
         parts[part] = tensor
@@ -239,66 +226,53 @@ def _several(path: Path, *keys: str) -> InputError:
     return InputError(f"lora: {path} holds several adapters ({', '.join(keys)}); expected one a file")
 
 
-def _split(key: str) -> tuple[str, str]:
-    """Returns what stands before a module's name in a key, and the rest."""
-    key = _WRAPPERS.sub("", key)
-    end = _PREFIXES.match(key).end()
-    return key[:end], key[end:]
-
-
 def _take_deltas(
-    path: Path, module: str, parts: dict[str, StoredTensor], config: AdapterConfig, faults: list[str]
-) -> Iterator[tuple[str, Delta]]:
+    path: Path, module: str, parts: dict[str, StoredTensor], config: _AdapterConfig
+) -> Iterator[tuple[str | None, Delta]]:
     """Takes the parts of a module that add something, and yields their additions; the others stay in ``parts``.
 
-    Those that can fit no parameter are only added to ``faults``.
+    The names are those of the parameters, None for those that no Wan DiT has.
     """
-    weight, bias = dit_name(f"{module}.weight"), dit_name(f"{module}.bias")
-
-    def is_sound(*factors: StoredTensor) -> bool:
-        found = _unsound(factors)
-        faults.extend(found)
-        return not found
-
+    weight, bias = dit_parameter(f"{module}.weight"), dit_parameter(f"{module}.bias")
     if {"up", "down"} <= parts.keys():
-        up, down = parts.pop("up"), parts.pop("down")
+        factors = _sound(path, parts.pop("up"), parts.pop("down"))
         alpha, up_bias = parts.pop("alpha", None), parts.pop("up_bias", None)
-        if is_sound(up, down):
-            rank = down.shape[0]
-            if alpha is not None:
-                scale = _alpha(path, alpha) / rank
-            else:
-                # Names that are no parameter's are left out, and would be held against patterns at any length.
-                scale = config.scale(module, rank) if is_dit_parameter(weight) else 1.0
-            if abs(scale) > LARGEST_SCALE:
-                raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
-            yield weight, Delta(path, (up, down), scale)
-            if up_bias is not None and is_sound(up_bias):
-                yield bias, Delta(path, (up_bias,), scale)
+        rank = factors[1].shape[0]
+        if alpha is not None:
+            scale = _alpha(path, alpha) / rank
+        else:
+            # Names that are no parameter's are left out, and would be held against patterns at any length.
+            scale = 1.0 if weight is None else config.scale(module, rank)
+        if abs(scale) > LARGEST_SCALE:
+            raise InputError(f"lora: {path}: {module} has the scale {scale:g}; expected one that float32 can hold")
+        yield weight, Delta(path, factors, scale)
+        if up_bias is not None:
+            yield bias, Delta(path, _sound(path, up_bias), scale)
     # A parameter of its own may be named in full, as in ``head.modulation.diff``.
-    whole = dit_name(module) if is_dit_parameter(dit_name(module)) else weight
-    for kind, name in (("diff", whole), ("diff_b", bias), ("diff_m", dit_name(f"{module}.modulation"))):
-        if kind in parts and is_sound(difference := parts.pop(kind)):
-            yield name, Delta(path, (difference,))
+    whole = dit_parameter(module) or weight
+    for kind, name in (("diff", whole), ("diff_b", bias), ("diff_m", dit_parameter(f"{module}.modulation"))):
+        if kind in parts:
+            yield name, Delta(path, _sound(path, parts.pop(kind)))
 
 
-def _unsound(factors: Sequence[StoredTensor]) -> list[str]:
-    """Returns the keys of two factors, or of a difference, that can fit no parameter, with the reasons."""
-    least, faults = len(factors), []
+def _sound(path: Path, *factors: StoredTensor) -> tuple[StoredTensor, ...]:
+    """Returns two factors, or a difference, if they can be added to a parameter of some shape."""
+    least = len(factors)
     for factor in factors:
         if factor.dtype not in FLOATS:
-            faults.append(f"{factor.key} ({factor.dtype}, expected floats)")
-        elif len(factor.shape) < least or 0 in factor.shape:
-            faults.append(f"{factor.key} (shape {list(factor.shape)}, expected at least {least} sizes above 0)")
-    if not faults and least == 2 and factors[0].numel != factors[0].shape[0] * factors[1].shape[0]:
-        shapes = " and ".join(str(list(factor.shape)) for factor in factors)
-        faults = [f"{factor.key} (factors of {shapes} have no product)" for factor in factors]
-    return faults
+            raise InputError(f"lora: {path}: {factor.key} is {factor.dtype}, expected floats")
+        if len(factor.shape) < least or 0 in factor.shape:
+            expected = f"expected at least {least} sizes above 0"
+            raise InputError(f"lora: {path}: {factor.key} has the shape {list(factor.shape)}, {expected}")
+    if least == 2 and factors[0].numel != factors[0].shape[0] * factors[1].shape[0]:
+        shapes = " and ".join(f"{factor.key} {list(factor.shape)}" for factor in factors)
+        raise InputError(f"lora: {path}: {shapes} have no product; expected [out, r] and [r, in]")
+    return factors
 
 
 def _alpha(path: Path, tensor: StoredTensor) -> float:
     try:
-        return finite(tensor.read().item())
+        return _finite(tensor.read().item())
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"lora: {path}: {tensor.key}: expected one finite number: {error}") from error
 
@@ -308,3 +282,72 @@ def _plain_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
+
+
+class _AdapterConfig:
+    """PEFT's description of an adapter, from which the scale comes if the file has no alphas."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], expert: str):
+        """Reads the header, where diffusers may put the expert's name before every entry, or a file beside the LoRA."""
+        self._path = path
+        self._source = _METADATA if _METADATA in metadata else "adapter_config.json"
+        try:
+            if _METADATA in metadata:
+                given = json.loads(metadata[_METADATA])
+                values = {key.removeprefix(f"{expert}."): entry for key, entry in given.items()}
+            else:
+                values = read_json(path.parent, self._source)
+            kind = "DoRA" if values.get("use_dora") else values.get("peft_type") or "LORA"
+            if kind != "LORA":
+                is_kind = f"{path} is {kind} ({self._source})"
+                raise InputError(f"lora: {is_kind}, which cannot be merged as a LoRA; expected LORA")
+            self._rooted = bool(values.get("use_rslora"))
+            rank, alpha = (values.get(name) for name in ("r", "lora_alpha"))
+            # Ranks by patterns are seen in the factors; one for all tells whether this is about another file.
+            self._rank = None if rank is None or values.get("rank_pattern") else _finite(rank)
+            self._alpha = None if alpha is None else _finite(alpha)
+            self._alphas = [
+                (re.compile(rf"(.*\.)?({_bounded(pattern)})$"), _finite(value))
+                for pattern, value in (values.get("alpha_pattern") or {}).items()
+            ]
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
+            raise InputError(f"lora: {path}: {self._source} is not understood: {error}") from error
+
+    def scale(self, module: str, rank: int) -> float:
+        """Returns the scale of a module's ``up @ down``, 1 where nothing is said.
+
+        Raises:
+            InputError: the module has another rank than this says, so that it describes another file.
+        """
+        alpha = next((alpha for pattern, alpha in self._alphas if pattern.match(module)), self._alpha)
+        if alpha is None:
+            return 1.0
+        if self._rank not in (None, rank):
+            raise InputError(
+                f"lora: {self._path}: {module} has rank {rank}, but {self._source} says {self._rank:g}:"
+                " it describes another file"
+            )
+        return alpha / (math.sqrt(rank) if self._rooted else rank)
+
+
+def _bounded(pattern: str) -> str:
+    """Returns a pattern of PEFT if it is matched against a module's name in a moment.
+
+    Python tries every way to divide the name, so that with each repetition the time grows by the length of the name,
+    and with a repeated group without bounds. Others are a ValueError.
+    """
+    if len(re.findall(r"[*+{?|]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):
+        raise ValueError(
+            f"the pattern {pattern[:80]!r}: expected at most 4 repetitions and choices, and none of a group"
+        )
+    return pattern
+
+
+def _finite(value: Any) -> float:
+    """Returns a value as a number; ValueError if it is not finite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value}")
+    return number

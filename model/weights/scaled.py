@@ -27,8 +27,6 @@ from model.weights.stored import StoredTensor
 #: The dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
 
-#: The bytes of the largest number of each kind of float8; above them are infinity and NaN.
-_LARGEST_BYTES = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 _FORMAT = ".comfy_quant"
@@ -50,7 +48,7 @@ _COMPANIONS = {
 
 
 def largest(tensor: Tensor, name: str) -> float:
-    """Returns the largest magnitude in a tensor, or for one in 8 bits, whose bytes alone are read, its dtype's.
+    """Returns the largest magnitude in a tensor.
 
     Raises:
         InputError: it holds NaN or infinity; the message begins with ``name``.
@@ -60,16 +58,25 @@ def largest(tensor: Tensor, name: str) -> float:
     if tensor.dtype == torch.int8:
         return 128.0
     if tensor.itemsize == 1:
-        # As integers with and without sign, bytes put what is not finite above all other numbers of its own sign.
-        end = _LARGEST_BYTES[tensor.dtype]
-        finite = tensor.view(torch.int8).max() <= end and tensor.view(torch.uint8).max() <= 0x80 + end
-        found = torch.finfo(tensor.dtype).max if finite else math.nan
+        # The order of magnitudes is that of bytes but for the sign: nothing as large as float32 is made.
+        top = max(tensor.view(torch.int8).max().item(), tensor.view(torch.uint8).max().item() - 0x80)
+        found = torch.tensor(top, dtype=torch.uint8, device="cpu").view(tensor.dtype).float().item()
     else:
         low, high = torch.aminmax(tensor)
         found = max(-low.item(), high.item()) if low <= high else math.nan
     if not math.isfinite(found):
         raise InputError(f"{name} holds NaN or infinity; expected finite numbers")
     return found
+
+
+def check_scaled(tensor: ScaledTensor, found: float) -> None:
+    """Raises InputError if a float8 tensor without a scale holds the largest number of its dtype, as scaled ones do."""
+    kind = tensor.stored.dtype
+    if tensor.scale is None and kind.startswith("float8") and found == torch.finfo(getattr(torch, kind)).max:
+        raise InputError(
+            f"{tensor.name} holds the largest number of {kind}, as weights do that have a scale; expected its scale in"
+            " the file"
+        )
 
 
 def check_holds(dtype: torch.dtype, found: float, name: str) -> None:
@@ -112,18 +119,6 @@ class ScaledTensor:
         times = "" if self.scale is None else f" times {self.scale.key}"
         return f"weights: {self.stored.file}: {self.stored.key}{times}"
 
-    def lacks_scale(self, value: Tensor) -> bool:
-        """Returns whether ``value``, which was read from a float8 tensor without a scale, was made for one.
-
-        It then has the largest number of its dtype, which no weight has.
-        """
-        kind = getattr(torch, self.stored.dtype, torch.float32)
-        if self.scale is not None or kind not in _LARGEST_BYTES or value.is_meta or not value.numel():
-            return False
-        if value.itemsize > 1:
-            return value.abs().max().item() == torch.finfo(kind).max
-        return int((value.view(torch.uint8) & 0x7F).max()) == _LARGEST_BYTES[kind]
-
     def wide(self, device: torch.device | str) -> Tensor:
         """Returns a contiguous copy on the device, in float32 (float64 stays), the scale multiplied in.
 
@@ -135,8 +130,7 @@ class ScaledTensor:
         wide = raw.to(kind, copy=True, memory_format=torch.contiguous_format)
         if self.scale is None:
             return wide
-        scale = self._finite_scale().to(device, wide.dtype)
-        return wide.mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (wide.ndim - 1)))
+        return wide.mul_(self.scales().to(device).view(-1, *[1] * (wide.ndim - 1)))
 
     def scales(self) -> Tensor:
         """Returns one float32 scale a row, in host memory: of ones where there is none.
@@ -147,12 +141,9 @@ class ScaledTensor:
         rows = self.shape[0]
         if self.scale is None:
             return torch.ones(rows, dtype=torch.float32, device="cpu")
-        return self._finite_scale().flatten().expand(rows).contiguous()
-
-    def _finite_scale(self) -> Tensor:
         scale = self.scale.read().float()
         largest(scale, f"weights: {self.scale.file}: {self.scale.key}")
-        return scale
+        return scale.flatten().expand(rows).contiguous()
 
 
 def quantisation_problem(tensors: Iterable[ScaledTensor]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,8 +12,7 @@ from contextlib import closing
 import pytest
 
 from model.errors import InputError
-from model.io import lock
-from model.io.lock import FileLock
+from model.io.durable import FileLock
 
 
 def test_a_lock_ends_with_its_process_and_the_file_that_it_left_is_taken_over(tmp_path):
@@ -41,7 +41,7 @@ sys.stdin.read()
 
 def test_a_lock_that_its_holder_removes_while_another_waits_to_open_it_is_not_taken(tmp_path, monkeypatch):
     """A lock on a file without a name would keep nobody out, so another file is made and locked."""
-    path, first, flock = tmp_path / "lock", None, lock.fcntl.flock
+    path, first, flock = tmp_path / "lock", None, fcntl.flock
 
     def removed_before(file, operation):
         if first is not None:
@@ -49,7 +49,7 @@ def test_a_lock_that_its_holder_removes_while_another_waits_to_open_it_is_not_ta
         flock(file, operation)
 
     first = FileLock(path, "run", path)
-    monkeypatch.setattr(lock.fcntl, "flock", removed_before)
+    monkeypatch.setattr(fcntl, "flock", removed_before)
     second = FileLock(path, "run", path)
     monkeypatch.undo()
     with pytest.raises(InputError, match="in use"):
@@ -92,7 +92,7 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
     def unsupported(file, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with closing(FileLock(tmp_path / "lock", "run", tmp_path)), closing(FileLock(tmp_path / "lock", "run", tmp_path)):
         pass
     assert list(tmp_path.iterdir()) == []

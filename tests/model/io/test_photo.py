@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageCms, features
+from PIL._util import DeferredError
 
 from model.errors import InputError
 from model.io.photo import fit_image, open_image
@@ -32,21 +33,13 @@ def read(path, data=None):
     return np.asarray(opened).astype(int)
 
 
-def tiff(width, bits, data, photometric=1, sample_format=1, order="<", **more):
-    """Returns a TIFF of one row and one strip. Pillow itself writes neither 12 bits nor white as zero."""
-    samples = {2: 3, 8: 3}.get(photometric, 1)
-    tags = {256: [width], 257: [1], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [8], 277: [samples]}
-    tags |= {279: [len(data)], 339: [sample_format] * samples, **{int(tag[1:]): [value] for tag, value in more.items()}}
+def tiff(bits, data, sample_format=1, **more):
+    """Returns a TIFF of two grey values in a row and one strip, with more tags, such as ``_254=1``."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 279: len(data), 339: sample_format}
+    tags |= {int(tag[1:]): value for tag, value in more.items()}
     data += bytes(len(data) % 2)
-    entries, tail = b"", b""
-    for tag in sorted(tags):
-        values = struct.pack(f"{order}{len(tags[tag])}H", *tags[tag]).ljust(4, b"\0")
-        if len(values) > 4:
-            place = 8 + len(data) + 2 + 12 * len(tags) + 4 + len(tail)
-            values, tail = struct.pack(order + "I", place), tail + values
-        entries += struct.pack(order + "HHI", tag, 3, len(tags[tag])) + values
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(data))
-    return head + data + struct.pack(order + "H", len(tags)) + entries + bytes(4) + tail
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, tags[tag], 0) for tag in sorted(tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def png(width, depth, colour_type, row, *chunks):
@@ -75,39 +68,21 @@ def test_pictures_of_8_bits_without_a_profile_keep_their_bytes(tmp_path, mode):
     assert (read(path) == np.asarray(expected)).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "expected"),
-    [
-        ("12 bits of 16", tiff(2, 12, bytes([0x3E, 0x8F, 0xFF])), (62, 255)),
-        ("16 bits", tiff(2, 16, struct.pack("<2H", 1000, 32896)), (4, 128)),
-        ("16 bits, big-endian", tiff(2, 16, struct.pack(">2H", 1000, 32896), order=">"), (4, 128)),
-        ("16 bits, white is zero", tiff(2, 16, struct.pack("<2H", 1000, 0), photometric=0), (251, 255)),
-        ("32 bits", tiff(2, 32, struct.pack("<2I", 2**31, 2**32 - 1)), (128, 255)),
-        ("PNG of 16 bits", png(2, 16, 0, struct.pack(">2H", 1000, 32896)), (4, 128)),
-        ("PNG of 16 bits and alpha", png(2, 16, 4, struct.pack(">4H", 1000, 65535, 1000, 0)), (3, 255)),
-        ("PNG, a level transparent", png(2, 16, 0, struct.pack(">2H", 1000, 2000), (b"tRNS", b"\3\xe8")), (255, 8)),
-        ("PNG of 4 bits, a level transparent", png(2, 4, 0, b"\x12", (b"tRNS", b"\0\1")), (255, 34)),
-        ("PNG that says 5 bits matter", png(2, 8, 0, b"\1\xff", (b"sBIT", b"\5")), (1, 255)),
-        ("PGM up to 1000", b"P5 2 1 1000\n" + struct.pack(">2H", 500, 1000), (128, 255)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_value_is_white_if_it_is_the_greatest_of_its_bits(tmp_path, name, data, expected):
-    """Grey is its value over the range of the file's bits, of whatever value the brightest pixel is."""
-    assert read(tmp_path / "grey", data)[0].tolist() == [[level] * 3 for level in expected]
-
-
 HDR = {"PQ": b"\x09\x10\0\1", "HLG": b"\x09\x12\0\1"}
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (tiff(2, 32, bytes(8), sample_format=3), "signed or floats"),
-        (tiff(2, 16, bytes(4), sample_format=2), "signed or floats"),
-        (tiff(1, 8, bytes(3), 2, _254=1), "a camera's raw file"),
-        (tiff(1, 8, bytes(3), 2, _50706=0x104), "a camera's raw file"),
-        (tiff(2, 10, bytes(3)), "unusual TIFF"),
+        (tiff(32, bytes(8), sample_format=3), "grey of more than 8 bits"),
+        (tiff(12, bytes(3)), "grey of more than 8 bits"),
+        (png(2, 16, 0, bytes(4)), "grey of more than 8 bits"),
+        (tiff(8, bytes(2), sample_format=2), "samples with a sign"),
+        (png(2, 16, 2, bytes(12), (b"tRNS", bytes(6))), "a transparent colour of 16 bits"),
+        (png(2, 4, 0, b"\x12", (b"tRNS", b"\0\1")), "a transparent colour of 4 bits"),
+        (tiff(8, bytes(2), _254=1), "a camera's raw file"),
+        (tiff(8, bytes(2), _50706=0x104), "a camera's raw file"),
+        (tiff(10, bytes(3)), "unusual TIFF"),
         (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), "a camera's raw file"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         *((png(1, 8, 2, bytes(3), (b"cICP", numbers)), f"an HDR image [(]{name}") for name, numbers in HDR.items()),
@@ -173,7 +148,7 @@ def test_black_and_white_of_a_profile_are_black_and_white(tmp_path):
 
 @pytest.mark.parametrize("power", [1.0, 2.2])
 def test_grey_of_a_profile_becomes_srgb(tmp_path, power):
-    """Grey, grey with alpha and grey of 16 bits with alpha are what the profile's curve says, in the shadows too."""
+    """Grey and grey with alpha are what the profile's curve says, in the shadows too."""
     levels, profile = np.arange(256), icc.grey_profile(icc.gamma_curve(power))
     expected = np.round(icc.linear_to_srgb((levels / 255) ** (round(power * 256) / 256)) * 255)
     grey = Image.fromarray(levels.astype(np.uint8)[None])
@@ -181,9 +156,6 @@ def test_grey_of_a_profile_becomes_srgb(tmp_path, power):
     for picture in (grey, grey.convert("LA")):
         picture.save(path, icc_profile=profile)
         assert np.abs(read(path)[0] - expected[:, None]).max() <= 1
-    deep = np.stack([levels * 257, np.full(256, 65535)], -1).astype(">u2").tobytes()
-    pixels = read(path, png(256, 16, 4, deep, (b"iCCP", b"x\0\0" + zlib.compress(profile))))
-    assert np.abs(pixels - expected[:, None])[0].max() <= 1
 
 
 def test_grey_and_palettes_take_a_profile_of_rgb(tmp_path):
@@ -197,10 +169,10 @@ def test_grey_and_palettes_take_a_profile_of_rgb(tmp_path):
     assert read(tmp_path / "palette.png")[0, 0] == pytest.approx(BROWN_OF_P3, abs=1)
 
 
-def inks_to_lab(inks):
-    """Returns L, a, b of corners of CMYK: no printer's, but ones that no formula without a profile gives."""
+def lightness(inks):
+    """Returns the lightness of corners of CMYK: no printer's, but one that no formula without a profile gives."""
     cyan, magenta, yellow, black = inks.T
-    return np.stack([(100 - 40 * cyan - 50 * magenta - 10 * yellow) * (1 - black), 60 * magenta, 70 * yellow], -1)
+    return (100 - 40 * cyan - 50 * magenta - 10 * yellow) * (1 - black)
 
 
 @pytest.mark.parametrize("name", ["tif", "jpg"])
@@ -210,9 +182,9 @@ def test_inks_are_the_colours_of_their_profile(tmp_path, name):
     pixels = np.kron(255 * inks, np.ones((8, 1))).astype(np.uint8)[None].repeat(8, 0)
     path, options = tmp_path / f"inks.{name}", {"quality": 100, "subsampling": 0} if name == "jpg" else {}
     picture = Image.fromarray(pixels, "CMYK")
-    picture.save(path, icc_profile=icc.lut_profile(b"CMYK", inks_to_lab, 4), **options)
-    expected = np.array([icc.lab_to_srgb(*lab) for lab in inks_to_lab(inks)])
-    assert read(path)[4, 4::8] == pytest.approx(expected, abs=2)
+    picture.save(path, icc_profile=icc.ink_profile(lightness), **options)
+    expected = icc.linear_to_srgb(icc.light(lightness(inks))) * 255
+    assert read(path)[4, 4::8] == pytest.approx(expected[:, None].repeat(3, 1), abs=2)
     picture.save(path, **options)
     assert read(path)[4, 4::8] == pytest.approx(255 * (1 - inks[:, :3]) * (1 - inks[:, 3:]), abs=2)
 
@@ -222,7 +194,7 @@ def test_inks_are_the_colours_of_their_profile(tmp_path, name):
     [
         ("RGB", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve())[:400]),
         ("RGB", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()).replace(b"RGB ", b"\xe9\xe9\xe9\xe9")),
-        ("RGB", icc.lut_profile(b"CMYK", inks_to_lab, 4)),
+        ("RGB", icc.ink_profile(lightness)),
         ("CMYK", icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve())),
     ],
 )
@@ -237,18 +209,10 @@ def test_a_profile_that_is_damaged_or_of_another_kind_is_ignored_with_a_warning(
     assert (pixels == read(path)).all()
 
 
-# Colours of sRGB in a PNG, as it writes them: white, red, green, blue.
-CORNERS = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
-
-
 @pytest.mark.parametrize(
     ("chunks", "declared"),
     [
-        ([(b"gAMA", struct.pack(">I", 100000))], "gAMA and cHRM"),
-        ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "gAMA and cHRM"),
         ([(b"cICP", b"\x0c\x0d\0\1")], "primaries 12, transfer 13"),
-        ([(b"gAMA", struct.pack(">I", 45455)), (b"cHRM", CORNERS)], None),
-        ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100000))], None),
         ([(b"cICP", b"\x01\x0d\0\1"), (b"gAMA", struct.pack(">I", 100000))], None),
     ],
 )
@@ -260,14 +224,6 @@ def test_colours_declared_without_a_profile_are_warned_of(tmp_path, chunks, decl
     assert len(warned) == (declared is not None)
     assert declared is None or declared in str(warned[0].message)
     assert all(warning.filename == __file__ for warning in warned)
-
-
-def test_a_transparent_colour_of_16_bits_is_warned_of(tmp_path):
-    """Pillow reads 8 of the 16 bits, by which no pixel can be told to be the transparent one."""
-    row = struct.pack(">6H", 7, 7, 7, 51400, 25700, 12850)
-    with pytest.warns(RuntimeWarning, match="its transparent colour is ignored"):
-        pixels = read(tmp_path / "picture.png", png(2, 16, 2, row, (b"tRNS", bytes(6))))
-    assert pixels.tolist() == [[[0, 0, 0], list(BROWN)]]
 
 
 @needs_avif
@@ -283,28 +239,18 @@ def test_an_avif_that_declares_hdr(tmp_path):
     assert read(path, hdr.replace(b"Color", b"tmap "))[0, 0] == pytest.approx(BROWN, abs=3)
 
 
-def test_exif_that_says_another_space_is_warned_of(tmp_path):
-    # One entry, the pointer to the second directory; there the colour space, as cameras mark Adobe RGB.
-    tags = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0) + struct.pack("<HHHIHHI", 1, 0xA001, 3, 1, 0xFFFF, 0, 0)
-    Image.new("RGB", (4, 4)).save(tmp_path / "picture.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
-    with pytest.warns(RuntimeWarning, match="its EXIF says that it is not sRGB"):
-        read(tmp_path / "picture.jpg")
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(tmp_path, orientation):
-    """Each of EXIF's eight orientations is turned upright, of 8 bits and of 16."""
-    upright = np.arange(6, dtype=np.uint16).reshape(2, 3) * 5140
+    """Each of EXIF's eight orientations is turned upright."""
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 20
     # Row 0 and column 0 of the file are these sides of the upright picture (EXIF 2.3, tag 274).
     lying = upright if orientation < 5 else upright.T
     rows, columns = (-1 if orientation in turned else 1 for turned in ((3, 4, 6, 7), (2, 3, 7, 8)))
     stored = lying[::rows, ::columns]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for depth in (257, 1):
-        picture = Image.fromarray((stored // depth).astype(np.uint8 if depth > 1 else np.uint16))
-        picture.save(tmp_path / "picture.png", exif=exif.tobytes())
-        assert (read(tmp_path / "picture.png")[..., 0] == upright // 257).all()
+    Image.fromarray(stored).save(tmp_path / "picture.png", exif=exif.tobytes())
+    assert (read(tmp_path / "picture.png")[..., 0] == upright).all()
 
 
 @pytest.fixture(params=["jpg", "png", "webp", "tif", "mpo", pytest.param("avif", marks=needs_avif), "heic"])
@@ -355,17 +301,14 @@ def test_damaged_exif_leaves_the_picture_as_it_lies(tmp_path):
 
 
 def test_what_pillow_lacks_is_named(tmp_path, monkeypatch):
-    """HEIC, AVIF and colour profiles say what is missing, and the command that installs it."""
+    """HEIC names the command that installs it; without littleCMS a profile is ignored with a warning."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    supported = [name for name in features.get_supported() if name not in ("avif", "littlecms2")]
-    monkeypatch.setattr(features, "get_supported", lambda: supported)
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
     with pytest.raises(InputError, match=r"a HEIC: pillow_heif is not installed; run: pip install -e '.\[heif\]'"):
         read(tmp_path / "IMG_0001.HEIC", heic)
-    with pytest.raises(InputError, match=r"an AVIF, .* run: pip install -U pillow"):
-        read(tmp_path / "picture.avif", heic.replace(b"heic", b"avif"))
+    monkeypatch.setattr(ImageCms, "core", DeferredError.new(ImportError("no littleCMS")))
     Image.new("RGB", (4, 4)).save(tmp_path / "p3.png", icc_profile=icc.matrix_profile(icc.DISPLAY_P3, icc.srgb_curve()))
-    with pytest.raises(InputError, match="lacks littleCMS; run: pip install"):
+    with pytest.warns(RuntimeWarning, match="its ICC profile is ignored .no littleCMS"):
         read(tmp_path / "p3.png")
 
 
@@ -379,8 +322,8 @@ def test_unreadable_paths_are_explained(tmp_path):
         ("nowhere.jpg", "does not exist"),
         (".", "is not a file"),
         ("pipe.jpg", "is not a file"),
-        ("loop.jpg", "symbolic links"),
-        ("text.jpg/inside.jpg", "Not a directory"),
+        ("loop.jpg", "is not a file"),
+        ("x" * 300, "File name too long"),
         ("empty.jpg", r"empty \(0 bytes\)"),
         ("text.jpg", "not a readable image"),
     ):

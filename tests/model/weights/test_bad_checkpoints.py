@@ -70,14 +70,12 @@ FILES = {
     "broken safetensors": ({"t.safetensors": b"\x00" * 20}, "not a readable safetensors file"),
     "another suffix": ({"model.ckpt.txt": b"no"}, "neither .safetensors nor one of"),
     "a terminal's words": ({"t.safetensors": {"a\x1b[2J": torch.ones(1)}}, r"has a tensor called 'a\x1b[2J'; expected"),
-    "a list of weights": ({INDEX: {"weight_map": {"a": ["x"]}}}, "is not a readable index of shards"),
-    "too deep an index": ({INDEX: "[" * 100_000}, "is not a readable index of shards"),
+    "a list of weights": ({INDEX: {"weight_map": {"a": ["x"]}}}, "is no index of shards"),
+    "too deep an index": ({INDEX: "[" * 100_000}, "is not readable JSON"),
     "an empty index": ({INDEX: {"weight_map": {}}}, "names no shards"),
     "a shard above": ({INDEX: {"weight_map": {"a": "../x.safetensors"}}}, f"names '../x.safetensors'; {OUTSIDE}"),
     "a shard of a drive": ({INDEX: {"weight_map": {"a": "C:x.safetensors"}}}, OUTSIDE),
-    "a numbered shard": ({INDEX: {"weight_map": {"a": 1}}}, f"names 1; {OUTSIDE}"),
     "a shard that is a folder": ({INDEX: {"weight_map": {"a": "x"}}, "x": os.mkdir}, "lacks the shards x"),
-    "no JSON": ({"a.safetensors": ONE, "config.json": "{"}, "is not readable JSON"),
     "a class that is a list": (
         {"a.safetensors": ONE, "config.json": {"_class_name": ["a"]}},
         "_class_name: expected a string, got ['a']",
@@ -85,9 +83,8 @@ FILES = {
     "several files": ({"a.safetensors": ONE, "b.safetensors": ONE}, "name one: a.safetensors, b.safetensors"),
     "nothing": ({"x": os.mkdir}, "no safetensors or"),
     "a pipe": ({"t.safetensors": os.mkfifo}, "is neither a file nor a directory"),
-    "a folder for a file": ({"diffusion_pytorch_model.safetensors": os.mkdir, "x": b""}, "is a directory; expected a"),
+    "a folder for a file": ({"diffusion_pytorch_model.safetensors": os.mkdir, "x": b""}, "is no regular file; exp"),
     "a pipe for a configuration": ({"a.safetensors": ONE, "config.json": os.mkfifo}, "is no regular file; expected a"),
-    "a link in a loop": ({INDEX: lambda path: path.symlink_to(path.name), "x": b""}, "is no regular file; expected"),
 }
 
 
@@ -140,19 +137,6 @@ def test_paths_without_a_file_are_refused(load, tmp_path):
             load(path)
 
 
-def test_one_bad_file_does_not_keep_the_others_from_being_reported(state, tmp_path, inspected):
-    saved(tmp_path / "good.safetensors", state)
-    saved(tmp_path / "shape.safetensors", state | {"patch_embedding.weight": torch.zeros(())})
-    (tmp_path / "hello.pt").write_bytes(b"hello\n")
-    code, printed = inspected(tmp_path)
-    assert code == 2
-    assert {Path(report["path"]).stem: report["exit_code"] for report in printed["checkpoints"]} == {
-        "good": 0,
-        "hello": 2,
-        "shape": 1,
-    }
-
-
 CHANGES = {
     "a deciding shape": (
         {"patch_embedding.weight": torch.zeros(2, 2)},
@@ -201,8 +185,8 @@ DECIDING = {
         *(f"condition_embedder.{name}_embedder.linear_1.weight" for name in ("text", "time")),
         *(f"condition_embedder.image_embedder.{name}" for name in ("norm1.weight", "pos_embed")),
     ),
-    "2.1": (*ENDS, "encoder.down_blocks.0.conv1.weight"),
-    "2.2": (*ENDS, "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    "2.1": ENDS,
+    "2.2": ENDS,
 }
 
 
@@ -219,12 +203,12 @@ def test_deciding_tensors_of_other_shapes_are_refused(model, tmp_path, refused):
 def test_a_vae_without_its_blocks_or_with_odd_names(tmp_path, refused):
     state = random_weights(WanVAE, VAES["2.2"], 0).state_dict()
     file = saved(tmp_path / "vae.safetensors", {key: x for key, x in state.items() if "down_blocks" not in key})
-    refused(file, 1, "tensor 'encoder.down_blocks.0.conv1.weight' is missing", load=load_vae)
+    refused(file, 1, "tensors: missing encoder.down_blocks.0.resnets.0.norm1.gamma", load=load_vae)
     for name in ("decoder.odd.resample.1.weight", f"decoder.upsamples.{'9' * 5000}.time_conv.a"):
         marked = {"x.residual.0": torch.zeros(1), name: torch.zeros(1)}
         refused(saved(file, state | marked), 1, name, load=load_vae)
     saved(file, state | {f"encoder.down_blocks.{'9' * 5000}.x": torch.zeros(1)})
-    refused(file, 1, "tensor 'encoder.down_blocks.4.resnets.0.conv1.weight' is missing", load=load_vae)
+    refused(file, 1, "1 tensors: surplus encoder.down_blocks.999", load=load_vae)
 
 
 WRONG = [0, -1, "x", [], ["a"], {}, 1.25, math.nan, math.inf, 10**30, 10**400, 99_999_999]

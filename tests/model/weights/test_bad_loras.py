@@ -24,17 +24,16 @@ def header(**values):
 
 #: What is said of a pair with other tensors of its module, or of the model.
 TENSORS = {
-    "a number for a factor": ({".lora_down.weight": torch.ones(())}, "lora_down.weight (shape [], expected at least 2"),
-    "an empty factor": ({".lora_up.weight": torch.ones(0, 4)}, "lora_up.weight (shape [0, 4], expected at least 2"),
-    "integers": ({".lora_up.weight": torch.ones(4, 128).int()}, "lora_up.weight (int32, expected floats)"),
-    "other ranks": ({".lora_up.weight": torch.ones(128, 3)}, "factors of [128, 3] and [4, 128] have no product)"),
-    "a difference without a size": ({".diff_b": torch.ones(())}, "diff_b (shape [], expected at least 1 size"),
+    "a number for a factor": ({".lora_down.weight": torch.ones(())}, "has the shape [], expected at least 2 sizes"),
+    "an empty factor": ({".lora_up.weight": torch.ones(0, 4)}, "lora_up.weight has the shape [0, 4], expected at"),
+    "integers": ({".lora_up.weight": torch.ones(4, 128).int()}, "lora_up.weight is int32, expected floats"),
+    "other ranks": ({".lora_up.weight": torch.ones(128, 3)}, "lora_down.weight [4, 128] have no product; expected"),
+    "a difference without a size": ({".diff_b": torch.ones(())}, "diff_b has the shape [], expected at least 1 size"),
     "an infinite alpha": ({".alpha": torch.tensor(math.inf)}, "alpha: expected one finite number"),
     "a complex alpha": ({".alpha": torch.tensor(1 + 1j)}, "alpha: expected one finite number"),
     "two alphas": ({".alpha": torch.ones(2)}, "alpha: expected one finite number"),
     "too large an alpha": ({".alpha": torch.tensor(1e300, dtype=torch.float64)}, "expected one that float32 can hold"),
     "DoRA": ({".dora_scale": torch.ones(1)}, "is DoRA ("),
-    "LoHa": ({".hada_w1_a": torch.ones(1)}, "is LoHa ("),
     "LoKr": ({".lokr_w1": torch.ones(1)}, f"is LoKr ({MODULE}.lokr_w1), which cannot be merged as a LoRA"),
     "two adapters": ({".lora_A.weight": torch.ones(4, 128)}, "holds several adapters ("),
     "two names": ({".lora_up.weight": None, ".lora_down.weight": None} | {
@@ -48,7 +47,6 @@ CONFIGS = {
     "a word": (header(lora_alpha="much"), "is not understood"),
     "a huge integer": (f'{{"r": 4, "lora_alpha": {10**400}}}', "is not understood"),
     "beyond float32": (header(lora_alpha=1e300), "expected one that float32 can hold"),
-    "a pattern's NaN": (header(alpha_pattern={"q": math.nan}), "expected a finite number, got nan"),
     "no pattern": (header(alpha_pattern={"(": 1}), "is not understood"),
     "a list of patterns": (header(alpha_pattern=[1]), "is not understood"),
     # Python would match these for longer than anybody waits.
@@ -57,7 +55,7 @@ CONFIGS = {
     "another file's rank": (header(r=8), "has rank 4, but "),
     "another adapter": (header(peft_type="ADALORA"), "is ADALORA ("),
     "DoRA": (header(use_dora=True), "is DoRA ("),
-    "too deep": ("[" * 100_000, "readable JSON"),
+    "too deep": ("[" * 100_000, "is not "),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from model import DiTConfig, InputError, LoRA, WanDiT, load_dit
 from model.streaming.placement import Placement
 from model.weights.files import open_weights
-from model.weights.load import inspect_dit, random_weights
+from model.weights.load import inspect_weights, random_weights
 from tests.support.lora_spellings import saved
 from tests.support.original_names import original_dit
 
@@ -198,7 +198,7 @@ def test_a_truncated_file_is_refused_when_it_is_opened(state, tmp_path):
     for size in (len(whole) - 1, len(whole) // 2, 2000, 30):
         file.write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"wan\.gguf is not a readable GGUF file: it ends at"):
-            inspect_dit(file)
+            inspect_weights(file, WanDiT)
 
 
 def test_integers_and_types_without_a_formula_are_named(state, tmp_path, monkeypatch):

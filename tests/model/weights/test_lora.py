@@ -28,7 +28,6 @@ from tests.support.lora_spellings import (
     agrees,
     factors,
     kohya,
-    lightx2v,
     product,
     same,
     saved,
@@ -90,22 +89,6 @@ def test_peft_adapters_equal_the_model_that_they_were_saved_from(writer, config,
     assert same(ours.state_dict(), load_dit(tmp_path / "dit", loras=[LoRA(path)]))
 
 
-@pytest.mark.parametrize(("strength", "alpha"), [(1.0, None), (0.6, 8.0)])
-def test_lightx2v_files_add_factors_and_differences(strength, alpha, tmp_path):
-    """Factors, biases, norms and the modulation tables equal a merge written out, and nothing else changes."""
-    saved_diffusers_dit(tmp_path / "dit")
-    ours = load_dit(tmp_path / "dit")
-    before = state_of(ours)
-    state, added = lightx2v(ours, alpha)
-    file = saved(tmp_path / "distill.safetensors", state)
-    merge_loras(ours, [LoRA(file, strength)])
-    for name, tensor in ours.state_dict().items():
-        if name in added:
-            assert relative_error(tensor, before[name] + strength * added[name]) < OPERATOR["float32"], name
-        else:
-            assert torch.equal(tensor, before[name]), name
-
-
 def flat(module):
     return module.replace(".", "_")
 
@@ -161,15 +144,17 @@ def test_every_spelling_of_every_module_is_the_same_merge(spelling, tmp_path):
 
 
 def test_less_usual_forms(tmp_path):
-    """Less usual forms merge: tables without their leading 1, parameters named in full, with underscores too, LyCORIS'
-    norms, an alpha that counts before a configuration, and a pickled checkpoint whose matrices lie transposed."""
+    """Less usual forms merge: differences of weights, beside factors too, and of biases; tables without their leading
+    1, parameters named in full, with underscores too, LyCORIS' norms, an alpha that counts before a configuration, and
+    a pickled checkpoint whose matrices lie transposed."""
     dit = random_weights(WanDiT, TINY_DIT, 1)
     table, head = torch.randn(6, 48), torch.randn(1, 2, 48)
     (pair,) = factors(dit, MODULES[:1]).values()
-    norm = torch.randn(2, 48)
+    norm, weight = torch.randn(2, 48), torch.randn(48, 48)
     state = {"diffusion_model.blocks.0.diff_m": table, "diffusion_model.head.modulation.diff": head}
     state |= {"lora_unet_blocks_1.diff_m": table, "lycoris_blocks_0_norm2.w_norm": norm[0]}
     state |= {"lycoris_blocks_0_norm2.b_norm": norm[1]}
+    state |= {f"{MODULES[0]}.diff": weight, f"{MODULES[0]}.diff_b": norm[0]}
     state |= spelled({MODULES[0]: pair}) | {f"{MODULES[0]}.alpha": torch.tensor(6.0)}
     file = saved(tmp_path / "lora.safetensors", state)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 30}))
@@ -184,6 +169,7 @@ def test_less_usual_forms(tmp_path):
         name = f"blocks.0.norm2.{('weight', 'bias')[i]}"
         assert torch.equal(dit.state_dict()[name], before[name] + norm[i])
     assert torch.equal(dit.scale_shift_table, before["scale_shift_table"] + head)
-    expected = before[f"{MODULES[0]}.weight"] + 2 * product(*pair)
+    assert torch.equal(dit.get_parameter(f"{MODULES[0]}.bias"), before[f"{MODULES[0]}.bias"] + norm[0])
+    expected = before[f"{MODULES[0]}.weight"] + 2 * product(*pair) + weight
     assert relative_error(dit.get_parameter(f"{MODULES[0]}.weight"), expected) < OPERATOR["float32"]
     assert same(dit.state_dict(), load_dit(tmp_path / "dit.pt", config=TINY_DIT, loras=[LoRA(file)]))

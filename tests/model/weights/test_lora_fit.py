@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from model import InputError, LoRA, WanDiT, load_dit, merge_loras
-from model.cli.options import chosen_loras, run_command
-from model.plan import build_parser
+from model.cli.options import run_command
 from model.weights.load import random_weights
 from model.weights.lora import LoRAWarning
 from tests.conftest import TINY_DIT
@@ -152,10 +151,3 @@ def test_commands_print_each_warning_once_as_one_line(capsys):
         assert run_command(command) == 0
         assert capsys.readouterr().err == "warning: lora: a.safetensors: 1 of 2\\x1b[2J\nwarning: another\n"
     assert warnings.showwarning is before
-
-
-def test_strict_loras_is_an_option_for_all_loras():
-    options = ["--weights", "w", "--stage1-lora", "a", "--stage1-low-noise-lora", "b:2", "--stage2-lora", "c"]
-    for strict in ([], ["--strict-loras"]):
-        chosen = chosen_loras(build_parser().parse_args([*options, *strict]))
-        assert {lora.strict for loras in chosen.values() for lora in loras} == {bool(strict)}

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from model import InputError, LoRA, load_dit, merge_loras
-from model.weights.load import inspect_dit
+from model import InputError, LoRA, WanDiT, load_dit, merge_loras
+from model.weights.load import inspect_weights
 from model.weights.lora_files import open_lora
 from tests.model.dit.test_model import saved_diffusers_dit
 from tests.support.lora_spellings import ATTENTION, MODULES, agrees, factors, saved, spelled
@@ -76,7 +76,7 @@ def test_loading_with_loras_keeps_the_precision_of_the_file(tmp_path):
         assert is_rounded_once(half.state_dict(), exact, torch.bfloat16)
         assert half.scale_shift_table.dtype == torch.float32
         assert torch.equal(half.scale_shift_table, base["scale_shift_table"] + 0.5 * table)
-        assert inspect_dit(path, loras) == whole.config
+        assert inspect_weights(path, WanDiT, loras).config == whole.config
 
 
 def test_of_a_file_for_both_experts_the_chosen_ones_tensors_are_used(tmp_path):

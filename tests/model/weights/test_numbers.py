@@ -31,7 +31,7 @@ def test_what_is_not_finite_is_found_in_every_dtype():
     for kind in ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"):
         dtype = getattr(torch, kind)
         whole = torch.linspace(-3, 2, 35).to(dtype).view(5, 7)
-        assert largest(whole, "w") == (3 if dtype.itemsize > 1 else torch.finfo(dtype).max)
+        assert largest(whole, "w") == 3
         for value in (math.nan, -math.nan, math.inf, -math.inf):
             if kind == "float8_e4m3fn" and math.isinf(value):  # which has none
                 continue
