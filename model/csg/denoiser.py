@@ -160,9 +160,8 @@ class Denoiser:
         kind = self._kinds[self._key]
         torch.mul(kind.noisy, i + 1, out=kind.tensors.modulation_index)
         kind.step.fill_(self._deltas[i])
-        memory = None if kind.memory is None else self.dit.split_heads(kind.memory)
         given = kind.tensors, self.context, self.modulation, self.workspace
-        self.graphs.run(self._key, lambda: self.dit.run(*given, out=self.latents, step=kind.step, memory=memory))
+        self.graphs.run(self._key, lambda: self.dit.run(*given, out=self.latents, step=kind.step, memory=kind.memory))
 
     def _new_kind(self, slots: Sequence[int], mask: Sequence[float], memory: Sequence[KeyValue] | None) -> _Kind:
         device = self.latents.device

@@ -1,14 +1,7 @@
 """Conditional Segment-wise Generation: a clip is denoised segment by segment, each in one bounded window.
 
-A *block* is one latent frame. Block 0 (the *anchor*) is the input image and is given; the others are generated M at a
-time. Segment s generates the *noisy* blocks ``a_s .. a_s + M - 1``; its window is
-
-    [anchor 0] + [neighbours a_s - N_left .. a_s - 1] + [N_right neighbours after the segment] + [noisy blocks]
-
-with full bidirectional attention inside, so the tokens of a window are bounded by ``(1 + N_left + N_right + M)`` blocks
-whatever the clip's length. Neighbours are read from the reference sequence by block index. When a segment is done, its
-blocks are written back into that sequence: a neighbour before the segment is a generated block, one after it is still
-the motion reference.
+Blocks, segments and windows are those of ``swifti2v_kernels/csg/plan.py``, with full bidirectional attention inside a
+window; the reference is the motion reference of Stage I.
 
 From the paper (arXiv 2605.06356): the window, the write-back, M = 3 and N = 1, channel concatenation of the reference.
 Ours, where the paper is silent: conditioning blocks carry timestep 0 and noisy blocks t; a block's channels are
@@ -43,27 +36,15 @@ MODES = ("end_to_end", "bidirectional", "causal")
 #: The number that makes Stage II's noise differ from Stage I's, which is drawn from the same seed.
 STAGE = 2
 
-#: Called after every denoising step with (segment, number of segments, step, number of steps), all counted from 1.
-StepCallback = Callable[[int, int, int, int], None]
 
-
-def plan_segments(
-    num_blocks: int, blocks_per_segment: int = 3, neighbours_left: int = 1, neighbours_right: int = 0,
-    anchor: bool = True,
-) -> SegmentPlan:  # fmt: skip
-    """Returns a :class:`swifti2v_kernels.SegmentPlan` of numbers that a user gave.
-
-    Args:
-        num_blocks: blocks of the clip, the anchor included.
-        blocks_per_segment: blocks that are generated together (M in the paper).
-        neighbours_left, neighbours_right: blocks before and after a segment that its window shows.
-        anchor: whether every window shows block 0.
+def plan_segments(num_blocks: int, *numbers: int, **named: int) -> SegmentPlan:
+    """Returns a :class:`swifti2v_kernels.SegmentPlan`, whose arguments these are, of numbers that a user gave.
 
     Raises:
         InputError: the numbers make no plan; the message says which one is wrong.
     """
     try:
-        return SegmentPlan(num_blocks, blocks_per_segment, neighbours_left, neighbours_right, anchor)
+        return SegmentPlan(num_blocks, *numbers, **named)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -102,7 +83,7 @@ def sample_latents(
     sigmas: Sequence[float],
     seed: int,
     mode: str = "bidirectional",
-    on_step: StepCallback | None = None,
+    on_step: Callable[[int, int, int, int], None] | None = None,
     cuda_graph: bool = True,
     done: int = 0,
 ) -> Iterator[Tensor]:

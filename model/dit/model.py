@@ -48,12 +48,9 @@ def dit_parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if half and any(part in name for part in FLOAT32_PARAMETERS) else dtype
 
 
-class Context(NamedTuple):
-    """The keys and values ``[B, L, H, D]`` of every layer's cross-attention: those of the text and, where the CLIP
-    branch has keys of its own, those of the image."""
-
-    text: list[KeyValue]
-    image: list[KeyValue] | None
+#: The keys and values ``[B, L, H, D]`` of each layer's cross-attention: those of the text and, where the CLIP branch
+#: has keys of its own, those of the image.
+Context = list[list[KeyValue]]
 
 
 class Modulation(NamedTuple):
@@ -156,22 +153,28 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        self._check_context(text, image)
-        embedder = self.condition_embedder
+        config, embedder = self.config, self.condition_embedder
+        if text.ndim != 3 or text.shape[2] != config.text_dim:
+            raise ValueError(f"text: expected [B, L, {config.text_dim}], got {tuple(text.shape)}")
+        if (image is None) != (config.image_dim is None):
+            wanted = f"[B, 257, {config.image_dim}]" if image is None else "None: this model has no image embedding"
+            raise ValueError(f"image: expected {wanted}, got {None if image is None else tuple(image.shape)}")
+        if image is not None and (image.ndim != 3 or image.shape[2] != config.image_dim):
+            raise ValueError(f"image: expected [B, 257, {config.image_dim}], got {tuple(image.shape)}")
         text = embedder.text_embedder(text.to(self.dtype))
         if image is not None:
             image = embedder.image_embedder(image.to(self.dtype))
-            if not self.config.added_kv:
+            if not config.added_kv:
                 text, image = torch.cat((image, text), dim=1), None
             elif image.shape[0] != text.shape[0]:
                 given = f"{image.shape[0]} for {text.shape[0]} of text"
                 raise ValueError(f"image: expected as many batch entries as text, got {given}")
-        texts, images = [], []
+        found = []
         for layer in self.walk():
-            texts.append(layer.attn2.context(text))
+            found.append([layer.attn2.context(text)])
             if image is not None:
-                images.append(layer.attn2.context(image, added=True))
-        return Context(texts, images or None)
+                found[-1].append(layer.attn2.context(image, added=True))
+        return found
 
     def modulate(self, timestep: Tensor) -> Modulation:
         """Computes the modulation of every layer for timesteps ``[B, R]`` (0..1000): once a clip, which has few."""
@@ -210,7 +213,7 @@ class WanDiT(nn.Module):
                 ``out[:, :, latent_index[i]]``; or, with ``step``, the latents that ``step * velocity`` is added to
                 (``window.latents`` itself: an Euler step of ``step = next_sigma - sigma``).
             memory: keys and values per layer ``[B, L', H, D]`` of other blocks, which every block here also attends to.
-            keep: for every layer a pair ``[B, L, C]`` that this window's keys and values are written to.
+            keep: for every layer the pair (:meth:`new_memory`) that this window's keys and values are written to.
 
         Raises:
             RuntimeError: the weights ask for gradients, which an update in place cannot give.
@@ -233,6 +236,7 @@ class WanDiT(nn.Module):
         )
         rows = window.modulation_index
         norm_modulate(x, *modulation.layers[0, :, :, :2].unbind(2), block_map=rows, eps=config.eps, **written_to(n))
+        kept = workspace.take("k", *shape), workspace.take("v", *shape)
         parts = plan_parts(batch, block_len, range(num_blocks))
         wanted = plan_parts(batch, block_len, window.targets)
         for i, layer in enumerate(self.walk()):
@@ -240,9 +244,9 @@ class WanDiT(nn.Module):
             layer(
                 x,
                 n,
-                keep[i] if keep is not None else (workspace.take("k", *shape), workspace.take("v", *shape)),
+                kept if keep is None else tuple(y.flatten(2) for y in keep[i]),
                 None if memory is None else memory[i],
-                [pairs[i] for pairs in context if pairs is not None],
+                context[i],
                 window.rope,
                 modulation.layers[i],
                 None if last else modulation.layers[i + 1],
@@ -275,7 +279,6 @@ class WanDiT(nn.Module):
         image: Tensor | None = None,
         *,
         block_index: Sequence[int] | None = None,
-        memory: Sequence[KeyValue] | None = None,
     ) -> Tensor:
         """Predicts the velocity ``noise - x_0``.
 
@@ -284,7 +287,6 @@ class WanDiT(nn.Module):
             timestep: 0..1000, ``[B]`` or per block ``[B, T]``.
             text, image: as for :meth:`context`.
             block_index: index in the clip of each of the T blocks; default ``0 .. T-1``.
-            memory: keys and values per layer from :meth:`keys_values`, which every block here also attends to.
 
         Returns:
             ``[B, C_out, T, h, w]`` in the model's dtype.
@@ -292,46 +294,6 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit; the message names the argument.
         """
-        given = self._plain(latents, timestep, text, image, block_index, range(latents.shape[2]))
-        out = latents.new_empty(latents.shape[0], self.config.out_channels, *latents.shape[2:], dtype=self.dtype)
-        self.run(*given, out=out, memory=memory)
-        return out
-
-    def keys_values(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image: Tensor | None = None,
-        *,
-        block_index: Sequence[int] | None = None,
-    ) -> list[KeyValue]:
-        """Returns keys and values ``[B, L, H, D]`` of these blocks in every layer, to be passed on as ``memory``."""
-        given = self._plain(latents, timestep, text, image, block_index, ())
-        keep = self.new_memory(latents, latents.shape[2])
-        self.run(*given, keep=keep)
-        return self.split_heads(keep)
-
-    def new_memory(self, latents: Tensor, num_blocks: int) -> list[KeyValue]:
-        """Returns room ``[B, L, C]``, not initialised, for ``keep`` of :meth:`run` on blocks of the size of these."""
-        shape = latents.shape[0], num_blocks * self._block_len(latents), self.config.dim
-        return [tuple(latents.new_empty(shape, dtype=self.dtype) for _ in range(2)) for _ in self.blocks]
-
-    def split_heads(self, pairs: Sequence[KeyValue]) -> list[KeyValue]:
-        """Returns ``keep`` of :meth:`run`, ``[B, L, C]``, as ``memory``, ``[B, L, H, D]``: views."""
-        heads = (self.config.num_heads, -1)
-        return [(k.unflatten(2, heads), v.unflatten(2, heads)) for k, v in pairs]
-
-    def _plain(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        block_index: Sequence[int] | None,
-        targets: Sequence[int],
-    ) -> tuple[WindowTensors, Context, Modulation, Workspace]:
-        """Returns what :meth:`run` reads for channels that are all in one tensor, every block at its own place."""
         config, patch = self.config, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != config.in_channels or latents.shape[2] < 1:
             raise ValueError(f"latents: expected [B, {config.in_channels}, T, h, w], got {tuple(latents.shape)}")
@@ -343,6 +305,8 @@ class WanDiT(nn.Module):
         block_index = range(num_blocks) if block_index is None else block_index
         if len(block_index) != num_blocks:
             raise ValueError(f"block_index: expected {num_blocks} indices, got {len(block_index)}")
+        if (*text.shape[:1], *text.shape[2:]) != (batch, config.text_dim):
+            raise ValueError(f"text: expected [{batch}, L, {config.text_dim}], got {tuple(text.shape)}")
         place = torch.arange(num_blocks, dtype=torch.int32, device=latents.device)
         window = WindowTensors(
             latents=latents,
@@ -352,24 +316,23 @@ class WanDiT(nn.Module):
             mask=None,
             modulation_index=torch.zeros_like(place) if timestep.ndim == 1 else place,
             rope=rope_3d(block_index, height // patch[1], width // patch[2], config.head_dim, device=latents.device),
-            targets=tuple(targets),
+            targets=tuple(range(num_blocks)),
         )
-        self._check_context(text, image, batch)
         modulation = self.modulate(timestep.unsqueeze(1) if timestep.ndim == 1 else timestep)
-        return window, self.context(text, image), modulation, self.workspace(latents, num_blocks)
+        out = latents.new_empty(batch, config.out_channels, num_blocks, height, width, dtype=self.dtype)
+        self.run(window, self.context(text, image), modulation, self.workspace(latents, num_blocks), out=out)
+        return out
+
+    def new_memory(self, latents: Tensor, num_blocks: int) -> list[KeyValue]:
+        """Returns pairs ``[B, L, H, D]``, not initialised, that :meth:`run` fills as ``keep`` and reads as ``memory``.
+
+        They are for every layer the keys and values of so many blocks of the size of ``latents``.
+        """
+        config, tokens = self.config, num_blocks * self._block_len(latents)
+        shape = latents.shape[0], tokens, config.num_heads, config.head_dim
+        return [tuple(latents.new_empty(shape, dtype=self.dtype) for _ in range(2)) for _ in self.blocks]
 
     def _block_len(self, latents: Tensor) -> int:
         """Returns the number of tokens of one block."""
         (height, width), patch = latents.shape[3:], self.config.patch_size
         return (height // patch[1]) * (width // patch[2])
-
-    def _check_context(self, text: Tensor, image: Tensor | None, batch: int | None = None) -> None:
-        config = self.config
-        if text.ndim != 3 or text.shape[2] != config.text_dim or batch not in (None, text.shape[0]):
-            wanted = f"[{'B' if batch is None else batch}, L, {config.text_dim}]"
-            raise ValueError(f"text: expected {wanted}, got {tuple(text.shape)}")
-        if (image is None) != (config.image_dim is None):
-            wanted = f"[B, 257, {config.image_dim}]" if image is None else "None: this model has no image embedding"
-            raise ValueError(f"image: expected {wanted}, got {None if image is None else tuple(image.shape)}")
-        if image is not None and (image.ndim != 3 or image.shape[2] != config.image_dim):
-            raise ValueError(f"image: expected [B, 257, {config.image_dim}], got {tuple(image.shape)}")

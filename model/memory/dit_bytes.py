@@ -159,9 +159,8 @@ class StageChoices:
 
         More streamed layers take less of the device and more of the host.
         """
-        if self.placed(quantize, self.counts[-1]).device > room:
-            return None
-        return self.within(host, quantize, next(n for n in self.counts if self.placed(quantize, n).device <= room))
+        fitting = (n for n in self.counts if self.placed(quantize, n).device <= room)
+        return next((self.within(host, quantize, n) for n in fitting), None)
 
     def least(self, host: float, quantize: str) -> Iterator[StageChoice]:
         """Yields the choices of a form that ``host`` bytes of host memory allow, that with most streamed first."""

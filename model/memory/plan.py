@@ -22,7 +22,6 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -54,21 +53,14 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     Raises:
         InputError: no plan fits. The message says what limits, what the smallest plan is, and what would help.
     """
-    with _told():
-        plan = find_plan(request)
-        if plan is None:
-            raise InputError(_refusal(request))
-    return plan
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Says on stderr what the body does, if that takes longer than :data:`PATIENCE`."""
     timer = threading.Timer(PATIENCE, print, (SLOW,), {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
     try:
-        yield
+        plan = find_plan(request)
+        if plan is None:
+            raise InputError(_refusal(request))
+        return plan
     finally:
         timer.cancel()
 

@@ -31,14 +31,8 @@ class ReferenceChoice(NamedTuple):
     host: int
 
 
-class Choices(NamedTuple):
-    """The choices of all groups."""
-
-    condition: PlannedVAE
-    one: StageChoice
-    reference: ReferenceChoice
-    two: StageChoice
-    decode: PlannedVAE
+#: The choices of all groups: condition, Stage I, reference, Stage II and decode.
+Choices = tuple[PlannedVAE, StageChoice, ReferenceChoice, StageChoice, PlannedVAE]
 
 
 class Search:
@@ -94,10 +88,6 @@ class Search:
         """Returns the plan of a place with the lowest peak: with tiles in host memory where there is one."""
         return place.smallest(host, self.parks, self.vae_room + 1)
 
-    @staticmethod
-    def _first(place: Request, room: float, host: float) -> PlannedVAE | None:
-        return place.first(room, host, False) or place.first(room, host, True)
-
     # The reference: as one stream, or first the motion's frames, which wait in host memory, and then its encoding.
 
     def best_reference(self, room: float) -> ReferenceChoice | None:
@@ -114,7 +104,7 @@ class Search:
             host, left = self.host - self.motion_frames, room - self.vae_bytes(dtype) - self.reference_clip
             high = encode.first(min(left + encode.weights, self.vae_room), host, True)
             if high is not None:
-                low = self._first(self.motion, min(left + self.motion.weights, self.vae_room), host)
+                low = self.motion.best(min(left + self.motion.weights, self.vae_room), host)
                 if low is not None:
                     return self._after(dtype, low, high)
         return None
@@ -208,12 +198,12 @@ class Search:
         if one is None or self.request.text_encoder_bytes > self.host:
             return None
         left = of(room, "condition") - self.vae_bytes() + self.condition.weights - self.condition_clip
-        if (condition := self._first(self.condition, min(left, self.vae_room), self.host)) is None:
+        if (condition := self.condition.best(min(left, self.vae_room), self.host)) is None:
             return None
         if (clip := self.best_clip(of(room, "Stage II", "decode"))) is None:
             return None
         reference = self.best_reference(of(room, "reference"))
-        return None if reference is None else Choices(condition, one, reference, *clip)
+        return None if reference is None else (condition, one, reference, *clip)
 
     def least(self) -> Choices | None:
         """Returns the choices with the lowest peaks on the device that the host memory allows, or None."""
@@ -221,5 +211,5 @@ class Search:
         stages = [choice for quantize in self.one.forms for choice in self.one.least(host, quantize)]
         one = min(stages, key=lambda choice: choice.device, default=None)
         condition, reference = self._least(self.condition, self.host), self._least_reference()
-        choices = Choices(condition, one, reference, *(self._least_clip() or (None, None)))
+        choices = condition, one, reference, *(self._least_clip() or (None, None))
         return None if self.request.text_encoder_bytes > self.host or None in choices else choices

@@ -17,16 +17,17 @@ import itertools
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.config import VAEConfig
 from model.errors import InputError
-from model.machine.counted import CountedHost, TensorMemory
+from model.machine.counted import TensorMemory, elsewhere
+from model.machine.host import Host
 from model.machine.measure import format_bytes
 from model.vae.decoder import Decoder
 from model.vae.encoder import Encoder
@@ -115,25 +116,25 @@ class Request:
         memory and so take the less the more they are, the last and by halves those between.
         """
 
-        def fits(grid: tuple[int, int], frames: int) -> bool:
-            return self.planned(grid, frames, park).peak.total <= room
+        def fits(grid: tuple[int, int]) -> bool:
+            return self.planned(grid, FRAMES[-1], park).peak.total <= room
 
-        tiles, (most, least) = self.grids(park), FRAMES
+        tiles = self.grids(park)
         if not tiles or host < 0 or self.weights > room:
             return None
         if park and room < math.inf:
-            if not fits(tiles[-1], least):
-                return None
-            tiles = tiles[bisect_left(tiles, True, key=lambda grid: fits(grid, least)) :]
-        for grid in tiles:
-            found = self.planned(grid, most, park)
-            if room < math.inf and found.peak.total > room:
-                if not park and found.peak.total - found.peak.working > room:
-                    return None  # no smaller tile has less of what is always there
-                found = self.planned(grid, least, park)
+            tiles = tiles[bisect_left(tiles, True, key=fits) :] if fits(tiles[-1]) else []
+        for grid, frames in itertools.product(tiles, FRAMES):
+            found = self.planned(grid, frames, park)
             if room == math.inf or found.peak.total <= room:
                 return found if found.host <= host else None
+            if not park and sum(found.peak[1:]) > room:
+                break  # no smaller tile has less of what is always there
         return None
+
+    def best(self, room: float, host: float) -> PlannedVAE | None:
+        """Returns the first plan of any kind, as :meth:`first`."""
+        return self.first(room, host, False) or self.first(room, host, True)
 
     def smallest(self, host: float, park: bool, below: float = math.inf) -> PlannedVAE | None:
         """Returns the plan of a kind with the lowest peak, if that is below a number of bytes, or None."""
@@ -145,24 +146,17 @@ class Request:
         return min(found, key=lambda planned: planned.peak.total, default=None)
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """The predicted bytes on the device: ``total`` at the worst moment, and the shares that are there all the time.
 
-    ``state`` is the frames that layers remember between pieces, ``features`` what the tiles of a chunk read (decode) or
-    write (encode), ``result`` what a piece becomes; each without its part in host memory.
+    ``state`` is the frames that layers remember between pieces, ``waiting`` what the tiles of a chunk read (decode) or
+    write (encode) and what a piece becomes; each without its part in host memory.
     """
 
     total: int
     weights: int
     state: int
-    features: int
-    result: int
-
-    @property
-    def working(self) -> int:
-        """The bytes of the tile at work at the worst moment: activations, and its state if that waits on the host."""
-        return self.total - self.weights - self.state - self.features - self.result
+    waiting: int
 
 
 @dataclass(frozen=True)
@@ -222,23 +216,16 @@ class PlannedVAE:
 
     def __str__(self) -> str:
         request, plan, peak = self.request, self.plan, self.peak
-        tiles = plan.regions(*request.latent_size)
-        stride = request.config.spatial_stride
-        height, width = (stride * max(len(tile[axis]) for tile in tiles) for axis in range(2))
-        chunk = "all latent frames" if plan.chunk is None else f"{plan.chunk} latent frame{'s' * (plan.chunk > 1)}"
-        shares = ("weights", "state", "features", "result", "working")
-        lines = [
+        shares = {"weights": peak.weights, "state": peak.state, "waiting": peak.waiting}
+        shares["working"] = peak.total - sum(shares.values())
+        held = ", ".join(f"{name} {format_bytes(size)}" for name, size in shares.items())
+        return (
             f"{request.part} {request.width}x{request.height} in {request.dtype_name},"
-            f" {request.piece} latent frame{'s' * (request.piece > 1)} handed over at once",
-            f"  tiles    {plan.rows} x {plan.columns} of up to {width}x{height} pixels with true halos,"
-            f" {self.redundancy:.2f} times the work of whole frames",
-            f"  time     {chunk} through a tile before the next tile, at most {plan.frames}"
-            f" frame{'s' * (plan.frames > 1)} in a layer",
-            *["  waiting  tiles' states, features and frames are in host memory"] * plan.park,
-            f"  peak     {format_bytes(peak.total)} (predicted by counting tensors)",
-            f"           {', '.join(f'{name} {format_bytes(getattr(peak, name))}' for name in shares)}",
-        ]
-        return "\n".join(lines)
+            f" {request.piece} latent frame{'s' * (request.piece > 1)} handed over at once\n"
+            f"  {plan}{', what waits is in host memory' * plan.park}\n"
+            f"  {self.redundancy:.2f} times the work of whole frames, by true halos\n"
+            f"  peak {format_bytes(peak.total)}, predicted by counting tensors: {held}"
+        )
 
 
 def plan_vae(
@@ -279,8 +266,7 @@ def plan_vae(
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 byte, got {limit}")
     request = Request(config, part, width, height, dtype, capability, piece)
-    room = math.inf if limit is None else limit
-    found = request.first(room, math.inf, False) or request.first(room, math.inf, True)
+    found = request.best(math.inf if limit is None else limit, math.inf)
     if found is not None:
         return found
     least = [planned for park in (False, True) if (planned := request.smallest(math.inf, park)) is not None]
@@ -291,81 +277,55 @@ def plan_vae(
     )
 
 
-class _MetaFrames:
-    """A source of frames that have a shape and no memory."""
-
-    def __init__(self, *shape: int):
-        self.shape = shape
-
-    def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Returns a crop of frames, as :class:`model.vae.model.FrameSource` says."""
-        shape = (self.shape[0], stop - start, len(region.rows), len(region.columns), self.shape[1])
-        return torch.empty(shape, device=device, dtype=dtype)
-
-
 @functools.cache
 def predict(request: Request, plan: VAEPlan) -> Peak:
     """Predicts the bytes on the device while a plan runs; see the top of the file."""
     alone = replace(request, piece=1, pieces=None, waiting=0, untiled=False)  # a run is the same in every clip
-
-    def run(cores: Sequence[Region], frames: int = plan.frames) -> tuple[int, int]:
-        return _dry_run(alone, replace(plan, frames=frames), tuple(cores))
-
     classes = _classes(request, plan)
-    if plan.park or plan.tiles == 1:
+    if plan.park:
         # Parked tiles leave nothing on the device: the largest one decides.
-        total, state = run(max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1])
-    else:
-        # Each tile is at work beside the states of all others, and a run of two alike tells what is shared.
-        found = [run(cores[:1]) for cores in classes]
-        one, two = (run(classes[0][:1] * n, FRAMES[0])[1] for n in (1, 2))
-        shared = 2 * one - two
-        states = sum(len(cores) * (state - shared) for cores, (_, state) in zip(classes, found, strict=True))
-        total = max(peak - (state - shared) for peak, state in found) + states
-        state = states + shared
+        classes = [max(classes, key=lambda cores: cores[0].grown(8).pixels)[:1]]
+    # Else each tile is at work beside the states of all others.
+    runs = [_dry_run(alone, plan, cores[0]) for cores in classes]
+    states = sum(len(cores) * state for cores, (_, state, _) in zip(classes, runs, strict=True))
+    total = max(peak - state for peak, state, _ in runs) + states
+    state = states + runs[0][2]
     features, result = waiting_bytes(request)
     if plan.park:
         features, result = 0, 0 if request.part == "decode" else result
     # The run is of one piece; the difference of a longer or shorter one is known.
     ran = 1 if _lean(request, plan) else SETTLED
-    chunks = [min(plan.chunk or piece, piece) for piece in (ran, request.piece)]
-    total += (request.piece - ran) * result + (chunks[1] - chunks[0]) * features
-    return Peak(total, request.weights, state, chunks[1] * features, request.piece * result)
+    waiting = [min(plan.chunk or piece, piece) * features + piece * result for piece in (request.piece, ran)]
+    return Peak(total + waiting[0] - waiting[1], request.weights, state, waiting[0])
 
 
-def _convolutions(config: VAEConfig, part: str) -> list[tuple[int, nn.Module, int, float]]:
+def _convolutions(config: VAEConfig, part: str) -> list[tuple[int, nn.Module, float, int]]:
     """Returns a half's convolutions with their level (0: on whole frames), the pixels of their results for each pixel
-    of a latent frame, and the frames. An upsampling is folded into the convolution after it: 16 of 36 operations.
+    of a latent frame, and the frames, from the latents' size to the pixels. An upsampling is folded into the
+    convolution after it: 16 of 36 operations.
     """
-    vae, found = meta_vae(config, torch.bfloat16), []
+    vae, found, pixels, frames = meta_vae(config, torch.bfloat16), [], 1, 1
 
-    def add(level: int, pixels: int, frames: float, *modules: nn.Module) -> None:
+    def add(level: int, pixels: float, *modules: nn.Module) -> None:
         every = (m for module in modules for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
         found.extend((level, conv, pixels, frames) for conv in every)
 
     if part == "decode":
-        half, pixels, frames = vae.decoder, 1, 1
-        add(0, 1, 1, vae.post_quant_conv, half.conv_in, half.mid_block, half.up_blocks[0].resnets)
-        for level, (before, stage) in enumerate(itertools.pairwise(half.up_blocks), 1):
-            if before.up.time_conv is not None:
-                add(level, pixels, frames, before.up.time_conv)
-                frames *= 2
-            pixels *= 4
-            add(level, pixels, frames * 16 / 36, before.up.resample)
-            add(level, pixels, frames, stage.resnets)
-        add(level, pixels, frames, half.conv_out)
-        return found
-    half, stages, frames = vae.encoder, vae.encoder.stages, config.temporal_stride
-    pixels = 4 ** (len(stages) - 1)
-    add(1, pixels, frames, half.conv_in)
-    for level, stage in enumerate(stages[:-1], 1):
-        add(level, pixels, frames, *stage.resnets)
-        pixels //= 4
-        add(level, pixels, frames, stage.down.resample)
-        if stage.down.time_conv is not None:
-            frames //= 2
-            add(level, pixels, frames, stage.down.time_conv)
-    add(0, 1, 1, vae.quant_conv, half.conv_out, half.mid_block, *stages[-1].resnets)
+        half, scaled = vae.decoder, 4 * 16 / 36
+        steps, whole = list(enumerate(half.steps, 1)), (vae.post_quant_conv, half.conv_in, half.up_blocks[0].resnets)
+    else:
+        half, scaled = vae.encoder, 1
+        steps = [(level, (down, resnets)) for level, (resnets, down) in enumerate(half.steps, 1)][::-1]
+        whole = vae.quant_conv, half.conv_out, half.stages[-1].resnets
+    add(0, 1, half.mid_block, *whole)
+    for level, (scaling, resnets) in steps:
+        if scaling.time_conv is not None:
+            add(level, pixels, scaling.time_conv)
+            frames *= 2
+        add(level, pixels * scaled, scaling.resample)
+        pixels *= 4
+        add(level, pixels, resnets)
+    add(level, pixels, half.conv_out if part == "decode" else half.conv_in)
     return found
 
 
@@ -393,7 +353,8 @@ def _classes(request: Request, plan: VAEPlan) -> list[list[Region]]:
     """Returns the tiles of a plan in classes of the same sizes, halos included, which do and keep the same."""
     alike: dict[str, list[Region]] = {}
     for core in plan.regions(*request.latent_size):
-        sizes = [len(span) for region in request.half.tile(core, 1, State({})).regions for span in region]
+        tile = request.half.tile(core, 1, State({}))
+        sizes = [len(span) for region in itertools.chain([tile.source], *tile.levels) for span in region]
         alike.setdefault(str(sizes), []).append(core)
     return list(alike.values())
 
@@ -407,17 +368,20 @@ def meta_vae(config: VAEConfig, dtype: torch.dtype) -> WanVAE:
 
 
 @functools.cache
-def _dry_run(request: Request, plan: VAEPlan, cores: tuple[Region, ...]) -> tuple[int, int]:
-    """Runs some tiles without memory until every layer has its history; returns the peak, and the bytes kept after."""
+def _dry_run(request: Request, plan: VAEPlan, core: Region) -> tuple[int, int, int]:
+    """Runs a tile without memory until every layer has its history.
+
+    Returns the peak, the bytes that are kept after for the tile, and those that all tiles share.
+    """
     vae, lean = meta_vae(request.config, request.dtype), _lean(request, plan)
     settle = replace(plan, frames=FRAMES[0]) if lean else plan
     card = nullcontext() if request.capability is None else pretend_gpu(request.capability)
     with torch.no_grad(), card, TensorMemory(vae.weights_of(request.part)) as memory:
         held = memory.live
         kind = _Decoding if request.part == "decode" else _Encoding
-        stream = kind(vae, request.half, settle, CountedHost(plan.park), torch.uint8)
+        stream = kind(vae, request.half, settle, Host(META, plan.park), torch.uint8)
         stream.size = request.latent_size
-        stream.tiles = [request.half.tile(core, settle.frames, State(stream.weights)) for core in cores]
+        stream.tiles = [request.half.tile(core, settle.frames, State(stream.weights))]
         _feed(stream, request, 1 if lean else SETTLED)
         if lean:
             # The first latent frame is one frame, and weights are brought into their form then.
@@ -426,7 +390,8 @@ def _dry_run(request: Request, plan: VAEPlan, cores: tuple[Region, ...]) -> tupl
             stream.plan, stream.tiles = plan, [replace(tile, frames=1) for tile in stream.tiles]
             memory.peak = max(first, memory.live)
             _feed(stream, request, 1)
-        return memory.peak, memory.live - held
+        shared = sum(x.nbytes for kept in (stream.weights, stream.whole.past) for x in kept.values())
+        return memory.peak, memory.live - held - shared, shared
 
 
 def _lean(request: Request, plan: VAEPlan) -> bool:
@@ -441,9 +406,9 @@ def _feed(stream: _Decoding | _Encoding, request: Request, count: int) -> None:
         latents = torch.empty(1, request.config.z_dim, SETTLED, *stream.size, device=META)
         stream.run(latents[:, :, :count], False)
         return
-    rate = request.config.temporal_stride
-    frames = rate * count - (rate - 1 if stream.done == 0 else 0)
-    stream.run(_MetaFrames(1, 3, frames, request.height, request.width), False)
+    with elsewhere():
+        video = torch.empty(1, 3, stream.shares(count, count)[0][1].stop, request.height, request.width, device=META)
+    stream.run(video, False)
 
 
 def waiting_bytes(request: Request) -> tuple[int, int]:

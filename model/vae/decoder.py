@@ -17,15 +17,13 @@ from model.config import VAEConfig
 from model.vae.layers import (
     CausalConv3d,
     Features,
-    Level,
     MidBlock,
-    ResidualBlock,
+    ResidualBlocks,
     RMSNorm,
     State,
     Tile,
     Upsample,
-    resnets_need,
-    run_resnets,
+    levels_of,
 )
 from model.vae.tiles import Region, conv_padding
 from swifti2v_kernels import frames_out
@@ -39,8 +37,7 @@ class UpStage(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, num_resnets: int, *, up: bool, temporal: bool, residual: bool):
         super().__init__()
-        dims = [dim_in] + [dim_out] * num_resnets
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.resnets = ResidualBlocks(dim_in, dim_out, num_resnets)
         self.dim_out, self.rate, self.residual = dim_out, 2 if temporal else 1, residual
         upsampling = [Upsample(dim_out, dim_out if residual else dim_out // 2, temporal)] if up else []
         if residual:
@@ -62,8 +59,7 @@ class UpStage(nn.Module):
         ``((c * rate + frame) * 4 + row * 2 + column) // copies``.
         """
         cells = want.halved()
-        rows, columns = cells.within(have)
-        x = x[:, :, rows, columns].unflatten(4, (self.dim_out, -1))
+        x = cells.part_of(x, have).unflatten(4, (self.dim_out, -1))
         copies = 4 * self.rate // x.shape[5]
         top, left = want.rows.start % 2, want.columns.start % 2
         out = x.new_empty(x.shape[0], count, len(want.rows), len(want.columns), self.dim_out)
@@ -95,13 +91,17 @@ class Decoder(nn.Module):
             self.up_blocks.append(UpStage(width, dim_out, config.num_res_blocks + 1, **kind))
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.pixel_channels, (3, 3, 3))
-        #: The features that the head leaves for the tail: its own, and with shortcuts the first stage's input.
-        self.num_features = 2 if config.residual else 1
+        self.residual = config.residual
+
+    @property
+    def steps(self) -> list[tuple[Upsample, ResidualBlocks]]:
+        """The layers of the tail: upsampling and the residual blocks after it, from the latents' size to the pixels."""
+        return [(before.up, stage.resnets) for before, stage in itertools.pairwise(self.up_blocks)]
 
     @property
     def feature_channels(self) -> int:
-        """The number of channels of all features that the head leaves for the tail."""
-        return self.num_features * self.conv_in.out_channels
+        """The number of channels of all features that the head leaves: with shortcuts the first stage's input too."""
+        return (1 + self.residual) * self.conv_in.out_channels
 
     def head(self, z: Tensor, state: State) -> list[Tensor]:
         """Computes the tail's input, one or two tensors ``[B, T, h, w, C]``, from whole latent frames."""
@@ -110,31 +110,20 @@ class Decoder(nn.Module):
         features = Features(x, normed, whole)
         del x, normed
         self.mid_block(features, state, stage.resnets[0].norm1, keep=True)
-        shortcut = [features.x] if self.num_features == 2 else []
-        run_resnets(stage.resnets, features, whole, state, None, overwrite=not shortcut)
+        shortcut = [features.x] if self.residual else []
+        stage.resnets(features, whole, state, None, overwrite=not shortcut)
         return [features.take("x"), *shortcut]
 
     def tile(self, core: Region, frames: int, state: State) -> Tile:
         """Returns the tile ``core`` of the latents, with the regions that each step of the tail works on for it."""
-        want = self.conv_out.needs(self._features(core))
-        levels = []
-        for before, stage in reversed(list(itertools.pairwise(self.up_blocks))):
-            enlarged = resnets_need(stage.resnets, want)
-            levels.insert(0, Level(before.up.needs(enlarged), enlarged, want))
-            want = levels[0].read
-        return Tile(core, want, levels, frames, state)
-
-    @staticmethod
-    def cut(features: list[Tensor], tile: Tile) -> list[Tensor]:
-        """Returns views of the features that :meth:`head` has left: the part that a tile reads."""
-        rows, columns = tile.source.within(Region.whole(*features[0].shape[2:4]))
-        return [x[:, :, rows, columns] for x in features]
+        levels = levels_of(self.steps, self.conv_out.needs(self._features(core)))
+        return Tile(core, levels[0].read, levels, frames, state)
 
     def tail(self, inputs: list[Tensor], tile: Tile, out: Tensor) -> None:
         """Writes the frames of one tile.
 
         Args:
-            inputs: the tile's part of the next features, as returned by :meth:`cut`.
+            inputs: the part over ``tile.source`` of the next features, which :meth:`head` has left.
             tile: the tile and its state, as returned by :meth:`tile`.
             out: frames ``[B, F, H, W, 3]`` of the tile, uint8 or floating, to be filled.
         """
@@ -166,10 +155,8 @@ class Decoder(nn.Module):
                 features = Features(*stage.up.enlarge(part, source, level.middle, state, **options), level.middle)
                 del part, options
                 inner = [features.x] if given and not last else []
-                run_resnets(
-                    following.resnets, features, level.result, state, self.norm_out if last else None,
-                    overwrite=not inner, keep=not last,
-                )  # fmt: skip
+                norm = self.norm_out if last else None
+                following.resnets(features, level.result, state, norm, overwrite=not inner, keep=not last)
                 if last:
                     written += self._store(features, tile, out[:, written:])
                     continue

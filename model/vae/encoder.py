@@ -7,7 +7,6 @@ body: residual blocks of the last stage, middle block (its attention is over the
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +16,23 @@ from model.vae.layers import (
     CausalConv3d,
     Downsample,
     Features,
-    Level,
     MidBlock,
-    ResidualBlock,
+    ResidualBlocks,
     RMSNorm,
     State,
     Tile,
-    resnets_need,
-    run_resnets,
+    levels_of,
 )
 from model.vae.tiles import Region
 from swifti2v_kernels import rms_norm_silu
 
 
-class ResidualDownStage(nn.Module):
-    """An encoder stage of Wan2.2: residual blocks and downsampling, plus the stage's averaged input."""
+class DownStage(nn.Module):
+    """An encoder stage: residual blocks, then downsampling. A stage of Wan2.2 adds its averaged input."""
 
     def __init__(self, dim_in: int, dim_out: int, num_resnets: int, down: bool, temporal: bool):
         super().__init__()
-        dims = [dim_in] + [dim_out] * num_resnets
-        self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(dims))
+        self.resnets = ResidualBlocks(dim_in, dim_out, num_resnets)
         self.downsampler = Downsample(dim_out, temporal) if down else None
         self.dim_out, self.rate, self.factor = dim_out, 2 if temporal else 1, 2 if down else 1
 
@@ -56,15 +52,6 @@ class ResidualDownStage(nn.Module):
         return cells.unflatten(4, (self.dim_out, group)).mean(dim=5)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of either version: its residual blocks, its downsampling, and the module of its shortcut, if any."""
-
-    resnets: list[ResidualBlock]
-    down: Downsample | None
-    shortcut: ResidualDownStage | None
-
-
 class Encoder(nn.Module):
     """The half of the VAE that makes moments ``[B, T, h, w, 2z]`` of the latents from frames ``[B, F, H, W, 3]``."""
 
@@ -75,22 +62,22 @@ class Encoder(nn.Module):
         self.residual = config.residual
         self.conv_in = CausalConv3d(config.pixel_channels, dims[0], (3, 3, 3))
         self.down_blocks = nn.ModuleList()
-        #: The stages, whose layers lie in one list in Wan2.1 (diffusers' names).
-        self.stages: list[Stage] = []
+        self.stages: list[DownStage] = []
         for i, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             down, temporal = i != last, i != last and config.temporal_downsample[i]
-            if config.residual:
-                stage = ResidualDownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
-                self.down_blocks.append(stage)
-                self.stages.append(Stage(list(stage.resnets), stage.downsampler, stage))
-                continue
-            resnets = [ResidualBlock(dim_out if j else dim_in, dim_out) for j in range(config.num_res_blocks)]
-            downsampling = [Downsample(dim_out, temporal)] if down else []
-            self.down_blocks.extend([*resnets, *downsampling])
-            self.stages.append(Stage(resnets, downsampling[0] if down else None, None))
+            stage = DownStage(dim_in, dim_out, config.num_res_blocks, down, temporal)
+            self.stages.append(stage)
+            # The layers of all stages lie in one list in Wan2.1 (diffusers' names).
+            layers = [*stage.resnets, *[stage.downsampler] * down]
+            self.down_blocks.extend([stage] if config.residual else layers)
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))
+
+    @property
+    def steps(self) -> list[tuple[ResidualBlocks, Downsample]]:
+        """The layers of the legs: residual blocks and the downsampling after them, from the pixels to the latents."""
+        return [(stage.resnets, stage.downsampler) for stage in self.stages[:-1]]
 
     @property
     def feature_channels(self) -> int:
@@ -99,12 +86,8 @@ class Encoder(nn.Module):
 
     def tile(self, core: Region, frames: int, state: State) -> Tile:
         """Returns the tile ``core`` of the latents, with the regions that each stage computes for it."""
-        want, levels = core, []
-        for stage in reversed(self.stages[:-1]):
-            middle = stage.down.needs(want)
-            levels.insert(0, Level(resnets_need(stage.resnets, middle), middle, want))
-            want = levels[0].read
-        return Tile(core, self.conv_in.needs(want), levels, frames, state)
+        levels = levels_of(self.steps, core)
+        return Tile(core, self.conv_in.needs(levels[0].read), levels, frames, state)
 
     def legs(self, x: Tensor, tile: Tile, out: Tensor) -> int:
         """Writes features of some frames, at the size of the latents, to the front of ``out``; returns how many.
@@ -128,18 +111,17 @@ class Encoder(nn.Module):
             out[:, : x.shape[1]].copy_(x)
             return x.shape[1]
         stage, following, level, state = self.stages[step], self.stages[step + 1], tile.levels[step], tile.state
-        down, want = stage.down, level.result
+        down, want = stage.downsampler, level.result
         if down.time_conv is not None and not self._paired(features, down, state):
             return 0
         options = {}
-        if stage.shortcut is not None:
-            rows, columns = want.scaled(2).within(features.region)
-            shortcut = stage.shortcut.shortcut(features.x[:, :, rows, columns])
+        if self.residual:
+            shortcut = stage.shortcut(want.scaled(2).part_of(features.x, features.region))
             options = {"residual": shortcut, "out": shortcut}
             del shortcut
         if step + 1 < len(tile.levels):
             options["norm_weight"] = following.resnets[0].norm1.weight
-        run_resnets(stage.resnets, features, level.middle, state, None, overwrite=True)
+        stage.resnets(features, level.middle, state, None, overwrite=True)
         result = down(features.take("x"), level.middle, want, state, **options)
         shrunk = Features(*result, want) if isinstance(result, tuple) else Features(result, None, want)
         del result, options
@@ -171,9 +153,9 @@ class Encoder(nn.Module):
         features = Features(x, rms_norm_silu(x, resnets[0].norm1.weight), whole)
         del x
         first = self.mid_block.resnets[0].norm1
-        run_resnets(resnets, features, whole, state, None if self.residual else first, overwrite=shortcut is None)
+        resnets(features, whole, state, None if self.residual else first, overwrite=shortcut is None)
         if shortcut is not None:
-            features.x = features.take("x") + self.down_blocks[-1].shortcut(shortcut)
+            features.x = features.take("x") + self.stages[-1].shortcut(shortcut)
             features.normed = rms_norm_silu(features.x, first.weight)
             del shortcut
         self.mid_block(features, state, self.norm_out, keep=False)

@@ -11,9 +11,9 @@ normed and activated frames besides, or instead of, its own. Where activations c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +77,25 @@ class State:
         self.waiting = {module: [how(x) for x in parts] for module, parts in self.waiting.items()}
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """The regions that one stage works on for a tile: its input, what is between its two halves, and its result."""
 
     read: Region
     middle: Region
     result: Region
+
+
+def levels_of(steps: Sequence[tuple[Any, Any]], want: Region) -> list[Level]:
+    """Returns the regions that stages work on, one after the other, for the result ``want``.
+
+    ``steps`` are the two halves of each stage, which have a method ``needs``.
+    """
+    levels: list[Level] = []
+    for first, second in reversed(steps):
+        middle = second.needs(want)
+        levels.insert(0, Level(first.needs(middle), middle, want))
+        want = levels[0].read
+    return levels
 
 
 @dataclass(frozen=True)
@@ -101,11 +113,6 @@ class Tile:
     frames: int
     state: State
     finite: Finite = field(default_factory=lambda: Finite("the VAE's decoder"))
-
-    @property
-    def regions(self) -> list[Region]:
-        """All regions that are computed for the tile, in frames of any size."""
-        return [self.source, *(region for level in self.levels for region in vars(level).values())]
 
 
 class CausalConv3d(nn.Conv3d):
@@ -168,9 +175,7 @@ class ResidualBlock(nn.Module):
         """
         have, middle = features.region, self.conv2.needs(want)
         hidden = self.conv1(features.take("normed"), have, middle, state, norm_weight=self.norm2.weight, keep_sum=False)
-        x = features.take("x")
-        rows, columns = want.within(have)
-        x = x[:, :, rows, columns]
+        x = want.part_of(features.take("x"), have)
         if self.conv_shortcut is not None:
             x, overwrite = self.conv_shortcut(x, want, want, state), True
         options: dict[str, Any] = {"residual": x, "out": x if overwrite and keep else None}
@@ -186,35 +191,31 @@ class ResidualBlock(nn.Module):
             features.normed = result
 
 
-def resnets_need(resnets: Iterable[ResidualBlock], want: Region) -> Region:
-    """Returns the region of the input that the output ``want`` of residual blocks in a row depends on."""
-    for resnet in reversed(list(resnets)):
-        want = resnet.needs(want)
-    return want
+class ResidualBlocks(nn.ModuleList):
+    """Residual blocks in a row, of which the first changes the number of channels."""
 
+    def __init__(self, dim_in: int, dim_out: int, count: int):
+        super().__init__(ResidualBlock(dim_out if i else dim_in, dim_out) for i in range(count))
 
-def run_resnets(
-    resnets: Iterable[ResidualBlock],
-    features: Features,
-    want: Region,
-    state: State,
-    norm: RMSNorm | None,
-    *,
-    overwrite: bool,
-    keep: bool = True,
-) -> None:
-    """Runs residual blocks in a row, each for the region that the next one needs.
+    def needs(self, want: Region) -> Region:
+        """Returns the region of the input that the output ``want`` depends on."""
+        for resnet in reversed(self):
+            want = resnet.needs(want)
+        return want
 
-    Arguments are those of :class:`ResidualBlock`.
-    """
-    resnets = list(resnets)
-    for i, resnet in enumerate(resnets):
-        rest = resnets[i + 1 :]
-        following = rest[0].norm1 if rest else norm
-        # Only the input of the first one may be read by others.
-        resnet(
-            features, resnets_need(rest, want), state, following, overwrite=overwrite or i > 0, keep=keep or bool(rest)
-        )
+    def forward(
+        self, features: Features, want: Region, state: State, norm: RMSNorm | None, *, overwrite: bool,
+        keep: bool = True,
+    ) -> None:  # fmt: skip
+        """Replaces the features by the result; arguments are those of :class:`ResidualBlock`."""
+        resnets, regions, norms = list(self), [want], [norm]
+        for resnet in reversed(resnets[1:]):  # each computes just what the next one reads
+            regions.insert(0, resnet.needs(regions[0]))
+            norms.insert(0, resnet.norm1)
+        for i, (resnet, region, following) in enumerate(zip(resnets, regions, norms, strict=True)):
+            # Only the input of the first one may be read by others, and only the last one's sum may be let go.
+            options = {"overwrite": overwrite or i > 0, "keep": keep or i + 1 < len(resnets)}
+            resnet(features, region, state, following, **options)
 
 
 class AttentionBlock(nn.Module):
@@ -316,10 +317,9 @@ class Upsample(nn.Module):
         The clip's first frame stays one. The layer must be ``temporal``.
         """
         conv = self.time_conv
-        rows, columns = want.within(have)
         if state.first(self):
             # The first frame is neither doubled nor part of the history of the second.
-            return x[:, :, rows, columns]
+            return want.part_of(x, have)
         batch, frames, _, _, channels = x.shape
         past = state.past.get(conv)
         out = x.new_empty(batch, 2 * frames, len(want.rows), len(want.columns), channels)

@@ -54,7 +54,7 @@ class _TensorFrames:
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]`` in -1..1."""
-        rows, columns = (slice(span.start, span.stop) for span in region)
+        rows, columns = region.slices
         part = self.video[:, :, start:stop, rows, columns].permute(0, 2, 3, 4, 1)
         return torch.empty(part.shape, device=device, dtype=dtype).copy_(part)
 
@@ -248,10 +248,16 @@ class _Stream:
         if out is not target:
             target.copy_(out)
 
-    def groups(self, count: int, most: int) -> list[int]:
-        """Returns the shares of ``count`` latent frames that go at once: ``most``, and the clip's first one alone."""
-        alone = int(self.done == 0)
-        return [*[1] * alone, *(min(most, count - start) for start in range(alone, count, most))]
+    def shares(self, count: int, most: int, alone: bool = False) -> list[tuple[slice, slice]]:
+        """Returns the next ``count`` latent frames in shares of ``most``, and the frames that these are or become.
+
+        The clip's first latent frame is one frame and every other as many as the stride. ``alone``: the first one is a
+        share by itself.
+        """
+        rate, begins = self.vae.config.temporal_stride, self.done == 0
+        ends = sorted({0, *range(int(alone and begins), count, most), count})
+        marks = [max(rate * end - (rate - 1) * begins, 0) for end in ends]
+        return list(zip(map(slice, ends, ends[1:]), map(slice, marks, marks[1:]), strict=True))
 
 
 class _Decoding(_Stream):
@@ -264,38 +270,31 @@ class _Decoding(_Stream):
         if latents.ndim != 5 or latents.shape[1] != config.z_dim or 0 in latents.shape:
             raise ValueError(f"latents: expected [B, {config.z_dim}, T, h, w], got {tuple(latents.shape)}")
         self.begin(tuple(latents.shape[3:]), "latents: expected {} pixels")
-        count, rate = latents.shape[2], config.temporal_stride
-        number = count * rate - (rate - 1 if self.done == 0 else 0)
+        count = latents.shape[2]
+        chunks = self.shares(count, self.plan.chunk or count)
         height, width = (config.spatial_stride * n for n in self.size)
-        frames = self.host.empty((latents.shape[0], number, height, width, 3), self.dtype)
+        frames = self.host.empty((latents.shape[0], chunks[-1][1].stop, height, width, 3), self.dtype)
         check_latents("latents", latents, self.done)
-        chunk, written = self.plan.chunk or count, 0
-        for start in range(0, count, chunk):
-            part = latents[:, :, start : start + chunk]
-            written += self._chunk(part, frames[:, written:], is_last and start + chunk >= count)
+        for part, target in chunks:
+            self._chunk(latents[:, :, part], frames[:, target], is_last and part.stop == count)
         for tile in self.tiles:
             tile.finite.check()
         return frames
 
-    def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> int:
-        """Decodes all tiles of some latent frames to the front of ``frames``; returns how many frames these are."""
-        decoder, host, config = self.vae.decoder, self.host, self.vae.config
-        steps = self.groups(latents.shape[2], self.plan.frames)
-        # The clip's first latent frame becomes one frame, and every other as many as the stride.
-        counts = [step * config.temporal_stride for step in steps]
-        counts[0] = 1 if self.done == 0 else counts[0]
+    def _chunk(self, latents: Tensor, frames: Tensor, is_last: bool) -> None:
+        """Decodes all tiles of some latent frames into ``frames``."""
+        decoder, host, whole = self.vae.decoder, self.host, Region.whole(*self.size)
+        groups = self.shares(latents.shape[2], self.plan.frames, alone=True)
         features = [
-            [host.park(x) for x in decoder.head(self._denormalised(z), self.whole)] for z in latents.split(steps, dim=2)
+            [host.park(x) for x in decoder.head(self._denormalised(latents[:, :, part]), self.whole)]
+            for part, _ in groups
         ]
         for tile in self.working(is_last):
-            rows, columns = (slice(config.spatial_stride * s.start, config.spatial_stride * s.stop) for s in tile.core)
-            start = 0
-            for parked, count in zip(features, counts, strict=True):
-                target = frames[:, start : start + count, rows, columns]
-                self.fill(target, decoder.tail, [host.fetch(x) for x in decoder.cut(parked, tile)], tile)
-                start += count
+            rows, columns = tile.core.scaled(self.vae.config.spatial_stride).slices
+            for parked, (_, target) in zip(features, groups, strict=True):
+                parts = [tile.source.part_of(x, whole) for x in parked]
+                self.fill(frames[:, target, rows, columns], decoder.tail, [host.fetch(x) for x in parts], tile)
         self.done += latents.shape[2]
-        return sum(counts)
 
     def _denormalised(self, latents: Tensor) -> Tensor:
         """Returns latents ``[B, z, T, h, w]`` of any dtype as conv_in reads them: ``[B, T, h, w, z]``, written once."""
@@ -317,12 +316,9 @@ class _Encoding(_Stream):
         """Returns the next frames encoded to ``[B, z, t, h, w]``."""
         source = _TensorFrames(piece) if isinstance(piece, Tensor) else piece
         self.begin(self._checked(source.shape), "video: expected {} latent pixels")
-        # Frames at which a latent frame begins, and the end.
-        stride = self.vae.config.temporal_stride
-        bounds = [0, *range(stride if self.done else 1, source.shape[2] + 1, stride)]
-        step = self.plan.chunk or len(bounds)
-        starts = range(0, len(bounds) - 1, step)
-        parts = [self._chunk(source, bounds[i : i + step + 1], is_last and i == starts[-1]) for i in starts]
+        count = -(-source.shape[2] // self.vae.config.temporal_stride)  # the clip's first frame is one by itself
+        chunks = self.shares(count, self.plan.chunk or count)
+        parts = [self._chunk(source, *chunk, is_last and chunk[0].stop == count) for chunk in chunks]
         return torch.cat(parts, dim=2)
 
     def _checked(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -338,22 +334,21 @@ class _Encoding(_Stream):
             raise ValueError(f"video: expected {wanted} frames in this piece, got {frames}")
         return height // stride, width // stride
 
-    def _chunk(self, source: FrameSource, bounds: Sequence[int], is_last: bool) -> Tensor:
-        """Encodes the frames between ``bounds``, of which each two enclose one latent frame."""
+    def _chunk(self, source: FrameSource, latent: slice, frames: slice, is_last: bool) -> Tensor:
+        """Encodes ``frames`` of the source, the latent frames ``latent`` of the piece."""
         vae, host, plan = self.vae, self.host, self.plan
-        patch, count = vae.config.patch_size, len(bounds) - 1
+        patch, count = vae.config.patch_size, latent.stop - latent.start
         shape = (source.shape[0], count, *self.size, vae.encoder.feature_channels)
         features = host.empty(shape, vae.encode_dtype)
         # Pixels of few latent frames at a time.
-        groups = self.groups(count, max(plan.frames // vae.config.temporal_stride, 1))
+        groups = self.shares(count, max(plan.frames // vae.config.temporal_stride, 1), alone=True)
         for tile in self.working(is_last):
-            rows, columns = (slice(span.start, span.stop) for span in tile.core)
-            region, start = tile.source.scaled(patch), 0
-            for number in groups:
-                x = source.crop(bounds[start], bounds[start + number], region, vae.device, vae.encode_dtype)
+            rows, columns = tile.core.slices
+            for target, read in groups:
+                start, stop = frames.start + read.start, frames.start + read.stop
+                x = source.crop(start, stop, tile.source.scaled(patch), vae.device, vae.encode_dtype)
                 x = _folded(x, patch) if patch > 1 else x
-                self.fill(features[:, start : start + number, rows, columns], vae.encoder.legs, x, tile)
-                start += number
+                self.fill(features[:, target, rows, columns], vae.encoder.legs, x, tile)
                 del x
         result = torch.cat([self._latents(host.fetch(part)) for part in features.split(plan.frames, dim=1)], dim=2)
         check_latents("the VAE's encoder", result, self.done)

@@ -1,8 +1,8 @@
 """Tiles of a frame that are computed exactly: every layer reads the halo that it needs, and no more.
 
 A tile's pixels depend on pixels around it. Going backwards through the layers, each says which *region* of its input a
-region of its output needs (:meth:`Span.grown` for a 3x3 convolution, :meth:`Span.halved` for an upsampling, ...), cut
-off at the frame's borders, where a layer pads with zeros as it would for the whole frame. Every layer then computes
+region of its output needs (:meth:`Region.grown` for a 3x3 convolution, :meth:`Region.halved` for an upsampling, ...),
+cut off at the frame's borders, where a layer pads with zeros as it would for the whole frame. Every layer then computes
 just what the next one reads, so a tile equals that part of the whole frame, at any size and position.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,6 @@ class Span:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-    def grown(self, pixels: int) -> Span:
-        """Returns this span with ``pixels`` more on both sides, cut off at the frame's borders."""
-        return Span(max(self.start - pixels, 0), min(self.stop + pixels, self.size), self.size)
-
-    def scaled(self, factor: int) -> Span:
-        """Returns the same place in a frame ``factor`` times as large."""
-        return Span(self.start * factor, self.stop * factor, self.size * factor)
-
-    def halved(self) -> Span:
-        """Returns the pixels of a frame of half the size that cover these."""
-        return Span(self.start // 2, -(-self.stop // 2), self.size // 2)
-
-    def within(self, other: Span) -> slice:
-        """Returns the place of this span in memory that holds ``other``.
-
-        Raises:
-            ValueError: this span is not part of ``other``.
-        """
-        if other.size != self.size or not other.start <= self.start < self.stop <= other.stop:
-            raise ValueError(f"span: {self} is not within {other}")
-        return slice(self.start - other.start, self.stop - other.start)
 
 
 class Region(NamedTuple):
@@ -60,25 +39,38 @@ class Region(NamedTuple):
         return cls(Span(0, height, height), Span(0, width, width))
 
     @property
+    def slices(self) -> tuple[slice, slice]:
+        """The place of this region, rows and columns, in the whole frame."""
+        return slice(self.rows.start, self.rows.stop), slice(self.columns.start, self.columns.stop)
+
+    @property
     def pixels(self) -> int:
         """The number of pixels in this region."""
         return len(self.rows) * len(self.columns)
 
     def grown(self, pixels: int) -> Region:
         """Returns this region with ``pixels`` more on all sides, cut off at the frame's borders."""
-        return Region(self.rows.grown(pixels), self.columns.grown(pixels))
+        return Region(*(Span(max(s.start - pixels, 0), min(s.stop + pixels, s.size), s.size) for s in self))
 
     def scaled(self, factor: int) -> Region:
         """Returns the same place in a frame ``factor`` times as large on both axes."""
-        return Region(self.rows.scaled(factor), self.columns.scaled(factor))
+        return Region(*(Span(s.start * factor, s.stop * factor, s.size * factor) for s in self))
 
     def halved(self) -> Region:
         """Returns the pixels of a frame of half the size on both axes that cover these."""
-        return Region(self.rows.halved(), self.columns.halved())
+        return Region(*(Span(s.start // 2, -(-s.stop // 2), s.size // 2) for s in self))
 
-    def within(self, other: Region) -> tuple[slice, slice]:
-        """Returns the place of this region, rows and columns, in memory that holds ``other``."""
-        return self.rows.within(other.rows), self.columns.within(other.columns)
+    def part_of(self, x: Tensor, have: Region) -> Tensor:
+        """Returns a view of this region of frames ``x`` ``[B, T, h, w, C]`` over ``have``.
+
+        Raises:
+            ValueError: this region is not part of ``have``.
+        """
+        for axis, (s, held) in enumerate(zip(self, have, strict=True), start=2):
+            if held.size != s.size or not held.start <= s.start < s.stop <= held.stop:
+                raise ValueError(f"region: {s} is not within {held}")
+            x = x.narrow(axis, s.start - held.start, len(s))
+        return x
 
 
 def conv_padding(have: Region, want: Region, halo: int = 1) -> tuple[int, int, int, int]:

@@ -48,7 +48,7 @@ class UpsampledFrames:
         """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]``, clamped to -1..1."""
         shape = (self.shape[0], stop - start, len(region.rows), len(region.columns), 3)
         out = torch.empty(shape, device=device, dtype=dtype)
-        y, x = (slice(span.start, span.stop) for span in region)
+        y, x = region.slices
         down, across = self.rows[y], self.columns[x].T
         for i in range(stop - start):
             if start + i == 0 and self.first is not None:

@@ -26,17 +26,6 @@ def test_sampling_equals_diffusers_flow_match_euler(num_steps, shift):
     assert torch.allclose(x, expected, rtol=1e-5)
 
 
-def test_four_steps_with_shift_five_are_the_distilled_schedule():
-    assert flow_sigmas(4, 5.0) == pytest.approx([1, 0.9375, 0.8333333, 0.625, 0])
-
-
-def test_noise_of_a_block_does_not_depend_on_the_others():
-    together = block_noise(7, 2, range(5), (3, 4, 6))
-    alone = torch.cat([block_noise(7, 2, (block,), (3, 4, 6)) for block in range(5)], dim=2)
-    assert torch.equal(together, alone)
-    assert torch.equal(block_noise(7, 2, (4, 1), (3, 4, 6)), together[:, :, [4, 1]])
-
-
 def test_noise_is_standard_normal_and_differs_by_seed_stage_and_block():
     drawn = [block_noise(seed, stage, (block,), (16, 30, 30)) for seed, stage, block in np.ndindex(2, 2, 2)]
     flat = torch.stack(drawn).flatten(1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from model import WanDiT, load_dit
 from model.weights.load import random_weights
@@ -54,6 +56,34 @@ def saved_diffusers_dit(path, **config):
     return model
 
 
+class MaskedProcessor(WanAttnProcessor):
+    """The attention processor of diffusers with a dense mask on self-attention."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        mask = self.mask if encoder_hidden_states is None else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
+
+
+def diffusers_window(theirs, latents, timestep, text, index, blind=0):
+    """Returns what diffusers makes of blocks at these indices, each with its timestep; the first ones are ``blind``.
+
+    Its rotary table is rearranged to these frames; blind blocks see blind blocks only.
+    """
+    num_blocks, (height, width) = len(index), latents.shape[3:]
+    tokens = height * width // 4
+    tables = theirs.rope(latents.new_empty(1, 1, max(index) + 1, height, width))
+    window = tuple(table.unflatten(1, (-1, tokens))[:, index].flatten(1, 2) for table in tables)
+    mask = torch.ones(num_blocks * tokens, num_blocks * tokens, dtype=torch.bool)
+    mask[: blind * tokens, blind * tokens :] = False
+    theirs.set_attn_processor(MaskedProcessor(mask))
+    with torch.no_grad(), patch.object(theirs.rope, "forward", lambda _: window):
+        return theirs(latents, timestep.repeat_interleave(tokens, dim=1), text).sample
+
+
 def image_tokens(config, batch):
     if config.image_dim is None:
         return None
@@ -86,11 +116,7 @@ def test_block_index_rotates_a_window_as_in_the_whole_clip(tmp_path):
     ours = load_dit(tmp_path)
     index = [0, 5, 6]
     latents, text, timestep = torch.randn(1, 16, 3, 4, 6), torch.randn(1, 512, 32), torch.tensor([500.0])
-    tables = theirs.rope(torch.empty(1, 16, 7, 4, 6))
-    window = tuple(table.unflatten(1, (7, 6))[:, index].flatten(1, 2) for table in tables)
-    theirs.rope.forward = lambda _: window
-    with torch.no_grad():
-        expected = theirs(latents, timestep, text).sample
+    expected = diffusers_window(theirs, latents, torch.full((1, 3), 500.0), text, index)
     assert relative_error(ours(latents, timestep, text, block_index=index), expected) < PARITY
     assert relative_error(ours(latents, timestep, text), expected) > 100 * PARITY
 

@@ -93,7 +93,7 @@ def test_of_all_that_fit_the_first_in_order_is_chosen(vram: float, monkeypatch: 
     def made_up(request: Request, plan: VAEPlan) -> Peak:
         state = 0 if plan.park else 4 * GB + plan.tiles * GB // 8
         working = 24 * GB // plan.tiles // (1 if plan.frames > 1 else 2)
-        return Peak(GB // 4 + state + working, GB // 4, state, 0, 0)
+        return Peak(GB // 4 + state + working, GB // 4, state, 0)
 
     monkeypatch.setattr(vae_plan, "predict", made_up)
     wanted = request("14b-1.3b", vram)

@@ -14,7 +14,7 @@ from model.machine.measure import format_enough
 from model.memory.plan import find_plan, plan_memory, smallest_plan
 from model.memory.report import MemoryPlan
 from model.memory.request import HOST_USABLE, USABLE
-from model.resume.clip import _Shortage, _with_less
+from model.resume.clip import with_less
 from model.streaming.placement import Placement
 from model.vae.tiles import VAEPlan
 from tests.support.memory_requests import GB, TEXT, planned, request
@@ -108,7 +108,7 @@ def test_a_phase_that_ran_out_of_memory_is_planned_with_less_and_the_others_as_b
     """The phase gets smaller with every shortage, as ``model.resume.clip`` plans, whatever the other phases take."""
     plan = planned("14b-1.3b", 16)
     for _ in range(1 if phase == "Stage II" else 2):
-        smaller = find_plan(_with_less(plan, _Shortage("device", plan.phase(phase), ""))[0])
+        smaller = find_plan(with_less(plan, "device", plan.phase(phase))[0])
         assert smaller is not None
         assert smaller.phase(phase).device < plan.phase(phase).device
         together = {"Stage II", "decode"} if phase in ("Stage II", "decode") else {phase}

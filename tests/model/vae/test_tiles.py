@@ -118,10 +118,12 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
     assert peaks(4) == peaks(12)
 
 
-def test_a_span_is_part_of_the_memory_that_holds_it() -> None:
-    assert Span(2, 5, 8).within(Span(1, 6, 8)) == slice(1, 4)
+def test_a_region_is_part_of_the_memory_that_holds_it() -> None:
+    region = Region(Span(2, 5, 8), Span(0, 3, 4))
+    held = torch.arange(20).view(1, 1, 5, 4, 1)
+    assert torch.equal(region.part_of(held, Region(Span(1, 6, 8), Span(0, 4, 4))), held[:, :, 1:4, :3])
     with pytest.raises(ValueError, match="is not within"):
-        Span(2, 5, 8).within(Span(3, 8, 8))
+        region.part_of(held, Region(Span(3, 8, 8), Span(0, 4, 4)))
 
 
 def test_plans_that_cannot_be_are_refused() -> None:
