@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,6 +19,15 @@ def _expect(fits: bool, name: str, wanted: str, got: Any) -> None:
         raise InputError(f"{name}: expected {wanted}, got {got!r}")
 
 
+#: What config.json calls a field that has another name here.
+_NAMES = {
+    "num_heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "residual": "is_residual",
+    "temporal_downsample": "temperal_downsample",
+}
+
+
 def check_count(name: str, value: Any) -> int:
     """Returns ``value`` if it is an integer of at least 1.
 
@@ -30,28 +39,8 @@ def check_count(name: str, value: Any) -> int:
     return value
 
 
-def _check_list(name: str, value: Any) -> tuple[Any, ...]:
-    _expect(isinstance(value, (list, tuple)), name, "a list", value)
-    return tuple(value)
-
-
-def _check_number(name: str, value: Any) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    _expect(fits, name, "a finite number (of float32)", value)
-
-
-def _check_above_zero(name: str, value: Any) -> None:
-    _check_number(name, value)
+def _check_above_zero(name: str, value: float) -> None:
     _expect(value >= _SMALLEST, name, f"a number above 0 (at least {_SMALLEST:.2g})", value)
-
-
-def _check_flag(name: str, value: Any) -> None:
-    _expect(isinstance(value, bool), name, "true or false", value)
-
-
-_CHECKS = {"int": check_count, "bool": _check_flag, "float": _check_number}
-#: What config.json calls a field that has another name here.
-_NAMES = {"residual": "is_residual", "temporal_downsample": "temperal_downsample"}
 
 
 def _check_fields(config: DiTConfig | VAEConfig) -> None:
@@ -62,11 +51,23 @@ def _check_fields(config: DiTConfig | VAEConfig) -> None:
     """
     for field in fields(config):
         name, value = _NAMES.get(field.name, field.name), getattr(config, field.name)
-        kind = re.sub(r"tuple\[(\w+).*", r"\1", field.type).removesuffix(" | None")
-        check = _check_above_zero if name in ("eps", "latents_std") else _CHECKS[kind]
-        if value is not None or not field.type.endswith("None"):
-            for one in _check_list(name, value) if field.type.startswith("tuple") else (value,):
-                check(name, one)
+        is_list = field.type.startswith("tuple")
+        _expect(not is_list or isinstance(value, (list, tuple)), name, "a list", value)
+        for one in value if is_list else (value,):
+            if "bool" in field.type:
+                _expect(isinstance(one, bool), name, "true or false", one)
+            elif "float" in field.type:
+                finite = isinstance(one, (int, float)) and not isinstance(one, bool) and abs(one) <= _LARGEST
+                _expect(finite, name, "a finite number (of float32)", one)
+            elif one is not None or not field.type.endswith("None"):
+                check_count(name, one)
+
+
+def _said(kind: type[DiTConfig | VAEConfig], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a configuration of which a ``config.json`` says something; its lists are tuples."""
+    keys = {field.name: _NAMES.get(field.name, field.name) for field in fields(kind)}
+    said = {name: config[key] for name, key in keys.items() if key in config}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_above_zero("eps", self.eps)
         patch, head = self.patch_size, self.head_dim
         _expect(len(patch) == 3 and patch[0] == 1 and patch[1] == patch[2], "patch_size", "[1, p, p]", patch)
         _expect(head >= 6 and head % 2 == 0, "head_dim", "an even number of at least 6 (three axes of rotation)", head)
@@ -114,23 +116,13 @@ class DiTConfig:
         Raises:
             InputError: a value is of the wrong kind, or means something that is not built here.
         """
-        heads = check_count("num_attention_heads", config.get("num_attention_heads", 40))
-        head_dim = check_count("attention_head_dim", config.get("attention_head_dim", 128))
         added = config.get("added_kv_proj_dim")
-        _expect(added in (None, heads * head_dim), "added_kv_proj_dim", f"the model width {heads * head_dim}", added)
-        in_channels = config.get("in_channels", 16)
         # What diffusers takes where nothing is said is not all what Wan2.1 T2V-1.3B has.
-        given = {"num_layers": 40, "ffn_dim": 13824, **config}
-        alike = ("text_dim", "freq_dim", "cross_attn_norm", "eps", "image_dim", "pos_embed_seq_len")
-        return cls(
-            num_heads=heads,
-            head_dim=head_dim,
-            in_channels=in_channels,
-            out_channels=config.get("out_channels", 16) or in_channels,
-            patch_size=_check_list("patch_size", config.get("patch_size", (1, 2, 2))),
-            added_kv=added is not None,
-            **{name: given[name] for name in ("num_layers", "ffn_dim", *alike) if name in given},
-        )
+        given = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, **config, "added_kv": added is not None}
+        given["out_channels"] = config.get("out_channels", 16) or config.get("in_channels", 16)
+        made = cls(**_said(cls, given))
+        _expect(added in (None, made.dim), "added_kv_proj_dim", f"the model width {made.dim}", added)
+        return made
 
 
 # Mean and standard deviation per latent channel of the published Wan2.1 (16) and Wan2.2 (48) autoencoders.
@@ -172,20 +164,19 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     residual: bool = False
     patch_size: int = 1
-    pixel_channels: int = 3
     latents_mean: tuple[float, ...] = VAE_LATENT_STATISTICS[16][0]
     latents_std: tuple[float, ...] = VAE_LATENT_STATISTICS[16][1]
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        stages, times, folded = len(self.dim_mult), len(self.temporal_downsample), 3 * self.patch_size**2
+        stages, times = len(self.dim_mult), len(self.temporal_downsample)
         _expect(stages >= 2, "dim_mult", "at least two stages", stages)
         for name in ("latents_mean", "latents_std"):
             count = len(getattr(self, name))
             _expect(count == self.z_dim, name, f"{self.z_dim} numbers (z_dim)", count)
+        for deviation in self.latents_std:
+            _check_above_zero("latents_std", deviation)
         _expect(times == stages - 1, "temperal_downsample", f"{stages - 1} entries for {stages} stages", times)
-        rgb = f"{folded} (RGB at patch_size {self.patch_size})"
-        _expect(self.pixel_channels == folded, "pixel_channels", rgb, self.pixel_channels)
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -212,6 +203,11 @@ class VAEConfig:
                 )
 
     @property
+    def pixel_channels(self) -> int:
+        """The channels of what the encoder reads and the decoder makes: RGB of a patch's pixels."""
+        return 3 * self.patch_size**2
+
+    @property
     def temporal_stride(self) -> int:
         """The number of frames for each latent frame after the first."""
         return 2 ** sum(self.temporal_downsample)
@@ -229,23 +225,13 @@ class VAEConfig:
             InputError: a value is of the wrong kind, or means something that is not built here.
         """
         _expect(not config.get("attn_scales"), "attn_scales", "[]", config.get("attn_scales"))
-        patch_size = check_count("patch_size", config.get("patch_size") or 1)
-        folded = 3 * patch_size**2
+        given = {**config, "patch_size": config.get("patch_size") or 1}
+        given["decoder_base_dim"] = config.get("decoder_base_dim") or config.get("base_dim", 96)
+        made = cls(**_said(cls, given))
+        rgb = made.pixel_channels
         for name in ("in_channels", "out_channels"):
-            given = config.get(name, 3)
-            _expect(given == folded, name, f"{folded} (RGB at patch_size {patch_size})", given)
-        lists = ("dim_mult", "latents_mean", "latents_std")
-        given = {name: config[name] for name in ("base_dim", "z_dim", "num_res_blocks") if name in config}
-        given |= {name: _check_list(name, config[name]) for name in lists if name in config}
-        temporal = "temperal_downsample"
-        return cls(
-            decoder_base_dim=config.get("decoder_base_dim") or config.get("base_dim", 96),
-            temporal_downsample=_check_list(temporal, config.get(temporal, cls.temporal_downsample)),
-            residual=config.get("is_residual", False),
-            patch_size=patch_size,
-            pixel_channels=folded,
-            **given,
-        )
+            _expect(config.get(name, 3) == rgb, name, f"{rgb} (RGB at patch_size {made.patch_size})", config.get(name))
+        return made
 
 
 @dataclass(frozen=True)
@@ -273,7 +259,6 @@ _VAE_22 = VAEConfig(
     z_dim=48,
     residual=True,
     patch_size=2,
-    pixel_channels=12,
     latents_mean=VAE_LATENT_STATISTICS[48][0],
     latents_std=VAE_LATENT_STATISTICS[48][1],
 )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.cli.options import GROUPS, CommandParser, Settings, add_options, run_command
-from model.cli.request import ClipSettings, resumed
+from model.cli.options import GROUPS, CommandParser, Settings, add_options, resumed, run_command
+from model.cli.request import ClipSettings
 from model.config import PRESETS
 from model.errors import InputError, require
 from model.io.durable import check_place
@@ -28,9 +28,11 @@ from model.memory.report import MemoryPlan
 from model.pipeline.clip import ClipJob, Item, Watcher
 from model.pipeline.components import LAYOUT
 from model.pipeline.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
-from model.resume.clip import input_shapes, make_clip
+from model.resume.clip import make_clip
 from model.resume.state import RunState
 
+#: What most likely makes the results of a run NaN or infinite.
+NOT_FINITE = "--dtype float16, a LoRA or its strength, --quantize or --matmul, unsuitable weights or embeddings"
 EXAMPLES = f"""\
 examples:
   python -m model.generate photo.jpg --out clip.mp4
@@ -40,8 +42,6 @@ examples:
   python -m model.generate photo.jpg --out clip.mp4 --weights DIR --stage1-lora few_step.safetensors \\
       --stage1-lora style.safetensors:0.6
       the same with LoRAs on Stage I, at strengths 1 and 0.6
-  python -m model.generate photo.jpg --out clip.mp4 --mode end_to_end --frames 33
-      the same models in one window of all blocks, for comparison
   python -m model.generate photo.jpg --out clip.mp4 --weights DIR --vram 12GB
       planned for 12 GB of the card's memory (python -m model.plan shows plans without running)
   python -m model.generate --resume clip.run
@@ -63,20 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(parser, None, *GROUPS)
+    add_options(parser, *GROUPS)
     return parser
 
 
 class Progress(Watcher):
-    """A watcher that times the stages and draws a bar for each, with time left and peak memory.
+    """A watcher that times the stages of a clip and draws a bar for each, with time left and peak memory."""
 
-    Args:
-        device: where the work runs.
-        totals: the number of steps of every stage that has a bar.
-    """
-
-    def __init__(self, device: torch.device, totals: Mapping[str, int]):
-        self.timer, self._device, self._totals = StageTimer(device), device, totals
+    def __init__(self, clip: ClipSettings):
+        self.timer, self._device = StageTimer(clip.torch_device), clip.torch_device
+        #: The number of steps of every stage that has a bar.
+        self._totals = {
+            "Stage I": len(clip.sigmas_one) - 1,
+            "reference": clip.plan.num_blocks,
+            "Stage II": len(clip.plan) * (len(clip.sigmas_two) - 1),
+        }
         self._bar: Any = None
 
     @property
@@ -125,37 +126,33 @@ def run(settings: Settings) -> None:
                 raise InputError("resume: not together with --restart or --state; a run goes on in its own folder")
             state = held.enter_context(RunState.open(settings.resume))
             settings = resumed(settings, state.job)
-        elif settings.photo is None or settings.out is None:
+        if settings.photo is None or settings.out is None:
             raise InputError("PHOTO and --out FILE.mp4 are needed, or --resume DIR")
-        elif RunState.holds(folder := state_folder(settings)) and not settings.restart:
-            raise InputError(f"state: {folder} holds a run; --resume {folder} goes on with it, --restart begins anew")
         held.enter_context(reserved(settings.out))
-        check_places(settings)
+        folder = settings.resume or settings.state or settings.out.with_suffix(".run")
+        if state is None and RunState.holds(folder) and not settings.restart:
+            raise InputError(f"state: {folder} holds a run; --resume {folder} goes on with it, --restart begins anew")
+        check_places(settings, folder)
         photo = open_image(settings.photo) if state is None or settings.photo.is_file() else None
         clip = ClipSettings(**vars(settings), photo_size=None if photo is None else photo.size)
-        given = given_embedding(clip) if state is None else None
+        if state is None:
+            clip.components.check_image_encoder()
+        text_dim = clip.components.stage_two_config.text_dim
+        text = None if clip.text_embeddings is None else load_text_embedding(clip.text_embeddings, text_dim)
         plan = plan_memory(clip.memory())
         description = clip.description(plan, None if photo is not None else state.job["inputs"]["photo"])
-        inputs = None if state is None else kept_inputs(clip, state, description)
-        again = state is not None and inputs is None
-        if again:
+        progress = Progress(clip)
+        inputs = None if state is None else kept_inputs(state, description)
+        if inputs is None:
             if photo is None:
                 problems = "".join(f"{problem}; " for problem in state.damaged)
                 raise InputError(f"resume: {problems}the photograph {clip.photo}, of which they are made, is not there")
-            given = given_embedding(clip)
-        totals = {
-            "Stage I": len(clip.sigmas_one) - 1,
-            "reference": clip.plan.num_blocks,
-            "Stage II": len(clip.plan) * (len(clip.sigmas_two) - 1),
-        }
-        progress = Progress(clip.torch_device, totals)
-        if inputs is None:
-            inputs = make_inputs(clip, given, photo, plan, progress)
-        if again:
-            state.restore("inputs", inputs)
-        elif state is None:
-            state = held.enter_context(RunState.create(folder, description, clip.restart))
-            state.save("inputs", inputs)
+            inputs = make_inputs(clip, text, photo, plan, progress)
+            if state is not None:
+                state.restore("inputs", inputs)
+            else:
+                state = held.enter_context(RunState.create(folder, description, clip.restart))
+                state.save("inputs", inputs)
         make_film(clip, plan, inputs, state, progress)
     peak, what = peak_memory(clip.torch_device)
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.timer.seconds.items())
@@ -163,18 +160,13 @@ def run(settings: Settings) -> None:
     print(f"peak memory: {format_bytes(peak)} ({what})")
 
 
-def state_folder(settings: Settings) -> Path:
-    """Returns the folder for the state of a run."""
-    return settings.resume or settings.state or settings.out.with_suffix(".run")
-
-
-def check_places(settings: Settings) -> None:
-    """Checks that a run can keep its film and its state without a file of the user's in their place.
+def check_places(settings: Settings, folder: Path) -> None:
+    """Checks that a run can keep its film, and its state in a folder, without a file of the user's in their place.
 
     Raises:
         InputError: it cannot.
     """
-    out, folder = check_video_path(settings.out), state_folder(settings)
+    out = check_video_path(settings.out)
     for name, path in (("PHOTO", settings.photo), ("--text-embeddings", settings.text_embeddings)):
         if path is not None and path.exists() and out.exists() and path.samefile(out):
             raise InputError(f"out: {out} is {name}, which the video would replace")
@@ -184,21 +176,7 @@ def check_places(settings: Settings) -> None:
         raise InputError(f"state: expected a folder of the run alone, got {folder}, where --out {out} is")
 
 
-def given_embedding(clip: ClipSettings) -> Tensor | None:
-    """Returns the embedding of ``--text-embeddings``, and checks that there is what the other inputs take.
-
-    Raises:
-        InputError: the embedding does not fit, both stages read texts of different widths, or there is no CLIP encoder
-            for a DiT that reads its tokens.
-    """
-    dims = {clip.components.stage_one_config.text_dim, clip.components.stage_two_config.text_dim}
-    if len(dims) > 1:
-        raise InputError(f"weights: both stages must read the same text width, got {sorted(dims)}")
-    clip.components.check_image_encoder()
-    return None if clip.text_embeddings is None else load_text_embedding(clip.text_embeddings, *dims)
-
-
-def kept_inputs(clip: ClipSettings, state: RunState, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def kept_inputs(state: RunState, description: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Returns the inputs of the run that goes on, None if they are damaged; prints what differs from its beginning.
 
     Raises:
@@ -211,23 +189,22 @@ def kept_inputs(clip: ClipSettings, state: RunState, description: Mapping[str, A
         print("the rest of the video will not be the same bit for bit as without the interruption, since it is made")
         print("from the same state by another machine, plan or software:")
         print("\n".join(f"  {change}" for change in changes.inexact))
-    return state.load("inputs", input_shapes(clip.components, clip.pixels, clip.motion_pixels))
+    return state.load("inputs")
 
 
 def make_inputs(
-    clip: ClipSettings, given: Tensor | None, photo: Any, plan: MemoryPlan, progress: Progress
+    clip: ClipSettings, text: Tensor | None, photo: Any, plan: MemoryPlan, progress: Progress
 ) -> dict[str, Tensor]:
     """Returns everything that is made of the photograph and the prompt, on the CPU, and prints whence the text is.
 
-    ``given`` is the embedding of the text if there is no prompt to encode.
+    ``text`` is its embedding if there is no prompt to encode.
     """
     device, components = clip.torch_device, clip.components
     with progress.timer.stage("text and image"):
-        text = given
         if text is not None:
             note = f"embeddings from {clip.text_embeddings}"
         elif components.text_encoder is not None:
-            text = encoded_prompt(clip, device if plan.text_on_device else torch.device("cpu"))
+            text = encoded_prompt(clip, plan.text_on_device)
             note = f"prompt {clip.prompt!r} encoded by UMT5"
         else:
             text = empty_text(components.stage_two_config.text_dim)
@@ -236,7 +213,7 @@ def make_inputs(
         release(device)
         inputs = {
             "picture": fit_image(photo, clip.pixels),
-            "low_picture": fit_image(photo, clip.pixels, clip.motion_pixels),
+            "low_picture": fit_image(photo, clip.pixels, plan.request.motion_size),
             "text": text,
         }
         for name, stage in (("image_one", "stage1"), ("image_two", "stage2")):
@@ -248,22 +225,23 @@ def make_inputs(
     return {name: tensor.cpu() for name, tensor in inputs.items()}
 
 
-def encoded_prompt(clip: ClipSettings, place: torch.device) -> Tensor:
-    """Returns the prompt's embedding ``[1, 512, D]`` by UMT5 at a place, on the CPU if the card's memory is too small.
+def encoded_prompt(clip: ClipSettings, on_device: bool) -> Tensor:
+    """Returns the prompt's embedding ``[1, 512, D]`` by UMT5, on the CPU if the card's memory turns out too small.
 
     Raises:
         InputError: the DiTs read another width.
     """
-    text = None
-    try:
-        text = encode_prompt(clip.prompt, clip.components.weights, dtype=encoder_dtype(clip.torch_device), device=place)
-    except RuntimeError as error:
-        if place.type == "cpu" or full_memory(error) != "device":
-            raise
-    if text is None:  # only here, after the handler: the exception would keep alive what was on the card
+    weights, dtype, cpu = clip.components.weights, encoder_dtype(clip.torch_device), torch.device("cpu")
+    for place in (clip.torch_device, cpu) if on_device else (cpu,):
+        try:
+            text = encode_prompt(clip.prompt, weights, dtype=dtype, device=place)
+            break
+        except RuntimeError as error:
+            if place.type == "cpu" or full_memory(error) != "device":
+                raise
+        # Only here, after the handler: the exception would keep alive what was on the card.
         release(place)
         print("the text encoder ran out of the card's memory; it runs on the CPU")
-        return encoded_prompt(clip, torch.device("cpu"))
     text_dim = clip.components.stage_two_config.text_dim
     if text.shape[2] != text_dim:
         raise InputError(f"weights: the text encoder gives {text.shape[2]} channels, the DiTs read {text_dim}")
@@ -293,7 +271,7 @@ def make_film(
     for part, given in clip.loras.items():
         for lora in given:
             print(f"LoRA: {lora.path} at strength {lora.strength:g} on {part}")
-    (width, height), segments = clip.motion_pixels, len(clip.plan)
+    (width, height), segments = plan.request.motion_size, len(clip.plan)
     largest = max(len(window.blocks) for window in clip.plan)
     print(
         f"{clip.size}, {clip.frames} frames = {clip.plan.num_blocks} blocks; Stage I at {width}x{height}; Stage II"
@@ -301,40 +279,20 @@ def make_film(
         f" {str(clip.torch_dtype).removeprefix('torch.')}"
     )
     print(plan)
-    writer = VideoWriter(clip.out, *clip.pixels, clip.fps, pieces=state.folder, run=state.digest)
-    for problem in writer.damaged:
-        print(problem)
-    found, whole = "", False
+    writer = VideoWriter(clip.out, *clip.pixels, clip.fps)
     try:
         with writer:
             make_clip(clip.components, job, plan, state, writer, progress)
-        whole = True
-    except NotFiniteError as error:
-        found = str(error)
-    finally:
-        if not whole:
-            frames = writer.film_frames
-            kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
-            print(f"\nstopped{kept}; --resume {state.folder} goes on")
-    # Only here, after the handler: what the exception keeps alive includes bars, which would be drawn after the line.
-    if found:
-        raise InputError(f"{found}; likely cause: {likely_cause(clip)}")
+    except BaseException as error:
+        frames = writer.film_frames
+        kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
+        print(f"\nstopped{kept}; --resume {state.folder} goes on")
+        if isinstance(error, NotFiniteError):
+            raise InputError(f"{error}; likely causes: {NOT_FINITE}") from error
+        raise
     print(f"wrote {clip.out}: {clip.size}, {writer.num_frames} frames at {clip.fps} a second")
     if not clip.keep_state:
         state.remove()
-
-
-def likely_cause(clip: ClipSettings) -> str:
-    """Returns what most likely makes the results of a run NaN or infinite."""
-    if clip.torch_dtype == torch.float16:
-        return "float16 holds no number above 65504; --dtype bfloat16 or float32 does (with --restart)"
-    loras = [f"{lora.path} at strength {lora.strength:g}" for given in clip.loras.values() for lora in given]
-    if loras:
-        return f"the LoRAs or their strengths: {', '.join(loras)}"
-    if clip.quantize in ("float8", "int8") or clip.matmul == "8bit":
-        return "--quantize or --matmul, which change numbers"
-    weights = "the random weights of this seed" if clip.weights is None else f"unsuitable weights in {clip.weights}"
-    return weights if clip.text_embeddings is None else f"{weights}, or too large embeddings in {clip.text_embeddings}"
 
 
 def main(argv: list[str] | None = None) -> int:

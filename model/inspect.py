@@ -21,11 +21,12 @@ from model.cli.options import CommandParser, add_option, parse_path, run_command
 from model.dit.model import WanDiT
 from model.errors import InputError, printable
 from model.machine.measure import format_bytes
+from model.vae.model import WanVAE
 from model.weights.files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
 from model.weights.keys import PARTS, is_original, strip_prefix
-from model.weights.load import dit_config, inspect_dit, inspect_vae
+from model.weights.load import Checkpoint, inspect_weights
 from model.weights.lora import LoRAFit
-from model.weights.lora_files import open_lora
+from model.weights.lora_files import LoRAFile, open_lora
 from model.weights.recognise import Kind, describe_dit, describe_vae, recognise
 from model.weights.scaled import ScaledTensor, plain_weights, quantisation_problem
 
@@ -101,18 +102,18 @@ class Report:
         return printable("\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)]))
 
 
-def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, strict: bool = False) -> Report:
+def inspect_checkpoint(path: Path, dit: Path | None = None, strict: bool = False) -> Report:
     """Returns a report on one checkpoint, faults included.
 
     Args:
         path: a file, or a directory that holds one checkpoint.
         dit: for a LoRA: the DiT that it is to fit.
-        expert: for a LoRA of both experts of Wan2.2 A14B: 1 or 2, the one whose tensors are meant.
         strict: for a LoRA: whether all of its keys must fit.
 
     Raises:
         InputError: ``dit`` is given and does not load.
     """
+    shapes = None if dit is None else _parameter_shapes(dit)
     try:
         files = open_weights(path)
         plain = plain_weights(files)
@@ -138,27 +139,20 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, expert: int = 1, str
         return replace(report, problem=f"for: expected a LoRA to hold against a DiT, got {path}: {name}")
     if kind is None:
         return replace(report, problem=f"unknown: its tensors are named like {next(iter(keys), 'nothing')}")
-    report = replace(report, kind=kind.name)
-    if kind.part == "LoRA":
-        return _lora_report(report, path, dit, expert, strict)
-    return _model_report(report, path, kind, files, plain)
-
-
-def _model_report(
-    report: Report, path: Path, kind: Kind, files: WeightFiles, plain: Mapping[str, ScaledTensor]
-) -> Report:
-    if kind.lacks is not None:
-        return replace(report, problem=kind.lacks)
+    report = replace(report, kind=kind.name, problem=kind.lacks)
+    if not report.loads:
+        return report
     try:
-        if kind.part == "DiT":
-            config = dit_config(path)
-            report = replace(report, description=describe_dit(config), details=asdict(config))
-            inspect_dit(path)
-        elif kind.part == "VAE":
-            config = inspect_vae(path)
-            report = replace(report, description=describe_vae(config), details=asdict(config))
+        if kind.part == "LoRA":
+            return _lora_report(report, open_lora(path), dit, shapes, strict)
+        if kind.part in ("DiT", "VAE"):
+            model, describe = (WanDiT, describe_dit) if kind.part == "DiT" else (WanVAE, describe_vae)
+            checkpoint = Checkpoint(path, model)
+            config = checkpoint.config
+            report = replace(report, description=describe(config), details=asdict(config))
+            checkpoint.check()
         elif (problem := quantisation_problem(plain.values())) is not None:
-            return replace(report, problem=problem)
+            raise InputError(problem)
     except InputError as error:
         # All tensors may be listed; the first 20 say enough.
         first, more = str(error).split("; ")[:_LISTED], str(error).split("; ")[_LISTED:]
@@ -169,21 +163,20 @@ def _model_report(
     return replace(report, loaded_by=_LOADED_BY[kind.part])
 
 
-def _lora_report(report: Report, path: Path, dit: Path | None, expert: int, strict: bool) -> Report:
-    shapes = None
-    if dit is not None:
-        with torch.device("meta"):
-            model = WanDiT(inspect_dit(dit))
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    try:
-        file = open_lora(path, expert)
-    except InputError as error:
-        return replace(report, problem=str(error))
+def _parameter_shapes(dit: Path) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = WanDiT(inspect_weights(dit, WanDiT).config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _lora_report(
+    report: Report, file: LoRAFile, dit: Path | None, shapes: Mapping[str, tuple[int, ...]] | None, strict: bool
+) -> Report:
     fit = LoRAFit(file, shapes, strict=strict, model=str(dit or "any Wan DiT"))
     deltas = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
     targets = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in file.deltas)
     details = {
-        "ranks": dict(sorted(file.ranks.items())),
+        "ranks": dict(sorted(Counter(delta.rank for _, delta in deltas if delta.rank).items())),
         "differences": sum(delta.rank is None for _, delta in deltas),
         "targets": dict(sorted(targets.items())),
         # Of the models that it is for.
@@ -198,10 +191,8 @@ def _lora_report(report: Report, path: Path, dit: Path | None, expert: int, stri
         "on " + ", ".join(f"{n.removesuffix('.weight')} x{count}" for n, count in details["targets"].items()),
     ]
     report = replace(report, description="; ".join(filter(None, parts)), details=details, problem=fit.problem)
-    if not report.loads:
-        return report
     loaded_by = f"load_dit(loras=...) and merge_loras{'' if dit is None else f'; it fits {dit}'}"
-    return replace(report, loaded_by=loaded_by, warning=fit.warning)
+    return replace(report, loaded_by=loaded_by, warning=fit.warning) if report.loads else report
 
 
 def _layout(
@@ -260,23 +251,18 @@ def build_parser() -> argparse.ArgumentParser:
         "path", type=parse_path, metavar="FILE_OR_DIR", help="a checkpoint, a LoRA, or a directory of them"
     )
     parser.add_argument("--for", dest="dit", type=parse_path, metavar="DIT", help="the DiT that a LoRA is to fit")
-    parser.add_argument(
-        "--expert", type=int, default=1, choices=(1, 2), help="whose tensors of a LoRA for both experts (default 1)"
-    )
     add_option(parser, "strict_loras")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
 
-def run(path: Path, dit: Path | None, expert: int, strict: bool, as_json: bool) -> int:
+def run(path: Path, dit: Path | None, strict: bool, as_json: bool) -> int:
     """Prints the reports and returns the exit code, the largest of all checkpoints.
 
     Raises:
         InputError: there is nothing to tell, or ``dit`` does not load.
     """
-    if dit is not None:
-        inspect_dit(dit)
-    reports = [inspect_checkpoint(checkpoint, dit, expert, strict) for checkpoint in checkpoints_in(path)]
+    reports = [inspect_checkpoint(checkpoint, dit, strict) for checkpoint in checkpoints_in(path)]
     if as_json:
         print(json.dumps({"path": str(path), "checkpoints": [report.to_json() for report in reports]}, indent=2))
     else:
@@ -287,7 +273,7 @@ def run(path: Path, dit: Path | None, expert: int, strict: bool, as_json: bool) 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_command(lambda: run(args.path, args.dit, args.expert, args.strict_loras, args.json))
+    return run_command(lambda: run(args.path, args.dit, args.strict_loras, args.json))
 
 
 if __name__ == "__main__":

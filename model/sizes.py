@@ -55,9 +55,8 @@ def check_frames(num_frames: int, stride: int = 4) -> int:
 def area_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[int, int]:
     """Returns width and height with about ``area`` pixels in the aspect ratio of ``image_size`` (width, height)."""
     ratio = image_size[0] / image_size[1]
-    return nearest_multiple(round((area * ratio) ** 0.5), multiple), nearest_multiple(
-        round((area / ratio) ** 0.5), multiple
-    )
+    width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    return nearest_multiple(width, multiple), nearest_multiple(height, multiple)
 
 
 def stage_one_size(width: int, height: int, multiple: int) -> tuple[int, int]:

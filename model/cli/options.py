@@ -3,28 +3,26 @@
 # ruff: noqa: RUF009 (the fields of Settings are dataclasses.field, by way of _option)
 from __future__ import annotations
 
-import _thread
 import argparse
 import errno
+import functools
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from model.config import PRESETS
-from model.csg.sampler import MODES, SegmentPlan, plan_segments
+from model.csg.sampler import MODES
 from model.csg.schedule import MOST_STEPS, SHIFTS
-from model.errors import InputError, NoMemoryError, printable
-from model.machine.host import machine_memory
-from model.machine.measure import is_out_of_memory, parse_bytes
+from model.errors import InputError, NoMemoryError, one_line, printable
+from model.machine.measure import full_memory
 from model.pipeline.components import LORA_PARTS, Components
 from model.sizes import MOST_FRAMES, check_pixels
 from model.streaming.placement import MATMUL, QUANTIZE
@@ -71,7 +69,7 @@ def run_command(command: Callable[[], int | None]) -> int:
             default_backend()
         except ValueError as error:  # a word that names no backend
             raise InputError(str(error)) from error
-        with no_interruption_lost(), warnings_in_lines():
+        with warnings_in_lines():
             code = command() or 0
             sys.stdout.flush()  # here, where an interruption and a reader that is gone are handled
             return code
@@ -80,7 +78,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     except NoMemoryError as error:
         told = f"error: {error}"
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if full_memory(error) is None:
             raise
         told = f"error: out of memory; try a smaller --size or fewer --frames ({error})"
     except BrokenPipeError:
@@ -111,31 +109,6 @@ def warnings_in_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def no_interruption_lost() -> Iterator[None]:
-    """Raises an interruption once more if it met a finalizer while the body runs.
-
-    A finalizer and a weak reference's callback, which planning has one of a tensor, have no caller to raise to: Python
-    prints what they raise and goes on, and a run that was told to stop would not.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if unraisable.exc_type is not KeyboardInterrupt:
-            before(unraisable)
-            return
-        # Later and from another thread: here and now it would meet the hook, which has no caller either.
-        timer = threading.Timer(0.02, _thread.interrupt_main)
-        timer.daemon = True
-        timer.start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -173,35 +146,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def count(least: int, most: int = 10**9) -> Callable[[str], int]:
-    """Returns a parser (an argparse type) of integers from ``least`` to ``most``, in the digits 0 to 9."""
-
-    def parse(text: str) -> int:
-        match = re.fullmatch(r"([+-]?)0*([0-9]+)", text.strip())
-        if match is None:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        # Python reads no more than 4300 digits; the first 40 say on which side of the bounds a longer number is.
-        return _between(least, most, int(match[1] + match[2][:40]), text)
-
-    return parse
+    """Returns a parser (an argparse type) of integers from ``least`` to ``most``."""
+    return functools.partial(_parsed, int, f"an integer from {least} to {most}", least, most)
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
     """Returns a parser (an argparse type) of decimal numbers from ``least`` to ``most``."""
-
-    def parse(text: str) -> float:
-        if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text.strip().lower()) is None:
-            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text!r}")
-        return _between(least, most, float(text), text)
-
-    return parse
+    return functools.partial(_parsed, float, f"a number from {least:g} to {most:g}", least, most)
 
 
-def _between(least: float, most: float, value: Any, text: str) -> Any:
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least:g}, got {text.strip()}")
-    if value > most:
-        told = most if isinstance(most, int) else f"{most:g}"
-        raise argparse.ArgumentTypeError(f"expected at most {told}, got {text.strip()}")
+def _parsed(kind: type, wanted: str, least: float, most: float, text: str) -> Any:
+    try:
+        value = kind(text)
+        # Python also reads 1_000 and other scripts' digits; NaN is in no range.
+        fits = text.isascii() and "_" not in text and least <= value <= most
+    except ValueError:
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
     return value
 
 
@@ -210,46 +172,46 @@ positive, not_negative = count(1), count(0)
 
 def parse_path(text: str) -> Path:
     """Parses the name of a file or folder (an argparse type), which need not be there."""
-    problem = None
-    if not text.strip():
-        problem = "a name"
-    elif re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text):
-        problem = "a name in UTF-8 without control characters"
-    elif max(len(part.encode()) for part in text.split(os.sep)) > _NAME_MAX:
-        problem = f"names of at most {_NAME_MAX} bytes"
-    elif len(os.path.abspath(text).encode()) > _PATH_MAX:
-        problem = f"a path of at most {_PATH_MAX} bytes"
+    if not text.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"expected a name in UTF-8 without control characters, got {text!r}")
+    names, path = text.split(os.sep), os.path.abspath(text)
+    if max(len(name.encode()) for name in names) > _NAME_MAX or len(path.encode()) > _PATH_MAX:
+        raise argparse.ArgumentTypeError(
+            f"expected names of at most {_NAME_MAX} and a path of at most {_PATH_MAX} bytes, got {text!r}"
+        )
     try:
-        if problem is None:
-            os.stat(text)
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            problem = f"a name that can be looked up ({error.strerror})"
-    if problem is not None:
-        raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
+        expected = f"expected a name that can be looked up ({error.strerror})"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from error
     return Path(text)
-
-
-def parse_file(text: str) -> Path:
-    """Parses the name of a file (an argparse type), which need not be there, and is not that of a folder."""
-    if text.endswith(("/", os.sep)):
-        raise argparse.ArgumentTypeError(f"expected the name of a file, got {text!r}")
-    return parse_path(text)
 
 
 def parse_prompt(text: str) -> str:
     """Parses a prompt (an argparse type): any text that can be written down."""
     if len(text) > MOST_PROMPT:
         raise argparse.ArgumentTypeError(f"expected at most {MOST_PROMPT} characters, got {len(text)}")
-    odd = re.search(r"[\0\ud800-\udfff]", text)
-    if odd is not None:
-        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {odd[0]!r} as character {odd.start() + 1}")
+    if re.search(r"[\0\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8 without zero bytes, got {text!r}")
     return text
 
 
-#: Titles of the groups of options in the help.
-GROUPS = ("model", "segments", "machine", "memory", "LoRAs", "a run that goes on")
-MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS = GROUPS
+def parse_lora(text: str) -> LoRA:
+    """Parses ``few_step.safetensors:0.8`` (an argparse type), a file and its strength, which is 1 if it is left out."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        path, strength = text, "1"
+    try:
+        return LoRA(parse_path(path), number(-MOST_STRENGTH, MOST_STRENGTH)(strength))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected FILE or FILE:STRENGTH, got {text!r}: {error}") from error
+
+
+#: Titles of the groups of options in the help; the options of the first are in no group there.
+GROUPS = (None, "model", "segments", "machine", "memory", "LoRAs", "a run that goes on")
+CLIP, MODEL, SEGMENTS, MACHINE, MEMORY, LORAS, RUNS = GROUPS
 _ABOUT = {
     MEMORY: "weights, tiles and formats are chosen so that a run fits; python -m model.plan shows how",
     LORAS: "FILE or FILE:STRENGTH (default 1), merged as the weights are read; each option may be repeated",
@@ -264,16 +226,16 @@ refuse a LoRA if any of its keys does not fit; else keys that the model has no p
 long as half of the file fits"""
 
 
-def _option(group: str | None, default: Any, help: str, flag: str | None = None, **how: Any) -> Any:
-    """Returns a field of :class:`Settings` with the option of a group that sets it.
+def _option(group: str | None, default: Any, help: str, **how: Any) -> Any:
+    """Returns a field of :class:`Settings` with the option that sets it; ``how`` is what ``add_argument`` takes."""
+    if isinstance(default, bool):
+        how["action"] = argparse.BooleanOptionalAction
+    return field(default=default, metadata={"group": group, "how": {**how, "help": help}})
 
-    ``flag`` is ``--`` and the field's name unless it is given, ``how`` what else ``add_argument`` takes.
-    """
-    return field(default=default, metadata={"group": group, "flag": flag, "how": {**how, "help": help}})
 
-
-def _loras(part: str, flag: str) -> Any:
-    return _option(LORAS, (), f"for {part} of --weights", flag, action="append", metavar="FILE[:STRENGTH]")
+def _loras(part: str) -> Any:
+    about = f"for {part} of --weights"
+    return _option(LORAS, (), about, action="append", type=parse_lora, metavar="FILE[:STRENGTH]")
 
 
 @dataclass(frozen=True)
@@ -284,17 +246,18 @@ class Settings:
     """
 
     photo: Path | None = _option(
-        None, None, "the first frame: any image that Pillow reads", "photo", metavar="PHOTO", nargs="?", type=parse_file
+        CLIP, None, "the first frame: any image that Pillow reads", metavar="PHOTO", nargs="?", type=parse_path
     )
-    out: Path | None = _option(None, None, "the video to write", type=parse_file, metavar="FILE.mp4")
-    prompt: str = _option(None, "", "what should happen; needs a text encoder in --weights", type=parse_prompt)
+    out: Path | None = _option(CLIP, None, "the video to write", type=parse_path, metavar="FILE.mp4")
+    prompt: str = _option(CLIP, "", "what should happen; needs a text encoder in --weights", type=parse_prompt)
     text_embeddings: Path | None = _option(
-        None, None, "precomputed, one safetensors tensor [L, D]", type=parse_file, metavar="FILE"
+        CLIP, None, "precomputed, one safetensors tensor [L, D]", type=parse_path, metavar="FILE"
     )
-    size: str | None = _option(None, None, "default: the preset's area in the photograph's aspect ratio", metavar="WxH")
-    frames: int | None = _option(None, None, "1 + 4n (default 81)", type=count(1, MOST_FRAMES))
-    fps: int | None = _option(None, None, "frames a second (default: the preset's)", type=count(1, MOST_FPS))
-    mode: str = _option(None, "bidirectional", "how Stage II runs (default bidirectional)", choices=MODES)
+    size: str | None = _option(CLIP, None, "default: the preset's area in the photograph's aspect ratio", metavar="WxH")
+    frames: int | None = _option(CLIP, None, "1 + 4n (default 81)", type=count(1, MOST_FRAMES))
+    fps: int | None = _option(CLIP, None, "frames a second (default: the preset's)", type=count(1, MOST_FPS))
+    mode: str = _option(CLIP, "bidirectional", "how Stage II runs (default bidirectional)", choices=MODES)
+    device: str = _option(CLIP, "auto", "auto, cpu or cuda (default auto)")
 
     preset: str | None = _option(MODEL, None, f"one of {', '.join(PRESETS)}; see below")
     weights: Path | None = _option(MODEL, None, "checkpoints (default: random weights)", type=parse_path, metavar="DIR")
@@ -306,114 +269,101 @@ class Settings:
     blocks: int = _option(SEGMENTS, 3, "latent frames a segment (default 3)", type=positive, metavar="M")
     left: int = _option(SEGMENTS, 1, "neighbours before it (default 1)", type=not_negative, metavar="N")
     right: int = _option(SEGMENTS, 0, "neighbours after it (default 0)", type=not_negative, metavar="N")
-    anchor: bool = _option(
-        SEGMENTS, True, "an ablation: windows without the input image's block", "--no-anchor", action="store_false"
-    )
+    anchor: bool = _option(SEGMENTS, True, "the input image's block in every window; without it: an ablation")
 
-    device: str = _option(MACHINE, "auto", "auto, cpu or cuda (default auto)")
     dtype: str = _option(MACHINE, "auto", "dtype of the DiTs", choices=("auto", "float32", "bfloat16", "float16"))
     vae_memory: str = _option(
         MACHINE, "auto", "what the VAE may take, such as 4GB, in exact tiles (default: what there is)", metavar="SIZE"
     )
-    cuda_graph: bool = _option(
-        MACHINE, True, "launch every step anew, not as a CUDA graph", "--no-cuda-graph", action="store_false"
-    )
+    cuda_graph: bool = _option(MACHINE, True, "launch steps as CUDA graphs, else each anew")
 
     vram: str = _option(MEMORY, "auto", "memory of the card, such as 12GB (default auto: all of it)", metavar="SIZE")
     ram: str = _option(MEMORY, "auto", "memory of the machine; none: no limit (default auto: all)", metavar="SIZE")
     quantize: str = _option(MEMORY, "auto", _QUANTIZE, choices=("auto", *QUANTIZE))
     matmul: str = _option(MEMORY, "plain", "in --dtype, or 8bit, which changes numbers (default plain)", choices=MATMUL)
 
-    stage1_loras: Sequence[str] = _loras("stage1", "--stage1-lora")
-    stage1_low_noise_loras: Sequence[str] = _loras("stage1_low_noise", "--stage1-low-noise-lora")
-    stage2_loras: Sequence[str] = _loras("stage2", "--stage2-lora")
-    strict_loras: bool = _option(LORAS, False, _STRICT, action="store_true")
+    stage1_lora: Sequence[LoRA] = _loras("stage1")
+    stage1_low_noise_lora: Sequence[LoRA] = _loras("stage1_low_noise")
+    stage2_lora: Sequence[LoRA] = _loras("stage2")
+    strict_loras: bool = _option(LORAS, False, _STRICT)
 
     resume: Path | None = _option(RUNS, None, "go on with the run in DIR", type=parse_path, metavar="DIR")
     state: Path | None = _option(RUNS, None, "default: FILE.run beside FILE.mp4", type=parse_path, metavar="DIR")
-    keep_state: bool = _option(RUNS, False, "leave the folder when the video is complete", action="store_true")
-    restart: bool = _option(RUNS, False, "begin anew where the folder holds an unfinished run", action="store_true")
+    keep_state: bool = _option(RUNS, False, "leave the folder when the video is complete")
+    restart: bool = _option(RUNS, False, "begin anew where the folder holds an unfinished run")
 
 
 OPTIONS = {one.name: one for one in fields(Settings)}
+#: Options that a resumed run may be given anew: those that say how a machine does it, not what is made, and those that
+#: say where things are. What these are is told by fingerprints, so that a run can go on elsewhere.
+PATHS = ("photo", "out", "weights", "text_embeddings")
+CHANGEABLE = (*PATHS, *(f"{part}_lora" for part in LORA_PARTS), "device", "vram", "ram", "vae_memory", "cuda_graph")
+#: The options that a run is kept with: all but those about the state of a run.
+STORED = [name for name, one in OPTIONS.items() if one.metadata["group"] != RUNS]
 
 
 def flag_of(name: str) -> str:
-    """Returns how a field of :class:`Settings` is called as an option."""
-    return f"--{name.replace('_', '-')}"
+    """Returns how a field of :class:`Settings` is called on a command line."""
+    return name if name == "photo" else f"--{name.replace('_', '-')}"
 
 
-def add_option(parser: argparse._ActionsContainer, name: str, **default: Any) -> None:
-    """Adds the option of one field of :class:`Settings`, with another ``default`` if one is given."""
+def add_option(parser: argparse._ActionsContainer, name: str, **other: Any) -> None:
+    """Adds the option of one field of :class:`Settings`; ``other`` is what ``add_argument`` is to take instead."""
     one = OPTIONS[name]
     # argparse appends to lists alone.
-    start = [] if one.default == () else one.default
-    flag, how = one.metadata["flag"] or flag_of(name), {"default": start, **one.metadata["how"], **default}
-    parser.add_argument(flag, **({"dest": name} if flag.startswith("-") else {}), **how)
+    default = [] if one.default == () else one.default
+    parser.add_argument(flag_of(name), **{"default": default, **one.metadata["how"], **other})
 
 
-def add_options(parser: argparse.ArgumentParser, *groups: str | None, without: str | None = None) -> None:
-    """Adds the options of groups, each under its title, or those of no group (None); one field may be left out."""
+def add_options(parser: argparse.ArgumentParser, *groups: str | None) -> None:
+    """Adds the options of groups, each under its title."""
     for title in groups:
         group = parser if title is None else parser.add_argument_group(title, _ABOUT.get(title))
         for name, one in OPTIONS.items():
-            if one.metadata["group"] == title and name != without:
+            if one.metadata["group"] == title:
                 add_option(group, name)
 
 
-def parse_ram(text: str) -> int | None:
-    """Returns the bytes of ``--ram``: ``auto`` is :func:`machine_memory`, ``none`` no limit.
+def resumed(given: Settings, job: Mapping[str, Any]) -> Settings:
+    """Returns what a stored job was asked for; of ``given`` it has what is about machine, places and the run's state.
+
+    Args:
+        given: the options that were given with ``--resume``.
+        job: as ``ClipSettings.description`` returns it, but read from a file that anybody may have written.
 
     Raises:
-        InputError: another form.
+        InputError: another option was given, which would be another run, or the job is none of this program.
     """
-    return None if text == "none" else machine_memory() if text == "auto" else parse_bytes("ram", text)
+    new = {name: getattr(given, name) for name in STORED if getattr(given, name) not in (OPTIONS[name].default, [])}
+    other = [flag_of(name) for name in new if name not in CHANGEABLE]
+    if other:
+        allowed = ", ".join(map(flag_of, CHANGEABLE))
+        raise InputError(f"resume: the run has its options; got {', '.join(other)} too. New may be only {allowed}")
+    if not isinstance(job.get("inputs", {}).get("photo"), str):
+        raise InputError("resume: the stored run has no fingerprint of its photograph")
+    parser = _StoredParser(add_help=False, allow_abbrev=False)
+    add_options(parser, *(group for group in GROUPS if group != RUNS))
+    stored = vars(parser.parse_args(_words(job.get("arguments", {}))))
+    return replace(given, **stored | new)
 
 
-def segment_plan(given: Settings, num_blocks: int) -> SegmentPlan:
-    """Returns the plan that the segment options ask for.
+class _StoredParser(CommandParser):
+    """A parser of a stored run's options: what is wrong with them is an error of that run."""
 
-    Raises:
-        InputError: there is no such plan.
-    """
-    return plan_segments(num_blocks, given.blocks, given.left, given.right, given.anchor)
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"resume: the stored run: {one_line(message)}")
 
 
-def parse_lora(text: str, expert: int = 1, strict: bool = False) -> LoRA:
-    """Parses ``"few_step.safetensors:0.8"`` as ``LoRA("few_step.safetensors", 0.8)``; the default strength is 1.
-
-    Raises:
-        InputError: the text after the colon is no finite number.
-    """
-    path, colon, strength = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        path, strength = text, "1"
-    try:
-        file = parse_path(path)
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"lora: {error}") from error
-    try:
-        return LoRA(file, number(-MOST_STRENGTH, MOST_STRENGTH)(strength), expert, strict)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise InputError(f"lora: expected FILE or FILE:STRENGTH, a finite number, got {text!r}") from error
-
-
-def chosen_loras(given: Settings) -> dict[str, list[LoRA]]:
-    """Returns the LoRAs of the options, by part of the weights.
-
-    Raises:
-        InputError: one is not understood, or there are no ``--weights`` that it could go to.
-    """
-    chosen = {
-        part: [
-            parse_lora(text, 2 if part == "stage1_low_noise" else 1, given.strict_loras)
-            for text in getattr(given, f"{part}_loras")
-        ]
-        for part in LORA_PARTS
-    }
-    if given.weights is None and any(chosen.values()):
-        raise InputError("lora: expected --weights too, since random weights are nothing that a LoRA was made for")
-    return chosen
+def _words(stored: Mapping[str, Any]) -> list[str]:
+    """Returns a stored job's options as the words of a command line, which its parser then checks."""
+    words = []
+    for name, value in stored.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool):
+                words.append(flag_of(name if one else f"no_{name}"))
+            elif one is not None:
+                words.append(f"{flag_of(name)}={one}" if name != "photo" else str(one))
+    return words
 
 
 def build_components(

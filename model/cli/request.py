@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.cli.options import (
-    OPTIONS,
-    RUNS,
-    Settings,
-    build_components,
-    chosen_loras,
-    flag_of,
-    parse_ram,
-    parse_size,
-    pick_device,
-    pick_dtype,
-    segment_plan,
-)
+from model.cli.options import PATHS, STORED, Settings, build_components, parse_size, pick_device, pick_dtype
 from model.config import get_preset
-from model.csg.sampler import SegmentPlan, plan_for
+from model.csg.sampler import SegmentPlan, plan_for, plan_segments
 from model.csg.schedule import flow_sigmas
-from model.errors import InputError, one_line
+from model.errors import InputError
 from model.machine.cards import chosen_gpu, device_options
+from model.machine.host import machine_memory
 from model.machine.measure import parse_bytes
 from model.memory.report import MemoryPlan, describe_placement
 from model.memory.request import USABLE, DiTRequest, MemoryRequest
 from model.pipeline.components import LORA_PARTS, Components
-from model.resume.fingerprint import fingerprint, fingerprint_file, fingerprint_random
-from model.resume.state import device_name
+from model.resume.fingerprint import fingerprint, fingerprint_file
+from model.resume.job import device_name
 from model.sizes import area_size, check_frames, check_size, size_multiple, stage_one_size
 from model.streaming.placement import NO_TENSORS
 from model.weights.files import open_weights
@@ -46,12 +34,6 @@ from model.weights.lora_files import open_lora
 
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
 TEXT_ENCODER_BYTES = 11_360_000_000
-#: Options that a resumed run may be given anew: those that say how a machine does it, not what is made, and those that
-#: say where things are. What these are is told by fingerprints, so that a run can go on elsewhere.
-_PATHS = ("photo", "out", "weights", "text_embeddings")
-CHANGEABLE = (*_PATHS, *(f"{part}_loras" for part in LORA_PARTS), "device", "vram", "ram", "vae_memory", "cuda_graph")
-#: The options that a run is kept with: all but those about the state of a run.
-_STORED = {name: one for name, one in OPTIONS.items() if one.metadata["group"] != RUNS}
 
 
 @dataclass(frozen=True)
@@ -70,9 +52,8 @@ class ClipSettings(Settings):
     torch_device: torch.device = field(init=False)
     torch_dtype: torch.dtype = field(init=False)
     loras: Mapping[str, list[LoRA]] = field(init=False)
-    #: (width, height) of the clip and of Stage I.
+    #: (width, height) of the clip.
     pixels: tuple[int, int] = field(init=False)
-    motion_pixels: tuple[int, int] = field(init=False)
     plan: SegmentPlan = field(init=False)
     sigmas_one: list[float] = field(init=False)
     sigmas_two: list[float] = field(init=False)
@@ -84,12 +65,12 @@ class ClipSettings(Settings):
         device = pick_device(self.device)
         dtype = pick_dtype(self.dtype, device)
         limits = {
-            "ram": parse_ram(self.ram),
-            "vae_limit": None if self.vae_memory == "auto" else parse_bytes("vae-memory", self.vae_memory),
-            "vram": None if self.vram == "auto" else parse_bytes("vram", self.vram),
+            "ram": None if self.ram == "none" else _bytes_of("ram", self.ram, machine_memory()),
+            "vae_limit": _bytes_of("vae-memory", self.vae_memory, None),
+            "vram": _bytes_of("vram", self.vram, None),
         }
         size = None if self.size is None else parse_size(self.size)
-        loras = chosen_loras(self)
+        loras = self._chosen_loras()
         models = build_components(self, device, dtype, loras)
         multiple = size_multiple(models.vae_config, models.stage_two_config)
         if size is None:
@@ -99,7 +80,6 @@ class ClipSettings(Settings):
         check_size(*size, multiple)
         frames = defaults.num_frames if self.frames is None else self.frames
         blocks = check_frames(frames, models.vae_config.temporal_stride)
-        motion_multiple = size_multiple(models.stage_one_vae_config, models.stage_one_config)
         # The fields of a frozen object, for which dataclasses have no other way.
         vars(self).update(
             size=f"{size[0]}x{size[1]}",
@@ -110,12 +90,23 @@ class ClipSettings(Settings):
             torch_dtype=dtype,
             loras=loras,
             pixels=size,
-            motion_pixels=stage_one_size(*size, motion_multiple),
-            plan=plan_for(self.mode, segment_plan(self, blocks)),
+            plan=plan_for(self.mode, plan_segments(blocks, self.blocks, self.left, self.right, self.anchor)),
             sigmas_one=flow_sigmas(self.stage1_steps, self.shift),
             sigmas_two=flow_sigmas(self.steps, self.shift),
             limits=limits,
         )
+
+    def _chosen_loras(self) -> dict[str, list[LoRA]]:
+        chosen = {
+            part: [
+                replace(lora, expert=2 if part == "stage1_low_noise" else 1, strict=self.strict_loras)
+                for lora in getattr(self, f"{part}_lora")
+            ]
+            for part in LORA_PARTS
+        }
+        if self.weights is None and any(chosen.values()):
+            raise InputError("lora: expected --weights too, since random weights are nothing that a LoRA was made for")
+        return chosen
 
     def memory(self, **machine: Any) -> MemoryRequest:
         """Returns the request to the memory planner, from models, options and the machine, or from another ``machine``
@@ -137,12 +128,14 @@ class ClipSettings(Settings):
     def description(self, memory: MemoryPlan, photo: str | None = None) -> dict[str, Any]:
         """Returns the job of these settings, as :class:`model.resume.state.RunState` keeps it.
 
+        Beside the options it has what options and this program make of them, and what they only name.
+
         Args:
             memory: the plan by which it runs.
             photo: fingerprint of the photograph, if it is not there to be read any more.
         """
         weights = {
-            "preset": f"{fingerprint_random(self.preset or 'tiny', self.seed)}, drawn on {self.torch_device.type}"
+            "preset": f"random weights of {self.preset or 'tiny'}, seed {self.seed}, drawn on {self.torch_device.type}"
         }
         if self.components.weights is not None:
             weights = {
@@ -154,7 +147,6 @@ class ClipSettings(Settings):
         return {
             "inputs": {
                 "photo": photo or fingerprint_file(self.photo, "image"),
-                "prompt": self.prompt,
                 "text_embeddings": None if text is None else fingerprint_file(text, "text-embeddings"),
                 "weights": weights,
                 "loras": {
@@ -164,15 +156,10 @@ class ClipSettings(Settings):
             },
             "request": {
                 "size": list(self.pixels),
-                "frames": self.frames,
-                "fps": self.fps,
-                "mode": self.mode,
                 "windows": [[list(window.conditioning), list(window.noisy)] for window in self.plan],
                 "stage1_sigmas": self.sigmas_one,
                 "stage2_sigmas": self.sigmas_two,
-                "seed": self.seed,
                 "dtype": str(self.torch_dtype).removeprefix("torch."),
-                "matmul": self.matmul,
             },
             "machine": {
                 "device": device_name(self.torch_device),
@@ -188,14 +175,18 @@ class ClipSettings(Settings):
         }
 
     def _arguments(self) -> dict[str, Any]:
-        """Returns the options as :func:`resumed` reads them: paths are text that means the same from any folder."""
-        found = {name: getattr(self, name) for name in _STORED}
-        for name in _PATHS:
+        """Returns the options as ``resumed`` reads them: paths are text that means the same from any folder."""
+        found = {name: getattr(self, name) for name in STORED}
+        for name in PATHS:
             found[name] = None if found[name] is None else str(found[name].absolute())
         return found | {
-            f"{part}_loras": [f"{lora.path.absolute()}:{lora.strength!r}" for lora in chosen]
+            f"{part}_lora": [f"{lora.path.absolute()}:{lora.strength!r}" for lora in chosen]
             for part, chosen in self.loras.items()
         }
+
+
+def _bytes_of(name: str, text: str, auto: int | None) -> int | None:
+    return auto if text == "auto" else parse_bytes(name, text)
 
 
 def _fingerprint_lora(lora: LoRA) -> str:
@@ -208,106 +199,36 @@ def _fingerprint_lora(lora: LoRA) -> str:
 
 
 def request_for(
-    components: Components,
-    *,
-    size: tuple[int, int],
-    from_files: bool | None = None,
-    text_encoder: bool = False,
-    **options: Any,
+    components: Components, *, size: tuple[int, int], text_encoder: bool = False, **options: Any
 ) -> MemoryRequest:
-    """Returns the memory request for the models of a command.
+    """Returns the memory request for the models of a command, and a clip of ``size`` (width, height).
 
-    Args:
-        components: the models.
-        size: (width, height) of the clip.
-        from_files: whether layers can be read from files in every pass; None: where there are checkpoints.
-        text_encoder: whether the run has UMT5.
-        options: the other fields of the request.
+    ``text_encoder`` says whether the run has UMT5, and ``options`` are the other fields of the request. Layers can be
+    read from files in every pass where there are checkpoints, unless ``from_files`` among the options says otherwise.
 
     Raises:
         InputError: something does not fit.
     """
     check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
     multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
-
-    def dit(part: str) -> DiTRequest:
-        config = components.stage_two_config if part == "stage2" else components.stage_one_config
-        return DiTRequest(config, components.stored.get(part, NO_TENSORS))
-
+    one, two, stored = components.stage_one_config, components.stage_two_config, components.stored
+    low = None if components.low_noise is None else DiTRequest(one, stored.get("stage1_low_noise", NO_TENSORS))
     return MemoryRequest(
-        stage_one=dit("stage1"),
-        stage_two=dit("stage2"),
-        low_noise=None if components.low_noise is None else dit("stage1_low_noise"),
+        stage_one=DiTRequest(one, stored.get("stage1", NO_TENSORS)),
+        stage_two=DiTRequest(two, stored.get("stage2", NO_TENSORS)),
+        low_noise=low,
         vae=components.vae_config,
         motion_vae=None if components.stage_one_vae is None else components.stage_one_vae_config,
         size=size,
         motion_size=stage_one_size(*size, multiple),
-        from_files=components.weights is not None if from_files is None else from_files,
         text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,
-        **options,
+        **{"from_files": components.weights is not None, **options},
     )
 
 
 def _encoder_bytes(components: Components, capability: int | None) -> int:
-    """Returns the bytes of the text encoder that there is, or of UMT5-XXL's.
-
-    Without a GPU it runs in float32 (model/pipeline/encoders.py).
-    """
-    itemsize = 2 if capability else 4
+    """Returns the bytes of the text encoder that there is, or of UMT5-XXL's."""
+    itemsize = 2 if capability else 4  # without a GPU it runs in float32
     if components.text_encoder is None:
         return TEXT_ENCODER_BYTES // 2 * itemsize
     return itemsize * sum(tensor.numel for tensor in open_weights(components.text_encoder).tensors.values())
-
-
-def resumed(given: Settings, job: Mapping[str, Any]) -> Settings:
-    """Returns what a stored job was asked for; of ``given`` it has what is about machine, places and the run's state.
-
-    Args:
-        given: the options that were given with ``--resume``.
-        job: as :meth:`ClipSettings.description` returns it, but read from a file that anybody may have written.
-
-    Raises:
-        InputError: another option was given, which would be another run, or the job is none of this program.
-    """
-    new = {name: getattr(given, name) for name, one in _STORED.items() if getattr(given, name) not in (one.default, [])}
-    other = [flag_of(name) for name in new if name not in CHANGEABLE]
-    if other:
-        raise InputError(
-            f"resume: the run has its options; got {', '.join(other)} too. New may be those of the machine and of"
-            " places: PHOTO, --out, --weights, --text-embeddings, LoRAs, --device, --vram, --ram, --vae-memory"
-        )
-    stored = job.get("arguments", {})
-    different = stored.keys() ^ _STORED.keys()
-    if different:
-        raise InputError(
-            f"resume: the stored run and this program differ in options: {', '.join(map(one_line, sorted(different)))}"
-        )
-    if not isinstance(job.get("inputs", {}).get("photo"), str):
-        raise InputError("resume: the stored run has no fingerprint of its photograph")
-    return replace(given, **{name: _stored_option(_STORED[name], value) for name, value in stored.items()} | new)
-
-
-def _stored_option(option: Field[Any], stored: Any) -> Any:
-    """Returns an option of a stored run as the parser gives it.
-
-    Raises:
-        InputError: the parser would give no such value.
-    """
-    how, value = option.metadata["how"], stored
-    if isinstance(option.default, bool):
-        fits = isinstance(stored, bool)
-    elif option.default == ():
-        fits = isinstance(stored, list) and all(isinstance(text, str) for text in stored)
-    elif stored is None:
-        fits = option.default is None and option.name not in ("photo", "out")
-    else:
-        try:
-            value = how.get("type", str)(str(stored))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InputError(f"resume: {option.name} of the stored run: {error}") from error
-        # In JSON a path is text, and every other value is what it is: 7 is neither 7.0 nor true.
-        written = str(value) if isinstance(value, Path) else value
-        fits = written == stored and type(written) is type(stored) and stored in how.get("choices", [stored])
-    if not fits:
-        raise InputError(f"resume: {option.name} of the stored run: expected what the option gives, got {stored!r}")
-    return value

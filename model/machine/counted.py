@@ -7,15 +7,13 @@ operator allocates and frees inside itself (a convolution's workspace, for examp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from model.machine.host import Host
 
 _elsewhere = False
 _ATEN = torch.ops.aten
@@ -75,20 +73,6 @@ class TensorMemory(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
-
-
-class CountedHost(Host):
-    """The host memory of a run on ``meta`` tensors, whose tensors do not count."""
-
-    def __init__(self, enabled: bool):
-        super().__init__(torch.device("meta"), enabled)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        with elsewhere() if self.enabled else nullcontext():
-            return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-    def fetch(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.empty(x.shape, dtype=x.dtype, device="meta") if self.enabled else x
 
 
 def _without_memory(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:

@@ -45,12 +45,8 @@ class Finite:
                 raise NotFiniteError(f"{self._name}: {found}{' ' * bool(where)}{where}")
 
 
-def check_finite(name: str, tensor: Tensor, where: str = "") -> None:
-    """Checks one tensor (:class:`Finite`).
-
-    Raises:
-        NotFiniteError: it holds NaN or infinity.
-    """
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises :class:`NotFiniteError`, whose message begins with ``name``, if a tensor holds NaN or infinity."""
     finite = Finite(name)
-    finite.note(tensor, where)
+    finite.note(tensor)
     finite.check()

@@ -8,12 +8,14 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from model.machine.counted import elsewhere
 
 PAGE = 4096
 
@@ -21,21 +23,31 @@ PAGE = 4096
 class Host:
     """Host memory to which tensors of ``device`` move while they wait, if ``enabled`` and the device is not the CPU.
 
-    Copies are ordered with the work on the current stream; those to pinned memory do not stop it.
+    Copies are ordered with the work on the current stream; those to pinned memory do not stop it. Pinned buffers are
+    given out again when the tensors in them are gone: everything that reads or writes them is on one stream, so a
+    buffer's next use comes after its last. Of tensors on ``meta`` those that wait are there too, and do not count.
     """
 
     def __init__(self, device: torch.device, enabled: bool):
         self.device = device
         self.enabled = enabled and device.type != "cpu"
-        self._pool = PinnedPool(device) if self.enabled and device.type == "cuda" else None
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Returns memory, not initialised, for what is assembled while tiles come and go."""
-        if not self.enabled:
+        if self.enabled and self.device.type == "cuda":
+            return self._pinned(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+        with elsewhere() if self.enabled else nullcontext():
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        if self._pool is None:
-            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        return self._pool.take(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+
+    def _pinned(self, size: int) -> Tensor:
+        """Returns ``size`` bytes of pinned memory, uint8, which are free again when nothing looks at them."""
+        free = self._free[size]
+        flat = free.pop() if free else pinned_bytes(size, self.device)
+        # The tensor that is given out holds the array, and the end of the array gives the buffer back.
+        lease = flat.numpy()
+        weakref.finalize(lease, _give_back, weakref.ref(self), flat).atexit = False
+        return torch.from_numpy(lease)
 
     def near(self, target: Tensor) -> Tensor:
         """Returns memory on the device for what belongs into ``target``: ``target`` itself where nothing is moved."""
@@ -43,61 +55,33 @@ class Host:
 
     def park(self, x: Tensor) -> Tensor:
         """Returns ``x`` in host memory, for later, or ``x`` itself where nothing is moved."""
-        if not self.enabled:
-            return x
         # The copy is dense even if ``x`` is a view into something larger.
-        return self.empty(x.shape, x.dtype).copy_(x, non_blocking=True)
+        return self.empty(x.shape, x.dtype).copy_(x, non_blocking=True) if self.enabled else x
 
     def fetch(self, x: Tensor) -> Tensor:
         """Returns a parked tensor, or a part of it, on the device again."""
-        return x.to(self.device, non_blocking=True) if self.enabled else x
+        return self.near(x).copy_(x, non_blocking=True) if self.enabled else x
 
 
-class PinnedPool:
-    """Pinned buffers that are given out again when the tensors in them are gone.
-
-    Everything that reads or writes them is on one stream, so a buffer's next use comes after its last.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._free: dict[int, list[Tensor]] = defaultdict(list)
-
-    def take(self, size: int) -> Tensor:
-        """Returns ``size`` bytes, uint8, which come back to the pool by themselves."""
-        if not size:
-            return torch.empty(0, dtype=torch.uint8, device="cpu")
-        free = self._free[size]
-        flat = free.pop() if free else pinned_bytes(size, self._device)
-        # The tensor that is given out holds the lease, and the end of the lease gives the buffer back.
-        lease = flat.numpy().view(_Lease)
-        weakref.finalize(lease, _give_back, weakref.ref(self), flat).atexit = False
-        return torch.from_numpy(lease)
-
-
-def _give_back(pool: weakref.ref[PinnedPool], flat: Tensor) -> None:
-    alive = pool()
+def _give_back(host: weakref.ref[Host], flat: Tensor) -> None:
+    alive = host()
     if alive is not None:
         alive._free[flat.numel()].append(flat)
 
 
-class _Lease(np.ndarray):
-    """A view of a buffer whose end can be watched."""
-
-
 def pinned_bytes(size: int, device: torch.device) -> Tensor:
-    """Returns ``size`` bytes of host memory, uint8, that a GPU copies from and to without a stop.
+    """Returns ``size`` bytes of host memory, uint8, that ``device``, if it is a GPU, copies from and to without a stop.
 
     torch's own pinned memory is rounded up to a power of two (706 MB become 1,074 MB) and never given back; this memory
     is registered as it is, in whole pages that it shares with nothing. Where registering fails, it stays ordinary
     memory, and a warning says that copies are slower.
     """
+    if not size or device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     whole = -(-size // PAGE) * PAGE
     base = torch.empty(whole + PAGE, dtype=torch.uint8, device="cpu")
     start = -base.data_ptr() % PAGE
     flat = base[start : start + size]
-    if not size:
-        return flat
     code = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), whole, 0))
     if code != 0:
         _clear_error(device)

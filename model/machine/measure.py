@@ -115,11 +115,6 @@ def full_memory(error: BaseException) -> str | None:
     return "device" if isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_IS_FULL) else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an exception says that the memory of the device or of the host is full."""
-    return full_memory(error) is not None
-
-
 def format_bytes(count: float) -> str:
     """Returns ``21.1 GB``, ``0.35 GB`` or ``4.1 MB``: units of 10^9 or 10^6 bytes, as cards are sold."""
     if count < 1e8:

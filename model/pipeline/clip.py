@@ -22,6 +22,7 @@ from model.dit.model import WanDiT
 from model.machine.host import Host, release
 from model.pipeline.components import Components
 from model.pipeline.stages import decode_frames, make_motion, make_reference, motion_condition
+from model.streaming.placement import Placement
 from model.vae.model import WanVAE
 from model.vae.tiles import VAEPlans
 
@@ -51,12 +52,9 @@ class ClipJob:
     cuda_graph: bool = True
     #: Whether the VAEs leave the device while Stage I's DiT is on it.
     vae_waits: bool = False
-    #: Makes the host memory in which the VAE keeps what waits, told whether its plan parks; None: as its plans say.
-    host: Callable[[bool], Host] | None = None
-
-    def waiting(self, park: bool) -> Host | None:
-        """Returns the memory in which a plan that parks, or does not, keeps what waits; None: as the plan says."""
-        return None if self.host is None else self.host(park)
+    #: Where the layers of each stage's DiT are, those of both experts of Stage I alike; None: all on the device.
+    stage_one_at: Placement | None = None
+    stage_two_at: Placement | None = None
 
 
 class Watcher:
@@ -121,7 +119,6 @@ def make_condition(
                 lambda block, blocks: watcher.step("reference", block, blocks, f"block {block}/{blocks}"),
                 plan=plans.reference,
                 motion_plan=plans.motion,
-                host=job.waiting(plans.reference.park),
             )
     del vae_one, motion
     vae.drop_encoder()
@@ -135,32 +132,32 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
     with watcher.stage("Stage I"):
         picture, blocks = job.low_picture.to(device), job.plan.num_blocks
         condition = motion_condition(vae_one, components.stage_one_config, picture, blocks, job.vae_plans.condition)
-        host = (job.waiting(True) or Host(device, True)) if job.vae_waits else None
-        parameters = [p for vae in vaes for p in vae.parameters()] if host else []
+        host, waiting = Host(device, True), vaes if job.vae_waits else set()
+        parameters = [p for vae in waiting for p in vae.parameters()]
         for p in parameters:
             p.data = host.park(p.data)
         release(device)
         motion = make_motion(
-            partial(_loaded, watcher, components.stage_one),
+            partial(_loaded, watcher, components.stage_one, job.stage_one_at),
             condition,
             job.text,
             job.image_one,
             sigmas=job.sigmas_one,
             seed=job.seed,
-            low_noise_dit=components.low_noise and partial(_loaded, watcher, components.low_noise),
+            low_noise_dit=components.low_noise and partial(_loaded, watcher, components.low_noise, job.stage_one_at),
             cuda_graph=job.cuda_graph,
             on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
         )
         for p in parameters:
             p.data = host.fetch(p.data)
-        for vae in vaes if host else ():
+        for vae in waiting:
             vae.order_weights()
     return motion
 
 
-def _loaded(watcher: Watcher, load: Callable[[], WanDiT]) -> WanDiT:
+def _loaded(watcher: Watcher, load: Callable[..., WanDiT], at: Placement | None) -> WanDiT:
     with watcher.stage("load"):
-        return load()
+        return load(at)
 
 
 def make_frames(
@@ -192,7 +189,7 @@ def make_frames(
     def segments() -> Iterator[Tensor]:
         if len(earlier) == len(windows):
             return
-        dit = _loaded(watcher, components.stage_two)
+        dit = _loaded(watcher, components.stage_two, job.stage_two_at)
         options = {"plan": job.plan, "sigmas": job.sigmas_two, "seed": job.seed, "mode": job.mode}
         options |= {"cuda_graph": job.cuda_graph, "on_step": on_step, "done": len(earlier)}
         sampled = sample_latents(dit, reference, job.text, job.image_two, **options)
@@ -202,8 +199,5 @@ def make_frames(
             yield blocks
         dit.settle()
 
-    plan = job.vae_plans.decode
-    frames = decode_frames(
-        condition.vae, reference[:, :, :1], chain(earlier, segments()), plan=plan, host=job.waiting(plan.park)
-    )
+    frames = decode_frames(condition.vae, reference[:, :, :1], chain(earlier, segments()), plan=job.vae_plans.decode)
     yield from watcher.iterate("decode", frames)

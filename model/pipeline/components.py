@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from model.errors import InputError
 from model.pipeline.encoders import encode_image
 from model.streaming.placement import Placement
 from model.vae.model import WanVAE
-from model.weights.load import eight_bit_tensors, inspect_dit, inspect_vae, load_dit, load_vae, random_weights
+from model.weights.load import inspect_weights, load_dit, load_vae, random_weights
 from model.weights.lora import LoRA
 
 LAYOUT = """\
@@ -64,20 +64,20 @@ class Components:
     parts: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_pair("stage1", self.stage_one_config, self.stage_one_vae_config.z_dim)
-        _check_pair("stage2", self.stage_two_config, self.vae_config.z_dim)
-
-    def placed(self, stage_one: Placement, stage_two: Placement) -> Components:
-        """Returns components whose DiTs are built with their layers where the placements say.
-
-        Both experts of Stage I, if there are two, follow ``stage_one``.
-        """
-        return replace(
-            self,
-            stage_one=functools.partial(self.stage_one, stage_one),
-            low_noise=None if self.low_noise is None else functools.partial(self.low_noise, stage_one),
-            stage_two=functools.partial(self.stage_two, stage_two),
-        )
+        pairs = (self.stage_one_config, self.stage_one_vae_config), (self.stage_two_config, self.vae_config)
+        for name, (dit, vae) in zip(("stage1", "stage2"), pairs, strict=True):
+            allowed = (vae.z_dim, 2 * vae.z_dim + MASK_CHANNELS)
+            if dit.in_channels not in allowed or dit.out_channels != vae.z_dim:
+                raise InputError(
+                    f"{name}: with a VAE of {vae.z_dim} channels its in_channels must be {allowed[0]} or {allowed[1]}"
+                    f" and its out_channels {vae.z_dim}, got {dit.in_channels} and {dit.out_channels}"
+                )
+        strides = self.stage_one_vae_config.temporal_stride, self.vae_config.temporal_stride
+        if strides[0] != strides[1]:
+            raise InputError(f"stage1_vae: expected vae's temporal stride, {strides[1]}, got {strides[0]}")
+        dims = {self.stage_one_config.text_dim, self.stage_two_config.text_dim}
+        if len(dims) > 1:
+            raise InputError(f"weights: both stages must read the same text width, got {sorted(dims)}")
 
     @property
     def text_encoder(self) -> Path | None:
@@ -98,12 +98,11 @@ class Components:
         or ``stage2`` reads none.
 
         Raises:
-            InputError: the DiT reads tokens, and there is no image encoder or one of another width.
+            InputError: the DiT reads tokens of another width than the image encoder's, or this cannot be loaded.
         """
         wanted = (self.stage_one_config if stage == "stage1" else self.stage_two_config).image_dim
         if wanted is None:
             return None
-        self.check_image_encoder()
         tokens = encode_image(photo, self.weights, device=device)
         if tokens.shape[2] != wanted:
             raise InputError(f"weights: the image encoder gives {tokens.shape[2]} channels, {stage} reads {wanted}")
@@ -157,14 +156,14 @@ class Components:
         def load(part: str, at: Placement | None = None) -> WanDiT:
             return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part], placement=at)
 
-        stage_one_config = inspect_dit(found["stage1"], chosen["stage1"])
-        if low_noise is not None and inspect_dit(low_noise, chosen["stage1_low_noise"]) != stage_one_config:
+        dits = {part: inspect_weights(found[part], WanDiT, chosen[part]) for part in LORA_PARTS if found[part]}
+        if low_noise is not None and dits["stage1_low_noise"].config != dits["stage1"].config:
             raise InputError(f"weights: {low_noise} must have the configuration of {found['stage1']}")
         return cls(
-            stage_one_config=stage_one_config,
-            stage_two_config=inspect_dit(found["stage2"], chosen["stage2"]),
-            vae_config=inspect_vae(found["vae"]),
-            stage_one_vae_config=inspect_vae(vae_one or found["vae"]),
+            stage_one_config=dits["stage1"].config,
+            stage_two_config=dits["stage2"].config,
+            vae_config=inspect_weights(found["vae"], WanVAE).config,
+            stage_one_vae_config=inspect_weights(vae_one or found["vae"], WanVAE).config,
             stage_one=functools.partial(load, "stage1"),
             low_noise=None if low_noise is None else functools.partial(load, "stage1_low_noise"),
             stage_two=functools.partial(load, "stage2"),
@@ -173,21 +172,10 @@ class Components:
             stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),
             weights=path,
             parts={part: place for part, place in found.items() if place is not None},
-            stored={
-                part: eight_bit_tensors(found[part], chosen[part]) for part in LORA_PARTS if found[part] is not None
-            },
+            stored={part: dit.in_eight_bits() for part, dit in dits.items()},
         )
 
 
 def _find(path: Path, name: str) -> Path | None:
     candidates = [path / name, *(path / f"{name}{suffix}" for suffix in (".safetensors", ".gguf", ".pth", ".pt"))]
     return next((candidate for candidate in candidates if candidate.exists()), None)
-
-
-def _check_pair(name: str, dit: DiTConfig, z_dim: int) -> None:
-    allowed = (z_dim, 2 * z_dim + MASK_CHANNELS)
-    if dit.in_channels not in allowed or dit.out_channels != z_dim:
-        raise InputError(
-            f"{name}: with a VAE of {z_dim} channels its in_channels must be {allowed[0]} or {allowed[1]} and its"
-            f" out_channels {z_dim}, got {dit.in_channels} and {dit.out_channels}"
-        )

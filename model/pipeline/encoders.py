@@ -112,25 +112,23 @@ def empty_text(text_dim: int) -> Tensor:
     return torch.zeros(1, TEXT_LENGTH, text_dim, dtype=torch.float32, device="cpu")
 
 
-def encode_image(
-    image: Any, weights: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Tensor:
+def encode_image(image: Any, weights: Path, *, device: torch.device | str = "cpu") -> Tensor:
     """Returns the CLIP tokens ``[1, 257, image_dim]`` that Wan2.1 I2V attends to: the last but one hidden state.
 
     Args:
         image: the PIL image in its own size.
         weights: a directory with ``image_encoder`` and ``image_processor``, as diffusers saves them.
-        dtype, device: dtype and device of the encoder, which is loaded for this call and released.
+        device: the device of the encoder, which is loaded for this call, in float32, and released.
 
     Raises:
         InputError: transformers is missing, the directory does not hold an encoder, or what it gives is not finite.
     """
     parts = {"image_processor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModel"}
-    processor, encoder = _loaded(parts, "Stage I needs a CLIP encoder", weights, dtype, device)
-    pixels = processor(images=image, return_tensors="pt").pixel_values.to(device, dtype)
+    processor, encoder = _loaded(parts, "Stage I needs a CLIP encoder", weights, torch.float32, device)
+    pixels = processor(images=image, return_tensors="pt").pixel_values.to(device)
     with torch.inference_mode():
         tokens = encoder(pixels, output_hidden_states=True).hidden_states[-2]
-    check_finite(f"weights: {weights / 'image_encoder'} in {_name(dtype)}, whose weights may be damaged", tokens)
+    check_finite(f"weights: {weights / 'image_encoder'} in float32, whose weights may be damaged", tokens)
     return tokens.float()
 
 

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from model.config import DiTConfig
 from model.csg.denoiser import Denoiser
-from model.csg.sampler import check_channels
 from model.csg.schedule import block_noise
 from model.dit.model import WanDiT
-from model.errors import InputError
 from model.machine.finite import Finite
 from model.machine.host import Host, release
 from model.vae.model import WHOLE, WanVAE
@@ -42,11 +40,7 @@ def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks
     on the channel axis. One with ``z`` channels is conditioned as TI2V-5B: block 0 is the picture's latent at timestep
     0. VAE and configuration are Stage I's, and ``picture`` is the input image at its size, ``[1, 3, 1, H, W]`` in
     -1..1.
-
-    Raises:
-        InputError: the DiT does not take latents of the VAE's number of channels.
     """
-    check_channels(config, vae.config.z_dim)
     if config.in_channels == vae.config.z_dim:
         return vae.encode(picture, plan).float().expand(-1, -1, num_blocks, -1, -1)
     grey = picture.new_zeros(1, 3, vae.config.temporal_stride, *picture.shape[3:])
@@ -123,7 +117,6 @@ def make_reference(
     *,
     plan: VAEPlan = WHOLE,
     motion_plan: VAEPlan = WHOLE,
-    host: Host | None = None,
 ) -> Tensor:
     """Makes the hybrid reference: decodes the motion, upsamples it, puts the image first, and encodes it again.
 
@@ -134,21 +127,14 @@ def make_reference(
 
     Args:
         motion, motion_vae: Stage I's latents ``[1, z_low, T, h, w]`` and VAE, which decodes them as ``motion_plan``.
-        vae: Stage II's VAE, which encodes the reference as ``plan``; often the same.
+        vae: Stage II's VAE, of the same temporal stride, which encodes the reference as ``plan``; often the same VAE.
         picture: the input image at the target size, ``[1, 3, 1, H, W]`` in -1..1.
         on_block: called after every block with block and number of blocks, from 1.
-        host: the memory that keeps what waits; by default as the plan says.
 
     Returns:
         ``[1, z, T, H / stride, W / stride]`` float32; block 0 is the image's own latent.
-
-    Raises:
-        InputError: the two VAEs have different temporal strides.
     """
-    if motion_vae.config.temporal_stride != vae.config.temporal_stride:
-        strides = motion_vae.config.temporal_stride, vae.config.temporal_stride
-        raise InputError(f"stage1_vae: both VAEs must have the same temporal stride, got {strides[0]} and {strides[1]}")
-    host = Host(vae.device, plan.park) if host is None else host
+    host = Host(vae.device, plan.park)
     height, width = picture.shape[3:]
     num_blocks, stride = motion.shape[2], motion_vae.config.spatial_stride
     rows = interpolation_matrix(motion.shape[3] * stride, height, vae.device)
@@ -172,11 +158,10 @@ def make_reference(
 
     def parked(decoded: Iterator[Tensor]) -> Tensor:
         """Returns all frames of the motion, in host memory."""
-        first = next(decoded)
         number = 1 + (num_blocks - 1) * motion_vae.config.temporal_stride
-        whole = host.empty((*first.shape[:2], number, *first.shape[3:]), first.dtype)
-        start = 0
-        for low in chain([first], decoded):
+        shape = (motion.shape[0], 3, number, rows.shape[1], columns.shape[1])
+        whole, start = host.empty(shape, motion_vae.decode_dtype), 0
+        for low in decoded:
             whole[:, :, start : start + low.shape[2]].copy_(low)
             start += low.shape[2]
         return whole
@@ -187,16 +172,16 @@ def make_reference(
 
 
 def decode_frames(
-    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE, host: Host | None = None
+    vae: WanVAE, anchor: Tensor, segments: Iterable[Tensor], *, plan: VAEPlan = WHOLE
 ) -> Iterator[Tensor]:
     """Yields frames of the anchor block ``[1, z, 1, h, w]``, then of every segment ``[1, z, m, h, w]`` as soon as it is
     there.
 
     They are ``[F, H, W, 3]`` uint8 of one block; with a plan that parks, of a segment, since its tiles wait once for
-    each of these. ``host`` is the memory that keeps what waits, by default as the plan says.
+    each of these.
     """
     pieces = chain([anchor], segments)
     if not plan.park:
         pieces = chain.from_iterable(segment.split(1, dim=2) for segment in pieces)
-    for frames in vae.decode_frames(pieces, plan, host=host):
+    for frames in vae.decode_frames(pieces, plan):
         yield frames[0]

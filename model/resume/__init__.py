@@ -1,6 +1,7 @@
 """Runs that can be ended at any moment and go on from there.
 
-state         the folder of a run; ``files`` writes its tensors, ``fingerprint`` tells inputs apart
-changes       what forbids a run to go on, and what makes the rest differ
+state         the folder of a run and its files
+job           what the run makes; what forbids it to go on, and what makes the rest differ
+fingerprint   tells inputs apart
 clip          a clip of which each result is kept as soon as it is made
 """

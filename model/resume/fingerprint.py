@@ -71,11 +71,6 @@ def fingerprint_file(path: str | Path, what: str = "file") -> str:
     return digest.hexdigest()
 
 
-def fingerprint_random(preset: str, seed: int) -> str:
-    """Returns the fingerprint of a preset's random weights, which depend on the preset and the seed alone."""
-    return f"random weights of {preset}, seed {seed}"
-
-
 def add_tensors(digest: hashlib._Hash, key: str, dtype: str, shape: tuple[int, ...], tensors: Iterable[Tensor]) -> None:
     """Adds a tensor to a hash: its key, dtype and shape as JSON, then the bytes of its parts ``tensors``."""
     digest.update(json.dumps([key, dtype, list(shape)]).encode())

@@ -5,8 +5,7 @@
     motion.safetensors        Stage I's latents
     condition.safetensors     the reference that Stage II starts from
     segment-0001.safetensors  the blocks of a segment, and so on
-    piece-0000.mp4            the pieces of the film (:class:`model.io.media.VideoWriter`), if they are kept here
-    lock                      there while a process works here (:class:`model.io.lock.FileLock`)
+    lock                      there while a process works here (:class:`model.io.durable.FileLock`)
 
 Every file is written under another name, flushed to disk and renamed, and carries the sha256 of what it holds, of its
 name and of the run's job: a file of another run, or under another name, is damaged. Each of the tensor files is made
@@ -19,42 +18,33 @@ the folder is refused. Nothing is read, written or deleted through a link.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
 import os
-import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import swifti2v_kernels
-from model.errors import InputError, printable
-from model.io.durable import open_plain, remove_strays, rename, sync_folder, write_text, writing
-from model.io.lock import FileLock
+from model.errors import InputError, printable, require
+from model.io.durable import FileLock, open_plain, remove_strays, rename, replacing, sync_folder, writing
 from model.io.media import PIECE
-from model.resume.changes import Changes, changes_between
-from model.resume.files import DamagedError, Shapes, check_tensors, read_tensors, write_tensors
+from model.resume.fingerprint import add_tensors
+from model.resume.job import BEGINS, Changes, changes_between, complete_job, job_digest, read_job, write_job
 
-#: Version of the layout of the folder and its files.
-SCHEMA = 2
 _BEFORE = ("inputs", "motion", "condition")
 _JOB, _LOCK = "job.json", "lock"
-#: How a run's job begins, by which it is told from a user's file of its name.
-_JOB_BEGINS = b'{\n  "schema": '
 _TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-([0-9]{{4,}})")
 _KNOWN = re.compile(rf"{re.escape(_JOB)}|(({_TENSORS.pattern})\.safetensors|{PIECE.pattern})(\.damaged)?")
 
 
-class RunState:
+class RunState(AbstractContextManager["RunState"]):
     """The state of a run in a folder: :meth:`create` begins one, :meth:`open` goes on with it.
 
-    It is a context manager, or is closed by :meth:`close`: until then no other process can open the folder (where the
-    system has such locks; they end with the process).
+    Until the context ends, or :meth:`close`, no other process can open the folder (where the system has such locks;
+    they end with the process).
 
     Attributes:
         folder: the folder that holds everything.
@@ -66,7 +56,7 @@ class RunState:
 
     def __init__(self, folder: Path, job: dict[str, Any], lock: FileLock):
         """Keeps the lock; use :meth:`create` or :meth:`open` instead of this."""
-        self.folder, self.job, self.digest = folder, job, _job_digest(job)
+        self.folder, self.job, self.digest = folder, job, job_digest(job)
         self.damaged: list[str] = []
         self._lock = lock
 
@@ -77,7 +67,7 @@ class RunState:
         Args:
             folder: is made if it is not there; it may hold other files.
             job: everything that defines the run, as JSON has it, in sections (dictionaries);
-                ``model/resume/changes.py`` says which of them may differ when the run goes on. ``software`` is added.
+                ``model/resume/job.py`` says which of them may differ when the run goes on. ``software`` is added.
             restart: whether a run that is there is deleted, and not an error.
 
         Raises:
@@ -93,10 +83,9 @@ class RunState:
             if cls.holds(folder) and not restart:
                 raise InputError(f"run: {folder} already holds a run: resume it or name another folder")
             _discard(folder)
-            complete = _as_json({**job, "software": software()})
-            text = json.dumps({"schema": SCHEMA, "sha256": _job_digest(complete), "job": complete}, indent=2)
+            complete = complete_job(job)
             with writing(f"run: {folder}"):
-                write_text(folder / _JOB, text + "\n")
+                write_job(folder / _JOB, complete)
                 sync_folder(folder.absolute().parent)
             held.pop_all()
         return cls(folder, complete, lock)
@@ -117,7 +106,7 @@ class RunState:
             raise InputError(f"run: {folder} has no {_JOB}: no run was begun there")
         with ExitStack() as held:
             lock = held.enter_context(closing(FileLock(folder / _LOCK, "run", folder)))
-            job = _read_job(folder / _JOB)
+            job = read_job(folder / _JOB)
             remove_strays(folder, _KNOWN.fullmatch)
             held.pop_all()
         return cls(folder, job, lock)
@@ -126,76 +115,63 @@ class RunState:
         """Releases the folder, so that others can open it."""
         self._lock.close()
 
-    def __enter__(self) -> RunState:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def changes(self, job: Mapping[str, Any]) -> Changes:
         """Returns what differs between this run and ``job``, in sections as for :meth:`create`, and in the software."""
-        return changes_between(self.job, _as_json({**job, "software": software()}))
+        return changes_between(self.job, complete_job(job))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes tensors, on any device, and drops the files that were made from what this name held before.
 
         Args:
             name: ``inputs``, ``motion``, ``condition``, or ``segment-0001`` and so on (:func:`segment_name`).
-
-        Raises:
-            ValueError: ``name`` is none of these.
         """
-        place = self._place(name)
-        later = [(rank, path) for rank, path in self._saved() if rank > _rank(name)]
+        saved = [path for path in self.folder.glob("*.safetensors") if _TENSORS.fullmatch(path.stem)]
+        later = [path for path in saved if _rank(path.stem) > _rank(name)]
         # The last one first, so that no gap is left whenever this ends.
         with writing(f"run: {self.folder}"):
-            for _, path in sorted(later, reverse=True):
+            for path in sorted(later, key=lambda path: _rank(path.stem), reverse=True):
                 path.unlink()
             if later:
                 sync_folder(self.folder)
-        write_tensors(place, tensors, self.digest)
+        self.restore(name, tensors)
 
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes, as :meth:`save`, tensors that are those saved before, made again, so that nothing is dropped."""
-        write_tensors(self._place(name), tensors, self.digest)
+        _write(self.folder / f"{name}.safetensors", tensors, self.digest)
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
         """Saves the blocks of segment ``number``, from 1, as :meth:`finished_segments` reads them."""
         self.save(segment_name(number), {"blocks": blocks})
 
-    def load(self, name: str, wanted: Shapes | None = None) -> dict[str, Tensor] | None:
+    def load(self, name: str) -> dict[str, Tensor] | None:
         """Returns the tensors that :meth:`save` wrote under ``name``, on the CPU; None if they are missing or damaged.
 
-        A damaged file is renamed to ``NAME.safetensors.damaged`` and told of in :attr:`damaged`. One that has other
-        tensors than float32 ones of the shapes ``wanted`` counts as damaged; by default they may be any.
-
-        Raises:
-            ValueError: ``name`` is none that :meth:`save` takes.
+        A damaged file is renamed to ``NAME.safetensors.damaged`` and told of in :attr:`damaged`.
         """
-        place = self._place(name)
+        place = self.folder / f"{name}.safetensors"
         if not os.path.lexists(place):
             return None
         try:
-            tensors = read_tensors(place, self.digest)
-            if wanted is not None:
-                check_tensors(tensors, wanted)
-        except DamagedError as error:
+            return _read(place, self.digest)
+        except _DamagedError as error:
             rename(place, place.with_name(f"{place.name}.damaged"))
-            # The names of tensors in it are whoever's who wrote the file.
-            self.damaged.append(printable(f"{place.name} is damaged ({error}){_consequence(name)}"))
+            then = f"starting from segment {_rank(name)}" if _rank(name) > 0 else "it has to be made again"
+            # The error may cite the file, which is whoever's who wrote it.
+            self.damaged.append(printable(f"{place.name} is damaged ({error}); {then}"))
             return None
-        return tensors
 
-    def finished_segments(self, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
-        """Returns the blocks of the segments before the first one missing or damaged.
+    def finished_segments(self, most: int) -> list[Tensor]:
+        """Returns the blocks of the segments before the first one missing or damaged, of ``most`` that the run has.
 
-        ``shapes`` are those of the blocks of each segment that the run has, in order. This is to be asked for after
-        ``condition`` was loaded: if that has to be made again, so have the segments, and saving it drops them. Files
-        after a damaged one stay until it is saved again.
+        This is to be asked for after ``condition`` was loaded: if that has to be made again, so have the segments, and
+        saving it drops them. Files after a damaged one stay until it is saved again.
         """
         segments: list[Tensor] = []
-        for number, shape in enumerate(shapes, start=1):
-            tensors = self.load(segment_name(number), {"blocks": shape})
+        for number in range(1, most + 1):
+            tensors = self.load(segment_name(number))
             if tensors is None:
                 break
             segments.append(tensors["blocks"])
@@ -220,47 +196,17 @@ class RunState:
         begins = b""
         if folder / _JOB in files:
             with writing(f"run: {folder}"), (folder / _JOB).open("rb") as file:
-                begins = file.read(len(_JOB_BEGINS)) or _JOB_BEGINS  # empty, as a disk that failed may leave it
-        if files and begins != _JOB_BEGINS:
+                begins = file.read(len(BEGINS)) or BEGINS  # empty, as a disk that failed may leave it
+        if files and begins != BEGINS:
             raise InputError(
                 f"run: {folder} holds {files[0].name}, which is of no run: move it away or name another folder"
             )
         return bool(files)
 
-    def _place(self, name: str) -> Path:
-        _rank(name)
-        return self.folder / f"{name}.safetensors"
-
-    def _saved(self) -> Iterator[tuple[int, Path]]:
-        for path in self.folder.glob("*.safetensors"):
-            if _TENSORS.fullmatch(path.stem):
-                yield _rank(path.stem), path
-
 
 def segment_name(number: int) -> str:
     """Returns the name of a segment's file for :meth:`RunState.save`; segments are counted from 1."""
     return f"segment-{number:04d}"
-
-
-def software() -> dict[str, str | None]:
-    """Returns the versions of the software that computes and encodes; None for what is not installed."""
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "swifti2v_kernels": swifti2v_kernels.__version__,
-    }
-    for package in ("torch", "triton", "av"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def device_name(device: torch.device) -> str:
-    """Returns the name of a device: the card's name, or the kind of processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -292,41 +238,52 @@ def _discard(folder: Path) -> None:
 
 
 def _rank(name: str) -> int:
-    """Returns the place of a tensor file in the order in which these are made."""
-    match = _TENSORS.fullmatch(name)
-    if match is None:
-        raise ValueError(f"name: expected inputs, motion, condition or segment-0001 and so on, got {name!r}")
-    return _BEFORE.index(name) - len(_BEFORE) if match[1] else int(match[2])
+    """Returns the place of a tensor file in the order in which these are made: the number of a segment, or below 1."""
+    return _BEFORE.index(name) - len(_BEFORE) if name in _BEFORE else int(name.removeprefix("segment-"))
 
 
-def _consequence(name: str) -> str:
-    return f"; starting from segment {_rank(name)}" if name.startswith("segment-") else "; it has to be made again"
+class _DamagedError(Exception):
+    """A file is not as it was written, or not what is needed, and the message says in which way."""
 
 
-def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a job as it comes back from a file, where tuples are lists."""
-    return json.loads(json.dumps(job, allow_nan=False))
+def _write(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
+    """Writes tensors, on any device, to a file that is there as a whole or not at all; ``run`` is the job's digest."""
+    # Each tensor is copied, since safetensors does not write tensors that share memory.
+    host = {
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    data = require("safetensors.torch", "generate").save(host, metadata={"sha256": _digest(host, path.stem, run)})
+    # safetensors' own save_file writes to another temporary name, which nobody would clean up.
+    with writing(f"run: {path}"), replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
-def _job_digest(job: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+def _read(path: Path, run: str) -> dict[str, Tensor]:
+    """Returns the tensors, on the CPU, that :func:`_write` has written to ``path`` for this run.
 
-
-def _read_job(path: Path) -> dict[str, Any]:
+    Raises:
+        _DamagedError: the file has changed since, or was written under another name or for another run.
+    """
+    safe_open = require("safetensors", "generate").safe_open
     try:
-        with os.fdopen(open_plain(path), encoding="utf-8") as file:
-            stored = json.load(file)
-        schema, digest, job = stored["schema"], stored["sha256"], stored["job"]
-        found = _job_digest(job)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"run: {path} is not readable as the job of a run: {error}") from error
-    if schema != SCHEMA:
-        raise InputError(
-            f"run: {path} has schema version {schema!r}, this program reads {SCHEMA}: go on with the program that began"
-            " the run, or begin anew"
-        )
-    if digest != found:
-        raise InputError(f"run: {path} is damaged or was edited (sha256 differs)")
-    if not isinstance(job, dict) or not all(isinstance(section, dict) for section in job.values()):
-        raise InputError(f"run: {path} is not readable as the job of a run: expected sections, each an object")
-    return job
+        os.close(open_plain(path))  # safe_open would follow a link and wait for a pipe
+        with safe_open(path, framework="pt") as file:
+            recorded = (file.metadata() or {}).get("sha256")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:
+        # The error of a damaged header depends on its bytes, and safetensors' own is no OSError or ValueError.
+        # Nothing but the reading of this file happens in here.
+        raise _DamagedError(f"not readable: {error}") from error
+    if recorded is None:
+        raise _DamagedError("it has no sha256")
+    if recorded != _digest(tensors, path.stem, run):
+        raise _DamagedError("sha256 differs")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], name: str, run: str) -> str:
+    digest = hashlib.sha256(f"{name} of {run}".encode())
+    for key, tensor in sorted(tensors.items()):
+        add_tensors(digest, key, str(tensor.dtype), tuple(tensor.shape), [tensor])
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from model.dit.model import WanDiT, dit_parameter_dtype
 from model.dit.parts import ScaledLinear
 from model.machine.counted import elsewhere
 from model.machine.host import pinned_bytes
-from model.streaming.placement import NO_TENSORS, SCALE, TABLE, LayerLayout, Placement, layer_layout
+from model.streaming.placement import NO_TENSORS, SCALE, TABLE, LayerLayout, Placement, layer_layouts
 from model.streaming.stream import SLOTS, DirectCopies, LayerStream, Source, StreamCopies
 from swifti2v_kernels import dequantize_rows
 
@@ -49,34 +49,34 @@ def place(
         tensors: its weights; asked again in every pass for layers that stay in files.
         dtype: the dtype of the model.
         device: where it runs; ``meta`` to count.
-        stored: as for :func:`model.streaming.placement.layer_layout`.
+        stored: as for :func:`model.streaming.placement.layer_layouts`.
     """
     device = torch.device(device)
-    count = model.config.num_layers
-    homes = placement.homes(count)
-    layouts = [layer_layout(model.config, dtype, placement, i, stored) for i in range(count)]
+    homes = placement.homes(model.config.num_layers)
+    layouts = layer_layouts(model.config, dtype, placement, stored)
     moving = [i for i, home in enumerate(homes) if home != "device"]
-    size = max((layouts[i].nbytes for i in moving), default=0)
+    size = max((layouts[i].stored.nbytes for i in moving), default=0)
     slots = [_bytes(size, device) for _ in moving[:SLOTS]]
-    unpacked = _bytes(max(layout.unpacked_nbytes for layout in layouts), device)
-    for name in [name for name, _ in model.named_parameters() if not name.startswith("blocks.") or TABLE in name]:
-        _set(model, name, tensors.plain(name, dit_parameter_dtype(name, dtype), device))
+    unpacked = _bytes(max(layout.unpacked.nbytes for layout in layouts), device)
+    fixed = [name for name, _ in model.named_parameters() if not name.startswith("blocks.") or TABLE in name]
+    plain = {name: tensors.plain(name, dit_parameter_dtype(name, dtype), device) for name in fixed}
+    model.load_state_dict(plain, strict=False, assign=True)
     sources: dict[int, Source] = {}
     unpack: dict[int, Callable[[], None]] = {}
     for i, (layer, layout, home) in enumerate(zip(model.blocks, layouts, homes, strict=True)):
         fill = functools.partial(_fill, layout, tensors, f"blocks.{i}.")
         if home == "device":
-            flat = _bytes(layout.nbytes, device)
+            flat = _bytes(layout.stored.nbytes, device)
             fill(flat, device)
         else:
             flat = slots[moving.index(i) % SLOTS]
-            sources[i] = _source(fill, layout, home, device)
+            sources[i] = _source(fill, layout.stored.nbytes, home, device)
         if packed := _bind(layer, layout, flat, unpacked, placement):
             unpack[i] = functools.partial(_unpack, packed)
     engine = DirectCopies(slots)
     if moving and device.type == "cuda":
-        size = max((layouts[i].nbytes for i in moving if homes[i] == "file"), default=0)
-        engine = StreamCopies(slots, [pinned_bytes(size, device) for _ in slots] if size else [])
+        size = max((layouts[i].stored.nbytes for i in moving if homes[i] == "file"), default=0)
+        engine = StreamCopies(slots, [pinned_bytes(size, device) for _ in slots])
     model.eight_bits = placement.matmul_dtype
     model.stream = LayerStream(list(model.blocks), sources, unpack, engine)
     return model.requires_grad_(False).eval()
@@ -86,15 +86,13 @@ def _bytes(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _source(fill: Callable[..., None], layout: LayerLayout, home: str, device: torch.device) -> Source:
+def _source(fill: Callable[..., None], size: int, home: str, device: torch.device) -> Source:
     if device.type == "meta":
         return lambda target: None
     if home == "file":
         return lambda target: fill(target, target.device)
     with elsewhere():
-        flat = (
-            pinned_bytes(layout.nbytes, device) if device.type == "cuda" else _bytes(layout.nbytes, torch.device("cpu"))
-        )
+        flat = pinned_bytes(size, device)
         # Where there is a GPU, 8-bit forms are computed there.
         fill(flat, device)
     return flat
@@ -102,15 +100,14 @@ def _source(fill: Callable[..., None], layout: LayerLayout, home: str, device: t
 
 def _fill(layout: LayerLayout, tensors: TensorSource, prefix: str, flat: Tensor, device: torch.device) -> None:
     """Writes a layer's weights to ``flat``; ``device`` is where its tensors are made."""
-    scales = {entry.name: entry for entry in layout.stored if entry.name.endswith(SCALE)}
-    for entry in layout.stored:
-        name = prefix + entry.name
-        if entry.name + SCALE in scales:
-            values, factors = tensors.eight_bits(name, entry.dtype, device)
-            entry.view(flat).copy_(values)
-            scales[entry.name + SCALE].view(flat).copy_(factors)
-        elif entry.name not in scales:
-            entry.view(flat).copy_(tensors.plain(name, entry.dtype, device))
+    views = layout.stored.views(flat)
+    for name, view in views.items():
+        if name + SCALE in views:
+            values, scales = tensors.eight_bits(prefix + name, view.dtype, device)
+            view.copy_(values)
+            views[name + SCALE].copy_(scales)
+        elif not name.endswith(SCALE):
+            view.copy_(tensors.plain(prefix + name, view.dtype, device))
 
 
 def _bind(
@@ -121,27 +118,17 @@ def _bind(
     Returns:
         Views of every matrix in 8 bits that is unpacked: its values, its scales, and the place that it is unpacked to.
     """
-    views = {entry.name: entry.view(flat) for entry in layout.stored}
-    packed = [(views[entry.name], views[entry.name + SCALE], entry.view(unpacked)) for entry in layout.unpacked]
+    stored, targets = layout.stored.views(flat), layout.unpacked.views(unpacked)
+    views = {name: view for name, view in (stored | targets).items() if not name.endswith(SCALE)}
     if placement.matmul == "8bit":
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                parts = [views.pop(f"{name}.{leaf}") for leaf in ("weight", f"weight{SCALE}", "bias")]
-                owner, _, leaf = name.rpartition(".")
-                setattr(layer.get_submodule(owner), leaf, ScaledLinear(*parts))
-    else:
-        views |= {entry.name: entry.view(unpacked) for entry in layout.unpacked}
-    for name, view in views.items():
-        if not name.endswith(SCALE):
-            _set(layer, name, view)
-    return packed
+                weight, bias = (views.pop(f"{name}.{leaf}") for leaf in ("weight", "bias"))
+                layer.set_submodule(name, ScaledLinear(weight, stored[f"{name}.weight{SCALE}"], bias))
+    layer.load_state_dict(views, strict=False, assign=True)
+    return [(stored[name], stored[name + SCALE], target) for name, target in targets.items()]
 
 
 def _unpack(matrices: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for values, scales, target in matrices:
         dequantize_rows(values, scales, dtype=target.dtype, out=target)
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

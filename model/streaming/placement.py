@@ -16,10 +16,11 @@ another result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,69 +94,62 @@ def _spread(count: int, total: int) -> list[int]:
     return [(2 * k + 1) * total // (2 * count) for k in range(count)]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a layer in a flat buffer of bytes."""
+class Entry(NamedTuple):
+    """A tensor of a layer in a buffer."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    offset: int
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of the tensor."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Returns the tensor as a view of a buffer."""
-        return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+    def room(self) -> int:
+        """The bytes from the beginning of the tensor to that of the next one."""
+        return -(-prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
-class LayerLayout:
-    """The places of a layer's tensors in one flat buffer, and of its unpacked matrices, if any, in another."""
+class Buffer:
+    """Tensors of a layer that lie one after the other in a flat buffer of bytes."""
 
-    stored: tuple[Entry, ...]
-    unpacked: tuple[Entry, ...]
+    entries: tuple[Entry, ...]
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """The bytes of the buffer that is kept or copied."""
-        return _end(self.stored)
+        """The bytes of the buffer."""
+        return sum(entry.room for entry in self.entries)
 
-    @property
-    def unpacked_nbytes(self) -> int:
-        """The bytes of the buffer that matrices are unpacked into just before the layer runs."""
-        return _end(self.unpacked)
-
-
-def _end(entries: Sequence[Entry]) -> int:
-    return _aligned(max((e.offset + e.nbytes for e in entries), default=0))
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Returns the tensors in ``flat``, by name."""
+        rooms = flat[: self.nbytes].split([entry.room for entry in self.entries])
+        return {
+            name: room.view(dtype)[: prod(shape)].view(shape)
+            for (name, shape, dtype), room in zip(self.entries, rooms, strict=True)
+        }
 
 
-def layer_layout(
-    config: DiTConfig,
-    dtype: torch.dtype,
-    placement: Placement,
-    index: int = 0,
-    stored: Mapping[str, str] = NO_TENSORS,
-) -> LayerLayout:
-    """Returns the layout of layer ``index``.
+class LayerLayout(NamedTuple):
+    """The buffer of a layer's weights, kept or copied, and that of the matrices unpacked just before the layer runs."""
+
+    stored: Buffer
+    unpacked: Buffer
+
+
+def layer_layouts(
+    config: DiTConfig, dtype: torch.dtype, placement: Placement, stored: Mapping[str, str] = NO_TENSORS
+) -> list[LayerLayout]:
+    """Returns the layouts of all layers.
 
     Args:
         config: the shape of the DiT.
         dtype: the dtype of the model.
         placement: where its layers are, and their form.
-        index: the index of the layer.
         stored: dtypes, by name, of the tensors that the checkpoint holds in 8 bits and that are taken as they are.
     """
-    given = {name: stored[full] for name in _shapes(config) if (full := f"blocks.{index}.{name}") in stored}
-    return _layout(config, dtype, placement.quantize, placement.matmul, tuple(sorted(given.items())))
+    layouts = []
+    for i in range(config.num_layers):
+        given = tuple((name, stored[full]) for name in _shapes(config) if (full := f"blocks.{i}.{name}") in stored)
+        layouts.append(_layout(config, dtype, placement.quantize, placement.matmul, given))
+    return layouts
 
 
 @functools.lru_cache(maxsize=256)
@@ -163,24 +157,16 @@ def _layout(
     config: DiTConfig, dtype: torch.dtype, quantize: str, matmul: str, given: tuple[tuple[str, str], ...]
 ) -> LayerLayout:
     known = dict(given)
-    stored: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-    unpacked: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    stored, unpacked = [], []
     for name, shape in _shapes(config).items():
         kind = _eight_bits(quantize, matmul, len(shape), known.get(name))
         if kind is None:
-            stored.append((name, shape, dit_parameter_dtype(f"blocks.0.{name}", dtype)))
+            stored.append(Entry(name, shape, dit_parameter_dtype(f"blocks.0.{name}", dtype)))
             continue
-        stored += [(name, shape, kind), (name + SCALE, shape[:1], torch.float32)]
+        stored += [Entry(name, shape, kind), Entry(name + SCALE, shape[:1], torch.float32)]
         if matmul == "plain":
-            unpacked.append((name, shape, dtype))
-    return LayerLayout(_placed(stored), _placed(unpacked))
-
-
-def _placed(tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
-    for name, shape, dtype in tensors:
-        entries.append(Entry(name, shape, dtype, _aligned(_end(entries))))
-    return tuple(entries)
+            unpacked.append(Entry(name, shape, dtype))
+    return LayerLayout(Buffer(tuple(stored)), Buffer(tuple(unpacked)))
 
 
 def _eight_bits(quantize: str, matmul: str, rank: int, given: str | None) -> torch.dtype | None:
@@ -236,11 +222,11 @@ class PlacedBytes:
 def placed_bytes(
     config: DiTConfig, dtype: torch.dtype, placement: Placement, stored: Mapping[str, str] = NO_TENSORS
 ) -> PlacedBytes:
-    """Returns the bytes that a placement takes; arguments as for :func:`layer_layout`."""
-    layouts = [layer_layout(config, dtype, placement, i, stored) for i in range(config.num_layers)]
+    """Returns the bytes that a placement takes; arguments as for :func:`layer_layouts`."""
+    layouts = layer_layouts(config, dtype, placement, stored)
     homes = placement.homes(config.num_layers)
     on_device, on_host, in_file = (
-        [layout.nbytes for layout, at in zip(layouts, homes, strict=True) if at == home]
+        [layout.stored.nbytes for layout, at in zip(layouts, homes, strict=True) if at == home]
         for home in ("device", "host", "file")
     )
     moving = on_host + in_file
@@ -248,7 +234,7 @@ def placed_bytes(
         fixed=_fixed_bytes(config, dtype),
         resident=sum(on_device),
         slots=min(len(moving), SLOTS) * max(moving, default=0),
-        unpacked=max(layout.unpacked_nbytes for layout in layouts),
+        unpacked=max(layout.unpacked.nbytes for layout in layouts),
         pinned=sum(on_host),
         staging=min(len(in_file), SLOTS) * max(in_file, default=0),
         copied=sum(moving) if len(moving) > SLOTS else 0,

@@ -51,7 +51,7 @@ class DirectCopies:
 class StreamCopies(DirectCopies):
     """An engine that copies on a CUDA stream of its own; a thread reads files into ``staging``, in pinned memory."""
 
-    def __init__(self, slots: Sequence[Tensor], staging: Sequence[Tensor] = ()) -> None:
+    def __init__(self, slots: Sequence[Tensor], staging: Sequence[Tensor]) -> None:
         super().__init__(slots)
         self.staging = list(staging)
         self._stream = torch.cuda.Stream(slots[0].device)
@@ -149,7 +149,9 @@ class LayerStream:
         for index, layer in enumerate(self._layers):
             place = self._places.get(index)
             if place is not None:
-                self._await(place)
+                self._held[place % SLOTS] = None  # what cannot be read is not there
+                self._engine.wait(place % SLOTS)
+                self._held[place % SLOTS] = place
             if index in self._unpack:
                 self._unpack[index]()
             try:
@@ -158,23 +160,13 @@ class LayerStream:
                 if place is not None:
                     self._engine.release(place % SLOTS)
             if place is not None:
-                self._bring(self._following(place))
-
-    def _following(self, place: int) -> int:
-        """Returns the place of the layer that comes into the slot next, in this pass or in another."""
-        return place + SLOTS if place + SLOTS < len(self._sources) else place % SLOTS
+                # The layer that comes into the slot next, in this pass or in another.
+                self._bring(place + SLOTS if place + SLOTS < len(self._sources) else place % SLOTS)
 
     def _bring(self, place: int) -> None:
+        """Asks for the layer, whose slot is free, unless it is there already."""
         slot = place % SLOTS
         if self._held[slot] != place:
             self._held[slot] = None
             self._engine.fetch(slot, self._sources[place])
             self._held[slot] = place
-
-    def _await(self, place: int) -> None:
-        self._bring(place)
-        try:
-            self._engine.wait(place % SLOTS)
-        except BaseException:
-            self._held[place % SLOTS] = None
-            raise

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from model.machine import host
-from model.machine.host import PAGE, PinnedPool, machine_memory, pinned_bytes
+from model.machine.host import PAGE, Host, machine_memory, pinned_bytes
 
-CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 class Runtime:
@@ -40,7 +40,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 @pytest.mark.parametrize("size", [1, 4096, 4097])
 def test_whole_pages_of_its_own_are_registered_and_given_back(size: int, runtime: Runtime) -> None:
     """No two buffers share a page, since a page cannot be registered twice."""
-    flats = [pinned_bytes(size, CPU) for _ in range(3)]
+    flats = [pinned_bytes(size, CUDA) for _ in range(3)]
     assert all(flat.numel() == size for flat in flats)
     assert runtime.registered == [(flat.data_ptr(), -(-size // PAGE) * PAGE) for flat in flats]
     spans = [range(start, start + length, PAGE) for start, length in runtime.registered]
@@ -61,8 +61,8 @@ def test_memory_that_cannot_be_pinned_is_an_ordinary_one(runtime: Runtime, monke
     runtime.code, cleared = 712, []
     monkeypatch.setattr(host, "_clear_error", cleared.append)
     with pytest.warns(RuntimeWarning, match=r"9,000 bytes of host memory could not be pinned \(CUDA error 712\)"):
-        flat = pinned_bytes(9000, CPU)
-    assert cleared == [CPU]
+        flat = pinned_bytes(9000, CUDA)
+    assert cleared == [CUDA]
     flat.fill_(3)
     del flat
     gc.collect()
@@ -70,18 +70,18 @@ def test_memory_that_cannot_be_pinned_is_an_ordinary_one(runtime: Runtime, monke
 
 
 def test_buffers_of_a_size_are_given_out_again_when_nothing_looks_at_them(runtime: Runtime) -> None:
-    pool = PinnedPool(CPU)
-    one = pool.take(6000).view(torch.bfloat16).view(30, 100)
+    pool = Host(CUDA, True)
+    one = pool.empty((30, 100), torch.bfloat16)
     view, address = one[3:5], one.data_ptr()
-    two = pool.take(6000)
+    two = pool.empty((6000,), torch.uint8)
     two.fill_(1)
     assert two.data_ptr() != address
     del one
     gc.collect()
-    assert pool.take(6000).data_ptr() != address  # the view still looks
+    assert pool.empty((6000,), torch.uint8).data_ptr() != address  # the view still looks
     del view
     gc.collect()
-    assert pool.take(6000).data_ptr() == address
+    assert pool.empty((1500,), torch.float32).data_ptr() == address
     assert len(runtime.registered) == 3
     assert runtime.gone == []
     del pool

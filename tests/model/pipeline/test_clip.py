@@ -15,6 +15,8 @@ from torch import Tensor
 from model.config import PRESETS
 from model.csg.sampler import SegmentPlan, plan_for, sample_latents
 from model.csg.schedule import flow_sigmas
+from model.errors import InputError
+from model.machine.host import Host
 from model.pipeline.clip import ClipJob, Item, Watcher, make_condition, make_frames
 from model.pipeline.components import Components
 from model.pipeline.encoders import empty_text
@@ -60,17 +62,14 @@ def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
     start = motion_condition(low_vae, parts.stage_one_config, given.low_picture, BLOCKS)
     options = {"sigmas": given.sigmas_one, "seed": given.seed, "low_noise_dit": parts.low_noise}
     motion = make_motion(parts.stage_one, start, given.text, **options)
-    hosts = [None if given.host is None else given.host(True) for _ in range(2)]
-    plan = given.vae_plans.reference
-    reference = make_reference(motion, low_vae, vae, given.picture, plan=plan, host=hosts[0])
+    reference = make_reference(motion, low_vae, vae, given.picture)
     made = sample_latents(
         parts.stage_two(), reference.clone(), given.text, plan=given.plan, sigmas=given.sigmas_two, seed=given.seed,
         mode=given.mode,
     )  # fmt: skip
     segments = [segment.clone() for segment in made]
     assert sum(segment.shape[2] for segment in segments) == BLOCKS - 1
-    plan = given.vae_plans.decode
-    return reference, torch.cat(list(decode_frames(vae, reference[:, :, :1], segments, plan=plan, host=hosts[1])))
+    return reference, torch.cat(list(decode_frames(vae, reference[:, :, :1], segments)))
 
 
 def whole(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
@@ -81,27 +80,33 @@ def whole(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
 
 
 class Recorder(Watcher):
-    """A watcher that keeps all that it is told, in order."""
+    """A watcher that keeps all that it is told, in order, and which of the models ``alive`` there were then."""
 
-    def __init__(self) -> None:
+    def __init__(self, alive: dict[str, weakref.ref[Any]] | None = None) -> None:
         self.told: list[Any] = []
+        self.there: list[set[str]] = []
+        self.alive = {} if alive is None else alive
+
+    def note(self, told: Any) -> None:
+        self.told.append(told)
+        self.there.append({name for name, model in self.alive.items() if model() is not None})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.told.append(name)
+        self.note(name)
         yield
-        self.told.append(f"end of {name}")
+        self.note(f"end of {name}")
 
     def iterate(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
         for number, item in enumerate(super().iterate(name, items)):
-            self.told.append((name, number))
+            self.note((name, number))
             yield item
 
     def step(self, name: str, done: int, total: int, where: str) -> None:
-        self.told.append(f"{name} {done}/{total}: {where}")
+        self.note(f"{name} {done}/{total}: {where}")
 
 
-def low_noise_expert() -> Any:
+def low_noise_expert(at: Any = None) -> Any:
     return random_weights(type(components().stage_one()), PRESETS["tiny"].stage_one, 5)
 
 
@@ -113,55 +118,49 @@ def other_vae() -> WanVAE:
 
 
 @pytest.mark.parametrize(
-    "mode", ["bidirectional", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("causal", "end_to_end"))]
-)
-def test_a_clip_is_the_pipelines_functions_in_their_order(mode: str) -> None:
-    given = job(mode)
-    reference, frames = whole(components(), given)
-    expected, expected_frames = piece_by_piece(components(), given)
-    assert torch.equal(reference, expected)
-    assert torch.equal(frames, expected_frames)
-    assert (frames.dtype, tuple(frames.shape)) == (torch.uint8, (4 * BLOCKS - 3, SIZE[1], SIZE[0], 3))
-    assert frames.float().std() > 1
-
-
-@pytest.mark.parametrize(
-    "changes",
+    ("mode", "changes"),
     [
-        pytest.param({"low_noise": low_noise_expert}, id="a second expert", marks=pytest.mark.slow),
-        pytest.param({"stage_one_vae": other_vae}, id="a VAE of its own for Stage I"),
+        pytest.param("bidirectional", {}, id="bidirectional"),
+        pytest.param("causal", {}, id="causal", marks=pytest.mark.slow),
+        pytest.param("end_to_end", {}, id="end to end", marks=pytest.mark.slow),
+        pytest.param("bidirectional", {"low_noise": low_noise_expert}, id="a second expert", marks=pytest.mark.slow),
+        pytest.param("bidirectional", {"stage_one_vae": other_vae}, id="a VAE of its own for Stage I"),
     ],
 )
-def test_what_a_pipeline_may_have_besides_is_used(changes: dict[str, Any], plain: tuple[Tensor, Tensor]) -> None:
-    given = job()
-    parts = components(**changes)
+def test_a_clip_is_the_pipelines_functions_in_their_order(
+    mode: str, changes: dict[str, Any], plain: tuple[Tensor, Tensor]
+) -> None:
+    """It is what the functions make one by one, of what a pipeline may have besides too, which changes the result."""
+    given, parts = job(mode), components(**changes)
     reference, frames = whole(parts, given)
     expected, expected_frames = piece_by_piece(parts, given)
     assert torch.equal(reference, expected)
     assert torch.equal(frames, expected_frames)
-    assert not torch.equal(reference, plain[0])
+    assert (frames.dtype, tuple(frames.shape)) == (torch.uint8, (4 * BLOCKS - 3, SIZE[1], SIZE[0], 3))
+    assert frames.float().std() > 1
+    assert torch.equal(reference, plain[0]) == (not changes)
 
 
-def test_what_waits_is_where_the_job_says_and_comes_back(plain: tuple[Tensor, Tensor]) -> None:
-    """A clip whose tensors wait in the job's memory is the same: those left on the device are overwritten with NaN."""
-    asked: list[tuple[bool, OtherMemory]] = []
+def test_what_waits_comes_back(plain: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip whose tiles wait in host memory is the same: what is left on the device is overwritten with NaN."""
+    made: list[OtherMemory] = []
 
-    def host(park: bool) -> OtherMemory:
-        asked.append((park, OtherMemory()))
-        return asked[-1][1]
+    def host(device: torch.device, park: bool) -> Host:
+        if not park:
+            return Host(device, park)
+        made.append(OtherMemory())
+        return made[-1]
 
-    reference, frames = whole(components(), job(vae_plans=PLANS._replace(reference=PARKED, decode=PARKED), host=host))
-    assert [park for park, _ in asked] == [True, True]
+    monkeypatch.setattr("model.vae.model.Host", host)
+    monkeypatch.setattr("model.pipeline.stages.Host", host)
+    reference, frames = whole(components(), job(vae_plans=PLANS._replace(reference=PARKED, decode=PARKED)))
     # The reference comes in one piece, after which nothing has to be remembered.
-    assert [memory.parked > 0 for _, memory in asked] == [False, True]
+    assert [memory.parked > 0 for memory in made] == [False, True]
     expected, expected_frames = plain
     assert relative_error(reference, expected) < PARITY
     # Rounding may move a number over the boundary between two bytes.
     assert (frames.int() - expected_frames.int()).abs().max() <= 1
     assert (frames != expected_frames).float().mean() < 1e-3
-    asked.clear()
-    whole(components(), job(host=lambda park: asked.append((park, OtherMemory()))))
-    assert [park for park, _ in asked] == [False, False]
 
 
 # What a watcher is told, and when
@@ -195,32 +194,23 @@ def test_a_watcher_is_told_every_stage_and_step_in_order(plain: tuple[Tensor, Te
     ]  # fmt: skip
 
 
+def test_vaes_of_different_frame_rates_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^stage1_vae: expected vae's temporal stride, 4, got 2"):
+        components(stage_one_vae_config=replace(PRESETS["tiny"].vae, temporal_downsample=(False, False, True)))
+
+
 def test_models_are_there_only_while_they_are_needed() -> None:
     """Stage I's DiT is released before its second expert is loaded, both before the reference is made, its VAE and
     the encoder after it."""
     alive: dict[str, weakref.ref[Any]] = {}
-    found: list[tuple[str, set[str]]] = []
 
     def kept(name: str, make: Any) -> Any:
-        def build() -> Any:
-            model = make()
+        def build(*at: Any) -> Any:
+            model = make(*at)
             alive[name] = weakref.ref(model)
             return model
 
         return build
-
-    def note(where: str) -> None:
-        found.append((where, {known for known, model in alive.items() if model() is not None}))
-
-    class Census(Watcher):
-        @contextmanager
-        def stage(self, name: str) -> Iterator[None]:
-            note(name)
-            yield
-
-        def step(self, name: str, done: int, total: int, where: str) -> None:
-            if name == "Stage I":
-                note(where)
 
     parts = components()
     parts = replace(
@@ -228,11 +218,15 @@ def test_models_are_there_only_while_they_are_needed() -> None:
         vae=kept("VAE", parts.vae), stage_one_vae=kept("VAE of Stage I", other_vae),
     )  # fmt: skip
     # Two steps at or above the boundary of 0.9, and one below.
-    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), Census())
-    note("end")
+    watcher = Recorder(alive)
+    condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), watcher)
+    watcher.note("end")
     vaes = {"VAE", "VAE of Stage I"}
-    assert found == [
-        ("load", set()), ("Stage I", vaes), ("load", vaes), ("step 1/3", vaes | {"DiT"}), ("step 2/3", vaes | {"DiT"}),
-        ("load", vaes), ("step 3/3", vaes | {"expert"}), ("reference", vaes), ("end", {"VAE"}),
+    found = [(where, there) for where, there in zip(watcher.told, watcher.there, strict=True) if " of " not in where]
+    assert found[:7] == [
+        ("load", set()), ("Stage I", vaes), ("load", vaes), ("Stage I 1/3: step 1/3", vaes | {"DiT"}),
+        ("Stage I 2/3: step 2/3", vaes | {"DiT"}), ("load", vaes), ("Stage I 3/3: step 3/3", vaes | {"expert"}),
     ]  # fmt: skip
+    assert found[7] == ("reference", vaes)
+    assert found[-1] == ("end", {"VAE"})
     assert condition.vae.encoder is None

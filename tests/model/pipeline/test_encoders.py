@@ -60,11 +60,6 @@ def test_prompt_is_cleaned():
     assert clean_prompt("  caf\u00c3\u00a9 &amp;quot;now&amp;quot;\n\t ok ") == 'caf\u00e9 "now" ok'
 
 
-def test_a_directory_without_an_encoder_is_named(tmp_path):
-    with pytest.raises(InputError, match="no UMT5 encoder in"):
-        encode_prompt("a", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((5, 16), torch.float32), ((1, 5, 16), torch.bfloat16), ((5, 16), torch.float16)]
 )
@@ -102,7 +97,11 @@ def test_unfit_embeddings_are_explained(tmp_path):
             load_text_embedding(file, 16)
 
 
-def test_encoders_with_damaged_weights_are_named(tmp_path):
+def test_encoders_that_are_missing_or_have_damaged_weights_are_named(tmp_path):
+    with pytest.raises(InputError, match="no UMT5 encoder in"):
+        encode_prompt("a", tmp_path)
+    with pytest.raises(InputError, match="needs a CLIP encoder in"):
+        encode_image(None, tmp_path)
     _, model = save_text_encoder(tmp_path)
     with torch.no_grad():
         model.shared.weight.fill_(torch.nan)
@@ -126,5 +125,3 @@ def test_image_tokens_are_clips_last_but_one_hidden_state(tmp_path):
     actual = encode_image(image, tmp_path)
     assert actual.shape == (1, 257, 20)
     assert relative_error(actual, expected) < PARITY
-    with pytest.raises(InputError, match="needs a CLIP encoder in"):
-        encode_image(image, tmp_path / "nowhere")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from model.dit.model import WanDiT
 from model.errors import InputError
 from model.machine.counted import TensorMemory
-from model.streaming.placement import ALIGNMENT, MATMUL, QUANTIZE, Placement, layer_layout, placed_bytes
-from model.weights.load import eight_bit_tensors, load_dit, random_weights
+from model.streaming.placement import ALIGNMENT, MATMUL, QUANTIZE, Placement, layer_layouts, placed_bytes
+from model.weights.load import inspect_weights, load_dit, random_weights
 from model.weights.lora import LoRA, merge_loras
 from tests.conftest import TINY_DIT
 from tests.support.original_names import float8_with_scales, original_dit
@@ -125,26 +124,24 @@ def test_the_bytes_on_the_device_are_those_promised(placement: Placement, dtype:
 
 def test_host_memory_is_what_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """The promised bytes of host memory are counted when the count is allowed to see them."""
-
-    @contextmanager
-    def here() -> Iterator[None]:
-        yield
-
-    placement = Placement(resident=1, pinned=2)
+    placement = Placement(resident=1)
     promised = placed_bytes(CONFIG, torch.float32, placement)
-    monkeypatch.setattr("model.streaming.placed.elsewhere", here)
+    monkeypatch.setattr("model.streaming.placed.elsewhere", nullcontext)
     with TensorMemory() as memory:
         model = random_weights(WanDiT, CONFIG, 1, placement=placement)
-        assert memory.live == promised.device + promised.pinned
+        assert memory.live == promised.device + promised.host
     assert model.stream is not None
 
 
 def test_tensors_of_a_block_lie_apart_and_aligned() -> None:
     for placement in PLACEMENTS:
-        layout = layer_layout(CONFIG, torch.bfloat16, placement)
-        for entries in (layout.stored, layout.unpacked):
-            assert all(entry.offset % ALIGNMENT == 0 for entry in entries)
-            assert all(b.offset >= a.offset + a.nbytes for a, b in itertools.pairwise(entries))
+        for buffer in layer_layouts(CONFIG, torch.bfloat16, placement)[0]:
+            flat = torch.empty(buffer.nbytes, dtype=torch.uint8)
+            views = list(buffer.views(flat).values())
+            starts = [view.data_ptr() - flat.data_ptr() for view in views]
+            assert all(start % ALIGNMENT == 0 for start in starts)
+            ends = [start + view.nbytes for start, view in zip(starts, views, strict=True)]
+            assert all(end <= start for end, start in zip(ends, [*starts[1:], buffer.nbytes], strict=False))
 
 
 # The numbers
@@ -169,7 +166,7 @@ def test_float8_files_run_as_they_are(
 ) -> None:
     """A float8 file gives, bit for bit, the result of the same weights multiplied out as they are read."""
     path = float8_file(plain, tmp_path / "wan.safetensors", kind, by_row)
-    stored = eight_bit_tensors(path)
+    stored = inspect_weights(path, WanDiT).in_eight_bits()
     assert len(stored) == LAYERS * 10
     assert set(stored.values()) == {str(kind).removeprefix("torch.")}
     expected = load_dit(path, config=CONFIG, dtype=dtype)
@@ -192,7 +189,8 @@ def test_a_lora_takes_the_matrices_that_it_changes_out_of_8_bits(plain: WanDiT, 
     }
     save_file(factors, tmp_path / "lora.safetensors")
     loras = [LoRA(tmp_path / "lora.safetensors", 0.7)]
-    without = set(eight_bit_tensors(path)) - set(eight_bit_tensors(path, loras))
+    kept, left = (inspect_weights(path, WanDiT, added).in_eight_bits() for added in ((), loras))
+    without = kept.keys() - left.keys()
     assert without == {"blocks.1.attn1.to_q.weight"}
     expected = load_dit(path, config=CONFIG, loras=loras)
     placed = load_dit(path, config=CONFIG, loras=loras, placement=Placement(**MOVING, quantize="file"))
