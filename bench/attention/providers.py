@@ -12,6 +12,7 @@ from bench.operators.peers import PEERS, Peer
 from bench.records.outcome import Unavailable
 from swifti2v_kernels import segment_attention
 from swifti2v_kernels.attention import choice
+from swifti2v_kernels.attention.arguments import check_call
 from swifti2v_kernels.attention.cases import AttentionInputs
 from swifti2v_kernels.attention.segment_attention import cost
 from swifti2v_kernels.common.case import Case, RealSize
@@ -66,14 +67,11 @@ def own_kernel(q: Tensor, sources: Sources, portable: bool = False) -> Tensor:
     Raises:
         Unavailable: ``portable`` is asked for where it is the only kernel, which would then be listed twice.
     """
-    k, v = map(list, zip(*sources, strict=True))
-    everything = [(1 << len(sources)) - 1]
-    call = choice.SegmentCall([q], k, v, [None] * len(sources), q.shape[3] ** -0.5, everything, [])
+    call = check_call(q, sources, out=torch.empty_like(q, memory_format=torch.contiguous_format))
     kernel, _ = choice.own_kernel(call)
     if portable:
         if kernel == "portable":
             raise Unavailable("the portable kernel is the only one here")
         kernel = "portable"
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    choice.launch(kernel, call, [out], [])
-    return out
+    choice.launch(call, kernel)
+    return call.out[0]

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from bench.campaign.parts import PARTS, QUICK
+from bench.campaign.parts import PARTS
 from bench.campaign.run import run_parts, save_result
 from bench.harness.environment import capture
 from bench.harness.registry import MINUTES, Benchmark, names
@@ -22,8 +22,7 @@ EXAMPLES = f"""\
 examples:
   python -m bench campaign                      all parts, at most nine minutes on an H200-class card
   python -m bench campaign --save               and a copy to bench/results/<gpu>/<date>-<commit>.json
-  python -m bench campaign --quick              the kernels alone: right or wrong, and how fast
-  python -m bench campaign --parts operators,attention --minutes 2
+  python -m bench campaign --parts operators,attention,dit --minutes 4        the kernels alone
   python -m bench campaign --out out/campaign   again with the same --out runs only what is missing
   python -m bench campaign --dry-run            every part at toy size on a CPU, to see that it works
 
@@ -37,9 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = [part.name for part in PARTS]
     parser.add_argument(
         "--parts", type=names(known), default=tuple(known), metavar="NAME,...", help="only these (default all)"
-    )
-    parser.add_argument(
-        "--quick", dest="parts", action="store_const", const=QUICK, help=f"the same as --parts {','.join(QUICK)}"
     )
     parser.add_argument("--minutes", type=MINUTES, default=9.0, help="for all parts together (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON instead")

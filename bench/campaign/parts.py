@@ -59,6 +59,3 @@ PARTS = (
          "sanitize",
          "sanitize"),
 )  # fmt: skip
-
-#: The parts that ``--quick`` runs.
-QUICK = ("operators", "attention", "dit")

@@ -24,9 +24,7 @@ from typing import Any
 from bench.cost.work import Matmul, Work
 from model.config import VAEConfig
 from model.sizes import check_frames
-
-#: The most channels with which a convolution also norms what it stores: ``swifti2v_kernels``' own number.
-MAX_OWNED_CHANNELS = 192
+from swifti2v_kernels.conv.calls import MAX_OWNED_CHANNELS
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-ablations", dest="ablations", action="store_false", help="without the paper's ablations")
     group.add_argument("--minutes", type=MINUTES, help="begin nothing after so long (default: no limit)")
-    add_options(parser, MODEL, SEGMENTS, MACHINE, without="device")
+    add_options(parser, MODEL, SEGMENTS, MACHINE)
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
 
 
 def _whole(args: argparse.Namespace, session: Session) -> None:
-    for module in ("av", "tqdm"):
-        require(module, "generate")
+    require("av", "generate")
     passes = WholePasses(args, session.device)
     if passes.components.weights is None:
         session.say(
@@ -86,7 +85,7 @@ def _whole(args: argparse.Namespace, session: Session) -> None:
     table = session.section.table(
         "whole", "Stage II, whole passes", identity=IDENTITY, metrics=METRICS, columns=COLUMNS, note=note
     )
-    with require("tqdm", "generate").tqdm(passes.lengths, unit="clip", dynamic_ncols=True) as bar:
+    with session.progress(passes.lengths, unit="clip") as bar:
         for num_frames in bar:
             passes.measure(num_frames, session.folder, table, bar.set_description)
     session.draw("plan", windows(passes.plan(passes.lengths[-1])))
@@ -108,7 +107,7 @@ def _extrapolate(args: argparse.Namespace, session: Session) -> None:
     session.section.note("Random weights at the real sizes: time and memory do not depend on them.")
     session.section.set(settings={**session.section.data["settings"], "frames": found[0].num_frames})
     total = 2 * len(found) + 1 + args.ablations
-    with require("tqdm", "bench").tqdm(total=total, unit="clip", dynamic_ncols=True, disable=None) as bar:
+    with session.progress(total=total, unit="clip") as bar:
         Measurement(
             session.section, session.device, pick_dtype(args.dtype, session.device), session.timer(100),
             deadline=None if args.minutes is None else start + 60 * args.minutes,

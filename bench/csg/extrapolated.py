@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.csg.setups import BASELINE_STEPS, Setup, Variant, variants
 from bench.csg.vae_time import VAEClock, plan_vaes
 from bench.csg.window import WindowClock, WindowTime, plan_seconds
-from bench.harness.timing import Timer, time_one
+from bench.harness.timing import Timer, time_one, wall_seconds
 from bench.records.outcome import FAILURES, failure
 from bench.records.write import Section, Table
 from model.config import DiTConfig
@@ -231,13 +231,13 @@ class Measurement:
         size = (setup.dit.out_channels, setup.num_blocks, *setup.latent_size)
         text, reference = empty_text(setup.dit.text_dim).to(self.device), torch.randn(1, *size, device=self.device)
         sigmas = flow_sigmas(setup.steps, 5.0)
-        for _ in range(2):  # the first compiles
-            start = time.perf_counter()
+
+        def whole() -> None:
             for segment in sample_latents(dit, reference.clone(), text, plan=plan, sigmas=sigmas, seed=0):
                 del segment
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-        return extrapolated, time.perf_counter() - start, f"{times[0][1].note}, 1 of {setup.steps} steps"
+
+        whole()  # compiles
+        return extrapolated, wall_seconds(whole, self.device), f"{times[0][1].note}, 1 of {setup.steps} steps"
 
     def _whole_decode(self, setup: Setup) -> tuple[float, float, str]:
         clock = VAEClock(setup, plan_vaes(setup, self.device, self.dtype), self.device)

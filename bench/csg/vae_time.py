@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from bench.csg.setups import Setup
+from bench.harness.timing import wall_seconds
 from model.csg.sampler import SegmentPlan
 from model.machine.cards import device_options
 from model.machine.host import release
@@ -86,11 +86,7 @@ class VAEClock:
 
     def seconds(self, run: Callable[[int], None], blocks: int) -> float:
         """Returns the seconds of one run."""
-        start = time.perf_counter()
-        run(blocks)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return wall_seconds(lambda: run(blocks), self.device)
 
     @property
     def note(self) -> str:

@@ -24,10 +24,10 @@ from torch import Tensor
 from bench.memory.meter import Meter
 from bench.records.outcome import failure
 from bench.records.write import Table
-from model.cli.options import build_components, parse_size, pick_dtype, segment_plan
+from model.cli.options import build_components, parse_size, pick_dtype
 from model.cli.request import request_for
 from model.config import get_preset
-from model.csg.sampler import SegmentPlan, plan_for, sample_latents
+from model.csg.sampler import SegmentPlan, plan_for, plan_segments, sample_latents
 from model.csg.schedule import flow_sigmas
 from model.errors import InputError
 from model.io.media import VideoWriter
@@ -35,7 +35,7 @@ from model.io.photo import fit_image, open_image
 from model.machine.cards import device_options
 from model.machine.counted import TensorMemory
 from model.machine.host import release
-from model.machine.measure import StageTimer, is_out_of_memory, parse_bytes
+from model.machine.measure import StageTimer, full_memory, parse_bytes
 from model.memory.dit_bytes import tokens_per_block
 from model.memory.plan import plan_memory
 from model.memory.report import describe_placement
@@ -100,7 +100,8 @@ class WholePasses:
 
     def plan(self, num_frames: int) -> SegmentPlan:
         """Returns the segments of a clip."""
-        return segment_plan(self.args, check_frames(num_frames, self.components.vae_config.temporal_stride))
+        args, num_blocks = self.args, check_frames(num_frames, self.components.vae_config.temporal_stride)
+        return plan_segments(num_blocks, args.blocks, args.left, args.right, args.anchor)
 
     def settings(self) -> dict[str, Any]:
         """Returns what was chosen, for the result file."""
@@ -122,7 +123,7 @@ class WholePasses:
         with self._noting(*rows.values()):
             told(f"{num_frames} frames, Stage I and reference")
             watcher = Meter(self.device)
-            components, job = as_planned(self.components, self._job(num_frames), self.memory)
+            components, job = self.components, as_planned(self._job(num_frames), self.memory)
             condition = make_condition(components, job, watcher)
             job = replace(job, text=empty_text(components.stage_two_config.text_dim).to(self.device))
             seconds = watcher.timer.seconds
@@ -154,7 +155,7 @@ class WholePasses:
             yield
             return  # timed passes find the allocator's memory as the pass before has left it
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if full_memory(error) is None:
                 raise
             for row in rows:
                 row |= failure(error)
@@ -184,7 +185,7 @@ class WholePasses:
         told: Callable[[str], object],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Fills the rows by mode with what passes of Stage II take; returns the latents of the modes that fit."""
-        dit, reference = components.stage_two(), condition.reference
+        dit, reference = components.stage_two(job.stage_two_at), condition.reference
         given = [tensor for tensor in (reference, job.text, job.image_two) if tensor is not None]
 
         def sample(mode: str) -> Tensor:

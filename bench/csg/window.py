@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from bench.dit.split import split_seconds
+from bench.dit.split import split_seconds, three_parts
+from bench.harness.timing import wall_seconds
 from model.config import DiTConfig
 from model.csg.denoiser import Denoiser
 from model.csg.sampler import SegmentPlan, Window
@@ -142,9 +142,7 @@ class WindowClock:
 
     def _seconds(self, call: Callable[[], None]) -> float:
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
+            return wall_seconds(call, self.device)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -154,13 +152,9 @@ class WindowClock:
 
     def _shares(self, step: Callable[[], None]) -> dict[str, float]:
         """Returns the shares of attention, linear and other in a step's busy time."""
-        groups = split_seconds(step, {}, self.device)
-        total = sum(groups.values())
-        if not total:
-            return {}
-        attention = sum(seconds for group, seconds in groups.items() if "attention" in group) / total
-        linear = groups.get("linear", 0.0) / total
-        return {"attention": attention, "linear": linear, "other": 1 - attention - linear}
+        found = three_parts(split_seconds(step, {}, self.device))
+        total = sum(found.values())
+        return {part: seconds / total for part, seconds in found.items()} if total else {}
 
     def _missing_bytes(self, count: int) -> int:
         """Returns the bytes of weights, text keys and values, and modulation of the layers that were not run."""

@@ -6,19 +6,20 @@ import argparse
 import functools
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
 from bench.dit.layer import LAYER_PROVIDERS, TIMESTEPS, LayerProvider
 from bench.dit.measure import measure_layer, targets
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
-from bench.harness.registry import MILLISECONDS, Benchmark, matches
+from bench.harness.registry import MILLISECONDS, Benchmark, chosen
 from bench.harness.session import Session
 from bench.harness.timing import Ceilings, Timer
 from bench.operators.compare import compare_case
-from bench.operators.discover import all_cases, operator_name
+from bench.operators.discover import all_cases
 from bench.operators.peers import PEERS, Peer, peers_of
-from model.errors import InputError, require
+from model.errors import InputError
 from swifti2v_kernels import linear_gelu, segment_attention
 from swifti2v_kernels.common.case import Arguments, Case, RealSize
 from swifti2v_kernels.common.cost import Work
@@ -95,26 +96,18 @@ def run(args: argparse.Namespace, session: Session) -> None:
     """Measures operators and layers, on CUDA alone."""
     shapes = [s for s in (QUICK_SHAPES if args.quick else SHAPES) if args.part != "ops"]
     cases = compared_cases() if args.part != "layer" else []
-    names = dict.fromkeys([*(s.name for s in shapes), *(c.real.shape for c in cases if c.real)])
-    shapes = [s for s in shapes if args.shapes in s.name]
-    cases = [c for c in cases if c.real and args.shapes in c.real.shape]
-    if not shapes and not cases:
-        raise InputError(f"shapes: no shape contains {args.shapes!r}; the shapes are {', '.join(names)}")
-    ops = [case for case in cases if args.ops in case.name]
-    if cases and not ops:
-        operators = ", ".join(dict.fromkeys(map(operator_name, cases)))
-        raise InputError(f"ops: no operator contains {args.ops!r}; the operators are {operators}")
-    known = dict.fromkeys(p.name for found in (LAYER_PROVIDERS, *map(peers_of, ops)) for p in found)
-    if not any(matches(args.only, name) for name in known):
-        raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(known)}")
+    sizes = chosen("shapes", args.shapes, [*(s.name for s in shapes), *(c.real.shape for c in cases if c.real)])
+    shapes, cases = [s for s in shapes if s.name in sizes], [c for c in cases if c.real and c.real.shape in sizes]
+    ops = chosen("ops", args.ops, cases, attrgetter("name")) if cases else []
+    others = chosen("only", args.only, (p.name for found in (LAYER_PROVIDERS, *map(peers_of, ops)) for p in found))
     if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
         raise InputError(f"{ENVIRONMENT_VARIABLE}: expected auto or triton, since it is the kernels that are measured")
     if args.quick:
         ops = list({case.operator: case for case in ops}.values())
     if session.cuda:
-        found = [(case, [p for p in peers_of(case) if p.ours or matches(args.only, p.name)]) for case in ops]
+        found = [(case, [p for p in peers_of(case) if p.ours or p.name in others]) for case in ops]
         measure_ops(session, found, session.timer(args.milliseconds), session.ceilings())
-        layers = [p for p in LAYER_PROVIDERS if p.ours or matches(args.only, p.name)]
+        layers = [p for p in LAYER_PROVIDERS if p.ours or p.name in others]
         timesteps = [kind for kind in (TIMESTEPS[:1] if args.quick else TIMESTEPS) if args.timesteps in (kind, "all")]
         # A layer takes tens of milliseconds: enough calls for a median.
         timer = session.timer(5 * args.milliseconds)
@@ -135,7 +128,7 @@ def measure_ops(session: Session, ops: Sequence[tuple[Case, Sequence[Peer]]], ti
         note="GB/s are the operator's least traffic over its time; peak memory is what a call allocates, its results"
         " included.",
     )  # fmt: skip
-    for case, peers in require("tqdm", "bench").tqdm(ops, unit="operator", dynamic_ncols=True, disable=None):
+    for case, peers in session.progress(ops, unit="operator"):
         for row in compare_case(case, peers, session.device, timer, ceilings):
             table.add(row | {"op": case.name})
         session.section.verdicts(targets(table.rows, []))
@@ -161,7 +154,7 @@ def measure_layers(
         " that of activations.",
     )  # fmt: skip
     kinds = [(shape, kind) for shape in shapes for kind in timesteps]
-    for shape, kind in require("tqdm", "bench").tqdm(kinds, unit="layer", dynamic_ncols=True, disable=None):
+    for shape, kind in session.progress(kinds, unit="layer"):
         with torch.no_grad():
             for row in measure_layer(shape, kind, layers, dtype, session.device, timer):
                 table.add(row)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.dit.layer import COMPILED, LayerInputs, LayerProvider, Runner, exact_rows, layer_inputs
 from bench.dit.shapes import Shape
-from bench.dit.split import split_seconds
+from bench.dit.split import split_seconds, three_parts
 from bench.harness.timing import Timer, peak_of
 from bench.operators.check import relative_error
 from bench.operators.compare import Ready, compare, inputs_failed
@@ -81,10 +81,7 @@ def _split(runner: Runner, device: torch.device) -> dict[str, Any]:
         found = split_seconds(runner.step, runner.attentions(), device)
     except Exception as error:  # a profiler that does not work here is no reason to lose the timing
         return {"split": {}, "split_error": str(error)[:300]}
-    attention = sum(seconds for group, seconds in found.items() if "attention" in group)
-    other = sum(found.values()) - attention - found.get("linear", 0.0)
-    return {"split": found, "attention_seconds": attention, "linear_seconds": found.get("linear", 0.0),
-            "other_seconds": other}  # fmt: skip
+    return {"split": found, **{f"{part}_seconds": seconds for part, seconds in three_parts(found).items()}}
 
 
 def targets(ops: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -62,6 +62,12 @@ def split_seconds(
     return {group: seconds[group] for group in GROUPS if group in seconds}
 
 
+def three_parts(groups: Mapping[str, float]) -> dict[str, float]:
+    """Returns the seconds of ``attention`` of all kinds, ``linear`` and ``other`` among those of groups."""
+    attention, linear = sum(s for group, s in groups.items() if "attention" in group), groups.get("linear", 0.0)
+    return {"attention": attention, "linear": linear, "other": sum(groups.values()) - attention - linear}
+
+
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Silences the standard error while the block runs: torch 2.13's profiler announces its start and its end there."""

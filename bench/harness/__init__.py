@@ -2,5 +2,5 @@
 
 registry     the subcommands; ``session`` runs one: device, folder, section
 timing       calls in turns, ceilings of the card; ``environment`` says what they ran on
-interpreter  repairs of Triton's interpreter; ``interpreted`` is the part of a benchmark that runs in it
+interpreted  the part of a benchmark that runs in Triton's interpreter
 """

@@ -14,14 +14,17 @@ import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import bench
 from model.cli.options import count, number, parse_path
 from model.csg.schedule import MOST_STEPS
+from model.errors import InputError
+
+Item = TypeVar("Item")
 
 #: Parsers of options that several benchmarks have (argparse types), with what is still a benchmark as their bounds.
-MILLISECONDS, REPEATS, JOBS, TOKENS = count(1, 60_000), count(1, 1000), count(1, 256), count(1, 10**7)
+MILLISECONDS, REPEATS, JOBS = count(1, 60_000), count(1, 1000), count(1, 256)
 STEPS, MINUTES = count(1, MOST_STEPS), number(0.01, 10_000)
 #: The capability of a card, two or three digits.
 CAPABILITY = count(10, 999)
@@ -68,6 +71,19 @@ def benchmarks() -> dict[str, Benchmark]:
 def matches(texts: str, name: str) -> bool:
     """Returns whether ``name`` contains one of the texts, which ``|`` separates."""
     return any(text.strip() in name for text in texts.split("|"))
+
+
+def chosen(option: str, texts: str, known: Iterable[Item], name: Callable[[Item], str] = str) -> list[Item]:
+    """Returns those of ``known`` whose name contains one of the texts, which ``|`` separates.
+
+    Raises:
+        InputError: there are none; the message names the option and all that there are.
+    """
+    known = list(known)
+    found = [item for item in known if matches(texts, name(item))]
+    if not found:
+        raise InputError(f"{option}: none contains {texts!r}; they are {'; '.join(dict.fromkeys(map(name, known)))}")
+    return found
 
 
 def add_parser(commands: Any, benchmark: Benchmark) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ class Session:
         """Prints a line, unless JSON was asked for."""
         if not self.args.json:
             print(printable(text), flush=True)
+
+    def progress(self, items: Iterable[Any] | None = None, **options: Any) -> Any:
+        """Returns a bar of progress on a terminal, over the items or to be advanced by hand."""
+        return require("tqdm", "bench").tqdm(items, dynamic_ncols=True, disable=None, **options)
 
     def timer(self, milliseconds: float) -> Timer:
         """Returns a timer for the device."""

@@ -135,6 +135,15 @@ class CudaTimer(WallTimer):
         return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
+def wall_seconds(call: Call, device: torch.device) -> float:
+    """Returns the wall time of one call, on CUDA until the device is done with it."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def make_timer(device: torch.device, milliseconds: float, graphs: bool = True) -> Timer:
     """Returns the timer for a device; ``graphs`` as for :class:`CudaTimer`."""
     return CudaTimer(milliseconds, graphs) if device.type == "cuda" else WallTimer(milliseconds)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +15,15 @@ from torch import Tensor
 from bench.harness.environment import energy_joules, process_memory
 from bench.harness.timing import limited
 from bench.memory.course import Course
-from bench.memory.meter import Meter, make_meter
+from bench.memory.meter import make_meter
 from bench.records.metrics import column_scale
 from bench.records.outcome import failure
 from model.cli.request import request_for
-from model.config import get_preset
 from model.csg.sampler import plan_segments
 from model.csg.schedule import flow_sigmas
-from model.io.media import VideoWriter
 from model.machine.cards import chosen_gpu, device_options
-from model.machine.counted import CountedHost
 from model.machine.host import release
-from model.machine.measure import is_out_of_memory
+from model.machine.measure import full_memory
 from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
 from model.memory.request import MemoryRequest
@@ -55,7 +51,6 @@ class ClipSetup:
     limit: int | None = None
     ram: int | None = None
     capability: int = 90
-    out: Path | None = None
 
     @property
     def name(self) -> str:
@@ -107,11 +102,13 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
         energy, start = energy_joules(device), time.perf_counter()
         try:
             run.plan = plan = plan_memory(_request(setup, components, device))
-            placed, job = as_planned(components, _job(setup, components, device, plan), plan)
+            job = as_planned(_job(setup, components, device, plan), plan)
             with meter.watch(), torch.no_grad():
-                run.row["frames_made"] = _make(setup, placed, job, meter)
+                for part in make_frames(components, job, make_condition(components, job, meter), meter):
+                    run.row["frames_made"] += part.shape[0]
+                    del part  # frames are dropped as they come
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if full_memory(error) is None:
                 raise
             run.row |= failure(error)
         except KeyboardInterrupt:
@@ -126,21 +123,6 @@ def run_clip(setup: ClipSetup, device: torch.device) -> ClipRun:
             run.row["energy_joules"] = None if energy is None or after is None else after - energy
     release(device)
     return run
-
-
-def _make(setup: ClipSetup, components: Components, job: ClipJob, meter: Meter) -> int:
-    """Makes all frames, which are dropped or written as they come, and returns how many they are."""
-    count, condition = 0, make_condition(components, job, meter)
-    frames = make_frames(components, job, condition, meter)
-    fps = get_preset(setup.preset).fps
-    with nullcontext() if setup.out is None else VideoWriter(setup.out, setup.width, setup.height, fps) as writer:
-        for part in frames:
-            count += part.shape[0]
-            if writer is not None:
-                with meter.timer.stage("file"):
-                    writer.write(part)
-            del part
-    return count
 
 
 def _request(setup: ClipSetup, components: Components, device: torch.device) -> MemoryRequest:
@@ -161,7 +143,7 @@ def _job(setup: ClipSetup, components: Components, device: torch.device, plan: M
     return ClipJob(
         _picture(*plan.request.size), _picture(*plan.request.motion_size),
         empty_text(components.stage_two_config.text_dim).to(device), plan.request.plan, sigmas, sigmas,
-        plan.vae_plans.tiles, host=CountedHost if device.type == "meta" else None,
+        plan.vae_plans.tiles,
     )  # fmt: skip
 
 

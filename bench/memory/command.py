@@ -12,18 +12,18 @@ from bench.harness.registry import CAPABILITY, STEPS, Benchmark
 from bench.harness.session import Session
 from bench.memory.clip import ClipRun, ClipSetup, run_clip
 from bench.records.write import Table
-from model.cli.options import parse_ram, parse_size, pick_dtype, positive
+from model.cli.options import parse_size, pick_dtype, positive
 from model.config import PRESETS, get_preset
 from model.errors import InputError
+from model.machine.host import machine_memory
 from model.machine.measure import format_bytes, parse_bytes
-from model.plan import layers_told, tiles_told
+from model.memory.report import MemoryPlan
 from model.sizes import check_frames, check_size, size_multiple
 from swifti2v_kernels.common.target import TARGETS
 
 CLIP_METRICS = (
     "peak_bytes", "peak_bytes_predicted", "predicted_seconds", "reserved_bytes", "process_bytes", "limit_bytes",
-    "total_seconds", "stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds",
-    "energy_joules",
+    "total_seconds", "stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "energy_joules",
 )  # fmt: skip
 #: Columns of what the plan has decided.
 PLANNED = ("card", "stage1", "stage2", "reference_tiles", "decode_tiles")
@@ -32,14 +32,14 @@ NEAR = 0.05
 #: The anchor and two segments of three blocks, which have all kinds of windows.
 WARM_FRAMES = 25
 SECONDS = {"Stage I": "stage_one_seconds", "reference": "reference_seconds", "Stage II": "stage_two_seconds",
-           "decode": "decode_seconds", "file": "file_seconds"}  # fmt: skip
+           "decode": "decode_seconds"}  # fmt: skip
 
 EXAMPLES = """\
 examples:
   python -m bench memory                              this card; without CUDA counted for a card of 24 GB
   python -m bench memory --limit 24GB,16GB,12GB       a large card stands in for small ones (capacity, not speed)
   python -m bench memory --preset 14b-1.3b --limit 24GB,16GB,12GB,8GB       a Stage I of 14B on cards of four classes
-  python -m bench memory --preset 14b-1.3b --frames 81 --file       the whole clip, written to a file
+  python -m bench memory --preset 14b-1.3b --frames 81              the whole clip
   python -m bench memory --preset 5b --size 1280x704 --limit 8GB
   python -m bench memory --device cpu --measure --preset tiny --size 256x144     tensors of a small run on a CPU
 
@@ -57,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", metavar="SIZE,...", help="memory of the card, enforced on CUDA (default: the card's)"
     )
-    parser.add_argument("--file", action="store_true", help="write the clip, and time that (needs PyAV)")
     parser.add_argument("--measure", action="store_true", help="run the clip on a CPU instead of counting")
     known = ", ".join(map(str, TARGETS))
     parser.add_argument(
@@ -80,15 +79,15 @@ def run(args: argparse.Namespace, session: Session) -> None:
     check_frames(num_frames, preset.vae.temporal_stride)
     setup = ClipSetup(
         name, width, height, num_frames, args.steps or (4 if num_frames >= 81 else 1),
-        torch.bfloat16 if counted else pick_dtype("auto", device), ram=None if counted else parse_ram("auto"),
-        capability=args.capability, out=session.folder / "clip.mp4" if args.file and not counted else None,
+        torch.bfloat16 if counted else pick_dtype("auto", device), ram=None if counted else machine_memory(),
+        capability=args.capability,
     )  # fmt: skip
     if counted:
         session.say("no CUDA device: nothing runs. Bytes are counted on tensors without memory, at the real size")
     if session.cuda and not limits:
         # A limit asks for capacity alone; without one the time matters too.
         session.say("a short clip first, for which the kernels are compiled")
-        if run_clip(replace(setup, num_frames=min(num_frames, WARM_FRAMES), steps=1, out=None), device).interrupted:
+        if run_clip(replace(setup, num_frames=min(num_frames, WARM_FRAMES), steps=1), device).interrupted:
             raise KeyboardInterrupt
     tables = _tables(session)
     for limit in limits or [24 * 10**9 if counted else None]:
@@ -135,6 +134,19 @@ def _key(setup: ClipSetup) -> dict[str, Any]:
     return {"preset": setup.preset, "size": size, "frames": setup.num_frames, "limit": setup.limit_told}
 
 
+def _planned(plan: MemoryPlan) -> dict[str, str]:
+    """Returns what a plan has decided, by column of :data:`PLANNED`: ``24+16 in 16 bits``, ``2x2* float32``."""
+    told = {"card": plan.request.gpu.name}
+    for column, stage in (("stage1", plan.stage_one), ("stage2", plan.stage_two)):
+        layers = "+".join(map(str, stage.layers.values())).removesuffix("+0+0").removesuffix("+0")
+        forms = {"none": f"in {8 * plan.request.dtype.itemsize} bits", "file": "as in the file"}
+        told[column] = f"{layers} {forms.get(stage.placement.quantize, f'in {stage.placement.quantize}')}"
+    for column, place in (("reference_tiles", plan.vae_plans.reference), ("decode_tiles", plan.vae_plans.decode)):
+        tiles = place.plan
+        told[column] = f"{tiles.rows}x{tiles.columns}{'*' * tiles.park} {place.request.dtype_name}"
+    return told
+
+
 def _report(session: Session, setup: ClipSetup, run: ClipRun, tables: dict[str, Table], basis: str) -> None:
     key, peak, plan = _key(setup) | {"basis": basis}, run.course.peak(), run.plan
     stages, over = run.stage_rows(), setup.limit is not None and peak > setup.limit
@@ -144,18 +156,14 @@ def _report(session: Session, setup: ClipSetup, run: ClipRun, tables: dict[str, 
         run.row |= {"status": "out of memory", "reason": reason}
     row = key | run.row | {"peak_bytes": peak, "limit_bytes": setup.limit, "steps": setup.steps}
     if plan is not None:
-        row |= {
-            "peak_bytes_predicted": plan.peak, "predicted_seconds": plan.seconds, "card": plan.request.gpu.name,
-            "stage1": layers_told(plan, "stage_one"), "stage2": layers_told(plan, "stage_two"),
-            "reference_tiles": tiles_told(plan, "reference"), "decode_tiles": tiles_told(plan, "decode"),
-        }  # fmt: skip
+        row |= {"peak_bytes_predicted": plan.peak, "predicted_seconds": plan.seconds, **_planned(plan)}
     tables["clips"].add(row | {field: run.seconds.get(stage) for stage, field in SECONDS.items()})
     for found in stages:
         tables["stages"].add(key | found)
     for label, size, count in run.course.holders():
         held = {"held_by": label, "held_bytes": size, "tensors": count, "share": size / peak}
         tables["holders"].add(key | held)
-    session.section.timeline(setup.name, run.course.thinned(), run.course.marks, basis=basis, limit=setup.limit)
+    session.section.timeline(setup.name, run.course.points, run.course.marks, basis=basis, limit=setup.limit)
     if setup.limit is None:
         return
     # Plans leave a reserve for what libraries take besides the allocator's memory.

@@ -74,18 +74,6 @@ class Course:
             ranked[most:] = [("everything else", sum(size for _, size, _ in rest), sum(count for *_, count in rest))]
         return ranked
 
-    def thinned(self, most: int = 1500) -> list[tuple[float, int]]:
-        """Returns about ``most`` points or fewer, with the highest and the lowest of every stretch."""
-        points = self.points
-        if len(points) <= most:
-            return points
-        step = len(points) * 2 // most + 1
-        kept = []
-        for start in range(0, len(points), step):
-            part = points[start : start + step]
-            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-        return [points[0], *kept, points[-1]]
-
 
 def from_trace(trace: Sequence[dict[str, Any]]) -> list[Event]:
     """Returns the events of the CUDA allocator's history, ``torch.cuda.memory._snapshot()["device_traces"][i]``.

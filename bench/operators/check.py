@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from bench.operators.discover import operator_name
 from bench.records.outcome import failure
 from swifti2v_kernels.common.case import Arguments, Case
-from swifti2v_kernels.linear.rows import QuantizedRows, quantized_reference
+from swifti2v_kernels.linear.quantize_rows import QuantizedRows, quantized_reference
 
 #: Relative L2 error against float64 above which a result is wrong: the coarsest dtype among the inputs is rounded a few
 #: times. uint8 frames are rounded to whole numbers.

@@ -1,13 +1,14 @@
 """Finds the operators: ``CASES`` of every ``swifti2v_kernels/*/cases.py``.
 
-An operator enters the compile report, the check, the timings, the tuner and the pytest-benchmark suite by being in one.
+An operator enters the compile report, the check, the timings and the tuner by being in one.
 """
 
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 
-from model.errors import InputError
+from bench.harness.registry import chosen
 from swifti2v_kernels.common import case
 from swifti2v_kernels.common.case import Case
 
@@ -29,10 +30,6 @@ def cases_of(text: str = "", quick: bool = False) -> list[Case]:
     Raises:
         InputError: there are none.
     """
-    found = [case for case in all_cases() if text in case.name]
-    if not found:
-        raise InputError(
-            f"cases: no case contains {text!r}; the cases are {', '.join(case.name for case in all_cases())}"
-        )
+    found = chosen("cases", text, all_cases(), attrgetter("name"))
     # The last of an operator, which is seldom the plainest.
     return list({case.operator: case for case in found}.values()) if quick else found

@@ -23,7 +23,6 @@ from bench.operators.compare import rates
 from bench.operators.discover import all_cases, operator_name
 from bench.records.outcome import FAILURES, failure
 from bench.static.compile_only import quiet_exit
-from model.errors import require
 from model.machine.host import release
 from swifti2v_kernels.common.case import Case
 
@@ -47,9 +46,7 @@ def check_cases(session: Session, cases: Sequence[Case], jobs: int = 1) -> set[s
         metrics=CHECK_METRICS, columns=("operator", "case", *CHECK_METRICS),
     )  # fmt: skip
     rows = _checked(cases, session.device, jobs)
-    for row in require("tqdm", "bench").tqdm(
-        rows, total=len(cases), unit="case", leave=False, dynamic_ncols=True, disable=None
-    ):
+    for row in session.progress(rows, total=len(cases), unit="case", leave=False):
         table.add(row)
     return {row["operator"] for row in table.rows if row["status"] != "ok"}
 
@@ -133,7 +130,7 @@ def measure_cases(
         columns=(*IDENTITY, *METRICS[:7]),
         note="GB/s are the least traffic over the time; peak memory is what a call allocates.",
     )  # fmt: skip
-    for case in require("tqdm", "bench").tqdm(timed, unit="case", dynamic_ncols=True, disable=None):
+    for case in session.progress(timed, unit="case"):
         row: dict[str, Any] = {"case": case.name, "shape": case.real.shape, "operator": operator_name(case)}
         row |= {"flops": case.real.cost.flops, "bytes": case.real.cost.bytes, "ours": True, "provider": "swifti2v"}
         if row["operator"] in wrong:

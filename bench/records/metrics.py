@@ -61,7 +61,6 @@ METRICS: dict[str, Metric] = {
         programs_per_sm="programs/SM"),
     **_metrics("s", predicted_seconds="predicted"),
     **_metrics("fraction", share="share"),
-    **_metrics("seam", seam="seam", seam_untiled="seam, untiled"),
 }  # fmt: skip
 
 #: Units of columns: size and name; GB is 10^9 bytes.

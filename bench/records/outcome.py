@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.errors import TritonError
 
-from model.machine.measure import is_out_of_memory
+from model.machine.measure import full_memory
 
 #: The statuses of a row. ``wrong``: its check failed, so it was not timed. ``not reached``: time ran out before.
 STATUSES = ("ok", "out of memory", "failed", "wrong", "not available", "skipped", "not reached")
@@ -25,5 +25,5 @@ def failure(error: BaseException) -> dict[str, str]:
     """Returns status and reason of a row that could not be measured."""
     if isinstance(error, Unavailable):
         return {"status": "not available", "reason": str(error)}
-    status = "out of memory" if is_out_of_memory(error) else "failed"
+    status = "failed" if full_memory(error) is None else "out of memory"
     return {"status": status, "reason": (str(error) or type(error).__name__).splitlines()[0][:300]}

@@ -104,11 +104,11 @@ class Section:
 
         Args:
             name: the title for people.
-            points: pairs of seconds and bytes.
+            points: pairs of seconds and bytes, of which about 1500 are kept.
             marks: pairs of seconds and label.
             details: ``basis``, ``limit`` and what else belongs to it.
         """
-        data = {"name": name, "points": [list(p) for p in points], "marks": [list(m) for m in marks]}
+        data = {"name": name, "points": [list(p) for p in thinned(points, 1500)], "marks": [list(m) for m in marks]}
         self.data["timelines"].append({"basis": "measured", **data, **details})
         self._save()
 
@@ -170,6 +170,18 @@ class Record:
             data["seconds"] = time.monotonic() - start
             if not refused:
                 self.save()
+
+
+def thinned(points: Sequence[Any], most: int) -> list[Any]:
+    """Returns about ``most`` points of a course or fewer, with the highest and the lowest of every stretch."""
+    if len(points) <= most:
+        return list(points)
+    step, kept = len(points) * 2 // most + 1, [points[0]]
+    for start in range(0, len(points), step):
+        part = points[start : start + step]
+        low, high = (extreme(part, key=lambda point: point[1]) for extreme in (min, max))
+        kept += [low] if low == high else sorted((low, high))
+    return [*kept, points[-1]]
 
 
 def new_section(title: str, status: str, **fields: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from bench.records.metrics import column_scale, format_value, significant
+from bench.records.write import thinned
 from bench.report.markup import TEMPLATES, tag
 from model.csg.sampler import SegmentPlan
 
@@ -207,7 +208,7 @@ def timeline(
     size, size_name = column_scale([y.high], "bytes")
     shown = Axis(x.low / unit, x.high / unit, x.start, x.end), Axis(0, y.high / size, y.start, y.end)
     drawn = _grid(*shown, over, f"{size_name} allocated")
-    line = [(x.at(s), y.at(b)) for s, b in thinned(points)]
+    line = [(x.at(s), y.at(b)) for s, b in thinned(points, 800)]
     path = f"M{line[0][0]},{line[0][1]}" + "".join(f"H{a}V{b}" for a, b in line[1:])
     dashed = "" if basis == "measured" else " unmeasured"
     drawn.append(tag("path", d=f"{path}V{y.start}H{line[0][0]}Z", class_="area"))
@@ -237,15 +238,6 @@ def _timeline_marks(marks: Sequence[tuple[float, str]], x: Axis, y: Axis, counte
             ends[row] = left + width + 4
             drawn.append(_text(label, left, y.end - 11 - 13 * row, "mark-label"))
     return drawn
-
-
-def thinned(points: Sequence[tuple[float, float]], count: int = 800) -> list[tuple[float, float]]:
-    """Returns at most ``count`` points, the highest of each stretch, so that no peak is lost."""
-    if len(points) <= count:
-        return list(points)
-    size = math.ceil(len(points) / (count - 2))
-    stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    return [points[0], *(max(stretch, key=lambda p: p[1]) for stretch in stretches), points[-1]]
 
 
 def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[Markup]:

@@ -10,7 +10,7 @@ from bench.harness.session import Session
 from bench.operators.discover import all_cases, cases_of
 from bench.sanitize.run import find_planted, watch_cases
 from bench.sanitize.tool import NAME, TOOLS, find_tool
-from model.errors import InputError, require
+from model.errors import InputError
 from swifti2v_kernels.common.target import capability_of
 
 EXAMPLES = """\
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
                 table.add(row | {"status": "not available", "reason": useless})
             continue
         rows = watch_cases(tool, check, numbers, args.jobs, session.folder)
-        for row in require("tqdm", "bench").tqdm(rows, total=len(numbers), desc=check, unit="case", disable=None):
+        for row in session.progress(rows, total=len(numbers), desc=check, unit="case"):
             table.add(row)
     clean = sum(row["status"] == "ok" for row in table.rows)
     kernels = {name for row in table.rows if row["status"] == "ok" for name in row["kernels"].split(", ")}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from operator import attrgetter
 from pathlib import Path
 
-from bench.harness.registry import JOBS, MINUTES, Benchmark
+from bench.harness.registry import JOBS, MINUTES, Benchmark, chosen
 from bench.harness.session import Session
 from bench.records.package_tables import provenance, write_entries
 from bench.records.read import read_result
@@ -16,7 +17,7 @@ from bench.static.compile_only import quiet_exit
 from bench.tuning.search import Outcome, Search, entry
 from bench.tuning.space import Target, shown, targets
 from model.cli.options import parse_path, positive
-from model.errors import InputError, require
+from model.errors import InputError
 from swifti2v_kernels.common.target import TARGETS, capability_of
 
 EXAMPLES = """\
@@ -52,10 +53,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
         raise InputError(f"capability: expected one of {', '.join(map(str, TARGETS))}, got {capability}")
     session.say("reading what there is to tune")
     quiet_exit()
-    found = targets(capability, args.kernels)
-    if not found:
-        names = "; ".join(target.name for target in targets(capability))
-        raise InputError(f"kernels: nothing contains {args.kernels!r}; there are: {names}")
+    found = chosen("kernels", args.kernels, targets(capability), attrgetter("name"))
     if args.quick:
         found = found[:2]
     if session.cuda:
@@ -79,7 +77,7 @@ def _search(args: argparse.Namespace, session: Session, found: list[Target], mos
     )  # fmt: skip
     card, stamp = session.environment["device"], provenance(session.environment)
     entries = []
-    with require("tqdm", "bench").tqdm(total=len(found), unit="kernel", dynamic_ncols=True, disable=None) as bar:
+    with session.progress(total=len(found), unit="kernel") as bar:
         for target in found:
             bar.set_description(target.name)
             if search.late:

@@ -48,8 +48,8 @@ class Target:
         return replace(self.heuristic, **forced)
 
 
-def targets(capability: int, text: str = "") -> list[Target]:
-    """Returns all targets of a capability whose name contains ``text``, those with the most work first."""
+def targets(capability: int) -> list[Target]:
+    """Returns all targets of a capability, those with the most work first."""
     found: dict[str, list[tuple[Any, Case]]] = {}
     for case in all_cases():
         if case.real is None or case.least_capability > capability:
@@ -66,8 +66,7 @@ def targets(capability: int, text: str = "") -> list[Target]:
         kernel, key = json.loads(name)
         cases = tuple(dict.fromkeys(case for _, case in pairs))
         results.append(Target(kernel, capability, key, pairs[0][0], cases))
-    results.sort(key=lambda target: -_work(target.cases))
-    return [target for target in results if text in target.name]
+    return sorted(results, key=lambda target: -_work(target.cases))
 
 
 def _work(cases: Sequence[Case]) -> float:

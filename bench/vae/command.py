@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from bench.harness.registry import MILLISECONDS, REPEATS, Benchmark, matches
+from bench.harness.registry import MILLISECONDS, REPEATS, Benchmark, chosen
 from bench.harness.session import Session
-from bench.records.package_tables import provenance, write_entries
+from bench.records.package_tables import provenance
 from bench.vae.layers import Layer, layer_rows, table_entries, unique_layers
 from bench.vae.measure import measure, targets
 from bench.vae.providers import PROVIDERS, Provider
 from bench.vae.shapes import PARTS, QUICK_SHAPES, SHAPES, Shape
-from model.errors import InputError, require
 from model.machine.host import release
 from model.machine.measure import parse_bytes
 
@@ -31,7 +31,7 @@ examples:
   python -m bench vae                                 everything; without CUDA a small VAE
   python -m bench vae --quick                         decode and encode 81 frames of 720p
   python -m bench vae --shapes "2.1, 2K, 81" --part decode --limit 6GB
-  python -m bench vae --part layers --update-table    our kernels against cuDNN; the faster one is used from then on
+  python -m bench vae --part layers                   our kernels against cuDNN, for bench tune --from RESULT.json
 
 Reported are time, peak memory, and error against float32, untiled. The figures to be reached at 2K: twice the speed of
 diffusers' fastest setting that fits, and a third of its tiled peak.
@@ -54,27 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--milliseconds", type=MILLISECONDS, default=100, help="time for each layer (default %(default)s)"
     )
     parser.add_argument("--repeats", type=REPEATS, default=3, help="timed runs of each (default %(default)s)")
-    parser.add_argument("--update-table", action="store_true", help="write the table of measured choices")
 
 
 def run(args: argparse.Namespace, session: Session) -> None:
     """Measures layers and clips; without CUDA it counts the layers and runs the clips on a small VAE."""
-    available = QUICK_SHAPES if args.quick else SHAPES
-    shapes = [shape for shape in available if args.shapes in str(shape)]
-    if not shapes:
-        raise InputError(f"shapes: none contains {args.shapes!r}; they are {'; '.join(map(str, available))}")
-    providers = [provider for provider in PROVIDERS if matches(args.only, provider.name)]
-    if not providers:
-        raise InputError(f"only: none contains {args.only!r}; they are {'; '.join(p.name for p in PROVIDERS)}")
+    shapes = chosen("shapes", args.shapes, QUICK_SHAPES if args.quick else SHAPES)
+    providers = chosen("only", args.only, PROVIDERS, attrgetter("name"))
     limit = parse_bytes("limit", args.limit)
     parts = [part for part in PARTS if args.part in (part, "all")]
-    if not session.cuda and args.update_table:
-        raise InputError("update-table: expected a CUDA device, since the table holds measurements")
     if args.part == "layers" or (args.part == "all" and session.cuda):
         wanted = [part for part in PARTS if args.directions in (part, "all")]
         measure_layers(session, unique_layers(shapes, wanted), args.milliseconds)
-        if args.update_table:
-            session.say(f"table updated: {write_entries(session.section.data['package_entries'])}")
     if not session.cuda:
         session.say("no CUDA device: layers are counted, clips are those of a small VAE; no card is timed")
         shapes, limit = [shape.reduced() for shape in shapes], None
@@ -94,7 +84,7 @@ def measure_layers(session: Session, layers: Sequence[Layer], milliseconds: floa
             table.add({**layer.row(), "provider": "swifti2v", "flops": layer.cost.flops, "basis": "counted"})
         return
     timer, ceilings = session.timer(milliseconds), session.ceilings()
-    for layer in require("tqdm", "bench").tqdm(layers, unit="layer", dynamic_ncols=True, disable=None):
+    for layer in session.progress(layers, unit="layer"):
         for row in layer_rows(layer, session.device, timer, ceilings):
             table.add(row)
         stamp = {"provenance": provenance(session.environment)}
@@ -126,7 +116,7 @@ def measure_clips(
 
     clips = [(shape, part) for shape in shapes for part in parts]
     with torch.no_grad():
-        for shape, part in require("tqdm", "bench").tqdm(clips, unit="clip", dynamic_ncols=True, disable=None):
+        for shape, part in session.progress(clips, unit="clip"):
             measure(shape, part, session.device, providers=providers, limit=limit, repeats=repeats, report=report)
 
 

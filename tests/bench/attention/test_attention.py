@@ -14,7 +14,6 @@ from bench.harness.timing import Ceilings
 from bench.operators.check import randomised
 from bench.operators.compare import compare_case
 from bench.operators.peers import Peer
-from bench.records.package_tables import merge
 from swifti2v_kernels import segment_attention
 from swifti2v_kernels.common.shapes import Model
 from tests.support.bench_session import CPU, timer
@@ -59,7 +58,7 @@ def test_shapes_are_those_of_real_models() -> None:
     assert [copied_bytes(shape) for shape in (SHAPES[0], SMALL)] == [0, 2 * 2 * 2 * 16 * 14]
 
 
-def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
+def test_the_table_takes_dense_measurements_of_exact_implementations() -> None:
     shapes = [call_of("dense", Model(2, 64), 100, 100), call_of("many", Model(2, 64), 100, 50, 50)]
     rows = [
         {"shape": shape.name, "provider": name, "status": status, "exact": True, "seconds": seconds}
@@ -70,12 +69,7 @@ def test_the_table_takes_dense_measurements_and_keeps_the_others() -> None:
             ("sdpa-flash", "failed", None),
         )
     ]
-    entries = table_entries({"device": "new", "gpu": {"capability": [9, 0]}}, rows, shapes)
-    old = {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "tokens": 100, "card": "old", "seconds": {}}
-    kept = {**old, "capability": 89}
-    table = merge({"schema": "s", "entries": [old, kept]}, entries)
-    assert table["schema"] == "s"
-    assert table["entries"][0] == kept
-    assert table["entries"][1]["card"] == "new"
-    assert table["entries"][1]["seconds"] == {"swifti2v": 2.0, "sdpa-cudnn": 1.0}
-    assert len(table["entries"]) == 2
+    key = {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "tokens": 100}
+    assert table_entries({"device": "new", "gpu": {"capability": [9, 0]}}, rows, shapes) == [
+        {**key, "card": "new", "seconds": {"swifti2v": 2.0, "sdpa-cudnn": 1.0}}
+    ]

@@ -38,8 +38,8 @@ from swifti2v_kernels.common.shapes import WINDOWS
 from tests.support.denoisers import denoiser, meta_dit, open_window
 
 META = torch.device("meta")
-#: What the closed forms promise.
-FLOPS, MEMORY = 0.02, 0.05
+#: The relative deviation of operations that the closed forms promise.
+FLOPS = 0.02
 _1B, _5B, _14B = PRESETS["1.3b"].stage_two, PRESETS["5b"].stage_two, PRESETS["14b-1.3b"].stage_one
 BLOCK = WINDOWS["CSG window 2560x1408, 1.3B"].block_len
 VERSIONS = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
@@ -123,20 +123,6 @@ def test_a_step_of_the_dit_has_the_operations_that_are_counted(
         assert flops == pytest.approx(counted.attention[keys], rel=FLOPS)
     linear = counted.total - counted.attention.total()
     assert work.flops["linear"] == pytest.approx(linear, rel=FLOPS)
-
-
-@pytest.mark.slow
-def test_torch_counts_the_same_operations_in_the_dit_without_our_operators() -> None:
-    config = replace(_1B, num_layers=1)
-    denoise = denoiser(meta_dit(config), (176, 320), 5, 3)
-    open_window(denoise, 5, 3)
-    with Counted(kernels=False) as counted:
-        denoise.step(0)
-    work = dit.forward(config, 5 * BLOCK, targets=3 * BLOCK)
-    assert set(counted.by_operator) == {"addmm", "bmm"}
-    attention = flops_by_extent(work, "self_attention", "cross_attention").total()
-    assert attention == pytest.approx(counted.by_operator["bmm"], rel=FLOPS)
-    assert work.flops["linear"] == pytest.approx(counted.by_operator["addmm"], rel=FLOPS)
 
 
 def test_what_a_clip_needs_once_has_the_operations_that_are_counted() -> None:

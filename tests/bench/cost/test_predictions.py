@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cost import vae
 from bench.cost.configuration import Configuration
 from bench.cost.pipeline import Part, parts, predict
 from bench.cost.profiles import RATES, seconds
 from model.memory.vae_plan import plan_vae
 from swifti2v_kernels.common.cards import CARDS, Card
-from swifti2v_kernels.conv.calls import MAX_OWNED_CHANNELS
 from tests.support.memory_requests import predict_nothing
 
 
@@ -66,10 +64,6 @@ def test_a_prediction_is_the_sum_of_its_parts_and_says_what_it_assumes() -> None
     assert "measured on an H200" in text
     assert "encoders in float32" in text
     assert prediction.seconds > sum(part.work.total_flops for part in prediction.parts) / 989.4e12
-
-
-def test_the_cost_model_knows_which_convolutions_norm_what_they_store() -> None:
-    assert vae.MAX_OWNED_CHANNELS == MAX_OWNED_CHANNELS
 
 
 @pytest.mark.slow

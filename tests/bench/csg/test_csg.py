@@ -77,16 +77,12 @@ def test_large_windows_are_run_once_and_come_out_the_same(
     assert len(steps) == 4  # of both numbers of layers a small window to compile, and the window itself
 
 
-def test_times_that_noise_has_turned_over_are_not_scaled_below_the_measured() -> None:
+def test_times_that_noise_has_turned_over_are_not_scaled_below_the_measured_nor_a_dit_that_is_run_whole() -> None:
     found = window_clock((1, 3))
     assert found._extrapolated([2.0, 3.0]) == pytest.approx(2.0 + 4 * 0.5)
     assert found._extrapolated([2.0, 1.9]) == 2.0
-
-
-def test_a_dit_without_more_layers_is_run_whole() -> None:
-    found = window_clock((1, 5))
-    assert (found.layers, len(found.dit.blocks)) == ((5, 5), 5)
-    assert found._extrapolated([7.0]) == 7.0
+    whole = window_clock((1, 5))
+    assert (whole.layers, len(whole.dit.blocks), whole._extrapolated([7.0])) == ((5, 5), 5, 7.0)
 
 
 def test_a_step_is_shared_by_attention_linear_and_other_only_where_that_is_asked_for() -> None:
@@ -106,8 +102,7 @@ def test_a_plan_takes_as_long_as_all_of_its_windows(clock: OperationClock) -> No
         each = [found.measure(given, split=False).seconds(4) for given in plan]
         total, times = plan_seconds(found, plan, 4, split=False)
     assert total == pytest.approx(sum(each), **EXACT)
-    assert sum(count for count, _ in times) == len(plan)
-    assert len(times) == len({(len(given.conditioning), len(given.noisy)) for given in plan}) < len(plan)
+    assert sum(count for count, _ in times) == len(plan) > len(times)
 
 
 def test_what_is_missing_of_a_peak_is_what_a_denoiser_of_all_layers_holds_more() -> None:
@@ -164,19 +159,6 @@ def test_setups_are_every_model_at_every_size_size_by_size() -> None:
     assert all(s.dit.in_channels == 2 * s.vae.z_dim + 4 for s in setups(MODELS, SIZES, 81, 4))
     assert short(found[0]).num_frames == 33
     assert short(replace(found[0], num_frames=17)).num_frames == 17
-
-
-def test_toy_sizes_keep_the_structure_and_fit_the_models() -> None:
-    for setup in setups(MODELS, SIZES, 81, 4):
-        small = setup.reduced()
-        assert small.size == f"small {setup.size}"
-        assert small.dit.dim <= 512
-        assert small.width * small.height <= setup.width * setup.height / 100
-        assert small.width % (2 * small.vae.spatial_stride) == small.height % (2 * small.vae.spatial_stride) == 0
-        for kept in ("in_channels", "out_channels", "patch_size"):
-            assert getattr(small.dit, kept) == getattr(setup.dit, kept)
-            assert getattr(small.stage_one, kept) == getattr(setup.stage_one, kept)
-        assert (small.vae.z_dim, small.vae.residual) == (setup.vae.z_dim, setup.vae.residual)
 
 
 def test_variants_are_the_papers_setting_and_one_change_each_and_generate_every_block_once() -> None:

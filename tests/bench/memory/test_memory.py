@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,22 +36,6 @@ def course(*sizes: int, base: int = 0, marks: tuple[tuple[float, str], ...] = ()
     return Course(base, events, list(marks))
 
 
-def random_course(count: int, base: int) -> Course:
-    """Returns a course that takes and gives back memory at random, some of it from before its begin."""
-    numbers, alive, events, before = random.Random(count), {}, [], base
-    for second in range(count):
-        if alive and numbers.random() < 0.45:
-            key = numbers.choice(list(alive))
-            events.append(Event(second, key, -alive.pop(key)))
-        elif before and numbers.random() < 0.1:
-            events.append(Event(second, -second - 1, -10))
-            before -= 10
-        else:
-            alive[second] = numbers.randint(1, 1000)
-            events.append(Event(second, second, alive[second], f"place {numbers.randint(1, 30)}"))
-    return Course(base, events)
-
-
 # A course
 
 
@@ -75,26 +58,6 @@ def test_holders_are_those_of_the_peak_by_label_largest_first() -> None:
     assert course(10, 500, -500, 40, 60).holders() == [("of 500", 500, 1), ("of 10", 10, 1)]
     assert course(40, 40, 20, 30, -40).holders() == [("of 40", 80, 2), ("of 30", 30, 1), ("of 20", 20, 1)]
     assert course(5, 4, 3, 2, 1).holders(most=2) == [("of 5", 5, 1), ("of 4", 4, 1), ("everything else", 6, 3)]
-
-
-def test_holders_add_up_to_the_peak_with_the_rest_of_what_was_there_before() -> None:
-    found = random_course(400, 100)
-    assert sum(size for _, size, _ in found.holders(most=5)) == found.peak()
-    top = max(range(len(found.points)), key=lambda i: found.points[i][1])
-    before = {label: size for label, size, _ in found.holders(most=50)}.get("before the run", 0)
-    assert before == 100 - sum(10 for event in found.events[:top] if event.key < 0)
-
-
-def test_a_thinned_course_keeps_the_extremes_and_the_order() -> None:
-    found = random_course(20_000, 50)
-    points, thinned = found.points, found.thinned(300)
-    assert len(thinned) <= 302
-    assert set(thinned) <= set(points)
-    assert [seconds for seconds, _ in thinned] == sorted(seconds for seconds, _ in thinned)
-    assert (thinned[0], thinned[-1]) == (points[0], points[-1])
-    for pick in (max, min):
-        assert pick(live for _, live in thinned) == pick(live for _, live in points)
-    assert course(1, 2, 3).thinned(4) == course(1, 2, 3).points
 
 
 # The allocator's history

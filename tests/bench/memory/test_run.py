@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import pytest
 import torch
 
@@ -83,17 +82,15 @@ def test_stages_holders_and_timelines_agree_with_the_clips_peak(counted: Path) -
 
 
 @pytest.mark.slow
-def test_on_a_cpu_it_can_be_run_and_written(tmp_path: Path) -> None:
-    assert main([*SMALL, "--measure", "--file", "--out", str(tmp_path)]) == 0
+def test_on_a_cpu_it_can_be_run(tmp_path: Path) -> None:
+    assert main([*SMALL, "--measure", "--out", str(tmp_path)]) == 0
     (row,) = rows_of(tmp_path, "clips")
     assert (row["status"], row["basis"], row["limit"], row["steps"]) == ("ok", "measured", "none", 1)
-    stages = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds", "file_seconds")
+    stages = ("stage_one_seconds", "reference_seconds", "stage_two_seconds", "decode_seconds")
     assert 0 < sum(row[stage] for stage in stages) < row["total_seconds"]
     assert all(row[stage] > 0 for stage in stages)
     assert {row["stage"]: row["seconds"] for row in rows_of(tmp_path, "stages")}["decode"] == row["decode_seconds"]
-    with av.open(str(tmp_path / "clip.mp4")) as container:
-        frames = list(container.decode(video=0))
-    assert [(frame.width, frame.height) for frame in frames] == [(64, 48)] * row["frames_made"] == [(64, 48)] * 9
+    assert row["frames_made"] == 9
     assert read_section(tmp_path)["verdicts"] == []
 
 

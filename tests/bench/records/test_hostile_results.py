@@ -23,6 +23,10 @@ from tests.support.result_samples import sample
 
 ROW = ("sections", "attention", "tables", 0, "rows", 0)
 AT = "at " + "/".join(map(str, ROW))
+ENTRIES = ("sections", "attention", "package_entries")
+ENTRY = {"capability": 90, "card": "c", "dtype": "bfloat16", "head_dim": 128, "tokens": 0, "seconds": {"a": 1.0}}
+AGAIN = {"shape": "CSG window 2560x1408, 1.3B", "provider": "swifti2v", "status": "ok", "basis": "measured"}
+TABLE = {"name": "t", "title": "t", "identity": ["shape"], "metrics": {}, "rows": []}
 #: A field, what is written there as JSON, and how the message begins.
 FAULTS = [
     ((*ROW, "seconds"), "NaN", f"{AT}/seconds: expected 0 or a number from 1e-100 to 1e+30 in magnitude, got nan"),
@@ -39,6 +43,13 @@ FAULTS = [
     (("sections", "csg", "timelines", 0, "marks", 0), "[1]", "at sections/csg/timelines/0/marks/0: [1] is too short"),
     (("environment", "date"), '"yesterday"', "at environment/date: 'yesterday' does not match"),
     (("environment", "packages"), "{}", "at environment/packages: 'torch' is a required property"),
+    # A table is found by its name and a row by its identity, so neither may be there twice.
+    (("sections", "attention", "tables"), json.dumps([TABLE] * 2), "at sections/attention/tables/1/name: expected"),
+    ((*ROW[:-1], 1), json.dumps(AGAIN), f"{AT[:-1]}1: expected each row once, got "),
+    # No result makes ``bench tune --from`` write another file than a table of the package, or an entry of no use.
+    (ENTRIES, '{"../../bench/results.schema": []}', f"at {'/'.join(ENTRIES)}: Additional properties are not allowed"),
+    (ENTRIES, json.dumps({"attention": [ENTRY]}), f"at {'/'.join(ENTRIES)}/attention/0/tokens: 0 is less than"),
+    (ENTRIES, json.dumps({"tuned": [ENTRY | {"tokens": 1}]}), f"at {'/'.join(ENTRIES)}/tuned/0: 'kernel' is a "),
     (("version",), "2", "expected swifti2v-results of version 1, as python -m bench writes it; run that benchmark"),
 ]  # fmt: skip
 POOL = (
@@ -84,18 +95,6 @@ def test_a_fault_is_refused_with_its_place(
     assert refusal(tmp_path / "r.json").startswith(message)
 
 
-def test_rows_and_tables_that_are_there_twice_are_refused(good: dict[str, Any], tmp_path: Path) -> None:
-    """A table is found by its name and a row by its identity, so neither may be there twice."""
-    tables = good["sections"]["attention"]["tables"]
-    rows, path = tables[0]["rows"], tmp_path / "r.json"
-    for where, value, message in (
-        (("sections", "attention", "tables"), [*tables, tables[0]], "tables/1/name: expected a name for each table"),
-        (ROW[:-1], [*rows, rows[0]], f"tables/0/rows/{len(rows)}: expected each row once, got "),
-    ):
-        path.write_text(json.dumps(put(good, where, value)))
-        assert refusal(path).startswith(f"at sections/attention/{message}")
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -129,21 +128,6 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(good: dict[str, Any], tmp_pa
     for position in (1, 2, 10, *range(20, len(text), len(text) // 20), len(text) - 1):
         path.write_text(text[:position])
         assert refusal(path).startswith(("is cut off (line ", "is not JSON (line ")), position
-
-
-def test_entries_for_the_package_are_of_its_tables_and_of_their_form(good: dict[str, Any], tmp_path: Path) -> None:
-    """No result makes ``bench tune --from`` write another file than a table of the package, or an entry of no use."""
-    entry = {"capability": 90, "card": "c", "dtype": "bfloat16", "head_dim": 128, "tokens": 1, "seconds": {"a": 1.0}}
-    path, where = tmp_path / "r.json", ("sections", "attention", "package_entries")
-    for entries, message in (
-        ({"../../bench/results.schema": [entry]}, ": Additional properties are not allowed"),
-        ({"attention": [{**entry, "tokens": 0}]}, "/attention/0/tokens: 0 is less than the minimum of 1"),
-        ({"tuned": [entry]}, "/tuned/0: 'kernel' is a required property"),
-    ):
-        path.write_text(json.dumps(put(good, where, entries)))
-        assert refusal(path).startswith(f"at {'/'.join(where)}{message}")
-    path.write_text(json.dumps(put(good, where, {"attention": [entry]})))
-    assert read_result(path)["sections"]["attention"]["package_entries"] == {"attention": [entry]}
 
 
 def test_text_of_a_result_reaches_no_terminal_and_no_page_as_it_is(

@@ -12,14 +12,14 @@ import torch
 
 from bench.harness.environment import capture
 from bench.harness.session import RESULT
-from bench.records.markdown import format_section, format_table
+from bench.records.markdown import format_table
 from bench.records.metrics import METRICS, column_scale, format_value, significant
-from bench.records.outcome import BASES, STATUSES, Unavailable, failure
+from bench.records.outcome import BASES, STATUSES
 from bench.records.read import DESCRIPTION, ROOT, folder_name, label_of, read_result, shipped_results
 from bench.records.write import Record, Section, Table
 from model.errors import InputError
 from tests.support.bench_session import session
-from tests.support.result_samples import environment, sample
+from tests.support.result_samples import environment
 
 UNITS = ("s", "1/s", "bytes", "B/s", "FLOP", "TFLOP/s", "J", "error", "seam", "fraction", "ratio", "count")
 
@@ -122,18 +122,24 @@ def test_a_section_that_is_cut_short_says_so_and_keeps_its_rows(record, error, s
     assert (found["status"], found["reason"], len(found["tables"][0]["rows"])) == (status, reason, 1)
 
 
+def test_bad_input_before_anything_is_measured_leaves_an_earlier_file(record):
+    """A mistyped option costs nobody the results in ``--out``."""
+
+    def refused() -> None:
+        with record.section("a", "a", {}):
+            raise InputError("size: expected another")
+
+    record.path.write_text("earlier")
+    with pytest.raises(InputError):
+        refused()
+    assert record.path.read_text() == "earlier"
+
+
 def test_a_wide_spread_is_warned_of(table):
     wide = table.add({"shape": "2K", "provider": "a", "seconds": 1.0, "seconds_low": 0.9, "seconds_high": 1.05})
     assert wide["warning"] == "spread 15 %: not a basis for comparisons"
     narrow = table.add({"shape": "2K", "provider": "b", "seconds": 1.0, "seconds_low": 0.98, "seconds_high": 1.0})
     assert "warning" not in narrow
-
-
-def test_failures_become_statuses():
-    assert failure(Unavailable("needs a GPU")) == {"status": "not available", "reason": "needs a GPU"}
-    assert failure(torch.OutOfMemoryError("CUDA out of memory\nTried"))["status"] == "out of memory"
-    assert failure(RuntimeError("one\ntwo")) == {"status": "failed", "reason": "one"}
-    assert failure(AssertionError()) == {"status": "failed", "reason": "AssertionError"}
 
 
 def test_shipped_results_are_valid_and_lie_where_they_belong():
@@ -191,22 +197,3 @@ def test_tables_as_markdown_are_escaped_and_say_what_must_be_said(table):
     assert "2.000 (1.900 - 2.000)" in lines[2]
     assert "predicted by a model" in lines[3]
     assert "out of memory: 24 GiB" in lines[4]
-
-
-def test_a_section_as_markdown_has_verdicts_and_notes(tmp_path):
-    text = format_section(read_result(sample(tmp_path / "good.json"))["sections"]["attention"])
-    assert "**attention in bf16**" in text
-    assert "MISSED" in text
-    assert "With several sources the others concatenate first." in text
-
-
-def test_bad_input_before_anything_is_measured_leaves_an_earlier_file(record):
-    def refused() -> None:
-        with record.section("a", "a", {}) as section:
-            section.note("not yet")
-            raise InputError("size: expected another")
-
-    record.path.write_text("earlier")
-    with pytest.raises(InputError):
-        refused()
-    assert record.path.read_text() == "earlier"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -39,7 +38,6 @@ def browser(tmp_path_factory) -> Iterator[Any]:
     options.binary_location = str(BROWSER)
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
     driver.set_page_load_timeout(120)
     yield driver
@@ -88,24 +86,6 @@ def click(box: Any, head: str) -> Any:
     box.parent.execute_script("arguments[0].scrollIntoView({block: 'center', inline: 'center'})", found)
     found.find_element("css selector", "button").click()
     return found
-
-
-def test_the_page_loads_nothing_and_may_not(browser, path):
-    """Nothing is asked for or logged, without a network; what the page might ask for the browser refuses."""
-    browser.get_log("performance")
-    browser.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    browser.get(path.as_uri())
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
-    assert {path.as_uri()} <= asked <= {path.as_uri(), "data:,"}
-    assert browser.get_log("browser") == []
-    script = """const done = arguments[0];
-        document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));
-        fetch('data:text/plain,x').catch(() => {});"""
-    assert browser.execute_async_script(script) == "connect-src"
-    browser.get_log("browser")
 
 
 def test_columns_sort_as_numbers_and_turn_over(page):

@@ -59,28 +59,21 @@ def test_tables_are_filled_from_the_newest_file(shipped, capsys):
 
 
 def test_several_files_are_filled_with_links_of_their_own(shipped, tmp_path, capsys):
-    """A file in a folder links from there; one without marks is passed over."""
+    """A file in a folder links from there; marks in fenced code are an example; one without others is passed over."""
     page, plain = tmp_path / "docs" / "results" / "card.md", tmp_path / "docs" / "plain.md"
+    example = "```\n<!-- results: FOLDER SECTION/TABLE -->\n<!-- end of results -->\n```\n"
     page.parent.mkdir(parents=True)
-    page.write_text(README)
-    plain.write_text("no table\n")
+    page.write_text(example + README + example)
+    plain.write_text(example)
     assert main(["report", "--fill", str(shipped), str(plain), str(page)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{shipped}: tables: 3, written", f"{plain}: tables: 0, up to date", f"{page}: tables: 3, written",
     ]  # fmt: skip
-    assert "(../../results/nvidia-h200/2026-11-26-aaaaaaa.json)" in page.read_text()
-    assert plain.read_text() == "no table\n"
-
-
-def test_marks_in_fenced_code_are_an_example(shipped, capsys):
-    """A page may show the marks without being filled there."""
-    example = "```\n<!-- results: FOLDER SECTION/TABLE -->\n<!-- end of results -->\n```\n"
-    shipped.write_text(example + README + example)
-    assert main(["report", "--fill", str(shipped)]) == 0
-    text = shipped.read_text()
-    assert text.startswith(example)
-    assert text.endswith(example)
-    assert "404.0" in text
+    text = page.read_text()
+    assert "(../../results/nvidia-h200/2026-11-26-aaaaaaa.json)" in text
+    assert (text.startswith(example), text.endswith(example), plain.read_text()) == (True, True, example)
+    assert main(["report", "--fill", str(plain)]) == 2
+    assert f"{plain}: expected a table that begins with <!-- results: FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,20 +95,6 @@ def test_where_a_mark_asks_for_what_is_not_there_no_file_is_written(what, expect
     assert main(["report", "--fill", str(shipped), str(wrong)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {wrong}, line 6: {expected}")
     assert shipped.read_text() == README
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("no table\n", ": expected a table that begins with <!-- results: FOLDER"),
-        ("<!-- end of results -->\n", ", line 1: expected <!-- end of results --> after each table"),
-        ("\n<!-- results: nvidia csg/clips -->\n", ", line 2: expected <!-- end of results --> after each table"),
-    ],
-)
-def test_marks_that_do_not_pair(text, expected, shipped, capsys):
-    shipped.write_text(text)
-    assert main(["report", "--fill", str(shipped)]) == 2
-    assert f"{shipped}{expected}" in capsys.readouterr().err
 
 
 def test_tables_of_the_repository_are_up_to_date(capsys):

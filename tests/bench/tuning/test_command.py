@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +93,6 @@ def test_choices_of_a_result_file_are_taken_over(table: Path, tmp_path: Path) ->
     assert sorted(json.loads(table.read_text())["entries"], key=lambda e: e["key"]["width"]) == expected
     (row,) = rows_of(tmp_path / "out", "written")
     assert (row["table"], row["entries"]) == ("tuned", 2)
-
-
-def test_without_cuda_it_says_what_there_would_be_to_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--kernels", "rms_norm_silu", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    assert re.search("[1-9][0-9]* kernels and shapes need a GPU to be tuned", capsys.readouterr().out)
 
 
 @pytest.mark.slow
