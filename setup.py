@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "swifti2v_kernels" / "__init__.py").read_text())[1]
 
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1", "ruff>=0.9"]
-GENERATE = ["av>=13", "pillow>=10.3", "safetensors>=0.4", "tqdm>=4.60"]
+GENERATE = ["av>=14", "pillow>=10.3", "safetensors>=0.4", "tqdm>=4.60"]
 GGUF = ["gguf>=0.13"]
 HEIF = ["pillow-heif>=1"]
 TEXT = ["ftfy>=6", "protobuf", "sentencepiece>=0.2", "transformers>=4.56"]

@@ -120,10 +120,9 @@ FAULTS = [
     *faults(
         "model/vae/tiles.py", "tests/model/vae",
         ("tiles: an odd tile is covered by too few pixels",
-         "Span(self.start // 2, -(-self.stop // 2), self.size // 2)",
-         "Span(self.start // 2, self.stop // 2, self.size // 2)"),
+         "Span(s.start // 2, -(-s.stop // 2), s.size // 2)", "Span(s.start // 2, s.stop // 2, s.size // 2)"),
         ("tiles: a halo is a pixel short at the bottom",
-         "min(self.stop + pixels, self.size), self.size)", "min(self.stop + pixels - 1, self.size), self.size)"),
+         "min(s.stop + pixels, s.size), s.size)", "min(s.stop + pixels - 1, s.size), s.size)"),
     ),
     *faults(
         "model/streaming/stream.py", "tests/model/streaming",
@@ -132,7 +131,7 @@ FAULTS = [
     *faults(
         "model/weights/scaled.py", "tests/model/weights/test_load.py tests/model/weights/test_numbers.py",
         ("weights: a scale a row multiplies columns",
-         "scale.reshape(-1, *[1] * (wide.ndim - 1))", "scale.reshape(*[1] * (wide.ndim - 1), -1)"),
+         ".view(-1, *[1] * (wide.ndim - 1))", ".view(*[1] * (wide.ndim - 1), -1)"),
     ),
     *faults(
         "model/resume/fingerprint.py", "tests/model/resume/test_fingerprint.py",

@@ -1,9 +1,10 @@
-"""Documentation: links lead somewhere, in the repository and on the site, the site shows every page, examples run."""
+"""Documentation: links and names lead somewhere, the site shows every page, commands exist and examples run."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import types
 import unicodedata
 from collections.abc import Iterator
@@ -12,10 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import build_parser
+from bench.harness.registry import benchmarks
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 MARKDOWN = [ROOT / "README.md", ROOT / "hub" / "CARD.md", *PAGES]
+#: All pages but the changelog, which names what is no longer there.
+CURRENT = [page for page in MARKDOWN if page.name != "changelog.md"]
+#: What stands for any subcommand of the benchmarks, and the example of a new one.
+STANDING_FOR = ("SUBJECT", "warmth", "...")
+PLACE = r"(?<![\w./<>*-])(?:tests|bench|model|swifti2v_kernels|examples|hub|docs)/[\w./<>*-]*[\w>*/]"
 RUN = [*sorted((DOCS / "operators").glob("*.md")), DOCS / "csg.md"]
 
 
@@ -66,6 +75,30 @@ def broken(page: Path) -> Iterator[str]:
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     """Every relative link of a Markdown file leads to a file, and every anchor to a heading."""
     assert list(broken(page)) == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_files_and_folders_that_a_page_names_exist(page: Path) -> None:
+    """A name in the text, such as that of the test that holds what was mended, is that of a file; ``<name>`` is any."""
+    named = {name for name in re.findall(PLACE, page.read_text()) if "warmth" not in name}
+    assert [name for name in sorted(named) if not any(ROOT.glob(re.sub(r"<\w+>", "*", name).rstrip("/")))] == []
+
+
+def benchmark_commands(page: Path) -> list[str]:
+    """Returns what follows ``python -m bench`` on a page, up to the end of the code or to two spaces."""
+    found = [match.split("  ")[0].strip() for match in re.findall(r"python -m bench( [^`\n]*)", page.read_text())]
+    return [command for command in found if command and command.split()[0] not in STANDING_FOR]
+
+
+def test_benchmark_commands_on_pages_are_command_lines_that_exist() -> None:
+    """Each names a subcommand and only options that it has."""
+    found, parser = [command for page in CURRENT for command in benchmark_commands(page)], build_parser()
+    assert len(found) >= 20
+    for command in found:
+        arguments = shlex.split(command)
+        if command not in benchmarks():  # a mention, which need not be all that the subcommand wants
+            args = parser.parse_args(arguments if arguments[0] in benchmarks() else ["csg", *arguments])
+            assert args.command in benchmarks(), command
 
 
 def test_every_page_is_in_the_navigation_once() -> None:

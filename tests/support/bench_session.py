@@ -1,4 +1,4 @@
-"""Helpers for tests of benchmarks: a session without a command, a timer that knows its answer, a progress bar."""
+"""Helpers for tests of benchmarks: a session without a command, a timer that knows its answer, results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from bench.records.write import Record, Table
 from tests.support.result_samples import environment
 
 CPU = torch.device("cpu")
-BAR = SimpleNamespace(set_description=lambda text: None, update=lambda n=1: None)
 
 
 def timer(calls: dict[str, Any]) -> dict[str, Timing]:

@@ -69,14 +69,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, text: Tensor) -> Any:
     )
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return segment_attention(q, [(k, v)], window=BlockWindow(3, 1), return_lse=True)
-
-
-def _into(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return segment_attention(q, [(k, v)], out=torch.zeros_like(q))
-
-
 def _rotated(cos: Tensor, sin: Tensor) -> Any:
     x = torch.linspace(-1, 1, 6 * 32, dtype=torch.float32, device="cpu").view(1, 6, 32)
     return norm_rope(x, torch.ones(32, dtype=torch.float32, device="cpu"), rope_from_tokens(cos, sin), 2)
@@ -109,30 +101,14 @@ def _scaled(scales: Tensor, weight_scales: Tensor, bias: Tensor, **options: Any)
     return scaled_linear(x, weight, bias.float(), activation="gelu_tanh", dtype=torch.float32, **options)
 
 
-def _merged(a: Tensor, b: Tensor, lse_a: Tensor, lse_b: Tensor) -> Any:
-    return merge_attention([a, b], [lse_a, lse_b])
-
-
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Any:
     block_map = torch.tensor([1, 0], dtype=torch.int32, device="cpu")
     return norm_modulate(x, shift, scale, block_map=block_map, weight=weight, bias=bias)
 
 
-def _rms_into(x: Tensor, weight: Tensor) -> Any:
-    return norm_modulate(x, weight=weight, norm="rms", out=torch.zeros_like(x))
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual: Tensor, norm: Tensor) -> Any:
-    return causal_conv3d(x, _channels_last(weight), bias, past=past, residual=residual, norm_weight=norm)
-
-
 def _dequantized(scales: Tensor) -> Any:
     values = torch.arange(-6, 6, dtype=torch.int8, device="cpu").view(3, 4)
     return dequantize_rows(values, scales, dtype=torch.float32)
-
-
-def _scaled_into(*tensors: Tensor) -> Any:
-    return _scaled(*tensors, out=torch.zeros(6, 16, dtype=torch.float32, device="cpu"))
 
 
 _ROWS, _PART = (1, 6, 32), (1, 2, 32)
@@ -142,11 +118,15 @@ CALLS = tuple(
     Differentiable(*call)
     for call in (
         ("segment_attention", segment_attention, _attention, (_HEAD, _HEAD, _HEAD, (2, 5, 2, 64))),
-        ("segment_attention window lse", segment_attention, _windowed, (_HEAD,) * 3),
-        ("segment_attention out", segment_attention, _into, (_HEAD,) * 3, True),
-        ("merge_attention", merge_attention, _merged, ((1, 5, 2, 8),) * 2 + ((1, 2, 5),) * 2),
+        ("segment_attention window lse", segment_attention,
+         lambda q, k, v: segment_attention(q, [(k, v)], window=BlockWindow(3, 1), return_lse=True), (_HEAD,) * 3),
+        ("segment_attention out", segment_attention,
+         lambda q, k, v: segment_attention(q, [(k, v)], out=torch.zeros_like(q)), (_HEAD,) * 3, True),
+        ("merge_attention", merge_attention, lambda a, b, lse_a, lse_b: merge_attention([a, b], [lse_a, lse_b]),
+         ((1, 5, 2, 8),) * 2 + ((1, 2, 5),) * 2),
         ("norm_modulate", norm_modulate, _modulated, (_ROWS, _PART, _PART, (32,), (32,))),
-        ("norm_modulate rms out", norm_modulate, _rms_into, (_ROWS, (32,)), True),
+        ("norm_modulate rms out", norm_modulate,
+         lambda x, w: norm_modulate(x, weight=w, norm="rms", out=torch.zeros_like(x)), (_ROWS, (32,)), True),
         ("gated_residual_norm_modulate", gated_residual_norm_modulate, gated_residual_norm_modulate,
          (_ROWS, _ROWS, _PART, _PART, _PART)),
         ("qk_norm_rope", qk_norm_rope, lambda q, k, a, b: qk_norm_rope(q, k, a, b, _rope(q), 2),
@@ -155,7 +135,8 @@ CALLS = tuple(
          (_ROWS, (16,))),
         ("norm_rope by its tables", norm_rope, _rotated, ((6, 8), (6, 8))),
         ("rms_norm_silu", rms_norm_silu, rms_norm_silu, ((1, 1, 2, 3, 8), (8,))),
-        ("causal_conv3d", causal_conv3d, _convolved,
+        ("causal_conv3d", causal_conv3d, lambda x, w, b, past, r, n: causal_conv3d(
+            x, _channels_last(w), b, past=past, residual=r, norm_weight=n),
          ((1, 2, 4, 5, 8), (4, 3, 3, 3, 8), (4,), (1, 2, 4, 5, 8), (1, 2, 4, 5, 4), (4,))),
         # So large a weight that PyTorch sums the taps one after the other.
         ("causal_conv3d of many channels", causal_conv3d,
@@ -172,7 +153,8 @@ CALLS = tuple(
         ("linear_gelu", linear_gelu, linear_gelu, ((2, 3, 16), (8, 16), (8,))),
         ("dequantize_rows", dequantize_rows, _dequantized, ((3,),)),
         ("scaled_linear", scaled_linear, _scaled, ((6,), (16,), (16,))),
-        ("scaled_linear out", scaled_linear, _scaled_into, ((6,), (16,), (16,)), True),
+        ("scaled_linear out", scaled_linear,
+         lambda *x: _scaled(*x, out=torch.zeros(6, 16, dtype=torch.float32, device="cpu")), ((6,), (16,), (16,)), True),
         ("quantize_rows", quantize_rows, lambda x: quantize_rows(x, torch.int8), ((3, 8),)),
     )
 )  # fmt: skip

@@ -108,15 +108,6 @@ class Pointer:
         return Pointer(self.memory, self.offset + offset)
 
 
-class Descriptor:
-    """A TMA descriptor [B, H, L, D] with tiles [1, 1, rows, D]."""
-
-    def __init__(self, descriptor: Any) -> None:
-        self.base: Tensor = descriptor.base
-        self.block_type = SimpleNamespace(shape=list(descriptor.block_shape))
-        self.dtype, self.layout = descriptor.base.dtype, None
-
-
 class Product:
     """An asynchronous matmul that has perhaps not read its operands yet."""
 
@@ -131,11 +122,6 @@ class Product:
 
 #: The matmuls in flight, per partition.
 _warps = threading.local()
-
-
-def _pointer(x: Tensor) -> Pointer:
-    flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-    return Pointer(flat, torch.tensor(x.storage_offset()))
 
 
 def _load(pointer: Pointer, mask: Tensor, other: float) -> Tensor:
@@ -156,10 +142,11 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
-def _tma_load(descriptor: Descriptor, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+def _tma_load(descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+    """Loads a tile [1, 1, rows, D] of a tensor [B, H, L, D]."""
     b, h, row, column = (int(x) for x in coordinates)
     tile = target.data
-    if column or tile.shape != tuple(descriptor.block_type.shape):
+    if column or tile.shape != descriptor.tile:
         raise ProtocolError(f"TMA tile {tuple(tile.shape)} at column {column} does not fit the descriptor")
     tile.fill_(float("nan"))
 
@@ -252,8 +239,12 @@ class SimulatedKernel:
         if isinstance(value, tuple):
             return tuple(cls._argument(x) for x in value)
         if isinstance(value, Tensor):
-            return _pointer(value)
-        return Descriptor(value) if hasattr(value, "block_shape") else value
+            flat = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+            return Pointer(flat, torch.tensor(value.storage_offset()))
+        if hasattr(value, "block_shape"):
+            base = value.base
+            return SimpleNamespace(base=base, tile=tuple(value.block_shape), dtype=base.dtype, layout=None)
+        return value
 
     def _run(self, program: tuple[int, ...], values: Sequence[Any], constants: dict[str, Any]) -> None:
         errors: list[BaseException] = []

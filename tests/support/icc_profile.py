@@ -39,12 +39,10 @@ def expected_srgb(pixels: np.ndarray, space: tuple, to_linear: Callable[[np.ndar
     return np.round(linear_to_srgb(to_linear(pixels / 255) @ matrix.T) * 255)
 
 
-def lab_to_srgb(light: float, a: float, b: float) -> np.ndarray:
-    """Returns L, a, b relative to D50 as sRGB of 0 to 255, adapted by Bradford's matrix, not rounded."""
-    third = (light + 16) / 116
-    roots = np.array([third + a / 500, third, third - b / 200])
-    xyz = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * _D50
-    return linear_to_srgb(np.linalg.solve(_adapt_to_d50(rgb_to_xyz(SRGB)), xyz)) * 255
+def light(lightness: np.ndarray) -> np.ndarray:
+    """Returns the light, 0 to 1, of a lightness L of 0 to 100 (CIE 1976)."""
+    root = (lightness + 16) / 116
+    return np.where(root > 6 / 29, root**3, 3 * (6 / 29) ** 2 * (root - 4 / 29))
 
 
 def _adapt_to_d50(matrix: np.ndarray) -> np.ndarray:
@@ -71,23 +69,18 @@ def grey_profile(curve: bytes) -> bytes:
     return _profile(b"GRAY", b"XYZ ", {b"kTRC": curve})
 
 
-def lut_profile(space: bytes, lab: Callable[[np.ndarray], np.ndarray], channels: int) -> bytes:
-    """Returns an output profile whose one table A2B0 (mft1, two points an axis) has ``lab`` of each corner.
+def ink_profile(lightness: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    """Returns an output profile of CMYK of greys, whose one table A2B0 (mft1, two points an axis) has those of corners.
 
-    Its paper is yellow, which only the absolute intent shows.
-
-    Args:
-        space: the signature of the colour space, four bytes.
-        lab: takes ``[N, channels]`` of 0 or 1 and returns ``[N, 3]`` of L, a, b.
-        channels: the number of channels.
+    Its paper is yellow, which only the absolute intent shows. ``lightness`` takes ``[N, 4]`` of 0 or 1 and returns L.
     """
-    corners = np.stack(np.meshgrid(*[[0, 1]] * channels, indexing="ij"), -1).reshape(-1, channels)
-    light, a, b = lab(corners).T
-    table = np.stack([light * 255 / 100, a + 128, b + 128], -1).round().astype(np.uint8).tobytes()
+    corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1).reshape(-1, 4)
+    values = lightness(corners) * 255 / 100
+    table = np.stack([values, *[np.full(16, 128)] * 2], -1).round().astype(np.uint8).tobytes()
     unit = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
     ramp = bytes(range(256))
-    lut = b"mft1" + bytes(4) + bytes((channels, 3, 2, 0)) + unit + ramp * channels + table + ramp * 3
-    return _profile(space, b"Lab ", {b"A2B0": lut, b"wtpt": _xyz((0.8, 0.85, 0.5))}, kind=b"prtr")
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + unit + ramp * 4 + table + ramp * 3
+    return _profile(b"CMYK", b"Lab ", {b"A2B0": lut, b"wtpt": _xyz((0.8, 0.85, 0.5))}, kind=b"prtr")
 
 
 def gamma_curve(gamma: float) -> bytes:

@@ -81,30 +81,6 @@ def saved(path, state, metadata=None):
     return path
 
 
-def lightx2v(dit, alpha=None):
-    """Returns a file with everything that LightX2V's hold, and ``{parameter: what it adds}``, written out."""
-    pairs = factors(dit, [*MODULES, *OUTER], seed=2)
-    state = spelled(pairs, "diffusion_model.", "lora_down", "lora_up", original_module)
-    if alpha is not None:
-        state |= {f"diffusion_model.{original_module(module)}.alpha": torch.tensor(alpha) for module in pairs}
-    scale = 1 if alpha is None else alpha / 3
-    added = {f"{module}.weight": scale * product(*pair) for module, pair in pairs.items()}
-    shapes = {name: parameter.shape for name, parameter in dit.named_parameters()}
-    for name in (*(f"{module}.bias" for module in (*pairs, "blocks.0.norm2")), "blocks.1.attn1.norm_q.weight"):
-        kind = "diff_b" if name.endswith("bias") else "diff"
-        added[name] = torch.randn(shapes[name])
-        state[f"diffusion_model.{original_module(name.rpartition('.')[0])}.{kind}"] = added[name].clone()
-    for name, key in (("blocks.0.norm2.weight", "blocks.0.norm3.diff"), ("proj_out.weight", "head.head.diff")):
-        addition = torch.randn(shapes[name])
-        added[name] = added.get(name, 0) + addition
-        state[f"diffusion_model.{key}"] = addition
-    tables = [(f"blocks.{i}.scale_shift_table", f"blocks.{i}.diff_m") for i in range(2)]
-    for name, key in (*tables, ("scale_shift_table", "head.diff_m")):
-        added[name] = torch.randn(shapes[name])
-        state[f"diffusion_model.{key}"] = added[name].clone()
-    return state, added
-
-
 #: In the Wan repositories' names.
 MODULE = "diffusion_model.blocks.0.self_attn.q"
 

@@ -13,11 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.csg import extrapolated
+from bench.harness import timing
 from tests.support.memory_requests import predict_nothing
 
 
 class OperationClock(TorchDispatchMode):
-    """A mode in which time passes for the modules that :meth:`install` gave it to."""
+    """A mode in which time passes for what the benchmark of clips measures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,12 +35,13 @@ class OperationClock(TorchDispatchMode):
         return float(self.elements)
 
     def install(self, patch: pytest.MonkeyPatch, *modules: ModuleType) -> OperationClock:
-        """Makes this clock the ``time`` of these modules.
+        """Makes this clock that of the benchmark.
 
-        They collect no garbage and predict no memory, both of which take longer than toy sizes do.
+        These modules collect no garbage and predict no memory, both of which take longer than toy sizes do.
         """
         predict_nothing(patch)
         for module in modules:
             patch.setattr(module, "release", lambda device: None)
+        for module in (timing, extrapolated):
             patch.setattr(module, "time", SimpleNamespace(perf_counter=self.seconds, monotonic=self.seconds))
         return self

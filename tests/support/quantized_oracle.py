@@ -1,10 +1,15 @@
-"""8-bit rows without the library: every code's value, the nearest one by comparing with all of them, and products."""
+"""8-bit rows without the library: every code's value, the nearest one by comparing with all of them, and products.
+
+The checks are for kernels on a GPU or in the interpreter, and for PyTorch.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from swifti2v_kernels import dequantize_rows, quantize_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
@@ -51,3 +56,43 @@ def multiplied(
     wide = [values.double() * scales.double().unsqueeze(-1) for values, scales in (x, weight)]
     y = F.linear(*wide, None if bias is None else bias.double())
     return y if activation is None else F.gelu(y, approximate="tanh")
+
+
+def check_ties(dtype: torch.dtype, device: str, backend: str) -> None:
+    """Checks that the middle between two codes goes to the even one, subnormal codes included."""
+    x, expected = ties(dtype)
+    values, scales = quantize_rows(x.to(device), dtype, backend=backend)
+    assert scales.tolist() == [1.0]
+    assert torch.equal(values.double().cpu(), expected)
+
+
+def check_odd_rows(dtype: torch.dtype, device: str, backend: str) -> None:
+    """Checks zeros, tiny rows, one huge element, the largest floats, NaN and infinities against PyTorch on the CPU."""
+    x = torch.randn(9, 50)
+    x[0], x[1] = 0.0, 1e-38
+    x[2, 7], x[3] = 1e30, 3.4e38
+    x[4, 3], x[5, 0], x[6, 49] = float("nan"), float("inf"), -float("inf")
+    x[7] = 1e-45
+    found = quantize_rows(x.to(device), dtype, backend=backend)
+    read = dequantize_rows(*found, backend=backend)
+    values, scales = (part.float().cpu() for part in found)
+    assert scales[[0, 1, 7]].tolist() == [1.0, 1.0, 1.0]
+    assert (values[[0, 1, 7]] == 0).all()
+    assert values[2].count_nonzero() == 1
+    assert values[2, 7] == values[3, 0] == LARGEST[dtype]
+    assert scales[4:7].isnan().all()
+    assert read[4:7].isnan().all()
+    known, expected = [0, 1, 2, 3, 7, 8], quantize_rows(x, dtype, backend="torch")
+    assert torch.equal(scales[known], expected.scales[known])
+    assert torch.equal(values[known], expected.values.float()[known])
+
+
+def check_codes(stored: torch.dtype, dtype: torch.dtype, device: str, backend: str) -> None:
+    """Checks every code against torch's own, under scales that make subnormals, overflow, and no number at all."""
+    values = torch.arange(256, dtype=torch.uint8).view(stored).expand(8, 256).contiguous()
+    scales = torch.tensor([1.0, 0.37, -3e-5, 2e-39, 1e36, 0.0, float("inf"), float("nan")])
+    expected = (values.float() * scales[:, None]).to(dtype)
+    actual = dequantize_rows(values.to(device), scales.to(device), dtype=dtype, backend=backend).cpu()
+    bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.view(bits)[~actual.isnan()], expected.view(bits)[~expected.isnan()])

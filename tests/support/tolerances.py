@@ -24,8 +24,6 @@ KERNEL_PARITY = 1e-4
 BFLOAT16_MODEL = 3e-2
 #: float32 on CPU and CUDA: only the order of sums differs, over two steps of a two-layer model.
 ACROSS_DEVICES = 1e-4
-#: One float32 convolution, for which cuDNN may use TF32: its inputs keep 11 bits of their mantissas.
-ACROSS_DEVICES_TF32 = 1e-3
 #: A lossy H.264 file against the frames written (mean absolute difference of smooth 8-bit pixels at crf 16).
 VIDEO_PIXELS = 3.0
 
