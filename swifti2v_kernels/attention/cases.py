@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Work
+from ..common.case import Arguments, Case, Cost, RealSize, Work
 from ..common.shapes import WINDOWS
 from .arguments import BlockWindow
-from .merge_attention import cost as merge_cost
 from .merge_attention import merge_attention
 from .segment_attention import KERNEL_HEAD_DIMS, segment_attention
-from .segment_attention import cost as attention_cost
+
+
+def cost(batch: int, heads: int, head_dim: int, query_len: int, key_len: int, pairs: int | None = None) -> Cost:
+    """Returns the least cost of one call in 16 bits; ``pairs`` (query, key) per head and batch entry, default all."""
+    rows = 2 * batch * heads * head_dim
+    pairs = query_len * key_len if pairs is None else pairs
+    return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)
 
 
 class AttentionInputs(NamedTuple):
@@ -104,7 +108,7 @@ def _attention_real(shape: str, inputs: AttentionInputs, heads: int, *key_lens: 
         batch=1, heads=heads, query_lens=(queries,), key_lens=key_lens, window=window, new=torch.empty
     )
     pairs = None if window is None else queries * (3 * queries // 21 + sum(key_lens[1:]))
-    return RealSize(shape, whole, attention_cost(1, heads, inputs.head_dim, queries, sum(key_lens), pairs=pairs))
+    return RealSize(shape, whole, cost(1, heads, inputs.head_dim, queries, sum(key_lens), pairs=pairs))
 
 
 def _merge_inputs(
@@ -119,10 +123,11 @@ def _merge_inputs(
 
 
 _2K = WINDOWS["CSG window 2560x1408, 1.3B"]
+_2K_ROWS = _2K.tokens * _2K.model.heads
 _MERGE_REAL = RealSize(
     _2K.name,
     _merge_inputs(128, torch.bfloat16, 2, 1, _2K.tokens, _2K.model.heads),
-    merge_cost(1, _2K.model.heads, 128, _2K.tokens, 2),
+    Cost(2 * 2 * 128 * _2K_ROWS, 2 * (2 * 128 + 4) * _2K_ROWS, (2 * 128 + 4) * _2K_ROWS),
 )
 
 

@@ -26,26 +26,12 @@ import torch
 from torch import Tensor
 
 from ..common.checks import Spec, check_tensor
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import add_op_namespace_prefix
 from ..common.target import on_device
 
 MAX_PARTS = 24
 _OUTPUT = Spec(("B*", "L*", "H*", "D"), None, last="head_dim")
-
-
-def merge_attention_reference(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Computes the formula above in PyTorch, differentiable; shapes as in :func:`merge_attention`."""
-    stacked = torch.stack(list(lses))  # [n, B, H, L]
-    # The output of a part without keys does not count, even where it is NaN.
-    empty = stacked.isneginf()
-    none = empty.all(0)
-    lse = stacked.masked_fill(none, 0.0).logsumexp(0)
-    weights, lse = (stacked - lse).exp(), lse.masked_fill(none, float("-inf"))
-    weights, empty = (x.transpose(2, 3).unsqueeze(-1) for x in (weights, empty))  # [n, B, L, H, 1]
-    out = sum(w * o.to(w.dtype).masked_fill(e, 0.0) for w, e, o in zip(weights, empty, outputs, strict=True))
-    return out.to(outputs[0].dtype).contiguous(), lse
 
 
 def _new_results(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -99,13 +85,23 @@ class MergeCall(NamedTuple):
         return kernel_obstacle((*self.outputs, *self.lses))
 
     def by_torch(self) -> tuple[Tensor, Tensor]:
-        return merge_attention_reference(*self)
+        """Computes the formula above in PyTorch, differentiable."""
+        stacked = torch.stack(list(self.lses))  # [n, B, H, L]
+        # The output of a part without keys does not count, even where it is NaN.
+        empty = stacked.isneginf()
+        none = empty.all(0)
+        lse = stacked.masked_fill(none, 0.0).logsumexp(0)
+        weights, lse = (stacked - lse).exp(), lse.masked_fill(none, float("-inf"))
+        weights, empty = (x.transpose(2, 3).unsqueeze(-1) for x in (weights, empty))  # [n, B, L, H, 1]
+        parts = zip(weights, empty, self.outputs, strict=True)
+        out = sum(weight * part.to(weight.dtype).masked_fill(e, 0.0) for weight, e, part in parts)
+        return out.to(self.outputs[0].dtype).contiguous(), lse
 
     def by_kernel(self) -> tuple[Tensor, Tensor]:
         return _merge_attention_op(*map(list, self))
 
 
-@public_operator()
+@public_operator
 def merge_attention(
     outputs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -137,10 +133,3 @@ def merge_attention(
     Source: FlashAttention-2 (arXiv 2307.08691) 3.1; Ring Attention (arXiv 2310.01889).
     """
     return compute(MergeCall(outputs, lses), backend)
-
-
-def cost(batch: int, heads: int, head_dim: int, length: int, parts: int) -> Cost:
-    """Returns the least cost of one merge in 16 bits."""
-    rows = batch * heads * length
-    one = rows * (2 * head_dim + 4)
-    return Cost(2 * parts * rows * head_dim, parts * one, one)

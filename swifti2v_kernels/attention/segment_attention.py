@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.cost import Cost
 from ..common.dispatch import Choice, Question, derivative_obstacle, pick_backend, public_operator
 from ..common.registration import add_op_namespace_prefix, kernel_operator
 from ..common.target import device_obstacle, interpreting, on_device
@@ -84,7 +83,7 @@ _segment_attention_out_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def segment_attention(
     q: Tensor | Sequence[Tensor],
     sources: Sequence[Source],
@@ -170,10 +169,3 @@ def _obstacle(call: SegmentCall) -> str | None:
     if any(x.stride(1) >= 2**23 for x in views):
         return "a token stride of 2**23 elements or more"
     return "a view of 2**26 tokens or more" if any(x.shape[1] >= 2**26 for x in (*call.q, *call.k)) else None
-
-
-def cost(batch: int, heads: int, head_dim: int, query_len: int, key_len: int, pairs: int | None = None) -> Cost:
-    """Returns the least cost of one call in 16 bits; ``pairs`` (query, key) per head and batch entry, default all."""
-    rows = 2 * batch * heads * head_dim
-    pairs = query_len * key_len if pairs is None else pairs
-    return Cost(4 * batch * heads * head_dim * pairs, rows * (query_len + 2 * key_len), rows * query_len)

@@ -6,6 +6,5 @@ registration  the names that operators are registered under
 target        the GPUs that kernels are for
 configs       the measured tables, and which configuration a kernel is launched with
 frames        strides and addresses of video frames, for kernels
-cost          the least cost of a call
-case          named calls for reports and benchmarks
+case          named calls for reports and benchmarks, and their least cost
 """

@@ -1,4 +1,4 @@
-"""Named calls of the operators: the compile report compiles them, and hardware runs check, time and tune them."""
+"""Named calls of the operators, which are compiled, checked, timed and tuned, and the least cost of such a call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,36 @@ from typing import Any
 
 import torch
 
-from .cost import Cost, Work
 from .registration import PACKAGE
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations (a multiply-add is two) and bytes that must cross device memory at least once."""
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+    @property
+    def bytes(self) -> int:
+        """The least traffic in both directions, in bytes."""
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one pass over a kernel's main loop, for all warps of a program; without a loop, of a whole program.
+
+    ``fma`` are multiply-adds on the tensor cores; ``loaded`` bytes that the program fetches, which may come from L2.
+    ``groups`` are the parts of a program that run through the loop without waiting for each other.
+    """
+
+    fma: int
+    loaded: int
+    groups: int = 1
 
 
 @dataclass(frozen=True)

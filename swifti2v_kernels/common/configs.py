@@ -30,7 +30,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from .registration import PACKAGE
-from .tracing import constant_when_traced
+from .target import constant_when_traced
 
 Config = TypeVar("Config")
 

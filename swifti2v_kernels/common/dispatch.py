@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .target import device_obstacle
-from .tracing import constant_when_traced
+from .target import constant_when_traced, device_obstacle
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SWIFTI2V_BACKEND"
@@ -52,34 +51,28 @@ class Question(str):
     """The ``backend`` of a call that is only asked what would compute it."""
 
 
-_OPERATORS: dict[Callable[..., Any], Callable[..., Choice] | None] = {}
+#: The operators that have a kernel and so a choice: each ends in :func:`compute`, or answers a question itself.
+_OPERATORS: set[Callable[..., Any]] = set()
 #: Devices whose autocast changes the dtypes of torch's functions.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _asked: str | None = None
 
 
-def public_operator(chooser: Callable[..., Choice] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns a decorator for operators: without autocast, and known to :func:`explain`.
+def public_operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates an operator: it runs without autocast, and :func:`explain` knows it if it has a ``backend``."""
 
-    Args:
-        chooser: takes the arguments of a call and gives its choice, for an operator that has no ``backend``.
-            The others end in :func:`compute`, which tells it.
-    """
+    @functools.wraps(function)
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        # Spelled out by a plain ``with``, which ``torch.compile`` traces.
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return operator(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def operator(*args: Any, **kwargs: Any) -> Any:
-            # Spelled out by a plain ``with``, which ``torch.compile`` traces.
-            for device in _AUTOCAST_DEVICES:
-                if torch.is_autocast_enabled(device):
-                    with torch.autocast(device, enabled=False):
-                        return operator(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        _OPERATORS[operator] = chooser
-        return operator
-
-    return mark
+    if "backend" in inspect.signature(function).parameters:
+        _OPERATORS.add(operator)
+    return operator
 
 
 def compute(
@@ -132,10 +125,7 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     if operator not in _OPERATORS:
         known = ", ".join(sorted(o.__name__ for o in _OPERATORS))
         raise ValueError(f"operator: expected one of {known}, got {getattr(operator, '__name__', operator)}")
-    if (chooser := _OPERATORS[operator]) is None:
-        return operator(*args, **{**kwargs, "backend": Question(kwargs.get("backend", "auto"))})
-    bound = inspect.signature(operator).bind(*args, **kwargs)  # errors are about the operator's arguments
-    return chooser(*bound.args, **bound.kwargs)
+    return operator(*args, **{**kwargs, "backend": Question(kwargs.get("backend", "auto"))})
 
 
 def derivative_obstacle(tensors: Iterable[Tensor | None]) -> str | None:

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.dispatch import transform
-from ..common.target import for_gpu
-from ..common.tracing import constant_when_traced
+from ..common.target import constant_when_traced, for_gpu
 
 HALVES = (torch.float16, torch.bfloat16)
 #: The most numbers of a weight whose taps in time are channels: 3 x 3 x 3 taps of 32 channels. Up to there it is 1.5 to

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Cost, Work
+from ..common.case import Arguments, Case, Cost, RealSize, Work
 from ..common.shapes import SIZES
 from .calls import output_size
 from .causal_conv3d import causal_conv3d

@@ -90,7 +90,7 @@ _causal_conv3d_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,

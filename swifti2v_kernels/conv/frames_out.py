@@ -83,7 +83,7 @@ _frames_out_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def frames_out(
     x: Tensor,
     weight: Tensor,

@@ -147,7 +147,7 @@ _upsample_conv2d_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def upsample_conv2d(
     x: Tensor,
     phases: Tensor,

@@ -19,7 +19,7 @@ PART_TOKENS = 4096
 #: Norms of the hosts by class name: diffusers' two, and the original Wan code's, which a probe has looked at.
 _PLAIN = {"FP32LayerNorm": "layer", "WanLayerNorm": "layer", "RMSNorm": "rms"}
 #: Norms of queries and keys, by class name.
-_RMS = ("RMSNorm", "MochiRMSNorm", "WanRMSNorm")
+_RMS = ("RMSNorm", "WanRMSNorm")
 
 
 def plain_norm(norm: nn.Module) -> dict[str, Any] | None:
@@ -132,8 +132,7 @@ def cross_layer(
 class Stream(NamedTuple):
     """One of the streams of a layer: ``x [B, L, C]``, both its norms with shift, scale and gate, its feed-forward.
 
-    The rows of the modulation, ``[B, R, C]``, belong to the stream's blocks by ``block_map``. ``sandwich`` are the
-    norms of what attention and feed-forward return, in models that have them.
+    The rows of the modulation, ``[B, R, C]``, belong to the stream's blocks by ``block_map``.
     """
 
     x: Tensor
@@ -143,28 +142,17 @@ class Stream(NamedTuple):
     second: Sequence[Tensor]
     feed_forward: nn.Module
     block_map: Tensor | None = None
-    sandwich: Sequence[nn.Module] = ()
 
 
-def joint_layer(
-    streams: Sequence[Stream], attention: nn.Module, context: Tensor | None = None, **options: Any
-) -> tuple[Tensor, ...]:
-    """Computes a layer whose streams, video and text, have the ``attention`` in common, which is given ``options``.
-
-    ``context`` is the normed text of a layer that has a stream of video alone.
-    """
+def joint_layer(streams: Sequence[Stream], attention: nn.Module, **options: Any) -> tuple[Tensor, ...]:
+    """Computes a layer whose streams, video and text, have the ``attention`` in common, which is given ``options``."""
     normed = [modulated_norm(s.x, s.norm1, *s.first[:2], s.block_map) for s in streams]
-    text = normed[1] if context is None else context
-    updates = attention(hidden_states=normed[0], encoder_hidden_states=text, **options)
+    updates = attention(hidden_states=normed[0], encoder_hidden_states=normed[1], **options)
     results = []
-    for s, update in zip(streams, updates, strict=context is None):
+    for s, update in zip(streams, updates, strict=True):
         (*_, gate), (shift, scale, gate_ff) = s.first, s.second
-        if s.sandwich:
-            update = modulated_norm(update.to(s.x.dtype), s.sandwich[0], None, None)
         x, y = residual_norm(s.x, update, gate, s.norm2, shift, scale, s.block_map)
         update = in_parts(s.feed_forward, y, modules=[s.feed_forward]).to(x.dtype)
-        if s.sandwich:
-            update = modulated_norm(update, s.sandwich[1], None, None)
         inplace = not torch.is_grad_enabled()
         results.append(gated_residual(x, update, gate_ff, block_map=s.block_map, inplace=inplace))
     return tuple(results)

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention.segment_attention import segment_attention
 from ..common.dispatch import BACKENDS, explain
-from ..common.tracing import constant_when_traced
+from ..common.target import constant_when_traced
 
 
 @dataclass

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Cost, Work
+from ..common.case import Arguments, Case, Cost, RealSize, Work
 from ..common.shapes import MODELS, WINDOWS
 from .dequantize_rows import dequantize_rows
 from .quantize_rows import FLOAT8_CAPABILITY, QuantizedRows, quantize_rows
@@ -43,7 +42,6 @@ class _Rows:
         return replace(self, rows=rows, columns=columns, new=torch.empty)
 
     def product(self, device: torch.device) -> Arguments:
-
         def quantized(rows: int) -> QuantizedRows:
             # Not every fill is known for float8, and as bytes a 1 is no NaN.
             values = self.new(rows, self.channels, dtype=torch.int8, device=device).view(self.kind)

@@ -47,8 +47,7 @@ class DequantizeCall(NamedTuple):
 
     def by_torch(self) -> Tensor:
         """Computes the formula above in PyTorch, differentiable by the scales."""
-        if self.out is not None:
-            self.check_written()
+        self.check_written()
         y = (self.values.float() * self.scales.unsqueeze(-1)).to(self.dtype)
         return y if self.out is None else self.out.copy_(y)
 
@@ -63,7 +62,7 @@ _dequantize_rows_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def dequantize_rows(
     values: Tensor,
     scales: Tensor,

@@ -20,27 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.checks import Spec, check_targets, check_tensor
-from ..common.cost import Cost
-from ..common.dispatch import Choice, derivative_obstacle, public_operator
+from ..common.dispatch import derivative_obstacle, public_operator
 from .quantize_rows import check_rows
 
 
-def _choose(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Choice:
-    check_rows("x", x)
-    check_tensor("weight", weight, Spec(("N*", x.shape[-1]), x.dtype, whole=True), x.device)
-    check_tensor("bias", bias, Spec(weight.shape[:1], x.dtype, whole=True), x.device)
-    if out is not None:
-        check_tensor("out", out, Spec((*x.shape[:-1], len(weight)), x.dtype, whole=True), x.device)
-    if (reason := derivative_obstacle((x, weight, bias))) is not None:
-        return Choice("torch", "reference", reason)
-    if torch.compiler.is_compiling():
-        return Choice("torch", "reference", "torch.compile fuses it")
-    if x.device.type == "cuda" and torch.version.hip is None:
-        return Choice("torch", "cuBLASLt epilogue", "bias and GELU in the matmul's last store")
-    return Choice("torch", "linear, GELU in place", f"no fused tanh GELU on {x.device.type}")
-
-
-@public_operator(_choose)
+@public_operator
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Computes ``gelu_tanh(x @ weight.T + bias)`` without a pass of its own for the GELU.
 
@@ -62,24 +46,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None =
 
     Source: feed-forward of Wan (diffusers ``FeedForward`` with ``gelu-approximate``).
     """
-    chosen = _choose(x=x, weight=weight, bias=bias, out=out)
+    check_rows("x", x)
+    check_tensor("weight", weight, Spec(("N*", x.shape[-1]), x.dtype, whole=True), x.device)
+    check_tensor("bias", bias, Spec(weight.shape[:1], x.dtype, whole=True), x.device)
     if out is not None:
+        check_tensor("out", out, Spec((*x.shape[:-1], len(weight)), x.dtype, whole=True), x.device)
         check_targets({"out": out}, {"x": x, "weight": weight, "bias": bias}, ())
-    if chosen.implementation == "reference":
-        y = F.gelu(F.linear(x, weight, bias), approximate="tanh")  # differentiable
+    if torch.compiler.is_compiling() or derivative_obstacle((x, weight, bias)) is not None:
+        y = F.gelu(F.linear(x, weight, bias), approximate="tanh")
         return y if out is None else out.copy_(y)
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     rows, result = x.view(-1, x.shape[-1]), out.view(-1, weight.shape[0])
-    if chosen.implementation == "cuBLASLt epilogue":
+    if x.device.type == "cuda" and torch.version.hip is None:
         torch.ops.aten._addmm_activation.out(bias, rows, weight.t(), use_gelu=True, out=result)
     else:
         torch.addmm(bias, rows, weight.t(), out=result)
         torch.ops.aten.gelu_(result, approximate="tanh")
     return out
-
-
-def cost(tokens: int, channels: int, hidden: int, itemsize: int = 2) -> Cost:
-    """Returns the least cost of one call."""
-    read = (tokens * channels + channels * hidden + hidden) * itemsize
-    return Cost(2 * tokens * channels * hidden + 8 * tokens * hidden, read, tokens * hidden * itemsize)

@@ -29,8 +29,7 @@ from torch import Tensor
 from ..common.checks import FLOATS, Spec, check_tensor, check_written
 from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import kernel_operator
-from ..common.target import capability_of
-from ..common.tracing import constant_when_traced
+from ..common.target import capability_of, constant_when_traced
 
 #: The largest magnitude of the 8-bit dtypes that rows are quantised to.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -197,7 +196,7 @@ class QuantizeCall(NamedTuple):
 _quantize_rows_op = kernel_operator("quantize_rows", "(Tensor x, Tensor(a!) values, Tensor(b!) scales)", QuantizeCall)
 
 
-@public_operator()
+@public_operator
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.float8_e4m3fn,

@@ -96,8 +96,7 @@ class ScaledCall(NamedTuple):
 
     def by_torch(self) -> Tensor:
         """Computes the formula in float32, or float64 where scales are; int8 is multiplied in float64 on the CPU."""
-        if self.out is not None:
-            self.check_written()
+        self.check_written()
         wide = torch.promote_types(self.scales.dtype, torch.float32)
         exact = torch.float64 if self.values.dtype == torch.int8 and self.values.device.type == "cpu" else wide
         y = F.linear(self.values.to(exact), self.weight.to(exact)).to(wide)
@@ -120,7 +119,7 @@ _scaled_linear_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def scaled_linear(
     x: QuantizedRows,
     weight: QuantizedRows,

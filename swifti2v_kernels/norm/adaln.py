@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.checks import Spec, check_index, check_tensor, check_tensors, check_written, same_view
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator, transform
 from ..common.registration import kernel_operator
 from ..linear.quantize_rows import QuantizedRows, check_dtype, check_out, float8_obstacle, new_rows, quantized_reference
@@ -209,7 +208,7 @@ _adaln_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def norm_modulate(
     x: Tensor,
     shift: Tensor | None = None,
@@ -222,7 +221,6 @@ def norm_modulate(
     eps: float = 1e-6,
     quantize: torch.dtype | None = None,
     out: Tensor | QuantizedRows | None = None,
-    inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor | QuantizedRows:
     """Norms tokens over their channels and modulates them with a shift and a scale chosen per block.
@@ -244,11 +242,10 @@ def norm_modulate(
             :class:`swifti2v_kernels.QuantizedRows` with a scale a token.
         out: where to write, shaped as ``x``: ``x`` itself, or memory that overlaps no input. With ``quantize``
             :class:`swifti2v_kernels.QuantizedRows` that overlap no input.
-        inplace: whether to overwrite ``x``; the same as ``out=x``. Not with ``quantize``.
         backend: ``auto``, ``torch`` or ``triton`` (see :mod:`swifti2v_kernels.common.dispatch`).
 
     Returns:
-        ``[B, L, C]`` in the dtype of ``x`` (``out`` or ``x`` where these were to be written). With ``quantize`` values
+        ``[B, L, C]`` in the dtype of ``x`` (``out`` if it was given). With ``quantize`` values
         ``[B, L, C]`` in that dtype and float32 scales ``[B, L]``, without gradients.
 
     Raises:
@@ -262,15 +259,11 @@ def norm_modulate(
 
     Source: AdaLN-zero of DiT; order of operations and roundings of Wan (diffusers ``WanTransformerBlock``).
     """
-    if inplace and out is not None:
-        raise ValueError("out: expected None with inplace, which writes to x")
-    if inplace and quantize is not None:
-        raise ValueError("inplace: expected False with quantize, whose result is not of x's dtype")
     rest = (None, None, shift, scale, weight, bias, block_map, norm, eps)
-    return compute(AdalnCall(x, *rest, quantize=quantize, out=x if inplace else out), backend)
+    return compute(AdalnCall(x, *rest, quantize=quantize, out=out), backend)
 
 
-@public_operator()
+@public_operator
 def gated_residual(
     x: Tensor,
     update: Tensor,
@@ -307,7 +300,7 @@ def gated_residual(
     return compute(call, backend)
 
 
-@public_operator()
+@public_operator
 def gated_residual_norm_modulate(
     x: Tensor,
     update: Tensor,
@@ -365,13 +358,3 @@ def gated_residual_norm_modulate(
     rest = (gate, shift, scale, weight, bias, block_map, norm, eps)
     call = AdalnCall(x, update, *rest, adds=True, quantize=quantize, out=out, inplace=inplace)
     return compute(call, backend)
-
-
-def cost(batch: int, length: int, channels: int, *, update: bool, norm: bool, quantize: bool = False) -> Cost:
-    """Returns the least cost of one call in 16 bits with or without an update, a norm and its rounding to 8 bits.
-
-    The modulation and the scales are negligible.
-    """
-    elements = batch * length * channels
-    out = 2 * update + norm * (1 if quantize else 2)
-    return Cost((2 * update + 8 * norm + 5 * quantize) * elements, 2 * (1 + update) * elements, out * elements)

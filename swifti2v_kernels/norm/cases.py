@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Work
+from ..common.case import Arguments, Case, Cost, RealSize, Work
 from ..common.shapes import SIZES, WINDOWS, Window
 from ..linear.quantize_rows import FLOAT8_CAPABILITY
-from .adaln import cost as adaln_cost
 from .adaln import gated_residual, gated_residual_norm_modulate, norm_modulate
-from .qk_norm_rope import cost as rope_cost
 from .qk_norm_rope import qk_norm_rope
-from .rms_norm_silu import cost as silu_cost
 from .rms_norm_silu import rms_norm_silu
 from .rope import rope_3d, rope_from_tokens
 
@@ -62,7 +58,10 @@ def _adaln(
     rows = 1 + 2 * adds + norms - (0.5 if quantize else 0)
     real, window = None, _REAL.get(channels)
     if window is not None:
-        least = adaln_cost(1, window.tokens, channels, update=adds, norm=norms, quantize=quantize is not None)
+        # The modulation and the scales are negligible, as weights and tables are below.
+        elements, read = window.tokens * channels, 2 * (1 + adds)
+        flops = (2 * adds + 8 * norms + 5 * (quantize is not None)) * elements
+        least = Cost(flops, read * elements, int(2 * rows - read) * elements)
         real = RealSize(window.name, inputs(window.blocks, window.tokens, torch.empty), least)
     return Case(
         f"{operator.__name__} {'affine ' * affine}C {channels} {'to ' + _name(quantize) if quantize else _name(dtype)}",
@@ -120,7 +119,8 @@ def _rope_work(constants: Mapping[str, Any]) -> Work:
 
 def _rope_real(window: Window) -> RealSize:
     inputs = _rope_inputs(window.model.heads, 128, batch=1, grid=(window.blocks, *window.grid), new=torch.empty)
-    return RealSize(window.name, inputs, rope_cost(1, window.tokens, window.model.width))
+    elements = 2 * window.tokens * window.model.width
+    return RealSize(window.name, inputs, Cost(10 * elements, 2 * elements, 2 * elements))
 
 
 _ROPE_TIMED = {f"{window.model.heads}x128": _rope_real(window) for window in _REAL.values()}
@@ -152,7 +152,8 @@ def _silu_real(channels: int, frames: int, shrunk: int) -> RealSize:
     """Returns a call as a decoder for 2560x1408 makes it, one latent frame of so much smaller sides."""
     columns, rows = (n // shrunk for n in SIZES["2K"])
     inputs = _silu_inputs(channels, torch.bfloat16, frames, rows, columns, torch.empty)
-    return RealSize(f"{frames} x {columns}x{rows}", inputs, silu_cost(frames * rows * columns, channels))
+    elements = frames * rows * columns * channels
+    return RealSize(f"{frames} x {columns}x{rows}", inputs, Cost(8 * elements, 2 * elements, 2 * elements))
 
 
 def _silu_work(constants: Mapping[str, Any]) -> Work:

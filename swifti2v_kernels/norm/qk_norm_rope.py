@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.checks import Spec, check_targets, check_tensor
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import kernel_operator
 from .rope import Rope3D
@@ -172,7 +171,7 @@ _norm_rope_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -225,7 +224,7 @@ def qk_norm_rope(
     return compute(call, backend)
 
 
-@public_operator()
+@public_operator
 def norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -268,9 +267,3 @@ def norm_rope(
     """
     tables = [] if rope is None else list(rope)
     return compute(RopeCall([x], [weight], tables, num_heads, start, eps, layout, inplace=inplace), backend)
-
-
-def cost(batch: int, length: int, channels: int) -> Cost:
-    """Returns the least cost of one call for q and k in 16 bits; weights and tables are negligible."""
-    elements = 2 * batch * length * channels
-    return Cost(10 * elements, 2 * elements, 2 * elements)

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.checks import Spec, check_tensor, check_tensors, check_written
-from ..common.cost import Cost
 from ..common.dispatch import compute, kernel_obstacle, public_operator
 from ..common.registration import kernel_operator
 
@@ -54,15 +53,13 @@ class SiluCall(NamedTuple):
         return kernel_obstacle(self) or (too_many if channels > MAX_CHANNELS else None)
 
     def by_torch(self) -> Tensor:
+        self.check_written()
         wide = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         # Clamped before the root, whose gradient at 0 is infinite.
         length = wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
         y = wide / length * (self.x.shape[-1] ** 0.5 * self.weight.to(wide.dtype))
         y = F.silu(y).to(self.x.dtype)
-        if self.out is None:
-            return y
-        self.check_written()
-        return self.out.copy_(y)
+        return y if self.out is None else self.out.copy_(y)
 
     def by_kernel(self) -> Tensor:
         out = self.x.new_empty(self.x.shape) if self.out is None else self.out
@@ -73,7 +70,7 @@ class SiluCall(NamedTuple):
 _rms_norm_silu_op = kernel_operator("rms_norm_silu", "(Tensor x, Tensor weight, Tensor(a!) out)", SiluCall)
 
 
-@public_operator()
+@public_operator
 def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Norms every pixel over its channels, scales it and applies SiLU.
 
@@ -100,8 +97,3 @@ def rms_norm_silu(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
     Source: ``RMS_norm`` and SiLU of the Wan VAE (diffusers ``WanRMS_norm``).
     """
     return compute(SiluCall(x, weight, out), backend)
-
-
-def cost(pixels: int, channels: int) -> Cost:
-    """Returns the least cost of one call in 16 bits; the weight is negligible."""
-    return Cost(8 * pixels * channels, 2 * pixels * channels, 2 * pixels * channels)

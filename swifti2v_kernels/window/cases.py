@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.case import Arguments, Case, RealSize
-from ..common.cost import Cost, Work
+from ..common.case import Arguments, Case, Cost, RealSize, Work
 from ..common.shapes import WINDOWS
 from .embed_window import embed_window
 from .project_step import project_step
@@ -63,7 +63,7 @@ class _Window:
         options |= {"step": torch.full((), -0.05, device=device) if self.step else None, "backend": "triton"}
         return (x, weight, weight[:, 0].contiguous(), shift, scale, self.blocks(self.z, 7, device)), options
 
-    def work(self, constants: Mapping[str, Any], pixel: int = 2) -> Work:
+    def work(self, constants: Mapping[str, Any], pixel: int) -> Work:
         """Returns the work of one step: a tile of tokens, or of pixels of ``pixel`` bytes, and one of weights."""
         rows, columns, depth = (constants[f"BLOCK_{x}"] for x in "MNK")
         if self.dtype == torch.float32:  # which the tensor cores do not take
@@ -83,32 +83,27 @@ def _int32(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def _embed(name: str, window: _Window, model: str = "") -> Case:
-    """Returns a case; with a model, its real size is that of the model's largest window, in 16 bits."""
-    real = None
+def _case(operator: Callable[..., Any], name: str, window: _Window, model: str = "") -> Case:
+    """Returns a case; with a model, its real size is that of the model's largest window, in 16 bits.
+
+    All five of its blocks are embedded, and the three that are targets projected.
+    """
+    embeds, real = operator is embed_window, None
+    inputs = _Window.embedding if embeds else _Window.head
     if model:
         whole = window.at(model)
-        tokens, read = whole.tokens(5), 4 * (window.z + window.z_ref)
-        features = read + 4 * window.mask_channels  # those of the mask are not read
-        weight = window.width * (features + 1)
-        cost = Cost(2 * tokens * features * window.width, 4 * tokens * read + 2 * weight, 2 * tokens * window.width)
-        real = RealSize(f"CSG window 2560x1408, {model}", whole.embedding, cost)
-    return Case(f"embed_window {name}", embed_window, window.embedding, lambda c: window.work(c, 4), real)
+        tokens, features = whole.tokens(5 if embeds else 3), 4 * (window.z + window.z_ref)
+        latents, results = 4 * tokens * features, 2 * tokens * window.width  # latents are float32
+        features += 4 * window.mask_channels  # which are not read
+        weight = 2 * window.width * (features + 1) if embeds else 2 * features * (window.width + 1)
+        read, written = (latents, results) if embeds else (results + latents, latents)
+        cost = Cost(2 * tokens * features * window.width, read + weight, written)
+        real = RealSize(f"CSG window 2560x1408, {model}", functools.partial(inputs, whole), cost)
+    work = functools.partial(window.work, pixel=4 if embeds else 2)
+    return Case(f"{operator.__name__} {name}", operator, functools.partial(inputs, window), work, real)
 
 
-def _project(name: str, window: _Window, model: str = "") -> Case:
-    """Returns a case; with a model, its real size is that of the three targets of the model's largest window."""
-    real = None
-    if model:
-        whole = window.at(model)
-        tokens, features = whole.tokens(3), 4 * window.z
-        latents = 4 * tokens * features  # read and written, in float32
-        read = 2 * (tokens * window.width + features * (window.width + 1)) + latents
-        cost = Cost(2 * tokens * window.width * features, read, latents)
-        real = RealSize(f"CSG window 2560x1408, {model}", whole.head, cost)
-    return Case(f"project_step {name}", project_step, window.head, window.work, real)
-
-
+_embed, _project = (functools.partial(_case, operator) for operator in (embed_window, project_step))
 CASES = [
     _embed("c1536 z16+4+16", _Window(1536, 16, 16, 4), "1.3B"),
     _embed("c3072 z48+4+48", _Window(3072, 48, 48, 4), "5B"),

@@ -100,8 +100,7 @@ class EmbedCall(NamedTuple):
 
     def by_torch(self) -> Tensor:
         """Computes the formula above in PyTorch, differentiable; tokens are NaN for an index that names no block."""
-        if self.out is not None:
-            self.check_written()
+        self.check_written()
         weight, reference, latent_index = self.weight, self.reference, self.latent_index
         x, inside = _gather(self.latents, latent_index, self.num_blocks(), weight.dtype)
         if reference is not None:
@@ -151,7 +150,7 @@ _embed_window_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def embed_window(
     latents: Tensor,
     weight: Tensor,

@@ -152,7 +152,7 @@ _project_step_op = kernel_operator(
 )
 
 
-@public_operator()
+@public_operator
 def project_step(
     x: Tensor,
     weight: Tensor,

@@ -27,7 +27,7 @@ def examples() -> Iterator[Any]:
         yield pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "vae_decode_4gb"))
 
 
-@pytest.mark.parametrize("path", examples())
+@pytest.mark.parametrize("path", [*examples()])
 def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(path.read_text().splitlines()) <= 40
     runpy.run_path(str(path), run_name="__main__")

@@ -24,7 +24,7 @@ from swifti2v_kernels import (
     sample_segments,
 )
 from swifti2v_kernels.common.case import Case, all_cases
-from swifti2v_kernels.common.tracing import constant_when_traced
+from swifti2v_kernels.common.target import constant_when_traced
 from tests.support.global_states import unusual_state
 from tests.support.tolerances import OPERATOR, relative_error
 

@@ -167,18 +167,6 @@ def _cogvideox_inputs(module: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def _mochi(head_dim: int) -> nn.Module:
-    config = {"patch_size": 2, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 4, "out_channels": None}
-    return _transformer(
-        "Mochi", head_dim, config | {"text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 9}
-    )
-
-
-def _mochi_inputs(module: nn.Module) -> dict[str, Any]:
-    inputs = _text() | {"hidden_states": _noise(2, 4, FRAMES, HEIGHT, WIDTH)}
-    return inputs | {"encoder_attention_mask": inputs["encoder_attention_mask"].bool()}
-
-
 MODELS = {
     model.name: model
     for model in (
@@ -216,7 +204,6 @@ MODELS = {
         Model("LTX-Video (a timestep per token)", _ltx, lambda module: _ltx_inputs(module, per_token=True)),
         Model("CogVideoX", _cogvideox, _cogvideox_inputs),
         Model("CogVideoX 2B (no rotation)", lambda d: _cogvideox(d, rotary=False), _cogvideox_inputs),
-        Model("Mochi", _mochi, _mochi_inputs),
     )
     # Diffusers has it since 0.36.
     if model.make is not _animate or hasattr(diffusers, "WanAnimateTransformer3DModel")

@@ -14,9 +14,8 @@ from torch import Tensor
 from bench.harness.timing import Timing
 from bench.tuning import search
 from bench.tuning.space import Target
-from swifti2v_kernels.common.case import Arguments, Case, RealSize
+from swifti2v_kernels.common.case import Arguments, Case, Cost, RealSize, Work
 from swifti2v_kernels.common.configs import configured
-from swifti2v_kernels.common.cost import Cost, Work
 
 
 @dataclass(frozen=True)

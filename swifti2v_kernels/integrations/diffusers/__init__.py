@@ -6,7 +6,7 @@
 The ``forward`` of attention modules and of layers is replaced, beneath whatever hooks these have; attention processors
 stay where they are. Weights are neither copied nor converted: projections are called as modules, so LoRA, offloading
 and quantised linear layers keep working. Known are Wan (2.1, 2.2, VACE, Animate), HunyuanVideo, LTX-Video, CogVideoX,
-Mochi, and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan transformer a model that is sampled segment by segment.
+and the Wan VAE. :class:`DiffusersWanWindow` makes a Wan transformer a model that is sampled segment by segment.
 """
 
 from __future__ import annotations

@@ -61,11 +61,6 @@ def other_choice(attn: Any, known: str) -> str | None:
     return None if usual else f"the attention backend {getattr(active, 'value', active)} is active"
 
 
-def heads_of(x: Tensor, attn: nn.Module) -> Tensor:
-    """Returns ``[B, L, H*D]`` as ``[B, L, H, D]``."""
-    return x.unflatten(2, (attn.heads, -1))
-
-
 def project(
     attn: nn.Module, x: Tensor, names: Sequence[str], rotary_emb: Rotary, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +81,7 @@ def project(
         q, k = qk_norm_rope(q, k, first[0], second[0], rope, attn.heads, **options)
     else:
         q, k = norm_rotate(q, norm_q, attn.heads, rope), norm_rotate(k, norm_k, attn.heads, rope)
-    return q, k, heads_of(to_v(context), attn)
+    return q, k, to_v(context).unflatten(2, (attn.heads, -1))
 
 
 def joint_attention(*streams: tuple[Tensor, Tensor, Tensor], lengths: Tensor | None = None) -> Sequence[Tensor]:

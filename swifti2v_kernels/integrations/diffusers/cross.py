@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import norm_rope, rope_from_tokens, segment_attention
 from ..norms import BY, cross_layer, modulation_rows, rms_parameters, token_rows
 from ..recipe import Recipe
-from .attention import OWN, Rotary, attention_recipe, heads_of, norm_rotate, project, project_out, rotate, text_lengths
+from .attention import OWN, Rotary, attention_recipe, norm_rotate, project, project_out, rotate, text_lengths
 
 #: Tokens of Wan's text; what is before them in the context are image tokens. A constant in diffusers too.
 TEXT_TOKENS = 512
@@ -34,7 +34,7 @@ def _wan_attention(
     out = segment_attention(q, [(k, v)])
     if image is not None:
         k = norm_rotate(attn.add_k_proj(image), attn.norm_added_k, attn.heads)
-        out = out + segment_attention(q, [(k, heads_of(attn.add_v_proj(image), attn))])
+        out = out + segment_attention(q, [(k, attn.add_v_proj(image).unflatten(2, (attn.heads, -1)))])
     del q, k, v  # not needed while the result is projected
     return project_out(attn, out)
 
@@ -83,9 +83,9 @@ def _ltx_attention(
     if image_rotary_emb is None:
         q, k, v = project(attn, hidden_states, OWN, None, context)
     else:
-        q = heads_of(_norm_rotate_width(attn.to_q(hidden_states), attn.norm_q, image_rotary_emb), attn)
-        k = heads_of(_norm_rotate_width(attn.to_k(context), attn.norm_k, image_rotary_emb), attn)
-        v = heads_of(attn.to_v(context), attn)
+        q = _norm_rotate_width(attn.to_q(hidden_states), attn.norm_q, image_rotary_emb)
+        k = _norm_rotate_width(attn.to_k(context), attn.norm_k, image_rotary_emb)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(context)))
     lengths = None if attention_mask is None else _bias_lengths(attention_mask)
     out = segment_attention(q, [(k, v)], valid_lengths=[lengths])
     del q, k, v  # not needed while the result is projected

@@ -1,4 +1,4 @@
-"""Models of diffusers with a joint attention of video and text: HunyuanVideo (also FramePack), CogVideoX and Mochi.
+"""Models of diffusers with a joint attention of video and text: HunyuanVideo (also FramePack) and CogVideoX.
 
 Video and text stay two streams: their queries, keys and values are views of their own to ``segment_attention``, and no
 layer concatenates them.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import gated_residual
 from ..norms import BY, Stream, in_parts, joint_layer, modulated_norm, token_rows
 from ..recipe import Recipe
-from .attention import ADDED, OWN, Rotary, attention_recipe, joint_attention, project, project_out, rotate, text_lengths
+from .attention import ADDED, OWN, Rotary, attention_recipe, joint_attention, project, project_out, text_lengths
 
 
 def _hunyuan_attention(
@@ -147,71 +147,12 @@ def _cogvideox_layer(
     return joint_layer(streams, self.attn1, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {}))
 
 
-def _mochi_attention(
-    attn: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    attention_mask: Tensor,
-    image_rotary_emb: Rotary = None,
-) -> tuple[Tensor, Tensor] | str:
-    """Computes the attention of ``MochiAttnProcessor2_0``; each head has angles of its own, turned by PyTorch.
-
-    The mask ``[B, L]`` is padded after the text. diffusers gathers every entry's valid text and pads the results again;
-    here lengths say how many keys count.
-    """
-    # In training, the text queries of the last layer, whose results nobody uses, get gradients of zeros upstream:
-    # without any, wrappers for data-parallel training stop.
-    if torch.is_grad_enabled() and not hasattr(attn, "to_add_out"):
-        return "gradients in the last layer"
-    q, k, v = project(attn, hidden_states, OWN, None)
-    if image_rotary_emb is not None:
-        q, k = (rotate(y, *image_rotary_emb) for y in (q, k))  # tables [L, H, D / 2]
-    text = project(attn, encoder_hidden_states, ADDED, None)
-    out, text_out = joint_attention((q, k, v), text, lengths=text_lengths(attention_mask))
-    del q, k, v, text  # not needed while the results are projected
-    out = project_out(attn, out)
-    # Zeros, with which diffusers pads before the projection.
-    text_out = text_out.flatten(2) * attention_mask.to(text_out.dtype).unsqueeze(2)
-    return out, attn.to_add_out(text_out) if hasattr(attn, "to_add_out") else text_out
-
-
-def _mochi_layer(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    encoder_attention_mask: Tensor,
-    image_rotary_emb: Rotary = None,
-) -> tuple[Tensor, Tensor]:
-    def stream(x: Tensor, norm1: Any, norm2: Any, norm3: Any, norm4: Any, feed_forward: nn.Module) -> Stream:
-        parts = norm1.linear(norm1.silu(temb)).float().unsqueeze(1).chunk(4, dim=2)
-        scale, gate, scale_ff, gate_ff = parts
-        shift = torch.zeros_like(scale)
-        first, second = (shift, scale, gate.tanh()), (shift, scale_ff, gate_ff.tanh())
-        sandwich = norm2.norm, norm4.norm
-        return Stream(x, norm1.norm, first, norm3.norm, second, feed_forward, sandwich=sandwich)
-
-    x, text, context = token_rows(hidden_states), token_rows(encoder_hidden_states), None
-    streams = [stream(x, self.norm1, self.norm2, self.norm3, self.norm4, self.ff)]
-    if self.context_pre_only:
-        context = self.norm1_context(text, temb)
-    else:
-        norms = self.norm1_context, self.norm2_context, self.norm3_context, self.norm4_context
-        streams.append(stream(text, *norms, self.ff_context))
-    options = {"image_rotary_emb": image_rotary_emb, "attention_mask": encoder_attention_mask}
-    return (*joint_layer(streams, self.attn1, context, **options), text)[:2]
-
-
 def _adaptive(*norms: str) -> tuple[str, ...]:
     return tuple(f"{norm}.{part}" for norm in norms for part in ("linear", "silu", "norm"))
 
 
 _HUNYUAN = (*_adaptive("norm1", "norm1_context"), "attn", "norm2", "norm2_context", "ff", "ff_context")
 _HUNYUAN_SINGLE = (*_adaptive("norm"), "attn", "act_mlp", "proj_mlp", "proj_out")
-_MOCHI = (
-    *(*_adaptive("norm1"), "norm2.norm", "norm3.norm", "norm4.norm", "attn1", "ff", "context_pre_only"),
-    *("norm1_context", "norm2_context", "norm3_context", "norm4_context", "ff_context"),
-)
 
 RECIPES = (
     attention_recipe(
@@ -226,12 +167,6 @@ RECIPES = (
         (),
         _cogvideox_attention,
     ),
-    attention_recipe(
-        "MochiAttnProcessor2_0",
-        "segment_attention over video and text, norm_rope (rotation, an angle per head: PyTorch)",
-        ("context_pre_only", *ADDED),
-        _mochi_attention,
-    ),
     *(
         Recipe(host, "norms", BY, forward, needs, apart=("attn", "attn1"))
         for host, forward, needs in (
@@ -240,7 +175,6 @@ RECIPES = (
             ("HunyuanVideoSingleTransformerBlock", _hunyuan_single_layer, _HUNYUAN_SINGLE),
             ("HunyuanVideoTokenReplaceSingleTransformerBlock", _hunyuan_single_layer, _HUNYUAN_SINGLE),
             ("CogVideoXBlock", _cogvideox_layer, (*_adaptive("norm1", "norm2"), "attn1", "ff")),
-            ("MochiTransformerBlock", _mochi_layer, _MOCHI),
         )
     ),
 )

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.registration import PACKAGE
-from ...common.tracing import constant_when_traced
+from ...common.target import constant_when_traced
 from ..probing import Forward, Trial, twin
 from ..recipe import PATCH, Recipe, hooked
 from ..sdpa import autocast
@@ -209,15 +209,13 @@ def _kind(slot: Any) -> Any:
     return "frames" if isinstance(slot, Tensor) else slot
 
 
+_BY = "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"
 #: Recipes for the layers, by diffusers' names and by those of the Wan repositories and ComfyUI.
 RECIPES = tuple(
     Recipe(prefix + host, "vae", by, forward, probe=partial(_trials, runs))
     for prefix in ("Wan", "")
     for host, by, forward, runs in (
-        (
-            *("ResidualBlock", "rms_norm_silu and causal_conv3d, with norm, residual and cached frames in them"),
-            *(_residual_forward, (_clips, _chunks)),
-        ),
+        ("ResidualBlock", _BY, _residual_forward, (_clips, _chunks)),
         ("Resample", "upsample_conv2d and causal_conv3d", _resample_forward, (_clips, _chunks)),
         ("CausalConv3d", "causal_conv3d", _conv_forward, (_conv,)),
     )

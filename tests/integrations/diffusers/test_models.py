@@ -24,7 +24,7 @@ from tests.support.tolerances import PARITY, relative_error
 
 RECIPES = {recipe.host: recipe for recipe in cross.RECIPES + joint.RECIPES}
 #: One of each family, for what does not depend on the variant.
-FAMILIES = ["Wan 2.1 image-to-video (CLIP)", "HunyuanVideo", "LTX-Video", "CogVideoX", "Mochi"]
+FAMILIES = ["Wan 2.1 image-to-video (CLIP)", "HunyuanVideo", "LTX-Video", "CogVideoX"]
 every_model = pytest.mark.parametrize("name", MODELS)
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -190,7 +190,7 @@ def test_lora_before_and_after(name: str, first: str) -> None:
 @pytest.mark.slow
 @every_family
 def test_compiles_as_one_graph(name: str) -> None:
-    """Models compile as one graph, but for Mochi's own attention, which looks at the mask's values.
+    """Models compile as one graph.
 
     Every operator is traced by autograd's compiler in a test of its own, so one family goes through that as a whole.
     """
@@ -227,7 +227,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 
 
 def test_masks_that_are_not_padding_stop() -> None:
-    module, inputs, _ = make("Mochi")
+    module, inputs, _ = make("LTX-Video")
     accelerate(module)
     inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].flip(1)
     with pytest.raises(RuntimeError, match="attention_mask: expected padding after the text only"):

@@ -16,14 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swifti2v_kernels import (
-    causal_conv3d,
-    explain,
-    fold_upsample_weight,
-    frames_out,
-    rms_norm_silu,
-    upsample_conv2d,
-)
+from swifti2v_kernels import causal_conv3d, explain, fold_upsample_weight, frames_out, rms_norm_silu, upsample_conv2d
 from swifti2v_kernels.conv import by_torch
 from tests.support.conv_oracle import check_pieces, check_tiles, convolved, normed, scattered, upsampled, weights
 from tests.support.tolerances import EXACT, KERNEL, OPERATOR, relative_error

@@ -24,7 +24,6 @@ CONCATENATIONS = {
     "HunyuanVideo image-to-video (token_replace)": 3 * 1 + 3 * 2,
     "LTX-Video": 0,
     "CogVideoX": 2,
-    "Mochi": 2 * (2 * 3 + 1),
 }
 
 

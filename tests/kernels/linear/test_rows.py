@@ -77,7 +77,6 @@ BAD: dict[Callable[..., Any], list[tuple[tuple[Any, ...], dict[str, Any], str]]]
     ],
     norm_modulate: [
         ((X,), {"quantize": torch.float16}, "quantize: expected torch.float8_e4m3fn or torch.int8, got torch.float16"),
-        ((X,), {"quantize": INT8, "inplace": True}, "inplace: expected False with quantize"),
         ((X,), {"out": OUT}, "out: expected a tensor, got QuantizedRows"),
         ((X,), {"quantize": INT8, "out": X}, "out: expected QuantizedRows, got Tensor"),
     ],

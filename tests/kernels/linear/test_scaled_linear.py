@@ -16,7 +16,7 @@ from bench.static import report
 from bench.static.bounds import predict
 from bench.static.cubin import Analysis, Loop
 from swifti2v_kernels import QuantizedRows, quantize_rows, scaled_linear
-from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.common.case import Work
 from swifti2v_kernels.common.target import TARGETS
 from tests.support.tolerances import relative_error
 
