@@ -102,6 +102,26 @@ def test_library_imports_nothing_else_at_run_time():
     assert result.stdout.strip() == ""
 
 
+PLANS = """
+import sys
+from dataclasses import replace
+from model.machine.cards import chosen_gpu
+from model.plan import PlanSettings, build_parser, main, plan_memory, request_of
+
+for options in ("--preset tiny", "--preset tiny-vae22", "--preset tiny --dtype float32"):
+    main([*options.split(), "--vram", "8GB"])
+settings = PlanSettings(**vars(build_parser().parse_args(["--dtype", "float32", "--vram", "8GB"])))
+plan_memory(replace(request_of(settings), vram=None, capability=None, gpu=chosen_gpu(None, 0)))
+print("imported:", *({"sympy", "torch._dynamo"} & sys.modules.keys()))
+"""
+
+
+def test_plans_need_no_compiler():
+    """Plans, for a CPU too, are made without sympy and torch's compiler: importing them takes longer than a plan."""
+    result = subprocess.run([sys.executable, "-c", PLANS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "imported:"
+
+
 def test_every_public_name_is_documented():
     for folder in ("swifti2v_kernels", "model", "bench"):
         for file in (ROOT / folder).rglob("*.py"):

@@ -30,7 +30,7 @@ class DiTLayer(nn.Module):
         self.attn2 = Attention(dim, heads, eps, config.added_kv)
         self.norm2 = nn.LayerNorm(dim, eps=eps) if config.cross_attn_norm else None
         self.ffn = feed_forward(dim, config.ffn_dim, dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(
         self,

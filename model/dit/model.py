@@ -93,7 +93,7 @@ class WanDiT(nn.Module):
         # The layers. The name is part of Wan's state-dict keys, blocks.N., and of diffusers' API.
         self.blocks = nn.ModuleList(DiTLayer(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
         #: What brings the layers' weights (a ``LayerStream`` of ``model/streaming``, which builds on this file), and
         #: the dtype of their matmuls' inputs if that is an 8-bit one. None: weights are where the module is, in its
         #: dtype.

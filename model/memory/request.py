@@ -10,11 +10,9 @@ import torch
 from model.config import DiTConfig, VAEConfig
 from model.csg.sampler import SegmentPlan, plan_for
 from model.errors import InputError
-from model.streaming.placement import NO_TENSORS, QUANTIZE
+from model.streaming.placement import NO_TENSORS
 from swifti2v_kernels.common.cards import Card
 
-#: ``auto``: what the checkpoint has; see :func:`model.memory.plan.plan_memory`.
-QUANTIZE_CHOICES = ("auto", *QUANTIZE)
 #: The lowest compute capability, as two digits, of cards that multiply float8.
 FLOAT8_MATMUL = 89
 #: The share of a card's memory that is planned with: the rest is the CUDA context, what libraries take beside the
@@ -47,7 +45,8 @@ class MemoryRequest:
         dtype: the dtype of the DiTs and of the decoders.
         vram, ram, vae_limit: bytes of the card, of the machine, and for the VAE alone; None: no limit.
         capability: compute capability as two digits; None: a CPU.
-        quantize: one of :data:`QUANTIZE_CHOICES`; ``matmul``: one of :data:`model.streaming.placement.MATMUL`.
+        quantize, matmul: ``auto`` (:func:`model.memory.plan.plan_memory`) or one of ``QUANTIZE``, and one of ``MATMUL``
+            (:mod:`model.streaming.placement`).
         from_files: whether the DiTs come from checkpoints, from which layers can be read in every pass.
         text_encoder_bytes: the bytes of its weights; 0: the run has none.
         less: bytes that single phases may take at most, by name, where these have run out of memory.

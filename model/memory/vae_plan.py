@@ -107,7 +107,7 @@ class Request:
 
     def planned(self, grid: tuple[int, int], frames: int, park: bool) -> PlannedVAE:
         """Returns a plan of a kind; what is parked is moved once a chunk, so a chunk is then all that is there."""
-        return PlannedVAE(VAEPlan(*grid, frames, None if park else 1, park), self)
+        return _planned(VAEPlan(*grid, frames, None if park else 1, park), self)
 
     def first(self, room: float, host: float, park: bool) -> PlannedVAE | None:
         """Returns the first plan of a kind within ``room`` bytes on the device, or None if it takes more on the host.
@@ -182,7 +182,7 @@ class PlannedVAE:
         """The bytes that the half holds at its worst moment, by name."""
         return self.idle | {f"{self.request.part}r's activations": self.peak.total - sum(self.idle.values())}
 
-    @property
+    @functools.cached_property
     def redundancy(self) -> float:
         """The operations over those of whole frames: the cost of halos."""
         request = self.request
@@ -226,6 +226,10 @@ class PlannedVAE:
             f"  {self.redundancy:.2f} times the work of whole frames, by true halos\n"
             f"  peak {format_bytes(peak.total)}, predicted by counting tensors: {held}"
         )
+
+
+#: Makes a plan. Equal ones are one object, which computes its redundancy once.
+_planned = functools.cache(PlannedVAE)
 
 
 def plan_vae(

@@ -145,9 +145,9 @@ def layer_layouts(
         placement: where its layers are, and their form.
         stored: dtypes, by name, of the tensors that the checkpoint holds in 8 bits and that are taken as they are.
     """
-    layouts = []
+    layouts, names = [], _shapes(config) if stored else ()
     for i in range(config.num_layers):
-        given = tuple((name, stored[full]) for name in _shapes(config) if (full := f"blocks.{i}.{name}") in stored)
+        given = tuple((name, stored[full]) for name in names if (full := f"blocks.{i}.{name}") in stored)
         layouts.append(_layout(config, dtype, placement.quantize, placement.matmul, given))
     return layouts
 

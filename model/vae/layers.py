@@ -233,7 +233,7 @@ class AttentionBlock(nn.Module):
         y = norm_modulate(tokens, norm="rms", weight=self.norm.weight, eps=1e-24 / tokens.shape[2])
         q, k, v = F.linear(y, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unsqueeze(1).chunk(3, dim=3)
         # On meta tensors, where only memory is counted, torch would take attention apart and count its matrix.
-        out = torch.empty_like(q) if x.is_meta else F.scaled_dot_product_attention(q, k, v)
+        out = q.new_empty(q.shape) if x.is_meta else F.scaled_dot_product_attention(q, k, v)
         del q, k, v, y
         return (tokens + F.linear(out.squeeze(1), self.proj.weight.flatten(1), self.proj.bias)).view(x.shape)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.vae.layers import all_kernels
@@ -25,6 +26,19 @@ SMALL = {
 SHORT = VAEConfig(base_dim=8, decoder_base_dim=8, dim_mult=(1, 2), temporal_downsample=(True,))
 REAL = {"2.1": VAEConfig(), "2.2": PRESETS["5b"].vae}
 GB = 10**9
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: F.conv3d(x, x[:, :, :1, :3, :3].repeat(1, 1, 2, 1, 1), None, (1, 2, 1), (0, 1, 1)),
+    lambda x: x.permute(0, 2, 3, 4, 1)[..., :3] * x.new_ones(1), lambda x: x[:1, 0, 0, 0].expand(4, -1).sub(1),
+    lambda x: F.rms_norm(x, x.shape[4:]), lambda x: x.mean((1, -1)), lambda x: (x > 0).sum(dim=1, dtype=torch.int32),
+    lambda x: torch.stack((x, x), -1), lambda x: torch.cat((x[:, 1:], x), 1), lambda x: F.linear(x, x[0, 0, 0]),
+])  # fmt: skip
+def test_tensors_without_memory_are_what_real_ones_are(call) -> None:  # type: ignore[no-untyped-def]
+    real = torch.randn(2, 5, 4, 6, 8)
+    with TensorMemory():
+        made = call(real.to("meta"))
+    assert (made.shape, made.dtype, made.stride()) == (call(real).shape, call(real).dtype, call(real).stride())
 
 
 def request(version: str, part: str, piece: int) -> Request:
