@@ -189,18 +189,12 @@ class VAEConfig:
         # In space a cell has 2 x 2 pixels, and in time 2 frames where a stage changes their number.
         cells = [4 * (2 if temporal else 1) for temporal in self.temporal_downsample]
         for i, (given, made) in enumerate(itertools.pairwise(down)):
-            numbers = given * (*cells, 1)[i]
-            if numbers % made:
-                raise InputError(
-                    f"base_dim, dim_mult: the encoder's stage {i} goes from {given} to {made} channels;"
-                    f" expected a divisor of {numbers} (is_residual)"
-                )
+            numbers, name = given * (*cells, 1)[i], f"base_dim, dim_mult: channels after the encoder's stage {i}"
+            _expect(numbers % made == 0, name, f"a divisor of {numbers} (is_residual)", made)
         for i, (given, made) in enumerate(itertools.pairwise(up[:-1])):
-            if given % made or cells[-1 - i] * made % given:
-                raise InputError(
-                    f"decoder_base_dim, dim_mult: the decoder's stage {i} goes from {given} to {made} channels;"
-                    f" expected as many, a half or a quarter (is_residual)"
-                )
+            fits = given % made == 0 and cells[-1 - i] * made % given == 0
+            name = f"decoder_base_dim, dim_mult: channels after the decoder's stage {i}"
+            _expect(fits, name, f"{given}, a half or a quarter of it (is_residual)", made)
 
     @property
     def pixel_channels(self) -> int:

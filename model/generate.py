@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.cli.options import GROUPS, CommandParser, Settings, add_options, resumed, run_command
+from model.cli.options import GROUPS, CommandParser, Settings, add_options, pick_dtype, resumed, run_command
 from model.cli.request import ClipSettings
 from model.config import PRESETS
 from model.errors import InputError, require
@@ -27,7 +27,7 @@ from model.memory.plan import plan_memory
 from model.memory.report import MemoryPlan
 from model.pipeline.clip import ClipJob, Item, Watcher
 from model.pipeline.components import LAYOUT
-from model.pipeline.encoders import empty_text, encode_prompt, encoder_dtype, load_text_embedding
+from model.pipeline.encoders import empty_text, encode_prompt, load_text_embedding
 from model.resume.clip import make_clip
 from model.resume.state import RunState
 
@@ -231,7 +231,9 @@ def encoded_prompt(clip: ClipSettings, on_device: bool) -> Tensor:
     Raises:
         InputError: the DiTs read another width.
     """
-    weights, dtype, cpu = clip.components.weights, encoder_dtype(clip.torch_device), torch.device("cpu")
+    weights, cpu = clip.components.weights, torch.device("cpu")
+    # That of a run on its device, wherever the encoder is: 11 GB in bfloat16, for GPUs, and 23 GB in float32.
+    dtype = pick_dtype("auto", clip.torch_device)
     for place in (clip.torch_device, cpu) if on_device else (cpu,):
         try:
             text = encode_prompt(clip.prompt, weights, dtype=dtype, device=place)

@@ -1,4 +1,4 @@
-"""``python -m model.inspect FILE_OR_DIR``: what a checkpoint is, and whether it loads here.
+"""``python -m model.inspect PATH``: what a checkpoint is, and whether it loads here.
 
 Only headers are read, never the tensors' data, except for the few bytes in which a file describes itself: formats of
 quantised layers, alphas of LoRAs. (A pickle of the old kind, not zipped, must be read whole.)
@@ -15,17 +15,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from model.cli.options import CommandParser, add_option, parse_path, run_command
+from model.cli.options import CommandParser, parse_path, run_command
 from model.dit.model import WanDiT
 from model.errors import InputError, printable
 from model.machine.measure import format_bytes
 from model.vae.model import WanVAE
-from model.weights.files import PICKLES, WeightFiles, looking_at, open_weights, weight_files
+from model.weights.files import WeightFiles, looking_at, open_weights, weight_files
+from model.weights.formats import PICKLES
 from model.weights.keys import PARTS, is_original, strip_prefix
-from model.weights.load import Checkpoint, inspect_weights
-from model.weights.lora import LoRAFit
+from model.weights.load import Checkpoint
+from model.weights.lora import LoRAFit, listed
 from model.weights.lora_files import LoRAFile, open_lora
 from model.weights.recognise import Kind, describe_dit, describe_vae, recognise
 from model.weights.scaled import ScaledTensor, plain_weights, quantisation_problem
@@ -46,7 +45,6 @@ _PIPELINE = (
     *("transformer", "transformer_2"),
 )
 _COMFYUI = ("model.diffusion_model.", "first_stage_model.")
-_LISTED = 20
 _LOADED_BY = {
     "DiT": "load_dit",
     "VAE": "load_vae",
@@ -102,18 +100,18 @@ class Report:
         return printable("\n".join([self.path, *(f"  {name:<8}{text}" for name, text in rows.items() if text)]))
 
 
-def inspect_checkpoint(path: Path, dit: Path | None = None, strict: bool = False) -> Report:
+def inspect_checkpoint(path: Path, dit: Path | None = None) -> Report:
     """Returns a report on one checkpoint, faults included.
 
     Args:
         path: a file, or a directory that holds one checkpoint.
         dit: for a LoRA: the DiT that it is to fit.
-        strict: for a LoRA: whether all of its keys must fit.
 
     Raises:
         InputError: ``dit`` is given and does not load.
     """
-    shapes = None if dit is None else _parameter_shapes(dit)
+    model = None if dit is None else Checkpoint(dit, WanDiT).check()
+    shapes = None if model is None else {name: tuple(p.shape) for name, p in model.named_parameters()}
     try:
         files = open_weights(path)
         plain = plain_weights(files)
@@ -144,7 +142,7 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, strict: bool = False
         return report
     try:
         if kind.part == "LoRA":
-            return _lora_report(report, open_lora(path), dit, shapes, strict)
+            return _lora_report(report, open_lora(path), dit, shapes)
         if kind.part in ("DiT", "VAE"):
             model, describe = (WanDiT, describe_dit) if kind.part == "DiT" else (WanVAE, describe_vae)
             checkpoint = Checkpoint(path, model)
@@ -154,25 +152,17 @@ def inspect_checkpoint(path: Path, dit: Path | None = None, strict: bool = False
         elif (problem := quantisation_problem(plain.values())) is not None:
             raise InputError(problem)
     except InputError as error:
-        # All tensors may be listed; the first 20 say enough.
-        first, more = str(error).split("; ")[:_LISTED], str(error).split("; ")[_LISTED:]
-        problem = "; ".join([*first, *([f"and {len(more)} more"] if more else [])])
+        problem = listed(str(error).split("; "))  # it may name all tensors
         if path.is_file() and "-of-" in path.name:
             problem = "one shard of several; name their directory or .index.json"
         return replace(report, problem=problem)
     return replace(report, loaded_by=_LOADED_BY[kind.part])
 
 
-def _parameter_shapes(dit: Path) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = WanDiT(inspect_weights(dit, WanDiT).config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def _lora_report(
-    report: Report, file: LoRAFile, dit: Path | None, shapes: Mapping[str, tuple[int, ...]] | None, strict: bool
+    report: Report, file: LoRAFile, dit: Path | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> Report:
-    fit = LoRAFit(file, shapes, strict=strict, model=str(dit or "any Wan DiT"))
+    fit = LoRAFit(file, shapes, str(dit or "any Wan DiT"))
     deltas = [(name, delta) for name, deltas in file.deltas.items() for delta in deltas]
     targets = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in file.deltas)
     details = {
@@ -247,22 +237,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "path", type=parse_path, metavar="FILE_OR_DIR", help="a checkpoint, a LoRA, or a directory of them"
-    )
+    parser.add_argument("path", type=parse_path, metavar="PATH", help="a checkpoint, a LoRA, or a directory of them")
     parser.add_argument("--for", dest="dit", type=parse_path, metavar="DIT", help="the DiT that a LoRA is to fit")
-    add_option(parser, "strict_loras")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
 
-def run(path: Path, dit: Path | None, strict: bool, as_json: bool) -> int:
+def run(path: Path, dit: Path | None, as_json: bool) -> int:
     """Prints the reports and returns the exit code, the largest of all checkpoints.
 
     Raises:
         InputError: there is nothing to tell, or ``dit`` does not load.
     """
-    reports = [inspect_checkpoint(checkpoint, dit, strict) for checkpoint in checkpoints_in(path)]
+    reports = [inspect_checkpoint(checkpoint, dit) for checkpoint in checkpoints_in(path)]
     if as_json:
         print(json.dumps({"path": str(path), "checkpoints": [report.to_json() for report in reports]}, indent=2))
     else:
@@ -273,7 +260,7 @@ def run(path: Path, dit: Path | None, strict: bool, as_json: bool) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_command(lambda: run(args.path, args.dit, args.strict_loras, args.json))
+    return run_command(lambda: run(args.path, args.dit, args.json))
 
 
 if __name__ == "__main__":

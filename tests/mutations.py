@@ -134,7 +134,7 @@ FAULTS = [
          ".view(-1, *[1] * (wide.ndim - 1))", ".view(*[1] * (wide.ndim - 1), -1)"),
     ),
     *faults(
-        "model/resume/fingerprint.py", "tests/model/resume/test_fingerprint.py",
+        "model/resume/job.py", "tests/model/resume/test_fingerprint.py",
         ("fingerprint: small tensors are sampled, not read whole", "_WHOLE = 1 << 16", "_WHOLE = 1 << 8"),
     ),
     *faults(

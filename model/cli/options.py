@@ -221,9 +221,6 @@ _STEPS = count(1, MOST_STEPS)
 _QUANTIZE = """\
 form of layer weights: none: in --dtype; file: 8 bits where the file has them so; float8 or int8, which change numbers
 (default auto: none or file)"""
-_STRICT = """\
-refuse a LoRA if any of its keys does not fit; else keys that the model has no place for are left out with a warning, as
-long as half of the file fits"""
 
 
 def _option(group: str | None, default: Any, help: str, **how: Any) -> Any:
@@ -285,7 +282,6 @@ class Settings:
     stage1_lora: Sequence[LoRA] = _loras("stage1")
     stage1_low_noise_lora: Sequence[LoRA] = _loras("stage1_low_noise")
     stage2_lora: Sequence[LoRA] = _loras("stage2")
-    strict_loras: bool = _option(LORAS, False, _STRICT)
 
     resume: Path | None = _option(RUNS, None, "go on with the run in DIR", type=parse_path, metavar="DIR")
     state: Path | None = _option(RUNS, None, "default: FILE.run beside FILE.mp4", type=parse_path, metavar="DIR")
@@ -359,6 +355,8 @@ def _words(stored: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in stored.items():
         for one in value if isinstance(value, list) else [value]:
+            if one is False and name not in OPTIONS:
+                continue  # a switch of an earlier version, which was off
             if isinstance(one, bool):
                 words.append(flag_of(name if one else f"no_{name}"))
             elif one is not None:

@@ -23,14 +23,14 @@ from model.machine.measure import parse_bytes
 from model.memory.report import MemoryPlan, describe_placement
 from model.memory.request import USABLE, DiTRequest, MemoryRequest
 from model.pipeline.components import LORA_PARTS, Components
-from model.resume.fingerprint import fingerprint, fingerprint_file
-from model.resume.job import device_name
+from model.resume.job import device_name, fingerprint, fingerprint_file
 from model.sizes import area_size, check_frames, check_size, size_multiple, stage_one_size
 from model.streaming.placement import NO_TENSORS
 from model.weights.files import open_weights
 from model.weights.load import DIT_PARTS, VAE_PARTS, part_of_pipeline
 from model.weights.lora import LoRA
 from model.weights.lora_files import open_lora
+from model.weights.scaled import largest
 
 #: UMT5-XXL's encoder: 5.68 billion parameters in bfloat16.
 TEXT_ENCODER_BYTES = 11_360_000_000
@@ -98,10 +98,7 @@ class ClipSettings(Settings):
 
     def _chosen_loras(self) -> dict[str, list[LoRA]]:
         chosen = {
-            part: [
-                replace(lora, expert=2 if part == "stage1_low_noise" else 1, strict=self.strict_loras)
-                for lora in getattr(self, f"{part}_lora")
-            ]
+            part: [replace(lora, expert=1 + (part == "stage1_low_noise")) for lora in getattr(self, f"{part}_lora")]
             for part in LORA_PARTS
         }
         if self.weights is None and any(chosen.values()):
@@ -192,7 +189,8 @@ def _bytes_of(name: str, text: str, auto: int | None) -> int | None:
 def _fingerprint_lora(lora: LoRA) -> str:
     """Returns the fingerprint of a LoRA and its scales, whose numbers are found to be finite."""
     file = open_lora(Path(lora.path), lora.expert)
-    file.check_finite()
+    for factor in (factor for deltas in file.deltas.values() for delta in deltas for factor in delta.factors):
+        largest(factor.read(), f"lora: {file.path}: {factor.key}")
     # PEFT's scales are in a file beside it.
     scales = sorted((delta.keys[0], delta.scale) for deltas in file.deltas.values() for delta in deltas)
     return hashlib.sha256(json.dumps([fingerprint_file(file.path, "lora"), scales]).encode()).hexdigest()
@@ -212,13 +210,13 @@ def request_for(
     check_size(*size, size_multiple(components.vae_config, components.stage_two_config))
     multiple = size_multiple(components.stage_one_vae_config, components.stage_one_config)
     one, two, stored = components.stage_one_config, components.stage_two_config, components.stored
-    low = None if components.low_noise is None else DiTRequest(one, stored.get("stage1_low_noise", NO_TENSORS))
+    parts, low = components.parts, DiTRequest(one, stored.get("stage1_low_noise", NO_TENSORS))
     return MemoryRequest(
         stage_one=DiTRequest(one, stored.get("stage1", NO_TENSORS)),
         stage_two=DiTRequest(two, stored.get("stage2", NO_TENSORS)),
-        low_noise=low,
+        low_noise=low if "stage1_low_noise" in parts else None,
         vae=components.vae_config,
-        motion_vae=None if components.stage_one_vae is None else components.stage_one_vae_config,
+        motion_vae=components.stage_one_vae_config if "stage1_vae" in parts else None,
         size=size,
         motion_size=stage_one_size(*size, multiple),
         text_encoder_bytes=_encoder_bytes(components, options.get("capability", 90)) if text_encoder else 0,

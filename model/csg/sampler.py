@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from model.config import MASK_CHANNELS, DiTConfig
+from model.config import MASK_CHANNELS
 from model.csg.denoiser import Denoiser
 from model.dit.model import WanDiT
 from model.errors import InputError
@@ -58,19 +58,6 @@ def plan_for(mode: str, plan: SegmentPlan) -> SegmentPlan:
     if mode not in MODES:
         raise InputError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     return SegmentPlan.end_to_end(plan.num_blocks) if mode == "end_to_end" else plan
-
-
-def check_channels(config: DiTConfig, z: int) -> None:
-    """Checks that a DiT takes latents of ``z`` channels, alone or as ``[latents | mask | reference]``.
-
-    Raises:
-        InputError: it takes neither.
-    """
-    if config.in_channels not in (z, 2 * z + MASK_CHANNELS):
-        raise InputError(
-            f"in_channels: a DiT for latents of {z} channels takes {z} or {2 * z + MASK_CHANNELS}"
-            f" (latents, mask, reference), this one takes {config.in_channels}"
-        )
 
 
 def sample_latents(
@@ -126,12 +113,17 @@ def sample_latents(
     plan = plan_for(mode, plan)
     if reference.ndim != 5 or reference.shape[2] != plan.num_blocks:
         raise InputError(f"reference: expected [1, z, {plan.num_blocks}, h, w], got {tuple(reference.shape)}")
-    check_channels(dit.config, reference.shape[1])
+    z, taken = reference.shape[1], dit.config.in_channels
+    if taken not in (z, 2 * z + MASK_CHANNELS):
+        raise InputError(
+            f"in_channels: a DiT for latents of {z} channels takes {z} or {2 * z + MASK_CHANNELS}"
+            f" (latents, mask, reference), this one takes {taken}"
+        )
     if not 0 <= done <= len(plan):
         raise InputError(f"done: expected 0..{len(plan)} segments, got {done}")
 
     def segments() -> Iterator[Tensor]:
-        _, z, _, height, width = reference.shape
+        height, width = reference.shape[3:]
         windows = list(plan)
         slots = max(len(window.noisy) for window in windows)
         latents = reference.new_empty(1, z, slots, height, width)

@@ -10,7 +10,6 @@ checkpoints are trained for (lightx2v). The 1000 is Wan's number of training tim
 from __future__ import annotations
 
 from model.errors import InputError
-from swifti2v_kernels import block_noise as block_noise  # for those who import it from here
 
 NUM_TRAIN_TIMESTEPS = 1000
 #: Most steps, and least and most shift. Within them noise levels, as float32, fall from each step to the next.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,16 +22,14 @@ from model.io.durable import FileLock, check_place, open_plain, remove_strays, r
 #: FFmpeg's AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709, and AVCOL_RANGE_MPEG, for which PyAV before 17 has no
 #: names.
 BT709, LIMITED_RANGE = 1, 1
-#: mbtree: x264's macroblock tree made 4 different files of the same frames in 150 runs. stitchable: headers that do not
-#: depend on the frames, so that those of the first piece are those of all. aud: a mark before each picture, since two
-#: key frames in a row, from two encoders, have the same number.
-X264 = {"preset": "medium", "x264-params": "mbtree=0:stitchable=1:aud=1"}
+#: crf: the quality; 0 is lossless, 18 visually so. mbtree: x264's macroblock tree made 4 different files of the same
+#: frames in 150 runs. stitchable: headers that do not depend on the frames, so that those of the first piece are those
+#: of all. aud: a mark before each picture, since two key frames in a row, from two encoders, have the same number.
+X264 = {"crf": "16", "preset": "medium", "x264-params": "mbtree=0:stitchable=1:aud=1"}
 #: Frames by which packets are decoded before they are shown: x264's B-frames refer to other B-frames, but not these.
 REORDERED = 2
 #: The end of a partial film, by which it is told from a user's file of its name: a box that readers of MP4 skip.
 _UNFINISHED = struct.pack(">I4s28s", 36, b"free", b"unfinished video of swifti2v")
-#: The names of encoded pieces in the folders of runs, where earlier versions kept them.
-PIECE = re.compile(r"piece-[0-9]{4,}\.mp4")
 
 
 class VideoWriter:
@@ -50,7 +47,6 @@ class VideoWriter:
         path: the file to write; must end in ``.mp4``.
         width, height: pixels, both even.
         fps: frames a second.
-        crf: quality of x264; 0 is lossless, 18 is visually lossless.
 
     Attributes:
         num_frames: frames that were written since the last :meth:`restart`.
@@ -61,11 +57,11 @@ class VideoWriter:
         InputError: as for :func:`check_video_path`.
     """
 
-    def __init__(self, path: str | Path, width: int, height: int, fps: int, crf: int = 16):
+    def __init__(self, path: str | Path, width: int, height: int, fps: int):
         self.path = check_video_path(path)
         self.partial_path = _partial(self.path)
         self._av = require("av", "generate")
-        self._settings = width, height, fps, crf
+        self._settings = width, height, fps
         self._encoder: _Encoder | None = None
         self._sizes: list[int] = []
         self.num_frames = self.film_frames = self._shown = 0
@@ -120,14 +116,11 @@ class VideoWriter:
             self._pieces.write(piece)
             self._sizes.append(len(piece))
 
-    def _read(self) -> Iterator[bytes]:
-        self._pieces.seek(0)
-        yield from map(self._pieces.read, self._sizes)
-
     def _join(self, film: Path) -> None:
         """Makes the film of all pieces, which can be played while it is still loading; a partial one has its mark."""
+        self._pieces.seek(0)
         with writing(f"out: {film}"), replacing(film) as temporary:
-            _join(self._av, self._read(), temporary, self._settings[2])
+            _join(self._av, map(self._pieces.read, self._sizes), temporary, self._settings[2])
             if film == self.partial_path:
                 with temporary.open("ab") as file:
                     file.write(_UNFINISHED)
@@ -137,11 +130,11 @@ class VideoWriter:
 class _Encoder:
     """The encoder of one piece, which takes frames and gives the bytes of an MP4 file."""
 
-    def __init__(self, av: ModuleType, width: int, height: int, fps: int, crf: int):
+    def __init__(self, av: ModuleType, width: int, height: int, fps: int):
         self._av, self._tick = av, Fraction(1, fps)
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4")
-        self._stream = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), **X264})
+        self._stream = self._container.add_stream("libx264", rate=fps, options=X264)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         # Tagged as BT.709, as players assume for HD: untagged files are shown with shifted colours by some.
         context = self._stream.codec_context

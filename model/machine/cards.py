@@ -30,18 +30,13 @@ def chosen_gpu(name: str | None, memory: int) -> Card:
     return card_of_memory(memory)
 
 
-def device_capability(device: torch.device) -> int | None:
-    """Returns a device's compute capability as two digits, as :func:`plan_vae` takes it; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def device_options(device: torch.device) -> dict[str, Any]:
     """Returns a memory request's options for a device: memory, capability, and the card whose seconds are predicted.
 
-    A CPU has no limit.
+    A CPU has no limit and no capability.
     """
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return {"vram": memory, "capability": device_capability(device), "gpu": chosen_gpu(None, memory or 0)}
+    if device.type != "cuda":
+        return {"vram": None, "capability": None, "gpu": chosen_gpu(None, 0)}
+    memory = torch.cuda.get_device_properties(device).total_memory
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"vram": memory, "capability": 10 * major + minor, "gpu": chosen_gpu(None, memory)}

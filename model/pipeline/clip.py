@@ -102,8 +102,9 @@ def make_condition(
     watcher = watcher or Watcher()
     device, plans = job.text.device, job.vae_plans
     with watcher.stage("load"):
-        vae = components.vae()
-        vae_one = vae if reference is not None or components.stage_one_vae is None else components.stage_one_vae()
+        vae = vae_one = components.vae("vae")
+        if reference is None and "stage1_vae" in components.parts:
+            vae_one = components.vae("stage1_vae")
     if reference is None:
         if motion is None:
             motion = _make_motion(components, job, {vae, vae_one}, vae_one, watcher)
@@ -137,14 +138,14 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
         for p in parameters:
             p.data = host.park(p.data)
         release(device)
+        experts = ["stage1"] + ["stage1_low_noise"] * ("stage1_low_noise" in components.parts)
         motion = make_motion(
-            partial(_loaded, watcher, components.stage_one, job.stage_one_at),
+            [partial(_loaded, watcher, components, part, job.stage_one_at) for part in experts],
             condition,
             job.text,
             job.image_one,
             sigmas=job.sigmas_one,
             seed=job.seed,
-            low_noise_dit=components.low_noise and partial(_loaded, watcher, components.low_noise, job.stage_one_at),
             cuda_graph=job.cuda_graph,
             on_step=lambda step, steps: watcher.step("Stage I", step, steps, f"step {step}/{steps}"),
         )
@@ -155,9 +156,9 @@ def _make_motion(components: Components, job: ClipJob, vaes: set[WanVAE], vae_on
     return motion
 
 
-def _loaded(watcher: Watcher, load: Callable[..., WanDiT], at: Placement | None) -> WanDiT:
+def _loaded(watcher: Watcher, components: Components, part: str, at: Placement | None) -> WanDiT:
     with watcher.stage("load"):
-        return load(at)
+        return components.dit(part, at)
 
 
 def make_frames(
@@ -189,7 +190,7 @@ def make_frames(
     def segments() -> Iterator[Tensor]:
         if len(earlier) == len(windows):
             return
-        dit = _loaded(watcher, components.stage_two, job.stage_two_at)
+        dit = _loaded(watcher, components, "stage2", job.stage_two_at)
         options = {"plan": job.plan, "sigmas": job.sigmas_two, "seed": job.seed, "mode": job.mode}
         options |= {"cuda_graph": job.cuda_graph, "on_step": on_step, "done": len(earlier)}
         sampled = sample_latents(dit, reference, job.text, job.image_two, **options)

@@ -5,7 +5,6 @@ Each part is built when it is asked for, so that a caller can let go of Stage I 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,25 +42,22 @@ LORA_PARTS = ("stage1", "stage1_low_noise", "stage2")
 class Components:
     """Configurations of all parts, known at once, and functions that build them.
 
-    ``weights`` is the directory of the checkpoints, or None for random weights. ``low_noise`` builds Wan2.2 A14B's
-    second expert. ``stored`` has, by part (:data:`LORA_PARTS`), the dtypes by name of the matrices that its file holds
-    in 8 bits and that no LoRA changes.
+    ``dit`` builds the DiT of a part (:data:`LORA_PARTS`), whose layers are where a
+    :class:`~model.streaming.placement.Placement` says (None: all on the device), and ``vae`` the VAE of ``vae`` or
+    ``stage1_vae``. ``weights`` is the directory of the checkpoints, or None for random weights, and ``parts`` has the
+    place of each part of :data:`LAYOUT` that has weights of its own. ``stored`` has, by part (:data:`LORA_PARTS`), the
+    dtypes by name of the matrices that its file holds in 8 bits and that no LoRA changes.
     """
 
     stage_one_config: DiTConfig
     stage_two_config: DiTConfig
     vae_config: VAEConfig
     stage_one_vae_config: VAEConfig
-    #: A function that builds a DiT takes a :class:`~model.streaming.placement.Placement`; None: all on the device.
-    stage_one: Callable[..., WanDiT]
-    low_noise: Callable[..., WanDiT] | None
-    stage_two: Callable[..., WanDiT]
-    vae: Callable[[], WanVAE]
-    stage_one_vae: Callable[[], WanVAE] | None
-    weights: Path | None
-    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    #: The place of each part of :data:`LAYOUT` that has weights of its own.
+    dit: Callable[[str, Placement | None], WanDiT]
+    vae: Callable[[str], WanVAE]
+    weights: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
+    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pairs = (self.stage_one_config, self.stage_one_vae_config), (self.stage_two_config, self.vae_config)
@@ -112,19 +108,15 @@ class Components:
     def from_preset(cls, name: str, seed: int, dtype: torch.dtype, device: torch.device) -> Components:
         """Returns models of a preset's shapes with random weights, which depend on ``seed`` and the kind of device."""
         preset = get_preset(name)
-        options = {"dtype": dtype, "device": device}
-        return cls(
-            stage_one_config=preset.stage_one,
-            stage_two_config=preset.stage_two,
-            vae_config=preset.vae,
-            stage_one_vae_config=preset.vae,
-            stage_one=lambda at=None: random_weights(WanDiT, preset.stage_one, seed, **options, placement=at),
-            low_noise=None,
-            stage_two=lambda at=None: random_weights(WanDiT, preset.stage_two, seed + 1, **options, placement=at),
-            vae=lambda: random_weights(WanVAE, preset.vae, seed + 2, device=device).to_dtypes(decode=dtype),
-            stage_one_vae=None,
-            weights=None,
-        )
+
+        def dit(part: str, at: Placement | None) -> WanDiT:
+            config, own = (preset.stage_two, seed + 1) if part == "stage2" else (preset.stage_one, seed)
+            return random_weights(WanDiT, config, own, dtype=dtype, device=device, placement=at)
+
+        def vae(part: str) -> WanVAE:
+            return random_weights(WanVAE, preset.vae, seed + 2, device=device).to_dtypes(decode=dtype)
+
+        return cls(preset.stage_one, preset.stage_two, preset.vae, preset.vae, dit, vae)
 
     @classmethod
     def from_directory(
@@ -148,13 +140,16 @@ class Components:
         missing = [name for name in ("stage1", "stage2", "vae") if found[name] is None]
         if missing:
             raise InputError(f"weights: {path} lacks {', '.join(missing)}; --help shows the layout")
-        low_noise, vae_one = found["stage1_low_noise"], found["stage1_vae"]
+        low_noise = found["stage1_low_noise"]
         chosen = {part: tuple((loras or {}).get(part, ())) for part in LORA_PARTS}
         if chosen["stage1_low_noise"] and low_noise is None:
             raise InputError(f"lora: {path} has no stage1_low_noise for {chosen['stage1_low_noise'][0].path}")
 
-        def load(part: str, at: Placement | None = None) -> WanDiT:
+        def dit(part: str, at: Placement | None) -> WanDiT:
             return load_dit(found[part], dtype=dtype, device=device, loras=chosen[part], placement=at)
+
+        def vae(part: str) -> WanVAE:
+            return load_vae(found[part], decode_dtype=dtype, device=device)  # encoding stays in float32
 
         dits = {part: inspect_weights(found[part], WanDiT, chosen[part]) for part in LORA_PARTS if found[part]}
         if low_noise is not None and dits["stage1_low_noise"].config != dits["stage1"].config:
@@ -163,13 +158,9 @@ class Components:
             stage_one_config=dits["stage1"].config,
             stage_two_config=dits["stage2"].config,
             vae_config=inspect_weights(found["vae"], WanVAE).config,
-            stage_one_vae_config=inspect_weights(vae_one or found["vae"], WanVAE).config,
-            stage_one=functools.partial(load, "stage1"),
-            low_noise=None if low_noise is None else functools.partial(load, "stage1_low_noise"),
-            stage_two=functools.partial(load, "stage2"),
-            # Encoding stays in float32; see load_vae.
-            vae=lambda: load_vae(found["vae"], decode_dtype=dtype, device=device),
-            stage_one_vae=None if vae_one is None else lambda: load_vae(vae_one, decode_dtype=dtype, device=device),
+            stage_one_vae_config=inspect_weights(found["stage1_vae"] or found["vae"], WanVAE).config,
+            dit=dit,
+            vae=vae,
             weights=path,
             parts={part: place for part, place in found.items() if place is not None},
             stored={part: dit.in_eight_bits() for part, dit in dits.items()},

@@ -20,14 +20,6 @@ from model.machine.finite import check_finite
 TEXT_LENGTH = 512
 
 
-def encoder_dtype(device: torch.device) -> torch.dtype:
-    """Returns the dtype of the text encoder in a run on ``device``, wherever the encoder itself is.
-
-    It is 11 GB in bfloat16, for runs on a GPU, and 23 GB in float32.
-    """
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def clean_prompt(prompt: str) -> str:
     """Repairs broken Unicode, HTML entities and white space, as Wan's own pipeline does."""
     text = require("ftfy", "text").fix_text(prompt)

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DiTConfig
 from model.csg.denoiser import Denoiser
-from model.csg.schedule import block_noise
 from model.dit.model import WanDiT
 from model.machine.finite import Finite
 from model.machine.host import Host, release
-from model.vae.model import WHOLE, WanVAE
-from model.vae.tiles import VAEPlan
-from model.vae.upsampled import UpsampledFrames, interpolation_matrix
+from model.vae.model import WHOLE, Frames, WanVAE
+from model.vae.tiles import Region, VAEPlan
+from swifti2v_kernels import block_noise
 
 #: The number that makes Stage I's noise differ from Stage II's, which is drawn from the same seed.
 STAGE = 1
@@ -49,26 +49,25 @@ def motion_condition(vae: WanVAE, config: DiTConfig, picture: Tensor, num_blocks
 
 
 def make_motion(
-    dit: Callable[[], WanDiT],
+    dits: Sequence[Callable[[], WanDiT]],
     condition: Tensor,
     text: Tensor,
     image: Tensor | None = None,
     *,
     sigmas: Sequence[float],
     seed: int,
-    low_noise_dit: Callable[[], WanDiT] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     cuda_graph: bool = True,
 ) -> Tensor:
     """Runs Stage I: the motion reference at low resolution, ``[1, z, num_blocks, h, w]`` float32, in one window.
 
     Args:
-        dit: makes the Stage I model (of Wan2.2 A14B, the high-noise expert), which is released when its steps are done.
+        dits: make the Stage I model, or Wan2.2 A14B's experts for high and for low noise. Each is made for its steps
+            and released when they are done.
         condition: as returned by :func:`motion_condition`.
         text, image, cuda_graph: as for :func:`model.csg.sampler.sample_latents`.
         sigmas: noise levels from 1 to 0 (:func:`model.csg.schedule.flow_sigmas`).
         seed: seed of the noise, which is drawn per block.
-        low_noise_dit: makes Wan2.2 A14B's second expert, which takes over when the first one is released.
         on_step: called after every step with step and number of steps, from 1.
 
     Raises:
@@ -77,12 +76,9 @@ def make_motion(
     z, num_blocks = condition.shape[1:3]
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
     steps = range(len(sigmas) - 1)
-    experts = [(dit, steps)]
-    if low_noise_dit is not None:
-        high = [i for i in steps if sigmas[i] >= BOUNDARY]
-        experts = [(dit, steps[: len(high)]), (low_noise_dit, steps[len(high) :])]
+    first_low = sum(sigmas[i] >= BOUNDARY for i in steps) if len(dits) > 1 else len(steps)
     finite, masked = Finite("Stage I"), True
-    for load, own_steps in experts:
+    for load, own_steps in zip(dits, (steps[:first_low], steps[first_low:]), strict=False):
         if not own_steps:
             continue
         model = load()
@@ -106,6 +102,53 @@ def make_motion(
     if not masked:
         x[:, :, 0] = condition[:, :, 0]
     return x
+
+
+def interpolation_matrix(size: int, target: int, device: torch.device) -> Tensor:
+    """Returns the matrix ``[target, size]`` of bicubic interpolation on an axis: half-pixel centres, edges repeated.
+
+    It is torch's own interpolation of the unit matrix, so that any crop of the frame has the pixels of the whole.
+    """
+    # The unit matrix is an image of which only the number of rows changes, so no column is interpolated.
+    unit = torch.eye(size, dtype=torch.float32, device="cpu").view(1, 1, size, size)
+    return F.interpolate(unit, (target, size), mode="bicubic", align_corners=False)[0, 0].to(device)
+
+
+class UpsampledFrames(Frames):
+    """Low-resolution frames that are upsampled where and when they are read, and never exist as a whole.
+
+    Bicubic interpolation is linear in the frame and separable: a crop of the upsampled frame is ``R[rows] @ frame @
+    C[columns].T``, where ``R`` and ``C`` interpolate rows and columns (:func:`interpolation_matrix`).
+
+    Args:
+        low: ``[B, 3, F, h, w]`` in -1..1, on any device.
+        rows, columns: matrices ``[H, h]`` and ``[W, w]`` of :func:`interpolation_matrix`, on the device that reads.
+        first: the clip's first frame at the new size, ``[B, 3, 1, H, W]``, which replaces frame 0; or None.
+        on_crop: called with the number of frames whenever a tile's frames were read.
+    """
+
+    def __init__(
+        self, low: Tensor, rows: Tensor, columns: Tensor, first: Tensor | None, on_crop: Callable[[int], None]
+    ):
+        super().__init__(low)
+        self.rows, self.columns, self.first, self.on_crop = rows, columns, first, on_crop
+        self.shape = (*low.shape[:3], rows.shape[0], columns.shape[0])
+
+    def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]``, clamped to -1..1."""
+        shape = (self.shape[0], stop - start, len(region.rows), len(region.columns), 3)
+        out = torch.empty(shape, device=device, dtype=dtype)
+        y, x = region.slices
+        down, across = self.rows[y], self.columns[x].T
+        for i in range(stop - start):
+            if start + i == 0 and self.first is not None:
+                frame = self.first[:, :, 0, y, x]
+            else:
+                low = self.video[:, :, start + i].to(device, torch.float32)
+                frame = (down @ low @ across).clamp_(-1, 1)  # [B, 3, h, w]
+            out[:, i].copy_(frame.permute(0, 2, 3, 1))
+        self.on_crop(stop - start)
+        return out
 
 
 def make_reference(

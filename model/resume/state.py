@@ -30,14 +30,21 @@ from torch import Tensor
 
 from model.errors import InputError, printable, require
 from model.io.durable import FileLock, open_plain, remove_strays, rename, replacing, sync_folder, writing
-from model.io.media import PIECE
-from model.resume.fingerprint import add_tensors
-from model.resume.job import BEGINS, Changes, changes_between, complete_job, job_digest, read_job, write_job
+from model.resume.job import (
+    BEGINS,
+    Changes,
+    add_tensors,
+    changes_between,
+    complete_job,
+    job_digest,
+    read_job,
+    write_job,
+)
 
 _BEFORE = ("inputs", "motion", "condition")
 _JOB, _LOCK = "job.json", "lock"
 _TENSORS = re.compile(rf"({'|'.join(_BEFORE)})|segment-([0-9]{{4,}})")
-_KNOWN = re.compile(rf"{re.escape(_JOB)}|(({_TENSORS.pattern})\.safetensors|{PIECE.pattern})(\.damaged)?")
+_KNOWN = re.compile(rf"{re.escape(_JOB)}|(({_TENSORS.pattern})\.safetensors)(\.damaged)?")
 
 
 class RunState(AbstractContextManager["RunState"]):
@@ -140,7 +147,17 @@ class RunState(AbstractContextManager["RunState"]):
 
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes, as :meth:`save`, tensors that are those saved before, made again, so that nothing is dropped."""
-        _write(self.folder / f"{name}.safetensors", tensors, self.digest)
+        path = self.folder / f"{name}.safetensors"
+        # Each tensor is copied, since safetensors does not write tensors that share memory.
+        host = {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in tensors.items()
+        }
+        metadata = {"sha256": _digest(host, name, self.digest)}
+        data = require("safetensors.torch", "generate").save(host, metadata=metadata)
+        # safetensors' own save_file writes to another temporary name, which nobody would clean up.
+        with writing(f"run: {path}"), replacing(path) as temporary:
+            temporary.write_bytes(data)
 
     def save_segment(self, number: int, blocks: Tensor) -> None:
         """Saves the blocks of segment ``number``, from 1, as :meth:`finished_segments` reads them."""
@@ -154,14 +171,25 @@ class RunState(AbstractContextManager["RunState"]):
         place = self.folder / f"{name}.safetensors"
         if not os.path.lexists(place):
             return None
+        safe_open = require("safetensors", "generate").safe_open
         try:
-            return _read(place, self.digest)
-        except _DamagedError as error:
-            rename(place, place.with_name(f"{place.name}.damaged"))
-            then = f"starting from segment {_rank(name)}" if _rank(name) > 0 else "it has to be made again"
-            # The error may cite the file, which is whoever's who wrote it.
-            self.damaged.append(printable(f"{place.name} is damaged ({error}); {then}"))
-            return None
+            os.close(open_plain(place))  # safe_open would follow a link and wait for a pipe
+            with safe_open(place, framework="pt") as file:
+                recorded = (file.metadata() or {}).get("sha256")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:
+            # The error of a damaged header depends on its bytes, and safetensors' own is no OSError or ValueError.
+            # Nothing but the reading of this file happens in here.
+            problem = f"not readable: {error}"
+        else:
+            if recorded == _digest(tensors, name, self.digest):
+                return tensors
+            problem = "it has no sha256" if recorded is None else "sha256 differs"
+        rename(place, place.with_name(f"{place.name}.damaged"))
+        then = f"starting from segment {_rank(name)}" if _rank(name) > 0 else "it has to be made again"
+        # The problem may cite the file, which is whoever's who wrote it.
+        self.damaged.append(printable(f"{place.name} is damaged ({problem}); {then}"))
+        return None
 
     def finished_segments(self, most: int) -> list[Tensor]:
         """Returns the blocks of the segments before the first one missing or damaged, of ``most`` that the run has.
@@ -240,46 +268,6 @@ def _discard(folder: Path) -> None:
 def _rank(name: str) -> int:
     """Returns the place of a tensor file in the order in which these are made: the number of a segment, or below 1."""
     return _BEFORE.index(name) - len(_BEFORE) if name in _BEFORE else int(name.removeprefix("segment-"))
-
-
-class _DamagedError(Exception):
-    """A file is not as it was written, or not what is needed, and the message says in which way."""
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
-    """Writes tensors, on any device, to a file that is there as a whole or not at all; ``run`` is the job's digest."""
-    # Each tensor is copied, since safetensors does not write tensors that share memory.
-    host = {
-        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
-    data = require("safetensors.torch", "generate").save(host, metadata={"sha256": _digest(host, path.stem, run)})
-    # safetensors' own save_file writes to another temporary name, which nobody would clean up.
-    with writing(f"run: {path}"), replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def _read(path: Path, run: str) -> dict[str, Tensor]:
-    """Returns the tensors, on the CPU, that :func:`_write` has written to ``path`` for this run.
-
-    Raises:
-        _DamagedError: the file has changed since, or was written under another name or for another run.
-    """
-    safe_open = require("safetensors", "generate").safe_open
-    try:
-        os.close(open_plain(path))  # safe_open would follow a link and wait for a pipe
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("sha256")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        # The error of a damaged header depends on its bytes, and safetensors' own is no OSError or ValueError.
-        # Nothing but the reading of this file happens in here.
-        raise _DamagedError(f"not readable: {error}") from error
-    if recorded is None:
-        raise _DamagedError("it has no sha256")
-    if recorded != _digest(tensors, path.stem, run):
-        raise _DamagedError("sha256 differs")
-    return tensors
 
 
 def _digest(tensors: Mapping[str, Tensor], name: str, run: str) -> str:

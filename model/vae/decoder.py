@@ -14,17 +14,7 @@ import itertools
 from torch import Tensor, nn
 
 from model.config import VAEConfig
-from model.vae.layers import (
-    CausalConv3d,
-    Features,
-    MidBlock,
-    ResidualBlocks,
-    RMSNorm,
-    State,
-    Tile,
-    Upsample,
-    levels_of,
-)
+from model.vae.layers import CausalConv3d, Features, MidBlock, ResidualBlocks, RMSNorm, State, Tile, Upsample, levels_of
 from model.vae.tiles import Region, conv_padding
 from swifti2v_kernels import frames_out
 

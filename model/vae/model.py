@@ -18,7 +18,7 @@ encoding the conditioning image in it is not. Module names are those of diffuser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +35,14 @@ from model.vae.tiles import Region, VAEPlan
 WHOLE = VAEPlan()
 
 
-class FrameSource(Protocol):
-    """Frames that can be asked for a part, and need not exist as a whole."""
+class Frames:
+    """The frames of a video ``[B, 3, F, H, W]``, which are asked for by parts; a subclass makes them as they are read.
 
-    #: The shape of the whole video, ``(B, 3, F, H, W)``.
-    shape: Sequence[int]
-
-    def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]`` in -1..1."""
-        ...
-
-
-class _TensorFrames:
-    """The frames of a video ``[B, 3, F, H, W]`` that is in memory."""
+    ``shape`` is that of the whole video, which need not exist.
+    """
 
     def __init__(self, video: Tensor):
-        self.video, self.shape = video, video.shape
+        self.video, self.shape = video, tuple(video.shape)
 
     def crop(self, start: int, stop: int, region: Region, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Returns frames ``start .. stop - 1`` over ``region``, ``[B, F, h, w, 3]`` in -1..1."""
@@ -128,7 +120,7 @@ class WanVAE(nn.Module):
         """Releases the encoder's weights; from then on the model can only decode."""
         self.encoder = self.quant_conv = None
 
-    def encode(self, video: Tensor | FrameSource, plan: VAEPlan = WHOLE) -> Tensor:
+    def encode(self, video: Tensor | Frames, plan: VAEPlan = WHOLE) -> Tensor:
         """Encodes a video that is there as a whole, ``[B, 3, 1 + n * temporal_stride, H, W]``.
 
         Arguments, result and errors are those of :meth:`encode_stream`.
@@ -143,7 +135,7 @@ class WanVAE(nn.Module):
         return next(self.decode_stream([latents], plan))
 
     def encode_stream(
-        self, pieces: Iterable[Tensor | FrameSource], plan: VAEPlan = WHOLE, *, host: Host | None = None
+        self, pieces: Iterable[Tensor | Frames], plan: VAEPlan = WHOLE, *, host: Host | None = None
     ) -> Iterator[Tensor]:
         """Encodes a video piece by piece: yields latents as soon as their frames are there.
 
@@ -182,11 +174,9 @@ class WanVAE(nn.Module):
         frames = _Decoding(self, self.decoder, plan, host, self.decode_dtype).over(pieces)
         return (piece.permute(0, 4, 1, 2, 3) for piece in frames)
 
-    def decode_frames(
-        self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE, *, host: Host | None = None
-    ) -> Iterator[Tensor]:
+    def decode_frames(self, pieces: Iterable[Tensor], plan: VAEPlan = WHOLE) -> Iterator[Tensor]:
         """Decodes as :meth:`decode_stream` does, to uint8 frames ``[B, f, H, W, 3]``, which the last layer writes."""
-        return _Decoding(self, self.decoder, plan, host, torch.uint8).over(pieces)
+        return _Decoding(self, self.decoder, plan, None, torch.uint8).over(pieces)
 
     def statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of the latents' channels, ``[z]`` each."""
@@ -312,9 +302,9 @@ class _Encoding(_Stream):
     """A clip on its way through the encoder."""
 
     @torch.no_grad()
-    def run(self, piece: Tensor | FrameSource, is_last: bool) -> Tensor:
+    def run(self, piece: Tensor | Frames, is_last: bool) -> Tensor:
         """Returns the next frames encoded to ``[B, z, t, h, w]``."""
-        source = _TensorFrames(piece) if isinstance(piece, Tensor) else piece
+        source = Frames(piece) if isinstance(piece, Tensor) else piece
         self.begin(self._checked(source.shape), "video: expected {} latent pixels")
         count = -(-source.shape[2] // self.vae.config.temporal_stride)  # the clip's first frame is one by itself
         chunks = self.shares(count, self.plan.chunk or count)
@@ -334,7 +324,7 @@ class _Encoding(_Stream):
             raise ValueError(f"video: expected {wanted} frames in this piece, got {frames}")
         return height // stride, width // stride
 
-    def _chunk(self, source: FrameSource, latent: slice, frames: slice, is_last: bool) -> Tensor:
+    def _chunk(self, source: Frames, latent: slice, frames: slice, is_last: bool) -> Tensor:
         """Encodes ``frames`` of the source, the latent frames ``latent`` of the piece."""
         vae, host, plan = self.vae, self.host, self.plan
         patch, count = vae.config.patch_size, latent.stop - latent.start

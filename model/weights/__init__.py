@@ -1,1 +1,1 @@
-"""Checkpoints: ``load``, ``files``, ``keys`` (their names), ``recognise``, ``scaled`` and ``lora``."""
+"""Checkpoints: ``load``, ``files``, their ``formats``, ``keys`` (names), ``recognise``, ``scaled`` and ``lora``."""

@@ -1,41 +1,24 @@
-"""Files of tensors: they are found, and opened without reading more than their headers.
+"""The files of a checkpoint: they are found, and opened without reading more than their headers.
 
-Safetensors, GGUF (:mod:`model.weights.gguf_files`) and, with ``weights_only=True``, pickles; nothing is ever unpickled
-into code. Only regular files are opened, so that a pipe is refused rather than waited for.
+Only regular files are opened, so that a pipe is refused rather than waited for.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import torch
-from torch import Tensor
+from model.errors import InputError
+from model.weights.formats import PICKLES, StoredTensor, open_file
 
-from model.errors import InputError, printable, require
-from model.weights.gguf_files import open_gguf
-from model.weights.stored import StoredTensor
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = ".index.json"
 #: The names, without suffix, of files that are parts of one checkpoint: shards, LightX2V's blocks and chunks.
 _PART = re.compile(r"(?P<stem>.*)-(?P<part>\d+)-of-(?P<count>\d+)|block_\d+|non_block|.*_part\d+")
-_DTYPES = {
-    "BF16": "bfloat16",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F4": "float4_e2m1fn_x2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ def open_weights(path: Path) -> WeightFiles:
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        for key, tensor in _open(file, metadata).items():
+        for key, tensor in open_file(file, metadata).items():
             if not key.isprintable():
                 raise InputError(f"weights: {file} has a tensor called {key!r}; expected printable characters")
             if key in tensors:
@@ -171,78 +154,3 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise InputError(f"weights: {index.parent} lacks the shards {', '.join(missing)}")
     return [index.parent / name for name in names]
-
-
-def _open(file: Path, metadata: dict[str, str]) -> dict[str, StoredTensor]:
-    """Opens one file and returns its tensors; what its header says beside them is added to ``metadata``."""
-    if file.suffix == ".safetensors":
-        return _open_safetensors(file, metadata)
-    if file.suffix == ".gguf":
-        return open_gguf(file)
-    if file.suffix not in PICKLES:
-        raise InputError(f"weights: {file} is neither .safetensors nor one of {', '.join((*PICKLES, '.gguf'))}")
-    return _open_pickle(file)
-
-
-def _open_safetensors(file: Path, metadata: dict[str, str]) -> dict[str, StoredTensor]:
-    safetensors = require("safetensors", "generate")
-    try:
-        handle = safetensors.safe_open(file, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"weights: {file} is not a readable safetensors file: {error}") from error
-    metadata.update(handle.metadata() or {})
-    tensors = {}
-    for key in handle.keys():  # noqa: SIM118 (not a mapping)
-        header = handle.get_slice(key)
-        tensors[key] = StoredTensor(
-            file,
-            key,
-            tuple(header.get_shape()),
-            _dtype_name(header.get_dtype()),
-            lambda key=key: handle.get_tensor(key),
-            lambda start, stop, header=header: header[start:stop],
-        )
-    return tensors
-
-
-def _dtype_name(name: str) -> str:
-    """Returns torch's name for a dtype of safetensors (``float32`` for ``F32``); lower case where torch has none."""
-    if name in _DTYPES:
-        return _DTYPES[name]
-    kind = {"F": "float", "I": "int", "U": "uint"}.get(name[0])
-    return f"{kind}{name[1:]}" if kind and name[1:].isdigit() else name.lower()
-
-
-def _open_pickle(file: Path) -> dict[str, StoredTensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's requests to report what it does not read
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        # What a file that is no pickle does to the unpickler depends on its bytes: KeyError, IndexError, struct.error,
-        # UnicodeDecodeError and others were seen. Nothing but the reading of this file happens in here.
-        held = re.search(r"GLOBAL (\S+)|(?:but )?got <class '([^']+)'>", str(error))
-        holds = f"it holds {printable(held[1] or held[2])}" if held else f"damaged, or code ({type(error).__name__})"
-        raise InputError(
-            f"weights: {file} is no pickle of tensors alone: {holds}; code is never run here, expected tensors, best as"
-            " safetensors"
-        ) from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
-            tensors = tensors[wrapper]
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu
-        for key, tensor in tensors.items()
-    ):
-        raise InputError(f"weights: {file} does not hold a plain dictionary of names and dense tensors")
-    return {
-        key: StoredTensor(
-            file,
-            key,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            lambda tensor=tensor: tensor,
-            lambda start, stop, tensor=tensor: tensor[start:stop],
-        )
-        for key, tensor in tensors.items()
-    }

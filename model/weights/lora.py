@@ -35,8 +35,9 @@ class LoRA:
         path: a file, or a directory that holds one (PEFT's ``adapter_model.safetensors`` with its configuration).
         strength: factor of everything that it adds; 0 adds nothing, and it may be negative.
         expert: 1 or 2: the expert of Wan2.2 A14B whose tensors are taken, where the file holds tensors for both.
-        strict: a key that the model has no place for is an error. Else such keys are left out with a
-            :class:`LoRAWarning`, as long as at least half of the file fits (see :class:`LoRAFit`).
+
+    Keys that the model has no place for are left out with a :class:`LoRAWarning`, as long as at least half of the file
+    fits (see :class:`LoRAFit`).
 
     Raises:
         InputError: the strength is no number that float32 can hold, or there is no such expert.
@@ -45,7 +46,6 @@ class LoRA:
     path: str | Path
     strength: float = 1.0
     expert: int = 1
-    strict: bool = False
 
     def __post_init__(self) -> None:
         strength = self.strength
@@ -65,9 +65,9 @@ class LoRAFit:
 
     A pair of factors and a whole difference is one addition; a tensor that is part of none (a factor or an alpha
     alone, an unknown key) counts as one too. Those that the model has no place for are left out if there are at most
-    as many of them as of those that fit. A file is refused if there are more; if some are to be left out and ``strict``
-    is given; and always if one has another shape than its parameter. A patch embedding's addition may be for the
-    latents' channels alone, which come first: a T2V LoRA then fits an I2V model.
+    as many of them as of those that fit. A file is refused if there are more, and always if one has another shape than
+    its parameter. A patch embedding's addition may be for the latents' channels alone, which come first: a T2V LoRA
+    then fits an I2V model.
 
     Attributes:
         additions: those that fit, by parameter.
@@ -75,7 +75,7 @@ class LoRAFit:
         warning: what is left out, one line; None if nothing is.
     """
 
-    def __init__(self, file: LoRAFile, shapes: Mapping[str, tuple[int, ...]] | None, *, strict: bool, model: str):
+    def __init__(self, file: LoRAFile, shapes: Mapping[str, tuple[int, ...]] | None, model: str):
         self.additions: dict[str, list[Delta]] = {}
         self.problem = self.warning = None
         misfits, left = [], list(file.unmatched)
@@ -91,14 +91,14 @@ class LoRAFit:
         fitting = sum(map(len, self.additions.values()))
         keys = [key for addition in left for key in addition]
         problems = [*misfits, *keys]
-        if misfits or len(left) > fitting or (strict and left):
-            asked = "all must, as it is strict" if strict else "at least half must"
-            share = "" if misfits else f" ({fitting} of {fitting + len(left)} pairs and differences do; {asked})"
-            self.problem = f"{len(problems)} keys do not fit {model}{share}: {_listed(problems, _LISTED)}"
+        if misfits or len(left) > fitting:
+            share = f" ({fitting} of {fitting + len(left)} pairs and differences do; at least half must)"
+            fault = f"{len(problems)} keys do not fit {model}{'' if misfits else share}"
+            self.problem = f"{fault}: {listed(problems)}"
         elif left:
             self.warning = (
                 f"{len(left)} of {fitting + len(left)} pairs and differences are left out:"
-                f" {_listed(keys, _LISTED_IN_WARNING)}"
+                f" {listed(keys, _LISTED_IN_WARNING)}"
             )
 
 
@@ -117,7 +117,7 @@ class LoRASet:
         self._finite: set[tuple[str, torch.dtype]] = set()
         for lora in loras:
             file = open_lora(Path(lora.path), lora.expert)
-            fit = LoRAFit(file, shapes, strict=lora.strict, model="the model")
+            fit = LoRAFit(file, shapes, "the model")
             if fit.problem is not None:
                 raise InputError(f"lora: {file.path}: {fit.problem}")
             if fit.warning is not None:
@@ -165,7 +165,8 @@ def _misfits(name: str, delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> 
     return misfits
 
 
-def _listed(keys: Sequence[str], count: int) -> str:
+def listed(keys: Sequence[str], count: int = _LISTED) -> str:
+    """Returns the first ``count`` keys as text, and how many more there are."""
     more = len(keys) - count
     return "; ".join(keys[:count]) + (f"; and {more} more" if more > 0 else "")
 

@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.weights.files import looking_at, open_weights, read_json
+from model.weights.files import open_weights, read_json
+from model.weights.formats import FLOATS, StoredTensor
 from model.weights.keys import dit_parameter, split_prefix
 from model.weights.scaled import check_holds, largest
-from model.weights.stored import FLOATS, StoredTensor
 
 #: The end of a key, which says what part of a module's LoRA a tensor is; PEFT may name the adapter before ``.weight``.
 _PART = re.compile(
@@ -56,8 +56,9 @@ _REFUSED = {
 }
 #: Scales are factors in float32, which must be able to hold them.
 LARGEST_SCALE = torch.finfo(torch.float32).max
-_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 _METADATA = "lora_adapter_metadata"
+#: The names that PEFT and diffusers give a LoRA, beside which a folder may hold other files.
+_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,6 @@ class LoRAFile:
     unmatched: tuple[tuple[str, ...], ...]
     left_out: int
 
-    def check_finite(self) -> None:
-        """Reads all factors and differences.
-
-        Raises:
-            InputError: one has NaN or infinity.
-        """
-        for delta in chain.from_iterable(self.deltas.values()):
-            for factor in delta.factors:
-                largest(factor.read(), f"lora: {self.path}: {factor.key}")
-
 
 def is_lora(keys: Collection[str]) -> bool:
     """Returns whether a file with these keys is a LoRA (or another adapter of its kind)."""
@@ -148,7 +139,7 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
     """Opens a LoRA; reads no more of it than its header and its alphas.
 
     Args:
-        path: a file, or a directory with ``adapter_model`` or ``pytorch_lora_weights`` or one safetensors file in it.
+        path: a file, or a directory with ``adapter_model`` or ``pytorch_lora_weights`` or one file of tensors in it.
         expert: 1 or 2: the one whose tensors are taken where the file holds those of both experts of Wan2.2 A14B
             (``transformer.`` and ``transformer_2.``). A file without such prefixes is any expert's.
 
@@ -156,9 +147,14 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
         InputError: there is no LoRA, none for this expert, another kind of adapter (named), or a tensor that could
             be added to no parameter at all.
     """
-    with looking_at(path):
-        path = _file(path)
-    files = open_weights(path)
+    known = next((path / name for name in _FILES if os.path.isfile(path / name)), path)
+    try:
+        files = open_weights(known)
+    except InputError as error:
+        raise InputError(str(error).replace("weights:", "lora:", 1)) from error
+    if len(files.files) > 1:
+        raise InputError(f"lora: expected one file, got {', '.join(map(str, files.files))}")
+    path = files.files[0]
     for mark, kind in _REFUSED.items():
         found = [key for key in files.tensors if mark in key]
         if found:
@@ -190,19 +186,6 @@ def open_lora(path: Path, expert: int = 1) -> LoRAFile:
             deltas[name].append(delta)
         unmatched += [(f"{part.key} (its counterpart is missing)",) for part in parts.values()]
     return LoRAFile(path, dict(deltas), tuple(unmatched), len(left_out))
-
-
-def _file(path: Path) -> Path:
-    """Returns the file of a directory that holds one LoRA, or the path of a file."""
-    if not path.exists():
-        raise InputError(f"lora: {path} does not exist")
-    if not path.is_dir():
-        return path
-    found = [path / name for name in _FILES if (path / name).exists()] or sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise InputError(f"lora: expected one LoRA in {path}, found {names}; name a file")
-    return found[0]
 
 
 def _group(path: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:

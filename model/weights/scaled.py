@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.errors import InputError, printable
 from model.weights.files import WeightFiles
-from model.weights.stored import StoredTensor
+from model.weights.formats import StoredTensor
 
 #: The dtypes of matrices that can be kept as they are stored (:mod:`model.streaming.placement`).
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
@@ -243,16 +243,13 @@ def _problem(
         return "int8 without a scale"
     if not stored.is_float and stored.dtype != "int8":
         return stored.dtype
-    if scale is not None and (not scale.is_float or not _is_by_row(stored.shape, scale.shape)):
-        return f"{stored.dtype} with {scale.dtype} scales of shape {list(scale.shape)}"
+    if scale is not None:  # it has to be one number, or one a row
+        by_row = scale.shape[:1] in ((), (1,), stored.shape[:1]) and all(size == 1 for size in scale.shape[1:])
+        if not (scale.is_float and by_row):
+            return f"{stored.dtype} with {scale.dtype} scales of shape {list(scale.shape)}"
     if scale is None and announced and _is_eight_bit_matrix(stored):
         return f"{stored.dtype} without the scale that {announced} announces"
     return None
-
-
-def _is_by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Returns whether a scale is one number, or one a row (``[out]`` or ``[out, 1, ...]``)."""
-    return all(size == 1 for size in scale) or (scale[:1] == weight[:1] and all(size == 1 for size in scale[1:]))
 
 
 def _some(keys: list[str]) -> str:

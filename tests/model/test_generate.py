@@ -111,16 +111,13 @@ def test_loras_are_merged_into_the_stage_that_they_are_given_for(tmp_path):
     loras += ["--stage1-low-noise-lora", f"{both}:1e-1"]
     given = vars(build_parser().parse_args(["--weights", str(weights), "--size", "48x80", "--device", "cpu", *loras]))
     plain = Components.from_directory(weights, torch.float32, torch.device("cpu"))
-    for strict in (True, False):
-        clip = ClipSettings(**given | {"strict_loras": strict})
-        assert {lora.strict for chosen in clip.loras.values() for lora in chosen} == {strict}
-    merged = clip.components
+    merged = ClipSettings(**given).components
     for part, name, addition in (
-        ("stage_one", "blocks.0.attn1.to_q.weight", -1.5 * product),
-        ("stage_two", "blocks.0.attn1.to_q.weight", product),
-        ("low_noise", "blocks.1.attn2.to_v.weight", 0.1 * second),
+        ("stage1", "blocks.0.attn1.to_q.weight", -1.5 * product),
+        ("stage2", "blocks.0.attn1.to_q.weight", product),
+        ("stage1_low_noise", "blocks.1.attn2.to_v.weight", 0.1 * second),
     ):
-        before, after = (getattr(components, part)().state_dict() for components in (plain, merged))
+        before, after = (components.dit(part, None).state_dict() for components in (plain, merged))
         assert relative_error(after[name], before.pop(name) + addition) < PARITY
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 

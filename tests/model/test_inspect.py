@@ -167,9 +167,9 @@ def test_a_lora_its_ranks_and_targets_and_whether_it_fits(tmp_path, capsys):
     (printed,) = json.loads(capsys.readouterr().out)["checkpoints"]
     assert printed["loaded_by"] == f"load_dit(loras=...) and merge_loras; it fits {dit}"
     small = saved(tmp_path / "small.safetensors", original(replace(DIT, num_layers=1)))
-    assert main([str(file), "--for", str(small), "--strict-loras"]) == 1
+    assert main([str(file), "--for", str(small)]) == 0
     printed = capsys.readouterr().out
-    assert f"loads   NO: 4 keys do not fit {small} (3 of 5 pairs and differences do; all must" in printed
+    assert "2 of 5 pairs and differences are left out" in printed
     assert "diffusion_model.blocks.1.ffn.0.lora_up.weight (the model has no blocks.1.ffn.net.0.proj.weight)" in printed
     assert main([str(dit), "--for", str(dit)]) == 2
     assert f"NO: for: expected a LoRA to hold against a DiT, got {dit}: Wan DiT\n" in capsys.readouterr().out

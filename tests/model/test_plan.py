@@ -91,7 +91,7 @@ def test_components_say_what_is_in_8_bits_and_in_files() -> None:
     small = replace(base.vae_config, base_dim=48, decoder_base_dim=48)
     stored = {"stage1": {"blocks.0.ffn.net.2.weight": "float8_e4m3fn"}, "stage1_low_noise": {}}
     components = replace(
-        base, low_noise=base.stage_one, stage_one_vae=base.vae, stage_one_vae_config=small, weights=Path("."),
+        base, parts=dict.fromkeys(("stage1_low_noise", "stage1_vae")), stage_one_vae_config=small, weights=Path("."),
         stored=stored,
     )  # fmt: skip
     options = {"size": (640, 352), "num_frames": 17, "plan": plan_segments(5), "gpu": CARDS["RTX 4090"]}

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from model import InputError, SegmentPlan, WanDiT, load_dit, sample_latents
 from model.cli.options import run_command
-from model.csg.sampler import MODES, STAGE, check_channels, plan_for, plan_segments
-from model.csg.schedule import block_noise, flow_sigmas
+from model.csg.sampler import MODES, STAGE, plan_for, plan_segments
+from model.csg.schedule import flow_sigmas
 from model.dit import workspace
 from model.weights.load import random_weights
+from swifti2v_kernels import block_noise
 from tests.conftest import TINY_DIT
 from tests.model.dit.test_model import diffusers_window, saved_diffusers_dit
 from tests.support.tolerances import PARITY, relative_error
@@ -146,7 +147,7 @@ def test_a_dit_without_reference_channels_takes_the_latents_alone():
     noise = block_noise(5, STAGE, (1, 2), (4, 4, 6))
     assert relative_error(segment, noise - expected[:, :, 1:]) < PARITY
     with pytest.raises(InputError, match=r"takes 4 or 12 .*, this one takes 9"):
-        check_channels(replace(TINY_DIT, in_channels=9), 4)
+        run(random_weights(WanDiT, replace(TINY_DIT, in_channels=9), 0), reference, plan=SegmentPlan(3))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from model import InputError
-from model.csg.schedule import block_noise, flow_sigmas
+from model.csg.schedule import flow_sigmas
+from swifti2v_kernels import block_noise
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 7])

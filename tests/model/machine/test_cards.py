@@ -13,7 +13,7 @@ from bench.static.cubin import Analysis, Loop
 from model.machine.cards import chosen_gpu
 from model.memory.plan import plan_memory
 from swifti2v_kernels.common.cards import CARDS, by_capability, card_named, card_of_memory
-from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.common.case import Work
 from swifti2v_kernels.common.target import TARGETS
 from tests.support.memory_requests import predict_nothing, request
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from model.config import PRESETS
 from model.csg.sampler import SegmentPlan, plan_for, sample_latents
 from model.csg.schedule import flow_sigmas
+from model.dit.model import WanDiT
 from model.errors import InputError
 from model.machine.host import Host
 from model.pipeline.clip import ClipJob, Item, Watcher, make_condition, make_frames
@@ -57,16 +59,14 @@ def job(mode: str = "bidirectional", **changes: Any) -> ClipJob:
 
 def piece_by_piece(parts: Components, given: ClipJob) -> tuple[Tensor, Tensor]:
     """Returns reference and frames of the pipeline's functions, called here one by one."""
-    vae = parts.vae()
-    low_vae = vae if parts.stage_one_vae is None else parts.stage_one_vae()
+    vae = parts.vae("vae")
+    low_vae = parts.vae("stage1_vae") if "stage1_vae" in parts.parts else vae
     start = motion_condition(low_vae, parts.stage_one_config, given.low_picture, BLOCKS)
-    options = {"sigmas": given.sigmas_one, "seed": given.seed, "low_noise_dit": parts.low_noise}
-    motion = make_motion(parts.stage_one, start, given.text, **options)
+    dits = [partial(parts.dit, part, None) for part in ("stage1", *parts.parts) if part != "stage1_vae"]
+    motion = make_motion(dits, start, given.text, sigmas=given.sigmas_one, seed=given.seed)
     reference = make_reference(motion, low_vae, vae, given.picture)
-    made = sample_latents(
-        parts.stage_two(), reference.clone(), given.text, plan=given.plan, sigmas=given.sigmas_two, seed=given.seed,
-        mode=given.mode,
-    )  # fmt: skip
+    options = {"sigmas": given.sigmas_two, "seed": given.seed, "mode": given.mode}
+    made = sample_latents(parts.dit("stage2", None), reference.clone(), given.text, plan=given.plan, **options)
     segments = [segment.clone() for segment in made]
     assert sum(segment.shape[2] for segment in segments) == BLOCKS - 1
     return reference, torch.cat(list(decode_frames(vae, reference[:, :, :1], segments)))
@@ -106,12 +106,17 @@ class Recorder(Watcher):
         self.note(f"{name} {done}/{total}: {where}")
 
 
-def low_noise_expert(at: Any = None) -> Any:
-    return random_weights(type(components().stage_one()), PRESETS["tiny"].stage_one, 5)
+def with_parts(*parts: str) -> dict[str, Any]:
+    """Returns changes of components to which a second expert, or a VAE of Stage I's own, is added."""
+    base, preset = components(), PRESETS["tiny"]
 
+    def dit(part: str, at: Any) -> WanDiT:
+        return random_weights(WanDiT, preset.stage_one, 5) if part == "stage1_low_noise" else base.dit(part, at)
 
-def other_vae() -> WanVAE:
-    return random_weights(WanVAE, PRESETS["tiny"].vae, 6)
+    def vae(part: str) -> WanVAE:
+        return random_weights(WanVAE, preset.vae, 6) if part == "stage1_vae" else base.vae(part)
+
+    return {"dit": dit, "vae": vae, "parts": dict.fromkeys(parts)}
 
 
 # What is made
@@ -123,8 +128,8 @@ def other_vae() -> WanVAE:
         pytest.param("bidirectional", {}, id="bidirectional"),
         pytest.param("causal", {}, id="causal", marks=pytest.mark.slow),
         pytest.param("end_to_end", {}, id="end to end", marks=pytest.mark.slow),
-        pytest.param("bidirectional", {"low_noise": low_noise_expert}, id="a second expert", marks=pytest.mark.slow),
-        pytest.param("bidirectional", {"stage_one_vae": other_vae}, id="a VAE of its own for Stage I"),
+        pytest.param("bidirectional", with_parts("stage1_low_noise"), id="a second expert", marks=pytest.mark.slow),
+        pytest.param("bidirectional", with_parts("stage1_vae"), id="a VAE of its own for Stage I"),
     ],
 )
 def test_a_clip_is_the_pipelines_functions_in_their_order(
@@ -204,29 +209,24 @@ def test_models_are_there_only_while_they_are_needed() -> None:
     the encoder after it."""
     alive: dict[str, weakref.ref[Any]] = {}
 
-    def kept(name: str, make: Any) -> Any:
-        def build(*at: Any) -> Any:
-            model = make(*at)
-            alive[name] = weakref.ref(model)
-            return model
+    def kept(make: Any, part: str, *at: Any) -> Any:
+        model = make(part, *at)
+        alive[part] = weakref.ref(model)
+        return model
 
-        return build
-
-    parts = components()
-    parts = replace(
-        parts, stage_one=kept("DiT", parts.stage_one), low_noise=kept("expert", low_noise_expert),
-        vae=kept("VAE", parts.vae), stage_one_vae=kept("VAE of Stage I", other_vae),
-    )  # fmt: skip
+    parts = components(**with_parts("stage1_low_noise", "stage1_vae"))
+    parts = replace(parts, dit=partial(kept, parts.dit), vae=partial(kept, parts.vae))
     # Two steps at or above the boundary of 0.9, and one below.
     watcher = Recorder(alive)
     condition = make_condition(parts, job(sigmas_one=flow_sigmas(3, 5.0)), watcher)
     watcher.note("end")
-    vaes = {"VAE", "VAE of Stage I"}
+    vaes = {"vae", "stage1_vae"}
     found = [(where, there) for where, there in zip(watcher.told, watcher.there, strict=True) if " of " not in where]
     assert found[:7] == [
-        ("load", set()), ("Stage I", vaes), ("load", vaes), ("Stage I 1/3: step 1/3", vaes | {"DiT"}),
-        ("Stage I 2/3: step 2/3", vaes | {"DiT"}), ("load", vaes), ("Stage I 3/3: step 3/3", vaes | {"expert"}),
+        ("load", set()), ("Stage I", vaes), ("load", vaes), ("Stage I 1/3: step 1/3", vaes | {"stage1"}),
+        ("Stage I 2/3: step 2/3", vaes | {"stage1"}), ("load", vaes),
+        ("Stage I 3/3: step 3/3", vaes | {"stage1_low_noise"}),
     ]  # fmt: skip
     assert found[7] == ("reference", vaes)
-    assert found[-1] == ("end", {"VAE"})
+    assert found[-1] == ("end", {"vae"})
     assert condition.vae.encoder is None

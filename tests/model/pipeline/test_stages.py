@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from model import InputError, VAEConfig, WanDiT, WanVAE
-from model.csg.schedule import block_noise, flow_sigmas
+from model.csg.schedule import flow_sigmas
 from model.pipeline.stages import decode_frames, make_motion, make_reference, motion_condition
 from model.sizes import area_size, check_frames, check_size, size_multiple, stage_one_size
 from model.weights.load import random_weights
+from swifti2v_kernels import block_noise
 from tests.conftest import TINY_DIT, TINY_VAE
 from tests.support.tolerances import PARITY, relative_error
 
@@ -43,7 +44,7 @@ def test_stage_one_conditions_as_wan_image_to_video(tiny_vae):
     dit = random_weights(WanDiT, TINY_DIT, 1)
     sigmas = flow_sigmas(3, 5.0)
     start = motion_condition(tiny_vae, dit.config, PICTURE, 3)
-    motion = make_motion(lambda: dit, start, TEXT, sigmas=sigmas, seed=4)
+    motion = make_motion([lambda: dit], start, TEXT, sigmas=sigmas, seed=4)
     condition = tiny_vae.encode(torch.cat((PICTURE, torch.zeros(1, 3, 8, 32, 48)), dim=2))
     mask = torch.zeros(1, 4, 3, 4, 6)
     mask[:, :, 0] = 1
@@ -59,7 +60,7 @@ def test_stage_one_conditions_as_ti2v_where_there_are_no_extra_channels(tiny_vae
     dit = random_weights(WanDiT, replace(TINY_DIT, in_channels=4), 1)
     sigmas = flow_sigmas(2, 5.0)
     start = motion_condition(tiny_vae, dit.config, PICTURE, 3)
-    motion = make_motion(lambda: dit, start, TEXT, sigmas=sigmas, seed=4)
+    motion = make_motion([lambda: dit], start, TEXT, sigmas=sigmas, seed=4)
     image = tiny_vae.encode(PICTURE)
     x = block_noise(4, 1, range(3), (4, 4, 6))
     for i in range(2):

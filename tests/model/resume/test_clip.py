@@ -174,9 +174,8 @@ def test_a_run_that_ends_whenever_something_is_saved_writes_the_same_file(
 
 
 def test_a_damaged_reference_is_made_again(run: Run) -> None:
-    """A reference that cannot be read is made again, without a photograph; pieces of earlier versions do not matter."""
+    """A reference that cannot be read is made again, without a photograph."""
     state = run.ended_after(3).state
-    (state / "piece-0001.mp4").write_bytes(b"no film")
     (state / "condition.safetensors").write_bytes(b"no tensors")
     run.photo.rename(run.photo.with_name("elsewhere.png"))
     try:
@@ -233,7 +232,8 @@ def test_a_job_that_asks_for_what_no_option_gives_is_refused_in_one_line(run: Ru
     for section, changed, told in (
         ("arguments", {"mode": "other"}, "the stored run: argument --mode: invalid choice"),
         ("arguments", {"steps": 1.0}, "argument --steps: expected an integer"),
-        ("arguments", {"out": None}, "PHOTO and --out FILE.mp4 are needed"),
+        ("arguments", {"out": None, "gone": False}, "PHOTO and --out FILE.mp4 are needed"),
+        ("arguments", {"gone": True}, "unrecognized arguments: --gone"),
         ("arguments", {"m\nore": 1}, "unrecognized arguments: --m\\nore=1"),
         ("inputs", {"photo": 5}, "no fingerprint of its photograph"),
         ("request", {"\x1b[2J": "\x1b[2J"}, r"request.\x1b[2J"),

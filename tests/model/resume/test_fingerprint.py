@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.errors import InputError
-from model.resume.fingerprint import fingerprint, fingerprint_file
+from model.resume.job import fingerprint, fingerprint_file
 
 WEIGHTS = {
     "blocks.0.weight": torch.randn(300, 200, generator=torch.Generator().manual_seed(2)),

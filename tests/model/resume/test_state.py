@@ -164,7 +164,7 @@ def test_whatever_has_the_name_of_a_runs_file_and_is_none_is_refused_and_stays(t
         lambda path: os.mkfifo(path),
     ]
     uses = [RunState.open, begun, begun_anew]
-    files = ["job.json", "lock", "segment-0002.safetensors.damaged", "piece-0001.mp4"]
+    files = ["job.json", "lock", "segment-0002.safetensors.damaged"]
     for number, file in enumerate(files):
         for make in makes:
             folder = tmp_path / f"run {number}"
@@ -190,7 +190,7 @@ def test_files_of_no_run_are_not_deleted_to_begin_anew(tmp_path):
     """A folder's files are a run's if it has a run's job, or an empty one, as a disk that fails may leave."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "piece-0001.mp4").write_text("mine")
+    (folder / "motion.safetensors").write_text("mine")
     for job in (None, "{}", '{"schema": 2}'):
         if job is not None:
             (folder / "job.json").write_text(job)
@@ -307,8 +307,8 @@ def test_what_was_made_from_something_that_is_saved_again_is_dropped(state):
 def test_removing_a_run_removes_its_files_and_nothing_else(tmp_path, state):
     for name in ("inputs", "motion", segment_name(1)):
         state.save(name, TENSORS)
-    own = ["piece-0000.mp4", "piece-0001.mp4.damaged", "condition.safetensors.damaged", ".piece-0002.12.tmp.mp4"]
-    others = ["notes.txt", "piece-a.mp4", "model.safetensors", ".clip.12.tmp.mp4"]
+    own = ["condition.safetensors.damaged", ".segment-0002.12.tmp.safetensors"]
+    others = ["notes.txt", "segment-a.safetensors", "model.safetensors", ".clip.12.tmp.mp4"]
     for name in own + others:
         (state.folder / name).touch()
     state.remove()

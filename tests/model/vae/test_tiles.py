@@ -14,9 +14,8 @@ from model import VAEPlan, WanVAE, load_vae
 from model.machine.counted import TensorMemory
 from model.machine.finite import NotFiniteError
 from model.machine.host import Host
-from model.vae.model import FrameSource
+from model.pipeline.stages import UpsampledFrames, interpolation_matrix
 from model.vae.tiles import Region, Span
-from model.vae.upsampled import UpsampledFrames, interpolation_matrix
 from tests.model.vae.test_model import VERSIONS, saved_diffusers_vae
 from tests.support.products import half
 from tests.support.tolerances import EXACT, PARITY, relative_error
@@ -182,7 +181,7 @@ def test_upsampled_frames_are_torch_s_at_any_cut() -> None:
     seen: list[int] = []
     cpu = torch.device("cpu")
     matrices = interpolation_matrix(9, 24, cpu), interpolation_matrix(14, 40, cpu)
-    source: FrameSource = UpsampledFrames(low, *matrices, first, seen.append)
+    source = UpsampledFrames(low, *matrices, first, seen.append)
     assert tuple(source.shape) == (2, 3, 4, 24, 40)
     flat = low.transpose(1, 2).flatten(0, 1)
     whole = F.interpolate(flat, (24, 40), mode="bicubic", align_corners=False).clamp(-1, 1)

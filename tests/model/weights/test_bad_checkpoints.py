@@ -275,7 +275,7 @@ def test_configurations_that_cannot_run_are_named():
         (DiTConfig, {"added_kv_proj_dim": 7}, "added_kv_proj_dim"),
         (VAEConfig, {"attn_scales": [0.5]}, "attn_scales"),
         (VAEConfig, {"z_dim": 4}, r"latents_mean: expected 4 numbers \(z_dim\), got 16"),
-        (VAEConfig, VAE | STAGES, "dim_mult: the decoder's stage 1 goes from 4 to 8 channels"),
+        (VAEConfig, VAE | STAGES, "dim_mult: channels after the decoder's stage 1: expected 4, a half or .*, got 8"),
         (
             VAEConfig,
             VAE | {"dim_mult": [2], "temperal_downsample": []},

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from model import InputError, LoRA, WanDiT, load_dit, merge_loras
 from model.weights.load import random_weights
+from model.weights.lora_files import open_lora
 from tests.model.weights.conftest import DIT
 from tests.support.lora_spellings import MODULE, pair, same, saved, state_of
 
@@ -93,7 +94,7 @@ def test_a_lora_is_looked_for_in_a_folder_and_called_by_its_name(tmp_path, wan):
     for path, message in (
         (tmp_path / "nowhere.safetensors", "lora: .*nowhere.safetensors does not exist"),
         (tmp_path / ("x" * 5000), "cannot be read"),
-        (folder, r"lora: expected one LoRA in .*, found none; name a file"),
+        (folder, r"^lora: no safetensors or .* file in "),
         (dit, r"wan.safetensors holds no LoRA; its tensors are named like "),
     ):
         with pytest.raises(InputError, match=message):
@@ -101,8 +102,13 @@ def test_a_lora_is_looked_for_in_a_folder_and_called_by_its_name(tmp_path, wan):
     saved(folder / "a.safetensors", pair())
     load_dit(dit, loras=[LoRA(folder)])
     saved(folder / "b.safetensors", pair())
-    with pytest.raises(InputError, match=r"found a.safetensors, b.safetensors; name a file"):
+    with pytest.raises(InputError, match=r"^lora: .* holds several candidates, name one: a.safetensors, b.safetensors"):
         load_dit(dit, loras=[LoRA(folder)])
+    # The name that a trainer gives it goes before its other files.
+    torch.save({}, folder / "optimizer.pt")
+    torch.save(pair(), folder / "adapter_model.bin")
+    assert open_lora(folder).path.name == "adapter_model.bin"
+    assert open_lora(saved(folder / "adapter_model.safetensors", pair()).parent).path.suffix == ".safetensors"
 
 
 def test_alphas_may_be_integers_or_float16(wan, tmp_path):

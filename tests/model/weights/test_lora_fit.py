@@ -23,7 +23,7 @@ WITH_IMAGE = replace(TINY_DIT, image_dim=20, added_kv=True)
 
 
 def test_keys_that_the_model_lacks_are_left_out_with_one_warning(tmp_path):
-    """An I2V LoRA merges into a model without the image branch, as without its parts for it; a strict one does not."""
+    """An I2V LoRA merges into a model without the image branch, as without its parts for it."""
     dit, other = (random_weights(WanDiT, TINY_DIT, 1) for _ in range(2))
     i2v = random_weights(WanDiT, WITH_IMAGE, 1)
     state = spelled(factors(dit, MODULES), "diffusion_model.", "lora_down", "lora_up", original_module)
@@ -41,9 +41,6 @@ def test_keys_that_the_model_lacks_are_left_out_with_one_warning(tmp_path):
     assert same(other.state_dict(), dit)
     with pytest.warns(LoRAWarning):
         assert same(dit.state_dict(), load_dit(checkpoint, config=TINY_DIT, loras=[LoRA(file)]))
-    with pytest.raises(InputError, match=r"^lora: \S*: 10 keys do not fit the model \(20 of 26 pairs"):
-        merge_loras(dit, [LoRA(file, strict=True)])
-    assert same(other.state_dict(), dit)
 
 
 STRAYS = {
