@@ -13,10 +13,8 @@ from bench.records.outcome import Unavailable
 from swifti2v_kernels import segment_attention
 from swifti2v_kernels.attention import choice
 from swifti2v_kernels.attention.arguments import check_call
-from swifti2v_kernels.attention.cases import AttentionInputs
-from swifti2v_kernels.attention.segment_attention import cost
-from swifti2v_kernels.common.case import Case, RealSize
-from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.attention.cases import AttentionInputs, cost
+from swifti2v_kernels.common.case import Case, RealSize, Work
 from swifti2v_kernels.common.shapes import WINDOWS, Model
 
 Sources = Sequence[tuple[Tensor, Tensor]]

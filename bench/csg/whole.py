@@ -185,7 +185,7 @@ class WholePasses:
         told: Callable[[str], object],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Fills the rows by mode with what passes of Stage II take; returns the latents of the modes that fit."""
-        dit, reference = components.stage_two(job.stage_two_at), condition.reference
+        dit, reference = components.dit("stage2", job.stage_two_at), condition.reference
         given = [tensor for tensor in (reference, job.text, job.image_two) if tensor is not None]
 
         def sample(mode: str) -> Tensor:

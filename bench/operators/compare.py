@@ -18,8 +18,7 @@ from bench.operators.check import exact, numbers, randomised, relative_error
 from bench.operators.peers import Peer
 from bench.records.outcome import failure
 from model.machine.host import release
-from swifti2v_kernels.common.case import Arguments, Case
-from swifti2v_kernels.common.cost import Cost
+from swifti2v_kernels.common.case import Arguments, Case, Cost
 
 #: How much more 8-bit matmuls may err than what they are to replace.
 COARSE = 10

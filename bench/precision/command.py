@@ -134,13 +134,14 @@ def _checkpoint(args: argparse.Namespace, session: Session) -> Subject:
 
     def load(dtype: torch.dtype, placement: Placement) -> WanDiT:
         components = Components.from_directory(args.weights, dtype, session.device)
-        return (components.stage_one if args.stage == 1 else components.stage_two)(placement)
+        return components.dit(f"stage{args.stage}", placement)
 
     components = Components.from_directory(args.weights, COMPUTE, session.device)
-    config, vae, build = components.stage_two_config, components.vae_config, components.vae
+    config, vae, part = components.stage_two_config, components.vae_config, "vae"
     if args.stage == 1:
         config, vae = components.stage_one_config, components.stage_one_vae_config
-        build = components.stage_one_vae or build
+        part = "stage1_vae" if "stage1_vae" in components.parts else part
+    build = functools.partial(components.vae, part)
     return _named(args.weights.resolve().name, args.stage), vae, [CheckpointWeights(config, load)], build
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from bench.static.cubin import Analysis, Loop
 from swifti2v_kernels.common.cards import Card
-from swifti2v_kernels.common.cost import Work
+from swifti2v_kernels.common.case import Work
 
 _ALU = (
     "FMNMX", "FMNMX3", "IADD3", "LOP3", "SEL", "FSEL", "ISETP", "FSETP", "PRMT", "SHF", "MOV", "F2FP", "LEA", "VIADD",

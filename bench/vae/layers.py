@@ -32,8 +32,7 @@ from bench.vae.shapes import Shape
 from model.memory.vae_plan import META, SETTLED, meta_vae
 from model.vae.model import WHOLE
 from swifti2v_kernels import pretend_gpu, rms_norm_silu
-from swifti2v_kernels.common.case import Arguments, Case, RealSize
-from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.case import Arguments, Case, Cost, RealSize, Work
 from swifti2v_kernels.common.dispatch import ENVIRONMENT_VARIABLE
 
 #: The convolutions, and what ``configs/conv3d.json`` calls a kernel that is not told by its taps.

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.records.outcome import Unavailable
 from bench.vae.shapes import Shape
 from model import VAEPlan, WanVAE
-from model.machine.cards import device_capability
+from model.machine.cards import device_options
 from model.memory.vae_plan import PlannedVAE, plan_vae
 from model.vae.model import WHOLE
 from model.weights.load import random_weights
@@ -92,7 +92,7 @@ def _tiled(shape: Shape, part: str, dtype: torch.dtype, device: torch.device, li
         return own_runner(shape, part, dtype, device, VAEPlan(2, 2, frames=2))
     planned = plan_vae(
         shape.config, part, shape.width, shape.height,
-        dtype=dtype, limit=int(FRAGMENTATION * limit), capability=device_capability(device), piece=PIECE,
+        dtype=dtype, limit=int(FRAGMENTATION * limit), capability=device_options(device)["capability"], piece=PIECE,
     )  # fmt: skip
     return own_runner(shape, part, dtype, device, planned.plan, planned)
 

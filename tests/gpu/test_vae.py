@@ -11,9 +11,9 @@ from bench.harness.timing import limited
 from bench.vae.measure import release
 from model import VAEConfig, VAEPlan, WanVAE, plan_vae
 from model.config import PRESETS
-from model.machine.cards import device_capability
 from model.memory.vae_plan import Request, predict
 from model.weights.load import random_weights
+from swifti2v_kernels.common.target import capability_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -70,7 +70,7 @@ def test_tiles_are_the_whole_frame_to_the_bit(version: str, part: str, monkeypat
 def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VAEPlan) -> None:
     """The predicted peak at 720p is within the 10 % that are promised."""
     width, height, config = 1280, 704, CONFIGS[version]
-    request = Request(config, part, width, height, torch.bfloat16, device_capability(DEVICE), 3)
+    request = Request(config, part, width, height, torch.bfloat16, capability_of(DEVICE), 3)
     before = torch.cuda.memory_allocated()  # workspaces of libraries, and graphs of other tests
     vae = model(version, part, torch.bfloat16)
     given = latents(version, 6, width, height) if part == "decode" else torch.rand(1, 3, 21, height, width)
@@ -95,7 +95,7 @@ def test_the_predicted_peak_is_the_allocator_s(version: str, part: str, plan: VA
 def test_2k_runs_within_4_gb(part: str, dtype: torch.dtype) -> None:
     """The allocator refuses what is beyond the limit; a reserve is left for its fragments and cuDNN's workspaces."""
     vae = model("2.1", part, dtype)
-    options = {"dtype": dtype, "limit": int(3.6 * GB), "capability": device_capability(DEVICE), "piece": 3}
+    options = {"dtype": dtype, "limit": int(3.6 * GB), "capability": capability_of(DEVICE), "piece": 3}
     plan = plan_vae(vae.config, part, 2560, 1408, **options).plan
     release(DEVICE)
     with limited(DEVICE, 4 * GB):

@@ -194,7 +194,7 @@ def test_the_parts_have_the_operations_of_the_pipelines_own_functions(preset: st
     with Counted() as counted:
         picture = torch.empty(1, 3, 1, *c.motion_size[::-1], device=META)
         motion = make_motion(
-            lambda: first,
+            [lambda: first],
             motion_condition(encoders, first.config, picture, 5),
             text,
             sigmas=flow_sigmas(2, 5.0),

@@ -12,7 +12,7 @@ import torch
 
 from bench.__main__ import main
 from bench.dit import measure as dit_measure
-from bench.dit.command import compared_cases, measure_layers, measure_ops
+from bench.dit.command import LINEAR_GELU, compared_cases, measure_layers, measure_ops
 from bench.dit.layer import COMPILED, LAYER_PROVIDERS, TIMESTEPS, LayerProvider, OwnLayer, layer_inputs
 from bench.dit.measure import measure_layer, targets
 from bench.dit.shapes import QUICK_SHAPES, SHAPES, Shape
@@ -110,6 +110,8 @@ def test_shapes_are_those_of_real_models() -> None:
         assert (shape.tokens, shape.config.dim, shape.config.ffn_dim, shape.config.num_heads) == (
             window.tokens, window.model.width, window.model.hidden, window.model.heads
         )  # fmt: skip
+    flops, moved = (2 * 1536 + 8) * 70400 * 8960, 2 * (70400 * 1536 + 1536 * 8960 + 8960 + 70400 * 8960)
+    assert (LINEAR_GELU.real.cost.flops, LINEAR_GELU.real.cost.bytes) == (flops, moved)
 
 
 def test_operators_are_grouped_and_a_layer_is_split() -> None:

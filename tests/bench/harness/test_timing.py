@@ -18,16 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import environment, timing
 from bench.harness.environment import capture, energy_joules, git_state, machine_state, process_memory
-from bench.harness.timing import (
-    ROUNDS,
-    CudaTimer,
-    limited,
-    make_timer,
-    measure_ceilings,
-    peak_of,
-    summary,
-    time_one,
-)
+from bench.harness.timing import ROUNDS, CudaTimer, limited, make_timer, measure_ceilings, peak_of, summary, time_one
 from tests.support.bench_session import CPU, timer
 
 CUDA = torch.device("cuda")

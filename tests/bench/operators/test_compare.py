@@ -19,8 +19,7 @@ from bench.operators.compare import compare_case
 from bench.operators.discover import operator_name
 from bench.operators.peers import Peer, peers_of
 from bench.records.outcome import Unavailable
-from swifti2v_kernels.common.case import Arguments, Case, RealSize
-from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.case import Arguments, Case, Cost, RealSize, Work
 from tests.support.bench_session import CPU, timer
 
 CEILINGS = Ceilings(1e5, 1.0, "float32")

@@ -30,8 +30,7 @@ from bench.operators.measure import check_cases, measure_cases
 from bench.records.read import ROOT
 from model.errors import InputError
 from swifti2v_kernels import pretend_gpu
-from swifti2v_kernels.common.case import Arguments, Case, RealSize
-from swifti2v_kernels.common.cost import Cost, Work
+from swifti2v_kernels.common.case import Arguments, Case, Cost, RealSize, Work
 from swifti2v_kernels.common.shapes import WINDOWS
 from swifti2v_kernels.linear.quantize_rows import QuantizedRows
 from tests.support.added_module import added_module
