@@ -76,6 +76,7 @@ def make_motion(
     z, num_blocks = condition.shape[1:3]
     x = block_noise(seed, STAGE, range(num_blocks), (z, *condition.shape[3:])).to(condition)
     steps = range(len(sigmas) - 1)
+    # A model by itself takes all steps.
     first_low = sum(sigmas[i] >= BOUNDARY for i in steps) if len(dits) > 1 else len(steps)
     finite, masked = Finite("Stage I"), True
     for load, own_steps in zip(dits, (steps[:first_low], steps[first_low:]), strict=False):
