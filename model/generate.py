@@ -287,7 +287,7 @@ def make_film(
             make_clip(clip.components, job, plan, state, writer, progress)
     except BaseException as error:
         frames = writer.film_frames
-        kept = f"; {frames} frames are kept in {writer.partial_path}" if frames else ""
+        kept = f"; {frames} frame{'s' * (frames > 1)} kept in {writer.partial_path}" if frames else ""
         print(f"\nstopped{kept}; --resume {state.folder} goes on")
         if isinstance(error, NotFiniteError):
             raise InputError(f"{error}; likely causes: {NOT_FINITE}") from error
